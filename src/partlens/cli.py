@@ -1,0 +1,278 @@
+"""The command line: one sub-command per verb, options as in the Python functions.
+
+Exit codes: 0 done; 1 an error that partlens found, one sentence on standard error (``--debug`` shows the traceback);
+2 wrong usage; 130 stopped by Ctrl-C (run the same command again to go on).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from partlens import __version__
+from partlens.vocabulary import PartlensError
+
+_SUMMARY = {
+    "demo": "make flowers, train a network on them, explain it, write the page: everything in a few minutes",
+    "layers": "list the layers of a model that can be explained",
+    "fit-explainer": "learn an explainer of one layer of a model from a folder of photos",
+    "evaluate": "measure a finished run on photos that were not used in the fit",
+    "report": "write the page of a run",
+}
+
+
+def _overview() -> str:
+    width = max(map(len, _SUMMARY))
+    commands = "\n".join(f"  {name.ljust(width)}  {text}" for name, text in _SUMMARY.items())
+    return (
+        "usage: partlens [--version] [--debug] COMMAND ...\n\n"
+        "Open a trained convolutional network: which object parts a layer encodes, and how much they explain.\n\n"
+        f"commands:\n{commands}\n\n"
+        "'partlens COMMAND --help' shows the options of a command. --debug shows tracebacks.\n"
+    )
+
+
+def _parser(command: str, *, config_file: bool = False) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"partlens {command}", description=_SUMMARY[command], exit_on_error=True)
+    if config_file:
+        parser.add_argument("--config", action="config", help="YAML file with any of the options")
+    return parser
+
+
+def _add_model(parser: Any) -> None:
+    parser.add_argument(
+        "model",
+        type=str,
+        help="torchvision:NAME, torchvision:NAME@FILE, timm:NAME, partlens:NAME@FILE, package.module:factory",
+    )
+
+
+def _demo(arguments: Sequence[str]) -> None:
+    from partlens.demonstration import DEMO_FLOWERS, demo
+    from partlens.progress import Progress
+
+    parser = _parser("demo")
+    parser.add_argument("--out", type=str, default="partlens-demo", help="folder for everything that is made")
+    parser.add_argument("--flowers", type=int, default=DEMO_FLOWERS, help="number of generated flowers")
+    parser.add_argument("--seed", type=int, default=0, help="of the flowers, the network and the explainer")
+    options = parser.parse_args(list(arguments))
+    page = demo(options.out, flowers=options.flowers, seed=options.seed, progress=Progress.terminal())
+    sys.stdout.write(f"{page}\n")
+
+
+def _layers(arguments: Sequence[str]) -> None:
+    parser = _parser("layers")
+    _add_model(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(list(arguments))
+    from partlens.pipeline import layers
+
+    found = layers(options.model)
+    if options.json:
+        sys.stdout.write(json.dumps([dataclasses.asdict(layer) for layer in found], indent=2) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", box=None)
+    for heading in ("layer", "kind", "filters", "cells", "stride px", "receptive field px"):
+        table.add_column(heading, no_wrap=heading in {"layer", "kind"})
+    for layer in found:
+        field = "whole image" if layer.receptive_field_px is None else str(layer.receptive_field_px)
+        stride = "–" if layer.stride_px is None else str(layer.stride_px)
+        filters, rows, cols = layer.shape
+        mark = "→" if layer.is_default else ""
+        table.add_row(mark, layer.name, layer.kind, str(filters), f"{rows}x{cols}", stride, field)
+    Console().print(table)
+    sys.stdout.write("→ is the layer that fit-explainer taps when --tap is left out\n")
+
+
+def _fit_explainer(arguments: Sequence[str]) -> None:
+    from partlens.explainer.config import ExplainerConfig
+    from partlens.pipeline import DEFAULT_SEEDS, MOST_BACKGROUND, fit_explainer
+    from partlens.progress import Progress
+
+    parser = _parser("fit-explainer", config_file=True)
+    _add_model(parser)
+    parser.add_argument("data", type=str, help="folder of photos (category sub-folders), or a CSV/Parquet table")
+    parser.add_argument("--out", type=str, required=True, help="run directory; an unfinished run in it goes on")
+    parser.add_argument("--category", type=str | None, default=None, help="category to explain; default: all photos")
+    parser.add_argument("--tap", type=str | None, default=None, help="layer to explain; default: see 'partlens layers'")
+    parser.add_argument("--targets", type=list[str] | None, default=None, help="layers to reconstruct, e.g. [a, b]")
+    parser.add_argument("--preset", type=str, default="partlens", help="partlens or paper")
+    parser.add_argument("--seeds", type=int, default=DEFAULT_SEEDS, help="explainers learned, for the spread of p")
+    parser.add_argument("--background", type=int, default=MOST_BACKGROUND, help="most photos of other categories")
+    parser.add_argument("--keep-cache", action="store_true", help="keep the cached maps")
+    parser.add_class_arguments(ExplainerConfig, "explainer")
+    preset = ExplainerConfig.preset(_preset_of(arguments))
+    parser.set_defaults({f"explainer.{name}": value for name, value in preset.to_dict().items()})
+    options = parser.parse_args(list(arguments))
+    run = fit_explainer(
+        options.model,
+        options.data,
+        out=options.out,
+        category=options.category,
+        tap=options.tap,
+        targets=options.targets,
+        preset=options.preset,
+        config=vars(options.explainer),
+        seeds=options.seeds,
+        background=options.background,
+        keep_cache=options.keep_cache,
+        progress=Progress.terminal(),
+    )
+    sys.stdout.write(f"{run.path}\n")
+
+
+def _preset_of(arguments: Sequence[str]) -> Any:
+    """Find the preset before parsing, since it decides the defaults of the other options."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--preset="):
+            return argument.removeprefix("--preset=")
+        if argument == "--preset" and index + 1 < len(arguments):
+            return arguments[index + 1]
+    return "partlens"
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    parser = _parser("evaluate")
+    parser.add_argument("run", type=str, help="run directory of fit-explainer")
+    parser.add_argument("data", type=str | None, nargs="?", default=None, help="photos; default: those of the fit")
+    parser.add_argument("--model", type=str | None, default=None, help="the performer; default: that of the fit")
+    parser.add_argument("--split", type=str, default="test", help="split of the photos to measure on")
+    parser.add_argument("--seed", type=int, default=0, help="of the nulls and the intervals")
+    parser.add_argument("--json", action="store_true", help="print the evaluation as JSON")
+    options = parser.parse_args(list(arguments))
+    from partlens.pipeline import evaluate
+    from partlens.progress import Progress
+
+    result = evaluate(
+        options.run,
+        options.data,
+        model=options.model,
+        split=options.split,
+        seed=options.seed,
+        progress=Progress.terminal(),
+    )
+    if options.json:
+        shown = {name: value for name, value in result.items() if name != "filters"}
+        sys.stdout.write(json.dumps(shown, indent=2, allow_nan=False) + "\n")
+    else:
+        _print_scores(result)
+
+
+def _shown(estimate: dict[str, Any] | None) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    low, high = estimate["interval"]
+    interval = "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
+    return f"{estimate['value']:.3g}{interval}"
+
+
+def _print_scores(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = {
+        "explainer": result["explainer"],
+        "performer tap": result["performer"]["tap"],
+        result["performer"]["top_layer"]: result["performer"]["top"],
+        "random": result["nulls"]["random"],
+        "centre": result["nulls"]["centre"],
+        "corner": result["nulls"]["corner"],
+    }
+    table = Table("score", *columns, box=None)
+    for name in result["explainer"]:
+        if name != "landmark_shares":
+            table.add_row(name, *(_shown(column[name]) for column in columns.values()))
+    fidelity = Table("fidelity", "value", "n", box=None)
+    fidelity.add_row("p", _shown(result["p"]), f"{result['p']['n']} {result['p']['unit']}")
+    for name, estimate in result["reconstruction"].items():
+        parts = estimate.items() if "value" not in estimate else [("", estimate)]
+        for part, value in parts:
+            fidelity.add_row(f"{name} {part}".strip(), _shown(value), f"{value['n']} {value['unit']}")
+    console = Console()
+    console.print(table)
+    console.print(fidelity)
+    for warning in result["warnings"]:
+        console.print(f"warning: {warning}", markup=False)
+
+
+def _report(arguments: Sequence[str]) -> None:
+    parser = _parser("report")
+    parser.add_argument("run", type=str, help="run directory")
+    parser.add_argument("--out", type=str | None, default=None, help="file to write; default: RUN/report.html")
+    options = parser.parse_args(list(arguments))
+    from partlens.pipeline import report
+
+    sys.stdout.write(f"{report(options.run, out=options.out)}\n")
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": _demo,
+    "layers": _layers,
+    "fit-explainer": _fit_explainer,
+    "evaluate": _evaluate,
+    "report": _report,
+}
+
+
+def _run(command: str, arguments: Sequence[str], *, debug: bool) -> int:
+    try:
+        _COMMANDS[command](arguments)
+    except PartlensError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"partlens: {' '.join(str(error).split())}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("partlens: stopped; what is done is kept, run the same command again to go on\n")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; that is its choice, not an error.
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; those of the process when left out.
+
+    Returns:
+        The exit code.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [a for a in given if a != "--debug"]
+    if not given or given[0] in {"-h", "--help", "help"}:
+        sys.stdout.write(_overview())
+        return 0 if given else 2
+    if given[0] == "--version":
+        sys.stdout.write(f"partlens {__version__}\n")
+        return 0
+    command = given[0]
+    if command not in _COMMANDS:
+        from partlens.vocabulary import nearest
+
+        sys.stderr.write(
+            f"partlens: unknown command {command!r}; did you mean {nearest(command, _COMMANDS)[0]}? "
+            "'partlens --help' lists all\n"
+        )
+        return 2
+    return _run(command, given[1:], debug=debug)
+
+
+def program() -> None:
+    """Entry point of the installed command."""
+    # A script written to be read by people and by programs: paths are kept as they were given.
+    sys.argv[0] = str(Path(sys.argv[0]))
+    raise SystemExit(main())

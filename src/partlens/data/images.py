@@ -1,0 +1,828 @@
+"""Images from files, tables, arrays or a generator, as one immutable list with categories and splits.
+
+Nothing is decoded before it is read. Every image comes back as 8-bit RGB, whatever it was stored as.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from partlens.data.annotations import PartTruth, read_landmark_table
+from partlens.store import file_sha256
+from partlens.vocabulary import ImageError, InputError, expected, listed, nearest
+
+ByteArray = npt.NDArray[np.uint8]
+Result = TypeVar("Result")
+
+SUFFIXES = frozenset(
+    {
+        ".bmp",
+        ".gif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    }
+)
+TEST_SHARE = 0.25
+IMAGE_TABLE = "images.csv"
+LANDMARK_TABLE = "landmarks.csv"
+
+_CATEGORY_COLUMNS = ("category", "class", "label")
+_VALIDATION_FOLDERS = frozenset({"val", "valid", "validation"})
+_SPLIT_FOLDERS = _VALIDATION_FOLDERS | {"train", "test"}
+_EXIF_ORIENTATION = 0x0112
+
+
+def split_of(photo: str) -> str:
+    """Return the side on which a photo falls where no split was given.
+
+    The first eight bytes of the SHA-256 of the name, read as a fraction of their range, decide: below 0.25
+    the photo is for testing. So the answer depends on the name alone, never on the order or number of the
+    images, and all crops of one photo stand on the same side.
+
+    Args:
+        photo: the photo group's name.
+
+    Returns:
+        ``"test"`` for about a quarter of all names, else ``"train"``.
+
+    Example:
+        >>> [split_of(name) for name in ("cat.jpg", "dog.jpg", "fox.jpg")]
+        ['test', 'train', 'train']
+    """
+    digest = hashlib.sha256(photo.encode("utf-8", "surrogatepass")).digest()
+    return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
+
+
+@dataclass(frozen=True)
+class UnreadableImage:
+    """An image that could not be decoded: its key, and the reason in words."""
+
+    key: str
+    reason: str
+
+
+class _Source(Protocol):
+    """Where pixels come from; rows are counted from 0 in the order in which the source was made."""
+
+    def read(self, row: int) -> Image.Image: ...
+
+    def size_px(self, row: int) -> tuple[int, int]: ...
+
+    def digest(self, row: int) -> str: ...
+
+    def may_fail(self) -> bool: ...
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Bring 16-bit, 32-bit integer and float pixels to 8 bits (mode L).
+
+    16-bit modes are divided by 257. The 32-bit modes do not say what white is, so the values do: within 0–1
+    (float only), 0–255 or 0–65535 that range is used, and any other range is stretched from its minimum to
+    its maximum.
+    """
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("its pixels hold nan or infinity")
+    low, high = float(values.min()), float(values.max())
+    if image.mode.startswith("I;16"):
+        scaled = values / 257
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        scaled = values * 255
+    elif low >= 0 and high <= 255:
+        scaled = values
+    elif low >= 0 and high <= 65535:
+        scaled = values / 257
+    else:
+        scaled = (values - low) * (255 / max(high - low, 1e-30))  # one value alone becomes black
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Turn any of Pillow's modes into RGB, transparent pixels composited on white."""
+    if image.mode in {"I", "F"} or image.mode.startswith("I;"):
+        image = _to_8_bit(image)
+    elif image.has_transparency_data or image.mode in {"La", "RGBa"}:
+        if image.mode in {"La", "RGBa"}:
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+        opaque = image.convert("RGBA")
+        white = Image.new("RGBA", opaque.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, opaque)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; a damaged EXIF block leaves the image as stored."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 -- the parser raises anything on damaged metadata; the pixels are fine
+        return image
+
+
+@dataclass(frozen=True)
+class _Files:
+    paths: tuple[Path, ...]
+
+    def _failed(self, row: int, error: Exception) -> ImageError:
+        path = self.paths[row]
+        if isinstance(error, FileNotFoundError):
+            return ImageError(expected(f"an image file {path}", "nothing there", "Correct the table or the folder"))
+        reason = f"{type(error).__name__}: {error}".replace(str(path), path.name)
+        return ImageError(
+            expected(
+                f"an image that can be decoded at {path}",
+                reason,
+                "Replace the file or drop it with readable()",
+            )
+        )
+
+    def read(self, row: int) -> Image.Image:
+        try:
+            with Image.open(self.paths[row]) as image:
+                image.load()
+                return _to_rgb(_upright(image))
+        except Exception as error:
+            raise self._failed(row, error) from error
+
+    def size_px(self, row: int) -> tuple[int, int]:
+        try:
+            with Image.open(self.paths[row]) as image:
+                turned = image.getexif().get(_EXIF_ORIENTATION, 1) in {5, 6, 7, 8}
+                return (image.height, image.width) if turned else (image.width, image.height)
+        except Exception as error:
+            raise self._failed(row, error) from error
+
+    def digest(self, row: int) -> str:
+        try:
+            return f"{self.paths[row].stat().st_size}:{file_sha256(self.paths[row])}"
+        except OSError as error:
+            raise self._failed(row, error) from error
+
+    def may_fail(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrays:
+    images: Sequence[ByteArray]
+
+    def read(self, row: int) -> Image.Image:
+        return Image.fromarray(self.images[row]).convert("RGB")
+
+    def size_px(self, row: int) -> tuple[int, int]:
+        height, width = self.images[row].shape[:2]
+        return width, height
+
+    def digest(self, row: int) -> str:
+        image = np.ascontiguousarray(self.images[row])
+        return f"{image.shape}:{hashlib.sha256(image.tobytes()).hexdigest()}"
+
+    def may_fail(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class _Generator:
+    draw: Callable[[int], ByteArray]
+    recipe: str
+
+    def read(self, row: int) -> Image.Image:
+        image = self.draw(row)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ImageError(
+                expected(
+                    "uint8 arrays [row, col, 3] from the generator",
+                    f"{image.dtype} {image.shape}",
+                    "Change the function that draws",
+                )
+            )
+        return Image.fromarray(image)
+
+    def size_px(self, row: int) -> tuple[int, int]:
+        return self.read(row).size
+
+    def digest(self, row: int) -> str:
+        if self.recipe:
+            return f"{self.recipe}#{row}"
+        return _Arrays([self.draw(row)]).digest(0)
+
+    def may_fail(self) -> bool:
+        return not self.recipe
+
+
+def _parallel(work: Callable[[int], Result], rows: Iterable[int], workers: int | None) -> Iterator[Result]:
+    """Map over rows in a thread pool, results in order (decoding and hashing release the lock)."""
+    count = workers or min(8, os.cpu_count() or 1)
+    if count < 1:
+        raise InputError(expected("workers >= 1", workers, "Leave workers out to use every core"))
+    with ThreadPoolExecutor(count) as pool:
+        yield from pool.map(work, rows)
+
+
+def _filled_splits(splits: Sequence[str], photos: Sequence[str]) -> tuple[str, ...]:
+    """Give every image without a split that of its photo group, by name where no crop of it has one."""
+    given: dict[str, str] = {}
+    crossing: list[str] = []
+    for split, photo in zip(splits, photos, strict=True):
+        if split and given.setdefault(photo, split) != split:
+            crossing.append(photo)
+    if crossing:
+        raise ImageError(
+            expected(
+                "all crops of a photo in one split",
+                f"crops in several splits of {listed(list(dict.fromkeys(crossing)))}",
+                "Give every crop of a photo the same split, or leave out the photo groups",
+            )
+        )
+    return tuple(split or given.get(photo) or split_of(photo) for split, photo in zip(splits, photos, strict=True))
+
+
+def _as_bytes(image: npt.NDArray[Any], where: str) -> ByteArray:
+    """Check one array and bring it to uint8 ``[row, col]`` or ``[row, col, 3]``."""
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
+        remedy = "Give colours in the last axis (or leave that axis out for grey)"
+        if image.ndim == 3 and image.shape[0] in {1, 3}:
+            remedy = "Move the colours to the last axis, as with images.transpose(0, 2, 3, 1)"
+        raise ImageError(expected(f"shape [row, col, 3] for {where}", str(image.shape), remedy))
+    if image.dtype == np.uint8:
+        return image
+    if not np.issubdtype(image.dtype, np.floating):
+        raise ImageError(
+            expected(
+                f"uint8 (0–255) or float (0–1) values for {where}",
+                str(image.dtype),
+                'Convert them, as with images.astype("uint8")',
+            )
+        )
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):  # also catches nan, which neither min nor max lets pass
+        unknown = int(np.count_nonzero(np.isnan(image)))
+        got = f"{unknown} nan values" if unknown else f"values from {low:g} to {high:g}"
+        raise ImageError(
+            expected(f"float values from 0 to 1 for {where}", got, "Scale the images, or give them as uint8")
+        )
+    scaled: ByteArray = np.rint(image * 255).astype(np.uint8)
+    return scaled
+
+
+def _from_csv(path: Path) -> dict[str, list[str]]:
+    """Read a CSV table as columns of text."""
+    with path.open(encoding="utf-8-sig", newline="") as handle:
+        reader = csv.reader(handle)
+        header = [name.strip() for name in next(reader, [])]
+        columns: dict[str, list[str]] = {name: [] for name in header}
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise ImageError(
+                    expected(
+                        f"{len(header)} cells in row {reader.line_num} of {path}",
+                        len(cells),
+                        "Quote cells that hold commas, or fill the row up",
+                    )
+                )
+            for name, cell in zip(header, cells, strict=True):
+                columns[name].append(cell.strip())
+    return columns
+
+
+def _from_parquet(path: Path) -> dict[str, list[str]]:
+    """Read the columns of a Parquet table that matter here, as text."""
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImageError(
+            expected(f"pyarrow to read {path}", "no such package", 'Install it with pip install "partlens[table]"')
+        ) from error
+    table = parquet.read_table(path)
+    wanted = {"image", "split", "photo", *_CATEGORY_COLUMNS}
+    return {
+        name: ["" if value is None else str(value) for value in table[name].to_pylist()] if name in wanted else []
+        for name in table.column_names
+    }
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    """Yield image files below a folder in a fixed order, following links but no circle of links."""
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        for name in sorted(names):
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                yield Path(parent) / name
+
+
+def _with_image_sizes(truth: PartTruth, root: Path, keys: tuple[str, ...]) -> PartTruth:
+    """Select the rows of ``keys`` and read the size of every annotated image from its header."""
+    rows = truth.for_keys(keys)
+    wanted = [
+        row
+        for row in range(len(keys))
+        if np.isfinite(rows.positions_px[row]).any() and not np.isfinite(rows.image_size_px[row]).all()
+    ]
+    files = _Files(tuple(root / key for key in keys))
+
+    def size(row: int) -> tuple[float, float]:
+        try:
+            return files.size_px(row)
+        except ImageError:  # a file that cannot be read has no known size; readable() reports it by name
+            return np.nan, np.nan
+
+    for row, found in zip(wanted, _parallel(size, wanted, None), strict=True):
+        rows.image_size_px[row] = found
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """An ordered, immutable list of images; made by one of the constructors below, never empty.
+
+    Attributes:
+        keys: unique names: the path relative to the folder or table, or a number for arrays.
+        categories: what each image shows, ``""`` where unknown.
+        splits: ``"train"``, ``"test"`` or the name that a table gives; filled by :func:`split_of` where not
+            given.
+        photos: the photo that each image was cut from (its own key where not given); a split never cuts a
+            group.
+        root: the folder of the files, None for arrays and generated images.
+        name: what to call the set in reports.
+
+    Example:
+        >>> import numpy as np
+        >>> images = ImageSet.from_arrays(np.zeros((3, 8, 9, 3), np.uint8), categories=["cat", "cat", "fox"])
+        >>> images.keys, len(images.select("cat")), images.read(0).size
+        (('000000', '000001', '000002'), 2, (9, 8))
+    """
+
+    keys: tuple[str, ...]
+    categories: tuple[str, ...]
+    splits: tuple[str, ...]
+    photos: tuple[str, ...]
+    root: Path | None
+    name: str
+    _source: _Source = field(repr=False)
+    _rows: tuple[int, ...] = field(repr=False)
+    _truth: Callable[[tuple[str, ...]], PartTruth] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.keys:
+            raise ImageError(expected(f"at least one image in {self.name}", "none", "Add images"))
+        if len(set(self.keys)) < len(self.keys):
+            twice = [key for key, times in Counter(self.keys).items() if times > 1]
+            raise ImageError(
+                expected(
+                    f"every image once in {self.name}",
+                    f"{listed(twice)} more than once",
+                    "Remove the repeated rows",
+                )
+            )
+
+    # Constructors
+
+    @classmethod
+    def _build(
+        cls,
+        keys: Sequence[str],
+        source: _Source,
+        *,
+        categories: Sequence[str] | None = None,
+        splits: Sequence[str] | None = None,
+        photos: Sequence[str] | None = None,
+        root: Path | None = None,
+        name: str,
+        truth: Callable[[tuple[str, ...]], PartTruth] | None = None,
+    ) -> ImageSet:
+        count = len(keys)
+        for what, values in (("categories", categories), ("splits", splits), ("photos", photos)):
+            if values is not None and len(values) != count:
+                raise ImageError(
+                    expected(f"{count} {what}, one for each image", len(values), f"Give {what} in image order")
+                )
+        photo_of = [photo or key for photo, key in zip(photos or keys, keys, strict=True)]
+        return cls(
+            keys=tuple(keys),
+            categories=tuple(categories or [""] * count),
+            splits=_filled_splits(splits or [""] * count, photo_of),
+            photos=tuple(photo_of),
+            root=root,
+            name=name,
+            _source=source,
+            _rows=tuple(range(count)),
+            _truth=truth,
+        )
+
+    @classmethod
+    def open(cls, path: Path | str) -> ImageSet:
+        """Open a table or a folder of images, whichever ``path`` is.
+
+        A ``.csv`` or ``.parquet`` file is read by :meth:`from_table`; a folder that holds ``images.csv`` by
+        that table; any other folder by :meth:`from_folder`. ``landmarks.csv`` in the folder (beside
+        ``images.csv``) becomes :attr:`part_truth`.
+
+        Raises:
+            ImageError: nothing is there, the file is of another kind, or the content breaks a rule of the
+                constructor; also when not one landmark belongs to an image of the set.
+        """
+        path = Path(path)
+        if path.is_dir():
+            table, folder = path / IMAGE_TABLE, path
+            images = cls.from_table(table) if table.is_file() else cls.from_folder(path)
+        else:
+            images, folder = cls.from_table(path), path.parent
+            if path.name != IMAGE_TABLE:
+                return images
+        landmarks = folder / LANDMARK_TABLE
+        if not landmarks.is_file():
+            return images
+        truth = read_landmark_table(landmarks)
+        if not set(truth.keys) & set(images.keys):
+            raise ImageError(
+                expected(
+                    f"images of the set in {landmarks}",
+                    f"only others, such as {truth.keys[0]!r}",
+                    f"Write names like {nearest(truth.keys[0], images.keys, 1)[0]!r}",
+                )
+            )
+        return images._replaced(_truth=partial(_with_image_sizes, truth, folder))  # noqa: SLF001 -- same class
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> ImageSet:
+        """List the images below a folder, in alphabetical order of folders and files.
+
+        When every image lies in a sub-folder, the first sub-folder's name is the category; else all are
+        ``""``. When the first sub-folders are called ``train`` and ``test`` (or ``val``, ``valid``,
+        ``validation``, which count as test where there is no ``test``), they give the split, and the next
+        level gives the categories. Hidden files and files with other endings than :data:`SUFFIXES` are passed
+        over.
+
+        Raises:
+            ImageError: the folder does not exist or holds no image.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            got = "a file" if path.exists() else "nothing there"
+            raise ImageError(expected(f"a folder of images at {path}", got, "Check the path"))
+        files = tuple(_image_files(path))
+        if not files:
+            raise ImageError(
+                expected(
+                    f"images in {path}",
+                    "none",
+                    f"Add files ending in {', '.join(sorted(SUFFIXES))}, or give another folder",
+                )
+            )
+        parts = [file.relative_to(path).parts for file in files]
+        top = {names[0] for names in parts} if all(len(names) > 1 for names in parts) else set()
+        splits: list[str] | None = None
+        below = parts
+        if top and top <= _SPLIT_FOLDERS and "train" in top:
+            rename = {} if "test" in top else dict.fromkeys(_VALIDATION_FOLDERS, "test")
+            splits = [rename.get(names[0], names[0]) for names in parts]
+            below = [names[1:] for names in parts]
+        in_folders = all(len(names) > 1 for names in below)
+        return cls._build(
+            ["/".join(names) for names in parts],
+            _Files(files),
+            categories=[names[0] for names in below] if in_folders else None,
+            splits=splits,
+            root=path,
+            name=path.resolve().name,
+        )
+
+    @classmethod
+    def from_table(cls, path: Path | str, root: Path | str | None = None) -> ImageSet:
+        """List the images that a CSV or Parquet table names.
+
+        Args:
+            path: table with a column ``image`` (path relative to ``root``), and optionally ``category`` (or
+                ``class``, or ``label``: the first of these that exists), ``split`` and ``photo``. Other
+                columns are ignored. An empty cell is the same as a missing column.
+            root: folder of the images; that of the table when left out.
+
+        Raises:
+            ImageError: the table is missing or of another kind, lacks the column ``image``, has no rows,
+                names an image twice, or puts the crops of one photo into several splits.
+        """
+        path = Path(path)
+        if not path.is_file():
+            got = "a folder" if path.is_dir() else "nothing there"
+            raise ImageError(expected(f"an image folder or table at {path}", got, "Check the path"))
+        readers = {".csv": _from_csv, ".parquet": _from_parquet}
+        reader = readers.get(path.suffix.lower())
+        if reader is None:
+            raise ImageError(
+                expected(
+                    "a folder, or a table ending in .csv or .parquet",
+                    f"{path.name!r}",
+                    "Give the folder that holds the images, or save the table as CSV",
+                )
+            )
+        try:
+            columns = reader(path)
+        except ImageError:
+            raise
+        except Exception as error:
+            raise ImageError(expected(f"a table at {path}", str(error), "Save the table again")) from error
+        if "image" not in columns:
+            raise ImageError(
+                expected(
+                    f"a column 'image' in {path}",
+                    f"the columns {', '.join(columns) or '(none)'}",
+                    "Rename the column that holds the paths to 'image'",
+                )
+            )
+        keys = [key.replace("\\", "/") if os.sep == "\\" else key for key in columns["image"]]
+        if "" in keys:
+            raise ImageError(
+                expected(f"a path in every row of {path}", f"none in row {keys.index('') + 2}", "Fill in the cell")
+            )
+        folder = Path(root) if root is not None else path.parent
+        category = next((name for name in _CATEGORY_COLUMNS if name in columns), None)
+        return cls._build(
+            keys,
+            _Files(tuple(folder / key for key in keys)),
+            categories=columns[category] if category else None,
+            splits=columns.get("split"),
+            photos=columns.get("photo"),
+            root=folder,
+            name=folder.resolve().name if path.name == IMAGE_TABLE else path.stem,
+        )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: npt.NDArray[Any] | Sequence[npt.NDArray[Any]],
+        categories: Sequence[str] | None = None,
+        splits: Sequence[str] | None = None,
+        photos: Sequence[str] | None = None,
+        name: str = "arrays",
+    ) -> ImageSet:
+        """Use arrays in memory.
+
+        Args:
+            images: ``[image, row, col, 3]``, or a list of ``[row, col, 3]`` of any sizes; uint8, or float
+                from 0 to 1. One colour, ``[row, col]`` or ``[row, col, 1]``, is grey. uint8 arrays are kept,
+                not copied.
+            categories: what each image shows.
+            splits: the side of each image, ``""`` where :func:`split_of` shall decide.
+            photos: the photo that each image was cut from.
+            name: what to call the set in reports.
+
+        Raises:
+            ImageError: a wrong shape or type, values outside 0 to 1 or ``nan`` among floats, lists of
+                different lengths, or no image at all.
+        """
+        if isinstance(images, np.ndarray) and images.ndim < 3:
+            raise ImageError(
+                expected("shape [image, row, col, 3] for the images", str(images.shape), "Stack the images first")
+            )
+        ready = [_as_bytes(np.asarray(image), f"image {index}") for index, image in enumerate(images)]
+        return cls._build(
+            [f"{index:06d}" for index in range(len(ready))],
+            _Arrays(ready),
+            categories=None if categories is None else [str(category) for category in categories],
+            splits=splits,
+            photos=photos,
+            name=name,
+        )
+
+    @classmethod
+    def from_generator(
+        cls,
+        draw: Callable[[int], ByteArray],
+        keys: Sequence[str],
+        categories: Sequence[str] | None = None,
+        splits: Sequence[str] | None = None,
+        *,
+        recipe: str = "",
+        truth: Callable[[tuple[str, ...]], PartTruth] | None = None,
+        name: str = "generated",
+    ) -> ImageSet:
+        """Use images that a function draws when they are read.
+
+        Args:
+            draw: gives, for a position in ``keys``, a uint8 array ``[row, col, 3]``; the same one every time.
+                Make it a picklable object if worker processes shall read the images.
+            keys: one name per image.
+            categories: what each image shows.
+            splits: the side of each image.
+            recipe: text from which all images follow (with their positions); it stands for their content in
+                :meth:`fingerprint`. When left out, the images are drawn and hashed.
+            truth: gives the annotated parts of the images with these keys; called once, when first needed.
+            name: what to call the set in reports.
+
+        Raises:
+            ImageError: lists of different lengths, repeated keys, or no image at all.
+        """
+        return cls._build(keys, _Generator(draw, recipe), categories=categories, splits=splits, truth=truth, name=name)
+
+    # Looking at the list
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.keys)
+
+    @cached_property
+    def part_truth(self) -> PartTruth | None:
+        """Annotated parts, one row per image of this set and in its order; None where the set has none."""
+        return None if self._truth is None else self._truth(self.keys).for_keys(self.keys)
+
+    def category_counts(self) -> dict[str, int]:
+        """Return the number of images of each category, categories in alphabetical order."""
+        return dict(sorted(Counter(self.categories).items()))
+
+    def indices(
+        self, category: str | None = None, split: str | None = None, exclude_category: str | None = None
+    ) -> tuple[int, ...]:
+        """Return the positions of the images that fulfil all the given conditions, possibly none.
+
+        Args:
+            category: keep only images of this category.
+            split: keep only images of this split.
+            exclude_category: leave out images of this category.
+
+        Raises:
+            ImageError: no image of the set has that category or split; the text names the nearest that
+                exists.
+        """
+        for what, wanted, have in (
+            ("category", category, self.categories),
+            ("category", exclude_category, self.categories),
+            ("split", split, self.splits),
+        ):
+            if wanted is not None and wanted not in have:
+                options = sorted(set(have) - {""})
+                raise ImageError(
+                    expected(
+                        f"a {what} of {self.name}",
+                        f"{wanted!r}",
+                        f"Choose one of {listed(nearest(wanted, options, 5))}"
+                        if options
+                        else "Sort the images into sub-folders, or add a column to the table",
+                    )
+                )
+        return tuple(
+            index
+            for index in range(len(self))
+            if (category is None or self.categories[index] == category)
+            and (split is None or self.splits[index] == split)
+            and (exclude_category is None or self.categories[index] != exclude_category)
+        )
+
+    def select(
+        self, category: str | None = None, split: str | None = None, exclude_category: str | None = None
+    ) -> ImageSet:
+        """Return the images that fulfil all the given conditions, in the same order.
+
+        Args:
+            category: keep only images of this category.
+            split: keep only images of this split.
+            exclude_category: leave out images of this category.
+
+        Raises:
+            ImageError: no image of the set has that category or split, or none fulfils all conditions
+                together (ask :meth:`indices` where that may happen).
+        """
+        chosen = self.indices(category, split, exclude_category)
+        if not chosen:
+            conditions = {"category": category, "split": split, "exclude_category": exclude_category}
+            wanted = ", ".join(f"{name}={value!r}" for name, value in conditions.items() if value is not None)
+            raise ImageError(expected(f"images of {self.name} with {wanted}", "none", "Add such images"))
+        return self.take(chosen)
+
+    def take(self, indices: Iterable[int]) -> ImageSet:
+        """Return the images at these positions, in this order.
+
+        Raises:
+            ImageError: a position outside the set, one that stands twice, or no position at all.
+        """
+        chosen = [self._checked(index) for index in indices]
+        return self._replaced(
+            keys=tuple(self.keys[index] for index in chosen),
+            categories=tuple(self.categories[index] for index in chosen),
+            splits=tuple(self.splits[index] for index in chosen),
+            photos=tuple(self.photos[index] for index in chosen),
+            _rows=tuple(self._rows[index] for index in chosen),
+        )
+
+    def _replaced(self, **changes: Any) -> ImageSet:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return ImageSet(**{**values, **changes})
+
+    def _checked(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise ImageError(expected(f"a position from 0 to {len(self) - 1} in {self.name}", index, "Count from 0"))
+        return int(index) % len(self)
+
+    # Reading
+
+    def read(self, index: int) -> Image.Image:
+        """Decode one image to 8-bit RGB.
+
+        The EXIF orientation is applied. Transparent pixels are composited on white. 16-bit values are divided
+        by 257; 32-bit integer and float images are scaled from 0–1 (float), 0–255 or 0–65535, whichever range
+        holds all their values, and are stretched from minimum to maximum otherwise. Colour profiles are not
+        applied.
+
+        Raises:
+            ImageError: the position does not exist, or the file is missing or cannot be decoded; the text
+                names it.
+        """
+        return self._source.read(self._rows[self._checked(index)])
+
+    def size_px(self, index: int) -> tuple[int, int]:
+        """Return width and height of one image as :meth:`read` gives it, from the file's header alone.
+
+        Raises:
+            ImageError: as :meth:`read`.
+        """
+        return self._source.size_px(self._rows[self._checked(index)])
+
+    def readable(self, workers: int | None = None) -> tuple[ImageSet, tuple[UnreadableImage, ...]]:
+        """Decode every image once and drop those that cannot be decoded.
+
+        The cost is one decoding of each file, in a thread pool; nothing is kept. Arrays are not decoded.
+
+        Args:
+            workers: threads; one per core, at most 8, when left out.
+
+        Returns:
+            The readable images in the same order, and each dropped image with the reason.
+
+        Raises:
+            ImageError: not one image can be decoded.
+        """
+        if not self._source.may_fail():
+            return self, ()
+
+        def reason(index: int) -> str:
+            try:
+                self.read(index)
+            except Exception as error:  # noqa: BLE001 -- a caller's generator may raise anything
+                return str(error) or type(error).__name__
+            return ""
+
+        reasons = list(_parallel(reason, range(len(self)), workers))
+        good = [index for index, text in enumerate(reasons) if not text]
+        bad = tuple(UnreadableImage(self.keys[index], text) for index, text in enumerate(reasons) if text)
+        if not good:
+            raise ImageError(
+                expected(
+                    f"at least one readable image in {self.name}",
+                    f"{len(bad)} unreadable ones ({listed([image.key for image in bad])}; {bad[0].reason})",
+                    "Give other images",
+                )
+            )
+        return (self, ()) if not bad else (self.take(good), bad)
+
+    def fingerprint(self, workers: int | None = None) -> str:
+        """Hash keys, categories, splits, photo groups, and the size and content of every image.
+
+        Two sets have the same fingerprint when they list the same images in the same order, wherever the
+        files lie.
+
+        Args:
+            workers: threads that read the files; one per core, at most 8, when left out.
+
+        Returns:
+            64 hexadecimal digits (SHA-256).
+
+        Raises:
+            ImageError: a file is missing; the text names it.
+        """
+        digest = hashlib.sha256()
+        contents = _parallel(self._source.digest, self._rows, workers)
+        for *texts, content in zip(self.keys, self.categories, self.splits, self.photos, contents, strict=True):
+            for text in (*texts, content):
+                encoded = text.encode("utf-8", "surrogatepass")
+                digest.update(len(encoded).to_bytes(8, "big") + encoded)
+        return digest.hexdigest()

@@ -1,0 +1,212 @@
+"""How an explainer is built and learned: every weight a field, with its source.
+
+The defaults of the fields are the papers' values ("paper" preset). Where the papers are silent the docstring says so,
+and the value is the one that our comparison chose (``benchmarks/explainer_study.py``, ``docs/study.md``). The
+``partlens`` preset, which the verbs use, changes the fields listed in :data:`PARTLENS_CHANGES`, each with its reason.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from partlens.vocabulary import InputError, expected, nearest
+
+Preset = Literal["partlens", "paper"]
+
+
+_POSITIVE = (
+    "beta",
+    "tau_cells",
+    "reconstruction_weight",
+    "learning_rate",
+    "learning_rate_ordinary",
+    "learning_rate_decoder",
+    "learning_rate_p",
+    "batch_size",
+    "epochs",
+    "views",
+    "candidates_per_filter",
+    "votes",
+)
+_NOT_NEGATIVE = (
+    "score_scale_nats",
+    "eta",
+    "filter_ratio",
+    "filter_decay",
+    "diversity_weight",
+    "equivariance_weight",
+    "norm_floor",
+    "weight_decay",
+    "background_batch",
+    "warmup_epochs",
+    "patience",
+)
+
+PARTLENS_CHANGES: dict[str, Any] = {
+    "score_scale_nats": 8.0,
+    "gradient": "exact",
+    "filter_ratio": 3.0,
+    "filter_decay": 0.0,
+    "filter_mix": False,
+    "diversity_weight": 8.0,
+    "diversity_target": 0.3,
+    "equivariance_weight": 8.0,
+    "initialisation": "parts",
+    "votes": 128,
+    "p_init": 0.1,
+    "learning_rate": 1e-4,
+    "views": 10,
+    "batch_size": 64,
+    "epochs": 40,
+    "warmup_epochs": 16,
+    "precision": "bfloat16",
+}
+"""What the ``partlens`` preset changes; the reasons and the comparison are in ``docs/study.md``."""
+
+
+@dataclass(frozen=True)
+class ExplainerConfig:
+    """Configuration of one explainer.
+
+    Attributes:
+        beta: fall-off of templates and masks (CVPR 2018, Sec. 3.1: 4).
+        tau_cells: template scale times L² (CVPR 2018, Sec. 3.1: 0.5, i.e. tau = 0.5 / L²).
+        score_scale_nats: maps are scaled, per filter and by a running mean, so that the score of the best template is
+            this many nats before the filter loss; 0 leaves the maps as they are (paper).
+        gradient: ``exact`` over all templates or the paper's ``approximate`` single template (CVPR 2018, Eq. (4)).
+        normaliser: ``batch`` or ``running`` Z_T (CVPR 2018, footnote 2; the released code uses the batch).
+        reconstruction_weight: numerator of lambda_l = 5e4 / E|max(x*, 0)| (ICLR 2020, Sec. 4).
+        eta: weight of -log p; 1e6 for AlexNet, VGG-M and VGG-S, 1.5e5 for VGG-16 and ResNets (ICLR 2020, Sec. 4).
+        filter_ratio: E|lambda_f dLoss_f/dx| over E|dLoss_rec/dx| in epoch 1 (ICLR 2020: 1/300, as we read it).
+        filter_decay: the ratio is divided by epoch ** filter_decay (paper: 1).
+        filter_mix: apply the loss of conv-interp-2 to p x_f + (1 - p) x_ordin, the ordinary track detached (ICLR
+            2020, App. I).
+        diversity_weight: weight of the mean pairwise correlation of the filters' expected peaks above
+            ``diversity_target``, per filter and in units of the filter loss; 0 in the papers, which report that filters
+            spread over parts but have no term that makes them.
+        diversity_target: mean pairwise correlation that is left alone.
+        equivariance_weight: weight of the distance (cells) between a peak and where a crop or mirror of the photo
+            should have put it, per filter and in units of the filter loss; 0 in the papers.
+        norm_momentum: weight of the past in the norm layers' running magnitudes (paper silent).
+        norm_floor: magnitudes below this share of the layer's mean are raised to it, so that a dead channel does not
+            divide by nearly nothing (paper silent).
+        norm_positives_only: estimate magnitudes on photos of the category only (ICLR 2020, App. H).
+        initialisation: of conv-interp-1/2: ``random`` (He), ``identity`` plus a little noise, or ``parts`` (see
+            :mod:`partlens.explainer.seeding`); the papers are silent.
+        candidates_per_filter: for ``parts``: part candidates per filter of conv-interp-1; the best are kept.
+        votes: for ``parts``: filters of conv-interp-1 that vote for one filter of conv-interp-2.
+        p_init: p at the start (paper silent).
+        p_max: the largest p that training may reach, 1 in the paper.
+        learning_rate: Adam, interpretable track (paper silent on the optimiser and all rates).
+        learning_rate_ordinary: Adam, ordinary track.
+        learning_rate_decoder: Adam, decoder.
+        learning_rate_p: Adam, w_p.
+        weight_decay: decoupled, on convolutions.
+        batch_size: photos of the category in a step.
+        background_batch: other photos in a step, for the reconstruction only.
+        epochs: passes over the category's photos, each in one view.
+        warmup_epochs: passes in which only the interpretable track learns.
+        views: views of each photo in the cache: the photo, its mirror, then random crops, half of them mirrored.
+        crop_area_min: smallest share of the photo's area in a crop.
+        patience: epochs without improvement of the smoothed objective before training stops; 0 never stops early.
+        precision: of convolutions in training; sums, losses and weights stay float32.
+        seed: of everything drawn.
+    """
+
+    beta: float = 4.0
+    tau_cells: float = 0.5
+    score_scale_nats: float = 0.0
+    gradient: Literal["exact", "approximate"] = "approximate"
+    normaliser: Literal["batch", "running"] = "batch"
+    reconstruction_weight: float = 5e4
+    eta: float = 1.5e5
+    filter_ratio: float = 1 / 300
+    filter_decay: float = 1.0
+    filter_mix: bool = True
+    diversity_weight: float = 0.0
+    diversity_target: float = 1.0
+    equivariance_weight: float = 0.0
+    norm_momentum: float = 0.95
+    norm_floor: float = 0.1
+    norm_positives_only: bool = True
+    initialisation: Literal["random", "identity", "parts"] = "random"
+    candidates_per_filter: int = 16
+    votes: int = 64
+    p_init: float = 0.5
+    p_max: float = 1.0
+    learning_rate: float = 1e-3
+    learning_rate_ordinary: float = 1e-4
+    learning_rate_decoder: float = 1e-4
+    learning_rate_p: float = 3e-3
+    weight_decay: float = 0.0
+    batch_size: int = 32
+    background_batch: int = 16
+    epochs: int = 50
+    warmup_epochs: int = 0
+    views: int = 2
+    crop_area_min: float = 0.55
+    patience: int = 10
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field once."""
+        for name in _POSITIVE + _NOT_NEGATIVE:
+            value = getattr(self, name)
+            low_enough = value > 0 if name in _POSITIVE else value >= 0
+            if not (math.isfinite(value) and low_enough):
+                rule = "positive" if name in _POSITIVE else "at least 0"
+                raise InputError(expected(f"{name} {rule} and finite", value, f"Set {name} to a usable value"))
+        if self.batch_size < 2:
+            raise InputError(expected("batch_size at least 2", self.batch_size, "The filter loss compares photos"))
+        for name in ("p_init", "norm_momentum", "crop_area_min"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(expected(f"{name} between 0 and 1", getattr(self, name), f"Choose {name} in (0, 1)"))
+        if not 0 < self.p_max <= 1 or self.p_init >= self.p_max:
+            raise InputError(
+                expected("p_init < p_max <= 1", f"{self.p_init} and {self.p_max}", "Lower p_init or raise p_max")
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ExplainerConfig:
+        """Build a configuration from plain values.
+
+        Raises:
+            InputError: a field that does not exist.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InputError(
+                    expected(
+                        "a field of ExplainerConfig",
+                        name,
+                        f"Did you mean {' or '.join(nearest(name, known))}?",
+                    )
+                )
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: Preset = "partlens", **changes: Any) -> ExplainerConfig:
+        """Return a preset with changes.
+
+        Args:
+            name: ``partlens`` (ours) or ``paper``.
+            changes: fields to set after the preset.
+
+        Example:
+            >>> ExplainerConfig.preset("paper", epochs=3).epochs
+            3
+        """
+        presets: dict[str, dict[str, Any]] = {"paper": {}, "partlens": PARTLENS_CHANGES}
+        if name not in presets:
+            raise InputError(expected("preset partlens or paper", name, "Choose one of them"))
+        known = {f.name for f in fields(cls)}
+        cls.from_dict({k: v for k, v in changes.items() if k not in known})
+        return replace(cls(), **{**presets[name], **changes})

@@ -1,0 +1,302 @@
+"""The explainer network: two tracks, their share p, and a decoder that starts as a copy of the performer.
+
+    x_interp = norm(pool(mask(relu(conv-interp-2(mask(relu(conv-interp-1(x))))))))
+    x_ordin  = norm(pool(relu(conv-ordin(x))))
+    x_enc    = p * x_interp + (1 - p) * x_ordin,          p = sigmoid(w_p)
+    x_dec    = decoder(gain * x_enc)
+
+Source: ICLR 2020 submission, Sec. 3.1 and Fig. 2. Both tracks are pooled before the norm layers, since their sum must
+have the decoder's size and the norm layers make p the ratio of what is summed (the figure is not available; this is
+our reading).
+
+The papers give decoders for heads of fully connected layers. Our general rule covers those and every other network:
+the decoder is a copy of the performer's layers between the tap and the targets. Where the first of them is a
+convolution with its activation and everything after the pooling is fully connected (AlexNet, VGG), the explainer's
+convolutions take that convolution's place, as in the papers, and the decoder starts at the first fully connected layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.templates import mask_at_peak, peak_masks
+from partlens.vocabulary import InputError, LayerError, expected
+
+
+class NormLayer(nn.Module):
+    """Divide each channel by its average magnitude: ``x_k / alpha_k``, ``alpha_k = E_x[sum_ij max(x_ijk, 0)]``.
+
+    ``alpha`` is a running average over training batches (the first batch starts it), a constant of the backward pass,
+    and frozen in evaluation. A channel whose magnitude is below ``floor`` times the mean of all channels is divided by
+    that floor instead: a dead channel would otherwise be divided by nearly nothing and blow up on the first photo that
+    wakes it. Source: ICLR 2020 submission, Sec. 3.1 ("Norm-layer"); momentum and floor are ours.
+    """
+
+    magnitude: Tensor
+    started: Tensor
+
+    def __init__(self, channels: int, *, momentum: float = 0.95, floor: float = 0.1) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.floor = floor
+        self.register_buffer("magnitude", torch.ones(channels))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def divisor(self) -> Float[Tensor, " channel"]:
+        """The magnitude each channel is divided by, the floor applied."""
+        lowest = (self.magnitude.mean() * self.floor).clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.maximum(self.magnitude, lowest)
+
+    @torch.no_grad()
+    def update(self, maps: Float[Tensor, "image channel row col"], positives: int | None = None) -> None:
+        """Mix the magnitudes of a batch into the running average; only its first ``positives`` images when given."""
+        used = maps[:positives].detach().float()
+        if not used.shape[0]:
+            return
+        batch = used.clamp(min=0).sum((2, 3)).mean(0)
+        if bool(self.started):
+            self.magnitude.lerp_(batch, 1 - self.momentum)
+        else:
+            self.magnitude.copy_(batch)
+            self.started.fill_(value=True)
+
+    def forward(
+        self, maps: Float[Tensor, "image channel row col"], positives: int | None = None
+    ) -> Float[Tensor, "image channel row col"]:
+        """Normalise; in training mode update the running average first."""
+        if self.training:
+            self.update(maps, positives)
+        return maps / self.divisor.to(maps.dtype)[:, None, None]
+
+
+class ExplainerOutput(NamedTuple):
+    """What one pass through an explainer yields.
+
+    Attributes:
+        interp1: maps of conv-interp-1 after the ReLU, before the mask.
+        interp2: maps of conv-interp-2 after the ReLU, before the mask: the last interpretable layer.
+        ordin: maps of conv-ordin after the ReLU, before pooling.
+        p: the share of the interpretable track, a scalar.
+        reconstructions: one tensor per target.
+    """
+
+    interp1: Tensor
+    interp2: Tensor
+    ordin: Tensor
+    p: Tensor
+    reconstructions: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class ExplainerStructure:
+    """What an explainer is made of, all of it found in the performer.
+
+    Attributes:
+        tap: layer whose maps go in.
+        targets: layers whose features are reconstructed, the last one fed back.
+        channels_in: filters of the tap.
+        channels_out: filters of the encoder's output.
+        side_cells: rows and columns of the tap's maps.
+        replaced: name of the performer's convolution whose place the tracks take; ``None`` where they are inserted.
+        decoder_from: layer whose output the encoder stands for.
+    """
+
+    tap: str
+    targets: tuple[str, ...]
+    channels_in: int
+    channels_out: int
+    side_cells: tuple[int, int]
+    replaced: str | None
+    decoder_from: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return {
+            "tap": self.tap,
+            "targets": list(self.targets),
+            "channels_in": self.channels_in,
+            "channels_out": self.channels_out,
+            "side_cells": list(self.side_cells),
+            "replaced": self.replaced,
+            "decoder_from": self.decoder_from,
+        }
+
+
+def dense_weights(conv: nn.Conv2d) -> Tensor:
+    """Return a grouped convolution's kernel as an ordinary one, zero between groups."""
+    weight = conv.weight.detach()
+    if conv.groups == 1:
+        return weight.clone()
+    out, width = weight.shape[:2]
+    dense = weight.new_zeros(out, width * conv.groups, *weight.shape[2:])
+    per_group = out // conv.groups
+    for group in range(conv.groups):
+        rows = slice(group * per_group, (group + 1) * per_group)
+        dense[rows, group * width : (group + 1) * width] = weight[rows]
+    return dense
+
+
+class Explainer(nn.Module):
+    """An explainer of one layer of one performer.
+
+    Args:
+        structure: from :func:`partlens.explainer.assembly.explainer_structure`.
+        config: weights and initialisation.
+        decoder: takes the encoder's output (times the gain), returns one tensor per target.
+        pool: the performer's pooling between encoder and decoder, if any.
+        ordinary: kernel and bias the ordinary track starts from (the replaced convolution's); identity when left out.
+        generator: draws the initial weights.
+    """
+
+    masks: Tensor
+    gain_started: Tensor
+
+    def __init__(
+        self,
+        structure: ExplainerStructure,
+        config: ExplainerConfig,
+        decoder: nn.Module,
+        *,
+        pool: nn.Module | None = None,
+        ordinary: tuple[Tensor, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        width, out = structure.channels_in, structure.channels_out
+        self.structure = structure
+        self.config = config
+        self.conv_interp_1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_interp_2 = nn.Conv2d(width, out, 3, padding=1)
+        self.conv_ordin = nn.Conv2d(width, out, 3, padding=1)
+        self.pool = nn.Identity() if pool is None else pool
+        self.norm_interp = NormLayer(out, momentum=config.norm_momentum, floor=config.norm_floor)
+        self.norm_ordin = NormLayer(out, momentum=config.norm_momentum, floor=config.norm_floor)
+        self.share_logit = nn.Parameter(torch.logit(torch.tensor(config.p_init / config.p_max)))
+        self.gain = nn.Parameter(torch.ones(out))
+        self.register_buffer("gain_started", torch.zeros((), dtype=torch.bool))
+        self.decoder = decoder
+        self.register_buffer("masks", peak_masks(*structure.side_cells, beta=config.beta), persistent=False)
+        self._initialise(ordinary, generator)
+
+    @torch.no_grad()
+    def _initialise(self, ordinary: tuple[Tensor, Tensor] | None, generator: torch.Generator | None) -> None:
+        for conv in (self.conv_interp_1, self.conv_interp_2):
+            fan_in = conv.in_channels * 9
+            noise = torch.randn(conv.weight.shape, generator=generator)
+            if self.config.initialisation == "random":
+                conv.weight.copy_(noise * math.sqrt(2 / fan_in))
+            else:
+                start = ordinary[0] if ordinary is not None and conv is self.conv_interp_2 else identity_kernel(conv)
+                conv.weight.copy_(start + noise * 0.25 * start.std())
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        if ordinary is None:
+            self.conv_ordin.weight.copy_(identity_kernel(self.conv_ordin))
+            nn.init.zeros_(self.conv_ordin.bias)  # type: ignore[arg-type]
+        else:
+            self.conv_ordin.weight.copy_(ordinary[0])
+            self.conv_ordin.bias.copy_(ordinary[1])  # type: ignore[union-attr]
+
+    @property
+    def p(self) -> Tensor:
+        """The share of the interpretable track in the encoder's output, in (0, p_max)."""
+        return torch.sigmoid(self.share_logit) * self.config.p_max
+
+    @torch.no_grad()
+    def start_norms(self, maps: Float[Tensor, "image filter row col"]) -> None:
+        """Measure the norm layers' magnitudes on a sample and set the gain to the ordinary track's.
+
+        With this gain the decoder receives, for p = 0 and an identity ordinary track, exactly what the performer's
+        own layers received: the explainer starts as a perfect copy of the performer.
+        """
+        _, interp2 = self.interpret(maps)
+        ordin = self.conv_ordin(maps).relu()
+        for norm, values in (
+            (self.norm_interp, self.pool(mask_at_peak(interp2, self.masks))),
+            (self.norm_ordin, self.pool(ordin)),
+        ):
+            norm.started.fill_(value=False)
+            norm.update(values)
+        self.gain.copy_(self.norm_ordin.divisor)
+        self.gain_started.fill_(value=True)
+
+    def interpret(self, maps: Float[Tensor, "image filter row col"]) -> tuple[Tensor, Tensor]:
+        """Return the maps of both interpretable layers, after the ReLU and before the mask."""
+        if maps.shape[1] != self.structure.channels_in or tuple(maps.shape[2:]) != self.structure.side_cells:
+            wanted = (self.structure.channels_in, *self.structure.side_cells)
+            raise InputError(
+                expected(
+                    f"maps (filter, row, col) of {wanted} from {self.structure.tap}",
+                    str(tuple(maps.shape[1:])),
+                    "Use photos preprocessed as in the fit",
+                )
+            )
+        interp1 = self.conv_interp_1(maps).relu()
+        return interp1, self.conv_interp_2(mask_at_peak(interp1, self.masks)).relu()
+
+    def encode(self, maps: Tensor, positives: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return interp1, interp2, ordin (before pooling) and x_enc."""
+        interp1, interp2 = self.interpret(maps)
+        ordin = self.conv_ordin(maps).relu()
+        p = self.p.to(interp2.dtype)
+        mixed = p * self.norm_interp(self.pool(mask_at_peak(interp2, self.masks)), positives) + (
+            1 - p
+        ) * self.norm_ordin(self.pool(ordin), positives)
+        return interp1, interp2, ordin, mixed
+
+    def decode(self, encoded: Tensor) -> tuple[Tensor, ...]:
+        """Return the reconstruction of every target."""
+        result = self.decoder(encoded * self.gain.to(encoded.dtype)[:, None, None])
+        return result if isinstance(result, tuple) else (result,)
+
+    def forward(self, maps: Float[Tensor, "image filter row col"], positives: int | None = None) -> ExplainerOutput:
+        """Explain a batch of tap maps.
+
+        Args:
+            maps: the performer's maps at the tap.
+            positives: how many leading images are of the category; only those move the norm layers in training.
+
+        Raises:
+            InputError: the maps' size is not the tap's.
+        """
+        interp1, interp2, ordin, encoded = self.encode(maps, positives)
+        return ExplainerOutput(interp1, interp2, ordin, self.p, self.decode(encoded))
+
+    def mixed_maps(self, interp2: Tensor, ordin: Tensor) -> Tensor:
+        """Return ``p x_f + (1 - p) x_ordin`` at the tap's size, in units of interp2, the ordinary track detached.
+
+        The papers apply conv-interp-2's filter loss to this mixture of normed maps (ICLR 2020, App. I); multiplying
+        by the interpretable norm's divisor keeps the scale of ``x_f``.
+        """
+        if interp2.shape != ordin.shape:
+            raise LayerError(
+                expected("tracks of one size", f"{tuple(interp2.shape)} and {tuple(ordin.shape)}", "Report this")
+            )
+        scale = (self.norm_interp.divisor / self.norm_ordin.divisor)[:, None, None].to(interp2.dtype)
+        p = self.p.to(interp2.dtype)
+        return p * interp2 + (1 - p) * ordin.detach() * scale
+
+
+def identity_kernel(conv: nn.Conv2d) -> Tensor:
+    """Return a kernel that copies channel k to channel k."""
+    kernel = torch.zeros_like(conv.weight)
+    nn.init.dirac_(kernel)
+    return kernel
+
+
+def parameter_groups(explainer: Explainer) -> dict[str, Sequence[nn.Parameter]]:
+    """Return the learned parameters by role: interpretable, ordinary, share, decoder."""
+    return {
+        "interpretable": [*explainer.conv_interp_1.parameters(), *explainer.conv_interp_2.parameters()],
+        "ordinary": list(explainer.conv_ordin.parameters()),
+        "share": [explainer.share_logit],
+        "decoder": [explainer.gain, *explainer.decoder.parameters()],
+    }

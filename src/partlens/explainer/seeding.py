@@ -1,0 +1,210 @@
+"""Part candidates to start from, found without labels in the tap's own features.
+
+Learning the interpretable track from noise or from the identity ends, with the filter loss alone, in filters that all
+follow one part. Starting it from part candidates ends better on every measure (``docs/study.md``):
+
+1. *Candidates.* Features of the category's photos, averaged over 3x3 cells and whitened by the covariance of all
+   photos' features, are clustered by spherical k-means, for several numbers of clusters and random shares of the
+   photos. Only the half of the cells that a linear discriminant finds most typical of the category take part. A cluster
+   centre is a linear part detector (a discriminant against everything else in the photos).
+2. *Selection.* Two ranks, both without labels, are added: how exactly a candidate's peak moves with crops and mirrors
+   of the photo, and how much more strongly it answers to photos of the category than to others (area under the curve).
+3. *Votes.* conv-interp-1 becomes the best candidates. In conv-interp-2 each filter averages, after the mask, the
+   candidates whose peaks move most like its own.
+
+Whitened (linear discriminant) detectors follow Hariharan, Malik & Ramanan, ECCV 2012; the use as a start is ours.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from partlens.explainer.network import Explainer
+from partlens.explainer.templates import peak_cells
+from partlens.vocabulary import ImageError, expected
+
+CLUSTERS = (6, 8, 12, 16)
+ROUNDS = 12
+SHARE_OF_PHOTOS = 0.7
+SHRINKAGE = 0.05
+MOST_PHOTOS = 400
+_FAR_CELLS = 5.0
+
+
+def _smooth(maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter row col"]:
+    """Average over 3x3 cells with zeros outside, what a 3x3 convolution of equal weights sees."""
+    return F.avg_pool2d(maps, 3, 1, padding=1)
+
+
+def _cells(maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "cell filter"]:
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _spherical_means(
+    points: Float[Tensor, "cell filter"], count: int, generator: torch.Generator
+) -> Float[Tensor, "cluster filter"]:
+    """Cluster unit vectors by cosine (Lloyd's iteration from random points)."""
+    centres = points[torch.randperm(points.shape[0], generator=generator)[:count]]
+    for _ in range(ROUNDS):
+        nearest = (points @ centres.t()).argmax(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centres)
+    return centres
+
+
+def _areas(
+    positive: Float[Tensor, "image filter"], negative: Float[Tensor, "other filter"]
+) -> Float[Tensor, " filter"]:
+    """Area under the receiver operating curve of every filter's peak, category against others (Mann-Whitney)."""
+    stacked = torch.cat([positive, negative])
+    ranks = stacked.argsort(0).argsort(0).double() + 1
+    count, others = positive.shape[0], negative.shape[0]
+    return ((ranks[:count].sum(0) - count * (count + 1) / 2) / (count * others)).float()
+
+
+def _rank(values: Float[Tensor, " filter"]) -> Float[Tensor, " filter"]:
+    return values.argsort(stable=True).argsort(stable=True).float() / max(1, values.numel() - 1)
+
+
+def _peak_grid(maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter 2"]:
+    index = peak_cells(maps)
+    return torch.stack([index // maps.shape[3], index % maps.shape[3]], -1).float()
+
+
+def _movement_error(
+    first: Float[Tensor, "image filter 2"],
+    second: Float[Tensor, "image filter 2"],
+    windows: Float[Tensor, "image 5"],
+    side: tuple[int, int],
+) -> Float[Tensor, "image filter"]:
+    """Distance in cells, at most 5, between a view's peak and where its window puts the photo's; NaN where cut off."""
+    rows, cols = side
+    left, top, width, height, mirrored = (windows[:, None, k] for k in range(5))
+    x = ((first[..., 1] + 0.5) / cols - left) / width
+    x = torch.where(mirrored > 0.5, 1 - x, x)
+    y = ((first[..., 0] + 0.5) / rows - top) / height
+    error = torch.hypot((second[..., 1] + 0.5) - x * cols, (second[..., 0] + 0.5) - y * rows).clamp(max=_FAR_CELLS)
+    inside = (x > 0) & (x < 1) & (y > 0) & (y < 1)
+    return torch.where(inside, error, math.nan)
+
+
+def part_candidates(
+    photos: Float[Tensor, "image filter row col"],
+    others: Float[Tensor, "other filter row col"],
+    count: int,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "candidate filter"], Float[Tensor, " filter"]]:
+    """Cluster the tap's features into linear part detectors.
+
+    Args:
+        photos: tap maps of photos of the category.
+        others: tap maps of other photos; may be empty, then the category's own mean stands in.
+        count: detectors wanted, at least.
+        generator: source of the draws.
+
+    Returns:
+        The detectors and the mean feature they are applied after.
+    """
+    own = _cells(_smooth(photos))
+    rest = _cells(_smooth(others)[:, :, ::3, ::3]) if others.shape[0] else own
+    everything = torch.cat([own, rest])
+    mean = everything.mean(0)
+    centred = everything - mean
+    covariance = centred.t() @ centred / centred.shape[0]
+    covariance += SHRINKAGE * covariance.diagonal().mean() * torch.eye(covariance.shape[0])
+    values, vectors = torch.linalg.eigh(covariance.double())
+    white = (vectors @ torch.diag(values.clamp(min=1e-12).rsqrt()) @ vectors.t()).float()
+    direction = torch.linalg.solve(covariance, own.mean(0) - rest.mean(0))
+    typical = own @ direction if others.shape[0] else own.norm(dim=1)
+    kept = typical >= typical.median()
+    points = F.normalize((own - mean) @ white, dim=1)
+    per_photo = photos.shape[2] * photos.shape[3]
+    found: list[Tensor] = []
+    while sum(f.shape[0] for f in found) < count:
+        chosen = torch.rand(photos.shape[0], generator=generator) < SHARE_OF_PHOTOS
+        used = points[kept & chosen.repeat_interleave(per_photo)]
+        if used.shape[0] <= max(CLUSTERS):
+            used = points[kept]
+        found.extend(_spherical_means(used, k, generator) @ white for k in CLUSTERS)
+    return torch.cat(found), mean
+
+
+@torch.no_grad()
+def seed_parts(
+    explainer: Explainer,
+    views: Float[Tensor, "view image filter row col"],
+    windows: Float[Tensor, "view image 5"],
+    others: Float[Tensor, "other filter row col"],
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Set the interpretable track to part candidates and their votes.
+
+    Args:
+        explainer: its conv-interp-1/2 are overwritten.
+        views: tap maps of photos of the category; view 0 is the whole photo, the others are its mirror and crops.
+        windows: how each view was cut.
+        others: tap maps of other photos; may be empty.
+        generator: source of the draws.
+
+    Returns:
+        What was found, for the log: candidates tried, mean movement error (cells) and mean area under the curve of
+        those kept.
+
+    Raises:
+        ImageError: fewer than four photos.
+    """
+    if views.shape[1] < 4:
+        raise ImageError(expected("at least 4 photos to find parts in", int(views.shape[1]), "Add photos"))
+    side = (int(views.shape[3]), int(views.shape[4]))
+    first, second = explainer.conv_interp_1, explainer.conv_interp_2
+    width, out = first.out_channels, second.out_channels
+    detectors, mean = part_candidates(
+        views[0], others, explainer.config.candidates_per_filter * max(width, out), generator
+    )
+
+    def answers(maps: Tensor) -> Tensor:
+        return torch.einsum("kf,ifrc->ikrc", detectors, _smooth(maps)) - (detectors @ mean)[:, None, None]
+
+    own = answers(views[0])
+    at = _peak_grid(own)
+    peaks = own.flatten(2).amax(-1)
+    del own
+    errors = torch.cat(
+        [_movement_error(at, _peak_grid(answers(views[v])), windows[v], side) for v in range(1, views.shape[0])]
+        or [torch.zeros_like(peaks)]
+    )
+    moved = errors.nanmean(0).nan_to_num(_FAR_CELLS)
+    area = _areas(peaks, answers(others).flatten(2).amax(-1)) if others.shape[0] else torch.full_like(moved, 0.5)
+    order = (_rank(moved) - _rank(area)).argsort(stable=True)
+    chosen = order[torch.arange(width) % order.numel()]
+    strength = peaks.mean(0)[chosen].clamp(min=1e-6)
+    kernel = (detectors[chosen] / strength[:, None])[:, :, None, None]
+    first.weight.copy_(kernel.expand_as(first.weight) / 9)
+    first.bias.copy_(-(detectors[chosen] @ mean) / strength)  # type: ignore[union-attr]
+    votes = _votes(at[:, chosen], at[:, order[torch.arange(out) % order.numel()]], explainer.config.votes)
+    second.weight.copy_(votes[:, :, None, None].expand_as(second.weight) / 9)
+    second.bias.zero_()  # type: ignore[union-attr]
+    return {
+        "candidates": float(detectors.shape[0]),
+        "movement_error_cells": float(moved[chosen].mean()),
+        "category_auc": float(area[chosen].mean()),
+    }
+
+
+def _votes(
+    voters: Float[Tensor, "image voter 2"], filters: Float[Tensor, "image filter 2"], count: int
+) -> Float[Tensor, "filter voter"]:
+    """Weigh for each filter the ``count`` voters whose peaks move most like its own, by squared correlation."""
+
+    def standard(peaks: Tensor) -> Tensor:
+        return (peaks - peaks.mean(0)) / peaks.std(0).clamp(min=1e-3)
+
+    alike = torch.einsum("ifa,iva->fv", standard(filters), standard(voters)) / (2 * (voters.shape[0] - 1))
+    best: tuple[Tensor, Int[Tensor, "filter vote"]] = alike.topk(min(count, alike.shape[1]), dim=1)
+    weights = torch.zeros_like(alike).scatter_(1, best[1], best[0].clamp(min=1e-3).square())
+    return weights / weights.sum(1, keepdim=True)

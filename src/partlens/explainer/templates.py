@@ -1,0 +1,137 @@
+"""Part templates, their prior, and the mask a peak casts.
+
+A template is an ideal map of a part filter: one peak at a cell, falling off with the L1 distance, negative far away.
+The family holds one template per cell and a negative one for "the part is not in the image".
+
+Source: Zhang, Wu & Zhu, CVPR 2018, Sec. 3.1 (templates, prior); Zhang et al., ICLR 2020 submission, Sec. 3.1 (mask).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from partlens.vocabulary import InputError, expected
+
+BETA = 4.0
+"""Fall-off of a template per side length (CVPR 2018, Sec. 3.1)."""
+
+
+def _check_side(rows: int, cols: int) -> None:
+    if rows < 2 or cols < 2:
+        raise InputError(
+            expected(
+                "maps of at least 2x2 cells",
+                f"{rows}x{cols}",
+                "Tap a layer further from the output, where maps are larger",
+            )
+        )
+
+
+def _distance_cells(rows: int, cols: int, device: torch.device | None = None) -> Float[Tensor, "cell cell"]:
+    """L1 distance between every pair of cells, in cells, row-major."""
+    row = torch.arange(rows, device=device, dtype=torch.float64)
+    col = torch.arange(cols, device=device, dtype=torch.float64)
+    by_row = (row[:, None] - row[None, :]).abs()
+    by_col = (col[:, None] - col[None, :]).abs()
+    return (by_row[:, None, :, None] + by_col[None, :, None, :]).reshape(rows * cols, rows * cols)
+
+
+def part_templates(
+    rows: int,
+    cols: int | None = None,
+    *,
+    beta: float = BETA,
+    tau: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "template row col"]:
+    """Return the template family ``T_mu1 … T_mu(L²), T-`` of a map.
+
+    ``T_mu[i, j] = tau * max(1 - beta * |[i, j] - mu|_1 / L, -1)`` and ``T-[i, j] = -tau``, where ``L`` is the side
+    length (for maps that are not square, the geometric mean of both sides; the papers have square maps only).
+
+    Args:
+        rows: rows of the map, at least 2.
+        cols: columns of the map; ``rows`` when left out.
+        beta: fall-off, 4 in the paper.
+        tau: scale; the paper's ``0.5 / L²`` (``0.5 / (rows * cols)``) when left out.
+        dtype: of the result; computed in float64.
+
+    Returns:
+        ``rows * cols + 1`` templates, row-major by peak cell, the negative one last.
+
+    Raises:
+        InputError: fewer than 2 rows or columns.
+
+    Example:
+        >>> family = part_templates(14)
+        >>> family.shape[0], round(float(family[0, 0, 0]) * 196, 6), round(float(family.min()) * 196, 6)
+        (197, 0.5, -0.5)
+    """
+    cols = rows if cols is None else cols
+    _check_side(rows, cols)
+    tau = 0.5 / (rows * cols) if tau is None else tau
+    side = math.sqrt(rows * cols)
+    positive = (1 - beta * _distance_cells(rows, cols) / side).clamp(min=-1)
+    family = torch.cat([positive, positive.new_full((1, rows * cols), -1.0)]) * tau
+    return family.reshape(-1, rows, cols).to(dtype)
+
+
+def template_log_prior(cells: int, *, alpha: float | None = None) -> Float[Tensor, " template"]:
+    """Return ``log p(T)``: ``alpha / L²`` for each positive template, ``1 - alpha`` for the negative one.
+
+    With the paper's ``alpha = L² / (1 + L²)`` all ``L² + 1`` templates are equally likely. (CVPR 2018, Sec. 3.1)
+
+    Args:
+        cells: number of cells ``L²``.
+        alpha: probability that the part is present, in (0, 1); the paper's value when left out.
+
+    Example:
+        >>> round(float(template_log_prior(196).exp()[0] * 197), 5)
+        1.0
+    """
+    alpha = cells / (1 + cells) if alpha is None else alpha
+    if not 0 < alpha < 1:
+        raise InputError(expected("alpha between 0 and 1", alpha, "Leave it out for the paper's value"))
+    prior = torch.full((cells + 1,), math.log(alpha / cells), dtype=torch.float64)
+    prior[-1] = math.log1p(-alpha)
+    return prior
+
+
+def peak_masks(
+    rows: int, cols: int | None = None, *, beta: float = BETA, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "cell row col"]:
+    """Return ``max(1 - beta * |mu - [i, j]|_1 / L, 0)`` for every peak cell ``mu``: 1 at the peak, no ``tau``.
+
+    Source: ICLR 2020 submission, Sec. 3.1 ("Mask layer").
+
+    Example:
+        >>> int((peak_masks(14)[7 * 14 + 7] > 0).sum())
+        25
+    """
+    cols = rows if cols is None else cols
+    _check_side(rows, cols)
+    mask = (1 - beta * _distance_cells(rows, cols) / math.sqrt(rows * cols)).clamp(min=0)
+    return mask.reshape(-1, rows, cols).to(dtype)
+
+
+def peak_cells(maps: Float[Tensor, "image filter row col"]) -> Int[Tensor, "image filter"]:
+    """Return the row-major index of each map's largest cell, the first of equals (a map of zeros gives 0)."""
+    return maps.flatten(2).argmax(-1)
+
+
+def mask_at_peak(
+    maps: Float[Tensor, "image filter row col"], masks: Float[Tensor, "cell row col"]
+) -> Float[Tensor, "image filter row col"]:
+    """Keep each map's neighbourhood of its largest cell: ``x ∘ mask(argmax x)``.
+
+    The mask is a constant in the backward pass: ``dx = dy ∘ mask``. (ICLR 2020 submission, Sec. 3.1)
+
+    Args:
+        maps: non-negative maps (after a ReLU).
+        masks: from :func:`peak_masks`, for this map size.
+    """
+    return maps * masks.to(maps.dtype)[peak_cells(maps.detach())]

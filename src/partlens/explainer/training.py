@@ -1,0 +1,376 @@
+"""Learn an explainer from cached maps: epochs, checkpoints, resumption.
+
+Everything drawn in an epoch comes from a generator seeded by (seed, epoch), and a checkpoint holds the weights, the
+optimiser's moments and the objective's running measurements; so a run that was killed and started again ends, on the
+same machine and with the same number of threads, with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.network import Explainer, ExplainerOutput, parameter_groups
+from partlens.explainer.objective import Objective, ViewPair, target_norm
+from partlens.explainer.seeding import MOST_PHOTOS, seed_parts
+from partlens.store import SCHEMA, content_hash, read_json, read_tensors, write_json, write_tensors
+from partlens.vocabulary import ImageError, InputError, RunError, expected
+
+CHECKPOINT_STATE = "checkpoint.json"
+HISTORY = "history.json"
+_SEED_VIEWS = 5
+_NORM_SAMPLE = 256
+_WARM_STEPS = 50
+_SMOOTHING = 0.6
+_LEAST_IMPROVEMENT = 1e-3
+
+EpochReport = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainingMaps:
+    """What training reads: cached maps of views of photos.
+
+    Attributes:
+        tap: maps at the tap, ``[row, filter, row, col]``; memory maps are read batch by batch.
+        targets: features to reconstruct, one array per target.
+        windows: how each view of the category's photos was cut (photo, view, 5), see
+            :func:`partlens.explainer.views.view_windows`; row ``photo * views + view`` of the arrays.
+        background_rows: rows of the arrays that hold other photos; may be empty.
+    """
+
+    tap: np.ndarray
+    targets: tuple[np.ndarray, ...]
+    windows: Float[Tensor, "photo view 5"]
+    background_rows: Int[np.ndarray, " background"]
+
+    @property
+    def photos(self) -> int:
+        """Number of photos of the category."""
+        return int(self.windows.shape[0])
+
+    @property
+    def views(self) -> int:
+        """Views of each photo."""
+        return int(self.windows.shape[1])
+
+    def rows(self, photos: Tensor, view: Tensor) -> np.ndarray:
+        """Return the array rows of photos in views."""
+        found: np.ndarray = (photos * self.views + view).numpy()
+        return found
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Read maps and targets of some rows as float32."""
+        return _gather(self.tap, rows), tuple(_gather(t, rows) for t in self.targets)
+
+
+def _gather(array: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Read rows in the file's order, which a memory map serves best, and put them back in the order asked."""
+    order = np.argsort(rows, kind="stable")
+    read = torch.from_numpy(np.asarray(array[rows[order]])).float()
+    return read[torch.from_numpy(np.argsort(order, kind="stable"))]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training did.
+
+    Attributes:
+        history: one mapping of logged terms per epoch.
+        stopped: ``"finished"`` after all epochs or ``"plateau"``.
+    """
+
+    history: tuple[dict[str, Any], ...]
+    stopped: str
+
+
+@dataclass(frozen=True)
+class _Batch:
+    rows: np.ndarray
+    positives: int
+    pair: ViewPair | None
+
+
+def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch * 7_919 + 17) % (2**63))
+
+
+def _epoch_batches(data: TrainingMaps, config: ExplainerConfig, epoch: int) -> Iterator[_Batch]:
+    """Draw an epoch: every photo once or twice, each time in a drawn view, beside background photos.
+
+    With equivariance a batch is half photos as they are and half another view of the same photos.
+    """
+    generator = _epoch_generator(config.seed, epoch)
+    paired = config.equivariance_weight > 0 and data.views > 1
+    size = min(config.batch_size, data.photos * (2 if paired else 1))
+    per_batch = max(2, size // 2) if paired else size
+    order = torch.randperm(data.photos, generator=generator)
+    steps = max(1, math.ceil(data.photos / per_batch))
+    for step in range(steps):
+        # The last batch is filled up from the start of the order, so that all batches have one size.
+        photos = order[(torch.arange(per_batch) + step * per_batch) % data.photos]
+        pair: ViewPair | None = None
+        if paired:
+            view = torch.randint(1, data.views, (per_batch,), generator=generator)
+            rows = np.concatenate([data.rows(photos, torch.zeros_like(view)), data.rows(photos, view)])
+            pair = ViewPair(slice(0, per_batch), slice(per_batch, 2 * per_batch), data.windows[photos, view])
+        else:
+            rows = data.rows(photos, torch.randint(0, data.views, (per_batch,), generator=generator))
+        positives = len(rows)
+        if len(data.background_rows) and config.background_batch:
+            drawn = torch.randint(len(data.background_rows), (config.background_batch,), generator=generator)
+            rows = np.concatenate([rows, data.background_rows[drawn.numpy()]])
+        yield _Batch(rows, positives, pair)
+
+
+def _schedule(step: int, total: int) -> float:
+    """Share of the learning rate: a short rise, then a cosine to 5 %."""
+    rise = min(1.0, (step + 1) / _WARM_STEPS)
+    return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total)))))
+
+
+def _optimiser(explainer: Explainer, config: ExplainerConfig) -> torch.optim.AdamW:
+    rates = {
+        "interpretable": config.learning_rate,
+        "ordinary": config.learning_rate_ordinary,
+        "share": config.learning_rate_p,
+        "decoder": config.learning_rate_decoder,
+    }
+    groups = [
+        {
+            "params": list(parameters),
+            "lr": rates[role],
+            "base": rates[role],
+            "weight_decay": 0.0 if role == "share" else config.weight_decay,
+        }
+        for role, parameters in parameter_groups(explainer).items()
+    ]
+    return torch.optim.AdamW(groups)
+
+
+def start_explainer(explainer: Explainer, data: TrainingMaps) -> dict[str, float]:
+    """Initialise what needs data: part candidates (if configured), norm layers and gain.
+
+    Returns:
+        What was found, for the log.
+    """
+    config = explainer.config
+    generator = _epoch_generator(config.seed, 0)
+    found: dict[str, float] = {}
+    if config.initialisation == "parts":
+        photos = torch.randperm(data.photos, generator=generator)[:MOST_PHOTOS].sort().values
+        views = min(_SEED_VIEWS, data.views)
+        maps = torch.stack([_gather(data.tap, data.rows(photos, torch.full_like(photos, v))) for v in range(views)])
+        others = data.background_rows[:: max(1, len(data.background_rows) // (2 * MOST_PHOTOS))]
+        windows = data.windows[photos, :views].transpose(0, 1)
+        found = seed_parts(explainer, maps, windows, _gather(data.tap, others[: 2 * MOST_PHOTOS]), generator)
+    photos = torch.arange(min(data.photos, _NORM_SAMPLE))
+    explainer.start_norms(_gather(data.tap, data.rows(photos, torch.zeros_like(photos))))
+    return found
+
+
+def _check(data: TrainingMaps) -> None:
+    if data.photos < 2:
+        raise ImageError(
+            expected("at least 2 photos of the category to learn from", data.photos, "Add photos or another category")
+        )
+
+
+class _Run:
+    """One training run with its state on disk."""
+
+    def __init__(self, explainer: Explainer, data: TrainingMaps, folder: Path) -> None:
+        self.explainer, self.data, self.folder = explainer, data, folder
+        self.config = explainer.config
+        self.optimiser = _optimiser(explainer, self.config)
+        sample = np.arange(0, data.photos * data.views, data.views)[:_NORM_SAMPLE]
+        self.objective = Objective(self.config, explainer, tuple(target_norm(t) for t in data.read(sample)[1]))
+        self.history: list[dict[str, Any]] = []
+        self.best = math.inf
+        self.stale = 0
+        self.smoothed = math.nan
+        self.found: dict[str, float] = {}
+        self.fingerprint = content_hash(
+            {
+                "config": self.config.to_dict(),
+                "structure": explainer.structure.to_dict(),
+                "photos": data.photos,
+                "background": len(data.background_rows),
+            }
+        )
+
+    def restore(self) -> bool:
+        """Continue from a checkpoint if there is one.
+
+        Raises:
+            RunError: the checkpoint belongs to another configuration.
+        """
+        if not (self.folder / CHECKPOINT_STATE).exists():
+            return False
+        state = read_json(self.folder / CHECKPOINT_STATE)
+        if state.get("fingerprint") != self.fingerprint:
+            raise RunError(
+                expected(
+                    f"a checkpoint of this configuration in {self.folder}",
+                    "one of another",
+                    "Choose another --out folder, or delete this one",
+                )
+            )
+        tensors = read_tensors(self.folder / state["tensors"])
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.explainer.load_state_dict(part("network."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optimiser.").items():
+            index, key = name.split(".", 1)
+            moments.setdefault(int(index), {})[key] = value
+        plain = self.optimiser.state_dict()
+        self.optimiser.load_state_dict({"state": moments, "param_groups": plain["param_groups"]})
+        self.objective.state = part("objective.")
+        self.objective.step = int(state["step"])
+        self.history = list(state["history"])
+        self.best, self.stale = _number(state["best"]), int(state["stale"])
+        self.smoothed = math.nan if state["smoothed"] is None else float(state["smoothed"])
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint: tensors under a new name first, then the state that points to them."""
+        tensors = {f"network.{k}": v for k, v in self.explainer.state_dict().items()}
+        for index, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{k}": v for k, v in moments.items() if isinstance(v, Tensor)}
+        tensors |= {f"objective.{k}": v for k, v in self.objective.state.items()}
+        name = f"checkpoint-{len(self.history) % 2}.safetensors"
+        write_tensors(self.folder / name, tensors)
+        write_json(
+            self.folder / CHECKPOINT_STATE,
+            {
+                "schema": SCHEMA,
+                "fingerprint": self.fingerprint,
+                "tensors": name,
+                "step": self.objective.step,
+                "history": self.history,
+                "best": None if math.isinf(self.best) else self.best,
+                "stale": self.stale,
+                "smoothed": self.smoothed,
+            },
+        )
+        write_json(self.folder / HISTORY, {"schema": SCHEMA, "epochs": self.history})
+
+    def epoch(self, number: int) -> dict[str, Any]:
+        """Run one epoch and return its logged means."""
+        config, explainer = self.config, self.explainer
+        warm = number <= config.warmup_epochs
+        explainer.train()
+        explainer.decoder.eval()  # copies of the performer's norm and dropout layers stay as they are
+        self.objective.epoch = max(1, number - config.warmup_epochs)
+        batches = list(_epoch_batches(self.data, config, number))
+        epochs = config.warmup_epochs if warm else config.epochs
+        done = (number - 1 if warm else number - 1 - config.warmup_epochs) * len(batches)
+        sums: dict[str, float] = {}
+        started = time.monotonic()
+        for index, batch in enumerate(batches):
+            share = _schedule(done + index, epochs * len(batches))
+            for group in self.optimiser.param_groups:
+                group["lr"] = group["base"] * share
+            terms = self._step(batch, warm=warm)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        means = {name: value / len(batches) for name, value in sums.items()}
+        phase = "warmup" if warm else "joint"
+        return {"epoch": number, "phase": phase, "seconds": round(time.monotonic() - started, 3), **means}
+
+    def _step(self, batch: _Batch, *, warm: bool) -> Mapping[str, Tensor]:
+        explainer = self.explainer
+        rows = batch.rows[: batch.positives] if warm else batch.rows
+        maps, targets = self.data.read(rows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            if warm:
+                interp1, interp2 = explainer.interpret(maps)
+                output = ExplainerOutput(interp1, interp2, interp2, explainer.p, ())
+            else:
+                output = explainer(maps, batch.positives if self.config.norm_positives_only else None)
+        if warm:
+            loss, terms = self.objective.warmup(output, batch.positives, batch.pair)
+        else:
+            loss, terms = self.objective.joint(output, targets, batch.positives, batch.pair)
+        if not bool(torch.isfinite(loss.detach())):
+            raise InputError(
+                expected("a finite objective", float(loss.detach()), "Lower the learning rates or check the photos")
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        return terms
+
+    def follow(self, record: dict[str, Any]) -> None:
+        """Keep count of the epochs in which the smoothed objective of the joint phase did not fall."""
+        if record["phase"] == "warmup":
+            return
+        value = record["reconstruction"] + record["share"]
+        past = self.smoothed
+        self.smoothed = value if math.isnan(past) else _SMOOTHING * past + (1 - _SMOOTHING) * value
+        if self.smoothed < self.best * (1 - _LEAST_IMPROVEMENT):
+            self.best, self.stale = self.smoothed, 0
+        else:
+            self.stale += 1
+
+
+def _number(value: float | None) -> float:
+    """Read back a number that JSON could not hold."""
+    return math.inf if value is None else float(value)
+
+
+def train_explainer(
+    explainer: Explainer,
+    data: TrainingMaps,
+    folder: Path,
+    *,
+    report: EpochReport | None = None,
+) -> TrainingResult:
+    """Learn an explainer; continue where a killed run stopped.
+
+    Args:
+        explainer: from :func:`partlens.explainer.assembly.build_explainer`; holds its configuration.
+        data: cached maps.
+        folder: where checkpoints and ``history.json`` are written, after every epoch.
+        report: gets each epoch's record; an exception from it ends training with the last checkpoint intact.
+
+    Returns:
+        The history and why training stopped.
+
+    Raises:
+        ImageError: fewer than two photos.
+        InputError: the objective is not finite.
+        RunError: ``folder`` holds a checkpoint of another configuration.
+    """
+    _check(data)
+    config = explainer.config
+    run = _Run(explainer, data, folder)
+    if not run.restore():
+        run.found = start_explainer(explainer, data)
+    total = config.warmup_epochs + config.epochs
+    stopped = "finished"
+    for number in range(len(run.history) + 1, total + 1):
+        if run.config.patience and run.stale >= run.config.patience:
+            stopped = "plateau"
+            break
+        record = run.epoch(number) | (run.found if number == 1 else {})
+        run.history.append(record)
+        run.follow(record)
+        run.save()
+        if report is not None:
+            report(record)
+    explainer.eval()
+    return TrainingResult(tuple(run.history), stopped)

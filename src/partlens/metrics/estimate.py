@@ -1,0 +1,95 @@
+"""A number as it is shown: value, interval and how many things it was measured on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from partlens.vocabulary import InputError, expected
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with its interval.
+
+    Attributes:
+        value: the measurement; ``nan`` where it is undefined.
+        interval: lower and upper end of the stated interval (95 % unless said otherwise); ``nan`` where undefined.
+        n: the number of units the interval ranges over.
+        unit: what ``n`` counts: ``"photos"``, ``"filters"``, ``"seeds"``.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    n: int
+    unit: str = "photos"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form ``{value, interval, n, unit}``; undefined numbers become ``None``."""
+        clean = [None if not math.isfinite(v) else float(v) for v in (self.value, *self.interval)]
+        return {"value": clean[0], "interval": clean[1:], "n": self.n, "unit": self.unit}
+
+    @staticmethod
+    def undefined(unit: str = "photos") -> Estimate:
+        """Return a value that could not be measured."""
+        return Estimate(math.nan, (math.nan, math.nan), 0, unit)
+
+
+def bootstrap(
+    statistic: Callable[[Tensor], float],
+    count: int,
+    *,
+    generator: torch.Generator,
+    rounds: int = 100,
+    unit: str = "photos",
+    level: float = 0.95,
+) -> Estimate:
+    """Estimate a statistic of a set of photos with a percentile bootstrap over the photos.
+
+    Args:
+        statistic: gets row indices (with repeats) and returns the value; called ``rounds + 1`` times.
+        count: number of photos.
+        generator: source of the draws.
+        rounds: bootstrap rounds; the interval's ends move by about ``1/sqrt(rounds)`` of its width.
+        unit: what ``count`` counts.
+        level: coverage of the interval.
+
+    Returns:
+        The value on all photos and the percentile interval; rounds where the statistic is ``nan`` are left out.
+
+    Raises:
+        InputError: no photos.
+    """
+    if count < 1:
+        raise InputError(expected("at least 1 photo to measure on", count, "Add held-out photos"))
+    value = statistic(torch.arange(count))
+    draws = [statistic(torch.randint(count, (count,), generator=generator)) for _ in range(rounds)]
+    finite = torch.tensor([d for d in draws if math.isfinite(d)], dtype=torch.float64)
+    if not finite.numel():
+        return Estimate(value, (math.nan, math.nan), count, unit)
+    tail = (1 - level) / 2
+    low, high = torch.quantile(finite, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Estimate(value, (low, high), count, unit)
+
+
+def proportion(successes: Float[Tensor, " image"], *, z: float = 1.96) -> Estimate:
+    """Return the mean of zeros and ones with Wilson's score interval (95 %).
+
+    Example:
+        >>> e = proportion(torch.tensor([1.0, 1.0, 1.0, 0.0]))
+        >>> e.value, round(e.interval[0], 3), round(e.interval[1], 3)
+        (0.75, 0.301, 0.954)
+    """
+    n = successes.numel()
+    if n == 0:
+        return Estimate.undefined()
+    share = float(successes.double().mean())
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Estimate(share, (max(0.0, centre - half), min(1.0, centre + half)), n)

@@ -1,0 +1,158 @@
+"""How much of the performer survives when the explainer's reconstruction is fed back to it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from partlens.metrics.estimate import Estimate, bootstrap, proportion
+from partlens.vocabulary import InputError, expected
+
+
+@dataclass
+class ReconstructionSums:
+    """Running sums of one target's reconstruction, so that maps never have to be held together.
+
+    ``relative_error = sum |x - x*|² / sum |x* - mean x*|²``, the share of the target's variance (over photos, per
+    element) that is *not* reconstructed: 0 is perfect, 1 is what the constant mean map achieves. Between batches the
+    mean is merged by Chan's formula, in float64.
+    """
+
+    count: int = 0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    mean: Tensor | None = None
+    scatter: float = 0.0
+
+    def add(self, reconstruction: Tensor, target: Tensor) -> None:
+        """Take in one batch of equal shapes (image, ...)."""
+        if reconstruction.shape != target.shape:
+            raise InputError(
+                expected(
+                    f"a reconstruction of shape {tuple(target.shape)}",
+                    str(tuple(reconstruction.shape)),
+                    "Decode with the targets the explainer was trained for",
+                )
+            )
+        value, truth = reconstruction.double().flatten(1), target.double().flatten(1)
+        self.squared_error += float((value - truth).square().sum())
+        self.squared_norm += float(truth.square().sum())
+        batch, mean = truth.shape[0], truth.mean(0)
+        self.scatter += float((truth - mean).square().sum())
+        if self.mean is None:
+            self.mean = mean
+        else:
+            step = mean - self.mean
+            self.scatter += float(step.square().sum()) * self.count * batch / (self.count + batch)
+            self.mean = self.mean + step * batch / (self.count + batch)
+        self.count += batch
+
+    @property
+    def relative_error(self) -> float:
+        """Share of the target's variance that is lost; NaN for fewer than two photos or a constant target."""
+        return self.squared_error / self.scatter if self.count > 1 and self.scatter > 0 else math.nan
+
+    @property
+    def relative_norm_error(self) -> float:
+        """``sum |x - x*|² / sum |x*|²``, against the zero map."""
+        return self.squared_error / self.squared_norm if self.squared_norm > 0 else math.nan
+
+
+def agreement_top1(fed_back: Float[Tensor, "image output"], performer: Float[Tensor, "image output"]) -> Estimate:
+    """Return the share of photos whose strongest class stays the same, with Wilson's interval."""
+    if fed_back.shape != performer.shape:
+        raise InputError(
+            expected(
+                f"outputs of shape {tuple(performer.shape)}",
+                str(tuple(fed_back.shape)),
+                "Use one set of photos",
+            )
+        )
+    return proportion((fed_back.argmax(1) == performer.argmax(1)).double())
+
+
+def accuracy_top1(outputs: Float[Tensor, "image output"], labels: Int[Tensor, " image"]) -> Estimate:
+    """Return the share of photos whose strongest class is the label, with Wilson's interval."""
+    return proportion((outputs.argmax(1) == labels).double())
+
+
+@dataclass(frozen=True)
+class HeadErrors:
+    """Errors of a logistic head (category against background), in percent, and what feeding back adds.
+
+    Attributes:
+        performer_error_percent: on the performer's own features, held out.
+        explainer_error_percent: the same head on the reconstructed features.
+        error_increase_points: the difference in percentage points, interval by a paired bootstrap over photos.
+    """
+
+    performer_error_percent: Estimate
+    explainer_error_percent: Estimate
+    error_increase_points: Estimate
+
+
+def category_error_increase(
+    train_features: Float[Tensor, "train feature"],
+    train_labels: Int[Tensor, " train"],
+    performer_features: Float[Tensor, "image feature"],
+    explainer_features: Float[Tensor, "image feature"],
+    labels: Int[Tensor, " image"],
+    *,
+    generator: torch.Generator,
+    rounds: int = 1000,
+) -> HeadErrors:
+    """Measure the paper's classification error: does the category stay recognised from the reconstruction?
+
+    A logistic head (features standardised, L2 with scikit-learn's default strength, classes weighted equally) is
+    fitted on the performer's features of the training photos and applied to both kinds of features of the held-out
+    ones. (ICLR 2020 submission, Tables 5 and 10: category against background.)
+
+    Args:
+        train_features: performer's features of training photos.
+        train_labels: 1 for the category, 0 for background.
+        performer_features: performer's features of held-out photos.
+        explainer_features: reconstructed features of the same photos.
+        labels: of the held-out photos.
+        generator: draws of the bootstrap.
+        rounds: bootstrap rounds.
+
+    Raises:
+        InputError: either set lacks one of the two classes.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    for name, values in (("training", train_labels), ("held-out", labels)):
+        found = sorted({int(v) for v in values.unique()})
+        if found != [0, 1]:
+            raise InputError(
+                expected(
+                    f"category and background among the {name} photos",
+                    f"labels {found}",
+                    "Add photos of other categories, or leave the error increase out",
+                )
+            )
+    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced"))
+    head.fit(train_features.double().numpy(), train_labels.numpy())
+    truth = labels.numpy()
+    wrong = [
+        torch.from_numpy(head.predict(x.double().numpy()) != truth).double()
+        for x in (performer_features, explainer_features)
+    ]
+    increase = bootstrap(
+        lambda i: 100 * float((wrong[1][i] - wrong[0][i]).mean()),
+        len(truth),
+        generator=generator,
+        rounds=rounds,
+    )
+    own, fed = (_percent(proportion(w)) for w in wrong)
+    return HeadErrors(own, fed, increase)
+
+
+def _percent(share: Estimate) -> Estimate:
+    return Estimate(100 * share.value, (100 * share.interval[0], 100 * share.interval[1]), share.n, share.unit)

@@ -1,0 +1,383 @@
+"""Where filters peak, and whether that place is a part: location instability and the scores that keep it honest.
+
+Location instability alone is won by filters that hold nothing: a peak that never leaves the image centre scores 0.068
+on thirty ILSVRC categories, better than every published network. So every function here measures one thing that
+instability cannot see, and :func:`localisation_scores` returns them together.
+
+All functions take peaks and landmarks in one frame (pixels of the network's input, x to the right, y down).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from partlens.metrics.estimate import Estimate, bootstrap
+from partlens.vocabulary import InputError, expected
+
+TOP_IMAGES = 100
+"""Images with the highest peaks that enter location instability (CVPR 2018, Sec. 5.2.2)."""
+
+FOLDS = 5
+DISTINCT_SPREAD_CELLS = 1.0
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Peaks of every filter on every image.
+
+    Attributes:
+        cells: row and column of the peak cell (image, filter, 2).
+        positions_px: x, y of the centre of that cell's receptive field in the input (image, filter, 2).
+        scores: value at the peak (image, filter); 0 where the map is empty.
+        side_cells: rows and columns of the map.
+    """
+
+    cells: Float[Tensor, "image filter 2"]
+    positions_px: Float[Tensor, "image filter 2"]
+    scores: Float[Tensor, "image filter"]
+    side_cells: tuple[int, int]
+
+    def rows(self, index: Int[Tensor, " row"]) -> Peaks:
+        """Return the peaks of chosen images, repeats allowed."""
+        return Peaks(self.cells[index], self.positions_px[index], self.scores[index], self.side_cells)
+
+
+def peaks_from_maps(
+    maps: Float[Tensor, "image filter row col"],
+    start_px: tuple[float, float],
+    stride_px: tuple[float, float],
+) -> Peaks:
+    """Read peaks off maps: the largest cell, the first of equals.
+
+    Args:
+        maps: maps of one layer.
+        start_px: centre (row, col) of the receptive field of cell (0, 0).
+        stride_px: distance (rows, cols) between neighbouring cells' centres.
+    """
+    rows, cols = maps.shape[2:]
+    score, index = maps.flatten(2).max(-1)
+    cells = torch.stack([index // cols, index % cols], -1)
+    return peaks_from_cells(cells, score, (rows, cols), start_px, stride_px)
+
+
+def peaks_from_cells(
+    cells: Int[Tensor, "image filter 2"],
+    scores: Float[Tensor, "image filter"],
+    side_cells: tuple[int, int],
+    start_px: tuple[float, float],
+    stride_px: tuple[float, float],
+) -> Peaks:
+    """Build :class:`Peaks` from peak cells (row, col) and their scores."""
+    grid = cells.double()
+    xy = torch.stack([start_px[1] + grid[..., 1] * stride_px[1], start_px[0] + grid[..., 0] * stride_px[0]], -1)
+    return Peaks(grid, xy, scores.double(), side_cells)
+
+
+def _check(peaks: Peaks, landmarks_px: Tensor) -> None:
+    if landmarks_px.shape[0] != peaks.cells.shape[0]:
+        raise InputError(
+            expected(
+                f"landmarks of {peaks.cells.shape[0]} images like the peaks",
+                int(landmarks_px.shape[0]),
+                "Select the same photos for both",
+            )
+        )
+
+
+def dead_filters(peaks: Peaks) -> Bool[Tensor, " filter"]:
+    """Return which filters answer nowhere: their peak is not above 0 on any image."""
+    return peaks.scores.amax(0) <= 0
+
+
+def instability_per_filter(
+    peaks: Peaks,
+    landmarks_px: Float[Tensor, "image landmark 2"],
+    input_size_px: tuple[int, int],
+    top: int = TOP_IMAGES,
+) -> Float[Tensor, " filter"]:
+    """Return each filter's location instability, the mean over landmarks of ``D_{f,k}``.
+
+    ``d_I = |p_k - p(mu^)| / sqrt(w² + h²)`` on each image that has landmark ``k``, and ``D_{f,k}`` is the standard
+    deviation (N - 1) of ``d_I`` over the ``top`` such images with the highest peaks. Range 0 (the peak keeps its
+    distance to every landmark) to about 0.2; lower is more stable. Source: CVPR 2018, Sec. 5.2.2; the released code
+    agrees (N - 1, images with one instance of the landmark only).
+
+    Args:
+        peaks: of every filter on every image.
+        landmarks_px: x, y in the same frame; NaN where absent or present more than once.
+        input_size_px: rows and columns of the input (``h``, ``w``).
+        top: images taken per filter and landmark; fewer where fewer have the landmark.
+
+    Returns:
+        One value per filter, NaN where no landmark occurs on at least two images.
+    """
+    _check(peaks, landmarks_px)
+    diagonal = math.hypot(*input_size_px)
+    per_landmark = []
+    for landmark in range(landmarks_px.shape[1]):
+        truth = landmarks_px[:, landmark].double()
+        present = ~truth.isnan().any(-1)
+        if int(present.sum()) < 2:
+            per_landmark.append(torch.full((peaks.scores.shape[1],), math.nan, dtype=torch.float64))
+            continue
+        distance = (peaks.positions_px[present] - truth[present][:, None]).norm(dim=-1) / diagonal
+        order = peaks.scores[present].argsort(dim=0, descending=True, stable=True)[:top]
+        per_landmark.append(distance.gather(0, order).std(0))
+    return torch.stack(per_landmark).nanmean(0) if per_landmark else torch.full((peaks.scores.shape[1],), math.nan)
+
+
+def spread_per_filter(peaks: Peaks) -> Float[Tensor, " filter"]:
+    """Return how far each filter's peak moves: the root mean square over both axes of its standard deviation, in cells.
+
+    0 for a peak that never moves, 4.03 for a uniformly random cell of a 14x14 map. (The root of the *sum* of both
+    variances would be larger by ``sqrt 2``; this is the stricter reading.)
+    """
+    return peaks.cells.var(0, unbiased=True).mean(-1).sqrt()
+
+
+def _affine_r2(
+    peaks: Float[Tensor, "image filter 2"], truth: Float[Tensor, "image 2"], photos: Int[Tensor, " image"]
+) -> Float[Tensor, " filter"]:
+    """Cross-validated R² of an affine fit of a landmark's x, y on the peak's x, y; folds split by photo."""
+    count, filters = peaks.shape[:2]
+    fold = photos % FOLDS
+    design = torch.cat([peaks, peaks.new_ones(count, filters, 1)], -1).permute(1, 0, 2)  # filter image 3
+    error = peaks.new_zeros(filters)
+    total = peaks.new_zeros(())
+    for held in range(FOLDS):
+        fit, test = fold != held, fold == held
+        if not bool(test.any()) or int(fit.sum()) < 4:
+            continue
+        a, y = design[:, fit], truth[fit]
+        ridge = torch.eye(3, dtype=peaks.dtype) * 1e-6 * int(fit.sum())
+        weights = torch.linalg.solve(a.transpose(1, 2) @ a + ridge, a.transpose(1, 2) @ y)
+        error += ((design[:, test] @ weights - truth[test]) ** 2).sum((1, 2))
+        total += ((truth[test] - y.mean(0)) ** 2).sum()
+    return 1 - error / total if float(total) > 0 else torch.full((filters,), math.nan, dtype=peaks.dtype)
+
+
+def consistency_per_filter(
+    peaks: Peaks,
+    landmarks_px: Float[Tensor, "image landmark 2"],
+    photos: Int[Tensor, " image"] | None = None,
+) -> tuple[Float[Tensor, " filter"], Int[Tensor, " filter"]]:
+    """Return the share of a landmark's position variance that the filter's peak predicts, for its best landmark.
+
+    Five-fold cross-validated R² of the affine fit ``landmark ≈ A · peak + b``, x and y together, folds by photo:
+    1 for a perfect tracker, about 0 for a random or constant peak (slightly below, since the fit is tested on
+    photos it has not seen). Bounded below by -1 per filter, so that one wild fit does not rule a mean.
+
+    Args:
+        peaks: of every filter on every image.
+        landmarks_px: x, y; NaN where absent.
+        photos: an integer per image, equal for crops of one photo; every image its own when left out.
+
+    Returns:
+        The score and the index of the landmark it belongs to; NaN where no landmark has ten images.
+    """
+    _check(peaks, landmarks_px)
+    count, filters = peaks.scores.shape
+    group = torch.arange(count) if photos is None else photos
+    scores = torch.full((max(1, landmarks_px.shape[1]), filters), math.nan, dtype=torch.float64)
+    scale = max(peaks.side_cells)
+    for landmark in range(landmarks_px.shape[1]):
+        truth = landmarks_px[:, landmark].double()
+        present = ~truth.isnan().any(-1)
+        if int(present.sum()) < 2 * FOLDS:
+            continue
+        # Photo numbers are ranked so that the folds are balanced whatever the numbers are.
+        ranks = torch.unique(group[present], return_inverse=True)[1]
+        cells = (peaks.cells[present] - (scale - 1) / 2) / scale
+        scores[landmark] = _affine_r2(cells, truth[present], ranks).clamp(min=-1)
+    best = scores.nan_to_num(-2).max(0)
+    return torch.where(best.values < -1, math.nan, best.values), best.indices
+
+
+def peak_correlation(peaks: Peaks, live: Bool[Tensor, " filter"]) -> Float[Tensor, "filter filter"]:
+    """Return the correlation of peak positions between live filters, the mean over both axes.
+
+    A filter whose peak does not move on an axis has no correlation there: the pair's value is then NaN.
+    """
+    cells = peaks.cells[:, live]
+    centred = cells - cells.mean(0)
+    unit = centred / centred.norm(dim=0)
+    return (torch.einsum("ifa,iga->fga", unit, unit)).mean(-1)
+
+
+def mean_pairwise(correlation: Float[Tensor, "filter filter"]) -> float:
+    """Return the mean over pairs of different filters, leaving out undefined pairs; NaN for fewer than two filters."""
+    off = ~torch.eye(correlation.shape[0], dtype=torch.bool)
+    values = correlation[off]
+    return float(values.nanmean()) if values.numel() and not bool(values.isnan().all()) else math.nan
+
+
+def distinct_parts(peaks: Peaks, live: Bool[Tensor, " filter"]) -> float:
+    """Return the effective number of distinct parts that the live filters hold.
+
+    Each filter's peak *relative to the mean filter layout* is what makes a part: filters are distinct when they stand
+    at different places of the object or move differently. Over both axes and all images, the peak positions of the
+    live filters form a matrix (filter, image x 2); two filters are similar by ``exp(-d² / 2 s²)`` where ``d`` is the
+    root mean square distance of their peaks in cells and ``s`` one cell. The number is the effective size of the
+    population under that similarity (Leinster & Cobbold 2012, order 2): ``1 / mean_fg similarity``. It is 1 when all
+    filters follow the same part and the number of filters when no two are within a few cells of each other.
+    """
+    cells = peaks.cells[:, live]
+    count = cells.shape[1]
+    if count == 0:
+        return math.nan
+    flat = cells.permute(1, 0, 2).reshape(count, -1)
+    distance2 = torch.cdist(flat, flat).square() / cells.shape[0]
+    similarity = torch.exp(-distance2 / (2 * DISTINCT_SPREAD_CELLS**2))
+    return float(1 / similarity.mean())
+
+
+def border_share(peaks: Peaks) -> float:
+    """Return the share of peaks that stand on the outermost ring of cells; 0.27 for random cells of a 14x14 map."""
+    limit = torch.tensor(peaks.side_cells, dtype=peaks.cells.dtype) - 1
+    return float(((peaks.cells == 0) | (peaks.cells == limit)).any(-1).double().mean())
+
+
+@dataclass(frozen=True)
+class LocalisationScores:
+    """Everything instability must not stand without, for one layer on one set of photos."""
+
+    instability: Estimate
+    peak_spread_cells: Estimate
+    dead_frac: Estimate
+    border_frac: Estimate
+    consistency: Estimate
+    filter_correlation: Estimate
+    distinct_parts: Estimate
+    landmark_shares: dict[str, float]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the JSON form, one ``{value, interval, n}`` per score."""
+        names = (
+            "instability",
+            "peak_spread_cells",
+            "dead_frac",
+            "border_frac",
+            "consistency",
+            "filter_correlation",
+            "distinct_parts",
+        )
+        scores: dict[str, object] = {name: getattr(self, name).to_dict() for name in names}
+        return scores | {"landmark_shares": dict(self.landmark_shares)}
+
+
+def localisation_scores(
+    peaks: Peaks,
+    landmarks_px: Float[Tensor, "image landmark 2"],
+    input_size_px: tuple[int, int],
+    *,
+    landmark_names: tuple[str, ...],
+    photos: Int[Tensor, " image"] | None = None,
+    generator: torch.Generator,
+    rounds: int = 100,
+    fixed_null: bool = False,
+) -> LocalisationScores:
+    """Measure one layer: instability and, beside it, what degenerate filters cannot win.
+
+    Dead filters are counted in ``dead_frac`` and, as in the released code, stay in the mean instability (their peak
+    is cell (0, 0), which is the corner null); they are left out of consistency, correlation and distinct parts.
+
+    Args:
+        peaks: of every filter on every image.
+        landmarks_px: x, y in the same frame; NaN where absent.
+        input_size_px: rows and columns of the input.
+        landmark_names: one per landmark.
+        photos: an integer per image, equal for crops of one photo.
+        generator: draws of the bootstrap over photos (95 % percentile intervals).
+        rounds: bootstrap rounds.
+        fixed_null: the peaks are a constant null model: correlation and distinct parts are undefined.
+
+    Returns:
+        The scores; each interval ranges over photos.
+    """
+    count = peaks.scores.shape[0]
+    live = ~dead_filters(peaks)
+    has_landmark = (
+        ~landmarks_px.isnan().any(-1).all(-1) if landmarks_px.shape[1] else torch.zeros(count, dtype=torch.bool)
+    )
+    annotated = int(has_landmark.sum())
+    group = torch.arange(count) if photos is None else photos
+
+    def over_photos(statistic: object, n: int) -> Estimate:
+        estimate = bootstrap(statistic, count, generator=generator, rounds=rounds)  # type: ignore[arg-type]
+        return Estimate(estimate.value, estimate.interval, n)
+
+    def instability(index: Tensor) -> float:
+        return float(instability_per_filter(peaks.rows(index), landmarks_px[index], input_size_px).nanmean())
+
+    def consistency(index: Tensor) -> float:
+        rows = peaks.rows(index)
+        score = consistency_per_filter(rows, landmarks_px[index], group[index])[0][live]
+        return float(score.nanmean()) if score.numel() else math.nan
+
+    def correlation(index: Tensor) -> float:
+        return math.nan if fixed_null else mean_pairwise(peak_correlation(peaks.rows(index), live))
+
+    def parts(index: Tensor) -> float:
+        return math.nan if fixed_null else distinct_parts(peaks.rows(index), live)
+
+    best = consistency_per_filter(peaks, landmarks_px, group)
+    held = best[1][live & ~best[0].isnan()]
+    shares = {
+        name: float((held == i).double().mean()) if held.numel() else math.nan for i, name in enumerate(landmark_names)
+    }
+    return LocalisationScores(
+        instability=over_photos(instability, annotated),
+        peak_spread_cells=over_photos(lambda i: float(spread_per_filter(peaks.rows(i)).median()), count),
+        dead_frac=over_photos(lambda i: float(dead_filters(peaks.rows(i)).double().mean()), count),
+        border_frac=over_photos(lambda i: border_share(peaks.rows(i)), count),
+        consistency=over_photos(consistency, annotated),
+        filter_correlation=over_photos(correlation, count),
+        distinct_parts=over_photos(parts, count),
+        landmark_shares=shares,
+    )
+
+
+def null_peaks(
+    kind: str,
+    images: int,
+    side_cells: tuple[int, int],
+    start_px: tuple[float, float],
+    stride_px: tuple[float, float],
+    *,
+    input_size_px: tuple[int, int],
+    filters: int = 256,
+    generator: torch.Generator,
+) -> Peaks:
+    """Return peaks of a model that has learned nothing.
+
+    Args:
+        kind: ``"random"`` (a uniformly random cell per image and filter, random scores), ``"centre"`` (exactly the
+            middle of the input) or ``"corner"`` (cell (0, 0), where the argmax of an empty map stands).
+        images: number of images.
+        side_cells: rows and columns of the map.
+        start_px: centre (row, col) of cell (0, 0)'s receptive field.
+        stride_px: distance (rows, cols) between cells' centres.
+        input_size_px: rows and columns of the input.
+        filters: random filters drawn; the constant nulls need one.
+        generator: source of the draws.
+    """
+    rows, cols = side_cells
+    if kind == "random":
+        index = torch.randint(rows * cols, (images, filters), generator=generator)
+        cells = torch.stack([index // cols, index % cols], -1)
+        scores = torch.rand(images, filters, generator=generator, dtype=torch.float64)
+        return peaks_from_cells(cells, scores, side_cells, start_px, stride_px)
+    one = torch.ones(images, 1, dtype=torch.float64)
+    corner = torch.zeros(images, 1, 2, dtype=torch.int64)
+    if kind == "corner":
+        return peaks_from_cells(corner, one, side_cells, start_px, stride_px)
+    if kind == "centre":
+        middle = torch.tensor([input_size_px[1] / 2, input_size_px[0] / 2], dtype=torch.float64)
+        cells = torch.tensor([(rows - 1) / 2, (cols - 1) / 2], dtype=torch.float64)
+        return Peaks(cells.expand(images, 1, 2), middle.expand(images, 1, 2), one, side_cells)
+    raise InputError(expected("a null called random, centre or corner", kind, "Choose one of them"))

@@ -1,0 +1,521 @@
+"""The verbs: fit an explainer, evaluate it, write the page; each a function and a sub-command of the same name.
+
+Torch is imported when a verb runs, not when this module is read, so that help texts answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partlens.explainer.config import ExplainerConfig, Preset
+from partlens.progress import Progress
+from partlens.store import SCHEMA, content_hash, read_json, read_tensors, write_json, write_tensors
+from partlens.vocabulary import ImageError, InputError, RunError, expected, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from partlens.data.images import ImageSet
+    from partlens.explainer.network import Explainer, ExplainerStructure
+    from partlens.explainer.training import TrainingMaps
+    from partlens.performer.taps import LayerInfo
+    from partlens.performer.zoo import Performer
+
+RUN = "run.json"
+WEIGHTS = "explainer.safetensors"
+EVALUATION = "evaluation.json"
+MOST_BACKGROUND = 1500
+DEFAULT_SEEDS = 3
+BACKGROUND_VIEWS = 2
+
+
+@dataclass(frozen=True)
+class FittedExplainer:
+    """A finished run.
+
+    Attributes:
+        path: the run directory.
+        manifest: content of ``run.json``.
+        history: one record per epoch.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    history: tuple[Mapping[str, Any], ...]
+
+
+def _versions() -> dict[str, str]:
+    names = ("partlens", "torch", "torchvision", "numpy", "pillow", "safetensors", "scikit-learn")
+    found = {name: metadata.version(name) for name in names if _installed(name)}
+    return found | {"python": platform.python_version(), "platform": platform.platform()}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _spec(model: str | nn.Module | Performer) -> str | None:
+    """Return how to load the model again, a weights file by its absolute path; ``None`` for a network object."""
+    if not isinstance(model, str):
+        return None
+    name, mark, weights = model.partition("@")
+    return f"{name}@{Path(weights).resolve()}" if mark and Path(weights).is_file() else model
+
+
+def _loaded(model: str | nn.Module | Performer) -> Performer:
+    from partlens.performer.zoo import Performer, load_performer
+
+    return model if isinstance(model, Performer) else load_performer(model)
+
+
+def _opened(data: str | Path | ImageSet) -> tuple[ImageSet, list[dict[str, str]]]:
+    """Open a data set and drop what cannot be read, by name."""
+    from partlens.data.images import ImageSet
+
+    images = data if isinstance(data, ImageSet) else ImageSet.open(Path(data))
+    readable, dropped = images.readable()
+    return readable, [{"key": d.key, "reason": d.reason} for d in dropped]
+
+
+def layers(model: str | nn.Module | Performer) -> list[LayerInfo]:
+    """List every layer of a model that can be tapped, in execution order.
+
+    Args:
+        model: ``torchvision:NAME``, ``torchvision:NAME@WEIGHTS`` (a weights name or a file), ``timm:NAME``,
+            ``partlens:NAME``, ``package.module:factory``, or a network.
+
+    Returns:
+        Name, kind, output shape, stride, receptive field, and whether it is the default tap.
+    """
+    from partlens.performer.taps import list_layers
+
+    return list_layers(_loaded(model))
+
+
+def _category_rows(images: ImageSet, category: str | None, split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the positions of the category's photos and of other photos in a split."""
+    if category is None:
+        return images.indices(split=split), ()
+    known = sorted(images.category_counts())
+    if category not in known:
+        raise ImageError(
+            expected(f"a category among {', '.join(known)}", category, f"Did you mean {nearest(category, known)[0]}?")
+        )
+    return images.indices(category=category, split=split), images.indices(exclude_category=category, split=split)
+
+
+def _sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
+    import torch
+
+    if len(rows) <= count:
+        return list(rows)
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return [rows[int(i)] for i in drawn]
+
+
+def _cached_maps(
+    performer: Performer,
+    images: ImageSet,
+    photos: Sequence[int],
+    background: Sequence[int],
+    structure: ExplainerStructure,
+    config: ExplainerConfig,
+    folder: Path,
+    progress: Progress,
+) -> TrainingMaps:
+    """Stream the views of all photos once and keep tap and targets on disk."""
+    import numpy as np
+    import torch
+
+    from partlens.explainer.training import TrainingMaps
+    from partlens.explainer.views import view_windows, viewed_images
+    from partlens.performer.activations import open_maps, stream_maps
+
+    generator = torch.Generator().manual_seed(config.seed)
+    windows = view_windows(len(photos), config.views, config.crop_area_min, generator)
+    others = view_windows(len(background), 1 + BACKGROUND_VIEWS, config.crop_area_min, generator)[:, [0, 2]]
+    rows = np.concatenate(
+        [np.repeat(np.array(photos), config.views), np.repeat(np.array(background), BACKGROUND_VIEWS)]
+    ).astype(np.int64)
+    table = torch.cat([windows.flatten(0, 1), others.flatten(0, 1)])
+    drawn, viewing = viewed_images(images, performer, rows, table)
+    taps = [structure.tap, *structure.targets]
+    with progress.task("caching maps", len(rows)) as advance:
+        stream_maps(viewing, drawn, taps, folder, progress=lambda done, _: advance(done))
+    arrays = open_maps(folder)
+    first = len(photos) * config.views
+    return TrainingMaps(
+        tap=arrays[structure.tap],
+        targets=tuple(arrays[t] for t in structure.targets),
+        windows=windows,
+        background_rows=np.arange(first, len(rows)),
+    )
+
+
+def _prepare_folder(out: Path, identity: str) -> dict[str, Any] | None:
+    """Return the manifest of an earlier start of the same run, refuse one of another configuration."""
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    if not (out / RUN).exists():
+        raise RunError(
+            expected(f"a new or partlens folder at {out}", "a folder with other files", "Choose another --out")
+        )
+    manifest = read_json(out / RUN)
+    if manifest.get("identity") != identity:
+        raise RunError(
+            expected(
+                f"a run of this model, data and configuration in {out}",
+                "one of another configuration",
+                "Choose another --out folder, or delete this one",
+            )
+        )
+    return manifest
+
+
+def _example_batch(performer: Performer, images: ImageSet, row: int) -> Any:
+    return performer.preprocessing([images.read(row)])
+
+
+def fit_explainer(
+    model: str | nn.Module | Performer,
+    data: str | Path | ImageSet,
+    *,
+    out: str | Path,
+    category: str | None = None,
+    tap: str | None = None,
+    targets: Sequence[str] | None = None,
+    preset: Preset = "partlens",
+    config: ExplainerConfig | Mapping[str, Any] | None = None,
+    seeds: int = DEFAULT_SEEDS,
+    background: int = MOST_BACKGROUND,
+    keep_cache: bool = False,
+    progress: Progress | None = None,
+) -> FittedExplainer:
+    """Learn an explainer of one layer without labels of parts, and write a run directory.
+
+    Run again with the same arguments, it goes on where it was stopped; a finished run is returned as it is.
+
+    Args:
+        model: the performer; see :func:`layers`. It is not changed.
+        data: a folder, a table or an :class:`~partlens.data.images.ImageSet`; photos of the split ``train`` are used.
+        out: the run directory.
+        category: the category to explain; the other photos then serve as background for the reconstruction. All
+            photos when left out.
+        tap: the layer to explain; the model's default tap when left out.
+        targets: layers to reconstruct; chosen after the tap when left out.
+        preset: ``partlens`` or ``paper``.
+        config: a whole configuration, or fields to change in the preset.
+        seeds: explainers learned with different seeds; the first is the one that is kept, all of them give p's spread.
+        background: most photos of other categories that are used.
+        keep_cache: keep the cached maps after the run.
+        progress: how to show progress; silent when left out.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ImageError: no photos, too few, or an unknown category.
+        LayerError: a tap that is unknown or cannot be explained.
+        RunError: ``out`` holds another run.
+        StorageError: the disk is full; what was finished stays.
+    """
+    from partlens.explainer.assembly import explainer_structure
+    from partlens.performer.receptive_field import receptive_field
+    from partlens.performer.taps import check_tap, default_tap
+
+    started = time.monotonic()
+    show = progress or Progress.silent()
+    out = Path(out)
+    if seeds < 1:
+        raise InputError(expected("at least 1 seed", seeds, "Set --seeds to 1 or more"))
+    settings = config if isinstance(config, ExplainerConfig) else ExplainerConfig.preset(preset, **dict(config or {}))
+    performer = _loaded(model)
+    images, dropped = _opened(data)
+    photos, others = _category_rows(images, category, "train")
+    if len(photos) < 2:
+        raise ImageError(
+            expected(
+                f"at least 2 training photos{f' of {category}' if category else ''}",
+                len(photos),
+                "Add photos, or rows with split train",
+            )
+        )
+    others = tuple(_sampled(others, background, settings.seed))
+    tap = tap or performer.default_tap or default_tap(performer)
+    check_tap(performer, tap)
+    structure = explainer_structure(performer, _example_batch(performer, images, photos[0]), tap, targets)
+    fingerprint = images.fingerprint()
+    identity = content_hash(
+        {
+            "performer": performer.weights_sha256,
+            "preprocessing": performer.preprocessing.to_dict(),
+            "data": fingerprint,
+            "category": category,
+            "structure": structure.to_dict(),
+            "config": settings.to_dict(),
+            "seeds": seeds,
+            "background": len(others),
+        }
+    )
+    manifest = _prepare_folder(out, identity)
+    if manifest is not None and manifest["status"] == "finished":
+        show.say(f"{out} is finished already; nothing to do")
+        return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
+    field = receptive_field(performer, tap)
+    if manifest is None:
+        manifest = {
+            "schema": SCHEMA,
+            "kind": "explainer",
+            "identity": identity,
+            "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            "command": " ".join(["partlens", *sys.argv[1:]]) if Path(sys.argv[0]).name.startswith("partlens") else "",
+            "versions": _versions(),
+            "performer": {
+                "name": performer.name,
+                "spec": _spec(model),
+                "weights_sha256": performer.weights_sha256,
+                "preprocessing": performer.preprocessing.to_dict(),
+                "notes": list(performer.notes),
+            },
+            "data": {
+                "name": images.name,
+                "path": None if images.root is None else str(images.root),
+                "fingerprint": fingerprint,
+                "category": category or "",
+                "train_photos": len(photos),
+                "background_photos": len(others),
+                "unreadable": dropped,
+            },
+            "structure": structure.to_dict(),
+            "preset": preset if not isinstance(config, ExplainerConfig) else "custom",
+            "config": settings.to_dict(),
+            "seeds": seeds,
+            "receptive_field": {
+                "stride_px": list(field.stride_px),
+                "size_px": list(field.size_px),
+                "start_px": list(field.start_px),
+            },
+            "status": "running",
+            "seconds": 0.0,
+        }
+        write_json(out / RUN, manifest)
+    show.say(
+        f"{performer.name} · {tap} → {', '.join(structure.targets)} · {len(photos)} photos"
+        f"{f' of {category}' if category else ''}, {len(others)} others"
+    )
+    shares: list[float] = []
+    for number in range(seeds):
+        seeded = dataclasses.replace(settings, seed=settings.seed + number)
+        folder = out if number == 0 else out / "seeds" / str(seeded.seed)
+        maps = _cached_maps(performer, images, photos, others, structure, settings, out / "cache", show)
+        shares.append(_fit_one(performer, structure, seeded, maps, folder, show))
+    if not keep_cache:
+        shutil.rmtree(out / "cache")
+    seconds = round(float(manifest["seconds"]) + time.monotonic() - started, 1)
+    manifest |= {"status": "finished", "seconds": seconds, "p_by_seed": shares}
+    write_json(out / RUN, manifest)
+    show.say(f"wrote {out / WEIGHTS} in {seconds:.0f} s; p = {shares[0]:.3f}")
+    return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
+
+
+def _fit_one(
+    performer: Performer,
+    structure: ExplainerStructure,
+    config: ExplainerConfig,
+    maps: TrainingMaps,
+    folder: Path,
+    progress: Progress,
+) -> float:
+    """Train one explainer in a folder and return its p; a finished one is only read."""
+    import torch
+
+    from partlens.explainer.assembly import build_explainer
+    from partlens.explainer.training import CHECKPOINT_STATE, train_explainer
+
+    explainer = build_explainer(performer, structure, config)
+    if (folder / WEIGHTS).exists():
+        explainer.load_state_dict(read_tensors(folder / WEIGHTS))
+        return float(explainer.p.detach())
+    total = config.warmup_epochs + config.epochs
+    with progress.task(f"learning (seed {config.seed})", total) as advance:
+        result = train_explainer(
+            explainer, maps, folder, report=lambda record: advance(record["epoch"], progress.summary(record))
+        )
+    with torch.no_grad():
+        share = float(explainer.p)
+    write_tensors(folder / WEIGHTS, explainer.state_dict(), {"schema": SCHEMA, "structure": str(structure.to_dict())})
+    for leftover in (CHECKPOINT_STATE, "checkpoint-0.safetensors", "checkpoint-1.safetensors"):
+        (folder / leftover).unlink(missing_ok=True)
+    progress.say(f"seed {config.seed}: {result.stopped} after {len(result.history)} epochs, p = {share:.3f}")
+    return share
+
+
+def load_explainer(run: str | Path, model: str | nn.Module | Performer | None = None) -> tuple[Explainer, Performer]:
+    """Open a finished run.
+
+    Args:
+        run: the run directory.
+        model: the performer; loaded by the name in the manifest when left out.
+
+    Returns:
+        The explainer in eval mode and the performer.
+
+    Raises:
+        RunError: the run is missing or unfinished, or the performer's weights are not those of the run.
+    """
+    from partlens.explainer.assembly import build_explainer
+    from partlens.explainer.network import ExplainerStructure
+
+    run = Path(run)
+    manifest = read_json(run / RUN)
+    if manifest.get("kind") != "explainer" or manifest.get("status") != "finished":
+        raise RunError(
+            expected(
+                f"a finished explainer run in {run}",
+                str(manifest.get("status", "another kind of run")),
+                "Run fit-explainer again with the same arguments; it goes on where it stopped",
+            )
+        )
+    spec = manifest["performer"]["spec"] if model is None else model
+    if spec is None:
+        raise RunError(
+            expected(
+                f"a model for {run}, which was fitted to a network object", "none", "Give the network again (model=)"
+            )
+        )
+    performer = _loaded(spec)
+    if performer.weights_sha256 != manifest["performer"]["weights_sha256"]:
+        raise RunError(
+            expected(
+                f"the performer of the run (weights {manifest['performer']['weights_sha256'][:12]})",
+                performer.weights_sha256[:12],
+                "Give the model the run was made with (--model)",
+            )
+        )
+    values = manifest["structure"]
+    structure = ExplainerStructure(
+        **{**values, "targets": tuple(values["targets"]), "side_cells": tuple(values["side_cells"])}
+    )
+    explainer = build_explainer(performer, structure, ExplainerConfig.from_dict(manifest["config"]))
+    explainer.load_state_dict(read_tensors(run / WEIGHTS))
+    return explainer.eval(), performer
+
+
+def evaluate(
+    run: str | Path,
+    data: str | Path | ImageSet | None = None,
+    *,
+    model: str | nn.Module | Performer | None = None,
+    split: str = "test",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a finished run on photos that were not used in the fit, and write ``evaluation.json`` and the gallery.
+
+    Args:
+        run: the run directory.
+        data: the data set; the one of the fit when left out.
+        model: the performer; the one of the fit when left out.
+        split: which photos to measure on.
+        seed: of the nulls and the bootstrap intervals.
+        progress: how to show progress; silent when left out.
+
+    Returns:
+        The evaluation; its schema is documented in ``docs/evaluation.md``. Every score is
+        ``{value, interval, n, unit}``.
+
+    Raises:
+        ImageError: no photos in the split, or a single one.
+        RunError: the run is missing or unfinished, or model or data are not found.
+    """
+    from partlens.evaluation import EvaluationRows, evaluate_explainer
+    from partlens.gallery import write_gallery
+    from partlens.performer.receptive_field import receptive_field
+
+    show = progress or Progress.silent()
+    run = Path(run)
+    explainer, performer = load_explainer(run, model)
+    manifest = read_json(run / RUN)
+    where = manifest["data"]["path"] if data is None else data
+    if where is None:
+        raise RunError(expected(f"a data set to measure {run} on", "none", "Give the photos again (data=)"))
+    images, dropped = _opened(where)
+    category = manifest["data"]["category"] or None
+    held, held_others = _category_rows(images, category, split)
+    if len(held) < 2:
+        raise ImageError(
+            expected(
+                f"at least 2 photos{f' of {category}' if category else ''} in the split {split}",
+                len(held),
+                "Add photos, or name another split (--split)",
+            )
+        )
+    train, train_others = _category_rows(images, category, "train")
+    most = 3 * max(len(train), len(held))
+    rows = EvaluationRows(held, _sampled(held_others, most, seed), train, _sampled(train_others, most, seed))
+    shares = [float(p) for p in manifest["p_by_seed"]]
+    done = 0
+    total = rows.total if rows.held_others and rows.train and rows.train_others else len(rows.held)
+    with show.task("measuring", total) as advance:
+
+        def more(count: int) -> None:
+            nonlocal done
+            done += count
+            advance(done)
+
+        result, peaks = evaluate_explainer(explainer, performer, images, rows, shares, seed=seed, advance=more)
+    result = {"schema": result.pop("schema"), "split": split, **result}
+    same = images.fingerprint() == manifest["data"]["fingerprint"]
+    if split == "train" and same:
+        result["warnings"].append("these are the photos of the fit: the scores say nothing about others")
+    result |= {"data": {"name": images.name, "same_as_fit": same, "unreadable": dropped}, "versions": _versions()}
+    tap = explainer.structure.tap
+    write_gallery(
+        run,
+        performer,
+        images,
+        rows.held,
+        {
+            "explainer": (peaks["explainer"], result["filters"]["explainer"]),
+            "performer": (peaks[tap], result["filters"]["performer"]),
+        },
+        receptive_field(performer, tap),
+    )
+    write_json(run / EVALUATION, result)
+    show.say(f"wrote {run / EVALUATION} ({len(held)} photos of the split {split})")
+    return result
+
+
+def report(run: str | Path, *, out: str | Path | None = None, progress: Progress | None = None) -> Path:
+    """Write the page of a run: one self-contained HTML file.
+
+    Args:
+        run: the run directory; evaluated already, for the page to have numbers.
+        out: the file; ``report.html`` in the run directory when left out.
+        progress: how to show progress; silent when left out.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        RunError: the run directory is missing or damaged.
+    """
+    from partlens.report import write_report
+
+    page = write_report(Path(run), None if out is None else Path(out))
+    (progress or Progress.silent()).say(f"wrote {page}")
+    return page

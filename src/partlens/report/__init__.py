@@ -1,0 +1,12 @@
+"""The page of a run: one HTML file that a person reads, without network and without JavaScript.
+
+Data and drawing are separate: :func:`collect_page` reads a run directory into values, :func:`render_page` turns them
+into HTML, :func:`write_report` does both and writes the file.
+"""
+
+from __future__ import annotations
+
+from partlens.report.page import collect_page, render_page, write_report
+from partlens.report.page_data import PageData
+
+__all__ = ["PageData", "collect_page", "render_page", "write_report"]

@@ -1,0 +1,148 @@
+"""Files of a run: JSON manifests, safetensors and text, each written whole or not at all.
+
+Nothing is pickled. A write goes to a temporary file in the same folder, is flushed to the disk and then renamed over
+the target, so that a kill or a full disk leaves the previous version untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partlens.vocabulary import RunError, StorageError, expected
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA = "partlens/1"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file and move it into place in one step.
+
+    Args:
+        path: the final file; its folder is made when missing.
+        write: gets the temporary path and must leave a complete file there.
+
+    Raises:
+        StorageError: the file could not be written; ``path`` keeps its previous content.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(
+            expected(f"to write {path}", error.strerror or str(error), "Free space or choose another --out folder")
+        ) from error
+    finally:
+        if temporary is not None and temporary.exists():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def _plain(value: Any) -> Any:
+    """Turn paths, tuples and non-finite floats into what strict JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping as strict JSON; undefined numbers (``nan``) become ``null``."""
+    text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        RunError: the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(expected(f"a file {path}", "nothing there", "Give the folder of a finished run")) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(expected(f"JSON in {path}", str(error), "Delete the file and run the command again")) from error
+    if not isinstance(content, dict):
+        raise RunError(
+            expected(
+                f"a JSON object in {path}",
+                type(content).__name__,
+                "Delete the file and run the command again",
+            )
+        )
+    return content
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors as safetensors (contiguous copies on the CPU; shared storage is split)."""
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda p: save_file(ready, str(p), metadata=dict(metadata or {})))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file onto the CPU.
+
+    Raises:
+        RunError: the file is missing or is not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(str(path))
+    except FileNotFoundError as error:
+        raise RunError(expected(f"a file {path}", "nothing there", "Give the folder of a finished run")) from error
+    except SafetensorError as error:
+        raise RunError(expected(f"safetensors in {path}", str(error), "Delete it and run the command again")) from error
+    return tensors
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """Hash a mapping by its canonical JSON, so that equal configurations have equal hashes.
+
+    Example:
+        >>> content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
+        True
+    """
+    canonical = json.dumps(_plain(content), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

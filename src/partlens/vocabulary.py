@@ -1,0 +1,97 @@
+"""The words everybody uses: axis names, the errors, and how an error sentence is built.
+
+Axes stand in the order ``image, filter, row, col``. A *performer* is the network under study, a *tap* one of its
+layers by name, a *map* one filter's output on one image, a *cell* one position of a map, a *template* an ideal map
+with one peak, a *part* what a filter answers to, a *track* one path through the explainer's encoder.
+
+This module imports nothing of the package and no tensor library.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+AXES = ("image", "filter", "row", "col")
+
+
+class PartlensError(Exception):
+    """Any error that partlens raises on purpose; its text is one sentence a user can act on."""
+
+
+class InputError(PartlensError, ValueError):
+    """A value that breaks a stated rule."""
+
+
+class InputTypeError(PartlensError, TypeError):
+    """An object of a kind that cannot be used here."""
+
+
+class LayerError(InputError):
+    """A layer that is unknown, cannot be tapped or cannot be explained."""
+
+
+class ImageError(InputError):
+    """Images or annotations that are missing, unreadable or too few."""
+
+
+class WeightsError(InputError):
+    """A weights file that does not fit the network, or is not safe to open."""
+
+
+class RunError(InputError):
+    """A run directory that is missing, incomplete, or belongs to another configuration."""
+
+
+class StorageError(PartlensError, OSError):
+    """Results could not be written (disk full, no permission); what was complete before is untouched."""
+
+
+def expected(rule: str, got: object, remedy: str) -> str:
+    """Build an error sentence: what was expected, what came instead, and what to do.
+
+    Args:
+        rule: what would have been right, without the word "expected".
+        got: the offending value; shown as it is when a string, else by ``repr``.
+        remedy: what the user can do, an imperative sentence.
+
+    Returns:
+        The sentence, ending in one full stop.
+
+    Example:
+        >>> expected("at least 2 images", 1, "Add photos to the folder")
+        'Expected at least 2 images, got 1. Add photos to the folder.'
+    """
+    value = got if isinstance(got, str) else repr(got)
+    return f"Expected {rule}, got {value}. {remedy.rstrip('.')}."
+
+
+def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
+    """Return the options most like a misspelt name, best first.
+
+    Args:
+        name: what the user wrote.
+        options: what exists.
+        count: how many to return at most.
+
+    Returns:
+        Up to ``count`` names; when nothing is similar, the first ``count`` options.
+
+    Example:
+        >>> nearest("layer9", ["conv1", "layer3", "layer4"], count=2)
+        ['layer4', 'layer3']
+    """
+    pool = list(dict.fromkeys(options))
+    return difflib.get_close_matches(name, pool, n=count, cutoff=0.5) or pool[:count]
+
+
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """Join names for a sentence, saying how many were left out.
+
+    Example:
+        >>> listed(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
+    shown = ", ".join(names[:limit])
+    rest = len(names) - limit
+    return f"{shown} and {rest} more" if rest > 0 else shown
