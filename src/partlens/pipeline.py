@@ -514,7 +514,7 @@ def report(run: str | Path, *, out: str | Path | None = None, progress: Progress
     Raises:
         RunError: the run directory is missing or damaged.
     """
-    from partlens.report import write_report
+    from partlens.reporting import write_report
 
     page = write_report(Path(run), None if out is None else Path(out))
     (progress or Progress.silent()).say(f"wrote {page}")

@@ -60,7 +60,7 @@ class RunningNormaliser(NamedTuple):
 
 
 def template_scores(
-    maps: Float[Tensor, "image filter row col"], templates: Float[Tensor, "template row col"]
+    maps: Float[Tensor, "image filter row col"], templates: Float[Tensor, "template side_row side_col"]
 ) -> Float[Tensor, "image filter template"]:
     """Return ``tr(x · T)`` in nats for every map and template."""
     if maps.shape[2:] != templates.shape[1:]:
@@ -145,7 +145,7 @@ def single_templates(
 
 def filter_loss(
     maps: Float[Tensor, "image filter row col"],
-    templates: Float[Tensor, "template row col"],
+    templates: Float[Tensor, "template side_row side_col"],
     *,
     alpha: float | None = None,
     normaliser: RunningNormaliser | None = None,

@@ -272,6 +272,9 @@ class _Run:
         """Run one epoch and return its logged means."""
         config, explainer = self.config, self.explainer
         warm = number <= config.warmup_epochs
+        if number == config.warmup_epochs + 1:
+            # The joint objective has other units: moments of the warm-up would all but stop the interpretable track.
+            self.optimiser = _optimiser(explainer, config)
         explainer.train()
         explainer.decoder.eval()  # copies of the performer's norm and dropout layers stay as they are
         self.objective.epoch = max(1, number - config.warmup_epochs)

@@ -84,7 +84,7 @@ class _Viewer:
 def viewed_images(
     images: ImageSet,
     performer: Performer,
-    photos: Int[np.ndarray, " row"],
+    photos: Int[np.ndarray, " photo"],
     windows: Float[Tensor, "row 5"],
 ) -> tuple[ImageSet, Performer]:
     """Return views as images of their own, and the performer that takes them as they are.

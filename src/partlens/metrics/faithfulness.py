@@ -62,7 +62,7 @@ class ReconstructionSums:
         return self.squared_error / self.squared_norm if self.squared_norm > 0 else math.nan
 
 
-def agreement_top1(fed_back: Float[Tensor, "image output"], performer: Float[Tensor, "image output"]) -> Estimate:
+def agreement_top1(fed_back: Float[Tensor, "image output"], performer: Float[Tensor, "photo class"]) -> Estimate:
     """Return the share of photos whose strongest class stays the same, with Wilson's interval."""
     if fed_back.shape != performer.shape:
         raise InputError(

@@ -96,7 +96,7 @@ def dead_filters(peaks: Peaks) -> Bool[Tensor, " filter"]:
 
 def instability_per_filter(
     peaks: Peaks,
-    landmarks_px: Float[Tensor, "image landmark 2"],
+    landmarks_px: Float[Tensor, "photo landmark 2"],
     input_size_px: tuple[int, int],
     top: int = TOP_IMAGES,
 ) -> Float[Tensor, " filter"]:
@@ -356,28 +356,29 @@ def null_peaks(
     """Return peaks of a model that has learned nothing.
 
     Args:
-        kind: ``"random"`` (a uniformly random cell per image and filter, random scores), ``"centre"`` (exactly the
+        kind: ``"random"`` (a uniformly random cell per image and filter), ``"centre"`` (exactly the
             middle of the input) or ``"corner"`` (cell (0, 0), where the argmax of an empty map stands).
         images: number of images.
         side_cells: rows and columns of the map.
         start_px: centre (row, col) of cell (0, 0)'s receptive field.
         stride_px: distance (rows, cols) between cells' centres.
         input_size_px: rows and columns of the input.
-        filters: random filters drawn; the constant nulls need one.
+        filters: random filters drawn.
         generator: source of the draws.
     """
     rows, cols = side_cells
+    # Scores are drawn for every null: they choose the top images, and a constant model has no reason to prefer any.
+    scores = torch.rand(images, filters, generator=generator, dtype=torch.float64)
     if kind == "random":
         index = torch.randint(rows * cols, (images, filters), generator=generator)
         cells = torch.stack([index // cols, index % cols], -1)
-        scores = torch.rand(images, filters, generator=generator, dtype=torch.float64)
         return peaks_from_cells(cells, scores, side_cells, start_px, stride_px)
-    one = torch.ones(images, 1, dtype=torch.float64)
-    corner = torch.zeros(images, 1, 2, dtype=torch.int64)
     if kind == "corner":
-        return peaks_from_cells(corner, one, side_cells, start_px, stride_px)
+        corner = torch.zeros(images, filters, 2, dtype=torch.int64)
+        return peaks_from_cells(corner, scores, side_cells, start_px, stride_px)
     if kind == "centre":
         middle = torch.tensor([input_size_px[1] / 2, input_size_px[0] / 2], dtype=torch.float64)
         cells = torch.tensor([(rows - 1) / 2, (cols - 1) / 2], dtype=torch.float64)
-        return Peaks(cells.expand(images, 1, 2), middle.expand(images, 1, 2), one, side_cells)
+        shape = (images, filters, 2)
+        return Peaks(cells.expand(shape), middle.expand(shape), scores, side_cells)
     raise InputError(expected("a null called random, centre or corner", kind, "Choose one of them"))

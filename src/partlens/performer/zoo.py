@@ -242,9 +242,9 @@ class Preprocessing:
                 "227x227"}``.
 
         Returns:
-            The preprocessing, ``None`` without ``input``. Headers do not tell how the image comes to its
-            size: a ``0-1`` network gets torchvision's centre crop out of 256/224 of the size, a Caffe network
-            (``0-255``) the whole image squashed.
+            The preprocessing, ``None`` without ``input``. A header that names a size alone gets the whole image
+            squashed to it, so that an image of that size goes in as it is and nothing of an object's crop is cut
+            away; ``crop 256`` in the header asks for torchvision's way instead (shorter side 256, centre crop).
 
         Raises:
             WeightsError: the entry is there but cannot be understood.
@@ -255,6 +255,7 @@ class Preprocessing:
         sizes = re.search(r"(\d+)\s*x\s*(\d+)", metadata.get("input_size", "")) or re.search(r"(\d+)\s*x\s*(\d+)", text)
         order = re.search(r"\b(RGB|BGR)\b", text)
         span = re.search(r"\b0-(1|255)\b", text)
+        crop = re.search(r"\bcrop (\d+)\b", text)
         mean, std = _numbers(text, "mean"), _numbers(text, "std")
         if order is None or span is None or mean is None:
             raise WeightsError(
@@ -268,8 +269,8 @@ class Preprocessing:
         unit = span[1] == "1"
         return cls(
             size_px=size,
-            resize="crop" if unit else "squash",
-            resize_px=round(max(size) * 256 / 224) if unit else None,
+            resize="squash" if crop is None else "crop",
+            resize_px=None if crop is None else int(crop[1]),
             channel_order=cast("ChannelOrder", order[1]),
             scale=1 / 255 if unit else 1.0,
             mean=mean,

@@ -20,9 +20,7 @@ from partlens.vocabulary import InputError
 
 def test_the_same_seed_gives_the_same_bytes():
     want = ("be11a90f717c5ac0", "643b2fbe223439d7", "906a8b17cec91adc")
-    got = tuple(
-        hashlib.sha256(render_flower(seed, size=64).image.tobytes()).hexdigest()[:16] for seed in (0, 1, 2)
-    )
+    got = tuple(hashlib.sha256(render_flower(seed, size=64).image.tobytes()).hexdigest()[:16] for seed in (0, 1, 2))
     assert got == want
 
 

@@ -225,9 +225,7 @@ def test_generated_images_and_their_failures():
     good, bad = images.readable()
     assert good.keys == ("a", "c")
     assert bad == (UnreadableImage("b", "no paint"),)
-    with pytest.raises(
-        ImageError, match=r"uint8 arrays \[row, col, 3\] from the generator, got float64 \(2,\)"
-    ):
+    with pytest.raises(ImageError, match=r"uint8 arrays \[row, col, 3\] from the generator, got float64 \(2,\)"):
         ImageSet.from_generator(lambda _: np.zeros(2), ["a"]).read(0)
 
 
@@ -353,9 +351,7 @@ def test_unreadable_files_are_named(tmp_path):
     assert [image.key for image in bad] == ["nan.tif", "short.png", "text.jpg"]
     assert "nan or infinity" in bad[0].reason
     assert good.readable() == (good, ())
-    with pytest.raises(
-        ImageError, match=r"at least one readable image .* 3 unreadable ones \(nan.tif, short.png"
-    ):
+    with pytest.raises(ImageError, match=r"at least one readable image .* 3 unreadable ones \(nan.tif, short.png"):
         images.take([1, 2, 3]).readable()
     with pytest.raises(InputError, match="workers >= 1, got -1"):
         images.readable(workers=-1)
@@ -391,22 +387,17 @@ def test_a_fingerprint_follows_categories_and_splits():
     }
     assert len(prints) == 4
     drawn = {
-        ImageSet.from_generator(lambda _, v=v: np.full((4, 4, 3), v, np.uint8), ["a"]).fingerprint()
-        for v in (0, 0, 1)
+        ImageSet.from_generator(lambda _, v=v: np.full((4, 4, 3), v, np.uint8), ["a"]).fingerprint() for v in (0, 0, 1)
     }
     assert len(drawn) == 2
-    told = {
-        ImageSet.from_generator(lambda _: array[0], ["a"], recipe=text).fingerprint() for text in ("r", "s")
-    }
+    told = {ImageSet.from_generator(lambda _: array[0], ["a"], recipe=text).fingerprint() for text in ("r", "s")}
     assert len(told) == 2
 
 
 def test_the_default_split_is_about_a_quarter_and_goes_by_photo():
     share = sum(split_of(f"photo-{index}") == "test" for index in range(4000)) / 4000
     assert 0.23 < share < 0.27
-    images = ImageSet.from_arrays(
-        np.zeros((40, 2, 2, 3), np.uint8), photos=[f"p{index // 4}" for index in range(40)]
-    )
+    images = ImageSet.from_arrays(np.zeros((40, 2, 2, 3), np.uint8), photos=[f"p{index // 4}" for index in range(40)])
     assert {images.splits[index : index + 4] for index in range(0, 40, 4)} == {("train",) * 4, ("test",) * 4}
 
 

@@ -6,7 +6,7 @@ into HTML, :func:`write_report` does both and writes the file.
 
 from __future__ import annotations
 
-from partlens.report.page import collect_page, render_page, write_report
-from partlens.report.page_data import PageData
+from partlens.reporting.page import collect_page, render_page, write_report
+from partlens.reporting.page_data import PageData
 
 __all__ = ["PageData", "collect_page", "render_page", "write_report"]

@@ -276,7 +276,7 @@ def parts_chart(title: str, shares: Sequence[tuple[str, str, Mapping[str, float]
     if not names:
         return ""
     names.sort(key=lambda name: tuple(-s.get(name, 0.0) for _, _, s in known))
-    left, right, bar, gap = 104.0, WIDTH - 44.0, 9.0, 14.0
+    left, right, bar, gap = 104.0, WIDTH - 44.0, 14.0, 12.0
     scale = _Scale(0.0, max(v for _, _, s in known for v in s.values()) or 1.0, left, right)
     parts, y = [], 4.0
     for name in names:
@@ -286,8 +286,8 @@ def parts_chart(title: str, shares: Sequence[tuple[str, str, Mapping[str, float]
             value = share.get(name, 0.0)
             top = y + order * bar
             look = f"fill-{role}" + (" faint" if order > 1 else "")
-            parts.append(_tag("rect", x=left, y=top, width=max(scale(value) - left, 1.0), height=bar - 2, class_=look))
-            parts.append(_text(scale(value) + 5, top + bar - 2, f"{100 * value:.0f} %", "start", "soft"))
+            parts.append(_tag("rect", x=left, y=top, width=max(scale(value) - left, 1.0), height=bar - 4, class_=look))
+            parts.append(_text(scale(value) + 5, top + bar - 5, f"{100 * value:.0f} %", "start", "soft"))
         y += height + gap
     spoken = "; ".join(
         f"{label}: " + ", ".join(f"{name} {100 * share.get(name, 0.0):.0f} %" for name in names)
@@ -304,7 +304,8 @@ def curves_chart(title: str, series: Sequence[Series], shaded: tuple[float, floa
 
     Args:
         title: of the figure.
-        series: one or two curves on one axis; the second is dashed. Gaps stay gaps.
+        series: one or two curves on one axis; the second is dashed. Where epochs in between were not logged, dots
+            mark those that were.
         shaded: first and last epoch of the warm-up, drawn as a shaded band.
 
     Returns:
@@ -313,7 +314,7 @@ def curves_chart(title: str, series: Sequence[Series], shaded: tuple[float, floa
     points = [(x, y) for s in series for x, y in s.points if math.isfinite(y)]
     if not points:
         return ""
-    left, right, top, bottom = 40.0, WIDTH - 8.0, 22.0, 150.0
+    left, right, top, bottom = 40.0, WIDTH - 8.0, 22.0 if len(series) > 1 else 6.0, 150.0
     every = [x for s in series for x, _ in s.points]
     first, last = min(every), max(every)
     x_scale = _Scale(first - 0.5, last + 0.5, left, right)
@@ -336,21 +337,19 @@ def curves_chart(title: str, series: Sequence[Series], shaded: tuple[float, floa
     ]
     for order, one in enumerate(series):
         look = "stroke-performer second" if order else "stroke-explainer"
-        runs: list[list[tuple[float, float]]] = [[]]
-        for x, y in one.points:
-            if math.isfinite(y):
-                runs[-1].append((x_scale(x), y_scale(y)))
-            elif runs[-1]:
-                runs.append([])
-        for run in runs:
-            if len(run) == 1:
-                fill = "fill-performer" if order else "fill-explainer"
-                parts.append(_tag("circle", cx=run[0][0], cy=run[0][1], r=2.5, class_=fill))
-            elif run:
-                path = " ".join(f"{_coordinate(x)},{_coordinate(y)}" for x, y in run)
-                parts.append(_tag("polyline", points=path, class_=f"curve {look}"))
+        kept = [(x_scale(x), y_scale(y)) for x, y in one.points if math.isfinite(y)]
+        inside = [math.isfinite(y) for _, y in one.points]
+        sparse = sum(inside) == 1 or any(
+            not logged and any(inside[:i]) and any(inside[i:]) for i, logged in enumerate(inside)
+        )
+        if len(kept) > 1:
+            path = " ".join(f"{_coordinate(x)},{_coordinate(y)}" for x, y in kept)
+            parts.append(_tag("polyline", points=path, class_=f"curve {look}"))
+        if sparse:
+            fill = "fill-performer" if order else "fill-explainer"
+            parts += [_tag("circle", cx=x, cy=y, r=2.5, class_=fill) for x, y in kept]
         if len(series) > 1:
-            x = left + 4 + 96 * order
+            x = left + 4 + 130 * order
             parts.append(_line(x, 9, x + 22, 9, f"curve {look}"))
             parts.append(_text(x + 28, 13, one.label, "start", "soft"))
     spoken = []

@@ -1,9 +1,9 @@
-"""Draw the page of a run: :class:`~partlens.report.page_data.PageData` becomes one self-contained HTML file."""
+"""Draw the page of a run: :class:`~partlens.reporting.page_data.PageData` becomes one self-contained HTML file."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from partlens.report import figures, wording
-from partlens.report.page_data import (
+from partlens.reporting import figures, wording
+from partlens.reporting.page_data import (
     SCORES,
     Evaluation,
     GalleryFilter,
@@ -185,7 +185,7 @@ def _pairs(values: Mapping[str, Any], keys: Iterable[str] | None = None) -> list
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("partlens.report"),
+        loader=PackageLoader("partlens.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -216,11 +216,11 @@ def _landmarks(landmarks: Mapping[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} ({count:,})" for name, count in landmarks.items())
 
 
-def _notes(data: PageData) -> Sequence[str]:
-    notes = list(data.performer_notes)
-    if data.status != "finished":
-        notes.insert(0, f"The fit is not finished; its status is “{data.status or 'unknown'}”.")
-    return notes
+def _unfinished(data: PageData) -> str:
+    """Return a warning where the fit did not end, else an empty string."""
+    if data.status == "finished":
+        return ""
+    return f"The fit's status is “{data.status or 'unknown'}”; what stands here may still change."
 
 
 def render_page(data: PageData) -> str:
@@ -261,7 +261,8 @@ def render_page(data: PageData) -> str:
             preprocessing=_pairs(data.preprocessing),
             structure=_pairs(data.structure),
             receptive_field=_pairs(data.receptive_field),
-            notes=_notes(data),
+            unfinished=_unfinished(data),
+            notes=data.performer_notes,
             figure_css=figures.FIGURE_CSS,
         )
     )

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from partlens.report.page_data import Evaluation, Measure, PageData
+from partlens.reporting.page_data import Evaluation, Measure, PageData
 
 State = Literal["good", "caution", "warning", "unknown"]
 
 UNDEFINED = "–"
+GAP = "\N{NO-BREAK SPACE}"
 
 DEAD_LIMIT = 0.05
 CORRELATION_LIMIT = 0.9
@@ -106,13 +107,13 @@ def number(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Write a share as a percentage for a sentence: whole, or with one decimal near 0 and 1.
+    r"""Write a share as a percentage for a sentence: whole, or with one decimal near 0 and 1.
 
     Example:
         >>> percent(0.421), percent(0.004), percent(0.996)
-        ('42 %', '0.4 %', '99.6 %')
+        ('42\xa0%', '0.4\xa0%', '99.6\xa0%')
     """
-    return UNDEFINED if not math.isfinite(share) else f"{_percent_digits(share)} %"
+    return UNDEFINED if not math.isfinite(share) else f"{_percent_digits(share)}{GAP}%"
 
 
 def _percent_digits(share: float) -> str:

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from partlens.explainer.config import PARTLENS_CHANGES, ExplainerConfig
+
+
+def test_paper_preset_is_the_papers() -> None:
+    paper = ExplainerConfig.preset("paper")
+    assert paper == ExplainerConfig()
+    assert (paper.beta, paper.tau_cells, paper.eta, paper.reconstruction_weight) == (4.0, 0.5, 1.5e5, 5e4)
+    assert paper.filter_ratio == pytest.approx(1 / 300)
+    assert paper.filter_decay == 1
+    assert paper.filter_mix
+    assert paper.gradient == "approximate"
+
+
+def test_presets_differ_in_the_documented_fields_only() -> None:
+    ours, paper = ExplainerConfig.preset("partlens").to_dict(), ExplainerConfig().to_dict()
+    assert {k for k in ours if ours[k] != paper[k]} == set(PARTLENS_CHANGES)
+
+
+def test_round_trip_and_changes() -> None:
+    config = ExplainerConfig.preset("partlens", epochs=3, seed=9)
+    assert ExplainerConfig.from_dict(config.to_dict()) == config
+    assert (config.epochs, config.seed) == (3, 9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs positive and finite, got 0"),
+        ({"eta": float("nan")}, "eta at least 0 and finite, got nan"),
+        ({"p_init": 1.0}, "p_init between 0 and 1, got 1.0"),
+        ({"p_init": 0.5, "p_max": 0.4}, "p_init < p_max"),
+        ({"batch_size": 1}, "batch_size at least 2"),
+        ({"epoch": 3}, "a field of ExplainerConfig, got epoch. Did you mean epochs"),
+    ],
+)
+def test_wrong_fields_are_named(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExplainerConfig.preset("paper", **changes)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match="preset partlens or paper, got papers"):
+        ExplainerConfig.preset("papers")  # type: ignore[arg-type]

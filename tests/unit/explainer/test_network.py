@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from partlens.explainer.assembly import (
+    build_explainer,
+    explainer_structure,
+    performer_head,
+    reference_decoder,
+)
+from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.network import NormLayer, dense_weights
+from partlens.performer.taps import forward_taps
+from partlens.performer.zoo import PaperNet, Performer, Preprocessing, weights_sha256
+
+
+def performer_of(module: nn.Module, side: int, tap: str | None = None) -> Performer:
+    module.eval()
+    preprocessing = Preprocessing(size_px=(side, side), resize="squash")
+    return Performer(module, type(module).__name__, preprocessing, weights_sha256(module), tap)
+
+
+def networks() -> list[tuple[str, nn.Module, int, str, bool]]:
+    torch.manual_seed(0)
+    return [
+        ("resnet18", torchvision.models.resnet18(weights=None), 64, "layer3", False),
+        ("vgg11", torchvision.models.vgg11(weights=None), 64, "features.17", True),
+        ("alexnet", torchvision.models.alexnet(weights=None), 96, "features.9", True),
+        ("caffe", PaperNet("alexnet-caffe", num_classes=5, input_px=99, hidden=16), 99, "relu4", True),
+        ("vgg-s", PaperNet("vgg-s", num_classes=5, input_px=131, hidden=16), 131, "relu4", True),
+        ("squeezenet", torchvision.models.squeezenet1_1(weights=None), 64, "features.10", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "side", "tap", "replaces"), networks(), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_perfect_copy_limit(name: str, module: nn.Module, side: int, tap: str, replaces: bool) -> None:
+    """p = 0 and the initial ordinary track give zero reconstruction error and identical outputs."""
+    performer = performer_of(module, side)
+    batch = torch.rand(3, 3, side, side)
+    structure = explainer_structure(performer, batch, tap)
+    assert (structure.replaced is not None) == replaces
+    explainer = build_explainer(performer, structure, ExplainerConfig(p_init=1e-9)).eval()
+    output, taps = forward_taps(performer, batch, [tap, *structure.targets])
+    explainer.start_norms(taps[tap])
+    with torch.no_grad():
+        explainer.share_logit.fill_(-1e4)
+        result = explainer(taps[tap])
+        fed = performer_head(performer, structure)(result.reconstructions[-1])[0]
+        for target, value in zip(structure.targets, result.reconstructions, strict=True):
+            scale = float(taps[target].abs().max())
+            assert float((value - taps[target]).abs().max()) < 1e-4 * scale
+    assert torch.allclose(fed, output, atol=1e-4 * float(output.abs().max()))
+    assert torch.equal(fed.argmax(1), output.argmax(1))
+
+
+def test_the_performer_is_bit_identical_afterwards(tiny: Performer) -> None:
+    before = {k: v.clone() for k, v in tiny.module.state_dict().items()}
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    explainer = build_explainer(tiny, structure, ExplainerConfig())
+    for parameter in explainer.parameters():
+        with torch.no_grad():
+            parameter.add_(1.0)
+    reference_decoder(tiny, structure)
+    for name, value in tiny.module.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(p.requires_grad and p.grad is None for p in tiny.module.parameters())
+
+
+def test_structure_of_the_papers_alexnet() -> None:
+    performer = performer_of(PaperNet("alexnet-caffe", num_classes=2, input_px=99, hidden=8), 99)
+    structure = explainer_structure(performer, torch.rand(1, 3, 99, 99), "relu4")
+    assert structure.replaced == "conv5"
+    assert structure.decoder_from == "pool5"
+    assert (structure.channels_in, structure.channels_out) == (384, 256)
+    assert structure.targets == ("relu6", "relu7")
+
+
+def test_grouped_convolution_becomes_dense() -> None:
+    conv = nn.Conv2d(8, 6, 3, padding=1, groups=2)
+    maps = torch.rand(2, 8, 5, 5)
+    dense = nn.functional.conv2d(maps, dense_weights(conv), conv.bias, padding=1)
+    assert torch.allclose(dense, conv(maps), atol=1e-6)
+
+
+def test_norm_layer_makes_the_mean_sum_one_and_ignores_negatives() -> None:
+    norm = NormLayer(3, momentum=0.5).train()
+    positives = torch.rand(8, 3, 4, 4) * torch.tensor([1.0, 5.0, 0.5])[:, None, None]
+    for _ in range(40):
+        out = norm(torch.cat([positives, 100 * torch.rand(4, 3, 4, 4)]), 8)[:8]
+    assert torch.allclose(out.sum((2, 3)).mean(0), torch.ones(3), atol=1e-4)
+    held = norm.magnitude.clone()
+    norm.eval()(torch.rand(5, 3, 4, 4) * 50)
+    assert torch.equal(norm.magnitude, held)
+
+
+def test_a_dead_channel_does_not_blow_up() -> None:
+    norm = NormLayer(2, floor=0.1).train()
+    maps = torch.rand(6, 2, 4, 4)
+    maps[:, 1] = 0
+    norm(maps)
+    woken = torch.zeros(1, 2, 4, 4)
+    woken[0, 1, 0, 0] = 1.0
+    expected = 1 / (0.1 * float(norm.magnitude.mean()))
+    assert float(norm.eval()(woken).max()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_p_cannot_be_gamed_by_rescaling_the_track(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    explainer = build_explainer(tiny, structure, ExplainerConfig(norm_floor=0.0)).eval()
+    maps = forward_taps(tiny, torch.rand(16, 3, 32, 32), ["relu2"])[1]["relu2"]
+    explainer.start_norms(maps)
+    with torch.no_grad():
+        before = explainer.encode(maps)[3]
+        explainer.conv_interp_2.weight.mul_(7)
+        explainer.conv_interp_2.bias.mul_(7)
+        gain = explainer.gain.clone()
+        explainer.start_norms(maps)
+        assert torch.allclose(explainer.encode(maps)[3], before, atol=1e-5)
+        assert torch.equal(explainer.gain, gain)
+
+
+def test_mixed_maps_keep_the_ordinary_track_out_of_the_gradient(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    explainer = build_explainer(tiny, structure, ExplainerConfig())
+    interp = torch.rand(2, 12, 8, 8, requires_grad=True)
+    ordin = torch.rand(2, 12, 8, 8, requires_grad=True)
+    upstream = torch.rand(2, 12, 8, 8)
+    mixed = explainer.mixed_maps(interp, ordin)
+    grads = torch.autograd.grad((mixed * upstream).sum(), [interp, explainer.share_logit], retain_graph=True)
+    p = explainer.p.detach()
+    assert torch.allclose(grads[0], p * upstream, atol=1e-6)
+    expected = (upstream * (interp - ordin)).sum().detach() * p * (1 - p)
+    assert float(grads[1]) == pytest.approx(float(expected), rel=1e-3)
+    assert torch.autograd.grad(mixed.sum(), ordin, allow_unused=True)[0] is None
+
+
+def test_maps_of_another_size_are_refused(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    explainer = build_explainer(tiny, structure, ExplainerConfig())
+    with pytest.raises(ValueError, match=r"of \(12, 8, 8\) from relu2, got \(12, 4, 4\)"):
+        explainer(torch.rand(1, 12, 4, 4))
+
+
+def test_layers_that_cannot_be_explained_say_why(tiny: Performer) -> None:
+    batch = torch.rand(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="larger than 1x1 at pool4"):
+        explainer_structure(tiny, batch, "pool4", ["classes"])
+    with pytest.raises(ValueError, match="after a ReLU at conv2, got values down to -"):
+        explainer_structure(tiny, batch, "conv2", ["relu4"])
+
+
+def test_identity_initialisation_starts_as_the_performers_own_filters(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    config = dataclasses.replace(ExplainerConfig(), initialisation="identity")
+    explainer = build_explainer(tiny, structure, config)
+    maps = forward_taps(tiny, torch.rand(8, 3, 32, 32), ["relu2"])[1]["relu2"]
+    first = explainer.interpret(maps)[0].detach()
+    same = nn.functional.cosine_similarity(first.flatten(), maps.flatten(), dim=0)
+    assert float(same) > 0.9

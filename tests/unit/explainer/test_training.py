@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from partlens.explainer.assembly import build_explainer
+from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.network import Explainer, ExplainerStructure
+from partlens.explainer.seeding import part_candidates, seed_parts
+from partlens.explainer.training import TrainingMaps, train_explainer
+from partlens.explainer.views import view_windows, viewed_images
+from partlens.performer.surgery import cut
+from partlens.performer.zoo import Performer
+
+STRUCTURE = ExplainerStructure("relu2", ("relu3", "relu4"), 12, 12, (8, 8), None, "relu2")
+SMALL: dict[str, Any] = {
+    "epochs": 3,
+    "warmup_epochs": 2,
+    "views": 3,
+    "batch_size": 8,
+    "background_batch": 4,
+    "candidates_per_filter": 2,
+    "votes": 4,
+    "precision": "float32",
+}
+
+
+@pytest.fixture
+def maps(tiny: Performer) -> TrainingMaps:
+    generator = torch.Generator().manual_seed(5)
+    tap = torch.rand(20 * 3 + 6, 12, 8, 8, generator=generator)
+    targets = cut(tiny, "relu2", ["relu3", "relu4"])(tap)
+    windows = view_windows(20, 3, 0.5, generator)
+    arrays = tuple(t.detach().numpy().astype(np.float16) for t in targets)
+    return TrainingMaps(tap.numpy().astype(np.float16), arrays, windows, np.arange(60, 66))
+
+
+def fresh(tiny: Performer, **changes: Any) -> Explainer:
+    return build_explainer(tiny, STRUCTURE, ExplainerConfig.preset("partlens", **{**SMALL, **changes}))
+
+
+class Killed(Exception):
+    """Stands for a kill at an epoch's end."""
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"normaliser": "running", "precision": "bfloat16"}], ids=["default", "running"]
+)
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_a_killed_run_continues_bit_equal(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path, after: int, changes: dict[str, Any]
+) -> None:
+    whole = fresh(tiny, **changes)
+    train_explainer(whole, maps, tmp_path / "whole")
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["epoch"] == after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_explainer(fresh(tiny, **changes), maps, tmp_path / "killed", report=stop)
+    again = fresh(tiny, **changes)
+    with torch.no_grad():
+        again.conv_interp_1.weight.add_(1)  # what the process had in memory is lost
+    torch.rand(17)  # and the global random state is another
+    result = train_explainer(again, maps, tmp_path / "killed")
+    assert len(result.history) == 5
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_training_lowers_the_reconstruction_error(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
+    config = {"epochs": 25, "warmup_epochs": 1, "p_init": 0.3, "patience": 0, "learning_rate_decoder": 3e-3}
+    history = train_explainer(fresh(tiny, **config), maps, tmp_path).history
+    joint = [r["reconstruction"] for r in history if r["phase"] == "joint"]
+    assert joint[-1] < 0.7 * joint[0]
+
+
+def test_warm_up_leaves_decoder_and_share_alone(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
+    explainer = fresh(tiny, epochs=1)
+    before = {k: v.clone() for k, v in explainer.state_dict().items()}
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["epoch"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_explainer(explainer, maps, tmp_path, report=stop)
+    after = explainer.state_dict()
+    for name, value in before.items():
+        if name.startswith(("decoder", "share_logit", "conv_ordin")):
+            assert torch.equal(value, after[name]), name
+    assert not torch.equal(before["conv_interp_2.weight"], after["conv_interp_2.weight"])
+
+
+def test_a_plateau_stops_training(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
+    rates = dict.fromkeys(
+        ("learning_rate", "learning_rate_ordinary", "learning_rate_decoder", "learning_rate_p"), 1e-12
+    )
+    result = train_explainer(fresh(tiny, epochs=30, patience=3, **rates), maps, tmp_path)
+    assert result.stopped == "plateau"
+    assert len(result.history) < 20
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
+    train_explainer(fresh(tiny), maps, tmp_path)
+    with pytest.raises(ValueError, match="a checkpoint of this configuration"):
+        train_explainer(fresh(tiny, eta=3.0), maps, tmp_path)
+
+
+def test_one_photo_is_too_few(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
+    alone = TrainingMaps(maps.tap, maps.targets, maps.windows[:1], maps.background_rows)
+    with pytest.raises(ValueError, match="at least 2 photos of the category to learn from, got 1"):
+        train_explainer(fresh(tiny), alone, tmp_path)
+
+
+def test_rows_are_read_in_the_order_asked(maps: TrainingMaps) -> None:
+    rows = np.array([40, 3, 3, 59, 0])
+    tap, targets = maps.read(rows)
+    assert torch.equal(tap, torch.from_numpy(maps.tap[rows]).float())
+    assert torch.equal(targets[1], torch.from_numpy(maps.targets[1][rows]).float())
+
+
+def test_seeding_finds_a_planted_part(tiny: Performer) -> None:
+    """One feature marks a part that moves; candidates must find it among features that fire anywhere."""
+    generator = torch.Generator().manual_seed(2)
+    photos, views = 40, 3
+    windows = view_windows(photos, views, 0.6, generator).transpose(0, 1)
+    windows[2] = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])  # mirrors only, which cells can follow exactly
+    maps = 0.3 * torch.rand(views, photos, 12, 8, 8, generator=generator)
+    place = torch.randint(1, 7, (photos, 2), generator=generator)
+    for i, (row, col) in enumerate(place.tolist()):
+        maps[0, i, 4, row, col] += 4
+        for v in (1, 2):
+            maps[v, i, 4, row, 7 - col] += 4
+    others = 0.3 * torch.rand(30, 12, 8, 8, generator=generator)
+    explainer = fresh(tiny, candidates_per_filter=8)
+    found = seed_parts(explainer, maps, windows, others, generator)
+    assert found["movement_error_cells"] < 1.5
+    peaks = explainer.interpret(maps[0])[1].detach().flatten(2).argmax(-1)
+    distance = torch.maximum((peaks // 8 - place[:, :1]).abs(), (peaks % 8 - place[:, 1:]).abs())
+    assert float((distance <= 1).float().mean(0).median()) > 0.9
+
+
+def test_candidates_are_as_many_as_asked(generator: torch.Generator) -> None:
+    detectors, mean = part_candidates(torch.rand(9, 5, 6, 6), torch.zeros(0, 5, 6, 6), 50, generator)
+    assert detectors.shape[0] >= 50
+    assert torch.isfinite(detectors).all()
+    assert mean.shape == (5,)
+
+
+def test_views_are_mirrored_and_cropped_as_their_windows_say(tiny: Performer) -> None:
+    from partlens.data.images import ImageSet
+
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    picture[:32, :32, 0] = 255
+    images = ImageSet.from_arrays([picture])
+    windows = torch.tensor([[0.0, 0, 1, 1, 0], [0.0, 0, 1, 1, 1], [0.5, 0.5, 0.5, 0.5, 0], [0.0, 0, 0.5, 0.5, 0]])
+    drawn, _ = viewed_images(images, tiny, np.zeros(4, dtype=np.int64), windows)
+    corners = [np.asarray(drawn.read(k))[2, 2, 0] for k in range(4)]
+    assert corners == [255, 0, 0, 255]
+    assert np.asarray(drawn.read(1))[2, 29, 0] == 255
+    assert (
+        drawn.fingerprint()
+        != viewed_images(images, tiny, np.zeros(4, dtype=np.int64), windows.flip(0))[0].fingerprint()
+    )
+    with pytest.raises(ValueError, match="windows of 3 rows, got 4"):
+        viewed_images(images, tiny, np.zeros(3, dtype=np.int64), windows)

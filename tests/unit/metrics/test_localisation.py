@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from partlens.metrics.estimate import Estimate, bootstrap, proportion
+from partlens.metrics.localisation import (
+    Peaks,
+    consistency_per_filter,
+    dead_filters,
+    distinct_parts,
+    instability_per_filter,
+    localisation_scores,
+    mean_pairwise,
+    null_peaks,
+    peak_correlation,
+    peaks_from_maps,
+    spread_per_filter,
+)
+
+SIZE = (224, 224)
+GRID = ((8.0, 8.0), (16.0, 16.0))
+
+
+def peaks_at(cells: torch.Tensor, scores: torch.Tensor | None = None) -> Peaks:
+    xy = torch.stack([8 + 16 * cells[..., 1], 8 + 16 * cells[..., 0]], -1).double()
+    return Peaks(cells.double(), xy, torch.ones(cells.shape[:2]).double() if scores is None else scores, (14, 14))
+
+
+def moving(images: int = 60, filters: int = 1) -> torch.Tensor:
+    return torch.randint(0, 14, (images, filters, 2))
+
+
+def instability_by_loops(peaks: Peaks, landmarks: torch.Tensor, top: int) -> list[float]:
+    """CVPR 2018, Sec. 5.2.2, one filter and landmark at a time."""
+    found = []
+    for f in range(peaks.scores.shape[1]):
+        per_landmark = []
+        for k in range(landmarks.shape[1]):
+            rows = [i for i in range(len(landmarks)) if not bool(landmarks[i, k].isnan().any())]
+            rows.sort(key=lambda i: -float(peaks.scores[i, f]))
+            distances = [
+                float((peaks.positions_px[i, f] - landmarks[i, k]).norm()) / math.hypot(224, 224) for i in rows[:top]
+            ]
+            mean = sum(distances) / len(distances)
+            per_landmark.append(math.sqrt(sum((d - mean) ** 2 for d in distances) / (len(distances) - 1)))
+        found.append(sum(per_landmark) / len(per_landmark))
+    return found
+
+
+def test_instability_equals_the_loops_with_missing_landmarks_and_top_images() -> None:
+    peaks = peaks_at(moving(40, 3), torch.rand(40, 3, dtype=torch.float64))
+    landmarks = torch.rand(40, 2, 2, dtype=torch.float64) * 224
+    landmarks[::3, 1] = math.nan
+    expected = instability_by_loops(peaks, landmarks, 15)
+    assert instability_per_filter(peaks, landmarks, SIZE, top=15).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_constant_offset_from_the_landmark_is_perfectly_stable() -> None:
+    peaks = peaks_at(moving())
+    landmarks = peaks.positions_px + torch.tensor([12.0, -30.0])
+    assert float(instability_per_filter(peaks, landmarks, SIZE)) < 1e-12
+
+
+def test_translating_everything_changes_nothing() -> None:
+    peaks = peaks_at(moving())
+    landmarks = torch.rand(60, 1, 2, dtype=torch.float64) * 224
+    shifted = Peaks(peaks.cells, peaks.positions_px + 5, peaks.scores, peaks.side_cells)
+    first = instability_per_filter(peaks, landmarks, SIZE)
+    assert torch.allclose(first, instability_per_filter(shifted, landmarks + 5, SIZE), atol=1e-12)
+
+
+def test_one_annotated_image_gives_nan() -> None:
+    landmarks = torch.full((60, 1, 2), math.nan)
+    landmarks[0] = 3.0
+    assert bool(instability_per_filter(peaks_at(moving()), landmarks, SIZE).isnan().all())
+
+
+def test_peaks_from_maps_take_the_first_of_equals_and_place_it() -> None:
+    maps = torch.zeros(1, 2, 14, 14)
+    maps[0, 0, 3, 5] = maps[0, 0, 9, 9] = 2.0
+    peaks = peaks_from_maps(maps, *GRID)
+    assert peaks.cells[0].tolist() == [[3, 5], [0, 0]]
+    assert peaks.positions_px[0, 0].tolist() == [8 + 16 * 5, 8 + 16 * 3]
+    assert dead_filters(peaks).tolist() == [False, True]
+
+
+def test_spread_of_uniform_cells() -> None:
+    uniform = torch.cartesian_prod(torch.arange(14), torch.arange(14))[:, None]
+    assert float(spread_per_filter(peaks_at(uniform))) == pytest.approx(4.03, abs=0.02)
+    assert float(spread_per_filter(peaks_at(torch.full((9, 1, 2), 4)))) == 0
+
+
+def test_consistency_is_one_for_an_affine_tracker_and_about_zero_for_chance() -> None:
+    cells = moving(200, 300)
+    peaks = peaks_at(cells)
+    truth = torch.stack([3 * cells[:, 0, 1] - cells[:, 0, 0] + 40.0, 5 * cells[:, 0, 0] + 7.0], -1).double()
+    other = torch.rand(200, 2, dtype=torch.float64) * 224
+    score, landmark = consistency_per_filter(peaks, torch.stack([other, truth], 1))
+    assert float(score[0]) == pytest.approx(1, abs=1e-6)
+    assert int(landmark[0]) == 1
+    assert -0.1 < float(score[1:].mean()) < 0.01
+
+
+def test_a_constant_peak_is_not_consistent() -> None:
+    truth = torch.rand(50, 1, 2) * 224
+    score, _ = consistency_per_filter(peaks_at(torch.full((50, 1, 2), 6)), truth)
+    assert abs(float(score)) < 0.12
+
+
+def test_too_few_landmarks_leave_consistency_undefined() -> None:
+    truth = torch.full((50, 1, 2), math.nan)
+    truth[:9] = 1.0
+    assert bool(consistency_per_filter(peaks_at(moving(50, 2)), truth)[0].isnan().all())
+
+
+def test_folds_keep_a_photo_together() -> None:
+    """Crops of one photo that repeat each other must not help: with the photo known, the fit never saw its twins."""
+    photo = torch.arange(20).repeat_interleave(10)
+    cells = torch.randint(0, 14, (20, 1, 2)).repeat_interleave(10, 0)
+    truth = (torch.rand(20, 1, 2) * 224).repeat_interleave(10, 0)
+    leaked, _ = consistency_per_filter(peaks_at(cells), truth)
+    honest, _ = consistency_per_filter(peaks_at(cells), truth, photo)
+    assert float(honest) < float(leaked)
+
+
+def test_correlation_of_copies_and_of_strangers() -> None:
+    cells = moving(400, 1)
+    live = torch.ones(2, dtype=torch.bool)
+    same = peaks_at(torch.cat([cells, cells], 1))
+    assert mean_pairwise(peak_correlation(same, live)) == pytest.approx(1)
+    assert abs(mean_pairwise(peak_correlation(peaks_at(moving(400, 2)), live))) < 0.15
+    mirrored = peaks_at(torch.cat([cells, 13 - cells], 1))
+    assert mean_pairwise(peak_correlation(mirrored, live)) == pytest.approx(-1)
+
+
+def test_distinct_parts_counts_places() -> None:
+    base = torch.randint(3, 8, (50, 1, 2))
+    parts = torch.cat([base, base + torch.tensor([5, 0]), base + torch.tensor([0, 5])], 1).repeat_interleave(20, 1)
+    assert distinct_parts(peaks_at(parts), torch.ones(60, dtype=torch.bool)) == pytest.approx(3, abs=0.01)
+    assert distinct_parts(peaks_at(base.repeat(1, 9, 1)), torch.ones(9, dtype=torch.bool)) == pytest.approx(1)
+
+
+def test_the_constant_centre_wins_instability_and_nothing_else(generator: torch.Generator) -> None:
+    """Why instability never stands alone."""
+    truth = 112 + torch.randn(120, 1, 2, dtype=torch.float64) * 35
+    kinds = {}
+    for kind in ("random", "centre", "corner"):
+        peaks = null_peaks(kind, 120, (14, 14), *GRID, input_size_px=SIZE, filters=32, generator=generator)
+        kinds[kind] = localisation_scores(
+            peaks, truth, SIZE, landmark_names=("head",), generator=generator, rounds=10, fixed_null=kind != "random"
+        )
+    assert kinds["centre"].instability.value < kinds["corner"].instability.value < kinds["random"].instability.value
+    assert kinds["centre"].peak_spread_cells.value == 0
+    assert kinds["centre"].consistency.value < 0.05
+    assert math.isnan(kinds["centre"].filter_correlation.value)
+    assert kinds["random"].filter_correlation.value == pytest.approx(0, abs=0.02)
+
+
+def test_scores_without_landmarks_are_undefined_and_counted(generator: torch.Generator) -> None:
+    scores = localisation_scores(
+        peaks_at(moving(30, 4)), torch.zeros(30, 0, 2), SIZE, landmark_names=(), generator=generator, rounds=5
+    ).to_dict()
+    assert scores["instability"] == {"value": None, "interval": [None, None], "n": 0, "unit": "photos"}
+    assert scores["peak_spread_cells"]["n"] == 30
+
+
+def test_landmarks_of_other_photos_are_refused() -> None:
+    with pytest.raises(ValueError, match="landmarks of 60 images like the peaks, got 59"):
+        instability_per_filter(peaks_at(moving()), torch.zeros(59, 1, 2), SIZE)
+    with pytest.raises(ValueError, match="random, centre or corner, got middle"):
+        null_peaks("middle", 3, (4, 4), *GRID, input_size_px=SIZE, generator=torch.Generator())
+
+
+def test_bootstrap_covers_a_mean(generator: torch.Generator) -> None:
+    values = torch.randn(400, generator=generator)
+    estimate = bootstrap(lambda i: float(values[i].mean()), 400, generator=generator, rounds=400)
+    half = 1.96 * float(values.std()) / 20
+    assert estimate.value == pytest.approx(float(values.mean()))
+    assert estimate.interval[0] == pytest.approx(estimate.value - half, abs=half / 4)
+    assert estimate.interval[1] == pytest.approx(estimate.value + half, abs=half / 4)
+    with pytest.raises(ValueError, match="at least 1 photo"):
+        bootstrap(lambda _: 0.0, 0, generator=generator)
+
+
+def test_proportion_of_everything_stays_below_one_at_the_lower_end() -> None:
+    assert proportion(torch.ones(10)).interval == pytest.approx((0.7225, 1.0), abs=1e-3)
+    assert proportion(torch.ones(0)) != Estimate(1.0, (1.0, 1.0), 0)
+    assert math.isnan(proportion(torch.ones(0)).value)
+
+
+@pytest.mark.data
+def test_published_null_models_on_the_real_photos(shared, generator: torch.Generator) -> None:
+    """Random is known to be 0.158 for fox on all annotated photos; the centre is what a plain loop gives."""
+    from partlens.data.images import ImageSet
+
+    foxes = ImageSet.open(shared / "data" / "animal-part").select(category="fox")
+    assert foxes.part_truth is not None
+    truth = torch.from_numpy(foxes.part_truth.for_keys(foxes.keys).positions_px).double()
+    values = {}
+    for kind in ("random", "centre"):
+        peaks = null_peaks(kind, len(foxes), (14, 14), *GRID, input_size_px=SIZE, filters=64, generator=generator)
+        values[kind] = float(instability_per_filter(peaks, truth, SIZE).mean())
+    assert values["random"] == pytest.approx(0.158, abs=0.002)
+    assert values["centre"] == pytest.approx(0.0697, abs=0.001)
