@@ -187,7 +187,9 @@ def _print_scores(result: dict[str, Any]) -> None:
         "centre": result["nulls"]["centre"],
         "corner": result["nulls"]["corner"],
     }
-    table = Table("score", *columns, box=None)
+    table = Table(box=None)
+    for heading in ("score", *columns):
+        table.add_column(heading, no_wrap=heading == "score")
     for name in result["explainer"]:
         if name != "landmark_shares":
             table.add_row(name, *(_shown(column[name]) for column in columns.values()))
@@ -198,6 +200,8 @@ def _print_scores(result: dict[str, Any]) -> None:
         for part, value in parts:
             fidelity.add_row(f"{name} {part}".strip(), _shown(value), f"{value['n']} {value['unit']}")
     console = Console()
+    if not console.is_terminal:
+        console.width = 160  # in a file or a pipe nothing needs to be broken
     console.print(table)
     console.print(fidelity)
     for warning in result["warnings"]:

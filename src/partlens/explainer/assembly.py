@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerStructure, dense_weights
+from partlens.performer.borrowing import random_state_kept
 from partlens.performer.surgery import cut, cut_points, default_targets
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
@@ -83,6 +84,7 @@ def explainer_structure(
         )
     replaced = _replaced_convolution(performer.module, tap, chosen, min(rows, cols))
     channels = int(tapped.shape[1])
+    cut(performer, tap, list(chosen))  # refuses targets that are not after the tap, before anything is written
     if replaced is None:
         return ExplainerStructure(tap, chosen, channels, channels, (rows, cols), None, tap)
     name, activation, pooling = replaced
@@ -127,7 +129,8 @@ def build_explainer(
         ordinary = (dense_weights(conv).float().cpu(), bias.float().cpu())
         layer = performer.module.get_submodule(structure.decoder_from)
         pool = copy.deepcopy(layer) if isinstance(layer, nn.MaxPool2d) else None
-    return Explainer(structure, config, decoder, pool=pool, ordinary=ordinary, generator=draws)
+    with random_state_kept():  # torch's own initialisation draws from the global state before ours replaces it
+        return Explainer(structure, config, decoder, pool=pool, ordinary=ordinary, generator=draws)
 
 
 def reference_decoder(performer: Performer, structure: ExplainerStructure) -> nn.Module:

@@ -21,6 +21,7 @@ _POSITIVE = (
     "tau_cells",
     "reconstruction_weight",
     "learning_rate",
+    "learning_rate_joint",
     "learning_rate_ordinary",
     "learning_rate_decoder",
     "learning_rate_p",
@@ -47,7 +48,8 @@ _NOT_NEGATIVE = (
 PARTLENS_CHANGES: dict[str, Any] = {
     "score_scale_nats": 8.0,
     "gradient": "exact",
-    "filter_ratio": 3.0,
+    "eta": 1e6,
+    "filter_ratio": 10.0,
     "filter_decay": 0.0,
     "filter_mix": False,
     "diversity_weight": 8.0,
@@ -55,12 +57,16 @@ PARTLENS_CHANGES: dict[str, Any] = {
     "equivariance_weight": 8.0,
     "initialisation": "parts",
     "votes": 128,
-    "p_init": 0.5,
+    "p_init": 0.3,
     "learning_rate": 1e-4,
+    "learning_rate_joint": 1e-5,
+    "learning_rate_ordinary": 2e-4,
+    "learning_rate_decoder": 2e-4,
     "learning_rate_p": 2e-2,
     "views": 10,
     "batch_size": 64,
-    "epochs": 40,
+    "background_batch": 32,
+    "epochs": 16,
     "warmup_epochs": 16,
     "precision": "bfloat16",
 }
@@ -101,6 +107,7 @@ class ExplainerConfig:
         p_init: p at the start (paper silent).
         p_max: the largest p that training may reach, 1 in the paper.
         learning_rate: Adam, interpretable track (paper silent on the optimiser and all rates).
+        learning_rate_joint: Adam, interpretable track after the warm-up, where the reconstruction pulls on it too.
         learning_rate_ordinary: Adam, ordinary track.
         learning_rate_decoder: Adam, decoder.
         learning_rate_p: Adam, w_p.
@@ -138,6 +145,7 @@ class ExplainerConfig:
     p_init: float = 0.5
     p_max: float = 1.0
     learning_rate: float = 1e-3
+    learning_rate_joint: float = 1e-3
     learning_rate_ordinary: float = 1e-4
     learning_rate_decoder: float = 1e-4
     learning_rate_p: float = 3e-3
@@ -194,7 +202,7 @@ class ExplainerConfig:
         return cls(**values)
 
     @classmethod
-    def preset(cls, name: Preset = "partlens", **changes: Any) -> ExplainerConfig:
+    def preset(cls, name: str = "partlens", **changes: Any) -> ExplainerConfig:
         """Return a preset with changes.
 
         Args:

@@ -139,9 +139,9 @@ def _schedule(step: int, total: int) -> float:
     return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total)))))
 
 
-def _optimiser(explainer: Explainer, config: ExplainerConfig) -> torch.optim.AdamW:
+def _optimiser(explainer: Explainer, config: ExplainerConfig, *, warm: bool) -> torch.optim.AdamW:
     rates = {
-        "interpretable": config.learning_rate,
+        "interpretable": config.learning_rate if warm else config.learning_rate_joint,
         "ordinary": config.learning_rate_ordinary,
         "share": config.learning_rate_p,
         "decoder": config.learning_rate_decoder,
@@ -192,7 +192,7 @@ class _Run:
     def __init__(self, explainer: Explainer, data: TrainingMaps, folder: Path) -> None:
         self.explainer, self.data, self.folder = explainer, data, folder
         self.config = explainer.config
-        self.optimiser = _optimiser(explainer, self.config)
+        self.optimiser = _optimiser(explainer, self.config, warm=self.config.warmup_epochs > 0)
         sample = np.arange(0, data.photos * data.views, data.views)[:_NORM_SAMPLE]
         self.objective = Objective(self.config, explainer, tuple(target_norm(t) for t in data.read(sample)[1]))
         self.history: list[dict[str, Any]] = []
@@ -236,6 +236,8 @@ class _Run:
         for name, value in part("optimiser.").items():
             index, key = name.split(".", 1)
             moments.setdefault(int(index), {})[key] = value
+        if len(state["history"]) > self.config.warmup_epochs:
+            self.optimiser = _optimiser(self.explainer, self.config, warm=False)
         plain = self.optimiser.state_dict()
         self.optimiser.load_state_dict({"state": moments, "param_groups": plain["param_groups"]})
         self.objective.state = part("objective.")
@@ -274,7 +276,7 @@ class _Run:
         warm = number <= config.warmup_epochs
         if number == config.warmup_epochs + 1:
             # The joint objective has other units: moments of the warm-up would all but stop the interpretable track.
-            self.optimiser = _optimiser(explainer, config)
+            self.optimiser = _optimiser(explainer, config, warm=False)
         explainer.train()
         explainer.decoder.eval()  # copies of the performer's norm and dropout layers stay as they are
         self.objective.epoch = max(1, number - config.warmup_epochs)

@@ -198,7 +198,7 @@ def consistency_per_filter(
     return torch.where(best.values < -1, math.nan, best.values), best.indices
 
 
-def peak_correlation(peaks: Peaks, live: Bool[Tensor, " filter"]) -> Float[Tensor, "filter filter"]:
+def peak_correlation(peaks: Peaks, live: Bool[Tensor, " filter"]) -> Float[Tensor, "live live"]:
     """Return the correlation of peak positions between live filters, the mean over both axes.
 
     A filter whose peak does not move on an axis has no correlation there: the pair's value is then NaN.
@@ -267,7 +267,8 @@ class LocalisationScores:
             "distinct_parts",
         )
         scores: dict[str, object] = {name: getattr(self, name).to_dict() for name in names}
-        return scores | {"landmark_shares": dict(self.landmark_shares)}
+        shares = {name: None if math.isnan(share) else share for name, share in self.landmark_shares.items()}
+        return scores | {"landmark_shares": shares}
 
 
 def localisation_scores(

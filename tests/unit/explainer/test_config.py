@@ -44,4 +44,4 @@ def test_wrong_fields_are_named(changes: dict[str, float], message: str) -> None
 
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match="preset partlens or paper, got papers"):
-        ExplainerConfig.preset("papers")  # type: ignore[arg-type]
+        ExplainerConfig.preset("papers")

@@ -1,0 +1,285 @@
+"""Whole runs on a tiny network and generated flowers, and every error a user can meet."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import partlens
+from partlens.data.images import ImageSet
+from partlens.explainer.config import ExplainerConfig
+from partlens.performer.zoo import Performer
+from partlens.pipeline import evaluate, fit_explainer, layers, load_explainer, report
+from partlens.progress import Progress
+
+SMALL: dict[str, Any] = {
+    "epochs": 2,
+    "warmup_epochs": 1,
+    "views": 3,
+    "batch_size": 8,
+    "background_batch": 4,
+    "candidates_per_filter": 2,
+    "votes": 4,
+    "precision": "float32",
+}
+RED = "petal-red"
+SCORES = ("instability", "consistency", "filter_correlation")
+
+
+@pytest.fixture
+def run(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> Path:
+    fitted = fit_explainer(tiny, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=2)
+    return fitted.path
+
+
+def snapshot(module: nn.Module) -> dict[str, Any]:
+    return {
+        "weights": {k: v.clone() for k, v in module.state_dict().items()},
+        "flags": [(p.requires_grad, p.grad) for p in module.parameters()],
+        "modes": [m.training for m in module.modules()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in module.modules()],
+        # Python's own generator is left out: the shape checks that run in the tests draw from it.
+        "random": (torch.get_rng_state(), np.random.get_state()[1].copy()),  # noqa: NPY002
+    }
+
+
+def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+    assert first["flags"] == second["flags"]
+    assert first["modes"] == second["modes"]
+    assert first["hooks"] == second["hooks"]
+    assert torch.equal(first["random"][0], second["random"][0])
+    assert (first["random"][1] == second["random"][1]).all()
+
+
+def test_fit_evaluate_report(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    manifest = json.loads((run / "run.json").read_text())
+    assert manifest["status"] == "finished"
+    assert len(manifest["p_by_seed"]) == 2
+    assert manifest["p_by_seed"][0] != manifest["p_by_seed"][1]
+    assert not (run / "cache").exists()
+    assert not list(run.glob("checkpoint*"))
+    scores = evaluate(run, few_flowers, model=tiny)
+    held = len(few_flowers.select(category=RED, split="test"))
+    assert scores["photos"] == held
+    for layer in (
+        scores["explainer"],
+        scores["performer"]["tap"],
+        scores["performer"]["top"],
+        *scores["nulls"].values(),
+    ):
+        for name in (
+            "instability",
+            "peak_spread_cells",
+            "dead_frac",
+            "consistency",
+            "filter_correlation",
+            "distinct_parts",
+        ):
+            assert set(layer[name]) == {"value", "interval", "n", "unit"}
+            assert layer[name]["value"] is None or np.isfinite(layer[name]["value"])
+    assert scores["p"]["n"] == 2
+    assert scores["p"]["unit"] == "seeds"
+    assert 0 <= scores["reconstruction"]["agreement_top1"]["value"] <= 1
+    assert scores["reconstruction"]["error_increase_points"]["n"] > held
+    assert scores["data"]["same_as_fit"]
+    assert json.loads((run / "evaluation.json").read_text())["explainer"] == json.loads(json.dumps(scores["explainer"]))
+    gallery = json.loads((run / "gallery" / "gallery.json").read_text())
+    assert all((run / photo["file"]).exists() for f in gallery["layers"]["explainer"] for photo in f["photos"])
+    page = report(run)
+    assert page == run / "report.html"
+    assert "data:image/jpeg" in page.read_text()
+
+
+def test_the_performer_is_untouched_by_every_verb(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    tiny.module.train()
+    next(iter(tiny.module.parameters())).requires_grad_(requires_grad=False)
+    before = snapshot(tiny.module)
+    fit_explainer(tiny, few_flowers, out=tmp_path / "a", category=RED, config=SMALL, seeds=1)
+    assert_same(before, snapshot(tiny.module))
+    evaluate(tmp_path / "a", few_flowers, model=tiny)
+    layers(tiny)
+    assert_same(before, snapshot(tiny.module))
+    with pytest.raises(ValueError, match="a layer"):
+        fit_explainer(tiny, few_flowers, out=tmp_path / "b", category=RED, tap="relu9", config=SMALL)
+    assert_same(before, snapshot(tiny.module))
+
+
+def test_a_finished_run_is_returned_and_another_configuration_refused(
+    run: Path, tiny: Performer, few_flowers: ImageSet
+) -> None:
+    stamp = (run / "explainer.safetensors").stat().st_mtime_ns
+    again = fit_explainer(tiny, few_flowers, out=run, category=RED, config=SMALL, seeds=2)
+    assert (run / "explainer.safetensors").stat().st_mtime_ns == stamp
+    assert len(again.history) == 3
+    with pytest.raises(ValueError, match="one of another configuration. Choose another --out folder"):
+        fit_explainer(tiny, few_flowers, out=run, category=RED, config={**SMALL, "eta": 7.0}, seeds=2)
+
+
+@pytest.mark.parametrize("where", ["cache", 1, 2, 4])
+def test_killing_anywhere_and_running_again_gives_the_same_explainer(
+    run: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path, where: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the cache, after an epoch, or in the second seed."""
+    seen = 0
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def count(record: Any) -> str:
+        nonlocal seen
+        seen += 1
+        if seen == where:
+            interrupt()
+        return ""
+
+    out = tmp_path / "killed"
+    arguments: dict[str, Any] = {"out": out, "category": RED, "config": SMALL, "seeds": 2}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        if where == "cache":
+            patched.setattr(Progress, "task", _interrupting_task(interrupt))
+        else:
+            patched.setattr(Progress, "summary", staticmethod(count))
+        fit_explainer(tiny, few_flowers, progress=Progress.silent(), **arguments)
+    fit_explainer(tiny, few_flowers, **arguments)
+    first, second = (load_explainer(r, tiny)[0].state_dict() for r in (run, out))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    shares = [json.loads((r / "run.json").read_text())["p_by_seed"] for r in (run, out)]
+    assert shares[0] == shares[1]
+
+
+def _interrupting_task(interrupt: Any) -> Any:
+    from contextlib import contextmanager
+
+    @contextmanager
+    def task(_self: Progress, name: str, _total: int) -> Any:
+        def advance(done: int, _remark: str = "") -> None:
+            if name == "caching maps" and done > 32:
+                interrupt()
+
+        yield advance
+
+    return task
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="GB free for the maps .* Free space"):
+        patched.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1))
+        fit_explainer(tiny, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1)
+    assert fit_explainer(tiny, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1).history
+
+
+def test_without_a_category_all_photos_are_explained(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    fit_explainer(tiny, few_flowers, out=tmp_path / "run", config=SMALL, seeds=1)
+    scores = evaluate(tmp_path / "run", few_flowers, model=tiny)
+    assert "error_increase_points" not in scores["reconstruction"]
+    assert scores["p"]["interval"] == [None, None]
+    assert report(tmp_path / "run").stat().st_size > 10_000
+
+
+def test_photos_without_landmarks_still_give_fidelity(tiny: Performer, tmp_path: Path) -> None:
+    pictures = [np.random.default_rng(k).integers(0, 255, (40, 40, 3), dtype=np.uint8) for k in range(24)]
+    images = ImageSet.from_arrays(pictures, splits=["train"] * 12 + ["test"] * 12)
+    fit_explainer(tiny, images, out=tmp_path / "run", config=SMALL, seeds=1)
+    scores = evaluate(tmp_path / "run", images, model=tiny)
+    assert scores["explainer"]["instability"]["value"] is None
+    assert scores["explainer"]["peak_spread_cells"]["value"] is not None
+    report(tmp_path / "run")
+
+
+def test_measuring_on_the_training_photos_warns(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    assert any("photos of the fit" in w for w in evaluate(run, few_flowers, model=tiny, split="train")["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tap": "relu22"}, r"relu2"),
+        ({"tap": "pool4"}, "1x1"),
+        ({"category": "petal-rot"}, "Did you mean petal-red"),
+        ({"seeds": 0}, "at least 1 seed, got 0"),
+        ({"config": {"epoch": 2}}, "Did you mean epochs"),
+        ({"preset": "best"}, "preset partlens or paper, got best"),
+        ({"targets": ["relu1"]}, "relu1"),
+    ],
+)
+def test_wrong_arguments_name_value_and_remedy(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    given: dict[str, Any] = {"out": tmp_path / "run", "category": RED, "config": SMALL, **arguments}
+    with pytest.raises(partlens.PartlensError, match=message):
+        fit_explainer(tiny, few_flowers, **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_cannot_be_used(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning):
+        scripted = torch.jit.trace(tiny.module, torch.rand(1, 3, 32, 32))
+    with pytest.raises(partlens.PartlensError, match=r"(?i)script|traced"):
+        fit_explainer(scripted, few_flowers, out=tmp_path / "run", config=SMALL)
+    broken = tiny.module
+    with torch.no_grad():
+        broken.get_submodule("conv2").weight[0] = float("nan")
+    with pytest.raises(partlens.PartlensError, match=r"(?i)nan"):
+        fit_explainer(Performer(broken, "x", tiny.preprocessing, "0", "relu2"), few_flowers, out=tmp_path / "run")
+
+
+def test_one_photo_none_and_corrupt_ones(tiny: Performer, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    (folder / "train").mkdir(parents=True)
+    with pytest.raises(partlens.PartlensError, match="image"):
+        fit_explainer(tiny, folder, out=tmp_path / "run", config=SMALL)
+    Image.new("RGB", (32, 32), "red").save(folder / "train" / "a.png")
+    with pytest.raises(partlens.PartlensError, match="at least 2 training photos, got 1"):
+        fit_explainer(tiny, folder, out=tmp_path / "run", config=SMALL)
+    for index in range(10):
+        pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "train" / f"{index}.png")
+    (folder / "train" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    fitted = fit_explainer(tiny, folder, out=tmp_path / "run", config=SMALL, seeds=1)
+    assert [d["key"] for d in fitted.manifest["data"]["unreadable"]] == ["train/broken.jpg"]
+
+
+def test_other_folders_are_not_run_directories(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(partlens.PartlensError, match="a folder with other files"):
+        fit_explainer(tiny, few_flowers, out=tmp_path / "mine", category=RED, config=SMALL)
+    with pytest.raises(partlens.PartlensError, match="nothing there"):
+        evaluate(tmp_path / "none")
+    with pytest.raises(partlens.PartlensError):
+        report(tmp_path / "none")
+
+
+def test_a_run_remembers_its_performer(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    with pytest.raises(partlens.PartlensError, match="fitted to a network object"):
+        evaluate(run, few_flowers)
+    other = tiny.module
+    with torch.no_grad():
+        other.get_submodule("conv1").weight.add_(1)
+    with pytest.raises(partlens.PartlensError, match="the performer of the run"):
+        evaluate(run, few_flowers, model=other)
+
+
+def test_public_names_load_lazily() -> None:
+    for name in partlens.__all__:
+        assert getattr(partlens, name) is not None
+    assert set(partlens.__all__) <= set(dir(partlens))
+    with pytest.raises(AttributeError, match="no attribute 'explain_everything'"):
+        partlens.explain_everything
+    assert callable(partlens.report)
+    assert partlens.ExplainerConfig is ExplainerConfig

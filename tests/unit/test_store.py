@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from partlens.store import (
+    content_hash,
+    file_sha256,
+    read_json,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+from partlens.vocabulary import StorageError
+
+
+def test_json_round_trip_and_undefined_numbers(tmp_path: Path) -> None:
+    write_json(tmp_path / "deep" / "a.json", {"x": float("nan"), "y": (1, 2), "p": tmp_path, "t": "ü"})
+    assert read_json(tmp_path / "deep" / "a.json") == {"x": None, "y": [1, 2], "p": str(tmp_path), "t": "ü"}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    write_json(target, {"old": 1})
+
+    def full(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageError, match="No space left on device. Free space"):
+        write_atomically(target, full)
+    assert read_json(target) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_an_interrupt_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"old": 1})
+
+    def stopped(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a.json", stopped)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_tensors_round_trip_with_shared_storage(tmp_path: Path) -> None:
+    base = torch.arange(6.0)
+    write_tensors(tmp_path / "t.safetensors", {"a": base, "b": base[2:], "c": base.reshape(2, 3).t()})
+    back = read_tensors(tmp_path / "t.safetensors")
+    assert torch.equal(back["b"], base[2:])
+    assert torch.equal(back["c"], base.reshape(2, 3).t())
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "l.json").write_text("[]")
+    (tmp_path / "t.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"JSON in .*a\.json"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="a JSON object in .*, got list"):
+        read_json(tmp_path / "l.json")
+    with pytest.raises(ValueError, match="nothing there"):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(ValueError, match=r"safetensors in .*t\.safetensors"):
+        read_tensors(tmp_path / "t.safetensors")
+    with pytest.raises(ValueError, match="nothing there"):
+        read_tensors(tmp_path / "none.safetensors")
+
+
+def test_hashes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "x").startswith("ba7816bf")
+    assert content_hash({"a": {"c": 1, "b": 2}}) == content_hash({"a": {"b": 2, "c": 1}})
+    assert content_hash({"a": 1}) != content_hash({"a": 2})
