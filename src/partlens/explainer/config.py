@@ -53,7 +53,7 @@ PARTLENS_CHANGES: dict[str, Any] = {
     "filter_decay": 0.0,
     "filter_mix": False,
     "diversity_weight": 8.0,
-    "diversity_target": 0.3,
+    "diversity_target": 0.25,
     "equivariance_weight": 8.0,
     "initialisation": "parts",
     "votes": 128,
@@ -66,7 +66,7 @@ PARTLENS_CHANGES: dict[str, Any] = {
     "views": 10,
     "batch_size": 64,
     "background_batch": 32,
-    "epochs": 16,
+    "epochs": 24,
     "warmup_epochs": 16,
     "precision": "bfloat16",
 }
