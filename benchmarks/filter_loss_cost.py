@@ -26,7 +26,9 @@ from partlens.explainer.templates import part_templates
 FILTERS, SIDE, BATCH, ROUNDS, THREADS = 512, 14, 32, 12, 2
 
 
-def step(explainer: Explainer, objective: Objective, optimiser: torch.optim.Optimizer, maps: torch.Tensor, *, losses: bool) -> float:
+def step(
+    explainer: Explainer, objective: Objective, optimiser: torch.optim.Optimizer, maps: torch.Tensor, *, losses: bool
+) -> float:
     started = time.perf_counter()
     output = explainer(maps)
     total = objective.reconstruction(output, (torch.zeros_like(output.reconstructions[0]),)) / 1e6

@@ -58,7 +58,9 @@ def main() -> None:
         one(int(sys.argv[1]))
         return
     found = {
-        count: int(subprocess.run([sys.executable, __file__, str(count)], capture_output=True, text=True, check=True).stdout)
+        count: int(
+            subprocess.run([sys.executable, __file__, str(count)], capture_output=True, text=True, check=True).stdout
+        )
         for count in SIZES
     }
     growth = found[SIZES[1]] / found[SIZES[0]] - 1

@@ -108,6 +108,7 @@ def _fit_explainer(arguments: Sequence[str]) -> None:
     parser.add_argument("--preset", type=str, default="partlens", help="partlens or paper")
     parser.add_argument("--seeds", type=int, default=DEFAULT_SEEDS, help="explainers learned, for the spread of p")
     parser.add_argument("--background", type=int, default=MOST_BACKGROUND, help="most photos of other categories")
+    parser.add_argument("--cache", type=str | None, default=None, help="folder for cached maps that runs may share")
     parser.add_argument("--keep-cache", action="store_true", help="keep the cached maps")
     parser.add_class_arguments(ExplainerConfig, "explainer")
     preset = ExplainerConfig.preset(_preset_of(arguments))
@@ -124,6 +125,7 @@ def _fit_explainer(arguments: Sequence[str]) -> None:
         config=vars(options.explainer),
         seeds=options.seeds,
         background=options.background,
+        cache=options.cache,
         keep_cache=options.keep_cache,
         progress=Progress.terminal(),
     )

@@ -202,6 +202,7 @@ def fit_explainer(
     config: ExplainerConfig | Mapping[str, Any] | None = None,
     seeds: int = DEFAULT_SEEDS,
     background: int = MOST_BACKGROUND,
+    cache: str | Path | None = None,
     keep_cache: bool = False,
     progress: Progress | None = None,
 ) -> FittedExplainer:
@@ -221,7 +222,9 @@ def fit_explainer(
         config: a whole configuration, or fields to change in the preset.
         seeds: explainers learned with different seeds; the first is the one that is kept, all of them give p's spread.
         background: most photos of other categories that are used.
-        keep_cache: keep the cached maps after the run.
+        cache: folder for the cached maps, kept afterwards; runs that differ in the configuration only may share it.
+            ``cache`` in the run directory when left out.
+        keep_cache: keep the run directory's cached maps, too.
         progress: how to show progress; silent when left out.
 
     Returns:
@@ -318,13 +321,14 @@ def fit_explainer(
         f"{f' of {category}' if category else ''}, {len(others)} others"
     )
     shares: list[float] = []
+    folder_of_maps = out / "cache" if cache is None else Path(cache)
     for number in range(seeds):
         seeded = dataclasses.replace(settings, seed=settings.seed + number)
         folder = out if number == 0 else out / "seeds" / str(seeded.seed)
-        maps = _cached_maps(performer, images, photos, others, structure, settings, out / "cache", show)
+        maps = _cached_maps(performer, images, photos, others, structure, settings, folder_of_maps, show)
         shares.append(_fit_one(performer, structure, seeded, maps, folder, show))
-    if not keep_cache:
-        shutil.rmtree(out / "cache")
+    if cache is None and not keep_cache:
+        shutil.rmtree(folder_of_maps)
     seconds = round(float(manifest["seconds"]) + time.monotonic() - started, 1)
     manifest |= {"status": "finished", "seconds": seconds, "p_by_seed": shares}
     write_json(out / RUN, manifest)

@@ -119,7 +119,7 @@ def build_explainer(
         The explainer on the CPU in float32.
     """
     draws = torch.Generator().manual_seed(config.seed) if generator is None else generator
-    decoder = cut(performer, structure.decoder_from, list(structure.targets)).float()
+    decoder = cut(performer, structure.decoder_from, list(structure.targets)).cpu().float()
     pool: nn.Module | None = None
     ordinary: tuple[Tensor, Tensor] | None = None
     if structure.replaced is not None:
@@ -128,16 +128,16 @@ def build_explainer(
         bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().clone()
         ordinary = (dense_weights(conv).float().cpu(), bias.float().cpu())
         layer = performer.module.get_submodule(structure.decoder_from)
-        pool = copy.deepcopy(layer) if isinstance(layer, nn.MaxPool2d) else None
+        pool = copy.deepcopy(layer).cpu() if isinstance(layer, nn.MaxPool2d) else None
     with random_state_kept():  # torch's own initialisation draws from the global state before ours replaces it
         return Explainer(structure, config, decoder, pool=pool, ordinary=ordinary, generator=draws)
 
 
 def reference_decoder(performer: Performer, structure: ExplainerStructure) -> nn.Module:
     """Return the performer's own layers from tap to targets, frozen: what the explainer should reproduce."""
-    return cut(performer, structure.tap, list(structure.targets)).requires_grad_(requires_grad=False)
+    return cut(performer, structure.tap, list(structure.targets)).cpu().float().requires_grad_(requires_grad=False)
 
 
 def performer_head(performer: Performer, structure: ExplainerStructure) -> nn.Module:
     """Return the performer's layers after the last target, frozen, for feeding the reconstruction back."""
-    return cut(performer, structure.targets[-1], ["output"]).requires_grad_(requires_grad=False)
+    return cut(performer, structure.targets[-1], ["output"]).cpu().float().requires_grad_(requires_grad=False)

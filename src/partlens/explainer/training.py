@@ -7,6 +7,7 @@ same machine and with the same number of threads, with the same bits as one that
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -137,6 +138,18 @@ def _schedule(step: int, total: int) -> float:
     """Share of the learning rate: a short rise, then a cosine to 5 %."""
     rise = min(1.0, (step + 1) / _WARM_STEPS)
     return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total)))))
+
+
+def _event_writer(folder: Path, step: int) -> Any:
+    """Open TensorBoard's event file, dropping records from ``step`` on; ``None`` without the extra ``log``.
+
+    The same terms always stand in ``history.json``; the event file is for people who watch several runs at once.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
 
 def _optimiser(explainer: Explainer, config: ExplainerConfig, *, warm: bool) -> torch.optim.AdamW:
@@ -349,7 +362,8 @@ def train_explainer(
     Args:
         explainer: from :func:`partlens.explainer.assembly.build_explainer`; holds its configuration.
         data: cached maps.
-        folder: where checkpoints and ``history.json`` are written, after every epoch.
+        folder: where checkpoints, ``history.json`` and, with the extra ``log``, TensorBoard's event files are written,
+            after every epoch.
         report: gets each epoch's record; an exception from it ends training with the last checkpoint intact.
 
     Returns:
@@ -367,6 +381,7 @@ def train_explainer(
         run.found = start_explainer(explainer, data)
     total = config.warmup_epochs + config.epochs
     stopped = "finished"
+    events = _event_writer(folder, len(run.history) + 1)
     for number in range(len(run.history) + 1, total + 1):
         if run.config.patience and run.stale >= run.config.patience:
             stopped = "plateau"
@@ -375,7 +390,14 @@ def train_explainer(
         run.history.append(record)
         run.follow(record)
         run.save()
+        if events is not None:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    events.add_scalar(name, value, number)
+            events.flush()
         if report is not None:
             report(record)
+    if events is not None:
+        events.close()
     explainer.eval()
     return TrainingResult(tuple(run.history), stopped)

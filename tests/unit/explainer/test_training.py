@@ -97,6 +97,17 @@ def test_warm_up_leaves_decoder_and_share_alone(tiny: Performer, maps: TrainingM
     assert not torch.equal(before["conv_interp_2.weight"], after["conv_interp_2.weight"])
 
 
+def test_tensorboard_reads_every_term(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = train_explainer(fresh(tiny), maps, tmp_path).history
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("reconstruction", "p", "filter_2", "correlation", "equivariance"):
+        logged = {e.step: e.value for e in events.Scalars(name)}
+        wanted = {r["epoch"]: r[name] for r in history if name in r}
+        assert logged == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_plateau_stops_training(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
     rates = dict.fromkeys(
         ("learning_rate", "learning_rate_ordinary", "learning_rate_decoder", "learning_rate_p"), 1e-12

@@ -1,0 +1,152 @@
+"""What each idea gives: variants of the explainer on one category, all measured on held-out photos.
+
+Each variant is an ordinary run (fit-explainer, evaluate) that shares the cached maps; finished ones are kept, so the
+study goes on where it was stopped. Results: explainer_study.CATEGORY.json and the table in docs/study.md.
+
+    uv run python benchmarks/explainer_study.py MODEL DATA CATEGORY WORK_FOLDER [VARIANT ...]
+    uv run python benchmarks/explainer_study.py --table
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import partlens
+from partlens.progress import Progress
+
+HERE = Path(__file__).parent
+# A track that learns with the whole network from the first step, as in the papers.
+PLAIN: dict[str, Any] = {
+    "initialisation": "identity",
+    "diversity_weight": 0.0,
+    "equivariance_weight": 0.0,
+    "warmup_epochs": 0,
+    "learning_rate_joint": 1e-3,
+    "score_scale_nats": 0.0,
+    "filter_decay": 1.0,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "partlens (default)": ("partlens", {}),
+    "paper preset": ("paper", {"epochs": 24, "patience": 0, "precision": "bfloat16"}),
+    "exact loss, gradient ratio 1.0/N": ("partlens", {**PLAIN, "filter_ratio": 1.0}),
+    "exact loss, gradient ratio 0.3/N": ("partlens", {**PLAIN, "filter_ratio": 0.3}),
+    "no diversity": ("partlens", {"diversity_weight": 0.0}),
+    "no equivariance": ("partlens", {"equivariance_weight": 0.0}),
+    "no warm-up": ("partlens", {"warmup_epochs": 0}),
+    "no part candidates (identity)": ("partlens", {"initialisation": "identity", "learning_rate": 1e-3}),
+    "part candidates, track not learned": (
+        "partlens",
+        {"warmup_epochs": 0, "learning_rate_joint": 1e-12, "filter_ratio": 0.0},
+    ),
+    "track learns fast in the joint phase": ("partlens", {"learning_rate_joint": 1e-4, "filter_ratio": 3.0}),
+    "eta 1.5e5 (paper's)": ("partlens", {"eta": 1.5e5}),
+    "eta 3e6, p from 0.5": ("partlens", {"eta": 3e6, "p_init": 0.5}),
+    "eta 1e7, p from 0.7": ("partlens", {"eta": 1e7, "p_init": 0.7}),
+}
+COLUMNS = {
+    "instability": ("explainer", "instability"),
+    "consistency": ("explainer", "consistency"),
+    "correlation": ("explainer", "filter_correlation"),
+    "parts": ("explainer", "distinct_parts"),
+    "spread": ("explainer", "peak_spread_cells"),
+    "border": ("explainer", "border_frac"),
+    "dead": ("explainer", "dead_frac"),
+    "p": ("p",),
+    "agreement": ("reconstruction", "agreement_top1"),
+    "background": ("reconstruction", "agreement_top1_background"),
+    "error +points": ("reconstruction", "error_increase_points"),
+}
+
+
+def pick(scores: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    for name in path:
+        scores = scores[name]
+    return scores
+
+
+def study(model: str, data: str, category: str, work: Path, wanted: list[str]) -> None:
+    torch.set_num_threads(2)
+    results = HERE / f"explainer_study.{category}.json"
+    known = json.loads(results.read_text())["variants"] if results.exists() else {}
+    for name, (preset, changes) in VARIANTS.items():
+        if wanted and name not in wanted:
+            continue
+        run = work / name.replace(" ", "-").replace(",", "").replace("/", "-per-")
+        # The paper preset has two views; it shares nothing.
+        shared = work / ("cache-paper" if preset == "paper" else "cache")
+        arguments: dict[str, Any] = {"out": run, "category": category, "tap": "layer3", "preset": preset, "seeds": 1}
+        partlens.fit_explainer(model, data, config=changes, cache=shared, progress=Progress.terminal(), **arguments)
+        scores = partlens.evaluate(run)
+        manifest = json.loads((run / "run.json").read_text())
+        known[name] = {
+            "preset": preset,
+            "changes": changes,
+            "seconds": manifest["seconds"],
+            "scores": {column: pick(scores, path) for column, path in COLUMNS.items()},
+            "warnings": scores["warnings"],
+        }
+        nulls = {kind: scores["nulls"][kind]["instability"] for kind in ("random", "centre", "corner")}
+        own = {
+            layer: {c: scores["performer"][layer][p[1]] for c, p in COLUMNS.items() if p[0] == "explainer"}
+            for layer in ("tap", "top")
+        }
+        content = {
+            "category": category,
+            "model": manifest["performer"]["name"],
+            "weights_sha256": manifest["performer"]["weights_sha256"],
+            "data_fingerprint": manifest["data"]["fingerprint"],
+            "held_out_photos": scores["photos"],
+            "landmarks": scores["landmarks"],
+            "versions": manifest["versions"],
+            "nulls": nulls,
+            "performer": own,
+            "variants": known,
+        }
+        results.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def table() -> str:
+    lines = []
+    for path in sorted(HERE.glob("explainer_study.*.json")):
+        content = json.loads(path.read_text())
+        nulls = ", ".join(f"{kind} {value['value']:.3f}" for kind, value in content["nulls"].items())
+        lines += [
+            f"\n### {content['category']}: {content['held_out_photos']} held-out photos, {content['landmarks']}\n",
+            f"Instability of the nulls on the same photos: {nulls}.\n",
+            "| variant | " + " | ".join(COLUMNS) + " |",
+            "|---" * (len(COLUMNS) + 1) + "|",
+        ]
+        for layer, label in (("tap", "*performer, layer3*"), ("top", "*performer, layer4*")):
+            cells = [content["performer"][layer].get(c) for c in COLUMNS]
+            lines.append(f"| {label} | " + " | ".join(shown(c) for c in cells) + " |")
+        for name, variant in content["variants"].items():
+            lines.append(f"| {name} | " + " | ".join(shown(variant["scores"][c]) for c in COLUMNS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(estimate: dict[str, Any] | None) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    low, high = estimate["interval"]
+    interval = "" if low is None or low == high else f" <small>[{low:.2g}, {high:.2g}]</small>"
+    return f"{estimate['value']:.3g}{interval}"
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--table"]:
+        page = HERE.parent / "docs" / "study.md"
+        text = page.read_text()
+        mark = "<!-- table: benchmarks/explainer_study.py --table -->"
+        page.write_text(text[: text.index(mark) + len(mark)] + "\n" + table())
+        return
+    model, data, category, work, *wanted = sys.argv[1:]
+    study(model, data, category, Path(work), wanted)
+
+
+if __name__ == "__main__":
+    main()
