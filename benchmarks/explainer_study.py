@@ -44,9 +44,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"warmup_epochs": 0, "learning_rate_joint": 1e-12, "filter_ratio": 0.0},
     ),
     "track learns fast in the joint phase": ("partlens", {"learning_rate_joint": 1e-4, "filter_ratio": 3.0}),
-    "eta 1.5e5 (paper's)": ("partlens", {"eta": 1.5e5}),
+    "eta 1.5e5 (paper's)": ("partlens", {"eta": 1.5e5, "p_init": 0.1}),
+    "eta 1e6, p from 0.3": ("partlens", {"eta": 1e6, "p_init": 0.3}),
     "eta 3e6, p from 0.5": ("partlens", {"eta": 3e6, "p_init": 0.5}),
-    "eta 1e7, p from 0.7": ("partlens", {"eta": 1e7, "p_init": 0.7}),
 }
 COLUMNS = {
     "instability": ("explainer", "instability"),

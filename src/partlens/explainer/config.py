@@ -48,7 +48,7 @@ _NOT_NEGATIVE = (
 PARTLENS_CHANGES: dict[str, Any] = {
     "score_scale_nats": 8.0,
     "gradient": "exact",
-    "eta": 1e6,
+    "eta": 4e5,
     "filter_ratio": 10.0,
     "filter_decay": 0.0,
     "filter_mix": False,
@@ -57,7 +57,7 @@ PARTLENS_CHANGES: dict[str, Any] = {
     "equivariance_weight": 8.0,
     "initialisation": "parts",
     "votes": 128,
-    "p_init": 0.3,
+    "p_init": 0.2,
     "learning_rate": 1e-4,
     "learning_rate_joint": 1e-5,
     "learning_rate_ordinary": 2e-4,

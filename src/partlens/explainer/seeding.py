@@ -34,6 +34,7 @@ SHARE_OF_PHOTOS = 0.7
 SHRINKAGE = 0.05
 MOST_PHOTOS = 400
 _FAR_CELLS = 5.0
+_AT_ONCE = 256
 
 
 def _smooth(maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter row col"]:
@@ -71,9 +72,20 @@ def _rank(values: Float[Tensor, " filter"]) -> Float[Tensor, " filter"]:
     return values.argsort(stable=True).argsort(stable=True).float() / max(1, values.numel() - 1)
 
 
-def _peak_grid(maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter 2"]:
-    index = peak_cells(maps)
-    return torch.stack([index // maps.shape[3], index % maps.shape[3]], -1).float()
+def _peaks_of(
+    detectors: Float[Tensor, "candidate filter"],
+    mean: Float[Tensor, " filter"],
+    maps: Float[Tensor, "image filter row col"],
+) -> tuple[Float[Tensor, "image candidate 2"], Float[Tensor, "image candidate"]]:
+    """Return peak cells and peak values of detectors; some hundred detectors at a time, to bound the memory."""
+    smooth = _smooth(maps)
+    places, values = [], []
+    for part in detectors.split(_AT_ONCE):
+        answer = torch.einsum("kf,ifrc->ikrc", part, smooth)
+        index = peak_cells(answer)
+        places.append(torch.stack([index // maps.shape[3], index % maps.shape[3]], -1).float())
+        values.append(answer.flatten(2).amax(-1) - part @ mean)
+    return torch.cat(places, 1), torch.cat(values, 1)
 
 
 def _movement_error(
@@ -167,19 +179,16 @@ def seed_parts(
         views[0], others, explainer.config.candidates_per_filter * max(width, out), generator
     )
 
-    def answers(maps: Tensor) -> Tensor:
-        return torch.einsum("kf,ifrc->ikrc", detectors, _smooth(maps)) - (detectors @ mean)[:, None, None]
-
-    own = answers(views[0])
-    at = _peak_grid(own)
-    peaks = own.flatten(2).amax(-1)
-    del own
+    at, peaks = _peaks_of(detectors, mean, views[0])
     errors = torch.cat(
-        [_movement_error(at, _peak_grid(answers(views[v])), windows[v], side) for v in range(1, views.shape[0])]
+        [
+            _movement_error(at, _peaks_of(detectors, mean, views[v])[0], windows[v], side)
+            for v in range(1, views.shape[0])
+        ]
         or [torch.zeros_like(peaks)]
     )
     moved = errors.nanmean(0).nan_to_num(_FAR_CELLS)
-    area = _areas(peaks, answers(others).flatten(2).amax(-1)) if others.shape[0] else torch.full_like(moved, 0.5)
+    area = _areas(peaks, _peaks_of(detectors, mean, others)[1]) if others.shape[0] else torch.full_like(moved, 0.5)
     order = (_rank(moved) - _rank(area)).argsort(stable=True)
     chosen = order[torch.arange(width) % order.numel()]
     strength = peaks.mean(0)[chosen].clamp(min=1e-6)
