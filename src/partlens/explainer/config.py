@@ -52,6 +52,7 @@ PARTLENS_CHANGES: dict[str, Any] = {
     "filter_ratio": 10.0,
     "filter_decay": 0.0,
     "filter_mix": False,
+    "filter_background": False,
     "diversity_weight": 8.0,
     "diversity_target": 0.25,
     "equivariance_weight": 8.0,
@@ -90,6 +91,8 @@ class ExplainerConfig:
         filter_decay: the ratio is divided by epoch ** filter_decay (paper: 1).
         filter_mix: apply the loss of conv-interp-2 to p x_f + (1 - p) x_ordin, the ordinary track detached (ICLR
             2020, App. I).
+        filter_background: photos of other categories enter the filter loss, too; with the approximate gradient they
+            take the negative template (CVPR 2018, Eq. (4)). Otherwise they serve the reconstruction only.
         diversity_weight: weight of the mean pairwise correlation of the filters' expected peaks above
             ``diversity_target``, per filter and in units of the filter loss; 0 in the papers, which report that filters
             spread over parts but have no term that makes them.
@@ -133,6 +136,7 @@ class ExplainerConfig:
     filter_ratio: float = 1 / 300
     filter_decay: float = 1.0
     filter_mix: bool = True
+    filter_background: bool = True
     diversity_weight: float = 0.0
     diversity_target: float = 1.0
     equivariance_weight: float = 0.0

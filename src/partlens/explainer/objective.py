@@ -154,27 +154,28 @@ class Objective:
 
         Args:
             output: of a batch whose first ``positives`` images are of the category.
-            positives: only these have parts.
+            positives: these have parts.
             pair: which of them show the same photos.
             mix: apply the second layer's loss to ``p x_f + (1 - p) x_ordin``.
         """
         config = self.config
         rows, cols = self.explainer.structure.side_cells
         second = self.explainer.mixed_maps(output.interp2, output.ordin) if mix else output.interp2
+        present = torch.arange(len(second)) < positives
         logged: dict[str, Tensor] = {}
         costs = []
         for name, maps in (("1", output.interp1), ("2", second)):
-            used = maps[:positives].float()
+            used = maps.float() if config.filter_background else maps[:positives].float()
             scores = self._scaled(template_scores(used, self._templates), name)
             loss = filter_loss_of_scores(
                 scores,
                 normaliser=self._normaliser(scores.detach(), name),
-                chosen=single_templates(used) if config.gradient == "approximate" else None,
+                chosen=single_templates(used, present[: len(used)]) if config.gradient == "approximate" else None,
             )
             logged[f"filter_{name}"] = loss.detach().mean()
             filters = loss.shape[0]
             if config.diversity_weight > 0 or config.equivariance_weight > 0:
-                peaks = expected_peaks(scores, rows, cols)
+                peaks = expected_peaks(scores[:positives], rows, cols)
                 correlation = mean_peak_correlation(peaks)
                 if name == "2":
                     logged["correlation"] = correlation.detach().mean()

@@ -312,7 +312,7 @@ class _Run:
     def _step(self, batch: _Batch, *, warm: bool) -> Mapping[str, Tensor]:
         explainer = self.explainer
         rows = batch.rows[: batch.positives] if warm else batch.rows
-        maps, targets = self.data.read(rows)
+        maps, targets = (_gather(self.data.tap, rows), ()) if warm else self.data.read(rows)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             if warm:
                 interp1, interp2 = explainer.interpret(maps)

@@ -41,8 +41,8 @@ def test_reconstruction_is_weighted_by_the_targets_norm() -> None:
     maps, target = torch.rand(3, 6, 8, 8), torch.rand(3, 4, 6, 6)
     output = explainer(maps)
     error = (output.reconstructions[0] - target).square().flatten(1).sum(1).mean()
-    assert float(objective_of(explainer, 4.0).reconstruction(output, (target,))) == pytest.approx(
-        5e4 / 4 * float(error), rel=1e-5
+    assert float(objective_of(explainer, 4.0).reconstruction(output, (target,)).detach()) == pytest.approx(
+        5e4 / 4 * float(error.detach()), rel=1e-5
     )
 
 
@@ -76,13 +76,13 @@ def test_without_reconstruction_p_rises_and_with_it_alone_p_falls_for_a_useless_
             target = explainer.decoder(maps)
         objective = objective_of(explainer)
         optimiser = torch.optim.SGD([explainer.share_logit], lr=0.2)
-        seen = [float(explainer.p)]
+        seen = [float(explainer.p.detach())]
         for _ in range(12):
             loss, _ = objective.joint(explainer(maps), (target,), 12, None)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            seen.append(float(explainer.p))
+            seen.append(float(explainer.p.detach()))
         assert (seen == sorted(seen)) is rises
         assert (seen[-1] > 0.5) is rises
 
@@ -151,3 +151,15 @@ def test_diversity_pushes_filters_apart() -> None:
 
 def test_target_norm_counts_positive_values_only() -> None:
     assert target_norm(torch.tensor([[3.0, -9.0, 4.0], [0.0, 0.0, -1.0]])) == pytest.approx(2.5)
+
+
+def test_background_takes_the_negative_template_in_the_papers_rule() -> None:
+    explainer = explainer_with(filter_mix=False, gradient="approximate")
+    objective = objective_of(explainer)
+    output = explainer(torch.rand(8, 6, 8, 8))
+    for positives, sign in ((8, "peaked"), (2, "flat")):
+        _, costs = objective.interpretable(output, positives, None, mix=False)
+        (pull,) = torch.autograd.grad(costs[0].sum(), output.interp1, retain_graph=True)
+        last = pull[7].flatten(1)
+        spread = last.max(1).values - last.min(1).values
+        assert bool((spread < 1e-12).all()) is (sign == "flat")
