@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     from partlens.data.images import ImageSet
 
-DEMO_FLOWERS = 900
+DEMO_FLOWERS = 720
 SIDE_PX = 112
 EPOCHS = 14
 _BATCH = 32
 _RATE = 2e-3
 # A smaller explainer than for photos: the network has 64 filters at the tap, and minutes are few.
-_EXPLAINER = {"epochs": 12, "warmup_epochs": 8, "views": 6, "votes": 24, "batch_size": 64, "patience": 0}
+_EXPLAINER = {"epochs": 12, "warmup_epochs": 8, "views": 4, "votes": 24, "batch_size": 64, "patience": 0}
 
 
 def flower_network(outputs: int = 6) -> nn.Module:

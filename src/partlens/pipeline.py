@@ -296,7 +296,7 @@ def fit_explainer(
             },
             "data": {
                 "name": images.name,
-                "path": None if images.root is None else str(images.root),
+                "path": str(Path(data).resolve()) if isinstance(data, (str, Path)) else None,
                 "fingerprint": fingerprint,
                 "category": category or "",
                 "train_photos": len(photos),
@@ -456,7 +456,13 @@ def evaluate(
     manifest = read_json(run / RUN)
     where = manifest["data"]["path"] if data is None else data
     if where is None:
-        raise RunError(expected(f"a data set to measure {run} on", "none", "Give the photos again (data=)"))
+        raise RunError(
+            expected(
+                f"photos to measure {run} on, which was not fitted to a folder or table",
+                "none",
+                "Give them again (data=)",
+            )
+        )
     images, dropped = _opened(where)
     category = manifest["data"]["category"] or None
     held, held_others = _category_rows(images, category, split)

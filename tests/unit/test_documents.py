@@ -28,7 +28,7 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert "generated_flowers(300)" in code
-    exec(compile(code.replace("generated_flowers(300)", "generated_flowers(60)"), "README.md", "exec"), {})
+    exec(compile(code.replace("generated_flowers(300)", "generated_flowers(110)"), "README.md", "exec"), {})
     shown = capsys.readouterr().out
     assert "'value'" in shown
     assert (tmp_path / "runs" / "red" / "report.html").exists()
@@ -60,3 +60,14 @@ def test_method_page_names_real_functions() -> None:
         package = "metrics" if module in {"localisation", "faithfulness"} else "explainer"
         source = (ROOT / "src" / "partlens" / package / f"{module}.py").read_text()
         assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE), f"{module}.{name}"
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import runpy
+
+    monkeypatch.setattr("partlens.demonstration.EPOCHS", 1)
+    example = runpy.run_path(str(ROOT / "examples" / "own_network.py"))
+    scores = example["main"](
+        tmp_path / "run", 80, epochs=1, warmup_epochs=1, views=2, candidates_per_filter=1, batch_size=8
+    )
+    assert set(scores) == {"instability", "consistency"}
