@@ -3,7 +3,7 @@
 Each variant is an ordinary run (fit-explainer, evaluate) that shares the cached maps; finished ones are kept, so the
 study goes on where it was stopped. Results: explainer_study.CATEGORY.json and the table in docs/study.md.
 
-    uv run python benchmarks/explainer_study.py MODEL DATA CATEGORY WORK_FOLDER [VARIANT ...]
+    uv run python benchmarks/explainer_study.py MODEL DATA CATEGORY WORK_FOLDER [VARIANT or VARIANT=FINISHED_RUN ...]
     uv run python benchmarks/explainer_study.py --table
 """
 
@@ -73,10 +73,11 @@ def study(model: str, data: str, category: str, work: Path, wanted: list[str]) -
     torch.set_num_threads(2)
     results = HERE / f"explainer_study.{category}.json"
     known = json.loads(results.read_text())["variants"] if results.exists() else {}
+    finished = dict(w.split("=", 1) for w in wanted if "=" in w)
     for name, (preset, changes) in VARIANTS.items():
-        if wanted and name not in wanted:
+        if wanted and name not in wanted and name not in finished:
             continue
-        run = work / name.replace(" ", "-").replace(",", "").replace("/", "-per-")
+        run = Path(finished.get(name, work / name.replace(" ", "-").replace(",", "").replace("/", "-per-")))
         # The paper preset has two views; it shares nothing.
         shared = work / ("cache-paper" if preset == "paper" else "cache")
         arguments: dict[str, Any] = {"out": run, "category": category, "tap": "layer3", "preset": preset, "seeds": 1}

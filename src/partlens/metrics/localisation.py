@@ -23,6 +23,7 @@ TOP_IMAGES = 100
 """Images with the highest peaks that enter location instability (CVPR 2018, Sec. 5.2.2)."""
 
 FOLDS = 5
+_ROUNDING = 1e-5
 DISTINCT_SPREAD_CELLS = 1.0
 
 
@@ -158,7 +159,11 @@ def _affine_r2(
         weights = torch.linalg.solve(a.transpose(1, 2) @ a + ridge, a.transpose(1, 2) @ y)
         error += ((design[:, test] @ weights - truth[test]) ** 2).sum((1, 2))
         total += ((truth[test] - y.mean(0)) ** 2).sum()
-    return 1 - error / total if float(total) > 0 else torch.full((filters,), math.nan, dtype=peaks.dtype)
+    if float(total) <= 0:
+        return torch.full((filters,), math.nan, dtype=peaks.dtype)
+    score = 1 - error / total
+    # A peak that never moves predicts exactly the mean; what rounding leaves of that is not a score.
+    return torch.where(score.abs() < _ROUNDING, 0.0, score)
 
 
 def consistency_per_filter(
