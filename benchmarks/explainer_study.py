@@ -44,6 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"warmup_epochs": 0, "learning_rate_joint": 1e-12, "filter_ratio": 0.0},
     ),
     "track learns fast in the joint phase": ("partlens", {"learning_rate_joint": 1e-4, "filter_ratio": 3.0}),
+    "ordinary track held at its copy": ("partlens", {"learning_rate_ordinary": 1e-12}),
     "eta 1.5e5 (paper's)": ("partlens", {"eta": 1.5e5, "p_init": 0.1}),
     "eta 1e6, p from 0.3": ("partlens", {"eta": 1e6, "p_init": 0.3}),
     "eta 3e6, p from 0.5": ("partlens", {"eta": 3e6, "p_init": 0.5}),
@@ -81,7 +82,9 @@ def study(model: str, data: str, category: str, work: Path, wanted: list[str]) -
         # The paper preset has two views; it shares nothing.
         shared = work / ("cache-paper" if preset == "paper" else "cache")
         arguments: dict[str, Any] = {"out": run, "category": category, "tap": "layer3", "preset": preset, "seeds": 1}
-        partlens.fit_explainer(model, data, config=changes, cache=shared, progress=Progress.terminal(), **arguments)
+        if name not in finished:
+            show = Progress.terminal()
+            partlens.fit_explainer(model, data, config=changes, cache=shared, progress=show, **arguments)
         scores = partlens.evaluate(run)
         manifest = json.loads((run / "run.json").read_text())
         known[name] = {

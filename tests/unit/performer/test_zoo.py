@@ -83,7 +83,9 @@ def test_metadata() -> None:
         std=(1, 1, 1),
     )
     usual = Preprocessing.from_metadata({"input": "RGB, 0-1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, 224x224"})
-    assert usual == Preprocessing(resize_px=256)
+    assert usual == Preprocessing(resize="squash")
+    text = "RGB, 0-1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, crop 256, 224x224"
+    assert Preprocessing.from_metadata({"input": text}) == Preprocessing(resize_px=256)
     assert Preprocessing.from_metadata({}) is None
     with pytest.raises(WeightsError, match="grey"):
         Preprocessing.from_metadata({"input": "grey"})
