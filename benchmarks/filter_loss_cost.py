@@ -23,7 +23,7 @@ from partlens.explainer.network import Explainer, ExplainerStructure
 from partlens.explainer.objective import Objective
 from partlens.explainer.templates import part_templates
 
-FILTERS, SIDE, BATCH, ROUNDS, THREADS = 512, 14, 32, 12, 2
+FILTERS, SIDE, BATCH, ROUNDS, THREADS = 512, 14, 32, 10, 1
 
 
 def step(
