@@ -10,7 +10,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from partlens import __version__
@@ -279,6 +278,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def program() -> None:
     """Entry point of the installed command."""
-    # A script written to be read by people and by programs: paths are kept as they were given.
-    sys.argv[0] = str(Path(sys.argv[0]))
     raise SystemExit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -66,6 +67,12 @@ def _installed(name: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _command() -> str:
+    """Return the command line that started this, empty when Python called."""
+    started = Path(sys.argv[0]).name.startswith("partlens")
+    return shlex.join(["partlens", *sys.argv[1:]]) if started else ""
 
 
 def _spec(model: str | nn.Module | Performer) -> str | None:
@@ -285,7 +292,7 @@ def fit_explainer(
             "kind": "explainer",
             "identity": identity,
             "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["partlens", *sys.argv[1:]]) if Path(sys.argv[0]).name.startswith("partlens") else "",
+            "command": _command(),
             "versions": _versions(),
             "performer": {
                 "name": performer.name,
