@@ -185,13 +185,17 @@ def demo(
 
 
 def _summary(scores: Mapping[str, Any]) -> str:
-    """Say in one sentence what came out."""
+    """Say in one sentence what came out; what could not be measured is a dash."""
+
+    def number(estimate: Mapping[str, Any], form: str) -> str:
+        return "–" if estimate["value"] is None else format(estimate["value"], form)
+
     explainer, tap = scores["explainer"], scores["performer"]["tap"]
-    agreement = scores["reconstruction"]["agreement_top1"]["value"]
+    null = scores["nulls"]["random"]
     return (
-        f"at relu4, p = {scores['p']['value']:.2f} of the information is carried by part filters; their location "
-        f"instability is {explainer['instability']['value']:.3f} (the layer's own filters: "
-        f"{tap['instability']['value']:.3f}, random: {scores['nulls']['random']['instability']['value']:.3f}), their "
-        f"consistency {explainer['consistency']['value']:.2f} ({tap['consistency']['value']:.2f}); fed back, the "
-        f"reconstruction keeps {agreement:.0%} of the decisions"
+        f"at relu4, p = {number(scores['p'], '.2f')} of the information is carried by part filters; their location "
+        f"instability is {number(explainer['instability'], '.3f')} (the layer's own filters: "
+        f"{number(tap['instability'], '.3f')}, random: {number(null['instability'], '.3f')}), their consistency "
+        f"{number(explainer['consistency'], '.2f')} ({number(tap['consistency'], '.2f')}); fed back, the "
+        f"reconstruction keeps {number(scores['reconstruction']['agreement_top1'], '.0%')} of the decisions"
     )
