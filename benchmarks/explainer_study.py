@@ -119,8 +119,9 @@ def table() -> str:
     for path in sorted(HERE.glob("explainer_study.*.json")):
         content = json.loads(path.read_text())
         nulls = ", ".join(f"{kind} {value['value']:.3f}" for kind, value in content["nulls"].items())
+        landmarks = ", ".join(f"{name} {count}" for name, count in content["landmarks"].items())
         lines += [
-            f"\n### {content['category']}: {content['held_out_photos']} held-out photos, {content['landmarks']}\n",
+            f"\n### {content['category']}: {content['held_out_photos']} held-out photos ({landmarks})\n",
             f"Instability of the nulls on the same photos: {nulls}.\n",
             "| variant | " + " | ".join(COLUMNS) + " |",
             "|---" * (len(COLUMNS) + 1) + "|",
@@ -137,7 +138,7 @@ def shown(estimate: dict[str, Any] | None) -> str:
     if estimate is None or estimate["value"] is None:
         return "–"
     low, high = estimate["interval"]
-    interval = "" if low is None or low == high else f" <small>[{low:.2g}, {high:.2g}]</small>"
+    interval = "" if low is None or low == high else f" <small>[{low:.3g}, {high:.3g}]</small>"
     return f"{estimate['value']:.3g}{interval}"
 
 
