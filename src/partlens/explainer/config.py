@@ -1,7 +1,7 @@
 """How an explainer is built and learned: every weight a field, with its source.
 
 The defaults of the fields are the papers' values ("paper" preset). Where the papers are silent the docstring says so,
-and the value is the one that our comparison chose (``benchmarks/explainer_study.py``, ``docs/study.md``). The
+and the value is our choice; what has been compared so far is in ``docs/study.md``. The
 ``partlens`` preset, which the verbs use, changes the fields listed in :data:`PARTLENS_CHANGES`, each with its reason.
 """
 
@@ -71,7 +71,7 @@ PARTLENS_CHANGES: dict[str, Any] = {
     "warmup_epochs": 16,
     "precision": "bfloat16",
 }
-"""What the ``partlens`` preset changes; the reasons and the comparison are in ``docs/study.md``."""
+"""What the ``partlens`` preset changes; what has been compared is in ``docs/study.md``."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Part candidates to start from, found without labels in the tap's own features.
 
 Learning the interpretable track from noise or from the identity ends, with the filter loss alone, in filters that all
-follow one part. Starting it from part candidates ends better on every measure (``docs/study.md``):
+follow one part. Starting it from part candidates ends more stable and more diverse (``docs/study.md``):
 
 1. *Candidates.* Features of the category's photos, averaged over 3x3 cells and whitened by the covariance of all
    photos' features, are clustered by spherical k-means, for several numbers of clusters and random shares of the
