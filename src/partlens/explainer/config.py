@@ -22,7 +22,6 @@ _POSITIVE = (
     "reconstruction_weight",
     "learning_rate",
     "learning_rate_joint",
-    "learning_rate_ordinary",
     "learning_rate_decoder",
     "learning_rate_p",
     "batch_size",
@@ -32,6 +31,7 @@ _POSITIVE = (
     "votes",
 )
 _NOT_NEGATIVE = (
+    "learning_rate_ordinary",
     "score_scale_nats",
     "eta",
     "filter_ratio",
@@ -61,7 +61,7 @@ PARTLENS_CHANGES: dict[str, Any] = {
     "p_init": 0.2,
     "learning_rate": 1e-4,
     "learning_rate_joint": 1e-5,
-    "learning_rate_ordinary": 2e-4,
+    "learning_rate_ordinary": 0.0,
     "learning_rate_decoder": 2e-4,
     "learning_rate_p": 2e-2,
     "views": 10,
@@ -111,7 +111,7 @@ class ExplainerConfig:
         p_max: the largest p that training may reach, 1 in the paper.
         learning_rate: Adam, interpretable track (paper silent on the optimiser and all rates).
         learning_rate_joint: Adam, interpretable track after the warm-up, where the reconstruction pulls on it too.
-        learning_rate_ordinary: Adam, ordinary track.
+        learning_rate_ordinary: Adam, ordinary track; 0 holds the track at the perfect copy it starts as.
         learning_rate_decoder: Adam, decoder.
         learning_rate_p: Adam, w_p.
         weight_decay: decoupled, on convolutions.

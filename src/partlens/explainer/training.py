@@ -159,6 +159,9 @@ def _optimiser(explainer: Explainer, config: ExplainerConfig, *, warm: bool) -> 
         "share": config.learning_rate_p,
         "decoder": config.learning_rate_decoder,
     }
+    for role, parameters in parameter_groups(explainer).items():
+        for parameter in parameters:
+            parameter.requires_grad_(rates[role] > 0)  # what is held needs no gradient
     groups = [
         {
             "params": list(parameters),
