@@ -266,7 +266,7 @@ def test_other_folders_are_not_run_directories(tiny: Performer, few_flowers: Ima
 
 
 def test_a_run_remembers_its_performer(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
-    with pytest.raises(partlens.PartlensError, match="fitted to a network object"):
+    with pytest.raises(partlens.PartlensError, match="made with a network object"):
         evaluate(run, few_flowers)
     with pytest.raises(partlens.PartlensError, match="Give them again"):
         evaluate(run, model=tiny)

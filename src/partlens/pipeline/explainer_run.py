@@ -1,4 +1,4 @@
-"""The verbs: fit an explainer, evaluate it, write the page; each a function and a sub-command of the same name.
+"""The verbs fit-explainer and evaluate, each a function and a sub-command of the same name.
 
 Torch is imported when a verb runs, not when this module is read, so that help texts answer at once.
 """
@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import platform
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partlens.explainer.config import ExplainerConfig, Preset
+from partlens.pipeline.runs import (
+    RUN,
+    category_rows,
+    command,
+    described,
+    loaded,
+    opened,
+    performer_of,
+    prepare_folder,
+    sampled,
+    spec,
+    versions,
+)
 from partlens.progress import Progress
 from partlens.store import SCHEMA, content_hash, read_json, read_tensors, write_json, write_tensors
-from partlens.vocabulary import ImageError, InputError, RunError, expected, nearest
+from partlens.vocabulary import ImageError, InputError, RunError, expected
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,10 +38,8 @@ if TYPE_CHECKING:
     from partlens.data.images import ImageSet
     from partlens.explainer.network import Explainer, ExplainerStructure
     from partlens.explainer.training import TrainingMaps
-    from partlens.performer.taps import LayerInfo
     from partlens.performer.zoo import Performer
 
-RUN = "run.json"
 WEIGHTS = "explainer.safetensors"
 EVALUATION = "evaluation.json"
 MOST_BACKGROUND = 1500
@@ -53,85 +60,6 @@ class FittedExplainer:
     path: Path
     manifest: Mapping[str, Any]
     history: tuple[Mapping[str, Any], ...]
-
-
-def _versions() -> dict[str, str]:
-    names = ("partlens", "torch", "torchvision", "numpy", "pillow", "safetensors", "scikit-learn")
-    found = {name: metadata.version(name) for name in names if _installed(name)}
-    return found | {"python": platform.python_version(), "platform": platform.platform()}
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _command() -> str:
-    """Return the command line that started this, empty when Python called."""
-    started = Path(sys.argv[0]).name.startswith("partlens")
-    return shlex.join(["partlens", *sys.argv[1:]]) if started else ""
-
-
-def _spec(model: str | nn.Module | Performer) -> str | None:
-    """Return how to load the model again, a weights file by its absolute path; ``None`` for a network object."""
-    if not isinstance(model, str):
-        return None
-    name, mark, weights = model.partition("@")
-    return f"{name}@{Path(weights).resolve()}" if mark and Path(weights).is_file() else model
-
-
-def _loaded(model: str | nn.Module | Performer) -> Performer:
-    from partlens.performer.zoo import Performer, load_performer
-
-    return model if isinstance(model, Performer) else load_performer(model)
-
-
-def _opened(data: str | Path | ImageSet) -> tuple[ImageSet, list[dict[str, str]]]:
-    """Open a data set and drop what cannot be read, by name."""
-    from partlens.data.images import ImageSet
-
-    images = data if isinstance(data, ImageSet) else ImageSet.open(Path(data))
-    readable, dropped = images.readable()
-    return readable, [{"key": d.key, "reason": d.reason} for d in dropped]
-
-
-def layers(model: str | nn.Module | Performer) -> list[LayerInfo]:
-    """List every layer of a model that can be tapped, in execution order.
-
-    Args:
-        model: ``torchvision:NAME``, ``torchvision:NAME@WEIGHTS`` (a weights name or a file), ``timm:NAME``,
-            ``partlens:NAME``, ``package.module:factory``, or a network.
-
-    Returns:
-        Name, kind, output shape, stride, receptive field, and whether it is the default tap.
-    """
-    from partlens.performer.taps import list_layers
-
-    return list_layers(_loaded(model))
-
-
-def _category_rows(images: ImageSet, category: str | None, split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the positions of the category's photos and of other photos in a split."""
-    if category is None:
-        return images.indices(split=split), ()
-    known = sorted(images.category_counts())
-    if category not in known:
-        raise ImageError(
-            expected(f"a category among {', '.join(known)}", category, f"Did you mean {nearest(category, known)[0]}?")
-        )
-    return images.indices(category=category, split=split), images.indices(exclude_category=category, split=split)
-
-
-def _sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
-    import torch
-
-    if len(rows) <= count:
-        return list(rows)
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    return [rows[int(i)] for i in drawn]
 
 
 def _cached_maps(
@@ -171,26 +99,6 @@ def _cached_maps(
         windows=windows,
         background_rows=np.arange(first, len(rows)),
     )
-
-
-def _prepare_folder(out: Path, identity: str) -> dict[str, Any] | None:
-    """Return the manifest of an earlier start of the same run, refuse one of another configuration."""
-    if not out.exists() or not any(out.iterdir()):
-        return None
-    if not (out / RUN).exists():
-        raise RunError(
-            expected(f"a new or partlens folder at {out}", "a folder with other files", "Choose another --out")
-        )
-    manifest = read_json(out / RUN)
-    if manifest.get("identity") != identity:
-        raise RunError(
-            expected(
-                f"a run of this model, data and configuration in {out}",
-                "one of another configuration",
-                "Choose another --out folder, or delete this one",
-            )
-        )
-    return manifest
 
 
 def _example_batch(performer: Performer, images: ImageSet, row: int) -> Any:
@@ -253,9 +161,9 @@ def fit_explainer(
     if seeds < 1:
         raise InputError(expected("at least 1 seed", seeds, "Set --seeds to 1 or more"))
     settings = config if isinstance(config, ExplainerConfig) else ExplainerConfig.preset(preset, **dict(config or {}))
-    performer = _loaded(model)
-    images, dropped = _opened(data)
-    photos, others = _category_rows(images, category, "train")
+    performer = loaded(model)
+    images, dropped = opened(data)
+    photos, others = category_rows(images, category, "train")
     if len(photos) < 2:
         raise ImageError(
             expected(
@@ -264,7 +172,7 @@ def fit_explainer(
                 "Add photos, or rows with split train",
             )
         )
-    others = tuple(_sampled(others, background, settings.seed))
+    others = tuple(sampled(others, background, settings.seed))
     tap = tap or performer.default_tap or default_tap(performer)
     check_tap(performer, tap)
     structure = explainer_structure(performer, _example_batch(performer, images, photos[0]), tap, targets)
@@ -281,7 +189,7 @@ def fit_explainer(
             "background": len(others),
         }
     )
-    manifest = _prepare_folder(out, identity)
+    manifest = prepare_folder(out, RUN, identity)
     if manifest is not None and manifest["status"] == "finished":
         show.say(f"{out} is finished already; nothing to do")
         return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
@@ -292,15 +200,9 @@ def fit_explainer(
             "kind": "explainer",
             "identity": identity,
             "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            "command": _command(),
-            "versions": _versions(),
-            "performer": {
-                "name": performer.name,
-                "spec": _spec(model),
-                "weights_sha256": performer.weights_sha256,
-                "preprocessing": performer.preprocessing.to_dict(),
-                "notes": list(performer.notes),
-            },
+            "command": command(),
+            "versions": versions(),
+            "performer": described(performer, spec(model)),
             "data": {
                 "name": images.name,
                 "path": str(Path(data).resolve()) if isinstance(data, (str, Path)) else None,
@@ -401,22 +303,7 @@ def load_explainer(run: str | Path, model: str | nn.Module | Performer | None = 
                 "Run fit-explainer again with the same arguments; it goes on where it stopped",
             )
         )
-    spec = manifest["performer"]["spec"] if model is None else model
-    if spec is None:
-        raise RunError(
-            expected(
-                f"a model for {run}, which was fitted to a network object", "none", "Give the network again (model=)"
-            )
-        )
-    performer = _loaded(spec)
-    if performer.weights_sha256 != manifest["performer"]["weights_sha256"]:
-        raise RunError(
-            expected(
-                f"the performer of the run (weights {manifest['performer']['weights_sha256'][:12]})",
-                performer.weights_sha256[:12],
-                "Give the model the run was made with (--model)",
-            )
-        )
+    performer = performer_of(manifest, run, model)
     values = manifest["structure"]
     structure = ExplainerStructure(
         **{**values, "targets": tuple(values["targets"]), "side_cells": tuple(values["side_cells"])}
@@ -470,9 +357,9 @@ def evaluate(
                 "Give them again (data=)",
             )
         )
-    images, dropped = _opened(where)
+    images, dropped = opened(where)
     category = manifest["data"]["category"] or None
-    held, held_others = _category_rows(images, category, split)
+    held, held_others = category_rows(images, category, split)
     if len(held) < 2:
         raise ImageError(
             expected(
@@ -481,9 +368,9 @@ def evaluate(
                 "Add photos, or name another split (--split)",
             )
         )
-    train, train_others = _category_rows(images, category, "train")
+    train, train_others = category_rows(images, category, "train")
     most = 3 * max(len(train), len(held))
-    rows = EvaluationRows(held, _sampled(held_others, most, seed), train, _sampled(train_others, most, seed))
+    rows = EvaluationRows(held, sampled(held_others, most, seed), train, sampled(train_others, most, seed))
     shares = [float(p) for p in manifest["p_by_seed"]]
     done = 0
     total = rows.total if rows.held_others and rows.train and rows.train_others else len(rows.held)
@@ -499,7 +386,7 @@ def evaluate(
     same = images.fingerprint() == manifest["data"]["fingerprint"]
     if split == "train" and same:
         result["warnings"].append("these are the photos of the fit: the scores say nothing about others")
-    result |= {"data": {"name": images.name, "same_as_fit": same, "unreadable": dropped}, "versions": _versions()}
+    result |= {"data": {"name": images.name, "same_as_fit": same, "unreadable": dropped}, "versions": versions()}
     tap = explainer.structure.tap
     write_gallery(
         run,
@@ -515,24 +402,3 @@ def evaluate(
     write_json(run / EVALUATION, result)
     show.say(f"wrote {run / EVALUATION} ({len(held)} photos of the split {split})")
     return result
-
-
-def report(run: str | Path, *, out: str | Path | None = None, progress: Progress | None = None) -> Path:
-    """Write the page of a run: one self-contained HTML file.
-
-    Args:
-        run: the run directory; evaluated already, for the page to have numbers.
-        out: the file; ``report.html`` in the run directory when left out.
-        progress: how to show progress; silent when left out.
-
-    Returns:
-        Path of the page.
-
-    Raises:
-        RunError: the run directory is missing or damaged.
-    """
-    from partlens.reporting import write_report
-
-    page = write_report(Path(run), None if out is None else Path(out))
-    (progress or Progress.silent()).say(f"wrote {page}")
-    return page

@@ -1,0 +1,203 @@
+"""What every run directory shares: which model, data and versions, and who may write into the folder."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partlens.progress import Progress
+from partlens.store import read_json
+from partlens.vocabulary import ImageError, RunError, expected, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from partlens.data.images import ImageSet
+    from partlens.performer.taps import LayerInfo
+    from partlens.performer.zoo import Performer
+
+RUN = "run.json"
+SELECTION = "selection.json"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a figure depends on."""
+    names = ("partlens", "torch", "torchvision", "numpy", "pillow", "safetensors", "scikit-learn")
+    found = {name: metadata.version(name) for name in names if _installed(name)}
+    return found | {"python": platform.python_version(), "platform": platform.platform()}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def command() -> str:
+    """Return the command line that started this, empty when Python called."""
+    started = Path(sys.argv[0]).name.startswith("partlens")
+    return shlex.join(["partlens", *sys.argv[1:]]) if started else ""
+
+
+def spec(model: str | nn.Module | Performer) -> str | None:
+    """Return how to load the model again, a weights file by its absolute path; ``None`` for a network object."""
+    if not isinstance(model, str):
+        return None
+    name, mark, weights = model.partition("@")
+    return f"{name}@{Path(weights).resolve()}" if mark and Path(weights).is_file() else model
+
+
+def loaded(model: str | nn.Module | Performer) -> Performer:
+    """Return the performer that a name, a network or a performer means."""
+    from partlens.performer.zoo import Performer, load_performer
+
+    return model if isinstance(model, Performer) else load_performer(model)
+
+
+def opened(data: str | Path | ImageSet) -> tuple[ImageSet, list[dict[str, str]]]:
+    """Open a data set and drop what cannot be read, by name."""
+    from partlens.data.images import ImageSet
+
+    images = data if isinstance(data, ImageSet) else ImageSet.open(Path(data))
+    readable, dropped = images.readable()
+    return readable, [{"key": d.key, "reason": d.reason} for d in dropped]
+
+
+def layers(model: str | nn.Module | Performer) -> list[LayerInfo]:
+    """List every layer of a model that can be tapped, in execution order.
+
+    Args:
+        model: ``torchvision:NAME``, ``torchvision:NAME@WEIGHTS`` (a weights name or a file), ``timm:NAME``,
+            ``partlens:NAME``, ``package.module:factory``, or a network.
+
+    Returns:
+        Name, kind, output shape, stride, receptive field, and whether it is the default tap.
+    """
+    from partlens.performer.taps import list_layers
+
+    return list_layers(loaded(model))
+
+
+def category_rows(images: ImageSet, category: str | None, split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the positions of the category's photos and of other photos in a split."""
+    if category is None:
+        return images.indices(split=split), ()
+    known = sorted(images.category_counts())
+    if category not in known:
+        raise ImageError(
+            expected(f"a category among {', '.join(known)}", category, f"Did you mean {nearest(category, known)[0]}?")
+        )
+    return images.indices(category=category, split=split), images.indices(exclude_category=category, split=split)
+
+
+def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
+    """Draw at most ``count`` rows, in their order."""
+    import torch
+
+    if len(rows) <= count:
+        return list(rows)
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return [rows[int(i)] for i in drawn]
+
+
+def described(performer: Performer, spec: str | None) -> dict[str, Any]:
+    """Return what a manifest says of the performer."""
+    return {
+        "name": performer.name,
+        "spec": spec,
+        "weights_sha256": performer.weights_sha256,
+        "preprocessing": performer.preprocessing.to_dict(),
+        "notes": list(performer.notes),
+    }
+
+
+def prepare_folder(out: Path, manifest: str, identity: str) -> dict[str, Any] | None:
+    """Return the manifest of an earlier start of the same run, refuse one of another configuration.
+
+    Args:
+        out: the run directory; an explainer and a selection may share one.
+        manifest: file name of the run's manifest, :data:`RUN` or :data:`SELECTION`.
+        identity: hash of everything the result depends on.
+
+    Returns:
+        The manifest, ``None`` for a new run.
+
+    Raises:
+        RunError: the folder holds other files, or a run of another configuration.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    if not any((out / name).exists() for name in (RUN, SELECTION)):
+        raise RunError(
+            expected(f"a new or partlens folder at {out}", "a folder with other files", "Choose another --out")
+        )
+    if not (out / manifest).exists():
+        return None
+    found = read_json(out / manifest)
+    if found.get("identity") != identity:
+        raise RunError(
+            expected(
+                f"a run of this model, data and configuration in {out}",
+                "one of another configuration",
+                "Choose another --out folder, or delete this one",
+            )
+        )
+    return found
+
+
+def performer_of(manifest: dict[str, Any], run: Path, model: str | nn.Module | Performer | None) -> Performer:
+    """Load the performer of a finished run and check that it is the same.
+
+    Args:
+        manifest: of the run.
+        run: its folder, for error texts.
+        model: the performer; loaded by the name in the manifest when left out.
+
+    Raises:
+        RunError: the run was made with a network object and none is given, or the weights are others.
+    """
+    spec = manifest["performer"]["spec"] if model is None else model
+    if spec is None:
+        raise RunError(
+            expected(
+                f"a model for {run}, which was made with a network object", "none", "Give the network again (model=)"
+            )
+        )
+    performer = loaded(spec)
+    if performer.weights_sha256 != manifest["performer"]["weights_sha256"]:
+        raise RunError(
+            expected(
+                f"the performer of the run (weights {manifest['performer']['weights_sha256'][:12]})",
+                performer.weights_sha256[:12],
+                "Give the model the run was made with (--model)",
+            )
+        )
+    return performer
+
+
+def report(run: str | Path, *, out: str | Path | None = None, progress: Progress | None = None) -> Path:
+    """Write the page of a run: one self-contained HTML file.
+
+    Args:
+        run: the run directory; evaluated already, for the page to have numbers.
+        out: the file; ``report.html`` in the run directory when left out.
+        progress: how to show progress; silent when left out.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        RunError: the run directory is missing or damaged.
+    """
+    from partlens.reporting import write_report
+
+    page = write_report(Path(run), None if out is None else Path(out))
+    (progress or Progress.silent()).say(f"wrote {page}")
+    return page
