@@ -1,0 +1,235 @@
+"""What each part filter adds to one prediction, through the reconstruction that is fed back to the performer.
+
+The encoder's output is a sum of per-filter terms, ``x_enc = z + o`` with the interpretable track
+``z = p · norm(masked maps)`` and the ordinary track ``o = (1 - p) · norm(maps)``. The class score is ``S(x_enc)``, the
+performer's upper layers on the decoded features. Three ways to share ``S`` among the filters:
+
+- *integrated gradients* along the straight line from nothing (``x_enc = 0``): ``c_k = <z_k, ∫ dS/dx_k(t x_enc) dt>``.
+  The contributions of all filters and of the ordinary track sum to ``S(x_enc) - S(0)``; the integral is a
+  Gauss-Legendre sum whose order is doubled until the sum is met, and the remainder is returned.
+- *Shapley values* of parts (groups of filters) and the ordinary track: the mean gain of a part over all orders in which
+  the players may join. They sum to ``S(x_enc) - S(0)`` exactly.
+- *gradient × activation* at ``x_enc``, the papers' measure (ICLR 2020, Sec. 5), which sums to nothing in particular.
+
+Sources: Zhang et al. (ICLR 2020); Sundararajan, Taly & Yan 2017 (integrated gradients); Shapley 1953. The papers give
+percentages of parts without saying what they sum to; the two measures that sum are ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from partlens.explainer.network import Explainer
+from partlens.explainer.templates import mask_at_peak
+from partlens.vocabulary import InputError, expected
+
+MOST_PLAYERS = 12
+_ORDERS = (8, 16, 32, 64, 128)
+_CHUNK = 64
+
+Score = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """The two tracks of a batch at the encoder's output, and the maps they come from.
+
+    Attributes:
+        interpretable: ``z``, ``[image, filter, row, col]``.
+        ordinary: ``o``, of the same shape.
+        maps: the last interpretable layer before the mask, at the tap's size.
+    """
+
+    interpretable: Float[Tensor, "image filter row col"]
+    ordinary: Float[Tensor, "image filter row col"]
+    maps: Float[Tensor, "image filter cell_row cell_col"]
+
+
+@dataclass(frozen=True)
+class FilterContributions:
+    """Contributions of every filter to one score per image.
+
+    Attributes:
+        filters: ``[image, filter]`` integrated gradients of the interpretable track's filters.
+        ordinary: ``[image]`` of the ordinary track as a whole.
+        gradient_activation: ``[image, filter]`` gradient × activation at the whole encoding.
+        score: ``[image]`` S of the whole encoding.
+        baseline: ``[image]`` S of nothing.
+        remainder: ``[image]`` what the sums miss: score - baseline - filters - ordinary.
+        steps: order of the Gauss-Legendre sum that was needed.
+    """
+
+    filters: Float[Tensor, "image filter"]
+    ordinary: Float[Tensor, " image"]
+    gradient_activation: Float[Tensor, "image filter"]
+    score: Float[Tensor, " image"]
+    baseline: Float[Tensor, " image"]
+    remainder: Float[Tensor, " image"]
+    steps: int
+
+
+@dataclass(frozen=True)
+class PartContributions:
+    """Shapley values of parts and of the ordinary track.
+
+    Attributes:
+        parts: ``[image, part]``.
+        ordinary: ``[image]``.
+        score: ``[image]`` S of the whole encoding.
+        baseline: ``[image]`` S of nothing; parts and ordinary track sum to score - baseline.
+        removal: ``[image, part]`` how much the score falls when the part alone is taken away.
+    """
+
+    parts: Float[Tensor, "image part"]
+    ordinary: Float[Tensor, " image"]
+    score: Float[Tensor, " image"]
+    baseline: Float[Tensor, " image"]
+    removal: Float[Tensor, "image part"]
+
+
+def tracks(explainer: Explainer, maps: Float[Tensor, "image filter row col"]) -> Tracks:
+    """Run the encoder on the performer's maps at the tap and keep its two tracks apart."""
+    with torch.no_grad():
+        _, interp2 = explainer.interpret(maps)
+        z = explainer.p * explainer.norm_interp(explainer.pool(mask_at_peak(interp2, explainer.masks)))
+        o = (1 - explainer.p) * explainer.norm_ordin(explainer.pool(explainer.conv_ordin(maps).relu()))
+    return Tracks(z, o, interp2)
+
+
+def class_score(explainer: Explainer, head: nn.Module, classes: Int[Tensor, " image"]) -> Score:
+    """Return ``S``: encoder outputs of the images, in order, to the performer's scores of the given classes.
+
+    Args:
+        explainer: in eval mode.
+        head: the performer from the last target to its output (:func:`partlens.explainer.assembly.performer_head`).
+        classes: the performer's output whose score is shared, one per image.
+    """
+
+    def score(encoded: Tensor) -> Tensor:
+        output = head(explainer.decode(encoded)[-1])
+        output = output[0] if isinstance(output, tuple) else output
+        rows = classes if len(classes) == len(output) else classes.repeat(len(output) // len(classes))
+        return output.gather(1, rows[:, None])[:, 0]
+
+    return score
+
+
+def _gradient(score: Score, encoded: Tensor) -> Tensor:
+    leaf = encoded.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(score(leaf).sum(), leaf)
+    return gradient
+
+
+def filter_contributions(score: Score, parts: Tracks, *, tolerance: float = 0.005) -> FilterContributions:
+    """Share a score among filters by integrated gradients.
+
+    Args:
+        score: ``S``, from :func:`class_score`.
+        parts: the tracks of the images.
+        tolerance: remainder that is accepted, as a share of the mean of ``|score - baseline|``. Where the highest order
+            does not meet it, the remainder is larger and says so.
+
+    Example:
+        >>> z, o = torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
+        >>> linear = lambda x: x.sum((1, 2, 3)) + x[:, 0, 0, 0]
+        >>> filter_contributions(linear, Tracks(z, o, z)).filters.tolist()
+        [[2.0, 1.0]]
+    """
+    if not 0 < tolerance < 1:
+        raise InputError(expected("a tolerance between 0 and 1", tolerance, "Choose 0.005"))
+    whole = parts.interpretable + parts.ordinary
+    with torch.no_grad():
+        full, nothing = score(whole), score(torch.zeros_like(whole))
+    wanted = tolerance * float((full - nothing).abs().mean().clamp(min=1e-12))
+    for order in _ORDERS:
+        nodes, weights = np.polynomial.legendre.leggauss(order)
+        mean = torch.zeros_like(whole)
+        for node, weight in zip(nodes, weights, strict=True):
+            mean += float(weight) / 2 * _gradient(score, whole * float(node / 2 + 0.5))
+        filters = (mean * parts.interpretable).sum((2, 3))
+        ordinary = (mean * parts.ordinary).sum((1, 2, 3))
+        remainder = full - nothing - filters.sum(1) - ordinary
+        if float(remainder.abs().mean()) <= wanted:
+            break
+    return FilterContributions(
+        filters=filters,
+        ordinary=ordinary,
+        gradient_activation=(_gradient(score, whole) * parts.interpretable).sum((2, 3)),
+        score=full,
+        baseline=nothing,
+        remainder=remainder,
+        steps=order,
+    )
+
+
+def part_contributions(score: Score, parts: Tracks, part_of: Int[Tensor, " filter"], count: int) -> PartContributions:
+    """Share a score among parts by exact Shapley values.
+
+    Args:
+        score: ``S``, from :func:`class_score`; called with whole copies of the batch, one after the other.
+        parts: the tracks of the images.
+        part_of: the part of each filter, from 0 to ``count - 1``.
+        count: number of parts; with the ordinary track there are ``count + 1`` players and ``2 ** (count + 1)``
+            coalitions, each one pass through the decoder.
+
+    Raises:
+        InputError: more parts than can be enumerated, or a part out of range.
+    """
+    players = count + 1
+    if not 1 <= count < MOST_PLAYERS:
+        raise InputError(
+            expected(f"1 to {MOST_PLAYERS - 1} parts", count, "Join parts; every further one doubles the work")
+        )
+    if part_of.shape[0] != parts.interpretable.shape[1] or int(part_of.min()) < 0 or int(part_of.max()) >= count:
+        raise InputError(
+            expected(
+                f"a part from 0 to {count - 1} for each of {parts.interpretable.shape[1]} filters",
+                f"{tuple(part_of.shape)} from {int(part_of.min())} to {int(part_of.max())}",
+                "Number the parts from 0",
+            )
+        )
+    images = parts.interpretable.shape[0]
+    members = torch.nn.functional.one_hot(part_of, count).T.to(parts.interpretable.dtype)  # [part, filter]
+    coalitions = list(itertools.product((0, 1), repeat=players))
+    values = torch.empty(len(coalitions), images, dtype=torch.float64)
+    per_pass = max(1, _CHUNK // images)
+    with torch.no_grad():
+        for first in range(0, len(coalitions), per_pass):
+            chunk = torch.tensor(coalitions[first : first + per_pass], dtype=parts.interpretable.dtype)
+            keep = chunk[:, :count] @ members  # [coalition, filter]
+            encoded = keep[:, None, :, None, None] * parts.interpretable + (
+                chunk[:, count, None, None, None, None] * parts.ordinary
+            )
+            values[first : first + len(chunk)] = score(encoded.flatten(0, 1)).double().view(len(chunk), images)
+    cube = values.view(*([2] * players), images)
+    shares = []
+    for player in range(players):
+        others = [p for p in range(players) if p != player]
+        gain = cube.select(player, 1) - cube.select(player, 0)
+        size = torch.zeros([2] * len(others), dtype=torch.long)
+        for axis in range(len(others)):
+            size += torch.tensor([0, 1]).view([-1 if a == axis else 1 for a in range(len(others))])
+        # A coalition of s other players precedes this one in s! (n - 1 - s)! of the n! orders.
+        weight = torch.tensor(
+            [math.factorial(s) * math.factorial(players - 1 - s) / math.factorial(players) for s in range(players)],
+            dtype=torch.float64,
+        )[size]
+        shares.append((gain * weight[..., None]).flatten(0, -2).sum(0) if others else gain)
+    full = cube[tuple([1] * players)]
+    removal = torch.stack([full - cube[tuple(0 if a == p else 1 for a in range(players))] for p in range(count)], dim=1)
+    return PartContributions(
+        parts=torch.stack(shares[:count], dim=1),
+        ordinary=shares[count],
+        score=full,
+        baseline=cube[tuple([0] * players)],
+        removal=removal,
+    )
