@@ -24,6 +24,15 @@ BoolArray = npt.NDArray[np.bool_]
 _REQUIRED = ("image", "landmark", "x", "y")
 
 
+@dataclass(frozen=True)
+class UnusedPart:
+    """An annotated part whose position is not used: the image, the landmark, and the reason in words."""
+
+    key: str
+    landmark: str
+    reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class PartTruth:
     """Annotated parts of a set of images.
@@ -36,6 +45,7 @@ class PartTruth:
         sizes_px: float32 ``[image, landmark, 2]``, width and height of the part's box; ``nan`` where unknown.
         image_size_px: float32 ``[image, 2]``, width and height of the image; ``nan`` where unknown.
         masks: gives, for a key, one boolean array ``[row, col]`` per part; None where there are no masks.
+        unused: annotations that a reader could not use, such as positions outside the image.
 
     Raises:
         ImageError: an array whose shape does not follow from ``keys`` and ``landmarks``, or a name that
@@ -58,6 +68,7 @@ class PartTruth:
     sizes_px: FloatArray
     image_size_px: FloatArray
     masks: Callable[[str], dict[str, BoolArray]] | None = field(default=None, repr=False)
+    unused: tuple[UnusedPart, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for what, names in (("landmark", self.landmarks), ("image", self.keys)):
@@ -98,6 +109,7 @@ class PartTruth:
         row_of = {key: row for row, key in enumerate(self.keys)}
         rows = np.array([row_of.get(key, -1) for key in keys], dtype=np.intp)
         known = rows >= 0
+        asked = set(keys)
 
         def pick(array: FloatArray) -> FloatArray:
             picked = np.full((len(rows), *array.shape[1:]), np.nan, dtype=np.float32)
@@ -110,6 +122,7 @@ class PartTruth:
             positions_px=pick(self.positions_px),
             sizes_px=pick(self.sizes_px),
             image_size_px=pick(self.image_size_px),
+            unused=tuple(part for part in self.unused if part.key in asked),
         )
 
     def count(self) -> dict[str, int]:

@@ -21,6 +21,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from partlens.data.annotations import PartTruth, read_landmark_table
+from partlens.data.layouts import layout_of
+from partlens.data.readers.cuts import Cuts, CutTruth
+from partlens.data.readers.listing import Choice, Crop, Landmarks, LeftOut, Listing
 from partlens.store import file_sha256
 from partlens.vocabulary import ImageError, InputError, expected, listed, nearest
 
@@ -48,7 +51,7 @@ TEST_SHARE = 0.25
 IMAGE_TABLE = "images.csv"
 LANDMARK_TABLE = "landmarks.csv"
 
-_CATEGORY_COLUMNS = ("category", "class", "label")
+_CATEGORY_COLUMNS = ("category", "class", "label", "class_index")
 _VALIDATION_FOLDERS = frozenset({"val", "valid", "validation"})
 _SPLIT_FOLDERS = _VALIDATION_FOLDERS | {"train", "test"}
 _EXIF_ORIENTATION = 0x0112
@@ -143,6 +146,7 @@ def _upright(image: Image.Image) -> Image.Image:
 @dataclass(frozen=True)
 class _Files:
     paths: tuple[Path, ...]
+    turn: bool = True  # apply the EXIF orientation
 
     def _failed(self, row: int, error: Exception) -> ImageError:
         path = self.paths[row]
@@ -161,14 +165,14 @@ class _Files:
         try:
             with Image.open(self.paths[row]) as image:
                 image.load()
-                return _to_rgb(_upright(image))
+                return _to_rgb(_upright(image) if self.turn else image)
         except Exception as error:
             raise self._failed(row, error) from error
 
     def size_px(self, row: int) -> tuple[int, int]:
         try:
             with Image.open(self.paths[row]) as image:
-                turned = image.getexif().get(_EXIF_ORIENTATION, 1) in {5, 6, 7, 8}
+                turned = self.turn and image.getexif().get(_EXIF_ORIENTATION, 1) in {5, 6, 7, 8}
                 return (image.height, image.width) if turned else (image.width, image.height)
         except Exception as error:
             raise self._failed(row, error) from error
@@ -375,6 +379,7 @@ class ImageSet:
             group.
         root: the folder of the files, None for arrays and generated images.
         name: what to call the set in reports.
+        left_out: what a data set's reader did not list, such as objects without a box, and why.
 
     Example:
         >>> import numpy as np
@@ -392,6 +397,7 @@ class ImageSet:
     _source: _Source = field(repr=False)
     _rows: tuple[int, ...] = field(repr=False)
     _truth: Callable[[tuple[str, ...]], PartTruth] | None = field(default=None, repr=False)
+    left_out: tuple[LeftOut, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if not self.keys:
@@ -441,18 +447,38 @@ class ImageSet:
         )
 
     @classmethod
-    def open(cls, path: Path | str) -> ImageSet:
-        """Open a table or a folder of images, whichever ``path`` is.
+    def open(
+        cls, path: Path | str, *, crop: Crop = "box", margin_frac: float = 0.0, landmarks: Landmarks = "all"
+    ) -> ImageSet:
+        """Open a table, a data set in its own layout or a folder of images, whichever ``path`` is.
 
         A ``.csv`` or ``.parquet`` file is read by :meth:`from_table`; a folder that holds ``images.csv`` by
-        that table; any other folder by :meth:`from_folder`. ``landmarks.csv`` in the folder (beside
-        ``images.csv``) becomes :attr:`part_truth`.
+        that table; a folder in one of :data:`partlens.data.layouts.LAYOUTS` (CUB-200-2011, ILSVRC Animal-Part,
+        Pascal-Part) by its reader and :meth:`from_listing`; any other folder by :meth:`from_folder`.
+        ``landmarks.csv`` in the folder (beside ``images.csv``) becomes :attr:`part_truth`.
+
+        Args:
+            path: the table or folder.
+            crop: in a data set with boxes, ``"box"`` gives one image per object, the content of its box, as
+                the papers show objects to their networks; None gives whole photos. Tables and plain folders
+                have no boxes: their images stay as they are.
+            margin_frac: share of the box's width and height to add on each side, 0 or more; the photo ends it.
+            landmarks: in a data set with its own parts, ``"all"`` of them or those that the ``"paper"``
+                measures (head, back, tail of CUB; head, neck, torso of Pascal-Part).
 
         Raises:
             ImageError: nothing is there, the file is of another kind, or the content breaks a rule of the
-                constructor; also when not one landmark belongs to an image of the set.
+                constructor or reader; also when not one landmark belongs to an image of the set.
+            InputError: a value of ``crop``, ``margin_frac`` or ``landmarks`` that does not exist.
         """
+        choice = Choice(crop, landmarks)
         path = Path(path)
+        layout = layout_of(path) if path.is_dir() and not (path / IMAGE_TABLE).is_file() else None
+        if layout is not None:
+            return cls.from_listing(layout.read(path, choice), margin_frac)
+        if margin_frac != 0:
+            rule = f"margin_frac 0 for images without boxes at {path}"
+            raise InputError(expected(rule, margin_frac, "Leave it out, or open a data set with boxes"))
         if path.is_dir():
             table, folder = path / IMAGE_TABLE, path
             images = cls.from_table(table) if table.is_file() else cls.from_folder(path)
@@ -460,19 +486,52 @@ class ImageSet:
             images, folder = cls.from_table(path), path.parent
             if path.name != IMAGE_TABLE:
                 return images
-        landmarks = folder / LANDMARK_TABLE
-        if not landmarks.is_file():
+        annotated = folder / LANDMARK_TABLE
+        if not annotated.is_file():
             return images
-        truth = read_landmark_table(landmarks)
+        truth = read_landmark_table(annotated)
         if not set(truth.keys) & set(images.keys):
             raise ImageError(
                 expected(
-                    f"images of the set in {landmarks}",
+                    f"images of the set in {annotated}",
                     f"only others, such as {truth.keys[0]!r}",
                     f"Write names like {nearest(truth.keys[0], images.keys, 1)[0]!r}",
                 )
             )
         return images._replaced(_truth=partial(_with_image_sizes, truth, folder))  # noqa: SLF001 -- same class
+
+    @classmethod
+    def from_listing(cls, listing: Listing, margin_frac: float = 0.0) -> ImageSet:
+        """Use what a data set's reader has listed.
+
+        Images are cut when they are read, and annotated parts move with them: a part whose centre the cut
+        leaves outside becomes ``nan`` and stands in ``part_truth.unused``. No EXIF orientation is applied,
+        since boxes and parts were measured on the pixels as stored.
+
+        Args:
+            listing: from a reader of :data:`partlens.data.layouts.LAYOUTS`.
+            margin_frac: share of the box's width and height to add on each side, 0 or more; the photo ends it.
+
+        Raises:
+            ImageError: repeated names, or crops of one photo in several splits.
+            InputError: a margin below 0, or a margin around whole photos.
+        """
+        if not 0 <= margin_frac < float("inf"):
+            raise InputError(expected("margin_frac >= 0", margin_frac, "Leave it out for boxes as annotated"))
+        if margin_frac and not listing.cut:
+            raise InputError(expected("margin_frac 0 with crop=None", margin_frac, 'Use crop="box" or no margin'))
+        source = Cuts(_Files(listing.files, turn=False), listing.windows(), margin_frac)
+        images = cls._build(
+            listing.keys,
+            source,
+            categories=listing.categories,
+            splits=listing.splits,
+            photos=listing.photos,
+            root=listing.root,
+            name=listing.root.resolve().name,
+            truth=None if listing.truth is None else CutTruth(listing, source),
+        )
+        return images._replaced(left_out=listing.left_out)  # noqa: SLF001 -- same class
 
     @classmethod
     def from_folder(cls, path: Path | str) -> ImageSet:
@@ -519,13 +578,26 @@ class ImageSet:
         )
 
     @classmethod
+    def from_files(cls, paths: Iterable[Path | str]) -> ImageSet:
+        """Read the given files, in their order; keys are the paths as given.
+
+        Args:
+            paths: image files; a repeated one is read once.
+
+        Raises:
+            ImageError: no path.
+        """
+        keys = list(dict.fromkeys(str(path) for path in paths))
+        return cls._build(keys, _Files(tuple(Path(key) for key in keys)), name="files")
+
+    @classmethod
     def from_table(cls, path: Path | str, root: Path | str | None = None) -> ImageSet:
         """List the images that a CSV or Parquet table names.
 
         Args:
             path: table with a column ``image`` (path relative to ``root``), and optionally ``category`` (or
-                ``class``, or ``label``: the first of these that exists), ``split`` and ``photo``. Other
-                columns are ignored. An empty cell is the same as a missing column.
+                ``class``, ``label`` or ``class_index``: the first of these that exists), ``split`` and
+                ``photo``. Other columns are ignored. An empty cell is the same as a missing column.
             root: folder of the images; that of the table when left out.
 
         Raises:
@@ -804,6 +876,17 @@ class ImageSet:
             )
         return (self, ()) if not bad else (self.take(good), bad)
 
+    def digests(self, workers: int | None = None) -> tuple[str, ...]:
+        """Return a text per image that is equal for equal content (of the file, and the box that is cut out).
+
+        Args:
+            workers: threads that read the files; one per core, at most 8, when left out.
+
+        Raises:
+            ImageError: a file is missing; the text names it.
+        """
+        return tuple(_parallel(self._source.digest, self._rows, workers))
+
     def fingerprint(self, workers: int | None = None) -> str:
         """Hash keys, categories, splits, photo groups, and the size and content of every image.
 
@@ -820,7 +903,7 @@ class ImageSet:
             ImageError: a file is missing; the text names it.
         """
         digest = hashlib.sha256()
-        contents = _parallel(self._source.digest, self._rows, workers)
+        contents = self.digests(workers)
         for *texts, content in zip(self.keys, self.categories, self.splits, self.photos, contents, strict=True):
             for text in (*texts, content):
                 encoded = text.encode("utf-8", "surrogatepass")
