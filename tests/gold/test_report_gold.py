@@ -1,7 +1,9 @@
-"""The page of a small run, compared word for word with ``report.html`` beside this file.
+"""The pages of small runs, compared word for word with the gold pages beside this file.
 
-Pictures and styles are left out of the comparison. After a change that is meant, look at the page in a browser, then
-write the gold page anew and review its difference::
+``report.html`` is the page of an explainer, ``selection.html`` that of a selection, ``joined.html`` that of a run with
+both and an explained image, ``explanation.html`` that image's own page. Pictures and styles are left out of the
+comparison. After a change that is meant, look at the page in a browser, then write the gold pages anew and review
+their differences::
 
     python tests/gold/test_report_gold.py
 """
@@ -10,12 +12,17 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from partlens.reporting import collect_page, render_page
+import pytest
 
-GOLD = Path(__file__).with_name("report.html")
+from partlens.reporting import collect_page, render_page, write_explanation_page
+
+HERE = Path(__file__).parent
+MADE = runpy.run_path(str(HERE.parent / "unit" / "reporting" / "made_runs.py"))
 
 
 def estimate(value, half=0.01, n=63, unit="photos"):
@@ -125,9 +132,35 @@ def comparable(page: str) -> str:
     return re.sub(r"<style>.*?</style>", "<style>…</style>", page, flags=re.DOTALL)
 
 
-def test_the_page_equals_the_gold_page(tmp_path):
-    page = comparable(render_page(collect_page(build(tmp_path / "run"))))
-    assert page.splitlines() == GOLD.read_text(encoding="utf-8").splitlines()
+def selection_only(run: Path) -> str:
+    MADE["write_selection"](run, classes=2, features=2)
+    return render_page(collect_page(run))
+
+
+def joined(run: Path) -> str:
+    build(run)
+    MADE["write_selection"](run, classes=2, features=2)
+    MADE["write_explanation"](run)
+    return render_page(collect_page(run))
+
+
+def explanation_alone(run: Path) -> str:
+    MADE["write_selection"](run, classes=2, features=2)
+    return write_explanation_page(MADE["write_explanation"](run)).read_text(encoding="utf-8")
+
+
+PAGES: dict[str, Callable[[Path], str]] = {
+    "report.html": lambda run: render_page(collect_page(build(run))),
+    "selection.html": selection_only,
+    "joined.html": joined,
+    "explanation.html": explanation_alone,
+}
+
+
+@pytest.mark.parametrize("name", list(PAGES))
+def test_the_page_equals_the_gold_page(tmp_path, name):
+    page = comparable(PAGES[name](tmp_path / "run"))
+    assert page.splitlines() == (HERE / name).read_text(encoding="utf-8").splitlines()
 
 
 def test_the_comparison_sees_words_but_not_pictures(tmp_path):
@@ -141,5 +174,6 @@ def test_the_comparison_sees_words_but_not_pictures(tmp_path):
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        GOLD.write_text(comparable(render_page(collect_page(build(Path(folder) / "run")))), encoding="utf-8")
+    for gold, page in PAGES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            (HERE / gold).write_text(comparable(page(Path(folder) / "run")), encoding="utf-8")

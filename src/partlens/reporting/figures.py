@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
+from partlens.reporting.svg import Scale, coordinate, lettering, limits, line, shortened, svg, tag
+
 WIDTH = 360
 """Width of a chart in its own units; a page shows it at about this many pixels, so that text keeps its size."""
 
@@ -78,50 +80,6 @@ class Dot:
     y: float
 
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
-
-def _coordinate(value: float) -> str:
-    text = f"{value:.2f}".rstrip("0").rstrip(".")
-    return "0" if text in {"-0", ""} else text
-
-
-def _tag(name: str, *children: str, **attributes: float | str) -> str:
-    """Return an element; attributes are escaped, ``children`` already are elements or escaped text."""
-    parts = [name]
-    for key, value in attributes.items():
-        shown = value if isinstance(value, str) else _coordinate(value)
-        parts.append(f'{key.rstrip("_").replace("_", "-")}="{escape(shown)}"')
-    head = " ".join(parts)
-    return f"<{head}>{''.join(children)}</{name}>" if children else f"<{head}/>"
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", class_: str = "") -> str:
-    kind = {"class_": class_} if class_ else {}
-    return _tag("text", escape(text), x=x, y=y, text_anchor=anchor, **kind)
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> str:
-    return _tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
-
-
-def _svg(size: tuple[float, float], class_: str, title: str, description: str, *children: str) -> str:
-    return _tag(
-        "svg",
-        _tag("title", escape(title)),
-        *([_tag("desc", escape(description))] if description else []),
-        *children,
-        viewBox=f"0 0 {_coordinate(size[0])} {_coordinate(size[1])}",
-        class_=class_,
-        role="img",
-        aria_label=f"{title}. {description}" if description else title,
-    )
-
-
-def _shortened(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
 def tick_values(low: float, high: float, count: int = 4) -> list[float]:
     """Return round numbers from 1, 2 and 5 times a power of ten that lie within an interval.
 
@@ -157,28 +115,6 @@ def tick_text(value: float) -> str:
     return f"{value:g}".replace("-", "−")
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """A linear map from values to a side of the drawing."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-
-def _limits(values: Sequence[float], *, zero: bool = False, margin: float = 0.06) -> tuple[float, float]:
-    """Return limits around finite values, never empty; with ``zero`` they include 0 and leave no margin beside it."""
-    low, high = min(values), max(values)
-    if zero:
-        low, high = min(low, 0.0), max(high, 0.0)
-    room = (high - low) * margin or abs(high) * 0.1 or 1.0
-    return (low if zero and low == 0 else low - room), (high if zero and high == 0 else high + room)
-
-
 # --- scores against nulls ---------------------------------------------------------------------------------------------
 
 
@@ -198,29 +134,29 @@ def scores_chart(title: str, direction: str, rows: Sequence[ScoreRow]) -> str:
         return ""
     left, right, top, step = 118.0, WIDTH - 52.0, 8.0, 26.0
     bottom = top + step * len(rows)
-    low, high = _limits(finite, zero=True)
-    scale = _Scale(low, high, left, right)
+    low, high = limits(finite, zero=True)
+    scale = Scale(low, high, left, right)
     parts = []
     for tick in tick_values(low, high):
-        parts.append(_line(scale(tick), top, scale(tick), bottom, "axis" if tick == 0 else "grid"))
-        parts.append(_text(scale(tick), bottom + 15, tick_text(tick), "middle", "soft"))
+        parts.append(line(scale(tick), top, scale(tick), bottom, "axis" if tick == 0 else "grid"))
+        parts.append(lettering(scale(tick), bottom + 15, tick_text(tick), "middle", "soft"))
     lead = next((r for r in rows if r.role == "explainer" and math.isfinite(r.value)), None)
     if lead:
-        parts.append(_line(scale(lead.value), top, scale(lead.value), bottom, "guide"))
+        parts.append(line(scale(lead.value), top, scale(lead.value), bottom, "guide"))
     for index, row in enumerate(rows):
         y = top + step * (index + 0.5)
         weight = "strong" if row.role == "explainer" else ""
-        parts.append(_text(0, y + 4, _shortened(row.label, 20), "start", weight))
+        parts.append(lettering(0, y + 4, shortened(row.label, 20), "start", weight))
         if not math.isfinite(row.value):
-            parts.append(_text(WIDTH, y + 4, "not defined", "end", "soft"))
+            parts.append(lettering(WIDTH, y + 4, "not defined", "end", "soft"))
             continue
         if math.isfinite(row.low) and math.isfinite(row.high):
-            parts.append(_line(scale(row.low), y, scale(row.high), y, f"interval stroke-{row.role}"))
+            parts.append(line(scale(row.low), y, scale(row.high), y, f"interval stroke-{row.role}"))
         look = f"hollow stroke-{row.role}" if row.role == "null" else f"fill-{row.role}"
-        parts.append(_tag("circle", cx=scale(row.value), cy=y, r=4.0 if row.role == "null" else 5.0, class_=look))
-        parts.append(_text(WIDTH, y + 4, row.text, "end", weight))
+        parts.append(tag("circle", cx=scale(row.value), cy=y, r=4.0 if row.role == "null" else 5.0, class_=look))
+        parts.append(lettering(WIDTH, y + 4, row.text, "end", weight))
     spoken = "; ".join(f"{r.label} {r.text if math.isfinite(r.value) else 'not defined'}" for r in rows)
-    return _svg((WIDTH, bottom + 20), "chart", f"{title}, {direction}", spoken, *parts)
+    return svg((WIDTH, bottom + 20), "chart", f"{title}, {direction}", spoken, *parts)
 
 
 def filters_chart(title: str, dots: Sequence[Dot]) -> str:
@@ -237,24 +173,24 @@ def filters_chart(title: str, dots: Sequence[Dot]) -> str:
     if not shown:
         return ""
     left, right, top, bottom = 38.0, WIDTH - 8.0, 8.0, 240.0
-    x_scale = _Scale(*_limits([d.x for d in shown], zero=True), left, right)
-    y_scale = _Scale(*_limits([*(d.y for d in shown), 0.0]), bottom, top)
+    x_scale = Scale(*limits([d.x for d in shown], zero=True), left, right)
+    y_scale = Scale(*limits([*(d.y for d in shown), 0.0]), bottom, top)
     parts = []
     for tick in tick_values(x_scale.low, x_scale.high, 5):
-        parts.append(_line(x_scale(tick), top, x_scale(tick), bottom, "grid"))
-        parts.append(_text(x_scale(tick), bottom + 15, tick_text(tick), "middle", "soft"))
+        parts.append(line(x_scale(tick), top, x_scale(tick), bottom, "grid"))
+        parts.append(lettering(x_scale(tick), bottom + 15, tick_text(tick), "middle", "soft"))
     for tick in tick_values(y_scale.low, y_scale.high, 5):
-        parts.append(_line(left, y_scale(tick), right, y_scale(tick), "axis" if tick == 0 else "grid"))
-        parts.append(_text(left - 6, y_scale(tick) + 4, tick_text(tick), "end", "soft"))
+        parts.append(line(left, y_scale(tick), right, y_scale(tick), "axis" if tick == 0 else "grid"))
+        parts.append(lettering(left - 6, y_scale(tick) + 4, tick_text(tick), "end", "soft"))
     for dot in sorted(shown, key=lambda d: d.role != "performer"):
         attributes = {"cx": x_scale(dot.x), "cy": y_scale(dot.y), "r": 3.0 if dot.role == "explainer" else 2.5}
-        parts.append(_tag("circle", _tag("title", escape(dot.label)), class_=f"fill-{dot.role} faint", **attributes))
-    parts.append(_text((left + right) / 2, bottom + 32, "location instability (lower is better)", "middle", "soft"))
+        parts.append(tag("circle", tag("title", escape(dot.label)), class_=f"fill-{dot.role} faint", **attributes))
+    parts.append(lettering((left + right) / 2, bottom + 32, "location instability (lower is better)", "middle", "soft"))
     roles = {role: sum(d.role == role for d in shown) for role in ("explainer", "performer")}
     spoken = f"{roles['explainer']} filters of the explainer and {roles['performer']} of the performer"
     if len(shown) < len(dots):
         spoken += f"; {len(dots) - len(shown)} without a defined score are left out"
-    return _svg((WIDTH, bottom + 38), "chart", title, spoken, *parts)
+    return svg((WIDTH, bottom + 38), "chart", title, spoken, *parts)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -277,23 +213,23 @@ def parts_chart(title: str, shares: Sequence[tuple[str, str, Mapping[str, float]
         return ""
     names.sort(key=lambda name: tuple(-s.get(name, 0.0) for _, _, s in known))
     left, right, bar, gap = 104.0, WIDTH - 44.0, 14.0, 12.0
-    scale = _Scale(0.0, max(v for _, _, s in known for v in s.values()) or 1.0, left, right)
+    scale = Scale(0.0, max(v for _, _, s in known for v in s.values()) or 1.0, left, right)
     parts, y = [], 4.0
     for name in names:
         height = bar * len(known)
-        parts.append(_text(0, y + height / 2 + 4, _shortened(name.replace("_", " "), 17)))
+        parts.append(lettering(0, y + height / 2 + 4, shortened(name.replace("_", " "), 17)))
         for order, (_, role, share) in enumerate(known):
             value = share.get(name, 0.0)
             top = y + order * bar
             look = f"fill-{role}" + (" faint" if order > 1 else "")
-            parts.append(_tag("rect", x=left, y=top, width=max(scale(value) - left, 1.0), height=bar - 4, class_=look))
-            parts.append(_text(scale(value) + 5, top + bar - 5, f"{100 * value:.0f} %", "start", "soft"))
+            parts.append(tag("rect", x=left, y=top, width=max(scale(value) - left, 1.0), height=bar - 4, class_=look))
+            parts.append(lettering(scale(value) + 5, top + bar - 5, f"{100 * value:.0f} %", "start", "soft"))
         y += height + gap
     spoken = "; ".join(
         f"{label}: " + ", ".join(f"{name} {100 * share.get(name, 0.0):.0f} %" for name in names)
         for label, _, share in known
     )
-    return _svg((WIDTH, y - gap + 6), "chart parts", title, spoken, *parts)
+    return svg((WIDTH, y - gap + 6), "chart parts", title, spoken, *parts)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -317,21 +253,21 @@ def curves_chart(title: str, series: Sequence[Series], shaded: tuple[float, floa
     left, right, top, bottom = 40.0, WIDTH - 8.0, 22.0 if len(series) > 1 else 6.0, 150.0
     every = [x for s in series for x, _ in s.points]
     first, last = min(every), max(every)
-    x_scale = _Scale(first - 0.5, last + 0.5, left, right)
-    y_scale = _Scale(*_limits([y for _, y in points]), bottom, top)
+    x_scale = Scale(first - 0.5, last + 0.5, left, right)
+    y_scale = Scale(*limits([y for _, y in points]), bottom, top)
     parts = []
     if shaded:
         start, end = max(shaded[0] - 0.5, x_scale.low), min(shaded[1] + 0.5, x_scale.high)
         span = {"x": x_scale(start), "width": x_scale(end) - x_scale(start)}
-        parts.append(_tag("rect", y=top, height=bottom - top, class_="phase", **span))
-        parts.append(_text(x_scale(start) + 4, bottom - 6, "warm-up", "start", "soft"))
+        parts.append(tag("rect", y=top, height=bottom - top, class_="phase", **span))
+        parts.append(lettering(x_scale(start) + 4, bottom - 6, "warm-up", "start", "soft"))
     for tick in tick_values(y_scale.low, y_scale.high):
-        parts.append(_line(left, y_scale(tick), right, y_scale(tick), "grid"))
-        parts.append(_text(left - 6, y_scale(tick) + 4, tick_text(tick), "end", "soft"))
+        parts.append(line(left, y_scale(tick), right, y_scale(tick), "grid"))
+        parts.append(lettering(left - 6, y_scale(tick) + 4, tick_text(tick), "end", "soft"))
     epochs = sorted({first, last, *(t for t in tick_values(first, last) if t == int(t))}) if last > first else [first]
     # Round epochs whose label would touch that of the first or the last one are left out.
     parts += [
-        _text(x_scale(epoch), bottom + 15, tick_text(epoch), "middle", "soft")
+        lettering(x_scale(epoch), bottom + 15, tick_text(epoch), "middle", "soft")
         for epoch in epochs
         if epoch in {first, last} or min(x_scale(epoch) - x_scale(first), x_scale(last) - x_scale(epoch)) > 26
     ]
@@ -343,22 +279,22 @@ def curves_chart(title: str, series: Sequence[Series], shaded: tuple[float, floa
             not logged and any(inside[:i]) and any(inside[i:]) for i, logged in enumerate(inside)
         )
         if len(kept) > 1:
-            path = " ".join(f"{_coordinate(x)},{_coordinate(y)}" for x, y in kept)
-            parts.append(_tag("polyline", points=path, class_=f"curve {look}"))
+            path = " ".join(f"{coordinate(x)},{coordinate(y)}" for x, y in kept)
+            parts.append(tag("polyline", points=path, class_=f"curve {look}"))
         if sparse:
             fill = "fill-performer" if order else "fill-explainer"
-            parts += [_tag("circle", cx=x, cy=y, r=2.5, class_=fill) for x, y in kept]
+            parts += [tag("circle", cx=x, cy=y, r=2.5, class_=fill) for x, y in kept]
         if len(series) > 1:
             x = left + 4 + 130 * order
-            parts.append(_line(x, 9, x + 22, 9, f"curve {look}"))
-            parts.append(_text(x + 28, 13, one.label, "start", "soft"))
+            parts.append(line(x, 9, x + 22, 9, f"curve {look}"))
+            parts.append(lettering(x + 28, 13, one.label, "start", "soft"))
     spoken = []
     for one in series:
         finite = [(x, y) for x, y in one.points if math.isfinite(y)]
         if finite:
             (x0, y0), (x1, y1) = finite[0], finite[-1]
             spoken.append(f"{one.label} from {y0:.3g} in epoch {x0:g} to {y1:.3g} in epoch {x1:g}")
-    return _svg((WIDTH, bottom + 20), "chart", title, "; ".join(spoken), *parts)
+    return svg((WIDTH, bottom + 20), "chart", title, "; ".join(spoken), *parts)
 
 
 def phase_span(phases: Sequence[tuple[float, str]], name: str = "warmup") -> tuple[float, float] | None:
@@ -406,27 +342,27 @@ def photo_with_region(
     parts = []
     if uri is None:
         parts.append(
-            _tag("text", "picture missing", x=width / 2, y=height / 2, text_anchor="middle", font_size=9 * unit)
+            tag("text", "picture missing", x=width / 2, y=height / 2, text_anchor="middle", font_size=9 * unit)
         )
-        return _svg(size_px, "photo", label, "The picture is missing", *parts)
-    parts.append(_tag("image", href=uri, width=width, height=height, preserveAspectRatio="none"))
+        return svg(size_px, "photo", label, "The picture is missing", *parts)
+    parts.append(tag("image", href=uri, width=width, height=height, preserveAspectRatio="none"))
     if box_px is not None:
         left, right = (min(max(v, 0.0), width) for v in (box_px[0], box_px[2]))
         top, bottom = (min(max(v, 0.0), height) for v in (box_px[1], box_px[3]))
         wide, high = right - left, bottom - top
         if wide > 0 and high > 0:
             r = min(6 * unit, wide / 2, high / 2)
-            arc = f"a{_coordinate(r)},{_coordinate(r)} 0 0 1"
-            w, h, c = wide - 2 * r, high - 2 * r, _coordinate
+            arc = f"a{coordinate(r)},{coordinate(r)} 0 0 1"
+            w, h, c = wide - 2 * r, high - 2 * r, coordinate
             hole = (
                 f"M{c(left + r)},{c(top)} h{c(w)} {arc} {c(r)},{c(r)} v{c(h)} {arc} {c(-r)},{c(r)} "
                 f"h{c(-w)} {arc} {c(-r)},{c(-r)} v{c(-h)} {arc} {c(r)},{c(-r)} Z"
             )
             frame = f"M0,0 h{c(width)} v{c(height)} h{c(-width)} Z"
-            parts.append(_tag("path", d=f"{frame} {hole}", fill_rule="evenodd", class_="dim"))
+            parts.append(tag("path", d=f"{frame} {hole}", fill_rule="evenodd", class_="dim"))
             edge = {"x": left, "y": top, "width": wide, "height": high, "rx": r}
-            parts.append(_tag("rect", stroke_width=2.6 * unit, class_="under", **edge))
-            parts.append(_tag("rect", stroke_width=1.3 * unit, class_="over", **edge))
+            parts.append(tag("rect", stroke_width=2.6 * unit, class_="under", **edge))
+            parts.append(tag("rect", stroke_width=1.3 * unit, class_="over", **edge))
     if peak_px is not None:
-        parts.append(_tag("circle", cx=peak_px[0], cy=peak_px[1], r=3.2 * unit, stroke_width=unit, class_="peak"))
-    return _svg(size_px, "photo", label, "", *parts)
+        parts.append(tag("circle", cx=peak_px[0], cy=peak_px[1], r=3.2 * unit, stroke_width=unit, class_="peak"))
+    return svg(size_px, "photo", label, "", *parts)

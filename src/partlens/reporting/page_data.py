@@ -1,175 +1,26 @@
 """What the page says, as data: a run directory is read once into frozen values, and nothing here draws.
 
-A run holds ``run.json`` (needed) and, as far as they were made, ``history.json``, ``evaluation.json`` and
-``gallery/gallery.json``. What is missing stays visible as missing: an absent file gives ``None`` or an empty tuple, an
-absent or undefined number gives ``nan``, and the page says "not measured" in its place.
+A run holds an explainer (``run.json``), a selection (``selection.json``) or both, and perhaps ``explanations/``.
 """
 
 from __future__ import annotations
 
-import base64
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from partlens.store import SCHEMA, read_json
+from partlens.reporting.explainer_data import ExplainerData, collect_explainer
+from partlens.reporting.explanation_data import EXPLAIN_AGAIN, Explanations, collect_explanations
+from partlens.reporting.reading import Pictures, text
+from partlens.reporting.selection_data import SELECT_AGAIN, SelectionData, collect_selection, is_begun
+from partlens.store import read_json
 from partlens.vocabulary import RunError, expected
 
-EVALUATION_SCHEMA = "partlens.evaluation/1"
+PICTURES_BYTES = 13_500_000
+"""Room for pictures on one page, in characters; with its texts the page stays below about 15 MB."""
 
-SCORES = (
-    "instability",
-    "consistency",
-    "peak_spread_cells",
-    "border_frac",
-    "dead_frac",
-    "filter_correlation",
-    "distinct_parts",
-)
-"""Scores of one subject, in the order of the page; consistency stands beside instability."""
-
-_PICTURE_KINDS = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number with its interval and count.
-
-    Attributes:
-        value: the measurement; ``nan`` where undefined or not measured.
-        low: lower end of the 95 % interval; ``nan`` where undefined.
-        high: upper end.
-        n: how many units it was measured on; 0 where it was not measured.
-        unit: what ``n`` counts.
-    """
-
-    value: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    n: int = 0
-    unit: str = "photos"
-
-    @property
-    def defined(self) -> bool:
-        """Whether there is a value."""
-        return math.isfinite(self.value)
-
-    @property
-    def has_interval(self) -> bool:
-        """Whether both ends of the interval are defined."""
-        return math.isfinite(self.low) and math.isfinite(self.high)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One thing that was scored: the explainer, a layer of the performer, or a null.
-
-    Attributes:
-        key: ``explainer``, ``tap``, ``top``, ``random``, ``centre`` or ``corner``.
-        label: how the page calls it.
-        role: ``explainer``, ``performer`` or ``null``.
-        scores: by the names in :data:`SCORES`; each one is there, perhaps undefined.
-        landmark_shares: share of its filters that follow each landmark best (0 to 1).
-    """
-
-    key: str
-    label: str
-    role: str
-    scores: Mapping[str, Measure]
-    landmark_shares: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class FilterScore:
-    """One filter's own scores; ``nan`` where undefined."""
-
-    filter: int
-    instability: float
-    consistency: float
-    landmark: str
-    spread_cells: float
-    dead: bool
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How much of the performer is left when the reconstruction is fed back to it."""
-
-    agreement_top1: Measure = field(default_factory=Measure)
-    error_increase_points: Measure = field(default_factory=Measure)
-    performer_error_percent: Measure = field(default_factory=Measure)
-    explainer_error_percent: Measure = field(default_factory=Measure)
-    relative_error: Mapping[str, Measure] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured on one split of the photos."""
-
-    split: str
-    photos: int
-    landmarks: Mapping[str, int]
-    subjects: tuple[Subject, ...]
-    p: Measure
-    fidelity: Fidelity
-    explainer_filters: tuple[FilterScore, ...]
-    performer_filters: tuple[FilterScore, ...]
-    warnings: tuple[str, ...]
-
-    def subject(self, key: str) -> Subject:
-        """Return the subject called ``key``."""
-        return next(s for s in self.subjects if s.key == key)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A gallery photo with the place where a filter peaks, in pixels of ``size_px`` (x to the right, y down).
-
-    Attributes:
-        key: the photo's name in the data set.
-        score: the filter's peak value.
-        peak_px: x, y of the peak cell's centre, or ``None``.
-        box_px: left, top, right, bottom of the filter's region, or ``None``.
-        size_px: width and height that the coordinates refer to.
-        uri: the picture as a ``data:`` address; ``None`` where the file is missing or is no picture.
-    """
-
-    key: str
-    score: float
-    peak_px: tuple[float, float] | None
-    box_px: tuple[float, float, float, float] | None
-    size_px: tuple[float, float]
-    uri: str | None
-
-
-@dataclass(frozen=True)
-class GalleryFilter:
-    """One filter with the photos that it answers to most."""
-
-    filter: int
-    instability: float
-    consistency: float
-    landmark: str
-    pictures: tuple[Picture, ...]
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Chosen filters of the explainer and of the performer's tap."""
-
-    explainer: tuple[GalleryFilter, ...]
-    performer: tuple[GalleryFilter, ...]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch of training: its number, its phase and what was logged (``nan`` never, absent instead)."""
-
-    number: int
-    phase: str
-    logged: Mapping[str, float]
+EXPLANATIONS_SHARE = 0.4
+"""The explained images take at most this part of the room."""
 
 
 @dataclass(frozen=True)
@@ -177,276 +28,62 @@ class PageData:
     """Everything that one page says; drawing it needs nothing else.
 
     Attributes:
-        performer: the performer's name as it was given.
-        weights_sha256: hash of its weights.
-        preprocessing: how a photo becomes the performer's input.
-        performer_notes: what the performer's reader remarked.
-        tap: the explained layer.
-        top_layer: the performer's last convolution, or an empty string where it was not measured.
-        structure: the explainer's structure as recorded.
-        receptive_field: stride, size and start (rows, cols) in pixels.
-        data_name: name of the data set.
-        fingerprint: hash of the data set's content.
-        category: the category that was explained; may be empty.
-        train_photos: photos of the category learned from.
-        background_photos: other photos learned from.
-        unreadable: name and reason of each photo that could not be read.
-        created: when the run was started (ISO 8601).
-        command: the command line.
-        versions: of partlens and what it stands on.
-        preset: name of the configuration's preset.
-        config: every field of the configuration.
-        status: ``finished`` or what else the run recorded.
-        seconds: duration of the fit; ``nan`` where unknown.
-        history: epochs in order.
-        evaluation: measurements, or ``None`` where ``evaluation.json`` is absent.
-        gallery: pictures, or ``None`` where ``gallery/gallery.json`` is absent.
+        explainer: the chapter of an explained layer, or ``None``.
+        selection: the chapter of the classes' features, or ``None``.
+        explanations: the chapter of explained images; may be empty.
+        pending: command line of a selection that was begun and has no result yet; else empty.
     """
 
-    performer: str
-    weights_sha256: str
-    preprocessing: Mapping[str, Any]
-    performer_notes: tuple[str, ...]
-    tap: str
-    top_layer: str
-    structure: Mapping[str, Any]
-    receptive_field: Mapping[str, Any]
-    data_name: str
-    fingerprint: str
-    category: str
-    train_photos: int
-    background_photos: int
-    unreadable: tuple[tuple[str, str], ...]
-    created: str
-    command: str
-    versions: Mapping[str, str]
-    preset: str
-    config: Mapping[str, Any]
-    status: str
-    seconds: float
-    history: tuple[Epoch, ...]
-    evaluation: Evaluation | None
-    gallery: Gallery | None
+    explainer: ExplainerData | None = None
+    selection: SelectionData | None = None
+    explanations: Explanations = field(default_factory=Explanations)
+    pending: str = ""
+
+    @property
+    def parts(self) -> tuple[ExplainerData | SelectionData, ...]:
+        """The selection and the explainer, as far as they are there."""
+        return tuple(part for part in (self.selection, self.explainer) if part is not None)
 
 
-# --- reading JSON that may lack anything ------------------------------------------------------------------------------
+def _gallery_bytes(explainer: ExplainerData | None) -> int:
+    gallery = explainer.gallery if explainer else None
+    filters = (*gallery.explainer, *gallery.performer) if gallery else ()
+    return sum(len(picture.uri or "") for one in filters for picture in one.pictures)
 
 
-def _group(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+def _explained_names(explanations: Explanations) -> Iterable[str]:
+    return dict.fromkeys(e.name for one in explanations.shown for e in one.explained)
 
 
-def _items(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else []
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    return float(value) if math.isfinite(value) else math.nan
-
-
-def _count(value: Any) -> int:
-    number = _number(value)
-    return int(number) if math.isfinite(number) else 0
-
-
-def _numbers(value: Any, length: int) -> tuple[float, ...] | None:
-    """Return exactly ``length`` finite numbers, or ``None``."""
-    numbers = tuple(_number(v) for v in _items(value))
-    return numbers if len(numbers) == length and all(map(math.isfinite, numbers)) else None
-
-
-def _measure(value: Any) -> Measure:
-    estimate = _group(value)
-    ends = [_number(v) for v in _items(estimate.get("interval"))]
-    low, high = ends if len(ends) == 2 else (math.nan, math.nan)
-    unit = _text(estimate.get("unit")) or "photos"
-    return Measure(_number(estimate.get("value")), low, high, _count(estimate.get("n")), unit)
-
-
-# --- the parts of a run -----------------------------------------------------------------------------------------------
-
-
-def _subject(key: str, label: str, role: str, value: Any) -> Subject:
-    scores = _group(value)
-    shares = {_text(k): _number(v) for k, v in _group(scores.get("landmark_shares")).items()}
-    return Subject(key, label, role, {name: _measure(scores.get(name)) for name in SCORES}, shares)
-
-
-def _filter_scores(value: Any) -> tuple[FilterScore, ...]:
-    return tuple(
-        FilterScore(
-            filter=_count(row.get("filter")),
-            instability=_number(row.get("instability")),
-            consistency=_number(row.get("consistency")),
-            landmark=_text(row.get("landmark")),
-            spread_cells=_number(row.get("spread_cells")),
-            dead=row.get("dead") is True,
-        )
-        for row in map(_group, _items(value))
-    )
-
-
-def _evaluation(path: Path, tap: str) -> tuple[Evaluation | None, str]:
-    """Read ``evaluation.json``; also return the name of the performer's top layer."""
-    if not path.exists():
-        return None, ""
-    content = read_json(path)
-    if content.get("schema") != EVALUATION_SCHEMA:
-        raise RunError(
-            expected(f'schema "{EVALUATION_SCHEMA}" in {path}', content.get("schema"), "Run partlens evaluate again")
-        )
-    performer, nulls = _group(content.get("performer")), _group(content.get("nulls"))
-    top_layer = _text(performer.get("top_layer"))
-    fed_back, filters = _group(content.get("reconstruction")), _group(content.get("filters"))
-    evaluation = Evaluation(
-        split=_text(content.get("split")),
-        photos=_count(content.get("photos")),
-        landmarks={_text(k): _count(v) for k, v in _group(content.get("landmarks")).items()},
-        subjects=(
-            _subject("explainer", "explainer", "explainer", content.get("explainer")),
-            _subject("tap", f"performer, {tap}", "performer", performer.get("tap")),
-            _subject("top", f"performer, {top_layer or 'top layer'}", "performer", performer.get("top")),
-            _subject("random", "null: random cell", "null", nulls.get("random")),
-            _subject("centre", "null: centre", "null", nulls.get("centre")),
-            _subject("corner", "null: corner", "null", nulls.get("corner")),
-        ),
-        p=_measure(content.get("p")),
-        fidelity=Fidelity(
-            agreement_top1=_measure(fed_back.get("agreement_top1")),
-            error_increase_points=_measure(fed_back.get("error_increase_points")),
-            performer_error_percent=_measure(fed_back.get("performer_error_percent")),
-            explainer_error_percent=_measure(fed_back.get("explainer_error_percent")),
-            relative_error={_text(k): _measure(v) for k, v in _group(fed_back.get("relative_error")).items()},
-        ),
-        explainer_filters=_filter_scores(filters.get("explainer")),
-        performer_filters=_filter_scores(filters.get("performer")),
-        warnings=tuple(_text(w) for w in _items(content.get("warnings"))),
-    )
-    return evaluation, top_layer
-
-
-def _data_uri(run: Path, name: str) -> str | None:
-    """Return a picture as a ``data:`` address; ``None`` when it is missing, outside the run or no picture."""
-    path = (run / name).resolve()
-    if not name or not path.is_relative_to(run.resolve()) or not path.is_file():
-        return None
-    content = path.read_bytes()
-    kind = next((kind for magic, kind in _PICTURE_KINDS.items() if content.startswith(magic)), None)
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}" if kind else None
-
-
-def _picture(run: Path, value: Any) -> Picture:
-    photo = _group(value)
-    peak, box, size = (_numbers(photo.get(k), n) for k, n in (("peak_px", 2), ("box_px", 4), ("size_px", 2)))
-    usable = size is not None and min(size) > 0
-    return Picture(
-        key=_text(photo.get("key")),
-        score=_number(photo.get("score")),
-        peak_px=(peak[0], peak[1]) if peak and usable else None,
-        box_px=(box[0], box[1], box[2], box[3]) if box and usable else None,
-        size_px=(size[0], size[1]) if size and usable else (1.0, 1.0),
-        uri=_data_uri(run, _text(photo.get("file"))),
-    )
-
-
-def _gallery_filters(run: Path, value: Any) -> tuple[GalleryFilter, ...]:
-    return tuple(
-        GalleryFilter(
-            filter=_count(row.get("filter")),
-            instability=_number(row.get("instability")),
-            consistency=_number(row.get("consistency")),
-            landmark=_text(row.get("landmark")),
-            pictures=tuple(_picture(run, photo) for photo in _items(row.get("photos"))),
-        )
-        for row in map(_group, _items(value))
-    )
-
-
-def _gallery(run: Path) -> Gallery | None:
-    path = run / "gallery" / "gallery.json"
-    if not path.exists():
-        return None
-    layers = _group(read_json(path).get("layers"))
-    gallery = Gallery(_gallery_filters(run, layers.get("explainer")), _gallery_filters(run, layers.get("performer")))
-    return gallery if gallery.explainer or gallery.performer else None
-
-
-def _history(path: Path) -> tuple[Epoch, ...]:
-    if not path.exists():
-        return ()
-    epochs = []
-    for position, row in enumerate(map(_group, _items(read_json(path).get("epochs"))), start=1):
-        logged = {str(k): _number(v) for k, v in row.items() if k not in {"epoch", "phase"}}
-        finite = {k: v for k, v in logged.items() if math.isfinite(v)}
-        epochs.append(Epoch(_count(row.get("epoch")) or position, _text(row.get("phase")), finite))
-    return tuple(epochs)
+def _pending(path: Path) -> str:
+    content = read_json(path) if path.exists() else {}
+    return text(content.get("command")) or "partlens select-features" if is_begun(content) else ""
 
 
 def collect_page(run: Path) -> PageData:
     """Read a run directory into what its page says.
 
     Args:
-        run: the folder of a fitted explainer.
+        run: the folder of a fitted explainer, of a selection, or of both.
 
     Returns:
-        The page's content. Files that are optional and absent leave ``evaluation`` or ``gallery`` at ``None`` and
-        ``history`` empty; absent and undefined numbers are ``nan``.
+        The page's content; what the run does not hold is ``None`` or empty.
 
     Raises:
-        RunError: ``run`` is no folder, lacks ``run.json``, holds another kind of run, or a file of it is damaged.
+        RunError: ``run`` is no folder, holds neither ``run.json`` nor ``selection.json``, or a file of it is damaged.
     """
     run = Path(run)
+    remedy = "Give the folder that partlens fit-explainer or partlens select-features wrote"
     if not run.is_dir():
-        raise RunError(expected("the folder of a run", run.as_posix(), "Give the folder that fit-explainer wrote"))
-    manifest_path = run / "run.json"
-    if not manifest_path.exists():
-        raise RunError(
-            expected(f"a file run.json in {run}", "none there", "Give the folder that partlens fit-explainer wrote")
-        )
-    manifest = read_json(manifest_path)
-    for key, wanted, remedy in (
-        ("schema", SCHEMA, "Use the partlens version that wrote the run"),
-        ("kind", "explainer", "Give the folder that partlens fit-explainer wrote"),
-    ):
-        if manifest.get(key) != wanted:
-            raise RunError(expected(f'{key} "{wanted}" in {manifest_path}', manifest.get(key), remedy))
-    performer, data, structure = (_group(manifest.get(k)) for k in ("performer", "data", "structure"))
-    for rule, value in (("performer's name", performer.get("name")), ("explained layer (tap)", structure.get("tap"))):
-        if not isinstance(value, str) or not value:
-            raise RunError(expected(f"the {rule} in {manifest_path}", value, "Run partlens fit-explainer again"))
-    tap = _text(structure.get("tap"))
-    evaluation, top_layer = _evaluation(run / "evaluation.json", tap)
-    return PageData(
-        performer=_text(performer.get("name")),
-        weights_sha256=_text(performer.get("weights_sha256")),
-        preprocessing=_group(performer.get("preprocessing")),
-        performer_notes=tuple(_text(note) for note in _items(performer.get("notes"))),
-        tap=tap,
-        top_layer=top_layer,
-        structure=structure,
-        receptive_field=_group(manifest.get("receptive_field")),
-        data_name=_text(data.get("name")),
-        fingerprint=_text(data.get("fingerprint")),
-        category=_text(data.get("category")),
-        train_photos=_count(data.get("train_photos")),
-        background_photos=_count(data.get("background_photos")),
-        unreadable=tuple(
-            (_text(row.get("key")), _text(row.get("reason"))) for row in map(_group, _items(data.get("unreadable")))
-        ),
-        created=_text(manifest.get("created")),
-        command=_text(manifest.get("command")),
-        versions={_text(k): _text(v) for k, v in _group(manifest.get("versions")).items()},
-        preset=_text(manifest.get("preset")),
-        config=_group(manifest.get("config")),
-        status=_text(manifest.get("status")),
-        seconds=_number(manifest.get("seconds")),
-        history=_history(run / "history.json"),
-        evaluation=evaluation,
-        gallery=_gallery(run),
-    )
+        raise RunError(expected("the folder of a run", run.as_posix(), remedy))
+    if not any((run / name).exists() for name in ("run.json", "selection.json")):
+        raise RunError(expected(f"a file run.json or selection.json in {run}", "none there", remedy))
+    explainer, pending = collect_explainer(run), _pending(run / "selection.json")
+    if pending and explainer is None:
+        raise RunError(expected(f"a finished selection in {run}", "one that was only begun", f"Go on with: {pending}"))
+    room = max(PICTURES_BYTES - _gallery_bytes(explainer), 0)
+    of_images = Pictures(run, EXPLAIN_AGAIN, room)
+    explanations = collect_explanations(run, of_images, int(EXPLANATIONS_SHARE * room))
+    of_classes = Pictures(run, SELECT_AGAIN, max(room - of_images.spent_bytes, 0))
+    selection = collect_selection(run, of_classes, _explained_names(explanations))
+    return PageData(explainer, selection, explanations, pending)

@@ -1,4 +1,4 @@
-"""From numbers to words: how a number is written, the headline sentence and the verdicts.
+"""From numbers to words: the headline sentence and the verdicts on an explainer.
 
 Texts here are plain; the template escapes them.
 """
@@ -6,17 +6,15 @@ Texts here are plain; the template escapes them.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from partlens.reporting.page_data import Evaluation, Measure, PageData
+from partlens.reporting.explainer_data import Evaluation, ExplainerData
+from partlens.reporting.notation import SPLITS, counted, number, percent, percent_digits, short_name
+from partlens.reporting.reading import Measure
 
 State = Literal["good", "caution", "warning", "unknown"]
-
-UNDEFINED = "–"
-GAP = "\N{NO-BREAK SPACE}"
 
 DEAD_LIMIT = 0.05
 CORRELATION_LIMIT = 0.9
@@ -24,8 +22,6 @@ CORRELATION_NOTICE = 0.5
 SPREAD_LIMIT_CELLS = 1.0
 BORDER_LIMIT = 0.5
 AGREEMENT_LIMIT = 0.5
-
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 SCORE_WORDS: Mapping[str, tuple[str, str, str]] = {
     "instability": (
@@ -88,130 +84,24 @@ class Verdict:
     words: str
 
 
-def number(value: float) -> str:
-    """Write a number with three significant digits; undefined is an en dash.
-
-    Example:
-        >>> [number(v) for v in (0.0771, 0.3, 63.0, 2.1e6, -0.01, float("nan"))]
-        ['0.0771', '0.300', '63.0', '2.10 × 10⁶', '−0.0100', '–']
-    """
-    if not math.isfinite(value):
-        return UNDEFINED
-    if value != 0 and not 1e-4 <= abs(value) < 9.995e4:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}".replace("-", "−", 1)
-    text = f"{value:#.3g}"
-    if "e" in text:
-        text = f"{float(text):.0f}"
-    return text.rstrip(".").replace("-", "−")
-
-
-def percent(share: float) -> str:
-    r"""Write a share as a percentage for a sentence: whole, or with one decimal near 0 and 1.
-
-    Example:
-        >>> percent(0.421), percent(0.004), percent(0.996)
-        ('42\xa0%', '0.4\xa0%', '99.6\xa0%')
-    """
-    return UNDEFINED if not math.isfinite(share) else f"{_percent_digits(share)}{GAP}%"
-
-
-def _percent_digits(share: float) -> str:
-    value = 100 * share
-    text = f"{value:.1f}" if 0 < value < 1 or 99 < value < 100 else f"{value:.0f}"
-    return text.replace("-", "−")
-
-
-def counted(count: int, noun: str) -> str:
-    """Write a count with its noun, ``noun`` given in the plural.
-
-    Example:
-        >>> counted(1, "photos"), counted(1500, "photos")
-        ('1 photo', '1,500 photos')
-    """
-    return f"{count:,} {noun.removesuffix('s') if count == 1 else noun}"
-
-
-def duration(seconds: float) -> str:
-    """Write a duration in its two largest units.
-
-    Example:
-        >>> duration(512.3), duration(41.0), duration(8000.0)
-        ('8 min 32 s', '41 s', '2 h 13 min')
-    """
-    if not math.isfinite(seconds):
-        return UNDEFINED
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def short_name(performer: str) -> str:
-    """Shorten a performer's name for a sentence.
-
-    Example:
-        >>> short_name("torchvision:resnet18@weights/resnet18.safetensors"), short_name("my.nets:build")
-        ('resnet18', 'build')
-    """
-    return performer.partition("@")[0].rpartition(":")[2] or performer
-
-
-def plain(value: Any) -> str:
-    """Write a value of a manifest: lists joined, floats in full, nothing for ``None``.
-
-    Example:
-        >>> plain([14, 14]), plain(0.0001), plain(None), plain({"mean": [0.5]})
-        ('14, 14', '0.0001', '–', 'mean: 0.5')
-    """
-    if value is None:
-        return UNDEFINED
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Mapping):
-        return "; ".join(f"{k}: {plain(v)}" for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(plain, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def moment(created: str) -> str:
-    """Write an ISO 8601 time to the minute; anything else as it is.
-
-    Example:
-        >>> moment("2026-11-20T12:00:00+00:00"), moment("yesterday")
-        ('2026-11-20 12:00 UTC', 'yesterday')
-    """
-    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(?::\d\d(?:\.\d+)?)?(Z|[+-]\d\d:\d\d)?", created)
-    if not found:
-        return created
-    day, clock, zone = found.groups()
-    suffix = {"Z": " UTC", "+00:00": " UTC", None: ""}.get(zone, f" {zone}")
-    return f"{day} {clock}{suffix}"
-
-
 # --- the headline -----------------------------------------------------------------------------------------------------
 
 
-def subject_matter(data: PageData) -> str:
+def subject_matter(data: ExplainerData) -> str:
     """Say what the photos show: the category, else the data set, else nothing."""
     if data.category:
         return f" of {data.category}"
     return f" from {data.data_name}" if data.data_name else ""
 
 
-def photos_measured(data: PageData, evaluation: Evaluation) -> str:
+def photos_measured(data: ExplainerData, evaluation: Evaluation) -> str:
     """Say on which photos it was measured, and never call training photos held out."""
-    kinds = {"train": "training ", "training": "training "}
-    held_out = {"test", "val", "validation", "held-out", "heldout"}
-    kind = "held-out " if evaluation.split in held_out else kinds.get(evaluation.split, "")
+    kind = f"{SPLITS[evaluation.split]} " if evaluation.split in SPLITS else ""
     photos = "photo" if evaluation.photos == 1 else "photos"
     return f"{evaluation.photos:,} {kind}{photos}{subject_matter(data)}"
 
 
-def _final_p(data: PageData) -> float:
+def _final_p(data: ExplainerData) -> float:
     return next((e.logged["p"] for e in reversed(data.history) if "p" in e.logged), math.nan)
 
 
@@ -220,10 +110,10 @@ def _bracket(measure: Measure) -> str:
         return ""
     # Intervals over anything but photos say so, for a reader takes photos for granted here.
     over = "" if measure.unit == "photos" else f" over {counted(measure.n, measure.unit)}"
-    return f" [{_percent_digits(measure.low)}, {_percent_digits(measure.high)}{over}]"
+    return f" [{percent_digits(measure.low)}, {percent_digits(measure.high)}{over}]"
 
 
-def headline(data: PageData) -> str:
+def headline(data: ExplainerData) -> str:
     """Say the result in one or two sentences, claiming nothing that was not measured."""
     name, evaluation = short_name(data.performer), data.evaluation
     if evaluation is None:
@@ -266,8 +156,8 @@ def _joined(parts: list[str], word: str = "and") -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {word} {parts[-1]}"
 
 
-def _compare(measure: Measure, null: Measure, *, lower_is_better: bool) -> str:
-    """Return ``better``, ``worse`` or ``level``; intervals that overlap are level."""
+def compare(measure: Measure, null: Measure, *, lower_is_better: bool) -> str:
+    """Compare a score with its null: return ``better``, ``worse`` or ``level``; intervals that overlap are level."""
     if (
         measure.has_interval and null.has_interval and max(measure.low, null.low) <= min(measure.high, null.high)
     ) or measure.value == null.value:
@@ -280,7 +170,7 @@ def _against_nulls(evaluation: Evaluation, score: str, *, lower_is_better: bool)
     measure = evaluation.subject("explainer").scores[score]
     nulls = {key: evaluation.subject(key).scores[score] for key, _ in _NULLS}
     found = {
-        key: _compare(measure, null, lower_is_better=lower_is_better) for key, null in nulls.items() if null.defined
+        key: compare(measure, null, lower_is_better=lower_is_better) for key, null in nulls.items() if null.defined
     }
     clauses = []
     for outcome, words in (("better", "better than"), ("level", "level with"), ("worse", "worse than")):
@@ -381,7 +271,7 @@ def _agreement(evaluation: Evaluation) -> Verdict:
     return Verdict("agreement", "good", "Faithful", words)
 
 
-def verdicts(data: PageData) -> tuple[Verdict, ...]:
+def verdicts(data: ExplainerData) -> tuple[Verdict, ...]:
     """Judge an evaluation in plain words: the nulls, signs of collapse, and faithfulness.
 
     Returns:

@@ -7,19 +7,21 @@ import itertools
 import json
 import math
 import re
-from html.parser import HTMLParser
+import runpy
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from partlens.reporting import PageData, collect_page, render_page, write_report
-from partlens.reporting.wording import headline, number, short_name, verdicts
+from partlens.reporting import collect_page, render_page, write_report
+from partlens.reporting.explainer_data import ExplainerData
+from partlens.reporting.notation import number, short_name
+from partlens.reporting.wording import headline, verdicts
 from partlens.vocabulary import InputError, RunError, StorageError
 
 HOSTILE = "<script>alert(1)</script>\"'&"
 JPEG = b"\xff\xd8\xff\xe0 not really a picture"
-VOID = {"meta", "br", "hr", "img", "link", "input", "source", "wbr"}
+Page = runpy.run_path(str(Path(__file__).with_name("page_reader.py")))["Page"]
 
 
 def estimate(value, half=0.01, n=63, unit="photos"):
@@ -139,46 +141,7 @@ def write_run(folder: Path, run=None, measured=None, trained=None, pictures=None
     return folder
 
 
-class Page(HTMLParser):
-    """A strict reader: every element is closed in order, ids are unique, attributes do not repeat."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-        ids = [a["id"] for _, a in self.tags if "id" in a]
-        assert len(ids) == len(set(ids))
-        self.ids = set(ids)
-
-    def handle_starttag(self, tag, attrs):
-        assert len(attrs) == len(dict(attrs)), f"repeated attribute in {tag}"
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"[ \n]+", " ", " ".join(self.words))
-
-    def attributes(self, name):
-        return [a[name] for _, a in self.tags if name in a]
-
-
-def page_of(run: Path) -> Page:
+def page_of(run: Path):
     return Page(render_page(collect_page(run)))
 
 
@@ -211,7 +174,7 @@ def test_the_page_loads_nothing(tmp_path, bare):
     page = Page(text)
     assert not re.search(r"https?://|@import|url\(", text)
     assert not {"script", "link", "iframe", "object"} & {t for t, _ in page.tags}
-    assert not page.attributes("src")
+    assert all(s.startswith("data:image/") for s in page.attributes("src"))
     assert all(h.startswith(("#", "data:image/")) for h in page.attributes("href"))
     assert any("default-src 'none'" in c for c in page.attributes("content"))
 
@@ -337,7 +300,9 @@ def test_instability_is_never_drawn_alone(tmp_path):
 
 def test_a_bare_run_says_what_is_not_measured(tmp_path):
     data = collect_page(write_run(tmp_path / "run", bare=True))
-    assert (data.evaluation, data.gallery, data.history) == (None, None, ())
+    explainer = data.explainer
+    assert (explainer.evaluation, explainer.gallery, explainer.history) == (None, None, ())
+    assert (data.selection, data.explanations.shown) == (None, ())
     text = Page(render_page(data)).text
     assert text.count("Not measured.") == 5
     assert text.count("partlens evaluate RUN DATA") == 5
@@ -368,7 +333,7 @@ def test_only_pictures_of_the_run_are_embedded(tmp_path, name):
     (run / "gallery" / "notes.txt").write_text("no picture")
     (run / "gallery" / "none.jpg").unlink(missing_ok=True)
     data = collect_page(run)
-    found = [p.uri is None for p in data.gallery.explainer[0].pictures]
+    found = [p.uri is None for p in data.explainer.gallery.explainer[0].pictures]
     assert found == [True] + [False] * 5
     assert "picture missing" in Page(render_page(data)).text
 
@@ -383,23 +348,24 @@ def test_values_of_the_wrong_kind_count_as_missing(tmp_path):
     pictures = gallery()
     pictures["layers"]["explainer"][0]["photos"][0] |= {"peak_px": [1], "box_px": "x", "size_px": [0, 0]}
     info = manifest() | {"versions": None, "config": [], "seconds": "long", "receptive_field": None}
-    data = collect_page(write_run(tmp_path / "run", info, measured, {"epochs": [None, {"p": "x"}]}, pictures))
+    page = collect_page(write_run(tmp_path / "run", info, measured, {"epochs": [None, {"p": "x"}]}, pictures))
+    data = page.explainer
     assert math.isnan(data.evaluation.p.value)
     assert math.isnan(data.evaluation.subject("explainer").scores["instability"].value)
     assert data.evaluation.subject("explainer").scores["instability"].has_interval is False
     assert data.evaluation.warnings == ()
     assert data.gallery.explainer[0].pictures[0].peak_px is None
     assert [e.number for e in data.history] == [1, 2]
-    Page(render_page(data))
+    Page(render_page(page))
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def data_with(tmp_path, *, category="fox", **changes) -> PageData:
+def data_with(tmp_path, *, category="fox", **changes) -> ExplainerData:
     info = manifest()
     info["data"]["category"] = category
-    return collect_page(write_run(tmp_path / "run", info, evaluation() | changes))
+    return collect_page(write_run(tmp_path / "run", info, evaluation() | changes)).explainer
 
 
 def plain(text: str) -> str:
@@ -434,12 +400,12 @@ def test_the_headline_claims_only_what_was_measured(tmp_path, changes, said, not
 
 
 def test_the_headline_before_evaluation(tmp_path):
-    trained = plain(headline(collect_page(write_run(tmp_path / "run", trained=history(), bare=True))))
+    trained = plain(headline(collect_page(write_run(tmp_path / "run", trained=history(), bare=True)).explainer))
     assert trained == (
         "At layer3, an explainer of resnet18 was learned on 223 photos of fox and came to carry 42 % of the layer's "
         "information by part filters. Nothing has been measured on held-out photos yet."
     )
-    bare = headline(collect_page(write_run(tmp_path / "bare", bare=True)))
+    bare = headline(collect_page(write_run(tmp_path / "bare", bare=True)).explainer)
     assert "%" not in bare
 
 
@@ -546,7 +512,7 @@ def test_short_names(name, short):
 def test_a_missing_folder_is_one_sentence(tmp_path):
     with pytest.raises(RunError, match=r"^Expected the folder of a run, got .*nowhere\. Give the folder .*\.$"):
         collect_page(tmp_path / "nowhere")
-    with pytest.raises(RunError, match=r"^Expected a file run\.json in .*, got none there\."):
+    with pytest.raises(RunError, match=r"^Expected a file run\.json or selection\.json in .*, got none there\."):
         collect_page(tmp_path)
 
 

@@ -1,0 +1,265 @@
+"""What the page draws of an explainer: rows, figures and words, ready for its template."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from partlens.reporting import figures, notation, wording
+from partlens.reporting.environment import count_of, pairs
+from partlens.reporting.explainer_data import SCORES, Evaluation, ExplainerData, GalleryFilter, Subject
+from partlens.reporting.reading import Measure
+from partlens.reporting.views import Chapter, Figure, Origin, Remarks
+
+CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    ("Reconstruction loss", (("reconstruction", "reconstruction"),)),
+    ("Relative error of the reconstruction", (("relative_error", "relative error"),)),
+    ("p, the share of part filters", (("p", "p"),)),
+    ("Filter loss, nats per filter", (("filter_1", "conv-interp-1"), ("filter_2", "conv-interp-2"))),
+    ("Correlation between filters", (("correlation", "correlation"),)),
+    ("Equivariance error, cells", (("equivariance", "equivariance"),)),
+)
+"""Panels of training curves: title, and (logged key, label) of each curve."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the score table: one score over all subjects."""
+
+    key: str
+    name: str
+    direction: str
+    words: str
+    is_percent: bool
+    cells: tuple[tuple[Subject, Measure], ...]
+    common_n: str
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A gallery filter with its photos drawn."""
+
+    number: int
+    scores: str
+    photos: tuple[str, ...]
+
+
+def _score_rows(evaluation: Evaluation) -> tuple[_Row, ...]:
+    rows = []
+    for key in SCORES:
+        name, direction, words = wording.SCORE_WORDS[key]
+        cells = tuple((subject, subject.scores[key]) for subject in evaluation.subjects)
+        counts = {count_of(measure) for _, measure in cells if measure.defined}
+        # One count for the whole row is said once; different ones stand in their cells.
+        common = counts.pop() if len(counts) == 1 else ""
+        rows.append(_Row(key, name, direction, words, key in wording.PERCENT_SCORES, cells, common))
+    return tuple(rows)
+
+
+def _score_figures(evaluation: Evaluation) -> tuple[Figure, ...]:
+    drawn = []
+    for key in ("instability", "consistency"):
+        name, direction, _ = wording.SCORE_WORDS[key]
+        rows = [
+            figures.ScoreRow(s.label, s.role, m.value, m.low, m.high, notation.number(m.value))
+            for s, m in ((s, s.scores[key]) for s in evaluation.subjects)
+        ]
+        drawn.append(Figure(f"{name}: {direction}", figures.scores_chart(name, direction, rows)))
+    # Instability never stands alone: the pair is shown whole or not at all.
+    return tuple(drawn) if all(f.svg for f in drawn) else ()
+
+
+def _filter_figure(evaluation: Evaluation) -> Figure | None:
+    dots = [
+        figures.Dot(
+            f"{role} filter {f.filter}: instability {notation.number(f.instability)}, "
+            f"consistency {notation.number(f.consistency)}" + (f", {f.landmark}" if f.landmark else ""),
+            role,
+            f.instability,
+            f.consistency,
+        )
+        for role, scored in (
+            ("explainer", evaluation.explainer_filters),
+            ("performer", evaluation.performer_filters),
+        )
+        for f in scored
+        if not f.dead
+    ]
+    title = "Consistency and instability of every filter"
+    svg = figures.filters_chart(title, dots)
+    return Figure("Every filter: consistency (up) against instability (right)", svg) if svg else None
+
+
+def _parts_figure(evaluation: Evaluation) -> Figure | None:
+    shares = [
+        (s.label, s.role, s.landmark_shares) for s in (evaluation.subject(k) for k in ("explainer", "tap", "top"))
+    ]
+    svg = figures.parts_chart("Share of filters by landmark", shares)
+    return Figure("Share of filters by the landmark that their peak predicts best", svg) if svg else None
+
+
+def _curve_figures(data: ExplainerData) -> tuple[Figure, ...]:
+    shaded = figures.phase_span([(e.number, e.phase) for e in data.history])
+    drawn = []
+    for title, curves in CURVES:
+        series = [
+            figures.Series(label, [(e.number, e.logged.get(key, math.nan)) for e in data.history])
+            for key, label in curves
+            if any(key in e.logged for e in data.history)
+        ]
+        svg = figures.curves_chart(title, series, shaded)
+        if svg:
+            drawn.append(Figure(title, svg))
+    return tuple(drawn)
+
+
+def _drawn_filter(kind: str, one: GalleryFilter | None) -> _Drawn | None:
+    if one is None:
+        return None
+    # Both scores or neither: instability is not shown alone, here too.
+    scores = []
+    if math.isfinite(one.instability) or math.isfinite(one.consistency):
+        scores.append(f"instability {notation.number(one.instability)}, consistency {notation.number(one.consistency)}")
+    if one.landmark:
+        scores.append(f"best on {one.landmark.replace('_', ' ')}")
+    photos = []
+    for picture in one.pictures:
+        label = f"{picture.key}: {kind} filter {one.filter}"
+        if picture.peak_px is not None:
+            label += f" peaks at ({picture.peak_px[0]:.0f}, {picture.peak_px[1]:.0f}) px"
+        if math.isfinite(picture.score):
+            label += f", score {notation.number(picture.score)}"
+        photos.append(figures.photo_with_region(picture.uri, picture.size_px, picture.box_px, picture.peak_px, label))
+    return _Drawn(one.filter, "; ".join(scores), tuple(photos))
+
+
+def _gallery_rows(data: ExplainerData) -> tuple[tuple[_Drawn | None, _Drawn | None], ...]:
+    if data.gallery is None:
+        return ()
+    return tuple(
+        (_drawn_filter("explainer", ours), _drawn_filter("performer", theirs))
+        for ours, theirs in zip_longest(data.gallery.explainer, data.gallery.performer)
+    )
+
+
+def _history_table(data: ExplainerData) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Return column names and rows of the training log, in the order in which the columns first appear."""
+    keys = tuple(dict.fromkeys(key for e in data.history for key in e.logged))
+    rows = tuple(
+        (str(e.number), e.phase, *(notation.number(e.logged.get(key, math.nan)) for key in keys)) for e in data.history
+    )
+    return ("epoch", "phase", *keys), rows
+
+
+def _facts(data: ExplainerData) -> tuple[tuple[str, str], ...]:
+    """Return what was explained, in the order of the page; unknown things are left out."""
+    photos = notation.counted(data.train_photos, "photos") + (f" of {data.category}" if data.category else "")
+    if data.background_photos:
+        photos += f" and {data.background_photos:,} others"
+    targets = data.structure.get("targets")
+    facts = [
+        ("Performer", data.performer),
+        ("Layer", data.tap + (f", decoded to {notation.plain(targets)}" if targets else "")),
+        ("Data", data.data_name),
+        ("Learned from", photos),
+        ("Fitted", notation.moment(data.created)),
+        ("Duration", notation.duration(data.seconds) if math.isfinite(data.seconds) else ""),
+    ]
+    return tuple((name, value) for name, value in facts if value)
+
+
+def _landmarks(landmarks: Mapping[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} ({count:,})" for name, count in landmarks.items())
+
+
+@dataclass(frozen=True)
+class ExplainerView:
+    """Everything that the explainer's template shows; ``data`` holds what is written as it is."""
+
+    data: ExplainerData
+    evaluation: Evaluation | None
+    verdicts: tuple[wording.Verdict, ...]
+    measured_on: str
+    landmarks: str
+    score_rows: tuple[_Row, ...]
+    score_figures: tuple[Figure, ...]
+    filter_figure: Figure | None
+    dead_left_out: int
+    parts_figure: Figure | None
+    gallery: tuple[tuple[_Drawn | None, _Drawn | None], ...]
+    curves: tuple[Figure, ...]
+    log_columns: tuple[str, ...]
+    log_rows: tuple[tuple[str, ...], ...]
+
+
+def explainer_view(data: ExplainerData) -> ExplainerView:
+    """Draw what the template needs."""
+    evaluation = data.evaluation
+    columns, log = _history_table(data)
+    return ExplainerView(
+        data=data,
+        evaluation=evaluation,
+        verdicts=wording.verdicts(data),
+        measured_on=wording.photos_measured(data, evaluation) if evaluation else "",
+        landmarks=_landmarks(evaluation.landmarks) if evaluation else "",
+        score_rows=_score_rows(evaluation) if evaluation else (),
+        score_figures=_score_figures(evaluation) if evaluation else (),
+        filter_figure=_filter_figure(evaluation) if evaluation else None,
+        dead_left_out=sum(f.dead for f in evaluation.explainer_filters) if evaluation else 0,
+        parts_figure=_parts_figure(evaluation) if evaluation else None,
+        gallery=_gallery_rows(data),
+        curves=_curve_figures(data),
+        log_columns=columns,
+        log_rows=log,
+    )
+
+
+def explainer_title(data: ExplainerData) -> str:
+    """Return the title of a page that shows only this explainer."""
+    return f"{data.tap} of {notation.short_name(data.performer)}" + (f": {data.category}" if data.category else "")
+
+
+def explainer_chapter(data: ExplainerData) -> Chapter:
+    """Describe the chapter for the contents."""
+    return Chapter(
+        kind="explainer",
+        anchor="explainer",
+        title=f"What {data.tap} holds" + (f" of {data.category}" if data.category else ""),
+        headline=wording.headline(data),
+        facts=_facts(data),
+        sections=(
+            ("verdict", "Verdict"),
+            ("numbers", "Numbers"),
+            ("fidelity", "Fidelity"),
+            ("parts", "Parts"),
+            ("filters", "Filters"),
+            ("training", "Training"),
+        ),
+    )
+
+
+def explainer_origin(data: ExplainerData) -> Origin:
+    """Say how the explainer is made again."""
+    return Origin(
+        title=f"The explainer of {data.tap}",
+        command=data.command,
+        hashes=(
+            ("weights (SHA-256)", data.weights_sha256),
+            ("data fingerprint", data.fingerprint),
+            ("preset", data.preset),
+        ),
+        details=(
+            ("Versions", pairs(data.versions)),
+            ("Configuration", pairs(data.config)),
+            ("Structure", pairs(data.structure)),
+            ("Receptive field (rows, cols)", pairs(data.receptive_field)),
+            ("Preprocessing", pairs(data.preprocessing)),
+        ),
+    )
+
+
+def explainer_remarks(data: ExplainerData) -> Remarks:
+    """Return the explainer's notes."""
+    return Remarks(f"The explainer of {data.tap}", data.performer_notes, data.unreadable)
