@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from partlens.artefacts.backprop import guided_backprop
+    from partlens.artefacts.explanation import ExplanationConfig
     from partlens.data.annotations import PartTruth
     from partlens.data.flowers import generated_flowers, render_flower
     from partlens.data.images import ImageSet
@@ -27,50 +29,81 @@ if TYPE_CHECKING:
     from partlens.explainer.filter_loss import filter_loss
     from partlens.explainer.network import Explainer
     from partlens.performer.zoo import Performer, Preprocessing, load_performer
-    from partlens.pipeline import FittedExplainer, evaluate, fit_explainer, layers, load_explainer, report
+    from partlens.pipeline import (
+        FittedExplainer,
+        SelectedFeatures,
+        evaluate,
+        explain,
+        fit_explainer,
+        layers,
+        load_explainer,
+        load_selection,
+        report,
+        select_features,
+    )
+    from partlens.selection.lasso import LassoSolution, mu_lasso
+    from partlens.selection.relevance import DescriptorConfig
     from partlens.vocabulary import PartlensError
 
 _HOMES = {
+    "DescriptorConfig": "partlens.selection.relevance",
     "Explainer": "partlens.explainer.network",
     "ExplainerConfig": "partlens.explainer.config",
+    "ExplanationConfig": "partlens.artefacts.explanation",
     "FittedExplainer": "partlens.pipeline",
     "ImageSet": "partlens.data.images",
+    "LassoSolution": "partlens.selection.lasso",
     "PartTruth": "partlens.data.annotations",
     "PartlensError": "partlens.vocabulary",
     "Performer": "partlens.performer.zoo",
     "Preprocessing": "partlens.performer.zoo",
+    "SelectedFeatures": "partlens.pipeline",
     "demo": "partlens.demonstration",
     "evaluate": "partlens.pipeline",
+    "explain": "partlens.pipeline",
     "filter_loss": "partlens.explainer.filter_loss",
     "fit_explainer": "partlens.pipeline",
     "generated_flowers": "partlens.data.flowers",
+    "guided_backprop": "partlens.artefacts.backprop",
     "layers": "partlens.pipeline",
     "load_explainer": "partlens.pipeline",
     "load_performer": "partlens.performer.zoo",
+    "load_selection": "partlens.pipeline",
+    "mu_lasso": "partlens.selection.lasso",
     "render_flower": "partlens.data.flowers",
     "report": "partlens.pipeline",
+    "select_features": "partlens.pipeline",
 }
 
 __all__ = [
+    "DescriptorConfig",
     "Explainer",
     "ExplainerConfig",
+    "ExplanationConfig",
     "FittedExplainer",
     "ImageSet",
+    "LassoSolution",
     "PartTruth",
     "PartlensError",
     "Performer",
     "Preprocessing",
+    "SelectedFeatures",
     "__version__",
     "demo",
     "evaluate",
+    "explain",
     "filter_loss",
     "fit_explainer",
     "generated_flowers",
+    "guided_backprop",
     "layers",
     "load_explainer",
     "load_performer",
+    "load_selection",
+    "mu_lasso",
     "render_flower",
     "report",
+    "select_features",
 ]
 
 

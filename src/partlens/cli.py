@@ -18,8 +18,11 @@ from partlens.vocabulary import PartlensError
 _SUMMARY = {
     "demo": "make flowers, train a network on them, explain it, write the page: everything in a few minutes",
     "layers": "list the layers of a model that can be explained",
+    "data": "check a data set: 'partlens data check FOLDER' says what it holds",
     "fit-explainer": "learn an explainer of one layer of a model from a folder of photos",
     "evaluate": "measure a finished run on photos that were not used in the fit",
+    "select-features": "find the few filters that indicate each class, and what they answer to",
+    "explain": "show for images which relevant filters decided, and where each of them acted",
     "report": "write the page of a run",
 }
 
@@ -90,6 +93,22 @@ def _layers(arguments: Sequence[str]) -> None:
         table.add_row(mark, layer.name, layer.kind, str(filters), f"{rows}x{cols}", stride, field)
     Console().print(table)
     sys.stdout.write("→ is the layer that fit-explainer taps when --tap is left out\n")
+
+
+def _data(arguments: Sequence[str]) -> None:
+    parser = _parser("data")
+    parser.add_argument("task", type=str, choices=["check"], help="check: say what the folder holds and what is wrong")
+    parser.add_argument("data", type=str, help="folder or table")
+    parser.add_argument("--whole-photos", action="store_true", help="do not cut photos to the objects' boxes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(list(arguments))
+    from partlens.data.check import check_data
+
+    found = check_data(options.data, crop=None if options.whole_photos else "box")
+    if options.json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
+    else:
+        sys.stdout.write("\n".join(found.lines()) + "\n")
 
 
 def _fit_explainer(arguments: Sequence[str]) -> None:
@@ -209,6 +228,86 @@ def _print_scores(result: dict[str, Any]) -> None:
         console.print(f"warning: {warning}", markup=False)
 
 
+def _select_features(arguments: Sequence[str]) -> None:
+    from partlens.pipeline import DEFAULT_MU, select_features
+    from partlens.pipeline.selection_run import MOST_PICTURES, TOP_PHOTOS
+    from partlens.progress import Progress
+
+    parser = _parser("select-features", config_file=True)
+    _add_model(parser)
+    parser.add_argument("data", type=str, help="folder of photos (category sub-folders), or a CSV/Parquet table")
+    parser.add_argument("--out", type=str, required=True, help="run directory; that of an explainer may be given")
+    parser.add_argument("--mu", type=float, default=DEFAULT_MU, help="bound on the sum of a class's weights")
+    parser.add_argument("--labels", type=str, default="data", help="data, or predictions: the model's own decisions")
+    parser.add_argument("--signed", action="store_true", help="allow negative weights")
+    parser.add_argument("--split", type=str, default="train", help="split of the photos to fit on")
+    parser.add_argument("--top-photos", type=int, default=TOP_PHOTOS, help="photos averaged in a filter's picture")
+    parser.add_argument("--pictures", type=int, default=MOST_PICTURES, help="most filters that get pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffled labels and the random crops")
+    parser.add_argument("--keep-cache", action="store_true", help="keep the descriptors of all photos")
+    parser.add_argument("--layers", type=str, default="outputs", help="outputs, activations, convolutions, or [a, b]")
+    parser.add_argument("--energy", type=str, default="squared", help="squared (authors) or norm")
+    parser.add_argument("--layer-normalisation", type=str, default="l1", help="l1 (authors) or none")
+    parser.add_argument("--image-normalisation", type=str, default="l2", help="l2 (authors) or none")
+    options = parser.parse_args(list(arguments))
+    named = options.layers.strip()
+    layers = tuple(n.strip() for n in named[1:-1].split(",")) if named.startswith("[") else named
+    run = select_features(
+        options.model,
+        options.data,
+        out=options.out,
+        mu=options.mu,
+        labels=options.labels,
+        nonnegative=not options.signed,
+        descriptor={
+            "layers": layers,
+            "energy": options.energy,
+            "layer_normalisation": options.layer_normalisation,
+            "image_normalisation": options.image_normalisation,
+        },
+        split=options.split,
+        top_photos=options.top_photos,
+        pictures=options.pictures,
+        seed=options.seed,
+        keep_cache=options.keep_cache,
+        progress=Progress.terminal(),
+    )
+    sys.stdout.write(f"{run.path}\n")
+
+
+def _explain(arguments: Sequence[str]) -> None:
+    from partlens.artefacts.explanation import ExplanationConfig
+    from partlens.pipeline import explain
+    from partlens.progress import Progress
+
+    parser = _parser("explain", config_file=True)
+    parser.add_argument("run", type=str, help="run directory of select-features")
+    parser.add_argument("images", type=str, nargs="+", help="image files, or folders of them")
+    parser.add_argument("--model", type=str | None, default=None, help="the performer; default: that of the selection")
+    parser.add_argument("--class", dest="classes", type=str, action="append", help="class to explain; may be repeated")
+    parser.add_argument("--count", type=int, default=2, help="how many of the most likely classes are explained")
+    parser.add_argument("--preset", type=str, default="partlens", help="partlens or paper")
+    parser.add_argument("--style", type=str, default="glow", help="colours: glow, or jet as in the authors' figures")
+    parser.add_argument("--out", type=str | None, default=None, help="folder; default: RUN/explanations")
+    parser.add_class_arguments(ExplanationConfig, "how")
+    preset = ExplanationConfig.preset(_preset_of(arguments))
+    parser.set_defaults({f"how.{name}": value for name, value in preset.to_dict().items()})
+    options = parser.parse_args(list(arguments))
+    folders = explain(
+        options.run,
+        options.images,
+        model=options.model,
+        classes=options.classes,
+        count=options.count,
+        config=vars(options.how),
+        style=options.style,
+        out=options.out,
+        progress=Progress.terminal(),
+    )
+    for folder in folders:
+        sys.stdout.write(f"{folder}\n")
+
+
 def _report(arguments: Sequence[str]) -> None:
     parser = _parser("report")
     parser.add_argument("run", type=str, help="run directory")
@@ -222,8 +321,11 @@ def _report(arguments: Sequence[str]) -> None:
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": _demo,
     "layers": _layers,
+    "data": _data,
     "fit-explainer": _fit_explainer,
     "evaluate": _evaluate,
+    "select-features": _select_features,
+    "explain": _explain,
     "report": _report,
 }
 

@@ -117,7 +117,8 @@ def class_score(explainer: Explainer, head: nn.Module, classes: Int[Tensor, " im
         output = head(explainer.decode(encoded)[-1])
         output = output[0] if isinstance(output, tuple) else output
         rows = classes if len(classes) == len(output) else classes.repeat(len(output) // len(classes))
-        return output.gather(1, rows[:, None])[:, 0]
+        chosen: Tensor = output.gather(1, rows[:, None])[:, 0]
+        return chosen
 
     return score
 

@@ -27,6 +27,8 @@ from partlens.vocabulary import ImageError, InputError, expected
 FloatArray = npt.NDArray[np.float32]
 Advance = Callable[[int, int], None]
 STRIP_PHOTOS = 8
+LARGEST_FRAC = 0.5
+_STRIP_PADDING = 0.9
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Crop:
     """The region that the cells of a layer see, on the network's input.
 
     Attributes:
-        side_px: rows and columns of the region, at most those of the input.
+        side_px: rows and columns of the region.
         whole: whether every cell sees the whole input (fully connected layers, global pooling), so that there is
             nothing to align.
     """
@@ -90,10 +92,18 @@ def strongest(peak: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int6
     return np.ascontiguousarray(order.T).astype(np.int64)
 
 
-def crop_of(performer: Performer, layers: Sequence[str]) -> dict[str, tuple[Crop, ReceptiveField | None]]:
+def crop_of(
+    performer: Performer, layers: Sequence[str], largest_frac: float = LARGEST_FRAC
+) -> dict[str, tuple[Crop, ReceptiveField | None]]:
     """Return each layer's crop and receptive field; layers whose cells see everything have no field.
 
-    A receptive field that is larger than the input is cut to the input's size: the crop still stands on the peak.
+    The analytic receptive field of a deep layer is larger than the whole input, while what moves the cell in fact is a
+    small middle part of it. Crops are therefore cut to a share of the input; they still stand on the peak.
+
+    Args:
+        performer: the network.
+        layers: names.
+        largest_frac: longest crop as a share of the input's sides; 1 keeps every field that fits into the input.
     """
     size = performer.preprocessing.size_px
     fields = receptive_fields(trace(performer.module), tuple(dict.fromkeys(layers)), size)
@@ -103,7 +113,8 @@ def crop_of(performer: Performer, layers: Sequence[str]) -> dict[str, tuple[Crop
         if field is None or 0 in field.stride_px:
             found[layer] = (Crop(size, whole=True), None)
         else:
-            side = (min(field.size_px[0], size[0]), min(field.size_px[1], size[1]))
+            most = (max(1, round(size[0] * largest_frac)), max(1, round(size[1] * largest_frac)))
+            side = (min(field.size_px[0], most[0]), min(field.size_px[1], most[1]))
             found[layer] = (Crop(side, whole=False), field)
     return found
 
@@ -126,8 +137,8 @@ class _Group:
 def _padded(image: npt.NDArray[np.uint8], side: tuple[int, int]) -> tuple[FloatArray, FloatArray]:
     """Add a border as wide as a crop; say which pixels are the photo's."""
     border = ((side[0], side[0]), (side[1], side[1]))
-    picture = np.pad(image.astype(np.float32) / 255, (*border, (0, 0)))
-    return picture, np.pad(np.ones(image.shape[:2], dtype=np.float32), border)
+    picture = np.pad(image.astype(np.float32) / np.float32(255), (*border, (0, 0)))
+    return picture.astype(np.float32), np.pad(np.ones(image.shape[:2], dtype=np.float32), border)
 
 
 def _windows(
@@ -161,6 +172,7 @@ def average_pictures(
     rows: Sequence[int] | None = None,
     top_photos: int = 100,
     most_px: int | None = None,
+    largest_frac: float = LARGEST_FRAC,
     seed: int = 0,
     advance: Advance | None = None,
 ) -> list[AveragePicture]:
@@ -175,6 +187,7 @@ def average_pictures(
         rows: positions in ``images`` of the photos, all of them when left out.
         top_photos: photos averaged per filter, at most all.
         most_px: pictures with a longer side are made from photos scaled down to it; ``None`` keeps the input's pixels.
+        largest_frac: longest crop as a share of the input's sides, see :func:`crop_of`.
         seed: of the random crops.
         advance: called with (photos done, photos in all).
 
@@ -198,7 +211,7 @@ def average_pictures(
         )
     top = strongest(peak, min(top_photos, len(rows)))
     layers = list(dict.fromkeys(layer for layer, _ in filters))
-    known = crop_of(performer, layers)
+    known = crop_of(performer, layers, largest_frac)
     groups = [
         _group(known[layer][0], [k for k, (name, _) in enumerate(filters) if name == layer], most_px)
         for layer in layers
@@ -272,7 +285,8 @@ def _clipped(
     """Return corners in the padded photo of crops around centres; centres outside the photo move to its border."""
     inside = np.clip(centre, 0, size)
     first = np.floor(inside - side / 2 + 0.5).astype(np.int64) + side
-    return np.clip(first, 0, size + side)
+    clipped: npt.NDArray[np.int64] = np.clip(first, 0, size + side)
+    return clipped
 
 
 def _add_photo(
@@ -298,7 +312,8 @@ def _add_photo(
         group.covered[slots] += covers
         for n, (k, rank) in enumerate(members):
             if rank < STRIP_PHOTOS:
-                group.strip[place[k][1], rank] = np.rint(cut[n] * 255).astype(np.uint8)
+                shown = cut[n] + _STRIP_PADDING * (1 - covers[n][..., None])
+                group.strip[place[k][1], rank] = np.rint(shown * 255).astype(np.uint8)
         at = np.array([random_corner[k, rank] for k, rank in members])
         cut, covers = _windows(picture, inside, at, group.side)
         group.control[slots] += cut

@@ -92,7 +92,8 @@ def stretched(average: FloatArray, valid_frac: FloatArray) -> FloatArray:
     if not len(seen):
         return average
     low, high = np.percentile(seen, [1, 99])
-    return np.clip((average - low) / max(1e-3, high - low), 0, 1).astype(average.dtype)
+    wide: FloatArray = np.clip((average - low) / max(1e-3, high - low), 0, 1).astype(average.dtype)
+    return wide
 
 
 def strip(crops: Sequence[ByteArray] | ByteArray, side_px: int, gap_px: int = 4) -> Image.Image:

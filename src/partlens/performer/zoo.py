@@ -9,6 +9,7 @@ A performer is written as one string:
 ``torchvision:resnet18@random:0``         random weights from seed 0; for tests and null models
 ``timm:convnext_tiny``                    timm's network (extra ``zoo``)
 ``partlens:alexnet-caffe@my.safetensors`` one of the papers' networks defined here
+``partlens:flower-net@my.safetensors``    the flower benchmark's network; ``flower-demo`` is the demo's
 ``package.module:factory``                your own callable that returns a module or a `Performer`
 ========================================  ===========================================================
 
@@ -21,6 +22,7 @@ import copy
 import dataclasses
 import hashlib
 import importlib
+import json
 import math
 import pickle
 import re
@@ -31,10 +33,11 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
+from partlens.performer.flower_network import FLOWER_NETWORKS, flower_preprocessing
 from partlens.vocabulary import InputError, InputTypeError, WeightsError, expected, listed, nearest
 
 Resize = Literal["squash", "crop"]
@@ -197,6 +200,21 @@ class Preprocessing:
         batch = np.empty((len(images), rows, cols, 3), dtype=np.float32)
         for index, image in enumerate(images):
             batch[index] = np.asarray(self.frame(image), dtype=np.float32)
+        return self._normalised(batch)
+
+    def of_bytes(self, frames: UInt8[Tensor, "image row col 3"]) -> Float[Tensor, "image 3 row col"]:
+        """Turn what `frame` gave, kept as bytes, into a float32 batch on the CPU.
+
+        Args:
+            frames: RGB, of the input's size.
+
+        Returns:
+            The same batch, bit for bit, as calling this object with the images.
+        """
+        return self._normalised(frames.numpy().astype(np.float32))
+
+    def _normalised(self, batch: np.ndarray) -> Tensor:
+        """Scale and centre float32 RGB values ``[image, row, col, 3]``, in place."""
         if self.channel_order == "BGR":
             batch = batch[..., ::-1]
         batch *= np.float32(self.scale)
@@ -232,6 +250,26 @@ class Preprocessing:
             )
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
         return cls(**values)
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the entries of a safetensors header that `from_metadata` reads back.
+
+        Raises:
+            InputError: a ``scale`` other than 1 and 1/255, which the header has no words for.
+
+        Example:
+            >>> Preprocessing.from_metadata(Preprocessing().to_metadata()) == Preprocessing()
+            True
+        """
+        spans = {1.0: "0-255", 1 / 255: "0-1"}
+        if self.scale not in spans:
+            raise InputError(expected("a scale of 1 or 1/255", self.scale, "Move the factor into mean and std"))
+        mean, std = (" ".join(repr(float(value)) for value in values) for values in (self.mean, self.std))
+        crop = f", crop {self.resize_px}" if self.resize == "crop" else ""
+        return {
+            "input": f"{self.channel_order}, {spans[self.scale]}, mean {mean}, std {std}{crop}",
+            "input_size": f"{self.size_px[0]}x{self.size_px[1]}",
+        }
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Preprocessing | None:
@@ -797,15 +835,63 @@ def _load_timm(name: str, weights: str | None, spec: str) -> _Loaded:
     return _Loaded(module, preprocessing, None, notes)
 
 
-def _load_own(name: str, weights: str | None, spec: str) -> _Loaded:
-    if name not in _PLANS:
-        raise InputError(
+def _own_weights(name: str, weights: str | None) -> str:
+    """Insist on a file or a seed for a network of ours."""
+    if weights is None or not (weights.startswith("random:") or _is_file(weights)):
+        raise WeightsError(
             expected(
-                f"partlens: followed by one of {', '.join(_PLANS)}",
-                name,
-                f"Nearest: {nearest(name, _PLANS, 1)[0]}",
+                f"a weights file for partlens:{name}",
+                weights or "none",
+                f"Write partlens:{name}@weights.safetensors, or @random:0 for random weights",
             )
         )
+    return weights
+
+
+def _load_flower_network(name: str, weights: str | None, spec: str) -> _Loaded:
+    """Load the demo's or the flower benchmark's network; classes and input stand in the file's header."""
+    build = FLOWER_NETWORKS[name]
+    weights = _own_weights(name, weights)
+    if weights.startswith("random:"):
+        seed = _seed_of(weights, spec)
+        module = _seeded(lambda: build(6), seed)
+        return _Loaded(module, flower_preprocessing(), None, (f"random weights, seed {seed}",))
+    state, metadata = _read_weights(Path(weights))
+    outputs = int(state["classes.bias"].shape[0]) if "classes.bias" in state else 6
+    module = _seeded(lambda: build(outputs), 0)
+    _load_into(module, state, Path(weights).name)
+    preprocessing = Preprocessing.from_metadata(metadata) or flower_preprocessing()
+    return _Loaded(module, preprocessing, _class_names(metadata, outputs, Path(weights).name))
+
+
+def _class_names(metadata: Mapping[str, str], outputs: int, where: str) -> tuple[str, ...] | None:
+    """Read ``class_names`` of a header, a JSON list with one name per output."""
+    text = metadata.get("class_names")
+    if text is None:
+        return None
+    try:
+        names = json.loads(text)
+    except json.JSONDecodeError:
+        names = None
+    if not isinstance(names, list) or len(names) != outputs or not all(isinstance(name, str) for name in names):
+        raise WeightsError(
+            expected(f"{outputs} class names as a JSON list in the header of {where}", text, "Correct the header")
+        )
+    return tuple(names)
+
+
+def _load_own(name: str, weights: str | None, spec: str) -> _Loaded:
+    known = (*_PLANS, *FLOWER_NETWORKS)
+    if name not in known:
+        raise InputError(
+            expected(
+                f"partlens: followed by one of {', '.join(known)}",
+                name,
+                f"Nearest: {nearest(name, known, 1)[0]}",
+            )
+        )
+    if name in FLOWER_NETWORKS:
+        return _load_flower_network(name, weights, spec)
     size = _PLANS[name].input_px
     preprocessing = Preprocessing(
         size_px=(size, size),
@@ -815,14 +901,7 @@ def _load_own(name: str, weights: str | None, spec: str) -> _Loaded:
         mean=_CAFFE_MEAN_BGR,
         std=(1.0, 1.0, 1.0),
     )
-    if weights is None or not (weights.startswith("random:") or _is_file(weights)):
-        raise WeightsError(
-            expected(
-                f"a weights file for partlens:{name}",
-                weights or "none",
-                f"Write partlens:{name}@weights.safetensors, or @random:0 for random weights",
-            )
-        )
+    weights = _own_weights(name, weights)
     if weights.startswith("random:"):
         seed = _seed_of(weights, spec)
         return _Loaded(_seeded(lambda: PaperNet(name), seed), preprocessing, None, (f"random weights, seed {seed}",))

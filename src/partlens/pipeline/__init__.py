@@ -11,14 +11,28 @@ from partlens.pipeline.explainer_run import (
     load_explainer,
 )
 from partlens.pipeline.runs import layers, report
+from partlens.pipeline.selection_run import (
+    DEFAULT_MU,
+    OpenedSelection,
+    SelectedFeatures,
+    explain,
+    load_selection,
+    select_features,
+)
 
 __all__ = [
+    "DEFAULT_MU",
     "DEFAULT_SEEDS",
     "MOST_BACKGROUND",
     "FittedExplainer",
+    "OpenedSelection",
+    "SelectedFeatures",
     "evaluate",
+    "explain",
     "fit_explainer",
     "layers",
     "load_explainer",
+    "load_selection",
     "report",
+    "select_features",
 ]

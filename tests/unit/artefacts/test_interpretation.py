@@ -166,7 +166,9 @@ def test_bad_input_says_what_is_wrong(tiny: Performer, few_flowers: ImageSet) ->
 
 
 def test_a_field_larger_than_the_input_is_cut_to_it(tiny: Performer) -> None:
-    crop, field = crop_of(tiny, ["relu4"])["relu4"]
+    crop, field = crop_of(tiny, ["relu4"], largest_frac=1.0)["relu4"]
     assert field is not None
+    assert field.size_px[0] > 32
     assert crop.side_px == (32, 32)
     assert not crop.whole
+    assert crop_of(tiny, ["relu4"])["relu4"][0].side_px == (16, 16)
