@@ -267,7 +267,7 @@ def _write_chunk(recipe: _Recipe, out: Path, start: int) -> int:
         flower = render_flower(flower_seed(recipe.seed, index), category, recipe.size)
         labels = np.zeros(flower.image.shape[:2], dtype=np.uint8)
         for number, mask in enumerate(flower.masks.values(), start=1):
-            labels[mask] = 1
+            labels[mask] = number
         region = np.isin(labels, [1 + PARTS.index(part) for part in kind.parts]).astype(np.uint8) * np.uint8(255)
         parts = Image.fromarray(labels).convert("P")
         parts.putpalette(_LABEL_PALETTE)
