@@ -29,8 +29,8 @@ def one(count: int) -> None:
     import torch
 
     from partlens.data.flowers import generated_flowers
-    from partlens.demonstration import flower_network
     from partlens.performer.activations import stream_maps
+    from partlens.performer.flower_network import flower_network
     from partlens.performer.zoo import Performer, Preprocessing, weights_sha256
 
     torch.set_num_threads(1)

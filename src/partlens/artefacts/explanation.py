@@ -50,7 +50,7 @@ class ExplanationConfig:
 
     features: int = 3
     rule: Literal["guided", "deconvnet", "gradient"] = "guided"
-    fix_strides: bool = True
+    fix_strides: bool | Literal["nearest", "aligned"] = True
     pooling: Literal["route", "overwrite", "resample"] = "route"
     combine: Combine = "max"
     smooth_px: float = 0.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from partlens.vocabulary import InputError, InputTypeError, LayerError, expected
 
 __all__ = [
     "LayerInfo",
+    "Reduce",
     "Taps",
     "borrowed",
     "check_tap",
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 _MIN_ROWS = 12
+
+Reduce = Callable[[Tensor], Tensor]
+"""Turns a layer's output into what is kept of it; it must not keep the output itself, which may be overwritten."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,9 @@ def _pick(tap: str, output: Any, key: str | None) -> Tensor:
 class Taps(Mapping[str, Tensor]):
     """What the taps held in the latest forward pass: a read-only mapping from name to tensor."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], reduce: Reduce | None = None) -> None:
         self._names = tuple(dict.fromkeys(names))
+        self._reduce = reduce or torch.clone  # a copy, because a later layer may write into this tensor
         self._lock = threading.Lock()  # DataParallel runs its replicas in threads
         self._calls: dict[tuple[str, torch.device | None], int] = {}
         self._held: dict[str, dict[torch.device, Tensor]] = {}
@@ -103,6 +108,11 @@ class Taps(Mapping[str, Tensor]):
             self._calls.clear()
             self._held.clear()
 
+    @property
+    def complete(self) -> bool:
+        """Whether every tap has been read in this pass."""
+        return len(self._held) == len(self._names)
+
     def _record(self, places: Mapping[str, _Place], path: str, device: torch.device | None, output: Any) -> None:
         with self._lock:
             call = self._calls.get((path, device), 0)
@@ -110,8 +120,7 @@ class Taps(Mapping[str, Tensor]):
             for tap, place in places.items():
                 if place.call == call:
                     value = _pick(tap, output, place.key)
-                    # A copy, because a later layer may write into this tensor.
-                    self._held.setdefault(tap, {})[value.device] = value.clone()
+                    self._held.setdefault(tap, {})[value.device] = self._reduce(value)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -143,13 +152,15 @@ def _first_device(inputs: Any) -> torch.device | None:
 
 
 @contextlib.contextmanager
-def read_taps(module: nn.Module, names: Sequence[str]) -> Iterator[Taps]:
+def read_taps(module: nn.Module, names: Sequence[str], reduce: Reduce | None = None) -> Iterator[Taps]:
     """Read layers while a network runs.
 
     Args:
         module: the network; ``DataParallel`` may wrap it.
         names: taps; ``name:key`` chooses an entry of an output that is a tuple, list or dictionary, which
             otherwise gives its first tensor with four dimensions.
+        reduce: called with each output while the pass is at that layer; its result is held instead of a copy, so
+            that the outputs of many layers are never in memory together.
 
     Yields:
         A mapping that after each ``module(x)`` holds the outputs of that pass: copies, which stay attached to
@@ -167,7 +178,7 @@ def read_taps(module: nn.Module, names: Sequence[str]) -> Iterator[Taps]:
     """
     inner = unwrapped(module)
     places = {name: _place(inner, name) for name in names}
-    taps = Taps(names)
+    taps = Taps(names, reduce)
     by_path: dict[str, dict[str, _Place]] = {}
     for name, place in places.items():
         by_path.setdefault(place.path, {})[name] = place
@@ -234,7 +245,10 @@ def _finite(value: Any) -> bool:
 
 
 def forward_taps(
-    performer: Performer | nn.Module, batch: Float[Tensor, "image channel row col"], names: Sequence[str]
+    performer: Performer | nn.Module,
+    batch: Float[Tensor, "image channel row col"],
+    names: Sequence[str],
+    reduce: Reduce | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run a network in eval mode without gradients and read its taps.
 
@@ -242,6 +256,8 @@ def forward_taps(
         performer: the network; left as it was.
         batch: its input; moved to the network's device and floating type, memory format kept.
         names: taps to read.
+        reduce: what to keep of each output instead of the whole (`read_taps`); values that are not finite must show
+            in its result.
 
     Returns:
         The output and the taps, as float32 on the network's device. They are ordinary tensors: gradients are
@@ -275,7 +291,7 @@ def forward_taps(
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     ready = batch.to(device=weight.device, dtype=weight.dtype) if weight is not None else batch
     with borrowed(module, copy_weights=False) as network, torch.no_grad():
-        with read_taps(network, names) as taps:
+        with read_taps(network, names, reduce) as taps:
             output = network(ready)
             held = {name: taps[name].detach().float() for name in names}
         if not (_finite(output) and _finite(held)):
