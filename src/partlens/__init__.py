@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from partlens.artefacts.backprop import guided_backprop
     from partlens.artefacts.explanation import ExplanationConfig
     from partlens.data.annotations import PartTruth
+    from partlens.data.check import check_data
+    from partlens.data.flower_sets import flower_set, make_flowers
     from partlens.data.flowers import generated_flowers, render_flower
     from partlens.data.images import ImageSet
     from partlens.demonstration import demo
+    from partlens.experiments.reproduction import reproduce
     from partlens.explainer.config import ExplainerConfig
     from partlens.explainer.filter_loss import filter_loss
     from partlens.explainer.network import Explainer
@@ -58,20 +61,24 @@ _HOMES = {
     "Performer": "partlens.performer.zoo",
     "Preprocessing": "partlens.performer.zoo",
     "SelectedFeatures": "partlens.pipeline",
+    "check_data": "partlens.data.check",
     "demo": "partlens.demonstration",
     "evaluate": "partlens.pipeline",
     "explain": "partlens.pipeline",
     "filter_loss": "partlens.explainer.filter_loss",
     "fit_explainer": "partlens.pipeline",
+    "flower_set": "partlens.data.flower_sets",
     "generated_flowers": "partlens.data.flowers",
     "guided_backprop": "partlens.artefacts.backprop",
     "layers": "partlens.pipeline",
     "load_explainer": "partlens.pipeline",
     "load_performer": "partlens.performer.zoo",
     "load_selection": "partlens.pipeline",
+    "make_flowers": "partlens.data.flower_sets",
     "mu_lasso": "partlens.selection.lasso",
     "render_flower": "partlens.data.flowers",
     "report": "partlens.pipeline",
+    "reproduce": "partlens.experiments.reproduction",
     "select_features": "partlens.pipeline",
 }
 
@@ -89,20 +96,24 @@ __all__ = [
     "Preprocessing",
     "SelectedFeatures",
     "__version__",
+    "check_data",
     "demo",
     "evaluate",
     "explain",
     "filter_loss",
     "fit_explainer",
+    "flower_set",
     "generated_flowers",
     "guided_backprop",
     "layers",
     "load_explainer",
     "load_performer",
     "load_selection",
+    "make_flowers",
     "mu_lasso",
     "render_flower",
     "report",
+    "reproduce",
     "select_features",
 ]
 

@@ -24,6 +24,8 @@ _SUMMARY = {
     "select-features": "find the few filters that indicate each class, and what they answer to",
     "explain": "show for images which relevant filters decided, and where each of them acted",
     "report": "write the page of a run",
+    "make-flowers": "write a set of the flower benchmark: images, masks, landmarks, folds",
+    "reproduce": "make a table of the papers: flowers, removal or sanity",
 }
 
 
@@ -318,6 +320,58 @@ def _report(arguments: Sequence[str]) -> None:
     sys.stdout.write(f"{report(options.run, out=options.out)}\n")
 
 
+def _make_flowers(arguments: Sequence[str]) -> None:
+    from partlens.data.flower_sets import FLOWER_SETS, make_flowers
+    from partlens.progress import Progress
+
+    parser = _parser("make-flowers")
+    parser.add_argument("name", type=str, help=" or ".join(FLOWER_SETS))
+    parser.add_argument("--out", type=str, required=True, help="folder; an unfinished one goes on")
+    parser.add_argument("--images-per-class", type=int, default=1000, help="flowers of each class")
+    parser.add_argument("--size", type=int, default=112, help="side in pixels")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parser.add_argument("--seed", type=int, default=0, help="of the flowers")
+    options = parser.parse_args(list(arguments))
+    folder = make_flowers(
+        options.name,
+        options.out,
+        options.images_per_class,
+        options.seed,
+        options.size,
+        workers=options.workers,
+        progress=Progress.terminal(),
+    )
+    sys.stdout.write(f"{folder}\n")
+
+
+def _reproduce(arguments: Sequence[str]) -> None:
+    from partlens.experiments.reproduction import TABLES, reproduce, result_lines
+    from partlens.progress import Progress
+
+    parser = _parser("reproduce", config_file=True)
+    parser.add_argument("table", type=str, help=", ".join(TABLES))
+    parser.add_argument("--out", type=str, required=True, help="folder for the result; an unfinished one goes on")
+    parser.add_argument("--model", type=str | None, default=None, help="the performer, for removal and sanity")
+    parser.add_argument("--data", type=str | None, default=None, help="its photos, or a .npz of digits")
+    parser.add_argument("--set", dest="set_name", type=str, default="flowers-single-6c", help="for flowers")
+    parser.add_argument("--images-per-class", type=int, default=1000, help="for flowers")
+    parser.add_argument("--settings", type=dict | None, default=None, help="fields of the experiment, as a mapping")
+    parser.add_argument("--seed", type=int, default=0, help="of everything")
+    options = parser.parse_args(list(arguments))
+    result = reproduce(
+        options.table,
+        out=options.out,
+        model=options.model,
+        data=options.data,
+        set_name=options.set_name,
+        images_per_class=options.images_per_class,
+        config=options.settings,
+        seed=options.seed,
+        progress=Progress.terminal(),
+    )
+    sys.stdout.write("\n".join(result_lines(options.table, result)) + "\n")
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": _demo,
     "layers": _layers,
@@ -327,6 +381,8 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "select-features": _select_features,
     "explain": _explain,
     "report": _report,
+    "make-flowers": _make_flowers,
+    "reproduce": _reproduce,
 }
 
 

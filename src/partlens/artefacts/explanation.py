@@ -28,7 +28,7 @@ from partlens.vocabulary import InputError, expected
 
 Combine = Literal["max", "sum"]
 
-PARTLENS_CHANGES: dict[str, Any] = {}
+PARTLENS_CHANGES: dict[str, Any] = {"fix_strides": "aligned", "pooling": "resample", "smooth_frac": 0.05}
 """What the ``partlens`` preset changes, as the flower benchmark showed (``docs/heat-maps.md``)."""
 
 
@@ -39,13 +39,14 @@ class ExplanationConfig:
     Attributes:
         features: relevant features shown per class, those with the largest contribution (authors: 3).
         rule: of rectifiers in the backward pass, ``guided``, ``deconvnet`` or ``gradient``.
-        fix_strides: resample the signal in strided convolutions (authors: on).
+        fix_strides: resample the signal in strided convolutions: ``True`` or ``nearest`` as the authors do, ``aligned``
+            without the shift of half a stride, ``False`` not at all.
         pooling: ``route`` (authors' default), ``overwrite`` or ``resample``; see
             :func:`partlens.artefacts.backprop.guided_backprop`.
         combine: ``max`` joins the maps by their pixelwise maximum (authors); ``sum`` adds them weighted by their share
             of the contribution.
-        smooth_px: standard deviation of a Gaussian that the maps are smoothed with before they are scaled, in input
-            pixels; 0 in the paper.
+        smooth_frac: standard deviation of a Gaussian that the maps are smoothed with before they are scaled, as a share
+            of the input's shorter side; 0 in the paper.
     """
 
     features: int = 3
@@ -53,15 +54,15 @@ class ExplanationConfig:
     fix_strides: bool | Literal["nearest", "aligned"] = True
     pooling: Literal["route", "overwrite", "resample"] = "route"
     combine: Combine = "max"
-    smooth_px: float = 0.0
+    smooth_frac: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every field once."""
         if self.features < 1:
             raise InputError(expected("at least 1 feature to show", self.features, "Set features to 1 or more"))
-        if not 0 <= self.smooth_px < 1000:
+        if not 0 <= self.smooth_frac <= 0.5:
             raise InputError(
-                expected("smooth_px from 0 to 1000", self.smooth_px, "Set smooth_px to 0 to switch it off")
+                expected("smooth_frac from 0 to 0.5", self.smooth_frac, "Set smooth_frac to 0 to switch it off")
             )
         if self.combine not in ("max", "sum"):
             raise InputError(expected("combine max or sum", self.combine, "Choose one of them"))
@@ -225,8 +226,8 @@ def explain_batch(
     features = torch.where(chosen > 0, order, -1)
     signals = _signals(performer, batch, features, index, config)
     maps = heat_map(signals)
-    if config.smooth_px > 0:
-        maps = scaled(smoothed(maps, config.smooth_px))
+    if config.smooth_frac > 0:
+        maps = scaled(smoothed(maps, config.smooth_frac * min(batch.shape[-2:])))
     total = positive.sum(2)
     shares = chosen / total.clamp(min=1e-30)[..., None]
     return Explanations(

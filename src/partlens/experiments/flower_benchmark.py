@@ -418,3 +418,30 @@ def _randomised(performer: Performer, seed: int) -> Performer:
     return dataclasses.replace(
         performer, module=module, name=f"{performer.name}, random weights", weights_sha256=weights_sha256(module)
     )
+
+
+def benchmark_table(result: Mapping[str, Any]) -> list[str]:
+    """Return the result of :func:`flower_benchmark` as a Markdown table, the best area first within each group."""
+    both = len(result["deciding_parts"]) > 1
+    head = ["map", "IoU-AUC % (mean ± sd of folds)", "95 % interval", "pointing", "insertion", "deletion"]
+    head += ["both parts"] if both else []
+    recalled = result["recalled"]["iou_auc_percent"]
+    head.append("the paper's, as recalled")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+
+    def shown(estimate: Mapping[str, Any] | None, digits: int = 2) -> str:
+        return "–" if estimate is None or estimate["value"] is None else f"{estimate['value']:.{digits}f}"
+
+    titles = {"methods": "", "nulls": "null: ", "random_weights": "random weights: "}
+    for group, title in titles.items():
+        scores = result[group]
+        for name in sorted(scores, key=lambda n: -(scores[n]["iou_auc_percent"]["value"] or 0.0)):
+            area = scores[name]["iou_auc_percent"]
+            low, high = area["interval"]
+            cells = [title + name, f"{area['fold_mean']:.1f} ± {area['fold_sd']:.2f}", f"{low:.1f}–{high:.1f}"]
+            cells += [shown(scores[name].get(score)) for score in ("pointing", "insertion", "deletion")]
+            cells += [shown(scores[name].get("both_parts_covered"))] if both else []
+            known = recalled.get(name) if group == "methods" else None
+            cells.append("–" if known is None else f"{known[0]} ± {known[1]}")
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from partlens.artefacts.baselines import Method, upsampled_activation
-from partlens.artefacts.explanation import ExplanationConfig, explain_batch
+from partlens.artefacts.baselines import BASELINES, Method, upsampled_activation
+from partlens.artefacts.explanation import ExplanationConfig, explain_batch, scaled, smoothed
 from partlens.selection.relevance import DescriptorConfig, label_matrix, select_relevant, stream_responses
 
 if TYPE_CHECKING:
@@ -26,6 +26,18 @@ VARIANTS: dict[str, ExplanationConfig] = {
     "ours (default)": ExplanationConfig.preset("partlens"),
 }
 """The published configuration, the same without its stride fix, and the default."""
+
+
+def smoothed_baselines(smooth_frac: float = 0.05) -> dict[str, Method]:
+    """Return the guided baselines with the smoothing of our default, so that it alone decides no comparison."""
+
+    def soft(method: Method) -> Method:
+        def smooth(performer: Performer, batch: Tensor, classes: Tensor) -> Tensor:
+            return scaled(smoothed(method(performer, batch, classes), smooth_frac * min(batch.shape[-2:])))
+
+        return smooth
+
+    return {f"{name}, smoothed": soft(method) for name, method in BASELINES.items() if "guided" in name.lower()}
 
 
 def select_on_training(

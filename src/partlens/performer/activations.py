@@ -74,7 +74,7 @@ class StreamResult:
         return open_maps(self.path)
 
 
-class _Rows:
+class RowFile:
     """A ``.npy`` file that is filled row by row, or an array in memory.
 
     Rows are written, not mapped: mapped pages would count as the process's memory, and a full disk would kill
@@ -103,6 +103,7 @@ class _Rows:
         self.handle = path.open("r+b")
 
     def write(self, start: int, rows: np.ndarray) -> None:
+        """Put rows in their place."""
         if self.array is not None:
             self.array[start : start + len(rows)] = rows
             return
@@ -116,12 +117,14 @@ class _Rows:
             os.fsync(self.handle.fileno())
 
     def read(self) -> np.ndarray:
+        """Return all rows, a read-only memory map where there is a file."""
         if self.array is not None:
             return self.array
         self.handle.flush()
         return cast("np.ndarray", np.load(cast("Path", self.path), mmap_mode="r"))
 
     def close(self) -> None:
+        """Close the file."""
         if self.array is None:
             self.handle.close()
 
@@ -147,13 +150,13 @@ class _Top:
 class _TapFiles:
     """The growing results of one tap."""
 
-    maps: _Rows | None
-    peak: _Rows
-    cell: _Rows
-    mean: _Rows
+    maps: RowFile | None
+    peak: RowFile
+    cell: RowFile
+    mean: RowFile
     top: _Top
 
-    def all(self) -> list[_Rows]:
+    def all(self) -> list[RowFile]:
         return [rows for rows in (self.maps, self.peak, self.cell, self.mean) if rows is not None]
 
 
@@ -188,10 +191,30 @@ def _decode(performer: Performer, images: ImageSet, row: int, views: int, augmen
         ) from error
 
 
-def _batches(
-    performer: Performer, images: ImageSet, rows: range, batch_size: int, views: int, augment: Augment | None
+def batches(
+    performer: Performer,
+    images: ImageSet,
+    rows: range,
+    batch_size: int,
+    views: int = 1,
+    augment: Augment | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Decode batches in a few threads, a little ahead of the network."""
+    """Decode batches in a few threads, a little ahead of the network.
+
+    Args:
+        performer: for its preprocessing.
+        images: the photos.
+        rows: ``image · views + view`` to read, in order.
+        batch_size: rows per batch.
+        views: views per image.
+        augment: makes a view of an image.
+
+    Yields:
+        The first row of the batch and the network's input.
+
+    Raises:
+        ImageError: an image that cannot be read, with its name.
+    """
     starts = deque(range(rows.start, rows.stop, batch_size))
     waiting: deque[tuple[int, list[Future[Tensor]]]] = deque()
     pool = ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1)), thread_name_prefix="partlens-decode")
@@ -237,8 +260,8 @@ def _open_files(
         shape = shapes[tap]
         filters = shape[0]
 
-        def rows_of(kind: str, tail: tuple[int, ...], kept: str, number: int = number, tap: str = tap) -> _Rows:
-            return _Rows(out / _file_name(number, tap, kind) if out else None, (rows, *tail), kept)
+        def rows_of(kind: str, tail: tuple[int, ...], kept: str, number: int = number, tap: str = tap) -> RowFile:
+            return RowFile(out / _file_name(number, tap, kind) if out else None, (rows, *tail), kept)
 
         files[tap] = _TapFiles(
             maps=rows_of("maps", shape, dtype) if out else None,
@@ -413,7 +436,7 @@ def _stream(
                 for kind in ("maps", "peak", "cell", "mean"):
                     (out / _file_name(number, tap, kind)).unlink(missing_ok=True)
     try:
-        for start, batch in _batches(performer, images, range(done, rows), batch_size, views, augment):
+        for start, batch in batches(performer, images, range(done, rows), batch_size, views, augment):
             _, values = forward_taps(performer, batch, taps)
             keys = [images.keys[row // views] for row in range(start, start + len(batch))]
             for tap in taps:

@@ -51,6 +51,7 @@ TOP_PHOTOS = 100
 MOST_PICTURES = 400
 _PICTURE_PX = 96
 _SHOWN_PX = 448
+_NO_PICTURES = {"receptive_field_px": None, "average": None, "control": None, "crops": None, "sharpness": None}
 _BATCH = 8
 
 Labels = Literal["data", "predictions"]
@@ -390,6 +391,9 @@ def _draw(
         ((rank, -f["weight"], f["layer"], f["channel"]) for c in classes for rank, f in enumerate(c["features"])),
     )
     wanted = list(dict.fromkeys((layer, channel) for _, _, layer, channel in ranked))[: config["pictures"]]
+    for record in classes:
+        for feature in record["features"]:
+            feature.update(_NO_PICTURES)
     if not wanted:
         return
     columns = [responses.index.feature(layer, channel) for layer, channel in wanted]
@@ -421,10 +425,9 @@ def _draw(
             "crops": f"{name}-crops.png",
             "sharpness": {"value": picture.contrast, "control": picture.control_contrast},
         }
-    nothing = {"receptive_field_px": None, "average": None, "control": None, "crops": None, "sharpness": None}
     for record in classes:
         for feature in record["features"]:
-            feature.update(known.get((feature["layer"], feature["channel"]), nothing))
+            feature.update(known.get((feature["layer"], feature["channel"]), {}))
 
 
 def _add_keys(classes: Sequence[dict[str, Any]], responses: Responses, fit: int, count: int = 8) -> None:

@@ -147,7 +147,7 @@ def test_contributions_are_elementwise() -> None:
     ("changes", "message"),
     [
         ({"features": 0}, "Expected at least 1 feature to show, got 0"),
-        ({"smooth_px": -1.0}, "Expected smooth_px from 0 to 1000, got -1.0"),
+        ({"smooth_frac": -1.0}, "Expected smooth_frac from 0 to 0.5, got -1.0"),
     ],
 )
 def test_bad_configuration(changes: dict[str, float], message: str) -> None:

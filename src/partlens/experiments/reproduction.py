@@ -1,0 +1,108 @@
+"""The verb reproduce: the papers' tables, made from data, each beside its baselines and the published figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from partlens.progress import Progress
+from partlens.vocabulary import InputError, expected
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from partlens.data.images import ImageSet
+    from partlens.performer.zoo import Performer
+
+Table = Literal["flowers", "removal", "sanity"]
+_PERTURBED = 40  # flowers per fold whose pixels are inserted and deleted, by far the costliest score
+TABLES = ("flowers", "removal", "sanity")
+
+
+def reproduce(
+    table: Table,
+    *,
+    out: str | Path,
+    model: str | nn.Module | Performer | None = None,
+    data: str | Path | ImageSet | None = None,
+    set_name: str = "flowers-single-6c",
+    images_per_class: int = 1000,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make one of the papers' tables; interrupted, it goes on with what is missing.
+
+    Args:
+        table: ``flowers``: heat maps against masks on generated flowers, by a network that is trained here;
+            ``removal``: what a class loses without its relevant features; ``sanity``: whether explanations depend on
+            class and weights.
+        out: folder for results and everything that is made on the way.
+        model: the performer, for ``removal`` and ``sanity``.
+        data: its photos, likewise. Digits: ``mnist.npz`` with ``x_train``, ``y_train``, ``x_test`` and ``y_test``, for
+            which the LeNet is trained when no model is given.
+        set_name: ``flowers-single-6c`` or ``flowers-double-12c``, for ``flowers``.
+        images_per_class: flowers of each class, for ``flowers``.
+        config: fields of :class:`~partlens.experiments.removal_plan.RemovalConfig` or
+            :class:`~partlens.experiments.sanity_checks.SanityConfig`.
+        seed: of everything.
+        progress: how to show progress; silent when left out.
+
+    Returns:
+        The content of the result file.
+
+    Raises:
+        InputError: an unknown table, or data without a model.
+    """
+    if table == "flowers":
+        from partlens.artefacts.baselines import BASELINES
+        from partlens.experiments.flower_benchmark import flower_benchmark
+        from partlens.experiments.flower_methods import relevant_feature_methods, smoothed_baselines
+
+        return flower_benchmark(
+            out,
+            set_name=set_name,
+            images_per_class=images_per_class,
+            methods={**BASELINES, **smoothed_baselines()},
+            ours=relevant_feature_methods(),
+            perturbed=_PERTURBED,
+            seed=seed,
+            progress=progress,
+        )
+    settings = {"seed": seed, **(config or {})}
+    if table == "removal":
+        from partlens.experiments.feature_removal import feature_removal
+
+        if data is None:
+            raise InputError(expected("data to remove features on", "none", "Give --data"))
+        if model is None and str(data).endswith(".npz"):
+            from partlens.experiments.digits import digit_set, train_digits
+
+            images = digit_set(str(data))
+            network, _ = train_digits(images, Path(out) / "lenet.safetensors", seed=seed, progress=progress)
+            return feature_removal(network, images, out, config=settings, progress=progress)
+        if model is None:
+            raise InputError(expected("a model to remove features from", "none", "Give --model"))
+        return feature_removal(model, data, out, config=settings, progress=progress)
+    if table == "sanity":
+        from partlens.experiments.sanity_checks import sanity_checks
+
+        return sanity_checks(out, model=model, data=data, config=settings, progress=progress)
+    raise InputError(expected(f"a table among {', '.join(TABLES)}", table, "Choose one of them"))
+
+
+def result_lines(table: str, result: Mapping[str, Any]) -> list[str]:
+    """Return a result as Markdown lines."""
+    if table == "flowers":
+        from partlens.experiments.flower_benchmark import benchmark_table
+
+        return benchmark_table(result)
+    if table == "removal":
+        from partlens.experiments.feature_removal import curve_table
+        from partlens.experiments.feature_removal import table as removal_table
+
+        return [*removal_table([result]), "", *curve_table(result)]
+    from partlens.experiments.sanity_tables import tables
+
+    return tables(result)
