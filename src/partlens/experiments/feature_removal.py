@@ -252,8 +252,8 @@ def feature_removal(
 
 
 def _earlier(out: Path, identity: str) -> dict[str, Any] | None:
-    """Return what an earlier start of the same experiment left."""
-    if not out.exists() or not any(out.iterdir()):
+    """Return what an earlier start of the same experiment left; weights of a network may lie in the folder."""
+    if not out.exists() or all(path.suffix == ".safetensors" for path in out.iterdir()):
         return None
     if not (out / RESULT).exists():
         raise RunError(expected(f"a new folder at {out}", "a folder with other files", "Choose another --out"))

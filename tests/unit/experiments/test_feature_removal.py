@@ -27,7 +27,7 @@ from partlens.experiments.removal_plan import (
 )
 from partlens.performer.zoo import Performer, load_performer
 from partlens.selection.relevance import DescriptorConfig, FeatureIndex, feature_index
-from partlens.store import read_tensors
+from partlens.store import read_tensors, write_tensors
 from partlens.vocabulary import ImageError, InputError, RunError
 
 QUICK = {
@@ -134,7 +134,9 @@ def test_T8_shuffled_labels_tell_nothing(planted: Performer, blobs: ImageSet, tm
 
 
 def test_it_goes_on_where_it_was_stopped(planted: Performer, blobs: ImageSet, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "network.safetensors", planted.module.state_dict())
     first = feature_removal(planted, blobs, tmp_path, config=QUICK)
+    assert first["status"] == "finished"  # beside the weights, which are not its own
     stored = tmp_path / "conditions" / "ours.json"
     kept = stored.read_text()
     for path in (tmp_path / "conditions").glob("*.json"):
