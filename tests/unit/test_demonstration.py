@@ -16,6 +16,10 @@ def test_the_demo_makes_everything_and_goes_on_where_it_was(tmp_path: Path, monk
     monkeypatch.setattr(demonstration, "_EXPLAINER", demonstration._EXPLAINER | short)
     page = demo(tmp_path / "demo", flowers=120)
     assert page.exists()
+    assert len(list((tmp_path / "demo" / "run" / "explanations").glob("*/explanation.json"))) == 6
+    text = page.read_text()
+    assert "What each class is read from" in text
+    assert "Single predictions" in text
     weights = tmp_path / "demo" / "run" / "explainer.safetensors"
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
     page.unlink()

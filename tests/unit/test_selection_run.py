@@ -41,7 +41,7 @@ def test_a_selection_names_its_features_and_their_certificate(selected: Path, fe
         assert record["nonzeros"] == int((weights[:, column] != 0).sum()) == len(record["features"])
         assert record["norm"] <= 10 * (1 + 1e-6)
         assert sum(f["share"] for f in record["features"]) == pytest.approx(1)
-        assert [f["weight"] for f in record["features"]] == sorted((f["weight"] for f in record["features"]))[::-1]
+        assert [f["weight"] for f in record["features"]] == sorted(f["weight"] for f in record["features"])[::-1]
         for feature in record["features"]:
             for name in ("average", "control", "crops"):
                 assert (selected / feature[name]).is_file()

@@ -201,7 +201,7 @@ def test_inputs_are_not_changed() -> None:
 @pytest.mark.parametrize("tile", [1024, 7])
 def test_the_gram_matrix_is_summed_batch_by_batch(tile, monkeypatch) -> None:
     monkeypatch.setattr(lasso, "_TILE", tile)
-    monkeypatch.setattr(lasso, "_ROW_BLOCK", 16)
+    monkeypatch.setattr(lasso, "_ROW_BLOCK", 64)  # batches of 10 wait until there are 32 rows
     x, labels = design(75, 33, 3)
     sums = GramAccumulator(33, 3)
     buffer = np.empty((10, 33))
