@@ -79,6 +79,7 @@ def _labels_table(check: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"| linear read-out (chance {read['chance']:.3f}) | {shown(read['real'])} | {shown(read['shuffled'])} |"
     )
+    lines.append(f"| features removed | {real['features']:.1f} | {false['features']:.1f} |")
     for name, text in (("ours", "relevant features"), ("random", "as many random ones")):
         for measure in ("accuracy", "log_odds"):
             cells = [shown(each["drop"][name][measure]) for each in (real, false)]

@@ -27,6 +27,7 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_DICTIONARIES = ("_parameters", "_buffers", "_modules", *_HOOKS)
 # Plain attributes that code around a network switches: modes, in-place flags, batch statistics.
 _FLAGS = ("training", "inplace", "track_running_stats", "momentum", "ceil_mode", "_is_full_backward_hook")
 
@@ -48,10 +49,11 @@ def random_state_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _restore_mapping(target: MutableMapping[Any, Any], saved: list[tuple[Any, Any]]) -> None:
+def _restore_mapping(target: MutableMapping[Any, Any], saved: tuple[tuple[Any, Any], ...]) -> None:
     """Give a dictionary back its entries, by identity and in order."""
-    now = list(target.items())
-    if len(now) == len(saved) and all(a[0] == b[0] and a[1] is b[1] for a, b in zip(now, saved, strict=True)):
+    if len(target) == len(saved) and all(
+        a[0] == b[0] and a[1] is b[1] for a, b in zip(target.items(), saved, strict=True)
+    ):
         return
     target.clear()
     target.update(saved)
@@ -71,14 +73,21 @@ class _Snapshot:
         self.module = module
         self.copied = copy_weights
         self.modules = list(module.modules())
-        self.dictionaries: list[tuple[MutableMapping[Any, Any], list[tuple[Any, Any]]]] = []
+        self.dictionaries: list[tuple[MutableMapping[Any, Any], tuple[tuple[Any, Any], ...]]] = []
+        # Most of a network's dictionaries are empty (hooks); a look at their length is all they need.
+        self.empty: list[MutableMapping[Any, Any]] = []
         self.flags: list[tuple[nn.Module, str, Any]] = []
         for each in self.modules:
-            for name in ("_parameters", "_buffers", "_modules", *_HOOKS):
-                mapping = each.__dict__.get(name)
-                if mapping is not None:
-                    self.dictionaries.append((mapping, list(mapping.items())))
-            self.flags.extend((each, name, each.__dict__[name]) for name in _FLAGS if name in each.__dict__)
+            content = each.__dict__
+            for name in _DICTIONARIES:
+                mapping = content.get(name)
+                if mapping:
+                    self.dictionaries.append((mapping, tuple(mapping.items())))
+                elif mapping is not None:
+                    self.empty.append(mapping)
+            for name in _FLAGS:
+                if name in content:
+                    self.flags.append((each, name, content[name]))
         self.parameters = [
             (
                 p,
@@ -99,6 +108,9 @@ class _Snapshot:
         self.module.train(self.flags[0][2] if self.flags else self.module.training)
         for mapping, saved in self.dictionaries:
             _restore_mapping(mapping, saved)
+        for mapping in self.empty:
+            if mapping:
+                mapping.clear()
         for owner, name, value in self.flags:
             owner.__dict__[name] = value
         lost = []
@@ -117,6 +129,8 @@ class _Snapshot:
                     b.data = data
                 if not _same(b.data, before):
                     b.data.copy_(before)
+        if not lost:
+            return []
         names = {id(p): name for name, p in self.module.named_parameters()}
         return [names.get(id(p), "?") for p in lost]
 

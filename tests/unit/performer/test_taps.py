@@ -327,3 +327,27 @@ def test_maps_of_one_cell_are_refused(network) -> None:
     with pytest.raises(LayerError, match="Nearest: layer3"):
         check_tap(module, "layr3", (64, 64))
     assert check_tap(module, "layer3", (64, 64)).shape == (256, 4, 4)
+
+
+def test_outputs_can_be_reduced_while_they_are_there() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
+    image = torch.randn(3, 3, 9, 9)
+    before = state(module)
+    whole = forward_taps(module, image, ["0", "1", "2"])[1]
+    sizes = []
+
+    def energy(values: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(values.shape))
+        return values.square().sum((2, 3))
+
+    output, reduced = forward_taps(module, image, ["0", "1", "2"], energy)
+    assert sizes == [(3, 4, 7, 7), (3, 4, 7, 7), (3, 2, 5, 5)]
+    for name, values in whole.items():
+        assert torch.allclose(reduced[name], values.square().sum((2, 3)), atol=1e-5)
+    assert not torch.allclose(reduced["0"], reduced["1"])  # read before the next layer wrote into it
+    assert torch.equal(output, forward_taps(module, image, ["2"])[1]["2"])
+    with pytest.raises(ValueError, match="finite"):
+        forward_taps(module, image * torch.inf, ["1"], energy)
+    with pytest.raises(RuntimeError, match="no room"):
+        forward_taps(module, image, ["1"], lambda _: (_ for _ in ()).throw(RuntimeError("no room")))
+    assert state(module) == before
