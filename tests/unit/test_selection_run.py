@@ -229,3 +229,14 @@ def test_the_command_line_selects_explains_and_reports(
     assert "What each class is read from" in page
     assert main(["explain", str(run), image, "--class", "nothing"]) == 1
     assert "Expected a class of the selection" in capsys.readouterr().err
+
+
+def test_numbered_categories_get_the_performers_names_and_equal_names_their_number(tiny: Performer) -> None:
+    import dataclasses
+
+    from partlens.pipeline.selection_run import _readable
+
+    named = dataclasses.replace(tiny, class_names=("crane", "fox", "crane", "bow"))
+    assert _readable(named, ["0", "1", "2"], [0, 1, 2]) == ["crane (0)", "fox", "crane (2)"]
+    assert _readable(named, ["red fox", "3"], [1, 3]) == ["red fox", "bow"]
+    assert _readable(tiny, ["0", "unknown"], [0, None]) == ["0", "unknown"]

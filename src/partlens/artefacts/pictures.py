@@ -67,7 +67,7 @@ def overlay(photo: Image.Image, heat: FloatArray, style: str = "glow") -> Image.
         mixed = _JET_ALPHA * colour + (1 - _JET_ALPHA) * pixels
     else:
         grey = pixels.mean(axis=2, keepdims=True)
-        dim = 0.62 * (0.7 * grey + 0.3 * pixels) + 12
+        dim = 0.72 * (0.55 * grey + 0.45 * pixels) + 22
         alpha = np.power(values, 0.6)[..., None] * 0.92
         # Where the heat is, the photo's own structure shows through as brightness.
         lit = colour * (0.55 + 0.45 * grey / 255)

@@ -270,7 +270,7 @@ def _fit_one(
         )
     with torch.no_grad():
         share = float(explainer.p)
-    write_tensors(folder / WEIGHTS, explainer.state_dict(), {"schema": SCHEMA, "structure": str(structure.to_dict())})
+    write_tensors(folder / WEIGHTS, explainer.state_dict(), {"schema": SCHEMA})
     for leftover in (CHECKPOINT_STATE, "checkpoint-0.safetensors", "checkpoint-1.safetensors"):
         (folder / leftover).unlink(missing_ok=True)
     progress.say(f"seed {config.seed}: {result.stopped} after {len(result.history)} epochs, p = {share:.3f}")

@@ -221,7 +221,7 @@ def select_features(
     write_tensors(
         out / SELECTION_WEIGHTS,
         {"weights": selection.weights},
-        {"schema": SCHEMA_SELECTION, "identity": identity},
+        {"schema": SCHEMA_SELECTION},
     )
     if not keep_cache:
         shutil.rmtree(out / "cache-selection")
@@ -269,11 +269,12 @@ def _solved(
         names = sorted({images.categories[i] for i in rows})
         outputs: tuple[int | None, ...] = tuple(class_of_category(performer, name) for name in names)
         truth = [names.index(c) if (c := images.categories[i]) in names else -1 for i in [*rows, *held]]
+        names = _readable(performer, names, outputs)
     else:
         decided = logits.argmax(1).tolist()
         known = sorted(set(decided[:fit]))
         outputs = tuple(known)
-        names = [_output_name(performer, o) for o in known]
+        names = _readable(performer, [str(o) for o in known], outputs)
         truth = [known.index(o) if o in known else -1 for o in decided]
     if len(names) < 2:
         raise ImageError(
@@ -328,6 +329,18 @@ def _solved(
             "counts": onehot.sum(0).int().tolist(),
         },
     )
+
+
+def _readable(performer: Performer, names: Sequence[str], outputs: Sequence[int | None]) -> list[str]:
+    """Name classes that are numbers as the performer does; outputs that share a name keep their number beside it."""
+    labels = [
+        _output_name(performer, output) if output is not None and name.isdigit() else name
+        for name, output in zip(names, outputs, strict=True)
+    ]
+    return [
+        f"{label} ({output})" if labels.count(label) > 1 and output is not None else label
+        for label, output in zip(labels, outputs, strict=True)
+    ]
 
 
 def _output_name(performer: Performer, output: int) -> str:
@@ -388,7 +401,7 @@ def _draw(
     from partlens.artefacts.pictures import picture_of, save_png, stretched, strip
 
     ranked = sorted(
-        ((rank, -f["weight"], f["layer"], f["channel"]) for c in classes for rank, f in enumerate(c["features"])),
+        ((rank, -abs(f["weight"]), f["layer"], f["channel"]) for c in classes for rank, f in enumerate(c["features"])),
     )
     wanted = list(dict.fromkeys((layer, channel) for _, _, layer, channel in ranked))[: config["pictures"]]
     for record in classes:

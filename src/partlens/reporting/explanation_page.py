@@ -17,6 +17,7 @@ from partlens.reporting.explanation_data import (
     Explanations,
     read_explanation,
 )
+from partlens.reporting.notation import percent
 from partlens.reporting.page_data import PICTURES_BYTES
 from partlens.reporting.reading import Pictures
 from partlens.reporting.selection_page import Shown, shown
@@ -121,8 +122,10 @@ def method_words(method: Mapping[str, object]) -> str:
     said = _RULES.get(str(rule), str(rule or ""))
     if isinstance(features, int) and not isinstance(features, bool):
         said += f" from the {features} strongest features" if features != 1 else " from the strongest feature"
-    if isinstance(fixed, bool):
+    if isinstance(fixed, (bool, str)):
         said += ", stride artefacts removed" if fixed else ", strides as they are"
+    if isinstance(smooth := method.get("smooth_frac"), float) and smooth > 0:
+        said += f", smoothed with {percent(smooth)} of the side"
     return said.strip().removeprefix(", ")
 
 
@@ -138,6 +141,7 @@ def explanation_view(data: ExplanationData, anchor: str = "image-1", weights_sha
     contributions = [f.contribution for one in data.explained for f in one.features if math.isfinite(f.contribution)]
     top = max(contributions, default=0.0)
     names = {one.name for one in data.explained}
+    outputs = {one.output for one in data.explained} - {None}
     other = weights_sha256 and data.weights_sha256 and data.weights_sha256 != weights_sha256
     return ExplanationView(
         anchor=anchor,
@@ -150,7 +154,7 @@ def explanation_view(data: ExplanationData, anchor: str = "image-1", weights_sha
                 answer.name,
                 answer.probability,
                 100 * answer.probability if math.isfinite(answer.probability) else 0.0,
-                answer.name in names,
+                answer.name in names or answer.output in outputs,
             )
             for answer in data.answers
         ),

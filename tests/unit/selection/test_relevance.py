@@ -174,7 +174,7 @@ def test_descriptors_equal_the_slow_formula_and_in_place_rectifiers_do_not_distu
     assert np.allclose(descriptor(taps, index), wanted, atol=1e-6)
 
 
-def test_a_dead_layer_gives_zeros_and_is_counted(images) -> None:
+def test_a_dead_layer_gives_zeros_and_is_counted(images, tmp_path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3), nn.Flatten(), nn.Linear(288, 2)).eval()
     with torch.no_grad():
         net[0].weight.zero_()
@@ -186,6 +186,14 @@ def test_a_dead_layer_gives_zeros_and_is_counted(images) -> None:
         assert np.isfinite(found.descriptor).all()
         assert not found.descriptor[:, rows].any()
         assert np.allclose(np.linalg.norm(found.descriptor, axis=1), 1, atol=1e-6)
+
+    def kill(done: int, _rows: int) -> None:
+        if done == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        stream_responses(as_performer(net), images, out=tmp_path, batch_size=4, progress=kill)
+    assert stream_responses(as_performer(net), images, out=tmp_path, batch_size=4).dead_layers == 11
     silent = descriptor({"a": torch.zeros(2, 3)}, FeatureIndex(("a",), (3,)))
     assert silent.tolist() == [[0.0] * 3] * 2
 
@@ -244,6 +252,24 @@ def test_blocks_stand_for_operations_and_repeated_modules_count_every_call() -> 
     x, logits = image_descriptors(performer, torch.randn(2, 3, 16, 16), index)
     assert x.shape == (2, 24)
     assert logits.shape == (2, 3)
+
+
+class Tokens(nn.Module):
+    """Has an output that is neither maps nor a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mix, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.mix(self.conv(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_other_shapes_and_the_result_itself_are_left_out() -> None:
+    assert descriptor_layers(as_performer(Tokens().eval())) == ("conv",)
+    assert descriptor_layers(as_performer(nn.Sequential(nn.ReLU(), nn.AvgPool2d(2)))) == ("0",)
+    shrinking = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(14), nn.AdaptiveAvgPool2d(2), nn.Conv2d(4, 2, 2))
+    assert descriptor_layers(as_performer(shrinking)) == ("0", "2")  # 16 px give 14x14 cells: the first pooling is idle
 
 
 def test_a_network_without_a_graph_is_read_by_its_modules() -> None:
