@@ -105,8 +105,8 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors as safetensors (contiguous copies on the CPU; shared storage is split).
 
-    Several entries of metadata stand in the file in no fixed order; a file that has to be the same byte for byte each time
-    takes one.
+    Several entries of metadata stand in the file in no fixed order; a file that has to be the same byte for byte each
+    time takes one.
     """
     from safetensors.torch import save_file
 

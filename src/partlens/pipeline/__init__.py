@@ -10,12 +10,12 @@ from partlens.pipeline.explainer_run import (
     fit_explainer,
     load_explainer,
 )
+from partlens.pipeline.explanation_run import explain
 from partlens.pipeline.runs import layers, report
 from partlens.pipeline.selection_run import (
     DEFAULT_MU,
     OpenedSelection,
     SelectedFeatures,
-    explain,
     load_selection,
     select_features,
 )
