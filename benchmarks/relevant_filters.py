@@ -8,7 +8,7 @@ and pooling follow each other like this. Labels are the network's own decisions 
 filters of each class?
 
     mu-lasso, mu 10               descriptors of the paper, non-negative; returns a set
-    scikit-learn lasso path       the same descriptors, LassoLarsCV (non-negative, 5 folds), a class at a time; a set
+    scikit-learn lasso path       the same descriptors, LassoCV (non-negative, 5 folds), a class at a time; a set
     gradient x activation         mean over the class's images of d score / d a * a, summed over cells; a ranking
     contribution difference       the same, minus its mean over the other images; a ranking
     mean energy difference        mean descriptor of the class minus that of the others; a ranking
@@ -142,14 +142,14 @@ def one_seed(seed: int) -> tuple[dict[str, dict[str, float]], int]:
     started = time.process_time() - made
     note("mu-lasso", started, mu_lasso(x, labels, MU).weights.numpy(), is_set=True)
 
-    from sklearn.linear_model import LassoLarsCV
+    from sklearn.linear_model import LassoCV
 
     started = time.process_time() - made
     weights = np.zeros((INDEX.size, CLASSES))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it drops features near the end of the path and says so
+        warnings.simplefilter("ignore")  # not converged at the end of the path: it chooses elsewhere
         for j in range(CLASSES):
-            model = LassoLarsCV(fit_intercept=False, positive=True, cv=5, max_iter=100)
+            model = LassoCV(alphas=50, fit_intercept=False, positive=True, cv=5)
             weights[:, j] = model.fit(x.double().numpy(), labels[:, j].numpy()).coef_
     note("scikit-learn lasso path", started, weights, is_set=True)
 

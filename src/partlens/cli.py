@@ -351,7 +351,7 @@ def _reproduce(arguments: Sequence[str]) -> None:
     parser = _parser("reproduce", config_file=True)
     parser.add_argument("table", type=str, help=", ".join(TABLES))
     parser.add_argument("--out", type=str, required=True, help="folder for the result; an unfinished one goes on")
-    parser.add_argument("--model", type=str | None, default=None, help="the performer, for removal and sanity")
+    parser.add_argument("--model", type=str | None, default=None, help="the performer; for flowers a trained network")
     parser.add_argument("--data", type=str | None, default=None, help="its photos, or a .npz of digits")
     parser.add_argument("--set", dest="set_name", type=str, default="flowers-single-6c", help="for flowers")
     parser.add_argument("--images-per-class", type=int, default=1000, help="for flowers")

@@ -39,8 +39,8 @@ def reproduce(
             ``removal``: what a class loses without its relevant features; ``sanity``: whether explanations depend on
             class and weights.
         out: folder for results and everything that is made on the way.
-        model: the performer, for ``removal`` and ``sanity``.
-        data: its photos, likewise. Digits: ``mnist.npz`` with ``x_train``, ``y_train``, ``x_test`` and ``y_test``, for
+        model: the performer; for ``flowers`` one that was trained on the same set before, trained here when left out.
+        data: its photos, for ``removal`` and ``sanity``. Digits: ``mnist.npz`` with ``x_train``, ``y_train``, ``x_test`` and ``y_test``, for
             which the LeNet is trained when no model is given.
         set_name: ``flowers-single-6c`` or ``flowers-double-12c``, for ``flowers``.
         images_per_class: flowers of each class, for ``flowers``.
@@ -59,6 +59,7 @@ def reproduce(
         from partlens.artefacts.baselines import BASELINES
         from partlens.experiments.flower_benchmark import flower_benchmark
         from partlens.experiments.flower_methods import relevant_feature_methods, smoothed_baselines
+        from partlens.pipeline.runs import loaded
 
         return flower_benchmark(
             out,
@@ -66,6 +67,7 @@ def reproduce(
             images_per_class=images_per_class,
             methods={**BASELINES, **smoothed_baselines()},
             ours=relevant_feature_methods(),
+            performer=None if model is None else loaded(model),
             perturbed=_PERTURBED,
             seed=seed,
             progress=progress,
