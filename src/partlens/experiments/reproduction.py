@@ -40,8 +40,8 @@ def reproduce(
             class and weights.
         out: folder for results and everything that is made on the way.
         model: the performer; for ``flowers`` one that was trained on the same set before, trained here when left out.
-        data: its photos, for ``removal`` and ``sanity``. Digits: ``mnist.npz`` with ``x_train``, ``y_train``, ``x_test`` and ``y_test``, for
-            which the LeNet is trained when no model is given.
+        data: its photos, for ``removal`` and ``sanity``. Digits: ``mnist.npz`` with ``x_train``, ``y_train``,
+            ``x_test`` and ``y_test``, for which the LeNet is trained when no model is given.
         set_name: ``flowers-single-6c`` or ``flowers-double-12c``, for ``flowers``.
         images_per_class: flowers of each class, for ``flowers``.
         config: fields of :class:`~partlens.experiments.removal_plan.RemovalConfig` or
