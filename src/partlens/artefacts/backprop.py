@@ -115,7 +115,7 @@ def _recorded(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> Itera
                     stop.remove()
             found = {name: taps[name] for name in layers}
         if not layers:
-            found[""] = _scores(outputs)
+            found[""] = class_scores(outputs)
         for name, value in found.items():
             if not value.requires_grad:
                 raise LayerError(
@@ -134,7 +134,7 @@ def _leave(enough: bool) -> None:
         raise _ReadEnough
 
 
-def _scores(output: Any) -> Tensor:
+def class_scores(output: Any) -> Tensor:
     """Choose the scores in what a network returns: its tensor, ``logits``, or the first with two axes."""
     if isinstance(output, Mapping):
         entries = {str(k): v for k, v in output.items()}

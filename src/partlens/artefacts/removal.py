@@ -21,11 +21,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from partlens.artefacts.backprop import _scores as scores_of
+from partlens.artefacts.backprop import class_scores as scores_of
 from partlens.performer.borrowing import borrowed
-from partlens.performer.taps import _pick as tensor_at
-from partlens.performer.taps import _place as place_of
-from partlens.performer.taps import read_taps
+from partlens.performer.taps import place_of, read_taps, tensor_at
 from partlens.performer.zoo import Performer, module_of
 from partlens.vocabulary import InputError, InputTypeError, LayerError, expected, listed
 

@@ -19,7 +19,7 @@ from partlens.performer.tracing import Traced, is_size, trace
 from partlens.performer.zoo import Performer, module_of
 from partlens.vocabulary import LayerError, expected, listed
 
-_ACTIVATIONS = (
+ACTIVATIONS = (
     nn.ReLU,
     nn.ReLU6,
     nn.LeakyReLU,
@@ -229,7 +229,7 @@ def _later(traced: Traced, start: fx.Node) -> list[str]:
 def is_activation(traced: Traced, node: fx.Node) -> bool:
     """Whether a node is an activation function: a module, a function or a tensor method."""
     if node.op == "call_module":
-        return isinstance(traced.leaf(node), _ACTIVATIONS)
+        return isinstance(traced.leaf(node), ACTIVATIONS)
     if node.op == "call_method":
         return node.target in {"relu", "tanh", "sigmoid"}
     return node.op == "call_function" and node.target in _ACTIVATION_FUNCTIONS

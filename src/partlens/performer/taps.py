@@ -50,7 +50,7 @@ class _Place:
     key: str | None
 
 
-def _place(module: nn.Module, tap: str) -> _Place:
+def place_of(module: nn.Module, tap: str) -> _Place:
     """Find the module, the call and the output entry that a tap name means."""
     name, _, key = tap.partition(":")
     paths = {path for path, _ in module.named_modules() if path}
@@ -64,7 +64,7 @@ def _place(module: nn.Module, tap: str) -> _Place:
     )
 
 
-def _pick(tap: str, output: Any, key: str | None) -> Tensor:
+def tensor_at(tap: str, output: Any, key: str | None) -> Tensor:
     """Choose the tensor of a layer's output: by key, else the first with four dimensions."""
     if isinstance(output, Tensor) and key is None:
         return output
@@ -119,7 +119,7 @@ class Taps(Mapping[str, Tensor]):
             self._calls[path, device] = call + 1
             for tap, place in places.items():
                 if place.call == call:
-                    value = _pick(tap, output, place.key)
+                    value = tensor_at(tap, output, place.key)
                     self._held.setdefault(tap, {})[value.device] = self._reduce(value)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -177,7 +177,7 @@ def read_taps(module: nn.Module, names: Sequence[str], reduce: Reduce | None = N
         True
     """
     inner = unwrapped(module)
-    places = {name: _place(inner, name) for name in names}
+    places = {name: place_of(inner, name) for name in names}
     taps = Taps(names, reduce)
     by_path: dict[str, dict[str, _Place]] = {}
     for name, place in places.items():
@@ -533,7 +533,7 @@ def check_tap(performer: Performer | nn.Module, tap: str, input_size: tuple[int,
     """
     layers = {layer.name: layer for layer in list_layers(performer, input_size)}
     if tap not in layers:
-        _place(module_of(performer), tap)
+        place_of(module_of(performer), tap)
         raise LayerError(
             expected(
                 f"{tap} to give maps (image, filter, row, col)",

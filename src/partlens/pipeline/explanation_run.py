@@ -144,16 +144,6 @@ def _class_column(opened_run: OpenedSelection, name: str) -> int:
     )
 
 
-def _rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Spearman's rank correlation of two maps; ``nan`` where one is constant."""
-    from scipy.stats import rankdata
-
-    a, b = rankdata(first.flatten().numpy()), rankdata(second.flatten().numpy())
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt(float((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum()) / scale if scale > 0 else math.nan
-
-
 def _lattice(signals: Tensor, performer: Performer) -> float:
     """Lattice index of one signal for the first strided convolution; ``nan`` where there is none."""
     from torch import nn
@@ -184,6 +174,7 @@ def _write_explanation(
     import torch
 
     from partlens.artefacts.pictures import coloured, overlay, picture_of, save_png
+    from partlens.metrics.likeness import rank_correlation
 
     performer = opened_run.performer
     probability = result.output[i].double().softmax(0)
@@ -253,7 +244,7 @@ def _write_explanation(
                 "lattice_index": lattice,
                 "rank_correlation_with_first": None
                 if k == 0
-                else _rank_correlation(result.combined[i, 0], result.combined[i, k]),
+                else float(rank_correlation(result.combined[i, :1], result.combined[i, k : k + 1])[0]),
             }
         )
     save_png(folder / "input.png", shown)

@@ -388,6 +388,7 @@ class GramAccumulator:
                     expected(f"{wanted} columns in {name}", value.shape[1], "Keep the columns of the first batch")
                 )
         _same_images(responses, labels)
+        parts = []
         for start in range(0, len(responses), _ROW_BLOCK):
             # A copy always, because the rows wait here while the caller may reuse its buffer.
             block = _double(responses[start : start + _ROW_BLOCK], self._device).clone()
@@ -396,6 +397,8 @@ class GramAccumulator:
                 _refuse_bad(responses, "responses", ("image", "feature"), self._images)
             if not math.isfinite(float(target.abs().max())):
                 _refuse_bad(labels, "labels", ("image", "class"), self._images)
+            parts.append((block, target))
+        for block, target in parts:
             self._cross.addmm_(block.T, target)
             self._label_energy += target.square().sum(0)
             self._waiting.append(block)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from partlens.data.images import ImageSet
 from partlens.performer.activations import RowFile, batches
 from partlens.performer.borrowing import borrowed
-from partlens.performer.surgery import _ACTIVATIONS, is_activation
+from partlens.performer.surgery import ACTIVATIONS, is_activation
 from partlens.performer.taps import forward_taps
 from partlens.performer.tracing import Traced, trace
 from partlens.performer.zoo import Performer, first_line, module_of
@@ -348,7 +348,7 @@ def _hooked_outputs(module: nn.Module, size: tuple[int, int]) -> list[_Output]:
                 if isinstance(output, Tensor) and output.ndim in {2, 4}:
                     if _unchanged(owner, getattr(inputs[0], "shape", None) if inputs else None, output.shape):
                         return
-                    kind = _kind_of(owner, activation=isinstance(owner, _ACTIVATIONS))
+                    kind = _kind_of(owner, activation=isinstance(owner, ACTIVATIONS))
                     noted.append(_Output(path if call == 0 else f"{path}_{call}", kind, tuple(output.shape)))
 
             handles.append(child.register_forward_hook(hook))

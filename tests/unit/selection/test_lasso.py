@@ -277,7 +277,8 @@ def test_bad_inputs_are_named() -> None:
         lasso._check_options(True, 1e-6, 10, "raise")
 
 
-def test_bad_gram_forms_are_named() -> None:
+def test_bad_gram_forms_are_named(monkeypatch) -> None:
+    monkeypatch.setattr(lasso, "_ROW_BLOCK", 2)
     x, labels = design(20, 6, 2)
     gram, cross, energy = x.T @ x, x.T @ labels, labels.sum(0)
     with pytest.raises(InputError, match="square"):
@@ -298,12 +299,13 @@ def test_bad_gram_forms_are_named() -> None:
     sums = GramAccumulator(6, 2)
     sums.add(x[:10], labels[:10])
     bad = x[10:].copy()
-    bad[2, 3] = np.nan
-    with pytest.raises(InputError, match="nan at image 12, feature 3"):
+    bad[7, 3] = np.nan
+    with pytest.raises(InputError, match="nan at image 17, feature 3"):
         sums.add(bad, labels[10:])
     with pytest.raises(InputError, match="6 columns in responses"):
         sums.add(x[:, :5], labels)
     assert sums.images == 10
     assert np.allclose(sums.gram, x[:10].T @ x[:10])
+    assert np.allclose(sums.cross, x[:10].T @ labels[:10])
     with pytest.raises(InputError, match="at least 1 feature"):
         GramAccumulator(0, 2)
