@@ -34,10 +34,20 @@ def flowers(name: str) -> list[str]:
 
 def lasso() -> list[str]:
     result = load("mu_lasso.json")
-    head = ["problem", "solver", "CPU s a class", "times ours", "relative gap at the returned point", "right", "peak MB"]
+    head = [
+        "problem",
+        "solver",
+        "CPU s a class",
+        "times ours",
+        "relative gap at the returned point",
+        "right",
+        "peak MB",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for problem, content in result.items():
-        size = f"{problem}: {content['features']:,} features, {content['images']:,} images, {content['classes']} classes"
+        size = (
+            f"{problem}: {content['features']:,} features, {content['images']:,} images, {content['classes']} classes"
+        )
         for name, row in content["contestants"].items():
             gap = "–" if row["relative_gap"] is None else f"{row['relative_gap']:.1e}"
             right = "yes" if row["right"] else "**no**"
