@@ -108,11 +108,13 @@ def referee(x: np.ndarray, labels: np.ndarray, weights: np.ndarray, *, nonnegati
     steepest = np.maximum(0, (-slope).max(0)) if nonnegative else np.abs(slope).max(0)
     gap = (slope * weights).sum(0) + MU * steepest
     norm = float(np.abs(weights).sum(0).max())
-    feasible = norm <= MU * (1 + 1e-5) and (not nonnegative or weights.min() >= 0)
+    lowest = float(weights.min()) if nonnegative else 0.0
+    feasible = norm <= MU * (1 + 1e-5) and lowest >= -1e-9  # rounding is forgiven
     worst = float((gap / objective).max())
     return {
         "relative_gap": worst,
         "largest_norm": norm,
+        "lowest_weight": lowest,
         "nonzeros_mean": float((weights != 0).sum(0).mean()),
         "objective_sum": float(objective.sum()),
         "right": bool(feasible and worst <= GAP),
