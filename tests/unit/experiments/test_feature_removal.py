@@ -189,7 +189,9 @@ def test_errors_say_what_to_do(planted: Performer, blobs: ImageSet, tmp_path: Pa
     st.integers(0, 3),
     st.sampled_from([None, 2]),
 )
-def test_no_photo_is_tested_with_features_that_saw_it(rows: list[tuple[int, int]], seed: int, most: int | None) -> None:
+def test_T17_no_photo_is_tested_with_features_that_saw_it(
+    rows: list[tuple[int, int]], seed: int, most: int | None
+) -> None:
     labels = [label for label, _ in rows]
     photos = [f"{label}-{photo}" for label, photo in rows]  # crops of one photo share its class
     config = RemovalConfig(protocol="two-fold", seed=seed, photos_per_class=most)

@@ -63,7 +63,7 @@ def test_numbers_are_those_of_the_metrics_on_the_held_out_flowers(tmp_path: Path
     assert sum(edges["iou_curve"].values()) * 5 == pytest.approx(area["value"], rel=1e-6)
 
 
-def test_everything_that_must_stand_beside_a_score_does(tmp_path: Path, performer: Performer) -> None:
+def test_T19_everything_that_must_stand_beside_a_score_does(tmp_path: Path, performer: Performer) -> None:
     result = run(tmp_path, performer, ours=lambda p, f: {"ours": quick}, perturbed=1)
     assert set(result["nulls"]) == {"random", "centre box", "edges"}
     assert set(result["methods"]) == set(result["random_weights"]) == {"quick", "ours"}
