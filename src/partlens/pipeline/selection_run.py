@@ -254,51 +254,50 @@ def _solved(
     import torch
 
     from partlens.metrics.estimate import Estimate, proportion
-    from partlens.selection.relevance import class_of_category, select_relevant
+    from partlens.selection.relevance import label_matrix, readout, select_relevant
 
     fit, test = len(rows), len(held)
     logits = torch.from_numpy(np.array(responses.logits))
-    if config["labels"] == "data":
-        names = sorted({images.categories[i] for i in rows})
-        outputs: tuple[int | None, ...] = tuple(class_of_category(performer, name) for name in names)
-        truth = [names.index(c) if (c := images.categories[i]) in names else -1 for i in [*rows, *held]]
-        names = _readable(performer, names, outputs)
-    else:
-        decided = logits.argmax(1).tolist()
-        known = sorted(set(decided[:fit]))
-        outputs = tuple(known)
-        names = _readable(performer, [str(o) for o in known], outputs)
-        truth = [known.index(o) if o in known else -1 for o in decided]
+    source = config["labels"]
+    # Outputs may share a name; as classes of their own they are numbered, and named only for people (`_readable`).
+    namer = performer if source == "data" else None
+    known = label_matrix(images.take(rows), source=source, logits=logits[:fit], performer=namer)
+    names, outputs = known.classes, known.outputs
     if len(names) < 2:
         raise ImageError(
             expected("at least 2 classes", listed(names), "Add photos of another class, or use --labels data")
         )
-    target = torch.tensor(truth)
     x = torch.from_numpy(np.array(responses.descriptor))
-    onehot = torch.nn.functional.one_hot(target[:fit], len(names)).double()
     selection = select_relevant(
-        x[:fit], onehot, config["mu"], nonnegative=config["nonnegative"], index=responses.index, classes=tuple(names)
-    )
-    generator = torch.Generator().manual_seed(config["seed"])
-    shuffled = select_relevant(
         x[:fit],
-        onehot[torch.randperm(fit, generator=generator)],
+        known,
         config["mu"],
         nonnegative=config["nonnegative"],
         index=responses.index,
-        classes=tuple(names),
+        classes=_readable(performer, names, outputs),
     )
-
-    def readout(weights: Tensor) -> dict[str, Any]:
-        if not test:
-            return Estimate.undefined().to_dict()
-        scores = x[fit:].double() @ weights
-        return proportion((scores.argmax(1) == target[fit:]).double()).to_dict()
-
-    right = Estimate.undefined().to_dict()
-    if test and all(o is not None for o in outputs) and config["labels"] == "data":
-        wanted = torch.tensor([-1 if t < 0 else int(outputs[t] or 0) for t in truth[fit:]])
-        right = proportion((logits[fit:].argmax(1) == wanted).double()).to_dict()
+    told = null = right = Estimate.undefined()
+    there = (
+        [images.categories[i] for i in held] if source == "data" else [str(o) for o in logits[fit:].argmax(1).tolist()]
+    )
+    if {*names} & {*there}:
+        truth = label_matrix(images.take(held), source=source, logits=logits[fit:], performer=namer, classes=names)
+        columns = [names.index(name) for name in truth.classes]
+        labels = torch.zeros(test, len(names), dtype=torch.float64)
+        labels[:, columns] = truth.matrix
+        found = readout(
+            selection,
+            x[fit:],
+            labels,
+            fitted=(x[:fit], known),
+            generator=torch.Generator().manual_seed(config["seed"]),
+        )
+        told = proportion(found.correct.double())
+        null = null if found.shuffled is None else proportion(found.shuffled.double())
+        if source == "data" and None not in outputs:
+            seen = labels.sum(1) > 0
+            wanted = torch.tensor([-1 if o is None else o for o in outputs])[labels.argmax(1)]
+            right = proportion((logits[fit:].argmax(1) == wanted)[seen].double())
     solution = selection.solution
     return (
         selection,
@@ -314,12 +313,12 @@ def _solved(
                 "dead_layers": int(responses.dead_layers),
             },
             "readout": {
-                "accuracy": readout(selection.weights),
-                "shuffled": readout(shuffled.weights),
+                "accuracy": told.to_dict(),
+                "shuffled": null.to_dict(),
                 "chance": 1 / len(names),
-                "model_accuracy": right,
+                "model_accuracy": right.to_dict(),
             },
-            "counts": onehot.sum(0).int().tolist(),
+            "counts": known.matrix.sum(0).int().tolist(),
         },
     )
 
