@@ -240,3 +240,12 @@ def test_numbered_categories_get_the_performers_names_and_equal_names_their_numb
     assert _readable(named, ["0", "1", "2"], [0, 1, 2]) == ["crane (0)", "fox", "crane (2)"]
     assert _readable(named, ["red fox", "3"], [1, 3]) == ["red fox", "bow"]
     assert _readable(tiny, ["0", "unknown"], [0, None]) == ["0", "unknown"]
+
+
+def test_held_out_photos_of_a_class_that_was_not_fitted_are_left_out(tiny: Performer, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    photos = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    categories = ["a", "b"] * 4 + ["a", "b", "c", "c"]
+    images = ImageSet.from_arrays(photos, categories=categories, splits=["train"] * 8 + ["test"] * 4)
+    readout = select_features(tiny, images, out=tmp_path / "run", pictures=0).manifest["readout"]
+    assert readout["accuracy"]["n"] == readout["shuffled"]["n"] == 2
