@@ -20,7 +20,7 @@ from torch import nn
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.filter_loss import filter_loss
 from partlens.explainer.network import Explainer, ExplainerStructure
-from partlens.explainer.objective import Objective
+from partlens.explainer.objective import BatchFacts, Objective
 from partlens.explainer.templates import part_templates
 
 FILTERS, SIDE, BATCH, ROUNDS, THREADS = 512, 14, 32, 10, 1
@@ -33,7 +33,7 @@ def step(
     output = explainer(maps)
     total = objective.reconstruction(output, (torch.zeros_like(output.reconstructions[0]),)) / 1e6
     if losses:
-        _, costs = objective.interpretable(output, len(maps), None, mix=False)
+        _, costs = objective.interpretable(output, BatchFacts(len(maps)), mix=False)
         total = total + 1e-6 * (costs[0].sum() + costs[1].sum())
     optimiser.zero_grad()
     total.backward()

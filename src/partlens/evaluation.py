@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +17,16 @@ from torch import Tensor, nn
 from partlens.data.images import ImageSet
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import Explainer
+from partlens.explainer.templates import mask_at_peak
 from partlens.metrics.estimate import Estimate, bootstrap
-from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1, category_error_increase
+from partlens.metrics.faithfulness import (
+    HeadErrors,
+    ReconstructionSums,
+    agreement_top1,
+    best_share,
+    category_error_increase,
+    decision_errors,
+)
 from partlens.metrics.localisation import (
     LocalisationScores,
     Peaks,
@@ -36,6 +46,7 @@ SCHEMA = "partlens.evaluation/1"
 BATCH = 32
 NULL_FILTERS = 256
 ROUNDS = 100
+SHARES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 0.95)
 
 
 @dataclass
@@ -44,7 +55,18 @@ class _Layer:
 
     cells: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+    activity: list[Tensor] = field(default_factory=list)
     side: tuple[int, int] = (0, 0)
+
+    def follow(self, maps: Float[Tensor, "image filter row col"]) -> None:
+        """Keep ``sum_ij x_ij`` of photos that only decide which category a filter belongs to."""
+        self.activity.append(maps.clamp(min=0).sum((2, 3)))
+
+    def assigned(self, labels: Int[Tensor, " image"], categories: int) -> Int[Tensor, " filter"]:
+        """Return each filter's category: the one whose photos excite it most on average (CVPR 2018, Sec. 3.1)."""
+        sums = torch.cat(self.activity)
+        means = torch.stack([sums[labels == c].mean(0) for c in range(categories)])
+        return means.argmax(0)
 
     def add(self, maps: Float[Tensor, "image filter row col"]) -> None:
         score, index = maps.flatten(2).max(-1)
@@ -95,6 +117,81 @@ def _vector(features: Tensor) -> Tensor:
     return features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
 
 
+def class_outputs(outputs: Float[Tensor, "image output"]) -> Float[Tensor, "image class"]:
+    """Return outputs whose largest is the decision: a single logistic output gets a 0 for "not the category" before it.
+
+    Example:
+        >>> class_outputs(torch.tensor([[2.0], [-1.0]])).argmax(1).tolist()
+        [1, 0]
+    """
+    return torch.cat([torch.zeros_like(outputs), outputs], 1) if outputs.shape[1] == 1 else outputs
+
+
+@dataclass
+class ShareCurve:
+    """The objective of each photo at several shares p, everything else held.
+
+    Attributes:
+        eta: weight of -log p.
+        costs: per photo and share: ``sum_l |x_l - x_l*|²`` of each target, times ``1 / E|max(x*, 0)|`` when read out.
+    """
+
+    eta: float
+    reconstruction_weight: float
+    costs: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    worst_rescaling: float = math.nan
+
+    @torch.no_grad()
+    def add(self, explainer: Explainer, maps: Tensor, targets: Sequence[Tensor]) -> None:
+        """Decode a batch at every share."""
+        _, interp2 = explainer.interpret(maps)
+        masked = explainer.pool(mask_at_peak(interp2, explainer.masks))
+        z = explainer.norm_interp(masked)
+        o = explainer.norm_ordin(explainer.pool(explainer.conv_ordin(maps).relu()))
+        cost = maps.new_empty(len(maps), len(SHARES), len(targets))
+        for column, share in enumerate(SHARES):
+            for row, (value, target) in enumerate(
+                zip(explainer.decode(share * z + (1 - share) * o), targets, strict=True)
+            ):
+                cost[:, column, row] = (value - target).square().flatten(1).sum(1)
+        self.costs.append(cost.double())
+        self.norms.append(torch.stack([t.clamp(min=0).flatten(1).norm(dim=1) for t in targets], 1).double())
+        if math.isnan(self.worst_rescaling):
+            self.worst_rescaling = rescaling_error(explainer, maps)
+
+    def optimum(self, generator: torch.Generator, rounds: int = 1000) -> Estimate:
+        """Return the p at which these photos' objective is least, with a bootstrap over photos."""
+        weights = self.reconstruction_weight / torch.cat(self.norms).mean(0).clamp(min=1e-12)
+        costs = (torch.cat(self.costs) * weights).sum(2)
+        shares = torch.tensor(SHARES, dtype=torch.float64)
+        return bootstrap(
+            lambda i: best_share(costs[i].mean(0), shares, self.eta), len(costs), generator=generator, rounds=rounds
+        )
+
+
+def rescaling_error(explainer: Explainer, maps: Tensor, factor: float = 10.0) -> float:
+    """Return how far the encoder's output moves when conv-interp-2 is scaled and its norm layer measured again.
+
+    A share p could be had for nothing if the interpretable track could be made large or small by its weights alone; the
+    norm layer is there to prevent it. 0 means it does: the largest change, relative to the largest value.
+    """
+    scaled = copy.deepcopy(explainer)
+    outcome = []
+    with torch.no_grad():
+        for times in (1.0, factor):
+            for parameter, original in zip(
+                scaled.conv_interp_2.parameters(), explainer.conv_interp_2.parameters(), strict=True
+            ):
+                parameter.copy_(original * times)
+            masked = scaled.pool(mask_at_peak(scaled.interpret(maps)[1], scaled.masks))
+            scaled.norm_interp.started.fill_(value=False)
+            scaled.norm_interp.update(masked)
+            outcome.append(scaled.norm_interp.eval()(masked))
+    largest = float(outcome[0].abs().max())
+    return float((outcome[1] - outcome[0]).abs().max()) / largest if largest > 0 else 0.0
+
+
 @dataclass
 class _Pass:
     """One streaming pass of some photos through performer and explainer."""
@@ -105,10 +202,11 @@ class _Pass:
     layers: dict[str, _Layer]
     sums: dict[str, ReconstructionSums]
     per_photo: dict[str, list[Tensor]]
+    curve: ShareCurve
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def take(self, batch: Tensor, *, localise: bool) -> None:
+    def take(self, batch: Tensor, *, localise: bool, follow: bool) -> None:
         """Process a preprocessed batch."""
         structure = self.explainer.structure
         names = list(dict.fromkeys([structure.tap, *structure.targets, *self.layers]))
@@ -118,15 +216,19 @@ class _Pass:
         output = self.explainer(maps[structure.tap])
         last = structure.targets[-1]
         own, fed = maps[last], output.reconstructions[-1]
+        if follow:
+            for name, layer in self.layers.items():
+                layer.follow(output.interp2 if name == "explainer" else maps[name])
         if localise:
+            self.curve.add(self.explainer, maps[structure.tap], [maps[name] for name in structure.targets])
             for name, layer in self.layers.items():
                 layer.add(output.interp2 if name == "explainer" else maps[name])
             for name, value in zip(structure.targets, output.reconstructions, strict=True):
                 self.sums[name].add(value, maps[name])
                 self.per_photo[name].append((value - maps[name]).double().square().flatten(1).sum(1))
         for name, value in (
-            ("outputs", self.head(own)[0]),
-            ("fed_outputs", self.head(fed)[0]),
+            ("outputs", class_outputs(self.head(own)[0])),
+            ("fed_outputs", class_outputs(self.head(fed)[0])),
             ("features", _vector(own)),
             ("fed_features", _vector(fed)),
         ):
@@ -140,11 +242,18 @@ class _Pass:
 
 
 def _stream(
-    stage: _Pass, images: ImageSet, rows: Sequence[int], advance: Callable[[int], None], *, localise: bool
+    stage: _Pass,
+    images: ImageSet,
+    rows: Sequence[int],
+    advance: Callable[[int], None],
+    *,
+    localise: bool = False,
+    follow: bool = False,
 ) -> FedBack:
     for start in range(0, len(rows), BATCH):
         chosen = rows[start : start + BATCH]
-        stage.take(stage.performer.preprocessing([images.read(i) for i in chosen]), localise=localise)
+        batch = stage.performer.preprocessing([images.read(i) for i in chosen])
+        stage.take(batch, localise=localise, follow=follow)
         advance(len(chosen))
     return stage.fed_back()
 
@@ -258,6 +367,78 @@ class EvaluationRows:
         return len(self.held) + len(self.held_others) + len(self.train) + len(self.train_others)
 
 
+@dataclass(frozen=True)
+class Categories:
+    """The categories that an explainer's filters are shared among.
+
+    Attributes:
+        names: at least two.
+        labels: of the held-out photos, an index into ``names``.
+        train_labels: of the training photos; they decide which category a filter belongs to.
+    """
+
+    names: tuple[str, ...]
+    labels: Int[Tensor, " image"]
+    train_labels: Int[Tensor, " photo"]
+
+
+def _mean_of(values: Sequence[Estimate], weights: Sequence[int]) -> Estimate:
+    """Return a weighted mean of independent estimates; each end of the interval adds up in squares."""
+    usable = [(v, w) for v, w in zip(values, weights, strict=True) if w > 0 and not math.isnan(v.value)]
+    total = sum(w for _, w in usable)
+    if not usable:
+        return Estimate.undefined()
+    mean = sum(v.value * w for v, w in usable) / total
+    low = math.sqrt(sum(((v.value - v.interval[0]) * w / total) ** 2 for v, w in usable))
+    high = math.sqrt(sum(((v.interval[1] - v.value) * w / total) ** 2 for v, w in usable))
+    return Estimate(mean, (mean - low, mean + high), sum(v.n for v, _ in usable), usable[0][0].unit)
+
+
+def joined_scores(scores: Sequence[LocalisationScores], filters: Sequence[int]) -> LocalisationScores:
+    """Return the mean over filters of scores that were measured per category, each on its own photos."""
+    names = [f.name for f in dataclasses.fields(LocalisationScores) if f.name != "landmark_shares"]
+    joined = {name: _mean_of([getattr(s, name) for s in scores], list(filters)) for name in names}
+    shares: dict[str, float] = {}
+    for landmark in dict.fromkeys(name for s in scores for name in s.landmark_shares):
+        parts = [(s.landmark_shares[landmark], n) for s, n in zip(scores, filters, strict=True)]
+        known = [(v, n) for v, n in parts if not math.isnan(v) and n]
+        shares[landmark] = sum(v * n for v, n in known) / sum(n for _, n in known) if known else math.nan
+    return LocalisationScores(**joined, landmark_shares=shares)
+
+
+def _own_errors(
+    performer: Performer,
+    names: Sequence[str],
+    held: FedBack,
+    others: FedBack | None,
+    labels: Tensor,
+    seed: torch.Generator,
+) -> HeadErrors | None:
+    """Return errors by the performer's own outputs, where these are the categories; ``None`` where they are not."""
+    columns = own_columns(performer, names)
+    if columns is None:
+        return None
+    own = held.outputs if others is None else torch.cat([held.outputs, others.outputs])
+    fed = held.fed_outputs if others is None else torch.cat([held.fed_outputs, others.fed_outputs])
+    truth = torch.tensor(columns)[labels]
+    if len(names) == 1:
+        # Category against everything else: the other outputs are one class.
+        own, fed = ((x.argmax(1) == columns[0]).long() for x in (own, fed))
+        count = len(own) - len(truth)
+        truth = torch.cat([torch.ones(len(labels)), torch.zeros(count)]).long()
+    else:
+        own, fed = held.outputs.argmax(1), held.fed_outputs.argmax(1)
+    return decision_errors(own, fed, truth, generator=seed)
+
+
+def own_columns(performer: Performer, names: Sequence[str]) -> tuple[int, ...] | None:
+    """Return the column of :func:`class_outputs` of each category; ``None`` where the performer does not know one."""
+    known = performer.class_names
+    if known is None or not names or any(name not in known for name in names):
+        return None
+    return tuple(known.index(name) + (1 if len(known) == 1 else 0) for name in names)
+
+
 def evaluate_explainer(
     explainer: Explainer,
     performer: Performer,
@@ -265,6 +446,8 @@ def evaluate_explainer(
     rows: EvaluationRows,
     shares: Sequence[float],
     *,
+    category: str | None = None,
+    categories: Categories | None = None,
     seed: int = 0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, Any], dict[str, Peaks]]:
@@ -276,6 +459,9 @@ def evaluate_explainer(
         images: the data set.
         rows: which photos to use for what.
         shares: p of every seed, the kept explainer's first.
+        category: of the held photos; where the performer has an output of that name, errors are its own.
+        categories: for an explainer of several. Every filter is then measured on the photos of its category only
+            (ICLR 2020, Sec. 4), and a layer's score is the mean over its filters.
         seed: of the nulls and the bootstrap.
         advance: called with the number of photos just done.
 
@@ -292,9 +478,14 @@ def evaluate_explainer(
         {name: _Layer() for name in names},
         {name: ReconstructionSums() for name in structure.targets},
         {name: [] for name in structure.targets},
+        ShareCurve(explainer.config.eta, explainer.config.reconstruction_weight),
     )
     generator = torch.Generator().manual_seed(seed)
     held = _stream(stage, images, rows.held, advance, localise=True)
+    others = bool(rows.held_others and rows.train and rows.train_others)
+    train = None
+    if categories is not None or others:
+        train = _stream(stage, images, rows.train, advance, follow=categories is not None)
     size = performer.preprocessing.size_px
     landmark_names, landmarks = landmarks_in_input(images, rows.held, performer)
     photos = photo_numbers(images, rows.held)
@@ -302,18 +493,56 @@ def evaluate_explainer(
     # Convolutions with padding 1 and stride 1 leave the grid of cell centres as it is.
     fields = {"explainer": tap_field, structure.tap: tap_field, top: receptive_field(performer, top)}
     peaks = {name: stage.layers[name].peaks(fields[name]) for name in names}
+    assigned = (
+        {}
+        if categories is None
+        else {n: stage.layers[n].assigned(categories.train_labels, len(categories.names)) for n in names}
+    )
 
-    def scores(of: Peaks, *, fixed: bool = False, rounds: int = ROUNDS) -> LocalisationScores:
+    def of_photos(of: Peaks, index: Tensor | None, *, fixed: bool = False) -> LocalisationScores:
         return localisation_scores(
             of,
-            landmarks,
+            landmarks if index is None else landmarks[index],
             size,
             landmark_names=landmark_names,
-            photos=photos,
+            photos=photos if index is None else photos[index],
             generator=generator,
-            rounds=rounds,
+            rounds=ROUNDS,
             fixed_null=fixed,
         )
+
+    def scores(of: Peaks, layer: str | None, *, fixed: bool = False) -> dict[str, Any]:
+        """Scores of a layer, or of a null (no layer), which is measured on every category alike."""
+        if categories is None:
+            return of_photos(of, None, fixed=fixed).to_dict()
+        found, counts, by_category = [], [], {}
+        for number, name in enumerate(categories.names):
+            index = (categories.labels == number).nonzero()[:, 0]
+            own = None if layer is None else (assigned[layer] == number).nonzero()[:, 0]
+            # A null weighs as much in each category as the explainer that it stands beside.
+            counts.append(len(own) if own is not None else int((assigned["explainer"] == number).sum()))
+            if (own is not None and not len(own)) or len(index) < 2:
+                counts.pop()
+                continue
+            part = of.rows(index) if own is None else of.rows(index).filters(own)
+            found.append(of_photos(part, index, fixed=fixed))
+            by_category[name] = {"filters": counts[-1], **found[-1].to_dict()}
+        return joined_scores(found, counts).to_dict() | {"by_category": by_category}
+
+    def table(layer: str) -> list[dict[str, Any]]:
+        if categories is None:
+            return filter_table(peaks[layer], landmarks, landmark_names, size, photos)
+        records: dict[int, dict[str, Any]] = {}
+        for number, name in enumerate(categories.names):
+            index = (categories.labels == number).nonzero()[:, 0]
+            own = (assigned[layer] == number).nonzero()[:, 0]
+            if len(own):
+                part = peaks[layer].rows(index).filters(own)
+                found = filter_table(part, landmarks[index], landmark_names, size, photos[index])
+                records |= {
+                    k: {**record, "filter": k, "category": name} for k, record in zip(own.tolist(), found, strict=True)
+                }
+        return [records[k] for k in sorted(records)]
 
     start, stride = grid_of(tap_field)
     nulls = {
@@ -328,11 +557,12 @@ def evaluate_explainer(
                 filters=NULL_FILTERS,
                 generator=generator,
             ),
+            None,
             fixed=kind != "random",
-        ).to_dict()
+        )
         for kind in ("random", "centre", "corner")
     }
-    explained = scores(peaks["explainer"]).to_dict()
+    explained = scores(peaks["explainer"], "explainer")
     agreement = agreement_top1(held.fed_outputs, held.outputs)
     reconstruction: dict[str, Any] = {
         "agreement_top1": agreement.to_dict(),
@@ -341,10 +571,23 @@ def evaluate_explainer(
             for name in structure.targets
         },
     }
-    if rows.held_others and rows.train and rows.train_others:
-        held_others = _stream(stage, images, rows.held_others, advance, localise=False)
-        train = _stream(stage, images, rows.train, advance, localise=False)
-        train_others = _stream(stage, images, rows.train_others, advance, localise=False)
+    held_others = None
+    errors = None
+    labels = torch.zeros(len(rows.held), dtype=torch.long) if categories is None else categories.labels
+    wanted = ([] if category is None else [category]) if categories is None else list(categories.names)
+    if others:
+        assert train is not None
+        held_others = _stream(stage, images, rows.held_others, advance)
+        reconstruction["agreement_top1_background"] = agreement_top1(
+            held_others.fed_outputs, held_others.outputs
+        ).to_dict()
+    if wanted and (held_others is not None or categories is not None):
+        errors = _own_errors(performer, wanted, held, held_others, labels, generator)
+        by = "performer"
+    if errors is None and categories is None and others:
+        assert train is not None
+        assert held_others is not None
+        train_others = _stream(stage, images, rows.train_others, advance)
         errors = category_error_increase(
             torch.cat([train.features, train_others.features]),
             torch.cat([torch.ones(len(rows.train)), torch.zeros(len(rows.train_others))]).long(),
@@ -353,29 +596,51 @@ def evaluate_explainer(
             torch.cat([torch.ones(len(rows.held)), torch.zeros(len(rows.held_others))]).long(),
             generator=generator,
         )
+        by = "logistic head"
+    elif errors is None and categories is not None:
+        assert train is not None
+        errors = category_error_increase(
+            train.features,
+            categories.train_labels,
+            held.features,
+            held.fed_features,
+            categories.labels,
+            generator=generator,
+        )
+        by = "logistic head"
+    if errors is not None:
         reconstruction |= {
+            "errors_by": by,
             "performer_error_percent": errors.performer_error_percent.to_dict(),
             "explainer_error_percent": errors.explainer_error_percent.to_dict(),
             "error_increase_points": errors.error_increase_points.to_dict(),
-            "agreement_top1_background": agreement_top1(held_others.fed_outputs, held_others.outputs).to_dict(),
         }
+    optimum = Estimate.undefined()
+    if explainer.config.objective == "reconstruction":
+        optimum = stage.curve.optimum(generator)
     result = {
         "schema": SCHEMA,
         "photos": len(rows.held),
         "landmarks": {name: int((~landmarks[:, k].isnan().any(-1)).sum()) for k, name in enumerate(landmark_names)},
         "explainer": explained,
         "performer": {
-            "tap": scores(peaks[structure.tap]).to_dict(),
-            "top": scores(peaks[top]).to_dict(),
+            "tap": scores(peaks[structure.tap], structure.tap),
+            "top": scores(peaks[top], top),
             "top_layer": top,
         },
         "nulls": nulls,
         "p": share_estimate(shares).to_dict(),
+        "p_optimum": optimum.to_dict(),
+        "p_rescaling_error": stage.curve.worst_rescaling,
         "reconstruction": reconstruction,
         "filters": {
-            "explainer": filter_table(peaks["explainer"], landmarks, landmark_names, size, photos),
-            "performer": filter_table(peaks[structure.tap], landmarks, landmark_names, size, photos),
+            "explainer": table("explainer"),
+            "performer": table(structure.tap),
         },
         "warnings": warnings_for(explained, agreement),
     }
+    if categories is not None:
+        result["filter_categories"] = {
+            name: int((assigned["explainer"] == number).sum()) for number, name in enumerate(categories.names)
+        }
     return result, peaks

@@ -285,3 +285,85 @@ def test_public_names_load_lazily() -> None:
         partlens.explain_everything
     assert callable(partlens.report)
     assert partlens.ExplainerConfig is ExplainerConfig
+
+
+@pytest.fixture
+def flower_judge(tiny: Performer) -> Performer:
+    """A performer whose outputs are the two categories."""
+    tiny.module.classes = nn.Linear(16, 2)
+    return Performer(
+        tiny.module, "judge", tiny.preprocessing, "judge-weights", "relu2", class_names=("petal-blue", "petal-red")
+    )
+
+
+def test_an_explainer_of_several_categories_shares_its_filters_out(
+    flower_judge: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    fitted = fit_explainer(flower_judge, few_flowers, out=path, category="petal-red,petal-blue", config=SMALL, seeds=1)
+    assert fitted.manifest["data"]["categories"] == ["petal-blue", "petal-red"]
+    assert fitted.manifest["data"]["category"] == ""
+    result = evaluate(path, few_flowers, model=flower_judge)
+    shared = result["filter_categories"]
+    assert sum(shared.values()) == 12
+    assert {r["category"] for r in result["filters"]["explainer"]} == {n for n, count in shared.items() if count}
+    parts = result["explainer"]["by_category"]
+    mean = sum(part["instability"]["value"] * part["filters"] for part in parts.values()) / sum(
+        part["filters"] for part in parts.values()
+    )
+    assert result["explainer"]["instability"]["value"] == pytest.approx(mean)
+    # Two categories that are outputs of the performer: the errors are its own, on the photos of both.
+    assert result["reconstruction"]["errors_by"] == "performer"
+    held = len(few_flowers.indices(split="test"))
+    assert result["reconstruction"]["performer_error_percent"]["n"] == held
+    report(path)
+
+
+def test_explainer_cls_learns_from_the_performers_own_classes(
+    flower_judge: Performer, few_flowers: ImageSet, tiny: Performer, tmp_path: Path
+) -> None:
+    settings = {**SMALL, "objective": "classification"}
+    fitted = fit_explainer(flower_judge, few_flowers, out=tmp_path / "cls", category=RED, config=settings, seeds=1)
+    assert all("classification" in record for record in fitted.history if record["phase"] == "joint")
+    result = evaluate(tmp_path / "cls", few_flowers, model=flower_judge)
+    assert result["p_optimum"]["value"] is None
+    nameless = Performer(tiny.module, "nameless", tiny.preprocessing, "x", "relu2")
+    with pytest.raises(ValueError, match="a performer with an output for each category"):
+        fit_explainer(nameless, few_flowers, out=tmp_path / "no", category=RED, config=settings, seeds=1)
+
+
+def test_errors_of_a_single_logistic_output_are_of_its_sign(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    tiny.module.classes = nn.Linear(16, 1)
+    judge = Performer(tiny.module, "judge", tiny.preprocessing, "judge-weights", "relu2", class_names=(RED,))
+    fit_explainer(judge, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1)
+    result = evaluate(tmp_path / "run", few_flowers, model=judge)
+    rows = few_flowers.indices(split="test")
+    with torch.no_grad():
+        outputs = judge.module(judge.preprocessing([few_flowers.read(i) for i in rows]))[:, 0]
+    wrong = [(float(s) > 0) != (few_flowers.categories[i] == RED) for s, i in zip(outputs, rows, strict=True)]
+    assert result["reconstruction"]["errors_by"] == "performer"
+    assert result["reconstruction"]["performer_error_percent"]["value"] == pytest.approx(100 * np.mean(wrong))
+
+
+def test_p_of_least_objective_and_rescaling_stand_beside_p(run: Path, few_flowers: ImageSet, tiny: Performer) -> None:
+    result = evaluate(run, few_flowers, model=tiny)
+    low, high = result["p_optimum"]["interval"]
+    assert 0 < low <= result["p_optimum"]["value"] <= high < 1
+    assert result["p_rescaling_error"] < 1e-4
+
+
+def test_evidence_is_cached_once_and_guides_the_fit(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    fitted = fit_explainer(
+        tiny,
+        few_flowers,
+        out=tmp_path / "run",
+        category=RED,
+        config={**SMALL, "evidence_weight": 4.0},
+        seeds=1,
+        cache=tmp_path / "cache",
+    )
+    assert (tmp_path / "cache" / "evidence.safetensors").exists()
+    assert all("evidence" in record for record in fitted.history)
+    assert "evidence_at_peak" in fitted.history[0]

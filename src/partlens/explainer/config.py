@@ -20,6 +20,7 @@ _POSITIVE = (
     "beta",
     "tau_cells",
     "reconstruction_weight",
+    "classification_weight",
     "learning_rate",
     "learning_rate_joint",
     "learning_rate_decoder",
@@ -29,6 +30,8 @@ _POSITIVE = (
     "views",
     "candidates_per_filter",
     "votes",
+    "evidence_power",
+    "evidence_smooth_cells",
 )
 _NOT_NEGATIVE = (
     "learning_rate_ordinary",
@@ -38,6 +41,7 @@ _NOT_NEGATIVE = (
     "filter_decay",
     "diversity_weight",
     "equivariance_weight",
+    "evidence_weight",
     "norm_floor",
     "weight_decay",
     "background_batch",
@@ -85,6 +89,9 @@ class ExplainerConfig:
             this many nats before the filter loss; 0 leaves the maps as they are (paper).
         gradient: ``exact`` over all templates or the paper's ``approximate`` single template (CVPR 2018, Eq. (4)).
         normaliser: ``batch`` or ``running`` Z_T (CVPR 2018, footnote 2; the released code uses the batch).
+        objective: ``reconstruction`` of the targets, or ``classification``: the loss of the fed-back reconstruction
+            against labels takes its place (Explainer+cls of ICLR 2020, Table 10, a baseline).
+        classification_weight: of that loss, in the units of the reconstruction loss (paper silent).
         reconstruction_weight: numerator of lambda_l = 5e4 / E|max(x*, 0)| (ICLR 2020, Sec. 4).
         eta: weight of -log p; 1e6 for AlexNet, VGG-M and VGG-S, 1.5e5 for VGG-16 and ResNets (ICLR 2020, Sec. 4).
         filter_ratio: E|lambda_f dLoss_f/dx| over E|dLoss_rec/dx| in epoch 1 (ICLR 2020: 1/300, as we read it).
@@ -99,6 +106,11 @@ class ExplainerConfig:
         diversity_target: mean pairwise correlation that is left alone.
         equivariance_weight: weight of the distance (cells) between a peak and where a crop or mirror of the photo
             should have put it, per filter and in units of the filter loss; 0 in the papers.
+        evidence_weight: weight of ``-log sum_mu q(mu|x) e(mu)``, per filter and in units of the filter loss, where
+            ``q`` is the posterior of the templates and ``e`` the performer's evidence (see
+            :func:`partlens.explainer.evidence.evidence_maps`); 0 in the papers.
+        evidence_power: evidence is raised to this power after it was scaled to a maximum of 1 in each photo.
+        evidence_smooth_cells: side of the box (cells, odd) by which evidence is averaged first.
         norm_momentum: weight of the past in the norm layers' running magnitudes (paper silent).
         norm_floor: magnitudes below this share of the layer's mean are raised to it, so that a dead channel does not
             divide by nearly nothing (paper silent).
@@ -131,6 +143,8 @@ class ExplainerConfig:
     score_scale_nats: float = 0.0
     gradient: Literal["exact", "approximate"] = "approximate"
     normaliser: Literal["batch", "running"] = "batch"
+    objective: Literal["reconstruction", "classification"] = "reconstruction"
+    classification_weight: float = 1e6
     reconstruction_weight: float = 5e4
     eta: float = 1.5e5
     filter_ratio: float = 1 / 300
@@ -140,6 +154,9 @@ class ExplainerConfig:
     diversity_weight: float = 0.0
     diversity_target: float = 1.0
     equivariance_weight: float = 0.0
+    evidence_weight: float = 0.0
+    evidence_power: float = 4.0
+    evidence_smooth_cells: int = 5
     norm_momentum: float = 0.95
     norm_floor: float = 0.1
     norm_positives_only: bool = True

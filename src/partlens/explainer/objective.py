@@ -2,12 +2,14 @@
 
     Loss = sum_l lambda_l |x_l - x_l*|² - eta log p + sum_f lambda_f Loss_f(x_f)        (ICLR 2020, Eq. (1))
 
-Beyond the papers, and off in the ``paper`` preset, two terms act on the *expected peak* of a map, the mean cell under
+Beyond the papers, and off in the ``paper`` preset, three terms act on the *expected peak* of a map, the mean cell under
 the softmax of its template scores (differentiable, and the same posterior the filter loss uses):
 
 - *diversity*: the filters' expected peaks correlate over photos by at most ``diversity_target`` on average;
 - *equivariance*: a part filter must move with the image: the peak in a crop or mirror is where the crop or mirror takes
-  the peak of the photo.
+  the peak of the photo;
+- *evidence*: a part that matters stands where the performer's decision hangs on the maps
+  (:mod:`partlens.explainer.evidence`).
 
 Without the first, "every filter follows the same part" is an optimum of the filter loss.
 """
@@ -19,17 +21,30 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.filter_loss import RunningNormaliser, filter_loss_of_scores, single_templates, template_scores
 from partlens.explainer.network import Explainer, ExplainerOutput
 from partlens.explainer.templates import part_templates
+from partlens.vocabulary import InputError, expected
 
-TERMS = ("reconstruction", "share", "filter_1", "filter_2", "correlation", "equivariance", "p")
+TERMS = (
+    "reconstruction",
+    "share",
+    "filter_1",
+    "filter_2",
+    "correlation",
+    "equivariance",
+    "evidence",
+    "classification",
+    "p",
+)
 _MEASURE_EVERY = 8
 _MEASURE_MOMENTUM = 0.7
+_ACTIVITY_MOMENTUM = 0.9
 
 
 class ViewPair(NamedTuple):
@@ -42,6 +57,31 @@ class ViewPair(NamedTuple):
     first: slice
     second: slice
     windows: Float[Tensor, "pair 5"]
+
+
+class BatchFacts(NamedTuple):
+    """What is known of a batch's images beyond their maps.
+
+    Attributes:
+        positives: the first so many are of the category, or of one of the categories.
+        pair: which of these show the same photos.
+        evidence: where the performer's decision hangs on their maps.
+        labels: their categories, for an explainer of several; the filters are then assigned to categories.
+    """
+
+    positives: int
+    pair: ViewPair | None = None
+    evidence: Float[Tensor, "positive row col"] | None = None
+    labels: Int[Tensor, " positive"] | None = None
+
+
+class _Group(NamedTuple):
+    """Photos of one category in a batch and the filters that are theirs."""
+
+    rows: Tensor
+    filters: Tensor
+    pair: ViewPair | None
+    evidence: Tensor | None
 
 
 def expected_peaks(
@@ -88,6 +128,15 @@ def equivariance_cost(
     return ((distance * inside).sum(0) / inside.sum(0).clamp(min=1)).sum()
 
 
+def evidence_cost(
+    scores: Float[Tensor, "image filter template"], evidence: Float[Tensor, "image row col"]
+) -> Float[Tensor, " filter"]:
+    """Return ``mean_x -log sum_mu q(mu|x) e(mu)`` in nats, ``q`` the posterior of the positive templates."""
+    weight = scores[..., :-1].softmax(-1)
+    met = torch.einsum("ift,it->if", weight, evidence.flatten(1).to(weight.dtype))
+    return -met.clamp(min=1e-6).log().mean(0)
+
+
 @dataclass
 class Objective:
     """The objective with its running measurements; all of them are part of a checkpoint.
@@ -96,6 +145,9 @@ class Objective:
         config: the weights.
         explainer: the network it is computed for.
         target_norms: E|max(x*, 0)| of each target.
+        categories: how many categories the filters are shared among.
+        head: the performer from the last target to its output, for ``objective="classification"``.
+        outputs: the performer's output of each category, for the same.
         epoch: number N of the running epoch, from 1; the filter loss weighs ``filter_ratio / N ** filter_decay``.
         state: running tensors by name.
     """
@@ -103,6 +155,9 @@ class Objective:
     config: ExplainerConfig
     explainer: Explainer
     target_norms: tuple[float, ...]
+    categories: int = 1
+    head: nn.Module | None = None
+    outputs: tuple[int, ...] = (0,)
     epoch: int = 1
     step: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -124,70 +179,157 @@ class Objective:
         """Return ``-eta log p``."""
         return -self.config.eta * output.p.log()
 
-    def _scaled(self, scores: Tensor, name: str) -> Tensor:
-        """Scale each filter's scores so that its best template scores ``score_scale_nats`` on average.
+    def _scale(self, scores: Tensor, name: str, filters: Tensor) -> Tensor:
+        """Return what to multiply each filter's scores by, so that its best template scores ``score_scale_nats``.
 
-        Scores are linear in the maps, so this is the same as scaling the maps.
+        The mean over the filter's own photos, running over batches. Scores are linear in the maps, so this is the
+        same as scaling the maps.
         """
         if self.config.score_scale_nats == 0:
-            return scores
+            return scores.new_ones(scores.shape[1])
         with torch.no_grad():
-            best = scores.amax(-1).mean(0)
-            past = self.state.get(f"scale.{name}")
-            self.state[f"scale.{name}"] = best if past is None else 0.9 * past + 0.1 * best
-            running = self.state[f"scale.{name}"]
-            factor = self.config.score_scale_nats / running.clamp(min=1e-6 * float(running.mean()) + 1e-12)
-        return scores * factor[:, None]
+            largest = scores.amax(-1)
+            # The best score of a map without a peak is negative; a tenth of the scores' range stands in for it, or the
+            # factor would be without bounds.
+            best = torch.maximum(largest, 0.1 * (largest - scores.amin(-1))).mean(0)
+            key = f"scale.{name}"
+            if key not in self.state:
+                width = self.explainer.structure.channels_in if name == "1" else self.explainer.structure.channels_out
+                self.state[key] = best.new_full((width,), math.nan)
+            past = self.state[key][filters]
+            running = torch.where(past.isnan(), best, 0.9 * past + 0.1 * best)
+            self.state[key] = self.state[key].index_copy(0, filters, running)
+            return self.config.score_scale_nats / running.clamp(min=1e-6 * float(running.mean()) + 1e-12)
 
-    def _normaliser(self, scores: Tensor, name: str) -> RunningNormaliser | None:
+    def _normaliser(self, scores: Tensor, name: str, filters: Tensor) -> RunningNormaliser | None:
         if self.config.normaliser == "batch":
             return None
-        past = self.state.get(f"normaliser.{name}")
-        fresh = RunningNormaliser.started(scores) if past is None else RunningNormaliser(past).updated(scores)
-        self.state[f"normaliser.{name}"] = fresh.log_mean
-        return fresh
+        key = f"normaliser.{name}"
+        if key not in self.state:
+            width = self.explainer.structure.channels_in if name == "1" else self.explainer.structure.channels_out
+            self.state[key] = torch.full((width, scores.shape[2]), math.nan)
+        past = self.state[key][filters]
+        started = RunningNormaliser.started(scores)
+        # A filter that has just come to this category starts afresh.
+        known = ~past.isnan().any(1, keepdim=True)
+        mixed = RunningNormaliser(torch.where(known, past, started.log_mean)).updated(scores).log_mean
+        fresh = torch.where(known, mixed, started.log_mean)
+        self.state[key] = self.state[key].index_copy(0, filters, fresh)
+        return RunningNormaliser(fresh)
+
+    def assigned(self, layer: str) -> Int[Tensor, " filter"]:
+        """Return the category of each filter of a layer: the one whose photos excite it most (CVPR 2018, Sec. 3.1).
+
+        ``argmax_c mean over photos of c of sum_ij x_ij``, the means running over batches and so re-assigned with each.
+        """
+        return self.state[f"activity.{layer}"].argmax(1)
+
+    @torch.no_grad()
+    def _follow_activity(self, layer: str, maps: Tensor, labels: Tensor) -> None:
+        """Mix a batch into the running mean of ``sum_ij x_ij`` per filter and category (EMA 0.9, as released)."""
+        total = maps[: len(labels)].detach().float().sum((2, 3))
+        count = int(labels.max()) + 1
+        key = f"activity.{layer}"
+        past = self.state.get(key)
+        width = max(count, self.categories)
+        means = total.new_zeros(maps.shape[1], width)
+        seen = torch.bincount(labels, minlength=width)
+        means.index_add_(1, labels, total.t())
+        means = means / seen.clamp(min=1)
+        if past is None:
+            self.state[key] = means
+        else:
+            self.state[key] = torch.where(seen > 0, _ACTIVITY_MOMENTUM * past + (1 - _ACTIVITY_MOMENTUM) * means, past)
+
+    def _groups(self, layer: str, maps: Tensor, batch: BatchFacts) -> list[_Group]:
+        """Split a batch by category: which photos are positive for which filters."""
+        positives = batch.positives
+        if batch.labels is None:
+            everything = torch.arange(maps.shape[1])
+            return [_Group(torch.arange(positives), everything, batch.pair, batch.evidence)]
+        self._follow_activity(layer, maps, batch.labels)
+        assigned = self.assigned(layer)
+        found = []
+        for category in range(self.categories):
+            rows = (batch.labels == category).nonzero()[:, 0]
+            filters = (assigned == category).nonzero()[:, 0]
+            if len(rows) < 2 or not len(filters):
+                continue
+            pair = batch.pair
+            if pair is not None:
+                # Both halves of the batch show the same photos in the same order.
+                kept = rows[rows < len(pair.windows)]
+                half = len(kept)
+                pair = ViewPair(slice(0, half), slice(half, 2 * half), pair.windows[kept])
+            found.append(_Group(rows, filters, pair, None if batch.evidence is None else batch.evidence[rows]))
+        return found
+
+    def _layer_cost(self, name: str, maps: Tensor, batch: BatchFacts) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the cost per filter of one interpretable layer and its logged terms."""
+        config = self.config
+        positives = batch.positives
+        used = maps.float() if config.filter_background else maps[:positives].float()
+        scores = template_scores(used, self._templates)
+        total = scores.new_zeros(scores.shape[1])
+        logged: dict[str, list[Tensor]] = {}
+        for group in self._groups(name, maps, batch):
+            rows = torch.arange(len(used)) if config.filter_background else group.rows
+            whole = len(rows) == len(used) and len(group.filters) == scores.shape[1]
+            own = scores if whole else scores[rows][:, group.filters]
+            positive = own[: len(group.rows)] if whole else scores[group.rows][:, group.filters]
+            factor = self._scale(positive.detach(), name, group.filters)[:, None]
+            own, positive = own * factor, positive * factor
+            chosen = None
+            if config.gradient == "approximate":
+                present = torch.isin(rows, group.rows)
+                chosen = single_templates(used if whole else used[rows][:, group.filters], present)
+            loss = filter_loss_of_scores(
+                own, normaliser=self._normaliser(own.detach(), name, group.filters), chosen=chosen
+            )
+            logged.setdefault(f"filter_{name}", []).append(loss.detach())
+            extra, terms = self._beyond_the_papers(positive, group)
+            total = total.index_add(0, group.filters, loss + extra)
+            if name == "2":
+                for term, value in terms.items():
+                    logged.setdefault(term, []).append(value.expand(len(group.filters)))
+        return total, {term: torch.cat(values).mean() for term, values in logged.items()}
+
+    def _beyond_the_papers(self, scores: Tensor, group: _Group) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return diversity, equivariance and evidence of a group's photos and filters, per filter."""
+        config = self.config
+        rows, cols = self.explainer.structure.side_cells
+        extra = scores.new_zeros(scores.shape[1])
+        terms: dict[str, Tensor] = {}
+        if config.diversity_weight > 0 or config.equivariance_weight > 0:
+            peaks = expected_peaks(scores, rows, cols)
+            correlation = mean_peak_correlation(peaks)
+            terms["correlation"] = correlation.detach().mean()
+            extra = extra + config.diversity_weight * (correlation - config.diversity_target).clamp(min=0).sum()
+            if config.equivariance_weight > 0 and group.pair is not None:
+                pair = group.pair
+                moved = equivariance_cost(peaks[pair.first], peaks[pair.second], pair.windows, rows, cols)
+                extra = extra + config.equivariance_weight * moved / len(extra)
+                terms["equivariance"] = moved.detach() / len(extra)
+        if config.evidence_weight > 0 and group.evidence is not None:
+            missed = evidence_cost(scores, group.evidence)
+            extra = extra + config.evidence_weight * missed
+            terms["evidence"] = missed.detach().mean()
+        return extra, terms
 
     def interpretable(
-        self, output: ExplainerOutput, positives: int, pair: ViewPair | None, *, mix: bool
+        self, output: ExplainerOutput, batch: BatchFacts, *, mix: bool
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
         """Return the logged terms and, for each interpretable layer, the cost per filter in nats.
 
         Args:
-            output: of a batch whose first ``positives`` images are of the category.
-            positives: these have parts.
-            pair: which of them show the same photos.
+            output: of a batch whose first ``batch.positives`` images are of the category, or of the categories.
+            batch: what is known of its images.
             mix: apply the second layer's loss to ``p x_f + (1 - p) x_ordin``.
         """
-        config = self.config
-        rows, cols = self.explainer.structure.side_cells
         second = self.explainer.mixed_maps(output.interp2, output.ordin) if mix else output.interp2
-        present = torch.arange(len(second)) < positives
-        logged: dict[str, Tensor] = {}
-        costs = []
-        for name, maps in (("1", output.interp1), ("2", second)):
-            used = maps.float() if config.filter_background else maps[:positives].float()
-            scores = self._scaled(template_scores(used, self._templates), name)
-            loss = filter_loss_of_scores(
-                scores,
-                normaliser=self._normaliser(scores.detach(), name),
-                chosen=single_templates(used, present[: len(used)]) if config.gradient == "approximate" else None,
-            )
-            logged[f"filter_{name}"] = loss.detach().mean()
-            filters = loss.shape[0]
-            if config.diversity_weight > 0 or config.equivariance_weight > 0:
-                peaks = expected_peaks(scores[:positives], rows, cols)
-                correlation = mean_peak_correlation(peaks)
-                if name == "2":
-                    logged["correlation"] = correlation.detach().mean()
-                    excess = (correlation - config.diversity_target).clamp(min=0).sum()
-                    loss = loss + config.diversity_weight * excess
-                if config.equivariance_weight > 0 and pair is not None:
-                    moved = equivariance_cost(peaks[pair.first], peaks[pair.second], pair.windows, rows, cols)
-                    loss = loss + config.equivariance_weight * moved / filters
-                    if name == "2":
-                        logged["equivariance"] = moved.detach() / filters
-            costs.append(loss)
-        return logged, (costs[0], costs[1])
+        first_cost, logged = self._layer_cost("1", output.interp1, batch)
+        second_cost, terms = self._layer_cost("2", second, batch)
+        return logged | terms, (first_cost, second_cost)
 
     def _measure(self, reconstruction: Tensor, output: ExplainerOutput, costs: tuple[Tensor, Tensor]) -> None:
         """Measure ``E|dLoss_rec/dx_f| / E|dLoss_f/dx_f|`` per filter of both layers (ICLR 2020, App. I)."""
@@ -210,24 +352,45 @@ class Objective:
         strength: float = self.config.filter_ratio / self.epoch**self.config.filter_decay
         return strength * pull / push
 
-    def warmup(
-        self, output: ExplainerOutput, positives: int, pair: ViewPair | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def warmup(self, output: ExplainerOutput, batch: BatchFacts) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the interpretable track's own cost, for passes in which nothing else learns."""
-        logged, costs = self.interpretable(output, positives, pair, mix=False)
+        logged, costs = self.interpretable(output, batch, mix=False)
         self.step += 1
         return costs[0].sum() + costs[1].sum(), logged
 
+    def decision(self, output: ExplainerOutput, batch: BatchFacts) -> Float[Tensor, ""]:
+        """Return the weighted classification loss of the fed-back reconstruction, the mean over images in nats.
+
+        Explainer+cls (ICLR 2020, Table 10): it takes the reconstruction's place and needs labels. The loss is that
+        of the performers: logistic per output. A batch's background is no category.
+
+        Raises:
+            InputError: no layers after the targets are known, or outputs that are not the categories.
+        """
+        if self.head is None:
+            raise InputError(
+                expected("the performer's upper layers for objective=classification", "none", "Give head= to training")
+            )
+        scores = self.head(output.reconstructions[-1])
+        scores = (scores[0] if isinstance(scores, tuple) else scores).float()
+        wanted = torch.zeros_like(scores)
+        labels = torch.zeros(batch.positives, dtype=torch.long) if batch.labels is None else batch.labels
+        columns = torch.tensor(self.outputs)[labels]
+        wanted[torch.arange(batch.positives), columns] = 1
+        losses = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")[:, list(self.outputs)].sum(1)
+        return self.config.classification_weight * losses.mean()
+
     def joint(
-        self, output: ExplainerOutput, targets: tuple[Tensor, ...], positives: int, pair: ViewPair | None
+        self, output: ExplainerOutput, targets: tuple[Tensor, ...], batch: BatchFacts
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the whole objective divided by 1e6 (Adam does not see the scale; logs stay readable)."""
         reconstruction = self.reconstruction(output, targets)
+        fidelity = self.decision(output, batch) if self.config.objective == "classification" else reconstruction
         share = self.share(output)
-        logged, costs = self.interpretable(output, positives, pair, mix=self.config.filter_mix)
+        logged, costs = self.interpretable(output, batch, mix=self.config.filter_mix)
         if self.step % _MEASURE_EVERY == 0 or "pull.1" not in self.state:
-            self._measure(reconstruction, output, costs)
-        total = reconstruction + share
+            self._measure(fidelity, output, costs)
+        total = fidelity + share
         for layer, cost in zip("12", costs, strict=True):
             total = total + (self.filter_weights(layer) * cost).sum()
         logged |= {
@@ -235,6 +398,8 @@ class Objective:
             "share": share.detach(),
             "p": output.p.detach(),
         }
+        if self.config.objective == "classification":
+            logged["classification"] = fidelity.detach()
         self.step += 1
         return total / 1e6, logged
 

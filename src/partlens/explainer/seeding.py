@@ -7,8 +7,9 @@ follow one part. Starting it from part candidates ends more stable and more dive
    photos' features, are clustered by spherical k-means, for several numbers of clusters and random shares of the
    photos. Only the half of the cells that a linear discriminant finds most typical of the category take part. A cluster
    centre is a linear part detector (a discriminant against everything else in the photos).
-2. *Selection.* Two ranks, both without labels, are added: how exactly a candidate's peak moves with crops and mirrors
-   of the photo, and how much more strongly it answers to photos of the category than to others (area under the curve).
+2. *Selection.* Ranks, all without labels, are added: how exactly a candidate's peak moves with crops and mirrors of the
+   photo, how much more strongly it answers to photos of the category than to others (area under the curve), and, where
+   evidence is given, how much of the performer's evidence stands at its peaks.
 3. *Votes.* conv-interp-1 becomes the best candidates. In conv-interp-2 each filter averages, after the mask, the
    candidates whose peaks move most like its own.
 
@@ -35,6 +36,7 @@ SHRINKAGE = 0.05
 MOST_PHOTOS = 400
 _FAR_CELLS = 5.0
 _AT_ONCE = 256
+_EVIDENCE_SHARE = 2.0  # as much as the other two ranks together
 
 
 def _smooth(maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter row col"]:
@@ -153,6 +155,9 @@ def seed_parts(
     windows: Float[Tensor, "view image 5"],
     others: Float[Tensor, "other filter row col"],
     generator: torch.Generator,
+    evidence: Float[Tensor, "image row col"] | None = None,
+    *,
+    filters: tuple[Int[Tensor, " first"], Int[Tensor, " second"]] | None = None,
 ) -> dict[str, float]:
     """Set the interpretable track to part candidates and their votes.
 
@@ -162,6 +167,10 @@ def seed_parts(
         windows: how each view was cut.
         others: tap maps of other photos; may be empty.
         generator: source of the draws.
+        evidence: where the performer's decision hangs on the maps of view 0, at most 1; candidates whose peaks meet it
+            are preferred. The other two ranks decide alone when left out.
+        filters: which filters of conv-interp-1 and conv-interp-2 are set, for an explainer of several categories, whose
+            filters are shared out; all of them when left out.
 
     Returns:
         What was found, for the log: candidates tried, mean movement error (cells) and mean area under the curve of
@@ -174,7 +183,9 @@ def seed_parts(
         raise ImageError(expected("at least 4 photos to find parts in", int(views.shape[1]), "Add photos"))
     side = (int(views.shape[3]), int(views.shape[4]))
     first, second = explainer.conv_interp_1, explainer.conv_interp_2
-    width, out = first.out_channels, second.out_channels
+    own_first = torch.arange(first.out_channels) if filters is None else filters[0]
+    own_second = torch.arange(second.out_channels) if filters is None else filters[1]
+    width, out = len(own_first), len(own_second)
     detectors, mean = part_candidates(
         views[0], others, explainer.config.candidates_per_filter * max(width, out), generator
     )
@@ -189,16 +200,24 @@ def seed_parts(
     )
     moved = errors.nanmean(0).nan_to_num(_FAR_CELLS)
     area = _areas(peaks, _peaks_of(detectors, mean, others)[1]) if others.shape[0] else torch.full_like(moved, 0.5)
-    order = (_rank(moved) - _rank(area)).argsort(stable=True)
+    cost = _rank(moved) - _rank(area)
+    met: Tensor | None = None
+    if evidence is not None:
+        cells = (at[..., 0] * side[1] + at[..., 1]).long()
+        met = evidence.flatten(1).gather(1, cells).mean(0)
+        cost = cost - _EVIDENCE_SHARE * _rank(met)
+    order = cost.argsort(stable=True)
     chosen = order[torch.arange(width) % order.numel()]
     strength = peaks.mean(0)[chosen].clamp(min=1e-6)
     kernel = (detectors[chosen] / strength[:, None])[:, :, None, None]
-    first.weight.copy_(kernel.expand_as(first.weight) / 9)
-    first.bias.copy_(-(detectors[chosen] @ mean) / strength)  # type: ignore[union-attr]
+    first.weight[own_first] = kernel.expand(-1, -1, 3, 3) / 9
+    first.bias[own_first] = -(detectors[chosen] @ mean) / strength  # type: ignore[index]
     votes = _votes(at[:, chosen], at[:, order[torch.arange(out) % order.numel()]], explainer.config.votes)
-    second.weight.copy_(votes[:, :, None, None].expand_as(second.weight) / 9)
-    second.bias.zero_()  # type: ignore[union-attr]
-    return {
+    wide = votes.new_zeros(out, second.in_channels).index_copy_(1, own_first, votes)
+    second.weight[own_second] = wide[:, :, None, None].expand(-1, -1, 3, 3) / 9
+    second.bias[own_second] = 0  # type: ignore[index]
+    extra = {} if met is None else {"evidence_at_peak": float(met[chosen].mean())}
+    return extra | {
         "candidates": float(detectors.shape[0]),
         "movement_error_cells": float(moved[chosen].mean()),
         "category_auc": float(area[chosen].mean()),

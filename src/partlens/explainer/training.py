@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.evidence import sharpened
 from partlens.explainer.network import Explainer, ExplainerOutput, parameter_groups
-from partlens.explainer.objective import Objective, ViewPair, target_norm
+from partlens.explainer.objective import BatchFacts, Objective, ViewPair, target_norm
 from partlens.explainer.seeding import MOST_PHOTOS, seed_parts
 from partlens.store import SCHEMA, content_hash, read_json, read_tensors, write_json, write_tensors
 from partlens.vocabulary import ImageError, InputError, RunError, expected
@@ -48,12 +49,21 @@ class TrainingMaps:
         windows: how each view of the category's photos was cut (photo, view, 5), see
             :func:`partlens.explainer.views.view_windows`; row ``photo * views + view`` of the arrays.
         background_rows: rows of the arrays that hold other photos; may be empty.
+        evidence: the performer's evidence at the tap, ``[row, row, col]``, for the rows of the category's photos.
+        labels: the category of each photo, from 0, for an explainer of several categories.
     """
 
     tap: np.ndarray
     targets: tuple[np.ndarray, ...]
     windows: Float[Tensor, "photo view 5"]
     background_rows: Int[np.ndarray, " background"]
+    evidence: np.ndarray | None = None
+    labels: Int[Tensor, " photo"] | None = None
+
+    @property
+    def categories(self) -> int:
+        """Number of categories that filters are shared among."""
+        return 1 if self.labels is None else int(self.labels.max()) + 1
 
     @property
     def photos(self) -> int:
@@ -89,10 +99,12 @@ class TrainingResult:
     Attributes:
         history: one mapping of logged terms per epoch.
         stopped: ``"finished"`` after all epochs or ``"plateau"``.
+        assigned: the category of each filter of conv-interp-2, for an explainer of several.
     """
 
     history: tuple[dict[str, Any], ...]
     stopped: str
+    assigned: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class _Batch:
     rows: np.ndarray
     positives: int
     pair: ViewPair | None
+    labels: Tensor | None
 
 
 def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -128,10 +141,11 @@ def _epoch_batches(data: TrainingMaps, config: ExplainerConfig, epoch: int) -> I
         else:
             rows = data.rows(photos, torch.randint(0, data.views, (per_batch,), generator=generator))
         positives = len(rows)
+        labels = None if data.labels is None else data.labels[photos].repeat(positives // per_batch)
         if len(data.background_rows) and config.background_batch:
             drawn = torch.randint(len(data.background_rows), (config.background_batch,), generator=generator)
             rows = np.concatenate([rows, data.background_rows[drawn.numpy()]])
-        yield _Batch(rows, positives, pair)
+        yield _Batch(rows, positives, pair, labels)
 
 
 def _schedule(step: int, total: int) -> float:
@@ -174,6 +188,40 @@ def _optimiser(explainer: Explainer, config: ExplainerConfig, *, warm: bool) -> 
     return torch.optim.AdamW(groups)
 
 
+def _seed_category(
+    explainer: Explainer, data: TrainingMaps, category: int, generator: torch.Generator
+) -> dict[str, float]:
+    """Seed the filters of one category; with several, each has its share of both layers."""
+    config, structure = explainer.config, explainer.structure
+    own = torch.arange(data.photos) if data.labels is None else (data.labels == category).nonzero()[:, 0]
+    photos = own[torch.randperm(len(own), generator=generator)[:MOST_PHOTOS]].sort().values
+    views = min(_SEED_VIEWS, data.views)
+    maps = torch.stack([_gather(data.tap, data.rows(photos, torch.full_like(photos, v))) for v in range(views)])
+    rest = data.background_rows
+    filters = None
+    if data.labels is not None:
+        strangers = (data.labels != category).nonzero()[:, 0]
+        rest = np.concatenate([rest, data.rows(strangers, torch.zeros_like(strangers))])
+        filters = (
+            _share(structure.channels_in, category, data.categories),
+            _share(structure.channels_out, category, data.categories),
+        )
+    others = rest[:: max(1, len(rest) // (2 * MOST_PHOTOS))][: 2 * MOST_PHOTOS]
+    evidence: Tensor | None = None
+    if data.evidence is not None and config.evidence_weight > 0:
+        evidence = sharpened(
+            _gather(data.evidence, data.rows(photos, torch.zeros_like(photos))),
+            config.evidence_smooth_cells,
+            config.evidence_power,
+        )
+    windows = data.windows[photos, :views].transpose(0, 1)
+    return seed_parts(explainer, maps, windows, _gather(data.tap, others), generator, evidence, filters=filters)
+
+
+def _share(filters: int, category: int, categories: int) -> Tensor:
+    return torch.arange(category * filters // categories, (category + 1) * filters // categories)
+
+
 def start_explainer(explainer: Explainer, data: TrainingMaps) -> dict[str, float]:
     """Initialise what needs data: part candidates (if configured), norm layers and gain.
 
@@ -184,12 +232,9 @@ def start_explainer(explainer: Explainer, data: TrainingMaps) -> dict[str, float
     generator = _epoch_generator(config.seed, 0)
     found: dict[str, float] = {}
     if config.initialisation == "parts":
-        photos = torch.randperm(data.photos, generator=generator)[:MOST_PHOTOS].sort().values
-        views = min(_SEED_VIEWS, data.views)
-        maps = torch.stack([_gather(data.tap, data.rows(photos, torch.full_like(photos, v))) for v in range(views)])
-        others = data.background_rows[:: max(1, len(data.background_rows) // (2 * MOST_PHOTOS))]
-        windows = data.windows[photos, :views].transpose(0, 1)
-        found = seed_parts(explainer, maps, windows, _gather(data.tap, others[: 2 * MOST_PHOTOS]), generator)
+        for category in range(data.categories):
+            seen = _seed_category(explainer, data, category, generator)
+            found |= {name: found.get(name, 0.0) + value / data.categories for name, value in seen.items()}
     photos = torch.arange(min(data.photos, _NORM_SAMPLE))
     explainer.start_norms(_gather(data.tap, data.rows(photos, torch.zeros_like(photos))))
     return found
@@ -202,15 +247,36 @@ def _check(data: TrainingMaps) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Head:
+    """The performer after the last target, for ``objective="classification"``.
+
+    Attributes:
+        module: takes the last target, returns the outputs.
+        outputs: the output of each category.
+    """
+
+    module: nn.Module
+    outputs: tuple[int, ...]
+
+
 class _Run:
     """One training run with its state on disk."""
 
-    def __init__(self, explainer: Explainer, data: TrainingMaps, folder: Path) -> None:
+    def __init__(self, explainer: Explainer, data: TrainingMaps, folder: Path, head: Head | None = None) -> None:
         self.explainer, self.data, self.folder = explainer, data, folder
         self.config = explainer.config
         self.optimiser = _optimiser(explainer, self.config, warm=self.config.warmup_epochs > 0)
         sample = np.arange(0, data.photos * data.views, data.views)[:_NORM_SAMPLE]
-        self.objective = Objective(self.config, explainer, tuple(target_norm(t) for t in data.read(sample)[1]))
+        norms = tuple(target_norm(t) for t in data.read(sample)[1])
+        self.objective = Objective(
+            self.config,
+            explainer,
+            norms,
+            data.categories,
+            None if head is None else head.module,
+            (0,) if head is None else head.outputs,
+        )
         self.history: list[dict[str, Any]] = []
         self.best = math.inf
         self.stale = 0
@@ -222,6 +288,8 @@ class _Run:
                 "structure": explainer.structure.to_dict(),
                 "photos": data.photos,
                 "background": len(data.background_rows),
+                "evidence": data.evidence is not None,
+                "categories": data.categories,
             }
         )
 
@@ -316,16 +384,24 @@ class _Run:
         explainer = self.explainer
         rows = batch.rows[: batch.positives] if warm else batch.rows
         maps, targets = (_gather(self.data.tap, rows), ()) if warm else self.data.read(rows)
+        evidence: Tensor | None = None
+        if self.data.evidence is not None and self.config.evidence_weight > 0:
+            evidence = sharpened(
+                _gather(self.data.evidence, rows[: batch.positives]),
+                self.config.evidence_smooth_cells,
+                self.config.evidence_power,
+            )
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             if warm:
                 interp1, interp2 = explainer.interpret(maps)
                 output = ExplainerOutput(interp1, interp2, interp2, explainer.p, ())
             else:
                 output = explainer(maps, batch.positives if self.config.norm_positives_only else None)
+        facts = BatchFacts(batch.positives, batch.pair, evidence, batch.labels)
         if warm:
-            loss, terms = self.objective.warmup(output, batch.positives, batch.pair)
+            loss, terms = self.objective.warmup(output, facts)
         else:
-            loss, terms = self.objective.joint(output, targets, batch.positives, batch.pair)
+            loss, terms = self.objective.joint(output, targets, facts)
         if not bool(torch.isfinite(loss.detach())):
             raise InputError(
                 expected("a finite objective", float(loss.detach()), "Lower the learning rates or check the photos")
@@ -339,7 +415,7 @@ class _Run:
         """Keep count of the epochs in which the smoothed objective of the joint phase did not fall."""
         if record["phase"] == "warmup":
             return
-        value = record["reconstruction"] + record["share"]
+        value = record.get("classification", record["reconstruction"]) + record["share"]
         past = self.smoothed
         self.smoothed = value if math.isnan(past) else _SMOOTHING * past + (1 - _SMOOTHING) * value
         if self.smoothed < self.best * (1 - _LEAST_IMPROVEMENT):
@@ -358,6 +434,7 @@ def train_explainer(
     data: TrainingMaps,
     folder: Path,
     *,
+    head: Head | None = None,
     report: EpochReport | None = None,
 ) -> TrainingResult:
     """Learn an explainer; continue where a killed run stopped.
@@ -367,6 +444,7 @@ def train_explainer(
         data: cached maps.
         folder: where checkpoints, ``history.json`` and, with the extra ``log``, TensorBoard's event files are written,
             after every epoch.
+        head: what classifies the reconstruction; needed for ``objective="classification"`` only.
         report: gets each epoch's record; an exception from it ends training with the last checkpoint intact.
 
     Returns:
@@ -379,7 +457,7 @@ def train_explainer(
     """
     _check(data)
     config = explainer.config
-    run = _Run(explainer, data, folder)
+    run = _Run(explainer, data, folder, head)
     if not run.restore():
         run.found = start_explainer(explainer, data)
     total = config.warmup_epochs + config.epochs
@@ -403,4 +481,5 @@ def train_explainer(
     if events is not None:
         events.close()
     explainer.eval()
-    return TrainingResult(tuple(run.history), stopped)
+    assigned = None if data.labels is None else tuple(run.objective.assigned("2").tolist())
+    return TrainingResult(tuple(run.history), stopped, assigned)

@@ -113,7 +113,7 @@ def category_error_increase(
 
     Args:
         train_features: performer's features of training photos.
-        train_labels: 1 for the category, 0 for background.
+        train_labels: 1 for the category, 0 for background; or the number of each photo's category.
         performer_features: performer's features of held-out photos.
         explainer_features: reconstructed features of the same photos.
         labels: of the held-out photos.
@@ -129,29 +129,74 @@ def category_error_increase(
 
     for name, values in (("training", train_labels), ("held-out", labels)):
         found = sorted({int(v) for v in values.unique()})
-        if found != [0, 1]:
+        if found != list(range(max(2, len(found)))):
             raise InputError(
                 expected(
-                    f"category and background among the {name} photos",
+                    f"category and background, or several categories, among the {name} photos",
                     f"labels {found}",
                     "Add photos of other categories, or leave the error increase out",
                 )
             )
     head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced"))
     head.fit(train_features.double().numpy(), train_labels.numpy())
-    truth = labels.numpy()
-    wrong = [
-        torch.from_numpy(head.predict(x.double().numpy()) != truth).double()
-        for x in (performer_features, explainer_features)
-    ]
+    own, fed = (torch.from_numpy(head.predict(x.double().numpy())) for x in (performer_features, explainer_features))
+    return decision_errors(own, fed, labels, generator=generator, rounds=rounds)
+
+
+def decision_errors(
+    performer: Int[Tensor, " image"],
+    explainer: Int[Tensor, " image"],
+    labels: Int[Tensor, " image"],
+    *,
+    generator: torch.Generator,
+    rounds: int = 1000,
+) -> HeadErrors:
+    """Compare decisions on the performer's own features and on the reconstruction with the truth.
+
+    Args:
+        performer: its decision on each photo.
+        explainer: the decision when the reconstruction is fed back.
+        labels: the truth.
+        generator: draws of the paired bootstrap over photos.
+        rounds: bootstrap rounds.
+
+    Example:
+        >>> truth = torch.tensor([0, 1, 1, 0])
+        >>> decision_errors(truth, 1 - truth, truth, generator=torch.Generator()).error_increase_points.value
+        100.0
+    """
+    wrong = [(x != labels).double() for x in (performer, explainer)]
     increase = bootstrap(
         lambda i: 100 * float((wrong[1][i] - wrong[0][i]).mean()),
-        len(truth),
+        len(labels),
         generator=generator,
         rounds=rounds,
     )
     own, fed = (_percent(proportion(w)) for w in wrong)
     return HeadErrors(own, fed, increase)
+
+
+def best_share(costs: Float[Tensor, " share"], shares: Float[Tensor, " share"], eta: float) -> float:
+    """Return the share p at which ``cost(p) - eta log p`` is least.
+
+    The reconstruction's cost is interpolated in p by a monotone cubic between the shares it was measured at; the
+    logarithm is exact.
+
+    Args:
+        costs: reconstruction loss at each share.
+        shares: increasing, in (0, 1).
+        eta: weight of -log p.
+
+    Example:
+        >>> shares = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+        >>> round(best_share(100 * shares**2, shares, 2.0), 2)
+        0.1
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    fine = torch.linspace(float(shares[0]), float(shares[-1]), 2001, dtype=torch.float64)
+    values = torch.from_numpy(PchipInterpolator(shares.numpy(), costs.double().numpy())(fine.numpy()))
+    return float(fine[(values - eta * fine.log()).argmin()])
 
 
 def _percent(share: Estimate) -> Estimate:

@@ -47,6 +47,10 @@ class Peaks:
         """Return the peaks of chosen images, repeats allowed."""
         return Peaks(self.cells[index], self.positions_px[index], self.scores[index], self.side_cells)
 
+    def filters(self, index: Int[Tensor, " filter"]) -> Peaks:
+        """Return the peaks of chosen filters."""
+        return Peaks(self.cells[:, index], self.positions_px[:, index], self.scores[:, index], self.side_cells)
+
 
 def peaks_from_maps(
     maps: Float[Tensor, "image filter row col"],

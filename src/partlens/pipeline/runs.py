@@ -97,6 +97,38 @@ def category_rows(images: ImageSet, category: str | None, split: str) -> tuple[t
     return images.indices(category=category, split=split), images.indices(exclude_category=category, split=split)
 
 
+def several(category: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the categories of an explainer of several, in alphabetical order; empty for one category or none.
+
+    Example:
+        >>> several("fox,cat"), several("fox"), several(["fox"]), several(None)
+        (('cat', 'fox'), (), (), ())
+    """
+    if category is None:
+        return ()
+    names = [n.strip() for n in category.split(",")] if isinstance(category, str) else list(category)
+    unique = tuple(sorted(dict.fromkeys(n for n in names if n)))
+    return unique if len(unique) > 1 else ()
+
+
+def rows_of(images: ImageSet, categories: Sequence[str], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the positions of the photos of several categories and of all others in a split.
+
+    Raises:
+        ImageError: an unknown category, or one without photos in the split.
+    """
+    found: list[int] = []
+    for name in categories:
+        own, _ = category_rows(images, name, split)
+        if not own:
+            raise ImageError(
+                expected(f"photos of {name} in the split {split}", "none", "Leave the category out or add photos")
+            )
+        found.extend(own)
+    chosen = set(found)
+    return tuple(sorted(found)), tuple(i for i in images.indices(split=split) if i not in chosen)
+
+
 def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
     """Draw at most ``count`` rows, in their order."""
     import torch

@@ -15,6 +15,7 @@ from partlens.explainer.assembly import (
 )
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import NormLayer, dense_weights
+from partlens.performer.papers import paper_setting
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import PaperNet, Performer, Preprocessing, weights_sha256
 
@@ -25,6 +26,20 @@ def performer_of(module: nn.Module, side: int, tap: str | None = None) -> Perfor
     return Performer(module, type(module).__name__, preprocessing, weights_sha256(module), tap)
 
 
+def vgg16(hidden: int) -> nn.Module:
+    """VGG-16 with its own convolutions and narrow fully connected layers."""
+    with torch.device("meta"):
+        module = torchvision.models.vgg16(weights=None)
+    module.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    for layer in module.features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+    first, second = nn.Linear(512 * 7 * 7, hidden), nn.Linear(hidden, hidden)
+    parts = (first, nn.ReLU(), nn.Dropout(), second, nn.ReLU(), nn.Dropout(), nn.Linear(hidden, 5))
+    module.classifier = nn.Sequential(*parts)
+    return module
+
+
 def networks() -> list[tuple[str, nn.Module, int, str, bool]]:
     torch.manual_seed(0)
     return [
@@ -33,6 +48,9 @@ def networks() -> list[tuple[str, nn.Module, int, str, bool]]:
         ("alexnet", torchvision.models.alexnet(weights=None), 96, "features.9", True),
         ("caffe", PaperNet("alexnet-caffe", num_classes=5, input_px=99, hidden=16), 99, "relu4", True),
         ("vgg-s", PaperNet("vgg-s", num_classes=5, input_px=131, hidden=16), 131, "relu4", True),
+        ("vgg-m", PaperNet("vgg-m", num_classes=5, input_px=99, hidden=16), 99, "relu4", True),
+        ("vgg16", vgg16(hidden=16), 64, "features.27", True),
+        ("resnet34", torchvision.models.resnet34(weights=None), 64, "layer4.0", False),
         ("squeezenet", torchvision.models.squeezenet1_1(weights=None), 64, "features.10", False),
     ]
 
@@ -46,6 +64,8 @@ def test_perfect_copy_limit(name: str, module: nn.Module, side: int, tap: str, r
     batch = torch.rand(3, 3, side, side)
     structure = explainer_structure(performer, batch, tap)
     assert (structure.replaced is not None) == replaces
+    if (setting := paper_setting(performer)) is not None:
+        assert (structure.tap, structure.targets) == (setting.tap, setting.targets)
     explainer = build_explainer(performer, structure, ExplainerConfig(p_init=1e-9)).eval()
     output, taps = forward_taps(performer, batch, [tap, *structure.targets])
     explainer.start_norms(taps[tap])

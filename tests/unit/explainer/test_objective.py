@@ -7,6 +7,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.filter_loss import template_scores
 from partlens.explainer.network import Explainer, ExplainerStructure
 from partlens.explainer.objective import (
+    BatchFacts,
     Objective,
     equivariance_cost,
     expected_peaks,
@@ -54,7 +55,7 @@ def test_filter_weight_balances_gradients_per_filter_and_epoch() -> None:
     output = explainer(torch.rand(8, 6, 8, 8))
     target = torch.rand(8, 4, 6, 6)
     reconstruction = objective.reconstruction(output, (target,))
-    _, costs = objective.interpretable(output, 8, None, mix=False)
+    _, costs = objective.interpretable(output, BatchFacts(8), mix=False)
     objective._measure(reconstruction, output, costs)
     for layer, maps, cost in (("1", output.interp1, costs[0]), ("2", output.interp2, costs[1])):
         (pull,) = torch.autograd.grad(reconstruction, maps, retain_graph=True)
@@ -78,7 +79,7 @@ def test_without_reconstruction_p_rises_and_with_it_alone_p_falls_for_a_useless_
         optimiser = torch.optim.SGD([explainer.share_logit], lr=0.2)
         seen = [float(explainer.p.detach())]
         for _ in range(12):
-            loss, _ = objective.joint(explainer(maps), (target,), 12, None)
+            loss, _ = objective.joint(explainer(maps), (target,), BatchFacts(12))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -140,7 +141,7 @@ def test_diversity_pushes_filters_apart() -> None:
     for _ in range(40):
         interp1, interp2 = explainer.interpret(maps)
         output = explainer(maps)._replace(interp1=interp1, interp2=interp2)
-        loss, logged = objective.warmup(output, 32, None)
+        loss, logged = objective.warmup(output, BatchFacts(32))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -158,7 +159,7 @@ def test_background_takes_the_negative_template_in_the_papers_rule() -> None:
     objective = objective_of(explainer)
     output = explainer(torch.rand(8, 6, 8, 8))
     for positives, sign in ((8, "peaked"), (2, "flat")):
-        _, costs = objective.interpretable(output, positives, None, mix=False)
+        _, costs = objective.interpretable(output, BatchFacts(positives), mix=False)
         (pull,) = torch.autograd.grad(costs[0].sum(), output.interp1, retain_graph=True)
         last = pull[7].flatten(1)
         spread = last.max(1).values - last.min(1).values

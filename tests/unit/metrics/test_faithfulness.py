@@ -67,5 +67,5 @@ def test_error_increase_of_a_reconstruction_that_lost_the_category(generator: to
 
 def test_error_increase_needs_both_classes(generator: torch.Generator) -> None:
     one = torch.ones(5, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"background among the training photos, got labels \[1\]"):
+    with pytest.raises(ValueError, match=r"or several categories, among the training photos, got labels \[1\]"):
         category_error_increase(torch.rand(5, 2), one, torch.rand(5, 2), torch.rand(5, 2), one, generator=generator)
