@@ -1,26 +1,71 @@
-"""Pictures of filters for the page: the photos on which a filter peaks highest, with its region."""
+"""Pictures for the page: the photos on which a filter peaks highest with what it reads there, and Grad-CAM.
+
+What a filter reads is found by covering pieces of photos (`partlens.artefacts.receptive_pictures`); where a class score
+comes from, by Grad-CAM of both networks (`partlens.artefacts.track_cam`).
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from partlens.artefacts.backprop import class_scores
+from partlens.artefacts.pictures import overlay
+from partlens.artefacts.receptive_pictures import (
+    OcclusionConfig,
+    OcclusionFields,
+    activation_thresholds,
+    occluder_places,
+    occlusion_receptive_fields,
+    region_picture,
+    regions,
+)
+from partlens.artefacts.track_cam import concentration_frac, layer_grad_cam, random_grad_cam, track_grad_cam
 from partlens.data.images import ImageSet
+from partlens.explainer.network import Explainer
+from partlens.explainer.templates import mask_at_peak
+from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.localisation import Peaks, dead_filters
 from partlens.performer.receptive_field import ReceptiveField
+from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
 from partlens.store import SCHEMA, write_atomically, write_json
+from partlens.vocabulary import InputError, expected
 
 FILTERS = 12
 PHOTOS = 6
 SIDE_PX = 176
 _REGION_CELLS = 4.5
+_BATCH = 32
+
+GalleryKind = Literal["quick", "full", "none"]
+
+
+@dataclass(frozen=True)
+class _Effort:
+    """How much is spent on pictures: settings of the occlusion, photos covered, photos of Grad-CAM."""
+
+    occlusion: OcclusionConfig
+    covered: int
+    attention: int
+
+
+EFFORTS: Mapping[str, _Effort] = {
+    # Twice the released stride and fewer photos: 121 places on 8 photos at 224 px.
+    "quick": _Effort(OcclusionConfig(stride_px=18, images=4), 8, 24),
+    # As released: 484 places, 10 photos a filter, chosen out of 24 for all filters.
+    "full": _Effort(OcclusionConfig(), 24, 100),
+}
+"""What ``quick`` and ``full`` mean, for inputs of 224 px; other sizes are scaled."""
 
 
 def chosen_filters(peaks: Peaks, table: Sequence[Mapping[str, Any]], count: int = FILTERS) -> list[int]:
@@ -74,12 +119,185 @@ def region_px(
     return max(0.0, x - half_x), max(0.0, y - half_y), min(float(size[1]), x + half_x), min(float(size[0]), y + half_y)
 
 
-def _save_photo(path: Path, frame: Image.Image) -> None:
+def _save_photo(path: Path, picture: Image.Image) -> None:
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=82)
+    write_atomically(path, lambda p: p.write_bytes(content.getvalue()))
+
+
+def _small(frame: Image.Image) -> Image.Image:
     small = frame.copy()
     small.thumbnail((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
-    content = io.BytesIO()
-    small.save(content, "JPEG", quality=82)
-    write_atomically(path, lambda p: p.write_bytes(content.getvalue()))
+    return small
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A filter on the page: the layer, its number, its place in the joined maps, and its best photos."""
+
+    layer: str
+    filter: int
+    joined: int
+    photos: tuple[int, ...]
+
+
+def _covered_pool(shown: Sequence[_Shown], count: int) -> list[int]:
+    """Return the photos that most of the shown filters answer to, the first of equals first."""
+    votes: dict[int, int] = {}
+    for one in shown:
+        for photo in one.photos:
+            votes[photo] = votes.get(photo, 0) + 1
+    return sorted(sorted(votes), key=lambda photo: -votes[photo])[:count]
+
+
+class _Joined:
+    """The masked maps of conv-interp-2 and the tap's maps of the same forward pass, one behind the other."""
+
+    def __init__(self, performer: Performer, explainer: Explainer) -> None:
+        self.performer = performer
+        self.explainer = explainer
+        self.tap = explainer.structure.tap
+        self.first = {"explainer": 0, "performer": explainer.structure.channels_out}
+
+    @torch.no_grad()
+    def __call__(self, batch: Tensor) -> Tensor:
+        maps = forward_taps(self.performer, batch.contiguous(memory_format=torch.channels_last), [self.tap])[1]
+        tapped = maps[self.tap].cpu()
+        interp2 = self.explainer.interpret(tapped)[1]
+        return torch.cat([mask_at_peak(interp2, self.explainer.masks), tapped], dim=1)
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """The photos as the network sees them."""
+
+    performer: Performer
+    images: ImageSet
+    rows: Sequence[int]
+
+    def picture(self, index: int) -> Image.Image:
+        return self.performer.preprocessing.frame(self.images.read(self.rows[index]))
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        return self.performer.preprocessing([self.images.read(self.rows[i]) for i in indices])
+
+
+def _regions(
+    joined: _Joined,
+    frames: _Frames,
+    shown: Sequence[_Shown],
+    pool: Sequence[int],
+    receptive: ReceptiveField,
+    config: OcclusionConfig,
+    advance: Callable[[int], None],
+) -> tuple[OcclusionFields, dict[tuple[int, int], np.ndarray]]:
+    """Find the fields of the shown filters and their regions on their photos, by (position in shown, photo)."""
+    numbers = [one.joined for one in shown]
+    fields = occlusion_receptive_fields(
+        joined, frames.batch(pool), receptive, numbers, config=config, batch_size=_BATCH, advance=advance
+    )
+    photos = sorted({photo for one in shown for photo in one.photos})
+    pieces = []
+    for start in range(0, len(photos), _BATCH):
+        part = photos[start : start + _BATCH]
+        pieces.append(joined(frames.batch(part))[:, numbers])
+        advance(len(part))
+    maps = torch.cat(pieces)
+    thresholds = activation_thresholds(maps, top_share=config.top_share, images=config.images)
+    pairs = [(n, photo) for n, one in enumerate(shown) for photo in one.photos]
+    of = torch.tensor([n for n, _ in pairs])
+    where = torch.tensor([photos.index(photo) for _, photo in pairs])
+    found = regions(
+        maps[where, of],
+        fields.fields,
+        of,
+        thresholds[of],
+        receptive,
+        gain=config.gain,
+        region_share=config.region_share,
+    )
+    return fields, {pair: region.numpy() for pair, region in zip(pairs, found, strict=True)}
+
+
+def _median_side(sides: Float[Tensor, " filter"], generator: torch.Generator) -> dict[str, Any]:
+    """Return the median effective side of the shown filters, with an interval over filters."""
+    known = sides[~sides.isnan()].double()
+    if not len(known):
+        return Estimate.undefined("filters").to_dict()
+    return bootstrap(
+        lambda i: float(known[i].quantile(0.5)), len(known), generator=generator, rounds=300, unit="filters"
+    ).to_dict()
+
+
+def _attention(
+    folder: Path,
+    joined: _Joined,
+    head: nn.Module,
+    frames: _Frames,
+    top: str,
+    effort: _Effort,
+    generator: torch.Generator,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Draw Grad-CAM of both networks for the class that the performer gives each photo, and count how concentrated."""
+    performer, tap = frames.performer, joined.tap
+    size = performer.preprocessing.size_px
+    layers = {"interpretable": tap, "tap": tap, "top": top}
+    chosen = list(range(min(effort.attention, len(frames.rows))))
+    maps: dict[str, list[Tensor]] = {name: [] for name in layers}
+    classes: list[Tensor] = []
+    sides: dict[str, tuple[int, int]] = {}
+    for start in range(0, len(chosen), _BATCH):
+        part = chosen[start : start + _BATCH]
+        batch = frames.batch(part)
+        output, taps = forward_taps(performer, batch, list(dict.fromkeys([tap, top])))
+        of = class_scores(output).argmax(1).cpu()
+        classes.append(of)
+        sides |= {name: (int(taps[at].shape[2]), int(taps[at].shape[3])) for name, at in layers.items()}
+        maps["interpretable"].append(track_grad_cam(joined.explainer, head, taps[tap].cpu(), of, size_px=size))
+        maps["tap"].append(layer_grad_cam(performer, batch, tap, of))
+        maps["top"].append(maps["tap"][-1] if top == tap else layer_grad_cam(performer, batch, top, of))
+        advance(len(part))
+    joined_maps = {name: torch.cat(pieces) for name, pieces in maps.items()}
+    names = performer.class_names
+    photos = []
+    for position, index in enumerate(chosen[:PHOTOS]):
+        frame = _small(frames.picture(index))
+        files = {}
+        for name, heat in joined_maps.items():
+            path = f"gallery/attention-{name}-{index}.jpg"
+            peak = float(heat[position].max())
+            _save_photo(folder.parent / path, overlay(frame, (heat[position] / (peak or 1.0)).numpy()))
+            files[name] = path
+        number = int(torch.cat(classes)[position])
+        photos.append(
+            {
+                "key": frames.images.keys[frames.rows[index]],
+                "class": names[number] if names else str(number),
+                "file": f"gallery/photo-{index}.jpg",
+                "maps": files,
+            }
+        )
+        _save_photo(folder / f"photo-{index}.jpg", frame)
+
+    def shares(of: Tensor) -> dict[str, Any]:
+        """Mean over photos of how concentrated the maps are; photos whose map is all zeros are counted apart."""
+        values = concentration_frac(of).double()
+        defined = values[~values.isnan()]
+        if not len(defined):
+            return {**Estimate.undefined().to_dict(), "empty": len(values)}
+        found = bootstrap(lambda i: float(defined[i].mean()), len(defined), generator=generator, rounds=300)
+        return {**found.to_dict(), "empty": len(values) - len(defined)}
+
+    return {
+        "layers": {"interpretable": f"conv-interp-2 at {tap}", "tap": tap, "top": top},
+        "size_px": [size[1], size[0]],
+        "photos": photos,
+        "concentration_frac": {name: shares(of) for name, of in joined_maps.items()},
+        "random_frac": {
+            name: shares(random_grad_cam(len(chosen), side, size, generator)) for name, side in sides.items()
+        },
+    }
 
 
 def write_gallery(
@@ -89,43 +307,114 @@ def write_gallery(
     rows: Sequence[int],
     layers: Mapping[str, tuple[Peaks, Sequence[Mapping[str, Any]]]],
     receptive: ReceptiveField,
+    *,
+    explainer: Explainer,
+    head: nn.Module,
+    top: str,
+    gallery: GalleryKind = "quick",
+    filters: int = FILTERS,
+    seed: int = 0,
+    advance: Callable[[float], None] = lambda _: None,
 ) -> None:
-    """Write ``gallery/gallery.json`` and its small JPEGs.
+    """Write ``gallery/gallery.json`` and its small JPEGs; what an earlier gallery left is removed.
 
     Args:
         run: the run directory.
-        performer: for the frame the network sees.
+        performer: for the frame the network sees; borrowed.
         images: the data set.
         rows: the photos the peaks were measured on, in order.
         layers: ``explainer`` and ``performer`` with their peaks and filter tables.
         receptive: of the tap.
+        explainer: whose part filters are shown; borrowed.
+        head: the performer's layers after the last target; borrowed.
+        top: the performer's top layer, for Grad-CAM.
+        gallery: ``quick`` covers 8 photos at 121 places each (224 px, about 1,000 forward passes) and joins Grad-CAM
+            of 24 photos; ``full`` does as the released code does, 24 photos at 484 places and Grad-CAM of 100 photos;
+            ``none`` writes no gallery.
+        filters: shown of each network.
+        seed: of the intervals and of the null.
+        advance: called with the share that is done, from 0 to 1.
+
+    Raises:
+        InputError: another kind of gallery.
     """
+    if gallery not in ("quick", "full", "none"):
+        raise InputError(expected("gallery to be quick, full or none", f"{gallery!r}", "Choose quick"))
     folder = run / "gallery"
+    for kind in ("photo-*.jpg", "region-*.jpg", "attention-*.jpg", "gallery.json"):
+        for earlier in folder.glob(kind):
+            earlier.unlink()
+    if gallery == "none":
+        return
+    effort = EFFORTS[gallery]
     size = performer.preprocessing.size_px
-    content: dict[str, list[dict[str, Any]]] = {}
-    written: set[int] = set()
-    for layer, (peaks, table) in layers.items():
-        entries = []
-        for k in chosen_filters(peaks, table):
-            best = peaks.scores[:, k].argsort(descending=True, stable=True)[:PHOTOS]
-            photos = []
-            for index in best.tolist():
-                name = f"photo-{index}.jpg"
-                if index not in written:
-                    _save_photo(folder / name, performer.preprocessing.frame(images.read(rows[index])))
-                    written.add(index)
-                at = peaks.positions_px[index, k]
-                photos.append(
-                    {
-                        "file": f"gallery/{name}",
-                        "key": images.keys[rows[index]],
-                        "score": round(float(peaks.scores[index, k]), 4),
-                        "peak_px": [round(float(v), 1) for v in at],
-                        "box_px": [round(v, 1) for v in region_px(at, receptive, size)],
-                        "size_px": [size[1], size[0]],
-                    }
+    frames, joined = _Frames(performer, images, rows), _Joined(performer, explainer.eval())
+    shown = [
+        _Shown(layer, k, joined.first[layer] + k, tuple(best.tolist()))
+        for layer, (peaks, table) in layers.items()
+        for k in chosen_filters(peaks, table, filters)
+        for best in [peaks.scores[:, k].argsort(descending=True, stable=True)[:PHOTOS]]
+    ]
+    config = effort.occlusion.scaled(size)
+    places = len(occluder_places(size, config.occluder_px, config.stride_px))
+    pool = _covered_pool(shown, effort.covered)
+    total = len(pool) * (1 + places) + len({p for one in shown for p in one.photos}) + min(effort.attention, len(rows))
+    done = 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        advance(min(1.0, done / total))
+
+    content: dict[str, Any] = {"schema": SCHEMA, "kind": gallery}
+    fields, found = _regions(joined, frames, shown, pool, receptive, config, more) if shown else (None, {})
+    entries: dict[str, list[dict[str, Any]]] = {layer: [] for layer in layers}
+    pictures: dict[int, Image.Image] = {}
+    for n, one in enumerate(shown):
+        peaks, table = layers[one.layer]
+        photos = []
+        for index in one.photos:
+            if index not in pictures:
+                pictures[index] = _small(frames.picture(index))
+                _save_photo(folder / f"photo-{index}.jpg", pictures[index])
+            region = found[n, index]
+            name = f"gallery/region-{one.layer}-{one.filter}-{index}.jpg"
+            if region.any():
+                _save_photo(run / name, region_picture(pictures[index], region))
+            at = peaks.positions_px[index, one.filter]
+            photos.append(
+                {
+                    "file": f"gallery/photo-{index}.jpg",
+                    "region_file": name if region.any() else None,
+                    "key": images.keys[rows[index]],
+                    "score": round(float(peaks.scores[index, one.filter]), 4),
+                    "peak_px": [round(float(v), 1) for v in at],
+                    "box_px": [round(v, 1) for v in region_px(at, receptive, size)],
+                    "size_px": [size[1], size[0]],
+                }
+            )
+        known = {name: table[one.filter][name] for name in ("instability", "consistency", "landmark")}
+        reads = None if fields is None else round(float(fields.effective_px[n]), 1)
+        entries[one.layer].append({"filter": one.filter, **known, "reads_px": reads, "photos": photos})
+    generator = torch.Generator().manual_seed(seed)
+    if fields is not None:
+        content["occlusion"] = {
+            "occluder_px": config.occluder_px,
+            "stride_px": config.stride_px,
+            "places": places,
+            "photos": len(fields.images.unique()),
+            "photos_per_filter": int(fields.images.shape[1]),
+            # The track's two convolutions of 3x3 cells each reach one cell further on every side.
+            "theoretical_px": {
+                "explainer": [n + 4 * step for n, step in zip(receptive.size_px, receptive.stride_px, strict=True)],
+                "performer": list(receptive.size_px),
+            },
+            "reads_px": {
+                layer: _median_side(
+                    fields.effective_px[[n for n, one in enumerate(shown) if one.layer == layer]], generator
                 )
-            known = {name: table[k][name] for name in ("instability", "consistency", "landmark")}
-            entries.append({"filter": k, **known, "photos": photos})
-        content[layer] = entries
-    write_json(folder / "gallery.json", {"schema": SCHEMA, "layers": content})
+                for layer in layers
+            },
+        }
+    content["attention"] = _attention(folder, joined, head, frames, top, effort, generator, more)
+    write_json(folder / "gallery.json", {**content, "layers": entries})

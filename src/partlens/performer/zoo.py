@@ -38,13 +38,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from partlens.performer.flower_network import FLOWER_NETWORKS, flower_preprocessing
-from partlens.vocabulary import InputError, InputTypeError, WeightsError, expected, listed, nearest
+from partlens.vocabulary import InputError, InputTypeError, LayerError, WeightsError, expected, listed, nearest
 
 Resize = Literal["squash", "crop"]
 ChannelOrder = Literal["RGB", "BGR"]
 Interpolation = Literal["bilinear", "bicubic"]
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+OUTPUT_LAYER = "output_layer"
+"""Entry of a safetensors header: which layer was replaced to change the number of outputs."""
+
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _CAFFE_MEAN_BGR = (104.0, 117.0, 123.0)
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -266,8 +269,9 @@ class Preprocessing:
             raise InputError(expected("a scale of 1 or 1/255", self.scale, "Move the factor into mean and std"))
         mean, std = (" ".join(repr(float(value)) for value in values) for values in (self.mean, self.std))
         crop = f", crop {self.resize_px}" if self.resize == "crop" else ""
+        shrunk = "" if self.interpolation == "bilinear" else f", {self.interpolation}"
         return {
-            "input": f"{self.channel_order}, {spans[self.scale]}, mean {mean}, std {std}{crop}",
+            "input": f"{self.channel_order}, {spans[self.scale]}, mean {mean}, std {std}{crop}{shrunk}",
             "input_size": f"{self.size_px[0]}x{self.size_px[1]}",
         }
 
@@ -313,6 +317,7 @@ class Preprocessing:
             scale=1 / 255 if unit else 1.0,
             mean=mean,
             std=std or (1.0, 1.0, 1.0),
+            interpolation="bicubic" if re.search(r"\bbicubic\b", text) else "bilinear",
         )
 
 
@@ -340,6 +345,7 @@ class Performer:
             `partlens.performer.taps.default_tap` choose.
         class_names: names of its outputs, where known.
         notes: what a reader of results must know, such as layers without trained weights.
+        untrained_layers: layers that the weights file lacks and that stand at their random start.
     """
 
     module: nn.Module
@@ -349,6 +355,7 @@ class Performer:
     default_tap: str | None = None
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    untrained_layers: tuple[str, ...] = ()
 
 
 def first_line(error: Exception) -> str:
@@ -554,6 +561,16 @@ class PaperNet(nn.Module):
         self.drop7 = nn.Dropout(0.5)
         self.fc8 = nn.Linear(hidden, num_classes)
 
+    @staticmethod
+    def convolutions(net: str) -> tuple[tuple[int, int, int, int, int], ...]:
+        """Return filters, kernel side, stride, padding and groups of each convolution of a network of this kind.
+
+        Example:
+            >>> PaperNet.convolutions("vgg-s")[0]
+            (96, 7, 2, 0, 1)
+        """
+        return tuple((c.filters, c.kernel, c.stride, c.padding, c.groups) for c in _PLANS[net].convs)
+
     def forward(self, x: Float[Tensor, "image 3 row col"]) -> Float[Tensor, "image output"]:
         """Score a batch of inputs."""
         for name, layer in self.named_children():
@@ -663,6 +680,41 @@ def _load_into(
     return absent
 
 
+def with_outputs(module: nn.Module, layer: str, outputs: int) -> None:
+    """Put a new last layer with another number of outputs into a network, in place.
+
+    Args:
+        module: the network, changed.
+        layer: its last layer with weights, by name: a linear layer or a convolution.
+        outputs: of the new layer, whose weights stand at torch's random start.
+
+    Raises:
+        LayerError: the layer is missing or of another kind.
+    """
+    owner, _, name = layer.rpartition(".")
+    old = dict(module.named_modules()).get(layer)
+    new: nn.Module
+    if isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features, outputs, bias=old.bias is not None)
+    elif isinstance(old, nn.Conv2d) and old.groups == 1 and not isinstance(old.padding, str):
+        new = nn.Conv2d(
+            old.in_channels,
+            outputs,
+            cast("tuple[int, int]", old.kernel_size),
+            cast("tuple[int, int]", old.stride),
+            cast("tuple[int, int]", old.padding),
+            cast("tuple[int, int]", old.dilation),
+            bias=old.bias is not None,
+        )
+    else:
+        got = "none of that name" if old is None else type(old).__name__
+        raise LayerError(
+            expected(f"{layer} to be a linear layer or a convolution without groups", got, "Use another network")
+        )
+    new.to(device=old.weight.device, dtype=old.weight.dtype).train(old.training)
+    setattr(module.get_submodule(owner), name, new)
+
+
 def _output_count(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> int | None:
     """Number of classes in a file whose only difference is the size of the last layer."""
     different = [n for n, v in weights.items() if n in own and own[n].shape != v.shape]
@@ -731,6 +783,7 @@ class _Loaded:
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    untrained_layers: tuple[str, ...] = ()
 
 
 def _load_torchvision(name: str, weights: str | None, spec: str) -> _Loaded:
@@ -784,9 +837,12 @@ def _load_torchvision(name: str, weights: str | None, spec: str) -> _Loaded:
     if (outputs := _output_count(module.state_dict(), state)) is not None:
         module = _seeded(lambda: build(num_classes=outputs, **options), 0)
     _load_into(module, state, Path(weights).name)
+    preprocessing = Preprocessing.from_metadata(metadata) or preprocessing
+    if (named := _class_names(metadata, outputs, Path(weights).name)) is not None:
+        return _Loaded(module, preprocessing, named)
     return _Loaded(
         module,
-        Preprocessing.from_metadata(metadata) or preprocessing,
+        preprocessing,
         classes if outputs is None else None,
         ("class names assumed to be torchvision's ImageNet list",) if outputs is None and classes else (),
     )
@@ -805,6 +861,7 @@ def _load_timm(name: str, weights: str | None, spec: str) -> _Loaded:
             expected("the name of a timm network", name, f"Nearest: {', '.join(nearest(name, timm.list_models()))}")
         )
     metadata: dict[str, str] = {}
+    outputs: int | None = None
     notes: tuple[str, ...] = ()
     if weights is not None and weights.startswith("random:"):
         seed = _seed_of(weights, spec)
@@ -832,7 +889,7 @@ def _load_timm(name: str, weights: str | None, spec: str) -> _Loaded:
         std=_three(config["std"]),
         interpolation="bicubic" if config.get("interpolation") == "bicubic" else "bilinear",
     )
-    return _Loaded(module, preprocessing, None, notes)
+    return _Loaded(module, preprocessing, _class_names(metadata, outputs, str(weights)), notes)
 
 
 def _own_weights(name: str, weights: str | None) -> str:
@@ -864,8 +921,8 @@ def _load_flower_network(name: str, weights: str | None, spec: str) -> _Loaded:
     return _Loaded(module, preprocessing, _class_names(metadata, outputs, Path(weights).name))
 
 
-def _class_names(metadata: Mapping[str, str], outputs: int, where: str) -> tuple[str, ...] | None:
-    """Read ``class_names`` of a header, a JSON list with one name per output."""
+def _class_names(metadata: Mapping[str, str], outputs: int | None, where: str) -> tuple[str, ...] | None:
+    """Read ``class_names`` of a header, a JSON list with one name per output (``None``: as many as the network has)."""
     text = metadata.get("class_names")
     if text is None:
         return None
@@ -873,9 +930,11 @@ def _class_names(metadata: Mapping[str, str], outputs: int, where: str) -> tuple
         names = json.loads(text)
     except json.JSONDecodeError:
         names = None
-    if not isinstance(names, list) or len(names) != outputs or not all(isinstance(name, str) for name in names):
+    listed_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not listed_names or (outputs is not None and len(names) != outputs):
+        count = "" if outputs is None else f"{outputs} "
         raise WeightsError(
-            expected(f"{outputs} class names as a JSON list in the header of {where}", text, "Correct the header")
+            expected(f"{count}class names as a JSON list in the header of {where}", text, "Correct the header")
         )
     return tuple(names)
 
@@ -908,11 +967,18 @@ def _load_own(name: str, weights: str | None, spec: str) -> _Loaded:
     state, metadata = _read_weights(Path(weights))
     preprocessing = Preprocessing.from_metadata(metadata) or preprocessing
     outputs = int(state["fc8.bias"].shape[0]) if "fc8.bias" in state else 1000
-    module = _seeded(lambda: PaperNet(name, num_classes=outputs), 0)
+    hidden = int(state["fc6.bias"].shape[0]) if "fc6.bias" in state else 4096
+    side = preprocessing.size_px[0]
+    module = _seeded(lambda: PaperNet(name, num_classes=outputs, input_px=side, hidden=hidden), 0)
     may_lack = ("fc6.", "fc7.", "fc8.") if not any(n.startswith("fc") for n in state) else ()
     absent = _load_into(module, state, Path(weights).name, may_lack)
-    notes = ("fc6, fc7 and fc8 are absent from the file and stand at their random start; train them",) if absent else ()
-    return _Loaded(module, preprocessing, None, notes)
+    if not absent:
+        return _Loaded(module, preprocessing, _class_names(metadata, outputs, Path(weights).name))
+    note = (
+        "fc6, fc7 and fc8 are absent from the file and stand at their random start; train them (partlens "
+        "train-performer)"
+    )
+    return _Loaded(module, preprocessing, None, (note,), ("fc6", "fc7", "fc8"))
 
 
 def _load_factory(package: str, name: str, spec: str) -> nn.Module | Performer:
@@ -970,8 +1036,12 @@ def load_performer(
         if weights is not None:
             state, metadata = _read_weights(Path(weights))
             loaded.module = copy.deepcopy(module)
+            outputs = _output_count(module.state_dict(), state)
+            if outputs is not None and OUTPUT_LAYER in metadata:
+                with_outputs(loaded.module, metadata[OUTPUT_LAYER], outputs)
             _load_into(loaded.module, state, Path(weights).name)
             loaded.preprocessing = Preprocessing.from_metadata(metadata) or loaded.preprocessing
+            loaded.class_names = _class_names(metadata, outputs, Path(weights).name)
         return _finish(loaded, type(module).__name__, preprocessing, notes)
     body, _, tail = spec.partition("@")
     source, colon, name = body.partition(":")
@@ -1007,4 +1077,5 @@ def _finish(loaded: _Loaded, name: str, preprocessing: Preprocessing | None, not
         weights_sha256=weights_sha256(loaded.module),
         class_names=loaded.class_names,
         notes=loaded.notes + notes,
+        untrained_layers=loaded.untrained_layers,
     )

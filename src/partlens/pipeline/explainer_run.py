@@ -24,7 +24,9 @@ from partlens.pipeline.runs import (
     opened,
     performer_of,
     prepare_folder,
+    rows_of,
     sampled,
+    several,
     spec,
     versions,
 )
@@ -33,11 +35,13 @@ from partlens.store import SCHEMA, content_hash, read_json, read_tensors, write_
 from partlens.vocabulary import ImageError, InputError, RunError, expected
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
     from partlens.data.images import ImageSet
     from partlens.explainer.network import Explainer, ExplainerStructure
-    from partlens.explainer.training import TrainingMaps
+    from partlens.explainer.training import Head, TrainingMaps
+    from partlens.gallery import GalleryKind
     from partlens.performer.zoo import Performer
 
 WEIGHTS = "explainer.safetensors"
@@ -45,6 +49,7 @@ EVALUATION = "evaluation.json"
 MOST_BACKGROUND = 1500
 DEFAULT_SEEDS = 3
 BACKGROUND_VIEWS = 2
+_EVIDENCE_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,75 @@ def _cached_maps(
         stream_maps(viewing, drawn, taps, folder, progress=lambda done, _: advance(done))
     arrays = open_maps(folder)
     first = len(photos) * config.views
+    evidence = None
+    if config.evidence_weight > 0:
+        evidence = _cached_evidence(performer, structure.tap, arrays[structure.tap], first, folder, progress)
     return TrainingMaps(
         tap=arrays[structure.tap],
         targets=tuple(arrays[t] for t in structure.targets),
         windows=windows,
         background_rows=np.arange(first, len(rows)),
+        evidence=evidence,
     )
+
+
+def _cached_evidence(
+    performer: Performer, tap: str, maps: np.ndarray, count: int, folder: Path, progress: Progress
+) -> np.ndarray:
+    """Return the evidence of the first ``count`` rows of cached maps, computed once per cache."""
+    import numpy as np
+    import torch
+
+    from partlens.explainer.evidence import evidence_maps
+    from partlens.performer.surgery import cut
+
+    path = folder / "evidence.safetensors"
+    if path.exists():
+        kept: np.ndarray = read_tensors(path)["evidence"].numpy()
+        if kept.shape == (count, *maps.shape[2:]):
+            return kept
+    upper = cut(performer, tap, ["output"]).cpu().float()
+    found = np.empty((count, *maps.shape[2:]), np.float32)
+    with progress.task("reading evidence", count) as advance:
+        for start in range(0, count, _EVIDENCE_BATCH):
+            part = torch.from_numpy(np.array(maps[start : min(start + _EVIDENCE_BATCH, count)])).float()
+            found[start : start + len(part)] = evidence_maps(upper, part).numpy()
+            advance(start + len(part))
+    write_tensors(path, {"evidence": torch.from_numpy(found)})
+    return found
+
+
+def _single(category: str | Sequence[str] | None) -> str | None:
+    """Return the one category that is meant, however it was given."""
+    if category is None or isinstance(category, str):
+        return category
+    return category[0] if category else None
+
+
+def _head_of(
+    performer: Performer, structure: ExplainerStructure, config: ExplainerConfig, categories: Sequence[str]
+) -> Head | None:
+    """Return what classifies the reconstruction for Explainer+cls; ``None`` for the other objective.
+
+    Raises:
+        InputError: the performer has no output for a category.
+    """
+    if config.objective != "classification":
+        return None
+    from partlens.explainer.assembly import performer_head
+    from partlens.explainer.training import Head
+
+    known = performer.class_names or ()
+    missing = [name for name in categories if name not in known]
+    if missing or not categories:
+        raise InputError(
+            expected(
+                "a performer with an output for each category (objective=classification learns from labels)",
+                f"outputs {', '.join(known[:8]) or 'without names'} for {', '.join(categories) or 'no category'}",
+                "Train one with partlens train-performer, or leave the objective as it is",
+            )
+        )
+    return Head(performer_head(performer, structure), tuple(known.index(name) for name in categories))
 
 
 def _example_batch(performer: Performer, images: ImageSet, row: int) -> Any:
@@ -110,7 +178,7 @@ def fit_explainer(
     data: str | Path | ImageSet,
     *,
     out: str | Path,
-    category: str | None = None,
+    category: str | Sequence[str] | None = None,
     tap: str | None = None,
     targets: Sequence[str] | None = None,
     preset: Preset = "partlens",
@@ -129,8 +197,9 @@ def fit_explainer(
         model: the performer; see :func:`layers`. It is not changed.
         data: a folder, a table or an :class:`~partlens.data.images.ImageSet`; photos of the split ``train`` are used.
         out: the run directory.
-        category: the category to explain; the other photos then serve as background for the reconstruction. All
-            photos when left out.
+        category: the category to explain; the other photos then serve as background for the reconstruction. Several (a
+            list, or names with commas) make one explainer whose filters are shared among them: each belongs to the
+            category whose photos excite it most. All photos as one category when left out.
         tap: the layer to explain; the model's default tap when left out.
         targets: layers to reconstruct; chosen after the tap when left out.
         preset: ``partlens`` or ``paper``.
@@ -151,6 +220,8 @@ def fit_explainer(
         RunError: ``out`` holds another run.
         StorageError: the disk is full; what was finished stays.
     """
+    import torch
+
     from partlens.explainer.assembly import explainer_structure
     from partlens.performer.receptive_field import receptive_field
     from partlens.performer.taps import check_tap, default_tap
@@ -163,11 +234,14 @@ def fit_explainer(
     settings = config if isinstance(config, ExplainerConfig) else ExplainerConfig.preset(preset, **dict(config or {}))
     performer = loaded(model)
     images, dropped = opened(data)
-    photos, others = category_rows(images, category, "train")
+    joint = several(category)
+    category = None if joint else _single(category)
+    photos, others = rows_of(images, joint, "train") if joint else category_rows(images, category, "train")
+    named = f" of {', '.join(joint) or category}" if joint or category else ""
     if len(photos) < 2:
         raise ImageError(
             expected(
-                f"at least 2 training photos{f' of {category}' if category else ''}",
+                f"at least 2 training photos{named}",
                 len(photos),
                 "Add photos, or rows with split train",
             )
@@ -182,7 +256,7 @@ def fit_explainer(
             "performer": performer.weights_sha256,
             "preprocessing": performer.preprocessing.to_dict(),
             "data": fingerprint,
-            "category": category,
+            "category": list(joint) if joint else category,
             "structure": structure.to_dict(),
             "config": settings.to_dict(),
             "seeds": seeds,
@@ -208,6 +282,7 @@ def fit_explainer(
                 "path": str(Path(data).resolve()) if isinstance(data, (str, Path)) else None,
                 "fingerprint": fingerprint,
                 "category": category or "",
+                "categories": list(joint),
                 "train_photos": len(photos),
                 "background_photos": len(others),
                 "unreadable": dropped,
@@ -226,16 +301,19 @@ def fit_explainer(
         }
         write_json(out / RUN, manifest)
     show.say(
-        f"{performer.name} · {tap} → {', '.join(structure.targets)} · {len(photos)} photos"
-        f"{f' of {category}' if category else ''}, {len(others)} others"
+        f"{performer.name} · {tap} → {', '.join(structure.targets)} · {len(photos)} photos{named}, {len(others)} others"
     )
     shares: list[float] = []
+    head = _head_of(performer, structure, settings, joint or ((category,) if category else ()))
     folder_of_maps = out / "cache" if cache is None else Path(cache)
     for number in range(seeds):
         seeded = dataclasses.replace(settings, seed=settings.seed + number)
         folder = out if number == 0 else out / "seeds" / str(seeded.seed)
         maps = _cached_maps(performer, images, photos, others, structure, settings, folder_of_maps, show)
-        shares.append(_fit_one(performer, structure, seeded, maps, folder, show))
+        if joint:
+            labels = torch.tensor([joint.index(images.categories[i]) for i in photos])
+            maps = dataclasses.replace(maps, labels=labels)
+        shares.append(_fit_one(performer, structure, seeded, maps, folder, show, head))
     if cache is None and not keep_cache:
         shutil.rmtree(folder_of_maps)
     seconds = round(float(manifest["seconds"]) + time.monotonic() - started, 1)
@@ -252,6 +330,7 @@ def _fit_one(
     maps: TrainingMaps,
     folder: Path,
     progress: Progress,
+    head: Head | None = None,
 ) -> float:
     """Train one explainer in a folder and return its p; a finished one is only read."""
     import torch
@@ -266,7 +345,7 @@ def _fit_one(
     total = config.warmup_epochs + config.epochs
     with progress.task(f"learning (seed {config.seed})", total) as advance:
         result = train_explainer(
-            explainer, maps, folder, report=lambda record: advance(record["epoch"], progress.summary(record))
+            explainer, maps, folder, head=head, report=lambda record: advance(record["epoch"], progress.summary(record))
         )
     with torch.no_grad():
         share = float(explainer.p)
@@ -320,6 +399,7 @@ def evaluate(
     model: str | nn.Module | Performer | None = None,
     split: str = "test",
     seed: int = 0,
+    gallery: GalleryKind = "quick",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a finished run on photos that were not used in the fit, and write ``evaluation.json`` and the gallery.
@@ -330,6 +410,7 @@ def evaluate(
         model: the performer; the one of the fit when left out.
         split: which photos to measure on.
         seed: of the nulls and the bootstrap intervals.
+        gallery: ``quick`` or ``full`` pictures of filters (`partlens.gallery.write_gallery`), or ``none``.
         progress: how to show progress; silent when left out.
 
     Returns:
@@ -340,7 +421,10 @@ def evaluate(
         ImageError: no photos in the split, or a single one.
         RunError: the run is missing or unfinished, or model or data are not found.
     """
-    from partlens.evaluation import EvaluationRows, evaluate_explainer
+    import torch
+
+    from partlens.evaluation import Categories, EvaluationRows, evaluate_explainer, top_layer
+    from partlens.explainer.assembly import performer_head
     from partlens.gallery import write_gallery
     from partlens.performer.receptive_field import receptive_field
 
@@ -359,7 +443,12 @@ def evaluate(
         )
     images, dropped = opened(where)
     category = manifest["data"]["category"] or None
-    held, held_others = category_rows(images, category, split)
+    joint = tuple(manifest["data"].get("categories", ()))
+
+    def rows_in(part: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return rows_of(images, joint, part) if joint else category_rows(images, category, part)
+
+    held, held_others = rows_in(split)
     if len(held) < 2:
         raise ImageError(
             expected(
@@ -368,12 +457,16 @@ def evaluate(
                 "Add photos, or name another split (--split)",
             )
         )
-    train, train_others = category_rows(images, category, "train")
+    train, train_others = rows_in("train")
     most = 3 * max(len(train), len(held))
     rows = EvaluationRows(held, sampled(held_others, most, seed), train, sampled(train_others, most, seed))
     shares = [float(p) for p in manifest["p_by_seed"]]
     done = 0
     total = rows.total if rows.held_others and rows.train and rows.train_others else len(rows.held)
+    categories = None
+    if joint:
+        numbers = [torch.tensor([joint.index(images.categories[i]) for i in part]) for part in (held, train)]
+        categories = Categories(joint, numbers[0], numbers[1])
     with show.task("measuring", total) as advance:
 
         def more(count: int) -> None:
@@ -381,24 +474,41 @@ def evaluate(
             done += count
             advance(done)
 
-        result, peaks = evaluate_explainer(explainer, performer, images, rows, shares, seed=seed, advance=more)
+        result, peaks = evaluate_explainer(
+            explainer,
+            performer,
+            images,
+            rows,
+            shares,
+            category=category,
+            categories=categories,
+            seed=seed,
+            advance=more,
+        )
     result = {"schema": result.pop("schema"), "split": split, **result}
     same = images.fingerprint() == manifest["data"]["fingerprint"]
     if split == "train" and same:
         result["warnings"].append("these are the photos of the fit: the scores say nothing about others")
     result |= {"data": {"name": images.name, "same_as_fit": same, "unreadable": dropped}, "versions": versions()}
     tap = explainer.structure.tap
-    write_gallery(
-        run,
-        performer,
-        images,
-        rows.held,
-        {
-            "explainer": (peaks["explainer"], result["filters"]["explainer"]),
-            "performer": (peaks[tap], result["filters"]["performer"]),
-        },
-        receptive_field(performer, tap),
-    )
+    with show.task("drawing filters, %", 100) as advance:
+        write_gallery(
+            run,
+            performer,
+            images,
+            rows.held,
+            {
+                "explainer": (peaks["explainer"], result["filters"]["explainer"]),
+                "performer": (peaks[tap], result["filters"]["performer"]),
+            },
+            receptive_field(performer, tap),
+            explainer=explainer,
+            head=performer_head(performer, explainer.structure),
+            top=top_layer(performer),
+            gallery=gallery,
+            seed=seed,
+            advance=lambda share: advance(round(100 * share)),
+        )
     write_json(run / EVALUATION, result)
     show.say(f"wrote {run / EVALUATION} ({len(held)} photos of the split {split})")
     return result

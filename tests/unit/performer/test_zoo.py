@@ -8,13 +8,14 @@ import types
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import ResNet18_Weights
 
-from partlens.performer.zoo import PaperNet, Performer, Preprocessing, load_performer, weights_sha256
-from partlens.vocabulary import InputError, InputTypeError, WeightsError
+from partlens.performer.zoo import PaperNet, Performer, Preprocessing, load_performer, weights_sha256, with_outputs
+from partlens.vocabulary import InputError, InputTypeError, LayerError, WeightsError
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -285,6 +286,34 @@ def test_caffe_alexnet_without_its_head(tmp_path) -> None:
     save_file(convs, tmp_path / "less.safetensors")
     with pytest.raises(WeightsError, match=r"conv5\.bias"):
         load_performer(f"partlens:alexnet-caffe@{tmp_path}/less.safetensors")
+
+
+def test_narrow_networks_of_the_papers_and_their_classes_come_from_the_file(tmp_path) -> None:
+    module = PaperNet("vgg-f", num_classes=2, input_px=67, hidden=6).eval()
+    header = Preprocessing(size_px=(67, 67), resize="squash").to_metadata() | {"class_names": '["fox", "cat"]'}
+    save_file(module.state_dict(), tmp_path / "w.safetensors", metadata=header)
+    performer = load_performer(f"partlens:vgg-f@{tmp_path}/w.safetensors")
+    assert performer.class_names == ("fox", "cat")
+    assert performer.weights_sha256 == weights_sha256(module)
+    assert performer.untrained_layers == ()
+    save_file(module.state_dict(), tmp_path / "x.safetensors", metadata=header | {"class_names": '["fox"]'})
+    with pytest.raises(WeightsError, match="2 class names"):
+        load_performer(f"partlens:vgg-f@{tmp_path}/x.safetensors")
+
+
+def test_bicubic_stands_in_the_header() -> None:
+    asked = Preprocessing(interpolation="bicubic")
+    assert Preprocessing.from_metadata(asked.to_metadata()) == asked
+
+
+def test_a_new_last_layer_keeps_type_and_shape() -> None:
+    module = torchvision.models.squeezenet1_1(weights=None, num_classes=4).double()
+    with_outputs(module, "classifier.1", 3)
+    assert module.classifier[1].weight.shape == (3, 512, 1, 1)
+    assert module.classifier[1].weight.dtype == torch.float64
+    for layer, got in (("classifier.2", "ReLU"), ("classifier.9", "none of that name")):
+        with pytest.raises(LayerError, match=got):
+            with_outputs(module, layer, 3)
 
 
 @pytest.mark.data
