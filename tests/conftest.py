@@ -12,7 +12,14 @@ from jaxtyping import install_import_hook
 # Every annotated tensor of the tensor modules is checked at run time, here and only here.
 # The performer's modules stay out: their tests hand over wrong kinds of objects on purpose, to see our own errors.
 install_import_hook(
-    ["partlens.explainer", "partlens.selection", "partlens.artefacts", "partlens.metrics", "partlens.evaluation"],
+    [
+        "partlens.explainer",
+        "partlens.selection",
+        "partlens.artefacts",
+        "partlens.metrics",
+        "partlens.rivals",
+        "partlens.evaluation",
+    ],
     "beartype.beartype",
 )
 

@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from partlens.artefacts.backprop import guided_backprop
     from partlens.artefacts.explanation import ExplanationConfig
+    from partlens.artefacts.parts import PartsConfig
     from partlens.data.annotations import PartTruth
     from partlens.data.check import check_data
     from partlens.data.flower_sets import flower_set, make_flowers
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from partlens.explainer.config import ExplainerConfig
     from partlens.explainer.filter_loss import filter_loss
     from partlens.explainer.network import Explainer
+    from partlens.performer.finetune_config import FinetuneConfig
+    from partlens.performer.papers import PaperSetting, paper_setting
     from partlens.performer.zoo import Performer, Preprocessing, load_performer
     from partlens.pipeline import (
         FittedExplainer,
@@ -41,8 +44,11 @@ if TYPE_CHECKING:
         layers,
         load_explainer,
         load_selection,
+        parts,
+        read_training,
         report,
         select_features,
+        train_performer,
     )
     from partlens.selection.lasso import LassoSolution, mu_lasso
     from partlens.selection.relevance import DescriptorConfig
@@ -53,11 +59,14 @@ _HOMES = {
     "Explainer": "partlens.explainer.network",
     "ExplainerConfig": "partlens.explainer.config",
     "ExplanationConfig": "partlens.artefacts.explanation",
+    "FinetuneConfig": "partlens.performer.finetune_config",
     "FittedExplainer": "partlens.pipeline",
     "ImageSet": "partlens.data.images",
     "LassoSolution": "partlens.selection.lasso",
+    "PaperSetting": "partlens.performer.papers",
     "PartTruth": "partlens.data.annotations",
     "PartlensError": "partlens.vocabulary",
+    "PartsConfig": "partlens.artefacts.parts",
     "Performer": "partlens.performer.zoo",
     "Preprocessing": "partlens.performer.zoo",
     "SelectedFeatures": "partlens.pipeline",
@@ -76,10 +85,14 @@ _HOMES = {
     "load_selection": "partlens.pipeline",
     "make_flowers": "partlens.data.flower_sets",
     "mu_lasso": "partlens.selection.lasso",
+    "paper_setting": "partlens.performer.papers",
+    "parts": "partlens.pipeline",
+    "read_training": "partlens.pipeline",
     "render_flower": "partlens.data.flowers",
     "report": "partlens.pipeline",
     "reproduce": "partlens.experiments.reproduction",
     "select_features": "partlens.pipeline",
+    "train_performer": "partlens.pipeline",
 }
 
 __all__ = [
@@ -87,11 +100,14 @@ __all__ = [
     "Explainer",
     "ExplainerConfig",
     "ExplanationConfig",
+    "FinetuneConfig",
     "FittedExplainer",
     "ImageSet",
     "LassoSolution",
+    "PaperSetting",
     "PartTruth",
     "PartlensError",
+    "PartsConfig",
     "Performer",
     "Preprocessing",
     "SelectedFeatures",
@@ -111,10 +127,14 @@ __all__ = [
     "load_selection",
     "make_flowers",
     "mu_lasso",
+    "paper_setting",
+    "parts",
+    "read_training",
     "render_flower",
     "report",
     "reproduce",
     "select_features",
+    "train_performer",
 ]
 
 

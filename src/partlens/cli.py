@@ -13,19 +13,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from partlens import __version__
-from partlens.vocabulary import PartlensError
+from partlens.vocabulary import PartlensError, RunError, expected, listed
 
 _SUMMARY = {
     "demo": "make flowers, train a network on them, explain it, write the page: everything in a few minutes",
     "layers": "list the layers of a model that can be explained",
     "data": "check a data set: 'partlens data check FOLDER' says what it holds",
+    "train-performer": "train a copy of a network for one category of photos or several, as the papers did",
     "fit-explainer": "learn an explainer of one layer of a model from a folder of photos",
     "evaluate": "measure a finished run on photos that were not used in the fit",
     "select-features": "find the few filters that indicate each class, and what they answer to",
-    "explain": "show for images which relevant filters decided, and where each of them acted",
+    "parts": "find the part of every filter of an explainer, what each part adds, and pictures to name it by",
+    "explain": "show for images what each part adds, which relevant filters decided, and where each of them acted",
     "report": "write the page of a run",
     "make-flowers": "write a set of the flower benchmark: images, masks, landmarks, folds",
-    "reproduce": "make a table of the papers: flowers, removal or sanity",
+    "reproduce": "make a table of the papers, beside the printed figures",
 }
 
 
@@ -113,6 +115,58 @@ def _data(arguments: Sequence[str]) -> None:
         sys.stdout.write("\n".join(found.lines()) + "\n")
 
 
+def _train_performer(arguments: Sequence[str]) -> None:
+    from partlens.performer.finetune_config import FinetuneConfig
+    from partlens.pipeline import read_training, train_performer
+    from partlens.pipeline.performer_run import summary
+    from partlens.progress import Progress
+
+    parser = _parser("train-performer", config_file=True)
+    _add_model(parser)
+    parser.add_argument("data", type=str, help="folder of photos (category sub-folders), or a CSV/Parquet table")
+    parser.add_argument("--out", type=str, required=True, help="file NAME.safetensors; an unfinished one goes on")
+    parser.add_argument("--category", type=str | None, default=None, help="one category against all other photos")
+    parser.add_argument("--categories", type=str | None, default=None, help="several: a,b,c or all (but background)")
+    parser.add_argument("--against", type=str | None, default=None, help="with --category: others are only a,b,c")
+    default = FinetuneConfig()
+    for name, kind, text in (
+        ("loss", str, "logistic, or softmax for several categories"),
+        ("new-layers", str, "drawn anew: auto, last, or fully-connected"),
+        ("train-from", str | None, "first layer that is trained; default: all are"),
+        ("epochs", int, "passes over the photos"),
+        ("epochs-all", int, "further passes in which all layers are trained, at a tenth of the rates"),
+        ("batch-size", int, "photos per step"),
+        ("learning-rate", float, "of new layers in the first epoch"),
+        ("rate-kept", float, "rate of layers with given weights over that of new layers"),
+        ("weight-decay", float, "of weights"),
+        ("positive-share", float, "with --category: its share of an epoch's photos"),
+        ("mirror", bool, "mirror every other photo"),
+        ("precision", str, "of the arithmetic: float32 or bfloat16"),
+        ("cache-precision", str, "of the cached maps at --train-from: float16 or float32"),
+        ("seed", int, "of the new layers, the order, the mirrors and dropout"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(default, name.replace("-", "_")), help=text)
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument("--keep-cache", action="store_true", help="keep NAME.work with cached maps and checkpoints")
+    parser.add_argument("--json", action="store_true", help="print what the file's header says")
+    options = parser.parse_args(list(arguments))
+    fields = {field.name for field in dataclasses.fields(FinetuneConfig)}
+    path = train_performer(
+        options.model,
+        options.data,
+        out=options.out,
+        category=options.category,
+        categories=options.categories,
+        against=options.against,
+        config={name: value for name, value in vars(options).items() if name in fields},
+        device=options.device,
+        keep_cache=options.keep_cache,
+        progress=Progress.terminal(),
+    )
+    found = read_training(path)
+    sys.stdout.write(json.dumps(found, indent=2) + "\n" if options.json else f"{path}\n{summary(found)}\n")
+
+
 def _fit_explainer(arguments: Sequence[str]) -> None:
     from partlens.explainer.config import ExplainerConfig
     from partlens.pipeline import DEFAULT_SEEDS, MOST_BACKGROUND, fit_explainer
@@ -169,6 +223,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--model", type=str | None, default=None, help="the performer; default: that of the fit")
     parser.add_argument("--split", type=str, default="test", help="split of the photos to measure on")
     parser.add_argument("--seed", type=int, default=0, help="of the nulls and the intervals")
+    parser.add_argument("--gallery", type=str, default="quick", help="pictures of filters: quick, full or none")
     parser.add_argument("--json", action="store_true", help="print the evaluation as JSON")
     options = parser.parse_args(list(arguments))
     from partlens.pipeline import evaluate
@@ -180,6 +235,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         model=options.model,
         split=options.split,
         seed=options.seed,
+        gallery=options.gallery,
         progress=Progress.terminal(),
     )
     if options.json:
@@ -213,11 +269,15 @@ def _print_scores(result: dict[str, Any]) -> None:
     for heading in ("score", *columns):
         table.add_column(heading, no_wrap=heading == "score")
     for name in result["explainer"]:
-        if name != "landmark_shares":
+        if name not in {"landmark_shares", "by_category"}:
             table.add_row(name, *(_shown(column[name]) for column in columns.values()))
     fidelity = Table("fidelity", "value", "n", box=None)
-    fidelity.add_row("p", _shown(result["p"]), f"{result['p']['n']} {result['p']['unit']}")
+    for name in ("p", "p_optimum"):
+        fidelity.add_row(name, _shown(result[name]), f"{result[name]['n']} {result[name]['unit']}")
     for name, estimate in result["reconstruction"].items():
+        if isinstance(estimate, str):
+            fidelity.add_row(name.replace("_", " "), estimate, "")
+            continue
         parts = estimate.items() if "value" not in estimate else [("", estimate)]
         for part, value in parts:
             fidelity.add_row(f"{name} {part}".strip(), _shown(value), f"{value['n']} {value['unit']}")
@@ -277,15 +337,102 @@ def _select_features(arguments: Sequence[str]) -> None:
     sys.stdout.write(f"{run.path}\n")
 
 
+def _parts(arguments: Sequence[str]) -> None:
+    from partlens.pipeline import parts
+    from partlens.progress import Progress
+
+    parser = _parser("parts")
+    parser.add_argument("run", type=str, help="run directory of fit-explainer")
+    parser.add_argument("--data", type=str | None, default=None, help="photos; default: those of the fit")
+    parser.add_argument("--model", type=str | None, default=None, help="the performer; default: that of the fit")
+    parser.add_argument("--rule", type=str | None, default=None, help="landmarks, clusters, or auto (the default)")
+    parser.add_argument("--rename", type=str, action="append", help='"part 1=head"; alone it only changes names')
+    parser.add_argument("--split", type=str, default="test", help="split of the photos to use")
+    parser.add_argument("--settings", type=dict | None, default=None, help="fields of PartsConfig, as a mapping")
+    parser.add_argument("--json", action="store_true", help="print parts.json")
+    options = parser.parse_args(list(arguments))
+    found = parts(
+        options.run,
+        options.data,
+        model=options.model,
+        rule=options.rule,
+        rename=options.rename or (),
+        split=options.split,
+        config=options.settings,
+        progress=Progress.terminal(),
+    )
+    if options.json:
+        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    else:
+        _print_parts(found)
+
+
+def _percent(estimate: dict[str, Any] | None) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    low, high = estimate["interval"]
+    interval = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * estimate['value']:.1f} %{interval}"
+
+
+def _print_parts(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from partlens.pipeline.parts_file import grouping, named_parts
+
+    measured = found["contributions"]
+    fits = measured is not None and measured["grouping"] == grouping(found)
+    rows = {tuple(row["ids"]): row for row in measured["parts"]} if fits else {}
+    table = Table(box=None)
+    headings = (
+        "part",
+        "filters",
+        "adds (Shapley)",
+        "same by integrated gradients",
+        "as many filters by lot",
+        "removed",
+    )
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading == "part")
+    for part in named_parts(found):
+        row = rows.get(part.ids, {})
+        shown = (_percent(row.get(k)) for k in ("share", "integrated_share", "integrated_null"))
+        ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
+        table.add_row(f"{part.name}{ids}", str(len(part.filters)), *shown, _shown(row.get("removal")))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # in a file or a pipe nothing needs to be broken
+    console.print(table)
+    stability = found["stability"]
+    console.print(
+        f"by {found['rule']} on {found['photos']} photos; on halves of them {_percent(stability['kept'])} of the "
+        f"filters keep their part (by lot {_percent(stability['null_kept'])}), adjusted Rand index "
+        f"{_shown(stability['adjusted_rand'])}"
+    )
+    if not fits:
+        console.print("parts were joined or filters moved: run partlens parts again to measure what they add")
+        return
+    check = measured["removal_check"]
+    console.print(
+        f"the parts together add {_percent(measured['interpretable_share'])} of the score; foretold and measured loss "
+        f"correlate by {_shown(check['shapley']['correlation'])} (Shapley), "
+        f"{_shown(check['gradient_activation']['correlation'])} (gradient × activation), "
+        f"{_shown(check['part_size']['correlation'])} (number of filters alone)"
+    )
+    for row in found["unplaced_names"]:
+        console.print(f"the name {row['name']!r} fits no part found now", markup=False)
+
+
 def _explain(arguments: Sequence[str]) -> None:
     from partlens.artefacts.explanation import ExplanationConfig
     from partlens.pipeline import explain
     from partlens.progress import Progress
 
     parser = _parser("explain", config_file=True)
-    parser.add_argument("run", type=str, help="run directory of select-features")
+    parser.add_argument("run", type=str, help="run directory of select-features, fit-explainer or both")
     parser.add_argument("images", type=str, nargs="+", help="image files, or folders of them")
-    parser.add_argument("--model", type=str | None, default=None, help="the performer; default: that of the selection")
+    parser.add_argument("--model", type=str | None, default=None, help="the performer; default: that of the run")
     parser.add_argument("--class", dest="classes", type=str, action="append", help="class to explain; may be repeated")
     parser.add_argument("--count", type=int, default=2, help="how many of the most likely classes are explained")
     parser.add_argument("--preset", type=str, default="partlens", help="partlens or paper")
@@ -345,6 +492,7 @@ def _make_flowers(arguments: Sequence[str]) -> None:
 
 
 def _reproduce(arguments: Sequence[str]) -> None:
+    from partlens.experiments.explainer_tables import performers_of
     from partlens.experiments.reproduction import TABLES, reproduce, result_lines
     from partlens.progress import Progress
 
@@ -356,7 +504,15 @@ def _reproduce(arguments: Sequence[str]) -> None:
     parser.add_argument("--set", dest="set_name", type=str, default="flowers-single-6c", help="for flowers")
     parser.add_argument("--images-per-class", type=int, default=1000, help="for flowers")
     parser.add_argument("--settings", type=dict | None, default=None, help="fields of the experiment, as a mapping")
-    parser.add_argument("--seed", type=int, default=0, help="of everything")
+    parser.add_argument("--seed", type=int, default=0, help="of everything; the first one of --seeds")
+    parser.add_argument("--performers", type=str, nargs="+", default=[], help="LABEL=MODEL or LABEL=train:MODEL")
+    parser.add_argument("--categories", type=str, nargs="+", default=[], help="default: all that have landmarks")
+    parser.add_argument("--seeds", type=int, default=3, help="explainers of each performer and category")
+    parser.add_argument("--tap", type=str | None, default=None, help="layer to explain; default: the preset's")
+    parser.add_argument("--preset", type=str, default="partlens", help="partlens, or paper: its tap, targets and eta")
+    parser.add_argument("--background", type=str | None, default=None, help="photos that count as background")
+    parser.add_argument("--workers", type=int, default=0, help="processes on this machine that do the jobs")
+    parser.add_argument("--cluster", type=str | None, default=None, help="address of a dask scheduler; same files")
     options = parser.parse_args(list(arguments))
     result = reproduce(
         options.table,
@@ -367,18 +523,32 @@ def _reproduce(arguments: Sequence[str]) -> None:
         images_per_class=options.images_per_class,
         config=options.settings,
         seed=options.seed,
+        performers=performers_of(options.performers),
+        categories=options.categories,
+        seeds=options.seeds,
+        tap=options.tap,
+        preset=options.preset,
+        background=options.background,
+        workers=options.workers,
+        cluster=options.cluster,
         progress=Progress.terminal(),
     )
     sys.stdout.write("\n".join(result_lines(options.table, result)) + "\n")
+    if result.get("status") == "incomplete":
+        failed = [job["key"] for job in result["jobs"] if job["status"] != "finished"]
+        rule, remedy = "a result of every job", "Correct what it says and run the same command again"
+        raise RunError(expected(rule, f"none of {listed(failed)}", remedy))
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": _demo,
     "layers": _layers,
     "data": _data,
+    "train-performer": _train_performer,
     "fit-explainer": _fit_explainer,
     "evaluate": _evaluate,
     "select-features": _select_features,
+    "parts": _parts,
     "explain": _explain,
     "report": _report,
     "make-flowers": _make_flowers,

@@ -40,7 +40,36 @@ def scores(*values):
 def build(run: Path) -> Path:
     photo = {"key": "images/fox/00004.jpg", "score": 3.2, "peak_px": [104.0, 88.0], "size_px": [224, 224]}
     photos = [photo | {"file": f"gallery/{i}.jpg", "box_px": [60 - 40 * i, 44, 148 - 40 * i, 132]} for i in range(3)]
+    photos[1] |= {"region_file": "gallery/region.jpg"}  # what the filter reads; the others have a box
     shown = {"filter": 12, "instability": 0.07, "consistency": 0.71, "landmark": "head", "photos": photos}
+    shown |= {"reads_px": 33.4}
+    names = ("interpretable", "tap", "top")
+    attended = {"key": "images/fox/00004.jpg", "class": "red fox & co", "file": "gallery/0.jpg"}
+    pictures = {
+        "layers": {"explainer": [shown], "performer": [shown | {"filter": 200}]},
+        "occlusion": {
+            "occluder_px": 33,
+            "stride_px": 18,
+            "places": 121,
+            "photos": 8,
+            "photos_per_filter": 4,
+            "reads_px": {
+                "explainer": estimate(32.4, 2.1, 12, "filters"),
+                "performer": estimate(48.0, 7, 12, "filters"),
+            },
+            "theoretical_px": {"explainer": [275, 275], "performer": [211, 211]},
+        },
+        "attention": {
+            "layers": dict(zip(names, ("conv-interp-2 at layer3", "layer3", "layer4"), strict=True)),
+            "size_px": [224, 224],
+            "photos": [attended | {"maps": dict.fromkeys(names, "gallery/1.jpg")}],
+            "concentration_frac": {
+                name: estimate(value, 0.01, 24 - i) | {"empty": i}
+                for i, (name, value) in enumerate(zip(names, (0.052, 0.21, None), strict=True))
+            },
+            "random_frac": {name: estimate(0.35, 0.005, 24) | {"empty": 0} for name in names},
+        },
+    }
     epochs = [
         {"epoch": 1, "phase": "warmup", "filter_1": -2.1, "filter_2": -2.8, "correlation": 0.2},
         {"epoch": 2, "phase": "joint", "filter_1": -3.1, "filter_2": -3.9, "correlation": 0.41, "p": 0.12}
@@ -115,14 +144,14 @@ def build(run: Path) -> Path:
             },
             "warnings": ["Only 35 photos show the landmark front_legs."],
         },
-        "gallery/gallery.json": {"layers": {"explainer": [shown], "performer": [shown | {"filter": 200}]}},
+        "gallery/gallery.json": pictures,
     }
     for name, content in contents.items():
         path = run / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), encoding="utf-8")
-    for index in range(2):  # the third picture is missing on purpose
-        (run / "gallery" / f"{index}.jpg").write_bytes(b"\xff\xd8\xff" + bytes([index]))
+    for name in ("0", "1", "region"):  # the third photo is missing on purpose
+        (run / "gallery" / f"{name}.jpg").write_bytes(b"\xff\xd8\xff" + name.encode())
     return run
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from partlens.progress import Progress
 from partlens.vocabulary import InputError, expected
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from partlens.data.images import ImageSet
     from partlens.performer.zoo import Performer
 
-Table = Literal["flowers", "removal", "sanity"]
+Table = Literal["flowers", "removal", "sanity", "instability", "p", "errors", "interpretable-cnn", "rivals"]
 _PERTURBED = 40  # flowers per fold whose pixels are inserted and deleted, by far the costliest score
-TABLES = ("flowers", "removal", "sanity")
+TABLES: tuple[str, ...] = get_args(Table)
+SWEEPS = TABLES[3:]
+"""Tables over performers, categories and seeds, made of jobs that run here, in several processes or on a cluster."""
 
 
 def reproduce(
@@ -30,6 +32,14 @@ def reproduce(
     images_per_class: int = 1000,
     config: Mapping[str, Any] | None = None,
     seed: int = 0,
+    performers: Mapping[str, str] | None = None,
+    categories: Sequence[str] = (),
+    seeds: int = 3,
+    tap: str | None = None,
+    preset: str = "partlens",
+    background: str | Path | None = None,
+    workers: int = 0,
+    cluster: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make one of the papers' tables; interrupted, it goes on with what is missing.
@@ -37,7 +47,8 @@ def reproduce(
     Args:
         table: ``flowers``: heat maps against masks on generated flowers, by a network that is trained here;
             ``removal``: what a class loses without its relevant features; ``sanity``: whether explanations depend on
-            class and weights.
+            class and weights; ``instability``, ``p``, ``errors``, ``interpretable-cnn``, ``rivals``: see
+            :mod:`partlens.experiments.explainer_tables`.
         out: folder for results and everything that is made on the way.
         model: the performer; for ``flowers`` one that was trained on the same set before, trained here when left out.
         data: its photos, for ``removal`` and ``sanity``. Digits: ``mnist.npz`` with ``x_train``, ``y_train``,
@@ -45,8 +56,17 @@ def reproduce(
         set_name: ``flowers-single-6c`` or ``flowers-double-12c``, for ``flowers``.
         images_per_class: flowers of each class, for ``flowers``.
         config: fields of :class:`~partlens.experiments.removal_plan.RemovalConfig` or
-            :class:`~partlens.experiments.sanity_checks.SanityConfig`.
-        seed: of everything.
+            :class:`~partlens.experiments.sanity_checks.SanityConfig`; the settings of a
+            :class:`~partlens.experiments.explainer_tables.TablePlan`.
+        seed: of everything; the first one of several.
+        performers: label to model, or to ``train:MODEL``, which is trained on each category first.
+        categories: which; those with landmarks when left out.
+        seeds: explainers of each category.
+        tap: layer to explain; the preset's choice when left out.
+        preset: ``partlens`` or ``paper``.
+        background: photos that count as background, beside those of ``data``.
+        workers: processes that do jobs; 0 does them in this one.
+        cluster: address of a dask scheduler whose workers see the same files.
         progress: how to show progress; silent when left out.
 
     Returns:
@@ -55,6 +75,26 @@ def reproduce(
     Raises:
         InputError: an unknown table, or data without a model.
     """
+    if table in SWEEPS:
+        from partlens.experiments.explainer_tables import TablePlan, explainer_table
+        from partlens.experiments.sweep import Executor
+
+        if not isinstance(data, (str, Path)):
+            rule = "photos as a folder or table, which every process can open"
+            raise InputError(expected(rule, "none" if data is None else type(data).__name__, "Give --data"))
+        plan = TablePlan(
+            table,
+            str(data),
+            dict(performers or {}),
+            tuple(categories),
+            seeds,
+            seed,
+            tap,
+            preset,
+            None if background is None else str(background),
+            dict(config or {}),
+        )
+        return explainer_table(plan, out, executor=Executor(workers, cluster), progress=progress)
     if table == "flowers":
         from partlens.artefacts.baselines import BASELINES
         from partlens.experiments.flower_benchmark import flower_benchmark
@@ -96,6 +136,10 @@ def reproduce(
 
 def result_lines(table: str, result: Mapping[str, Any]) -> list[str]:
     """Return a result as Markdown lines."""
+    if table in SWEEPS:
+        from partlens.experiments.tables_page import table_lines
+
+        return table_lines(result)
     if table == "flowers":
         from partlens.experiments.flower_benchmark import benchmark_table
 

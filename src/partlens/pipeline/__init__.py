@@ -11,6 +11,8 @@ from partlens.pipeline.explainer_run import (
     load_explainer,
 )
 from partlens.pipeline.explanation_run import explain
+from partlens.pipeline.parts_run import parts
+from partlens.pipeline.performer_run import read_training, train_performer
 from partlens.pipeline.runs import layers, report
 from partlens.pipeline.selection_run import (
     DEFAULT_MU,
@@ -33,6 +35,9 @@ __all__ = [
     "layers",
     "load_explainer",
     "load_selection",
+    "parts",
+    "read_training",
     "report",
     "select_features",
+    "train_performer",
 ]

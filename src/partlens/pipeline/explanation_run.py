@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from partlens.pipeline.explainer_run import WEIGHTS as EXPLAINER_WEIGHTS
+from partlens.pipeline.runs import SELECTION
 from partlens.pipeline.selection_run import OpenedSelection, load_selection, output_name
 from partlens.progress import Progress
-from partlens.store import write_json, write_tensors
-from partlens.vocabulary import ImageError, InputError, expected, nearest
+from partlens.store import read_json, write_json, write_tensors
+from partlens.vocabulary import ImageError, InputError, RunError, expected, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from partlens.artefacts.explanation import ExplanationConfig, Explanations
     from partlens.data.images import ImageSet
     from partlens.performer.zoo import Performer
+    from partlens.pipeline.explained_parts import ExplainedParts, OpenedParts
 
 SCHEMA_EXPLANATION = "partlens.explanation/1"
 _SHOWN_PX = 448
@@ -40,15 +43,18 @@ def explain(
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Explain predictions: which relevant filters contributed most, and where each of them acted.
+    """Explain predictions: what each part adds, which relevant filters contributed most, and where each acted.
+
+    A run with a selection tells the relevant filters, one with an explainer what its parts add to the score (see
+    :func:`partlens.parts`), one with both tells both.
 
     Args:
-        run: a run directory with a selection.
+        run: a run directory with a selection, an explainer or both.
         images: files, folders of files, or an :class:`~partlens.data.images.ImageSet`.
-        model: the performer; the one of the selection when left out.
-        classes: names of the classes to explain; the most likely ones when left out.
-        count: how many of the most likely classes.
-        config: how to explain, or fields to change; the default of partlens when left out.
+        model: the performer; the one of the run when left out.
+        classes: names of the classes to explain; the most likely ones when left out (of parts: the predicted one).
+        count: how many of the most likely classes of the selection.
+        config: how relevant filters are explained, or fields to change; the default of partlens when left out.
         style: colours of the overlays; ``jet`` as in the authors' figures.
         out: folder for the explanations; ``explanations`` in the run directory when left out.
         progress: how to show progress; silent when left out.
@@ -59,48 +65,191 @@ def explain(
     Raises:
         ImageError: no image, or one that cannot be read.
         InputError: an unknown class.
-        RunError: no finished selection, or another performer.
+        RunError: neither a finished selection nor an explainer, another performer, or a wrong ``parts.json``.
     """
-    import torch
-
-    from partlens.artefacts.explanation import ExplanationConfig, choose_top, explain_batch
+    from partlens.artefacts.explanation import ExplanationConfig
     from partlens.reporting import write_explanation_page
 
     show = progress or Progress.silent()
-    opened_run = load_selection(run, model)
-    how = config if isinstance(config, ExplanationConfig) else ExplanationConfig.preset(**dict(config or {}))
-    found = _image_files(images)
-    target = Path(out) if out is not None else opened_run.path / "explanations"
-    names = _folder_names(found.keys)
     if count < 1:
         raise InputError(expected("at least 1 class to explain", count, "Set --count to 1 or more"))
-    chosen = None if classes is None else [_class_column(opened_run, name) for name in classes]
-    choose = choose_top(opened_run.outputs, min(count, len(opened_run.classes)))
+    how = config if isinstance(config, ExplanationConfig) else ExplanationConfig.preset(**dict(config or {}))
+    stage = _opened(Path(run), model, classes, count, how, style)
+    found = _image_files(images)
+    target = Path(out) if out is not None else Path(run) / "explanations"
+    names = _folder_names(found.keys)
     folders = []
     with show.task("explaining", len(found)) as advance:
         for first in range(0, len(found), _BATCH):
             part = range(first, min(first + _BATCH, len(found)))
-            pictures = [found.read(i) for i in part]
-            batch = opened_run.performer.preprocessing(pictures)
-            wanted = None if chosen is None else torch.tensor([chosen] * len(part))
-            arguments = (opened_run.performer, batch, opened_run.weights, opened_run.index, opened_run.descriptor)
-            result = explain_batch(*arguments, wanted, how, choose=choose)
-            unfixed = (
-                explain_batch(*arguments, result.classes, dataclasses.replace(how, fix_strides=False))
-                if how.fix_strides
-                else None
-            )
-            for i, row in enumerate(part):
+            for row, written in zip(part, stage.explained([found.read(i) for i in part]), strict=True):
                 folder = target / names[row]
-                key = found.keys[row]
-                _write_explanation(
-                    opened_run, folder, key, pictures[i], result, unfixed, i, how, style, named=classes is not None
-                )
+                said = stage.write(folder, found.keys[row], *written)
                 write_explanation_page(folder)
                 folders.append(folder)
+                for line in said:
+                    show.say(f"{names[row]}: {line}")
             advance(first + len(part))
     show.say(f"wrote {len(folders)} explanation{'s' if len(folders) != 1 else ''} to {target}")
     return folders
+
+
+@dataclasses.dataclass(frozen=True)
+class _Explained:
+    """One batch: where an image stands in it, and what was found for the whole batch."""
+
+    position: int
+    selected: Explanations | None
+    unfixed: Explanations | None
+    parts: ExplainedParts | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """What of a run explains: its selection, its explainer, or both."""
+
+    selection: OpenedSelection | None
+    parts: OpenedParts | None
+    classes: Sequence[str] | None
+    part_classes: Sequence[str] | None
+    count: int
+    how: ExplanationConfig
+    style: Literal["glow", "jet"]
+    notes: tuple[str, ...]
+
+    @property
+    def performer(self) -> Performer:
+        """The network that is explained."""
+        opened = self.selection if self.selection is not None else self.parts
+        assert opened is not None
+        return opened.performer
+
+    def explained(self, pictures: Sequence[Image.Image]) -> list[tuple[Image.Image, _Explained]]:
+        """Explain a batch of pictures."""
+        import torch
+
+        from partlens.artefacts.explanation import choose_top, explain_batch
+
+        batch = self.performer.preprocessing(list(pictures))
+        selected = unfixed = parts = None
+        if self.selection is not None:
+            run = self.selection
+            wanted = None
+            if self.classes is not None:
+                wanted = torch.tensor([[_class_column(run, name) for name in self.classes]] * len(pictures))
+            choose = choose_top(run.outputs, min(self.count, len(run.classes)))
+            arguments = (run.performer, batch, run.weights, run.index, run.descriptor)
+            selected = explain_batch(*arguments, wanted, self.how, choose=choose)
+            if self.how.fix_strides:
+                plain = dataclasses.replace(self.how, fix_strides=False)
+                unfixed = explain_batch(*arguments, selected.classes, plain)
+        if self.parts is not None:
+            from partlens.pipeline.explained_parts import explain_parts
+
+            parts = explain_parts(self.parts, batch, self.part_classes)
+        return [(picture, _Explained(i, selected, unfixed, parts)) for i, picture in enumerate(pictures)]
+
+    def write(self, folder: Path, key: str, picture: Image.Image, one: _Explained) -> list[str]:
+        """Write the folder of one image; return what its parts add, a line per class."""
+        from partlens.artefacts.pictures import save_png
+
+        performer, i = self.performer, one.position
+        frame = performer.preprocessing.frame(picture)
+        shown = frame
+        if max(frame.size) < _SHOWN_PX:
+            scale = _SHOWN_PX / max(frame.size)
+            shown = frame.resize((round(frame.width * scale), round(frame.height * scale)))
+        save_png(folder / "input.png", shown)
+        notes = [*performer.notes, *self.notes]
+        records: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
+        output = None
+        if self.selection is not None and one.selected is not None:
+            output = one.selected.output[i]
+            named = self.classes is not None
+            records, more = _selection_records(self.selection, folder, shown, one, self.style, named=named)
+            notes += more
+            tensors |= _selection_tensors(one.selected, i)
+        of_parts: list[dict[str, Any]] = []
+        if self.parts is not None and one.parts is not None:
+            from partlens.pipeline.explained_parts import part_records, part_tensors
+
+            output = one.parts.outputs[i] if output is None else output
+            of_parts = part_records(self.parts, one.parts, i, folder, shown, self.style)
+            tensors |= part_tensors(one.parts, i)
+            notes += self.parts.notes
+        assert output is not None
+        write_tensors(folder / "arrays.safetensors", tensors, {"schema": SCHEMA_EXPLANATION})
+        write_json(
+            folder / "explanation.json",
+            {
+                "schema": SCHEMA_EXPLANATION,
+                "image": {"name": Path(key).name, "path": key, "size_px": list(picture.size)},
+                "method": self.how.to_dict() if self.selection is not None else {},
+                "performer": {"name": performer.name, "weights_sha256": performer.weights_sha256},
+                "selection": {"identity": self.selection.manifest["identity"]} if self.selection is not None else None,
+                "input": "input.png",
+                "prediction": {"classes": _answers(performer, output)},
+                "explained": records,
+                "parts": of_parts,
+                "notes": notes,
+            },
+        )
+        return [f"{record['class']}: {record['headline']}" for record in of_parts]
+
+
+def _opened(
+    run: Path,
+    model: str | nn.Module | Performer | None,
+    classes: Sequence[str] | None,
+    count: int,
+    how: ExplanationConfig,
+    style: Literal["glow", "jet"],
+) -> _Stage:
+    """Open what a run has to explain with, and check the classes before any image is read."""
+    has_explainer = (run / EXPLAINER_WEIGHTS).exists()
+    selection = None
+    notes: list[str] = []
+    if (run / SELECTION).exists():
+        if has_explainer and read_json(run / SELECTION).get("status") != "finished":
+            notes.append("the selection of this run is not finished: only parts are explained")
+        else:
+            selection = load_selection(run, model)
+    if selection is None and not has_explainer:
+        raise RunError(
+            expected(f"a selection or an explainer in {run}", "none", "Run select-features or fit-explainer first")
+        )
+    parts = None
+    of_parts = classes
+    if has_explainer:
+        from partlens.pipeline.explained_parts import load_parts
+
+        # A network is loaded once, but an explainer of other weights has to be told.
+        parts = load_parts(run, selection.performer if selection is not None and model is None else model)
+    if selection is not None and classes is not None:
+        outputs = [selection.outputs[_class_column(selection, name)] for name in classes]
+        known = [str(output) for output in outputs if output is not None]
+        if parts is not None and len(known) < len(outputs):
+            notes.append("a class that is no output of the performer has no score that parts could share")
+        of_parts = known
+        parts = parts if known else None
+    elif parts is not None and classes is not None:
+        from partlens.pipeline.explained_parts import output_called, output_count
+
+        for name in classes:
+            output_called(parts.performer, output_count(parts), name)
+    return _Stage(selection, parts, classes, of_parts, count, how, style, tuple(notes))
+
+
+def _answers(performer: Performer, output: Tensor) -> list[dict[str, Any]]:
+    """Return the performer's strongest answers to one image."""
+    import torch
+
+    from partlens.pipeline.explained_parts import probabilities
+
+    chance = probabilities(torch.as_tensor(output)[None])[0]
+    top = chance.argsort(descending=True, stable=True)[:5].tolist()
+    return [{"name": output_name(performer, o), "output": o, "probability": float(chance[o])} for o in top]
 
 
 def _image_files(images: str | Path | Sequence[str | Path] | ImageSet) -> ImageSet:
@@ -157,39 +306,44 @@ def _lattice(signals: Tensor, performer: Performer) -> float:
     return float(lattice_index(signals[None], stride)[0])
 
 
-def _write_explanation(
+def _selection_tensors(result: Explanations, i: int) -> dict[str, Tensor]:
+    import torch
+
+    return {
+        "maps": result.maps[i],
+        "combined": result.combined[i],
+        "features": result.features[i],
+        "contributions": result.contributions[i],
+        "responses": result.responses[i],
+        "classes": result.classes[i],
+        "output": torch.as_tensor(result.output[i]),
+    }
+
+
+def _selection_records(
     opened_run: OpenedSelection,
     folder: Path,
-    key: str,
-    picture: Image.Image,
-    result: Explanations,
-    unfixed: Explanations | None,
-    i: int,
-    how: ExplanationConfig,
+    shown: Image.Image,
+    one: _Explained,
     style: Literal["glow", "jet"],
     *,
     named: bool,
-) -> None:
-    """Write one image's explanation: numbers, arrays and pictures."""
-    import torch
-
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Draw one image's relevant filters; return a record per class, and notes."""
     from partlens.artefacts.pictures import coloured, overlay, picture_of, save_png
     from partlens.metrics.likeness import rank_correlation
 
+    assert one.selected is not None
+    result, unfixed, i = one.selected, one.unfixed, one.position
     performer = opened_run.performer
     probability = result.output[i].double().softmax(0)
-    top = probability.argsort(descending=True, stable=True)[:5].tolist()
-    rank_of = {output: r for r, output in enumerate(probability.argsort(descending=True, stable=True).tolist(), 1)}
-    frame = performer.preprocessing.frame(picture)
-    shown = frame
-    if max(frame.size) < _SHOWN_PX:
-        scale = _SHOWN_PX / max(frame.size)
-        shown = frame.resize((round(frame.width * scale), round(frame.height * scale)))
-    notes = list(performer.notes)
+    ranked = probability.argsort(descending=True, stable=True).tolist()
+    rank_of = {output: r for r, output in enumerate(ranked, 1)}
+    notes = []
     outputs = set(opened_run.outputs)
-    if not named and None not in outputs and top[0] not in outputs:
+    if not named and None not in outputs and ranked[0] not in outputs:
         notes.append(
-            f"the prediction {output_name(performer, top[0])} has no photo in the selection; the most likely class "
+            f"the prediction {output_name(performer, ranked[0])} has no photo in the selection; the most likely class "
             "that has is explained"
         )
     if outputs == {None}:
@@ -247,38 +401,7 @@ def _write_explanation(
                 else float(rank_correlation(result.combined[i, :1], result.combined[i, k : k + 1])[0]),
             }
         )
-    save_png(folder / "input.png", shown)
-    write_tensors(
-        folder / "arrays.safetensors",
-        {
-            "maps": result.maps[i],
-            "combined": result.combined[i],
-            "features": result.features[i],
-            "contributions": result.contributions[i],
-            "responses": result.responses[i],
-            "classes": result.classes[i],
-            "output": torch.as_tensor(result.output[i]),
-        },
-        {"schema": SCHEMA_EXPLANATION},
-    )
-    write_json(
-        folder / "explanation.json",
-        {
-            "schema": SCHEMA_EXPLANATION,
-            "image": {"name": Path(key).name, "path": key, "size_px": list(picture.size)},
-            "method": how.to_dict(),
-            "performer": {"name": performer.name, "weights_sha256": performer.weights_sha256},
-            "selection": {"identity": opened_run.manifest["identity"]},
-            "input": "input.png",
-            "prediction": {
-                "classes": [
-                    {"name": output_name(performer, o), "output": o, "probability": float(probability[o])} for o in top
-                ]
-            },
-            "explained": records,
-            "notes": notes,
-        },
-    )
+    return records, notes
 
 
 def _relative(file: Path, folder: Path) -> str:

@@ -43,6 +43,9 @@ SCORES = (
 )
 """Scores of one subject, in the order of the page; consistency stands beside instability."""
 
+ATTENTION_LAYERS = ("interpretable", "tap", "top")
+"""Whose Grad-CAM stands on the page: the explainer's part filters, the performer's tap and its top layer."""
+
 _PICTURE_KINDS = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
 
 
@@ -115,7 +118,8 @@ class Picture:
         key: the photo's name in the data set.
         score: the filter's peak value.
         peak_px: x, y of the peak cell's centre, or ``None``.
-        box_px: left, top, right, bottom of the filter's region, or ``None``.
+        box_px: left, top, right, bottom of the filter's region; ``None`` where there is none, or where the picture
+            itself shows what the filter reads.
         size_px: width and height that the coordinates refer to.
         uri: the picture as a ``data:`` address; ``None`` where the file is missing or is no picture.
     """
@@ -130,21 +134,93 @@ class Picture:
 
 @dataclass(frozen=True)
 class GalleryFilter:
-    """One filter with the photos that it answers to most."""
+    """One filter with the photos that it answers to most; ``reads_px`` is the side of what it reads, by occlusion."""
 
     filter: int
     instability: float
     consistency: float
     landmark: str
     pictures: tuple[Picture, ...]
+    reads_px: float = math.nan
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How it was found out what filters read, and how much that is.
+
+    Attributes:
+        occluder_px: side of the square that covered pieces of photos.
+        stride_px: step between its places.
+        places: number of places on a photo.
+        photos: photos that were covered.
+        photos_per_filter: of these, how many each filter used.
+        median_px: side of what the shown filters read, by ``explainer`` and ``performer``.
+        theoretical_px: side of what they could read, likewise.
+    """
+
+    occluder_px: int
+    stride_px: int
+    places: int
+    photos: int
+    photos_per_filter: int
+    median_px: Mapping[str, Measure]
+    theoretical_px: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class AttentionPhoto:
+    """A photo with Grad-CAM maps laid over it.
+
+    Attributes:
+        key: the photo's name in the data set.
+        label: the class that the performer gives it, and that the maps explain.
+        uri: the photo as a ``data:`` address; ``None`` where it is missing.
+        maps: by ``interpretable``, ``tap`` and ``top``, the pictures likewise.
+    """
+
+    key: str
+    label: str
+    uri: str | None
+    maps: Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grad-CAM of the explainer's part filters and of the performer's layers.
+
+    Attributes:
+        layers: names by ``interpretable``, ``tap`` and ``top``.
+        photos: shown.
+        size_px: width and height of the network's input.
+        concentration: smallest share of the photo that holds half of a map, mean over photos, likewise.
+        random: the same of random maps on each layer's grid.
+        empty: photos whose map is all zeros and that the share leaves out.
+    """
+
+    layers: Mapping[str, str]
+    photos: tuple[AttentionPhoto, ...]
+    size_px: tuple[float, float]
+    concentration: Mapping[str, Measure]
+    random: Mapping[str, Measure]
+    empty: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Chosen filters of the explainer and of the performer's tap."""
+    """Chosen filters of the explainer and of the performer's tap; runs of earlier versions have no more than these."""
 
     explainer: tuple[GalleryFilter, ...]
     performer: tuple[GalleryFilter, ...]
+    reading: Reading | None = None
+    attention: Attention | None = None
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """Every picture's address."""
+        found = [picture.uri for one in (*self.explainer, *self.performer) for picture in one.pictures]
+        for photo in self.attention.photos if self.attention else ():
+            found += [photo.uri, *photo.maps.values()]
+        return tuple(uri for uri in found if uri)
 
 
 @dataclass(frozen=True)
@@ -289,13 +365,14 @@ def _picture(run: Path, value: Any) -> Picture:
     photo = group(value)
     peak, box, size = (numbers(photo.get(k), n) for k, n in (("peak_px", 2), ("box_px", 4), ("size_px", 2)))
     usable = size is not None and min(size) > 0
+    region = _data_uri(run, text(photo.get("region_file")))
     return Picture(
         key=text(photo.get("key")),
         score=number(photo.get("score")),
         peak_px=(peak[0], peak[1]) if peak and usable else None,
-        box_px=(box[0], box[1], box[2], box[3]) if box and usable else None,
+        box_px=(box[0], box[1], box[2], box[3]) if box and usable and region is None else None,
         size_px=(size[0], size[1]) if size and usable else (1.0, 1.0),
-        uri=_data_uri(run, text(photo.get("file"))),
+        uri=region or _data_uri(run, text(photo.get("file"))),
     )
 
 
@@ -307,8 +384,55 @@ def _gallery_filters(run: Path, value: Any) -> tuple[GalleryFilter, ...]:
             consistency=number(row.get("consistency")),
             landmark=text(row.get("landmark")),
             pictures=tuple(_picture(run, photo) for photo in items(row.get("photos"))),
+            reads_px=number(row.get("reads_px")),
         )
         for row in groups(value)
+    )
+
+
+def _measures(value: Any) -> dict[str, Measure]:
+    return {text(k): measure(v) for k, v in group(value).items()}
+
+
+def _reading(value: Any) -> Reading | None:
+    found = group(value)
+    if not found:
+        return None
+    sides = {text(k): numbers(v, 2) for k, v in group(found.get("theoretical_px")).items()}
+    return Reading(
+        occluder_px=count(found.get("occluder_px")),
+        stride_px=count(found.get("stride_px")),
+        places=count(found.get("places")),
+        photos=count(found.get("photos")),
+        photos_per_filter=count(found.get("photos_per_filter")),
+        median_px=_measures(found.get("reads_px")),
+        theoretical_px={name: (side[0], side[1]) for name, side in sides.items() if side},
+    )
+
+
+def _attention(run: Path, value: Any) -> Attention | None:
+    found = group(value)
+    layers = {name: text(group(found.get("layers")).get(name)) for name in ATTENTION_LAYERS}
+    size = numbers(found.get("size_px"), 2)
+    photos = tuple(
+        AttentionPhoto(
+            key=text(photo.get("key")),
+            label=text(photo.get("class")),
+            uri=_data_uri(run, text(photo.get("file"))),
+            maps={name: _data_uri(run, text(group(photo.get("maps")).get(name))) for name in ATTENTION_LAYERS},
+        )
+        for photo in groups(found.get("photos"))
+    )
+    if not photos:
+        return None
+    shares = group(found.get("concentration_frac"))
+    return Attention(
+        layers=layers,
+        photos=photos,
+        size_px=(size[0], size[1]) if size and min(size) > 0 else (1.0, 1.0),
+        concentration=_measures(shares),
+        random=_measures(found.get("random_frac")),
+        empty={text(k): count(group(v).get("empty")) for k, v in shares.items()},
     )
 
 
@@ -316,9 +440,15 @@ def _gallery(run: Path) -> Gallery | None:
     path = run / "gallery" / "gallery.json"
     if not path.exists():
         return None
-    layers = group(read_json(path).get("layers"))
-    gallery = Gallery(_gallery_filters(run, layers.get("explainer")), _gallery_filters(run, layers.get("performer")))
-    return gallery if gallery.explainer or gallery.performer else None
+    content = read_json(path)
+    layers = group(content.get("layers"))
+    gallery = Gallery(
+        _gallery_filters(run, layers.get("explainer")),
+        _gallery_filters(run, layers.get("performer")),
+        _reading(content.get("occlusion")),
+        _attention(run, content.get("attention")),
+    )
+    return gallery if gallery.explainer or gallery.performer or gallery.attention else None
 
 
 def _history(path: Path) -> tuple[Epoch, ...]:

@@ -46,6 +46,27 @@ class _Drawn:
     photos: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _AttentionRow:
+    """One network's Grad-CAM: its maps drawn, and how concentrated they are beside random ones."""
+
+    role: str
+    name: str
+    words: str
+    share: Measure
+    random: Measure
+    photos: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _AttentionView:
+    """Grad-CAM as it is shown: the photos themselves and a row for each network."""
+
+    photos: tuple[str, ...]
+    classes: str
+    rows: tuple[_AttentionRow, ...]
+
+
 def _score_rows(evaluation: Evaluation) -> tuple[_Row, ...]:
     rows = []
     for key in SCORES:
@@ -124,6 +145,8 @@ def _drawn_filter(kind: str, one: GalleryFilter | None) -> _Drawn | None:
         scores.append(f"instability {notation.number(one.instability)}, consistency {notation.number(one.consistency)}")
     if one.landmark:
         scores.append(f"best on {one.landmark.replace('_', ' ')}")
+    if math.isfinite(one.reads_px):
+        scores.append(f"reads {one.reads_px:.0f} px")
     photos = []
     for picture in one.pictures:
         label = f"{picture.key}: {kind} filter {one.filter}"
@@ -142,6 +165,67 @@ def _gallery_rows(data: ExplainerData) -> tuple[tuple[_Drawn | None, _Drawn | No
         (_drawn_filter("explainer", ours), _drawn_filter("performer", theirs))
         for ours, theirs in zip_longest(data.gallery.explainer, data.gallery.performer)
     )
+
+
+def _reading_words(data: ExplainerData) -> tuple[str, str]:
+    """Say how much the shown filters read, and how that was found out; empty where it was not."""
+    reading = data.gallery.reading if data.gallery else None
+    if reading is None:
+        return "", ""
+    said = []
+    for key, whose in (("explainer", "the explainer's"), ("performer", "the performer's")):
+        median, theory = reading.median_px.get(key, Measure()), reading.theoretical_px.get(key)
+        if not median.defined:
+            continue
+        ends = f" [{median.low:.0f}, {median.high:.0f}]" if median.has_interval else ""
+        could = f", in theory up to {max(theory):.0f} px" if theory else ""
+        said.append(f"{whose} {median.value:.0f} px{ends} (n = {median.n}{could})")
+    amount = f"Of the filters shown, the median reads: {'; '.join(said)}." if said else ""
+    floor = reading.occluder_px / math.sqrt(2)
+    made = (
+        f"Found by covering: a square of {reading.occluder_px} px at {reading.places} places, {reading.stride_px} px "
+        f"apart, on {notation.counted(reading.photos, 'photos')}, {reading.photos_per_filter} for each filter. The "
+        f"size is the side of the smallest area that holds half of the drops; below {floor:.0f} px nothing can be told "
+        "apart."
+    )
+    return amount, made
+
+
+def _attention_view(data: ExplainerData) -> _AttentionView | None:
+    attention = data.gallery.attention if data.gallery else None
+    if attention is None:
+        return None
+    rows = []
+    for name, role, words in (
+        ("interpretable", "explainer", "part filters, masked at their peaks"),
+        ("tap", "performer", "the explained layer's own filters"),
+        ("top", "performer", "the performer's last maps"),
+    ):
+        layer = attention.layers[name]
+        if name == "top" and layer == attention.layers["tap"]:
+            continue  # one layer, one row
+        empty = attention.empty.get(name, 0)
+        drawn = tuple(
+            figures.photo_with_region(
+                photo.maps[name], attention.size_px, None, None, f"{photo.key}: Grad-CAM of {layer} for {photo.label}"
+            )
+            for photo in attention.photos
+        )
+        rows.append(
+            _AttentionRow(
+                role,
+                layer,
+                words + (f"; {notation.counted(empty, 'empty maps')} left out" if empty else ""),
+                attention.concentration.get(name, Measure()),
+                attention.random.get(name, Measure()),
+                drawn,
+            )
+        )
+    photos = tuple(
+        figures.photo_with_region(photo.uri, attention.size_px, None, None, f"{photo.key}: {photo.label}")
+        for photo in attention.photos
+    )
+    return _AttentionView(photos, ", ".join(photo.label for photo in attention.photos), tuple(rows))
 
 
 def _history_table(data: ExplainerData) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
@@ -189,6 +273,9 @@ class ExplainerView:
     dead_left_out: int
     parts_figure: Figure | None
     gallery: tuple[tuple[_Drawn | None, _Drawn | None], ...]
+    reads: str
+    reading: str
+    attention: _AttentionView | None
     curves: tuple[Figure, ...]
     log_columns: tuple[str, ...]
     log_rows: tuple[tuple[str, ...], ...]
@@ -198,6 +285,7 @@ def explainer_view(data: ExplainerData) -> ExplainerView:
     """Draw what the template needs."""
     evaluation = data.evaluation
     columns, log = _history_table(data)
+    reads, reading = _reading_words(data)
     return ExplainerView(
         data=data,
         evaluation=evaluation,
@@ -210,6 +298,9 @@ def explainer_view(data: ExplainerData) -> ExplainerView:
         dead_left_out=sum(f.dead for f in evaluation.explainer_filters) if evaluation else 0,
         parts_figure=_parts_figure(evaluation) if evaluation else None,
         gallery=_gallery_rows(data),
+        reads=reads,
+        reading=reading,
+        attention=_attention_view(data),
         curves=_curve_figures(data),
         log_columns=columns,
         log_rows=log,
@@ -235,6 +326,7 @@ def explainer_chapter(data: ExplainerData) -> Chapter:
             ("fidelity", "Fidelity"),
             ("parts", "Parts"),
             ("filters", "Filters"),
+            ("attention", "Attention"),
             ("training", "Training"),
         ),
     )

@@ -10,12 +10,14 @@ from typing import Any
 
 from partlens.reporting.reading import (
     Embedded,
+    Measure,
     Pictures,
     count,
     group,
     groups,
     index_of,
     items,
+    measure,
     number,
     numbers,
     text,
@@ -92,6 +94,78 @@ class Explained:
 
 
 @dataclass(frozen=True)
+class PartShare:
+    """What one part adds to the score of a class in one image.
+
+    Attributes:
+        name: of the part.
+        filters: how many it has.
+        share: of what all parts add (Shapley); ``nan`` where together they add nothing.
+        share_of_score: of the score's rise over nothing.
+        shapley: in units of the score.
+        standard_error: of it; 0 where exact.
+        integrated: by integrated gradients.
+        integrated_share: the share by them.
+        null: the same of as many filters drawn by lot.
+        gradient_activation: by gradient × activation.
+        removal: fall of the score without the part.
+        heat: where the contribution comes from, over the image.
+        top_filters: numbers of the filters that add or take most.
+    """
+
+    name: str
+    filters: int
+    share: float
+    share_of_score: float
+    shapley: float
+    standard_error: float
+    integrated: float
+    integrated_share: float
+    null: Measure
+    gradient_activation: float
+    removal: float
+    heat: Embedded | None
+    top_filters: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExplainedByParts:
+    """One class whose score is shared among parts.
+
+    Attributes:
+        name: of the class.
+        probability: the performer's.
+        rank: 1 for the predicted class.
+        performer_score: of the performer itself.
+        fed_back: of the explainer's reconstruction.
+        baseline: with both tracks silent.
+        same_answer: whether the reconstruction keeps the performer's answer.
+        interpretable: share of the rise that the parts add together.
+        ordinary: Shapley value of the ordinary track.
+        ordinary_share: its share of the rise.
+        remainder: what the integrated gradients miss, in units of the score.
+        method: how the Shapley values were made.
+        parts: in the order of the file.
+        headline: what each part adds.
+    """
+
+    name: str
+    probability: float
+    rank: int
+    performer_score: float
+    fed_back: float
+    baseline: float
+    same_answer: bool
+    interpretable: float
+    ordinary: float
+    ordinary_share: float
+    remainder: float
+    method: str
+    parts: tuple[PartShare, ...]
+    headline: str
+
+
+@dataclass(frozen=True)
 class ExplanationData:
     """Everything that the page says of one image; drawing it needs nothing else.
 
@@ -107,6 +181,7 @@ class ExplanationData:
         answers: the performer's strongest answers.
         explained: classes that were explained, the predicted one first.
         notes: remarks of the explanation.
+        parts: classes whose score is shared among parts; empty where the run has no explainer.
     """
 
     folder: str
@@ -120,6 +195,7 @@ class ExplanationData:
     answers: tuple[Answer, ...]
     explained: tuple[Explained, ...]
     notes: tuple[str, ...]
+    parts: tuple[ExplainedByParts, ...] = ()
 
 
 def _pair(value: Any) -> tuple[float, float] | None:
@@ -164,6 +240,43 @@ def _explained(row: Mapping[str, Any], folder: Path, pictures: Pictures, *, alon
     )
 
 
+def _by_parts(row: Mapping[str, Any], folder: Path, pictures: Pictures) -> ExplainedByParts:
+    score, ordinary = group(row.get("score")), group(row.get("ordinary"))
+    return ExplainedByParts(
+        name=text(row.get("class")),
+        probability=number(row.get("probability")),
+        rank=count(row.get("rank")),
+        performer_score=number(score.get("performer")),
+        fed_back=number(score.get("fed_back")),
+        baseline=number(score.get("baseline")),
+        same_answer=score.get("same_answer") is True,
+        interpretable=number(row.get("interpretable_share")),
+        ordinary=number(ordinary.get("shapley")),
+        ordinary_share=number(ordinary.get("share_of_score")),
+        remainder=number(group(row.get("remainder")).get("integrated_gradients")),
+        method=text(row.get("method")),
+        parts=tuple(
+            PartShare(
+                name=text(part.get("name")),
+                filters=count(part.get("n")),
+                share=number(part.get("share")),
+                share_of_score=number(part.get("share_of_score")),
+                shapley=number(part.get("shapley")),
+                standard_error=number(part.get("standard_error")),
+                integrated=number(part.get("integrated_gradients")),
+                integrated_share=number(part.get("integrated_share")),
+                null=measure(part.get("integrated_null")),
+                gradient_activation=number(part.get("gradient_activation")),
+                removal=number(part.get("removal")),
+                heat=pictures.read(folder, part.get("heat")),
+                top_filters=tuple(count(f.get("filter")) for f in groups(part.get("top_filters"))),
+            )
+            for part in groups(row.get("parts"))
+        ),
+        headline=text(row.get("headline")),
+    )
+
+
 def _content(folder: Path) -> Mapping[str, Any]:
     path = folder / "explanation.json"
     if not path.exists():
@@ -180,7 +293,7 @@ def _content(folder: Path) -> Mapping[str, Any]:
     ):
         if not isinstance(found, str) or not found:
             raise RunError(expected(f"{what} in {path}", found, EXPLAIN_AGAIN))
-    if not items(content.get("explained")):
+    if not items(content.get("explained")) and not items(content.get("parts")):
         raise RunError(expected(f"at least one explained class in {path}", "none", EXPLAIN_AGAIN))
     return content
 
@@ -214,6 +327,7 @@ def read_explanation(folder: Path, pictures: Pictures, *, alone: bool = False) -
         ),
         explained=tuple(_explained(row, folder, pictures, alone=alone) for row in groups(content.get("explained"))),
         notes=texts(content.get("notes")),
+        parts=tuple(_by_parts(row, folder, pictures) for row in groups(content.get("parts"))),
     )
 
 

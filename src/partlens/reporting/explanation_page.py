@@ -13,6 +13,7 @@ from partlens.reporting.explanation_data import (
     EXPLAIN_AGAIN,
     Contribution,
     Explained,
+    ExplainedByParts,
     ExplanationData,
     Explanations,
     read_explanation,
@@ -69,6 +70,16 @@ class _Answer:
 
 
 @dataclass(frozen=True)
+class _OfParts:
+    """One class whose score is shared among parts, with the heat map of each."""
+
+    data: ExplainedByParts
+    kind: str
+    said: str
+    maps: tuple[tuple[Shown | None, float], ...]
+
+
+@dataclass(frozen=True)
 class ExplanationView:
     """Everything that the template of one image shows; ``data`` holds what is written as it is."""
 
@@ -82,6 +93,7 @@ class ExplanationView:
     rows: tuple[tuple[Explained, Contribution], ...]
     has_averages: bool
     warning: str
+    parts: tuple[_OfParts, ...] = ()
 
 
 def _feature(one: Explained, feature: Contribution, top: float) -> _Feature:
@@ -111,6 +123,23 @@ def _column(one: Explained, first: Explained, top: float) -> _Column:
     )
 
 
+def _of_parts(one: ExplainedByParts) -> _OfParts:
+    kind = "predicted class" if one.rank == 1 else f"{selection_words.ordinal(one.rank)} of the answers"
+    top = max((abs(part.share) for part in one.parts if math.isfinite(part.share)), default=0.0)
+    return _OfParts(
+        data=one,
+        kind=kind if one.rank > 0 else "",
+        said=f"{one.name}: {one.headline}",
+        maps=tuple(
+            (
+                shown(part.heat, f"Where the part {part.name} acts for the class {one.name}", part.name),
+                100 * abs(part.share) / top if top > 0 and math.isfinite(part.share) else 0.0,
+            )
+            for part in one.parts
+        ),
+    )
+
+
 def method_words(method: Mapping[str, object]) -> str:
     """Say how an image was explained.
 
@@ -137,10 +166,10 @@ def explanation_view(data: ExplanationData, anchor: str = "image-1", weights_sha
         anchor: its id on the page.
         weights_sha256: of the performer that the rest of the page is about; another one is warned of.
     """
-    first = data.explained[0]
+    first = data.explained[0] if data.explained else None
     contributions = [f.contribution for one in data.explained for f in one.features if math.isfinite(f.contribution)]
     top = max(contributions, default=0.0)
-    names = {one.name for one in data.explained}
+    names = {one.name for one in data.explained} | {one.name for one in data.parts}
     outputs = {one.output for one in data.explained} - {None}
     other = weights_sha256 and data.weights_sha256 and data.weights_sha256 != weights_sha256
     return ExplanationView(
@@ -158,7 +187,8 @@ def explanation_view(data: ExplanationData, anchor: str = "image-1", weights_sha
             )
             for answer in data.answers
         ),
-        columns=tuple(_column(one, first, top) for one in data.explained),
+        columns=tuple(_column(one, first, top) for one in data.explained) if first else (),
+        parts=tuple(map(_of_parts, data.parts)),
         rows=tuple((one, feature) for one in data.explained for feature in one.features),
         has_averages=any(f.average for one in data.explained for f in one.features),
         warning="This image was explained with other weights than the rest of the page is about." if other else "",

@@ -15,6 +15,7 @@ from partlens.reporting.explainer_page import (
 )
 from partlens.reporting.explanation_page import explanation_chapter, explanation_view, image_anchor
 from partlens.reporting.page_data import PageData, collect_page
+from partlens.reporting.parts_page import parts_chapter, parts_view
 from partlens.reporting.selection_page import (
     selection_chapter,
     selection_origin,
@@ -30,12 +31,15 @@ __all__ = ["PageData", "collect_page", "render_page", "write_report"]
 
 
 def _chapters(data: PageData) -> tuple[Chapter, ...]:
-    """Return the chapters from wide to narrow: the whole network, one prediction, one layer."""
+    """Return the chapters from wide to narrow: the whole network, one prediction, one layer, its parts."""
     chapters = [selection_chapter(data.selection)] if data.selection else []
     if data.selection or data.explanations.shown:
         chapters.append(explanation_chapter(data.explanations))
     if data.explainer:
         chapters.append(explainer_chapter(data.explainer))
+    if data.named_parts:
+        explained = any(one.parts for one in data.explanations.shown)
+        chapters.append(parts_chapter(data.named_parts, explained=explained))
     return tuple(chapters)
 
 
@@ -76,6 +80,7 @@ def render_page(data: PageData) -> str:
         explanation_view(one, image_anchor(position), sha256) for position, one in enumerate(data.explanations.shown)
     )
     explained = [(column.name, view.anchor, view.data.image) for view in images for column in view.columns]
+    in_photos = [(view.data.image, view.anchor, of.said) for view in images for of in view.parts]
     origins = [selection_origin(data.selection)] if data.selection else []
     remarks = [selection_remarks(data.selection)] if data.selection else []
     if data.explainer:
@@ -94,6 +99,7 @@ def render_page(data: PageData) -> str:
             selection=selection_view(data.selection, explained) if data.selection else None,
             explainer=explainer_view(data.explainer) if data.explainer else None,
             images=images,
+            parts=parts_view(data.named_parts, in_photos) if data.named_parts else None,
             explanations=data.explanations,
             origins=origins,
             remarks=remarks,

@@ -1,6 +1,7 @@
 """What the page says, as data: a run directory is read once into frozen values, and nothing here draws.
 
-A run holds an explainer (``run.json``), a selection (``selection.json``) or both, and perhaps ``explanations/``.
+A run holds an explainer (``run.json``), a selection (``selection.json``) or both, and perhaps ``parts.json`` and
+``explanations/``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from partlens.reporting.explainer_data import ExplainerData, collect_explainer
 from partlens.reporting.explanation_data import EXPLAIN_AGAIN, Explanations, collect_explanations
+from partlens.reporting.parts_data import PARTS_AGAIN, PartsData, collect_parts
 from partlens.reporting.reading import Pictures, text
 from partlens.reporting.selection_data import SELECT_AGAIN, SelectionData, collect_selection, is_begun
 from partlens.store import read_json
@@ -32,12 +34,14 @@ class PageData:
         selection: the chapter of the classes' features, or ``None``.
         explanations: the chapter of explained images; may be empty.
         pending: command line of a selection that was begun and has no result yet; else empty.
+        named_parts: the chapter of the explainer's parts, or ``None``.
     """
 
     explainer: ExplainerData | None = None
     selection: SelectionData | None = None
     explanations: Explanations = field(default_factory=Explanations)
     pending: str = ""
+    named_parts: PartsData | None = None
 
     @property
     def parts(self) -> tuple[ExplainerData | SelectionData, ...]:
@@ -47,8 +51,7 @@ class PageData:
 
 def _gallery_bytes(explainer: ExplainerData | None) -> int:
     gallery = explainer.gallery if explainer else None
-    filters = (*gallery.explainer, *gallery.performer) if gallery else ()
-    return sum(len(picture.uri or "") for one in filters for picture in one.pictures)
+    return sum(map(len, gallery.uris)) if gallery else 0
 
 
 def _explained_names(explanations: Explanations) -> Iterable[str]:
@@ -82,8 +85,11 @@ def collect_page(run: Path) -> PageData:
     if pending and explainer is None:
         raise RunError(expected(f"a finished selection in {run}", "one that was only begun", f"Go on with: {pending}"))
     room = max(PICTURES_BYTES - _gallery_bytes(explainer), 0)
+    of_parts = Pictures(run, PARTS_AGAIN, room)
+    named_parts = collect_parts(run, of_parts) if explainer else None
+    room = max(room - of_parts.spent_bytes, 0)
     of_images = Pictures(run, EXPLAIN_AGAIN, room)
     explanations = collect_explanations(run, of_images, int(EXPLANATIONS_SHARE * room))
     of_classes = Pictures(run, SELECT_AGAIN, max(room - of_images.spent_bytes, 0))
     selection = collect_selection(run, of_classes, _explained_names(explanations))
-    return PageData(explainer, selection, explanations, pending)
+    return PageData(explainer, selection, explanations, pending, named_parts)

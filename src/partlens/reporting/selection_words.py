@@ -196,8 +196,13 @@ def selection_verdicts(data: SelectionData) -> tuple[Verdict, ...]:
 
 def explanation_headline(data: ExplanationData) -> str:
     """Say what the performer answered and on what features that rests."""
-    first = data.explained[0]
     name = short_name(data.performer)
+    if not data.explained:
+        of_parts = data.parts[0]
+        sure = f" ({rate(of_parts.probability)})" if math.isfinite(of_parts.probability) else ""
+        said = f"{name} takes {data.image} for" if of_parts.rank == 1 else f"{data.image} in {name} is read for"
+        return f"{said} “{of_parts.name}”{sure}. What its parts add: {of_parts.headline}."
+    first = data.explained[0]
     sure = f" ({rate(first.probability)})" if math.isfinite(first.probability) else ""
     if first.rank == 1:
         said = f"{name} takes {data.image} for “{first.name}”{sure}."

@@ -44,7 +44,7 @@ class Chapter:
     """A chapter of the page.
 
     Attributes:
-        kind: ``selection``, ``explanation`` or ``explainer``; which template draws it.
+        kind: ``selection``, ``explanation``, ``explainer`` or ``parts``; which template draws it.
         anchor: its id.
         title: its heading.
         headline: its result in a sentence or two; may be empty.

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from partlens.artefacts.contributions import (
+    PartContributions,
     Tracks,
     class_score,
     filter_contributions,
     part_contributions,
+    part_heat_maps,
+    sampled_part_contributions,
+    shares_of_random_parts,
+    sums_by_part,
     tracks,
 )
 from partlens.explainer.assembly import build_explainer, explainer_structure, performer_head
@@ -102,10 +107,72 @@ def test_through_a_real_explainer_the_whole_is_the_fed_back_score(tiny: Performe
     assert all(p.grad is None for p in explainer.parameters())
 
 
+def _tangled(encoded: Tensor) -> Tensor:
+    """Three players gain only together: pairs of an order and its reverse do not cancel that."""
+    sums = encoded.sum((2, 3))
+    return sums[:, 0] * sums[:, 1] * sums[:, 2] + _bent(encoded)
+
+
+def test_sampled_shapley_values_meet_the_exact_ones_within_their_error(some: Tracks) -> None:
+    part_of = torch.tensor([0, 1, 2, 1])
+    exact = part_contributions(_tangled, some, part_of, 3)
+
+    def sampled() -> PartContributions:
+        draws = torch.Generator().manual_seed(5)
+        return sampled_part_contributions(_tangled, some, part_of, 3, pairs=200, generator=draws)
+
+    found = sampled()
+    assert torch.allclose(found.removal, exact.removal, atol=1e-5)
+    assert torch.allclose(found.parts.sum(1) + found.ordinary, found.score - found.baseline, atol=1e-9)
+    assert bool(((found.parts - exact.parts).abs() <= 4 * found.standard_error + 1e-5).all())
+    assert bool(((found.ordinary - exact.ordinary).abs() <= 4 * found.ordinary_standard_error + 1e-5).all())
+    assert float(found.standard_error.min()) > 1e-3
+    assert float(exact.standard_error.max()) == 0
+    assert torch.equal(found.parts, sampled().parts)
+
+
+def test_sampling_is_exact_for_a_score_without_interactions_and_serves_many_parts(generator: torch.Generator) -> None:
+    z, o = torch.rand(2, 2, 20, 2, 2, generator=generator)
+
+    def linear(encoded: Tensor) -> Tensor:
+        return encoded.sum((1, 2, 3))
+
+    found = sampled_part_contributions(linear, Tracks(z, o, z), torch.arange(20), 20, pairs=2, generator=generator)
+    assert torch.allclose(found.parts.float(), z.sum((2, 3)), atol=1e-4)
+    assert float(found.standard_error.max()) < 1e-4
+
+
+def test_parts_dealt_by_lot_keep_their_sizes_and_the_sum(generator: torch.Generator) -> None:
+    part_of = torch.tensor([0, 0, 0, 1])
+    assert torch.equal(
+        shares_of_random_parts(torch.ones(2, 4), part_of, 2, generator=generator)[7], torch.tensor([[3.0, 1], [3, 1]])
+    )
+    filters = torch.rand(5, 4, generator=generator)
+    dealt = shares_of_random_parts(filters, part_of, 2, draws=400, generator=generator)
+    assert torch.allclose(dealt.sum(2), filters.sum(1).expand(400, 5), atol=1e-5)
+    assert torch.allclose(dealt.mean(0)[:, 0], 0.75 * filters.sum(1), atol=0.06)
+    assert not torch.equal(dealt[0], dealt[1])
+
+
+def test_heat_maps_sum_to_the_contributions(generator: torch.Generator) -> None:
+    masked = torch.rand(2, 3, 4, 4, generator=generator)
+    masked[:, 2] = 0
+    filters = torch.randn(2, 3, generator=generator)
+    filters[:, 2] = 0
+    part_of = torch.tensor([1, 0, 0])
+    heat = part_heat_maps(masked, filters, part_of, 2)
+    assert torch.allclose(heat.sum((2, 3)), sums_by_part(filters, part_of, 2), atol=1e-5)
+    assert torch.allclose(
+        heat[:, 1], masked[:, 0] * (filters[:, 0] / masked[:, 0].sum((1, 2)))[:, None, None], atol=1e-6
+    )
+
+
 def test_bad_parts(some: Tracks) -> None:
     with pytest.raises(InputError, match="Expected 1 to 11 parts, got 12"):
         part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), 12)
     with pytest.raises(InputError, match="Expected a part from 0 to 1 for each of 4 filters"):
         part_contributions(_bent, some, torch.tensor([0, 1, 2, 0]), 2)
+    with pytest.raises(InputError, match="Expected at least 1 part and 2 pairs of orders, got 0 and 32"):
+        sampled_part_contributions(_bent, some, torch.tensor([0, 0, 0, 0]), 0, generator=torch.Generator())
     with pytest.raises(InputError, match="Expected a tolerance between 0 and 1, got 0"):
         filter_contributions(_bent, some, tolerance=0.0)

@@ -74,12 +74,14 @@ def test_reproduce_hands_over_to_the_flower_benchmark(monkeypatch: pytest.Monkey
 
 
 def test_missing_arguments_have_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match="Expected a table among flowers, removal, sanity, got poems"):
+    with pytest.raises(InputError, match="Expected a table among flowers, removal, sanity, .*, rivals, got poems"):
         reproduce("poems", out=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="Expected data to remove features on, got none. Give --data"):
         reproduce("removal", out=tmp_path)
     with pytest.raises(InputError, match="Expected a model to remove features from, got none. Give --model"):
         reproduce("removal", out=tmp_path, data=tmp_path)
+    with pytest.raises(InputError, match="photos as a folder or table, which every process can open, got none"):
+        reproduce("p", out=tmp_path, performers={"a": "torchvision:resnet18"})
     assert main(["reproduce", "poems", "--out", str(tmp_path)]) == 1
     assert "Expected a table among" in capsys.readouterr().err
 

@@ -304,8 +304,8 @@ def test_a_bare_run_says_what_is_not_measured(tmp_path):
     assert (explainer.evaluation, explainer.gallery, explainer.history) == (None, None, ())
     assert (data.selection, data.explanations.shown) == (None, ())
     text = Page(render_page(data)).text
-    assert text.count("Not measured.") == 5
-    assert text.count("partlens evaluate RUN DATA") == 5
+    assert text.count("Not measured.") == 6
+    assert text.count("partlens evaluate RUN DATA") == 6
     assert "Not recorded." in text
     assert "Nothing has been measured on held-out photos yet" in text
 

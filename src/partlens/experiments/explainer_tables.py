@@ -1,0 +1,328 @@
+"""The explainer papers' tables over performers, categories and seeds, each beside the printed figures.
+
+``instability``: where filters peak; ``p``: the share of part filters; ``errors``: what feeding the reconstruction back
+costs, with an explainer that learns from the classification loss beside it; ``interpretable-cnn``: the network that is
+trained to have part filters; ``rivals``: other ways to take the tap apart.
+
+Tables that need the same explainers share them: made in one ``out`` folder, they are fitted once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from partlens.experiments.explainer_jobs import (
+    BACKGROUND,
+    CLASSIFIED,
+    EXPLAINER,
+    MODULE,
+    RIVALS,
+    TRAINED,
+    TRAINING,
+    open_photos,
+)
+from partlens.experiments.published import DIFFERENCES, published_data, published_network
+from partlens.experiments.sweep import Executor, Job, JobResult, run_sweep
+from partlens.experiments.table_blocks import Study, build
+from partlens.pipeline.runs import command, spec, versions
+from partlens.progress import Progress
+from partlens.store import file_sha256, write_json
+from partlens.vocabulary import ImageError, InputError, expected, listed, nearest
+
+SCHEMA = "partlens.explainer-table/1"
+Table = Literal["instability", "p", "errors", "interpretable-cnn", "rivals"]
+EXPLAINER_TABLES: tuple[str, ...] = get_args(Table)
+LOSSES = ("published", "released")
+_SETTINGS = ("explainer", "targets", "background", "split", "train", "rivals", "interpretable_cnn")
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """What a table is made of.
+
+    Attributes:
+        table: which.
+        data: folder or table of photos.
+        performers: label to how it is loaded; ``train:SPEC`` is trained on each category first.
+        categories: which; all that have landmarks when empty.
+        seeds: how many explainers of each category.
+        first_seed: the seeds are this one and the next.
+        tap: layer to explain; the preset's choice when left out.
+        preset: ``partlens`` or ``paper``: tap, targets and eta are then the papers', where they studied the network.
+        background: folder or table of photos that count as background, beside the data's own.
+        settings: ``explainer`` (fields of its configuration), ``targets``, ``background`` (most photos of others),
+            ``split`` (measured on), ``train`` (arguments of ``train_performer``), ``rivals`` (see
+            :data:`~partlens.experiments.explainer_jobs.RIVAL_SETTINGS`), ``interpretable_cnn``.
+    """
+
+    table: str
+    data: str
+    performers: Mapping[str, str]
+    categories: tuple[str, ...] = ()
+    seeds: int = 3
+    first_seed: int = 0
+    tap: str | None = None
+    preset: str = "partlens"
+    background: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every field once."""
+        if self.table not in EXPLAINER_TABLES:
+            raise InputError(expected(f"a table among {', '.join(EXPLAINER_TABLES)}", self.table, "Choose one of them"))
+        if not self.performers:
+            raise InputError(expected("at least one performer", "none", "Give --performers LABEL=MODEL"))
+        if self.seeds < 1:
+            raise InputError(expected("at least 1 seed", self.seeds, "Set --seeds to 1 or more"))
+        if self.preset not in {"partlens", "paper"}:
+            raise InputError(expected("preset partlens or paper", self.preset, "Choose one of them"))
+        for name in self.settings:
+            if name not in _SETTINGS:
+                near = nearest(name, _SETTINGS)[0]
+                raise InputError(expected(f"settings among {', '.join(_SETTINGS)}", name, f"Did you mean {near}?"))
+        for label, text in self.performers.items():
+            if not label or set(label) & set("/\\ ") or label.startswith("."):
+                raise InputError(expected("labels that can name a folder", repr(label), "Leave out / and spaces"))
+            if not text.removeprefix(TRAINED):
+                raise InputError(expected(f"a model for {label}", "none", f"Give {label}=MODEL"))
+
+
+def performers_of(given: Sequence[str]) -> dict[str, str]:
+    """Read ``LABEL=MODEL`` from the command line; without a label the model's short name is taken.
+
+    Raises:
+        InputError: a label stands twice.
+
+    Example:
+        >>> performers_of(["small=torchvision:resnet18", "train:partlens:alexnet-caffe@convs.safetensors"])
+        {'small': 'torchvision:resnet18', 'alexnet-caffe': 'train:partlens:alexnet-caffe@convs.safetensors'}
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        label, mark, model = text.partition("=")
+        if not mark:
+            label, model = text.partition("@")[0].rpartition(":")[2], text
+        if label in found:
+            raise InputError(expected("every label once", f"{label} twice", "Name them apart: LABEL=MODEL"))
+        found[label] = model
+    return found
+
+
+# Planning
+
+
+def _layout(data: str) -> str | None:
+    from partlens.data.images import IMAGE_TABLE
+    from partlens.data.layouts import layout_of
+
+    path = Path(data)
+    found = layout_of(path) if path.is_dir() and not (path / IMAGE_TABLE).is_file() else None
+    return None if found is None else found.name
+
+
+def _annotated(images: Any) -> list[str]:
+    """Return the categories with at least two photos that have a landmark, background left out."""
+    import numpy as np
+
+    truth = images.part_truth
+    if truth is None:
+        return []
+    known = np.isfinite(truth.positions_px).all(2).any(1)
+    counts: dict[str, int] = {}
+    for category, has in zip(images.categories, known, strict=True):
+        counts[category] = counts.get(category, 0) + int(has)
+    return sorted(name for name, count in counts.items() if count > 1 and name != BACKGROUND)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with its photos looked at: jobs, and what the result says of the data."""
+
+    plan: TablePlan
+    categories: tuple[str, ...]
+    jobs: tuple[Job, ...]
+    data: Mapping[str, Any]
+
+
+def prepare(plan: TablePlan, out: Path) -> Prepared:
+    """Open the photos, choose the categories and list the jobs.
+
+    Raises:
+        ImageError: unknown categories, or none that has landmarks.
+        WeightsError: a weights file that is not there.
+    """
+    layout = _layout(plan.data)
+    joined = "bird" if layout == "cub" else None
+    data = str(Path(plan.data).resolve())
+    background = None if plan.background is None else str(Path(plan.background).resolve())
+    images = open_photos(data, background, joined)
+    known = sorted(set(images.categories) - {BACKGROUND})
+    annotated = _annotated(images)
+    for name in plan.categories:
+        if name not in known:
+            near = nearest(name, known)[0]
+            raise ImageError(expected(f"categories among {listed(known, 40)}", name, f"Did you mean {near}?"))
+    categories = plan.categories or tuple(annotated)
+    if not categories:
+        raise ImageError(
+            expected(
+                f"categories with landmarks in {plan.data}", "none", "Add landmarks.csv, or name --categories without"
+            )
+        )
+    fingerprint = images.fingerprint()
+    common = {
+        "preset": plan.preset,
+        "tap": plan.tap,
+        "targets": plan.settings.get("targets"),
+        "explainer": dict(plan.settings.get("explainer", {})),
+        "background": int(plan.settings.get("background", 1500)),
+        "split": plan.settings.get("split", "test"),
+        "data": fingerprint,
+        "joined": joined,
+    }
+    places = {"data": data, "background": background}
+    jobs: list[Job] = []
+    for label, text in plan.performers.items():
+        for category in categories:
+            jobs += _jobs_of(plan, out, label, text, category, common, places)
+    facts = {
+        "name": images.name,
+        "path": data,
+        "background_path": background,
+        "fingerprint": fingerprint,
+        "layout": layout,
+        "joined": joined,
+        "published_as": published_data(known, layout),
+        "photos": len(images),
+        "categories": list(categories),
+        "without_landmarks": [name for name in categories if name not in annotated],
+    }
+    return Prepared(plan, categories, tuple(jobs), facts)
+
+
+def _jobs_of(
+    plan: TablePlan,
+    out: Path,
+    label: str,
+    text: str,
+    category: str,
+    common: Mapping[str, Any],
+    places: Mapping[str, Any],
+) -> list[Job]:
+    """Return the jobs of one performer and one category, those that others need first."""
+    base = text.removeprefix(TRAINED)
+    located = spec(base) or base
+    weights = located.partition("@")[2]
+    content = file_sha256(Path(weights)) if weights and Path(weights).is_file() else weights
+    settings = {**common, "model": located.partition("@")[0], "weights": content}
+    jobs: list[Job] = []
+    first: tuple[str, ...] = ()
+    where = {**places, "spec": located}
+    if text.startswith(TRAINED):
+        file = out / "performers" / f"{label}-{category}.safetensors"
+        recipe = {key: settings[key] for key in ("model", "weights", "data", "joined")}
+        recipe["train"] = dict(plan.settings.get("train", {}))
+        where = {**places, "base": located, "weights": str(file), "spec": f"{settings['model']}@{file}"}
+        training = Job(f"{MODULE}:train", TRAINING, label, category, plan.first_seed, recipe, where)
+        jobs.append(training)
+        first = (training.key,)
+        settings = {**settings, "train": recipe["train"]}
+    for seed in range(plan.first_seed, plan.first_seed + plan.seeds):
+        explainer = Job(f"{MODULE}:explain", EXPLAINER, label, category, seed, settings, where, first)
+        if plan.table != "interpretable-cnn":
+            jobs.append(explainer)
+        if plan.table == "errors":
+            config = {**settings["explainer"], "objective": "classification"}
+            jobs.append(dataclasses.replace(explainer, kind=CLASSIFIED, settings={**settings, "explainer": config}))
+        if plan.table == "rivals":
+            chosen = {**settings, "rivals": dict(plan.settings.get("rivals", {}))}
+            jobs.append(Job(f"{MODULE}:compare", RIVALS, label, category, seed, chosen, where, (explainer.key,)))
+        if plan.table == "interpretable-cnn":
+            for loss in LOSSES:
+                chosen = {**settings, "loss": loss, "icnn": dict(plan.settings.get("interpretable_cnn", {}))}
+                jobs.append(Job(f"{MODULE}:interpret", f"icnn-{loss}", label, category, seed, chosen, where, first))
+    return jobs
+
+
+# The table
+
+
+def explainer_table(
+    plan: TablePlan,
+    out: str | Path,
+    *,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Do a table's jobs and write ``OUT/TABLE.json`` and ``OUT/TABLE.html``.
+
+    Interrupted, it goes on with the jobs that are missing. A job that fails is named in the table, which then is
+    ``incomplete``.
+
+    Args:
+        plan: what to make.
+        out: folder for the table, ``jobs`` and ``performers``.
+        executor: where the jobs run.
+        progress: how to show progress.
+
+    Returns:
+        The content of the JSON file: ``schema, table, status`` (``complete`` or ``incomplete``), ``command, versions,
+        data, plan, jobs, blocks, charts, verdicts, remarks, published``. A number is ``{value, interval, n, unit}``.
+
+    Raises:
+        ImageError: unknown categories, or none with landmarks.
+        RunError: results of other settings stand in the folder.
+    """
+    from partlens.experiments.tables_page import write_table_page
+
+    show, out = progress or Progress.silent(), Path(out).resolve()
+    prepared = prepare(plan, out)
+    results = run_sweep(prepared.jobs, out, executor=executor, progress=show)
+    study = Study.of(
+        plan.table,
+        results,
+        {label: published_network(text) for label, text in plan.performers.items()},
+        prepared.categories,
+        str(prepared.data["published_as"]),
+        plan.first_seed,
+    )
+    built = build(study)
+    missing = [result for result in results if result.status != "finished"]
+    content = {
+        "schema": SCHEMA,
+        "table": plan.table,
+        "status": "incomplete" if missing else "complete",
+        "command": command(),
+        "versions": versions(),
+        "data": dict(prepared.data),
+        "plan": dataclasses.asdict(plan) | {"categories": list(prepared.categories)},
+        "jobs": [_listed_job(result, out) for result in results],
+        **built,
+        "remarks": [*built["remarks"], *DIFFERENCES],
+    }
+    path = out / f"{plan.table}.json"
+    write_json(path, content)
+    page = write_table_page(path)
+    show.say(f"wrote {path} and {page}")
+    return content
+
+
+def _listed_job(result: JobResult, out: Path) -> dict[str, Any]:
+    job = result.job
+    return {
+        "key": job.key,
+        "kind": job.kind,
+        "performer": job.performer,
+        "category": job.category,
+        "seed": job.seed,
+        "identity": job.identity,
+        "status": result.status,
+        "error": result.error,
+        "seconds": result.seconds,
+        "file": job.result_file(out).relative_to(out).as_posix(),
+        "scores": dict(result.content),
+    }

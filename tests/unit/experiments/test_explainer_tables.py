@@ -1,0 +1,311 @@
+"""Whole tables on generated flowers and a network of four layers: every number, the page, what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import runpy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from partlens import evaluation
+from partlens.cli import main
+from partlens.data.flowers import generated_flowers
+from partlens.data.images import ImageSet
+from partlens.experiments.explainer_jobs import open_photos
+from partlens.experiments.explainer_tables import TablePlan, explainer_table, performers_of
+from partlens.experiments.sweep import JobResult
+from partlens.experiments.table_blocks import Study, build
+from partlens.experiments.tables_page import table_lines, table_page
+from partlens.vocabulary import ImageError, InputError, RunError
+
+HERE = Path(__file__).parent
+BENCH = runpy.run_path(str(HERE / "sweep_bench.py"))
+Page = runpy.run_path(str(HERE.parent / "reporting" / "page_reader.py"))["Page"]
+RED = "petal-red"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "bench_network.py").write_text(BENCH["NETWORK"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setattr(evaluation, "ROUNDS", 5)  # most of the time goes into intervals, which have tests of their own
+        patch.setattr(evaluation, "NULL_FILTERS", 16)
+        yield
+
+
+@pytest.fixture(scope="module")
+def flower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    images = generated_flowers(64, seed=3, size=40, categories=(RED, "petal-blue"))
+    return BENCH["write_flowers"](images, tmp_path_factory.mktemp("data") / "flowers")
+
+
+@pytest.fixture(scope="module")
+def finished(flower_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with the explainers of two seeds, which every table here can take over."""
+    out = tmp_path_factory.mktemp("tables") / "out"
+    return out, explainer_table(plan("instability", flower_folder, seeds=2), out)
+
+
+@pytest.fixture
+def begun(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished[0], tmp_path / "out"))
+
+
+def plan(table: str, data: Path, **changes: Any) -> TablePlan:
+    settings = {"explainer": BENCH["SMALL"], "background": 12} | changes.pop("settings", {})
+    given = {"performers": {"tiny": "bench_network:tiny"}, "categories": (RED,), "seeds": 1} | changes
+    return TablePlan(table, str(data), settings=settings, **given)
+
+
+def numbers(content: Any) -> list[dict[str, Any]]:
+    if isinstance(content, dict):
+        if {"value", "interval", "n", "unit"} <= set(content):
+            return [content]
+        return [n for value in content.values() for n in numbers(value)]
+    return [n for value in content for n in numbers(value)] if isinstance(content, list) else []
+
+
+def block(content: dict[str, Any], key: str) -> dict[str, Any]:
+    return next(b for b in content["blocks"] if b["key"] == key)
+
+
+def test_a_table_has_every_number_beside_its_nulls(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, found = finished
+    assert found["status"] == "complete"
+    assert [job["key"] for job in found["jobs"]] == [f"tiny-{RED}-s0/explainer", f"tiny-{RED}-s1/explainer"]
+    assert json.loads((out / "instability.json").read_text())["blocks"] == json.loads(json.dumps(found["blocks"]))
+    (row,) = block(found, "instability")["rows"]
+    assert row["label"] == "tiny"
+    scores = [job["scores"]["evaluation"]["explainer"]["instability"]["value"] for job in found["jobs"]]
+    assert scores[0] != scores[1]
+    assert row["cells"]["explainer"]["value"] == pytest.approx(sum(scores) / 2)
+    assert (row["cells"]["explainer"]["n"], row["cells"]["explainer"]["unit"]) == (2, "seeds")
+    assert row["cells"]["explainer"]["interval"] == pytest.approx(sorted(scores))
+    for null in ("random", "centre", "corner"):
+        assert row["cells"][null]["value"] is not None
+    ratio = row["cells"]["explainer"]["value"] / row["cells"]["top"]["value"]
+    assert row["cells"]["ratio"]["value"] == pytest.approx(ratio)
+    # The papers did not study this network: nothing printed, and the page says so.
+    assert row["cells"]["printed_performer"]["value"] is None
+    assert any("did not study tiny" in remark for remark in found["remarks"])
+    beside = block(found, "beside")
+    assert {"peak_spread_cells", "consistency", "filter_correlation", "dead_frac"} <= set(beside["rows"][0]["cells"])
+    assert all(n["value"] is None or math.isfinite(n["value"]) for n in numbers(found["blocks"]))
+
+    text = (out / "instability.html").read_text()
+    page = Page(text)
+    assert "Location instability" in page.text
+    assert "Incomplete" not in page.text
+    assert "ICLR 2020, Table 2" in page.text
+    assert text.count("<svg") == 2
+    assert "http:" not in text.replace("http://www.w3.org", "")
+    assert "https:" not in text
+
+
+def test_another_table_takes_over_the_explainers(
+    begun: Path, flower_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stamps = {path: path.stat().st_mtime_ns for path in begun.glob("jobs/*/*")}
+    share = explainer_table(plan("p", flower_folder, seeds=2), begun)
+    again = explainer_table(plan("instability", flower_folder, seeds=2), begun)
+    assert {path: path.stat().st_mtime_ns for path in begun.glob("jobs/*/*")} == stamps
+    assert again["status"] == "complete"
+    p_row = block(share, "p")["rows"][0]["cells"]["p"]
+    assert (p_row["n"], p_row["unit"]) == (2, "seeds")
+    assert p_row["interval"][0] < p_row["value"] < p_row["interval"][1]
+    order = next(one for one in share["verdicts"] if one["title"] == "Order of p")
+    assert order["met"] is None
+    Page((begun / "p.html").read_text())
+    assert main(["reproduce", "p", "--out", str(begun), "--data", str(flower_folder)]) == 1
+    assert "at least one performer" in capsys.readouterr().err
+
+
+def test_errors_have_a_second_explainer_and_a_baseline(flower_folder: Path, tmp_path: Path) -> None:
+    """The classification loss needs a performer that knows the category; its errors are by its own output."""
+    found = explainer_table(plan("errors", flower_folder, performers={"named": "bench_network:named"}), tmp_path)
+    assert [job["kind"] for job in found["jobs"]] == ["explainer", "explainer-cls"]
+    assert found["status"] == "complete", [job["error"] for job in found["jobs"]]
+    cells = block(found, "errors")["rows"][0]["cells"]
+    for name in ("performer", "explainer", "cls", "always"):
+        assert 0 <= cells[name]["value"] <= 100
+    assert cells["increase"]["value"] == pytest.approx(cells["explainer"]["value"] - cells["performer"]["value"])
+    assert {job["scores"]["evaluation"]["reconstruction"]["errors_by"] for job in found["jobs"]} == {"performer"}
+    Page((tmp_path / "errors.html").read_text())
+
+
+def test_rivals_are_measured_beside_the_explainer(flower_folder: Path, begun: Path) -> None:
+    pytest.importorskip("partlens.rivals.factors")
+    rivals = {"methods": ["nmf", "kmeans"], "units": [3]}
+    found = explainer_table(plan("rivals", flower_folder, settings={"rivals": rivals}), begun)
+    assert found["status"] == "complete", [job["error"] for job in found["jobs"]]
+    rows = {row["label"]: row["cells"] for row in block(found, "rivals-tiny")["rows"]}
+    assert list(rows)[:3] == ["explainer", "NMF, 3 units", "k-means, 3 units"]
+    nmf, explainer = rows["NMF, 3 units"], rows["explainer"]
+    assert nmf["instability"]["n"] == explainer["instability"]["n"]
+    assert 0 < nmf["variance_explained"]["value"] < 1
+    assert 0 <= nmf["agreement_top1"]["value"] <= 1
+    assert nmf["error_increase_points"]["n"] == explainer["error_increase_points"]["n"]
+    assert rows["null: centre"]["instability"]["value"] is not None
+    assert "variance_explained" not in rows["null: centre"]
+    assert not (begun / "jobs" / f"tiny-{RED}-s0" / "rivals-maps").exists()
+    page = Page((begun / "rivals.html").read_text())
+    assert "best rival" in page.text
+
+
+def test_a_performer_is_trained_on_the_category_first(flower_folder: Path, tmp_path: Path) -> None:
+    settings = {"train": {"epochs": 1, "batch_size": 16}}
+    performers = {"trained": "train:partlens:flower-net@random:0"}
+    found = explainer_table(plan("p", flower_folder, performers=performers, settings=settings), tmp_path)
+    assert [job["key"] for job in found["jobs"]] == [f"trained-{RED}-s0/performer", f"trained-{RED}-s0/explainer"]
+    assert found["status"] == "complete", [job["error"] for job in found["jobs"]]
+    assert (tmp_path / "performers" / f"trained-{RED}.safetensors").exists()
+    first, second = (job["scores"]["weights_sha256"] for job in found["jobs"])
+    assert first == second
+    assert found["jobs"][1]["scores"]["evaluation"]["reconstruction"]["errors_by"] == "performer"
+
+
+def test_interpretable_cnns_of_both_losses(flower_folder: Path, tmp_path: Path) -> None:
+    small = {"interpretable_cnn": {"epochs": 2, "batch_size": 16, "weight_std": 0.0}}
+    found = explainer_table(plan("interpretable-cnn", flower_folder, settings=small), tmp_path)
+    assert [job["kind"] for job in found["jobs"]] == ["icnn-published", "icnn-released"]
+    assert found["status"] == "complete", [job["error"] for job in found["jobs"]]
+    rows = {row["label"]: row["cells"] for row in block(found, "icnn")["rows"]}
+    assert set(rows) == {"tiny, published loss", "tiny, released loss"}
+    for cells in rows.values():
+        assert 0 < cells["interpretable"]["value"] < 0.5
+        assert cells["interpretable"]["n"] == cells["top"]["n"] == cells["centre"]["n"]
+        assert 0 <= cells["error"]["value"] <= 100
+        assert cells["error"]["n"] == cells["own_error"]["n"]
+    methods = [job["scores"]["config"]["method"] for job in found["jobs"]]
+    assert methods == ["published", "released"]
+    Page((tmp_path / "interpretable-cnn.html").read_text())
+
+
+def test_a_failing_performer_is_named_and_the_command_ends_with_1(
+    flower_folder: Path, begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = json.dumps({"explainer": BENCH["SMALL"], "background": 12})
+    arguments = ["reproduce", "instability", "--data", str(flower_folder), "--out", str(begun), "--seeds", "1"]
+    arguments += ["--categories", RED, "--settings", settings]
+    arguments += ["--performers", "tiny=bench_network:tiny", "gone=bench_network:nothing"]
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert "Expected a result of every job, got none of gone-petal-red-s0/explainer." in " ".join(err.split())
+    assert "| tiny |" in out
+    found = json.loads((begun / "instability.json").read_text())
+    assert found["status"] == "incomplete"
+    assert [row["label"] for row in block(found, "instability")["rows"]] == ["tiny"]
+    page = Page((begun / "instability.html").read_text())
+    assert "1 job of 2 gave no result" in page.text
+    assert "gone-petal-red-s0/explainer" in page.text
+    assert any("missing: gone" in line for line in table_lines(found))
+
+
+def test_a_job_with_other_settings_is_refused_before_anything_runs(flower_folder: Path, begun: Path) -> None:
+    explainer_table(plan("instability", flower_folder), begun)
+    changed = plan("instability", flower_folder, settings={"explainer": BENCH["SMALL"] | {"eta": 3.0}})
+    with pytest.raises(RunError, match="a result of these settings"):
+        explainer_table(changed, begun)
+
+
+def test_wrong_requests_have_one_clear_error(flower_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a table among instability, p, errors, interpretable-cnn, rivals"):
+        plan("poems", flower_folder)
+    with pytest.raises(InputError, match="Did you mean explainer"):
+        plan("p", flower_folder, settings={"explaner": {}})
+    with pytest.raises(InputError, match="at least 1 seed"):
+        plan("p", flower_folder, seeds=0)
+    with pytest.raises(InputError, match="labels that can name a folder"):
+        plan("p", flower_folder, performers={"a/b": "torchvision:resnet18"})
+    with pytest.raises(ImageError, match="Did you mean petal-red"):
+        explainer_table(plan("p", flower_folder, categories=("petal-rad",)), tmp_path)
+    with pytest.raises(InputError, match="every label once, got a twice"):
+        performers_of(["a=x:y", "a=x:z"])
+
+
+def test_background_from_elsewhere_and_one_name_for_all(flower_folder: Path, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    plain = ImageSet.open(flower_folder)
+    for index in range(4):
+        plain.read(index).save(others / f"{index}.png")
+    both = open_photos(str(flower_folder), str(others), "bird")
+    assert both.category_counts() == {"background": 4, "bird": len(plain)}
+    assert both.read(len(plain) + 2).tobytes() == plain.read(2).tobytes()
+    assert both.splits[: len(plain)] == plain.splits
+    truth, own = both.part_truth, plain.part_truth
+    assert truth is not None
+    assert own is not None
+    assert truth.landmarks == own.landmarks
+    assert (truth.positions_px[3] == own.positions_px[3]).all() or own.positions_px[3] != own.positions_px[3]
+    assert (truth.positions_px[len(plain) :] != truth.positions_px[len(plain) :]).all()
+    assert both.fingerprint() == open_photos.__wrapped__(str(flower_folder), str(others), "bird").fingerprint()
+
+
+def study_of(table: str, scores: dict[str, Any], networks: dict[str, str | None], categories: tuple[str, ...]) -> Study:
+    """The given scores as those of every performer and category."""
+    results = [
+        JobResult(BENCH["Job"]("m:f", "explainer", label, category, 0), "finished", scores, "", 0.0)
+        for label in networks
+        for category in categories
+    ]
+    return Study.of(table, results, networks, categories, "ILSVRC Animal-Part", 0)
+
+
+def test_worse_figures_are_called_worse(finished: tuple[Path, dict[str, Any]]) -> None:
+    """The same scores under the name of a network that the papers studied."""
+    found = finished[1]
+    scores = json.loads(json.dumps(found["jobs"][0]["scores"]))
+    for ours, met in ((0.06, True), (0.12, False)):
+        scores["evaluation"]["explainer"]["instability"]["value"] = ours
+        built = build(study_of("instability", scores, {"alexnet": "AlexNet"}, ("fox",)))
+        cells = built["blocks"][0]["rows"][0]["cells"]
+        assert cells["printed_interpretable"]["value"] == 0.087
+        assert cells["printed_performer"]["source"] == "CVPR 2018, Table 3"
+        beside = next(one for one in built["verdicts"] if one["title"] == "Beside the interpretable CNN")
+        assert beside["met"] is met
+        assert ("worse" in beside["words"]) is not met
+    whole = found | {key: built[key] for key in ("blocks", "charts", "verdicts", "remarks", "published")}
+    page = Page(table_page(json.loads(json.dumps(whole))))
+    assert "0.0870" in page.text
+    assert "here are worse" in page.text
+
+
+def test_means_are_over_categories_and_the_order_of_p_is_judged(finished: tuple[Path, dict[str, Any]]) -> None:
+    scores = json.loads(json.dumps(finished[1]["jobs"][0]["scores"]))
+    study = study_of("p", scores, {"a": "AlexNet", "v": "VGG-16", "r": "ResNet-101"}, ("fox", "cat"))
+
+    def with_p(shares: dict[tuple[str, str], float]) -> Study:
+        changed = {}
+        for (label, category, seed, kind), content in study.scores.items():
+            evaluation = content["evaluation"] | {
+                "p": {"value": shares[label, category], "interval": [None, None], "n": 1, "unit": "seeds"}
+            }
+            changed[label, category, seed, kind] = content | {"evaluation": evaluation}
+        return dataclasses.replace(study, scores=changed)
+
+    rising = {
+        ("a", "fox"): 0.4,
+        ("a", "cat"): 0.6,
+        ("v", "fox"): 0.8,
+        ("v", "cat"): 0.8,
+        ("r", "fox"): 0.9,
+        ("r", "cat"): 0.9,
+    }
+    built = build(with_p(rising))
+    rows = built["blocks"][0]["rows"]
+    assert [row["label"] for row in rows[:3]] == ["a", "fox", "cat"]
+    assert rows[0]["cells"]["p"]["value"] == pytest.approx(0.5)
+    assert rows[0]["cells"]["p"]["interval"] == pytest.approx([0.4, 0.6])
+    assert rows[0]["cells"]["voc"]["value"] == 0.71
+    assert built["verdicts"][0]["met"] is True
+    assert build(with_p(rising | {("r", "fox"): 0.1}))["verdicts"][0]["met"] is False
