@@ -3,8 +3,8 @@
 Two bounds to read the explainer's scores against, on held-out photos of every category:
 
 - *supervised*: for each landmark the linear discriminant between the cell that shows it and all cells, learned on
-  training photos from the landmarks (3x3 cells averaged or not, three strengths of shrinkage; the best of the six on the
-  held-out photos is shown, so it flatters). An explainer learns without landmarks.
+  training photos from the landmarks (3x3 cells averaged or not, three strengths of shrinkage; the best of the six on
+  the held-out photos is shown, so it flatters). An explainer learns without landmarks.
 - *evidence*: the largest cell of |dS/dx| |x|, with the performer's own decision as the only guide
   (partlens.explainer.evidence).
 

@@ -1,0 +1,1 @@
+"""What the explainer is compared with, on the same maps and with the same measures."""
