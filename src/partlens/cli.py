@@ -148,6 +148,7 @@ def _train_performer(arguments: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", type=kind, default=getattr(default, name.replace("-", "_")), help=text)
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--keep-cache", action="store_true", help="keep NAME.work with cached maps and checkpoints")
+    parser.add_argument("--cache", type=str | None, default=None, help="folder for fixed maps, kept and shared")
     parser.add_argument("--json", action="store_true", help="print what the file's header says")
     options = parser.parse_args(list(arguments))
     fields = {field.name for field in dataclasses.fields(FinetuneConfig)}
@@ -160,6 +161,7 @@ def _train_performer(arguments: Sequence[str]) -> None:
         against=options.against,
         config={name: value for name, value in vars(options).items() if name in fields},
         device=options.device,
+        cache=options.cache,
         keep_cache=options.keep_cache,
         progress=Progress.terminal(),
     )

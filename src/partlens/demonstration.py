@@ -89,7 +89,7 @@ def demo(
     from partlens.data.flowers import generated_flowers
     from partlens.performer.fitting import save_classifier
     from partlens.performer.flower_network import SIDE_PX, flower_preprocessing
-    from partlens.pipeline import evaluate, explain, fit_explainer, report, select_features
+    from partlens.pipeline import evaluate, explain, fit_explainer, parts, report, select_features
     from partlens.store import read_json, write_json
 
     if flowers < 120:
@@ -113,6 +113,7 @@ def demo(
     config = dict(_EXPLAINER, seed=seed)
     fit_explainer(model, images, out=run, category=CATEGORY, tap="relu4", config=config, seeds=1, progress=show)
     scores = evaluate(run, images, progress=show)
+    parts(run, images, progress=show)
     select_features(model, images, out=run, mu=_MU, seed=seed, progress=show)
     explain(run, _some_flowers(images, out / "flowers"), progress=show)
     page = report(run)

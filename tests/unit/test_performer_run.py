@@ -312,3 +312,17 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main([*command, "--category=red", "--epochs=2"]) == 1
     shutil.rmtree(tmp_path / "red.work", ignore_errors=True)
     assert main(["layers", f"torchvision:squeezenet1_1@{out}"]) == 0
+
+
+def test_tasks_on_the_same_photos_share_the_maps_of_fixed_layers(small: Performer, tmp_path: Path) -> None:
+    """Whoever comes second reads what the first has written, and learns what it would have learned alone."""
+    config = {**QUICK, "train_from": "4"}
+    shared = tmp_path / "maps"
+    train_performer(small, colours(), out=tmp_path / "red.safetensors", category="red", config=config, cache=shared)
+    written = {file.name: file.stat().st_mtime_ns for file in shared.iterdir()}
+    assert written
+    train_performer(small, colours(), out=tmp_path / "blue.safetensors", category="blue", config=config, cache=shared)
+    assert {file.name: file.stat().st_mtime_ns for file in shared.iterdir()} == written
+    train_performer(small, colours(), out=tmp_path / "alone.safetensors", category="blue", config=config)
+    first, second = (load_file(tmp_path / name) for name in ("blue.safetensors", "alone.safetensors"))
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -528,9 +528,11 @@ class _Run:
         outputs: int,
         config: FinetuneConfig,
         folder: Path,
+        cache: Path | None,
         device: torch.device,
         progress: Progress,
     ) -> None:
+        self.cache = folder / "maps" if cache is None else cache
         self.performer, self.prepared, self.images, self.labels = performer, prepared, images, labels
         self.outputs, self.config, self.folder, self.device, self.progress = outputs, config, folder, device, progress
         self.history: list[dict[str, Any]] = []
@@ -574,8 +576,7 @@ class _Run:
         preprocessing = self.performer.preprocessing
         if source is None:
             return _reader_of_frames(_frames(self.images, preprocessing, self.folder, self.progress), preprocessing)
-        folder = self.folder / "maps"
-        maps = _maps(self.performer, source, self.images, self.config, folder, self.device, self.progress)
+        maps = _maps(self.performer, source, self.images, self.config, self.cache, self.device, self.progress)
         return _reader_of_maps(maps, 2 if self.config.mirror else 1)
 
     def restore(self) -> None:
@@ -665,6 +666,7 @@ def finetune(
     config: FinetuneConfig,
     folder: Path,
     *,
+    cache: Path | None = None,
     device: str | torch.device = "cpu",
     report: EpochReport | None = None,
     progress: Progress | None = None,
@@ -681,6 +683,8 @@ def finetune(
         labels: number of each photo's category, :data:`OTHER` for none.
         config: the training.
         folder: for caches and checkpoints.
+        cache: folder for the maps of fixed layers, which others on the same photos may share; in ``folder`` when left
+            out.
         device: where it is trained: ``cpu``, ``cuda``, ``cuda:1``.
         report: gets each epoch's record; an exception from it ends training with the last checkpoint intact.
         progress: how to show progress; silent when left out.
@@ -707,7 +711,7 @@ def finetune(
             )
         )
     show = progress or Progress.silent()
-    run = _Run(performer, prepared, images, labels, outputs, config, folder, torch.device(device), show)
+    run = _Run(performer, prepared, images, labels, outputs, config, folder, cache, torch.device(device), show)
     run.restore()
     for late, first, last in ((False, 1, config.epochs), (True, config.epochs + 1, config.total_epochs)):
         numbers = range(max(first, len(run.history) + 1), last + 1)

@@ -76,8 +76,10 @@ def _single(images: ImageSet, category: str, against: Sequence[str] | None) -> _
                 raise ImageError(
                     expected(f"{what} in the split {split}", "none", "Add such photos, or rows with that split")
                 )
-        rows.append((*photos, *others))
-        labels.append((0,) * len(photos) + (-1,) * len(others))
+        own = set(photos)
+        # In the set's order, so that the tasks of several categories read the same rows and can share their cache.
+        rows.append(tuple(sorted((*photos, *others))))
+        labels.append(tuple(0 if row in own else -1 for row in rows[-1]))
     return _Task((category,), rows[0], rows[1], labels[0], labels[1])
 
 
@@ -227,6 +229,7 @@ def train_performer(
     against: str | Sequence[str] | None = None,
     config: FinetuneConfig | Mapping[str, Any] | None = None,
     device: str = "cpu",
+    cache: str | Path | None = None,
     keep_cache: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -248,6 +251,8 @@ def train_performer(
             out. The papers' negatives are ``background``.
         config: a whole configuration, or fields of :class:`~partlens.performer.finetune_config.FinetuneConfig`.
         device: ``cpu`` or ``cuda``.
+        cache: folder for the maps of the fixed layers (``train_from``), kept afterwards; calls on the same photos, one
+            after the other, may share it. Inside ``NAME.work`` when left out.
         keep_cache: keep ``NAME.work``.
         progress: how to show progress; silent when left out.
 
@@ -345,6 +350,7 @@ def train_performer(
         torch.tensor(task.train_labels),
         settings,
         work,
+        cache=None if cache is None else Path(cache),
         device=where,
         report=lambda _record: write_json(work / RUN, {**manifest, "seconds": spent()}),
         progress=show,
