@@ -53,6 +53,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "eta 3e6, p from 0.5": ("partlens", {"eta": 3e6, "p_init": 0.5}),
     "short": ("partlens", SHORT),
     "short, no diversity": ("partlens", {**SHORT, "diversity_weight": 0.0}),
+    "short, evidence 4, diversity 16": (
+        "partlens",
+        {**SHORT, "learning_rate": 3e-4, "evidence_weight": 4.0, "diversity_weight": 16.0},
+    ),
+    "short, evidence 16 (power 8), diversity 4": (
+        "partlens",
+        {**SHORT, "learning_rate": 3e-4, "evidence_weight": 16.0, "evidence_power": 8.0, "diversity_weight": 4.0},
+    ),
     "short, eta 1e6, p from 0.3": ("partlens", {**SHORT, "eta": 1e6, "p_init": 0.3}),
 }
 COLUMNS = {
@@ -91,7 +99,7 @@ def study(model: str, data: str, category: str, work: Path, wanted: list[str]) -
         if name not in finished:
             show = Progress.terminal()
             partlens.fit_explainer(model, data, config=changes, cache=shared, progress=show, **arguments)
-        scores = partlens.evaluate(run)
+        scores = partlens.evaluate(run, gallery="none")
         manifest = json.loads((run / "run.json").read_text())
         known[name] = {
             "preset": preset,

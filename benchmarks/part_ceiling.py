@@ -9,6 +9,7 @@ Two bounds to read the explainer's scores against, on held-out photos of every c
   (partlens.explainer.evidence).
 
     uv run python benchmarks/part_ceiling.py DATA LAYER=MODEL [LAYER=MODEL ...]
+    uv run python benchmarks/part_ceiling.py --table
 """
 
 from __future__ import annotations
@@ -140,7 +141,34 @@ def ceiling(spec: str, tap: str, data: Path) -> dict[str, Any]:
     return result
 
 
+def table() -> str:
+    lines = [
+        "| layer | category | photos | centre null | head, supervised | legs, supervised | evidence (and its spread) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for layer, content in json.loads((HERE / "part_ceiling.json").read_text()).items():
+        for category, entry in content["categories"].items():
+            head, legs = (entry["supervised"][name] for name in ("head", "front_legs"))
+            found = entry.get("evidence", {}).get("5x5 cells")
+            cells = [
+                layer.partition("@")[0].partition(":")[2] + " " + layer.rpartition(" ")[2],
+                category,
+                str(entry["held_out_photos"]),
+                f"{entry['centre_null']:.3f}",
+                f"{head['lowest_instability']:.3f}, {head['highest_consistency']:.2f}",
+                f"{legs['lowest_instability']:.3f}, {legs['highest_consistency']:.2f}",
+                "–"
+                if found is None
+                else f"{found['instability']:.3f}, {found['consistency']:.2f}, {found['spread_cells']:.1f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--table"]:
+        sys.stdout.write(table())
+        return
     torch.set_num_threads(1)
     data = Path(sys.argv[1])
     path = HERE / "part_ceiling.json"
