@@ -128,6 +128,8 @@ def build(run: Path) -> Path:
                 "corner": scores(0.112, 0.0, 0.0, 1.0, None, 1.0),
             },
             "p": estimate(0.42, 0.03, 3, "seeds"),
+            "p_optimum": estimate(0.31, 0.05, 63),
+            "p_rescaling_error": 2e-7,
             "reconstruction": {
                 "agreement_top1": estimate(0.83, 0.08),
                 "error_increase_points": estimate(1.6, 1.2),

@@ -89,6 +89,9 @@ class Fidelity:
     performer_error_percent: Measure = field(default_factory=Measure)
     explainer_error_percent: Measure = field(default_factory=Measure)
     relative_error: Mapping[str, Measure] = field(default_factory=dict)
+    by_performer: bool = False
+    p_optimum: Measure = field(default_factory=Measure)
+    p_rescaling_error: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -343,6 +346,9 @@ def _evaluation(path: Path, tap: str) -> tuple[Evaluation | None, str]:
             performer_error_percent=measure(fed_back.get("performer_error_percent")),
             explainer_error_percent=measure(fed_back.get("explainer_error_percent")),
             relative_error={text(k): measure(v) for k, v in group(fed_back.get("relative_error")).items()},
+            by_performer=fed_back.get("errors_by") == "performer",
+            p_optimum=measure(content.get("p_optimum")),
+            p_rescaling_error=number(content.get("p_rescaling_error")),
         ),
         explainer_filters=_filter_scores(filters.get("explainer")),
         performer_filters=_filter_scores(filters.get("performer")),
