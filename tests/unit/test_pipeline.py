@@ -316,7 +316,9 @@ def test_an_explainer_of_several_categories_shares_its_filters_out(
     assert result["reconstruction"]["errors_by"] == "performer"
     held = len(few_flowers.indices(split="test"))
     assert result["reconstruction"]["performer_error_percent"]["n"] == held
-    report(path)
+    page = report(path).read_text()
+    assert "petal-blue, petal-red" in page
+    assert "a filter belongs to the one whose photos excite it most" in page
 
 
 def test_explainer_cls_learns_from_the_performers_own_classes(

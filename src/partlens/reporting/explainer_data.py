@@ -95,6 +95,18 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
+class CategoryScore:
+    """Filters of one category of an explainer of several, measured on its photos."""
+
+    name: str
+    filters: int
+    instability: Measure
+    centre: Measure
+    consistency: Measure
+    performer: Measure
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What was measured on one split of the photos."""
 
@@ -107,6 +119,7 @@ class Evaluation:
     explainer_filters: tuple[FilterScore, ...]
     performer_filters: tuple[FilterScore, ...]
     warnings: tuple[str, ...]
+    by_category: tuple[CategoryScore, ...] = ()
 
     def subject(self, key: str) -> Subject:
         """Return the subject called ``key``."""
@@ -250,7 +263,7 @@ class ExplainerData:
         receptive_field: stride, size and start (rows, cols) in pixels.
         data_name: name of the data set.
         fingerprint: hash of the data set's content.
-        category: the category that was explained; may be empty.
+        category: the category that was explained, or several with commas; may be empty.
         train_photos: photos of the category learned from.
         background_photos: other photos learned from.
         unreadable: name and reason of each photo that could not be read.
@@ -299,6 +312,29 @@ def _subject(key: str, label: str, role: str, value: Any) -> Subject:
     scores = group(value)
     shares = {text(k): number(v) for k, v in group(scores.get("landmark_shares")).items()}
     return Subject(key, label, role, {name: measure(scores.get(name)) for name in SCORES}, shares)
+
+
+def _by_category(content: Mapping[str, Any]) -> tuple[CategoryScore, ...]:
+    """Read the scores per category of an explainer of several."""
+
+    def of(*path: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = content
+        for name in path:
+            found = group(found.get(name))
+        return found
+
+    centre, performer = of("nulls", "centre", "by_category"), of("performer", "tap", "by_category")
+    return tuple(
+        CategoryScore(
+            text(name),
+            count(group(scores).get("filters")),
+            measure(group(scores).get("instability")),
+            measure(group(centre.get(name)).get("instability")),
+            measure(group(scores).get("consistency")),
+            measure(group(performer.get(name)).get("instability")),
+        )
+        for name, scores in of("explainer", "by_category").items()
+    )
 
 
 def _filter_scores(value: Any) -> tuple[FilterScore, ...]:
@@ -353,6 +389,7 @@ def _evaluation(path: Path, tap: str) -> tuple[Evaluation | None, str]:
         explainer_filters=_filter_scores(filters.get("explainer")),
         performer_filters=_filter_scores(filters.get("performer")),
         warnings=texts(content.get("warnings")),
+        by_category=_by_category(content),
     )
     return evaluation, top_layer
 
@@ -508,7 +545,7 @@ def collect_explainer(run: Path) -> ExplainerData | None:
         receptive_field=group(manifest.get("receptive_field")),
         data_name=text(data.get("name")),
         fingerprint=text(data.get("fingerprint")),
-        category=text(data.get("category")),
+        category=text(data.get("category")) or ", ".join(texts(data.get("categories"))),
         train_photos=count(data.get("train_photos")),
         background_photos=count(data.get("background_photos")),
         unreadable=named_reasons(data.get("unreadable")),
