@@ -186,6 +186,7 @@ def _fit_explainer(arguments: Sequence[str]) -> None:
     parser.add_argument("--background", type=int, default=MOST_BACKGROUND, help="most photos of other categories")
     parser.add_argument("--cache", type=str | None, default=None, help="folder for cached maps that runs may share")
     parser.add_argument("--keep-cache", action="store_true", help="keep the cached maps")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, or cuda, where maps and explainer are computed")
     parser.add_class_arguments(ExplainerConfig, "explainer")
     preset = ExplainerConfig.preset(_preset_of(arguments))
     parser.set_defaults({f"explainer.{name}": value for name, value in preset.to_dict().items()})
@@ -203,6 +204,7 @@ def _fit_explainer(arguments: Sequence[str]) -> None:
         background=options.background,
         cache=options.cache,
         keep_cache=options.keep_cache,
+        device=options.device,
         progress=Progress.terminal(),
     )
     sys.stdout.write(f"{run.path}\n")

@@ -120,6 +120,13 @@ def performer_spec(job: Job) -> str:
     return str(job.places["spec"])
 
 
+def job_device() -> str:
+    """Return where a job's networks are trained: the GPU that its process sees, or the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 # Training a performer
 
 
@@ -135,6 +142,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
         out=out,
         category=job.category,
         config={"seed": job.seed, **job.settings["train"]},
+        device=job_device(),
     )
     folder.mkdir(parents=True, exist_ok=True)
     trained = loaded(performer_spec(job))
@@ -189,6 +197,7 @@ def explain(job: Job, folder: Path) -> dict[str, Any]:
         config={**chosen.changes, **settings["explainer"], "seed": job.seed},
         seeds=1,
         background=settings["background"],
+        device=job_device(),
     )
     found = evaluate(run, images, split=settings["split"], seed=job.seed, gallery="none")
     manifest = fitted.manifest
@@ -197,6 +206,7 @@ def explain(job: Job, folder: Path) -> dict[str, Any]:
         "weights_sha256": manifest["performer"]["weights_sha256"],
         "structure": manifest["structure"],
         "epochs": len(fitted.history),
+        "device": job_device(),
         "note": chosen.note,
         "photos": {"train": manifest["data"]["train_photos"], "background": manifest["data"]["background_photos"]},
         "evaluation": {name: value for name, value in found.items() if name != "filters"},

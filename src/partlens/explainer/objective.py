@@ -167,6 +167,13 @@ class Objective:
         rows, cols = self.explainer.structure.side_cells
         self._templates = part_templates(rows, cols, beta=self.config.beta, tau=self.config.tau_cells / (rows * cols))
 
+    def to(self, device: torch.device) -> None:
+        """Move what the objective holds; the explainer is moved by its owner."""
+        self._templates = self._templates.to(device)
+        self.state = {name: value.to(device) for name, value in self.state.items()}
+        if self.head is not None:
+            self.head.to(device)
+
     def reconstruction(self, output: ExplainerOutput, targets: tuple[Tensor, ...]) -> Float[Tensor, ""]:
         """Return ``sum_l lambda_l |x_l - x_l*|²``, the mean over images, ``lambda_l = 5e4 / E|max(x*, 0)|``."""
         total = output.p.new_zeros(())
@@ -207,7 +214,7 @@ class Objective:
         key = f"normaliser.{name}"
         if key not in self.state:
             width = self.explainer.structure.channels_in if name == "1" else self.explainer.structure.channels_out
-            self.state[key] = torch.full((width, scores.shape[2]), math.nan)
+            self.state[key] = scores.new_full((width, scores.shape[2]), math.nan)
         past = self.state[key][filters]
         started = RunningNormaliser.started(scores)
         # A filter that has just come to this category starts afresh.
@@ -245,8 +252,9 @@ class Objective:
         """Split a batch by category: which photos are positive for which filters."""
         positives = batch.positives
         if batch.labels is None:
-            everything = torch.arange(maps.shape[1])
-            return [_Group(torch.arange(positives), everything, batch.pair, batch.evidence)]
+            everything = torch.arange(maps.shape[1], device=maps.device)
+            rows = torch.arange(positives, device=maps.device)
+            return [_Group(rows, everything, batch.pair, batch.evidence)]
         self._follow_activity(layer, maps, batch.labels)
         assigned = self.assigned(layer)
         found = []
@@ -273,7 +281,7 @@ class Objective:
         total = scores.new_zeros(scores.shape[1])
         logged: dict[str, list[Tensor]] = {}
         for group in self._groups(name, maps, batch):
-            rows = torch.arange(len(used)) if config.filter_background else group.rows
+            rows = torch.arange(len(used), device=used.device) if config.filter_background else group.rows
             whole = len(rows) == len(used) and len(group.filters) == scores.shape[1]
             own = scores if whole else scores[rows][:, group.filters]
             positive = own[: len(group.rows)] if whole else scores[group.rows][:, group.filters]
@@ -374,9 +382,9 @@ class Objective:
         scores = self.head(output.reconstructions[-1])
         scores = (scores[0] if isinstance(scores, tuple) else scores).float()
         wanted = torch.zeros_like(scores)
-        labels = torch.zeros(batch.positives, dtype=torch.long) if batch.labels is None else batch.labels
-        columns = torch.tensor(self.outputs)[labels]
-        wanted[torch.arange(batch.positives), columns] = 1
+        own = torch.zeros(batch.positives, dtype=torch.long, device=scores.device)
+        columns = torch.tensor(self.outputs, device=scores.device)[own if batch.labels is None else batch.labels]
+        wanted[torch.arange(batch.positives, device=scores.device), columns] = 1
         losses = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")[:, list(self.outputs)].sum(1)
         return self.config.classification_weight * losses.mean()
 

@@ -265,6 +265,7 @@ class _Run:
 
     def __init__(self, explainer: Explainer, data: TrainingMaps, folder: Path, head: Head | None = None) -> None:
         self.explainer, self.data, self.folder = explainer, data, folder
+        self.device = torch.device("cpu")
         self.config = explainer.config
         self.optimiser = _optimiser(explainer, self.config, warm=self.config.warmup_epochs > 0)
         sample = np.arange(0, data.photos * data.views, data.views)[:_NORM_SAMPLE]
@@ -292,6 +293,16 @@ class _Run:
                 "categories": data.categories,
             }
         )
+
+    def to(self, device: torch.device) -> None:
+        """Move everything that learns; the optimiser's moments follow their weights."""
+        self.device = device
+        self.explainer.to(device)
+        self.objective.to(device)
+        for moments in self.optimiser.state.values():
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and name != "step":
+                    moments[name] = value.to(device)
 
     def restore(self) -> bool:
         """Continue from a checkpoint if there is one.
@@ -391,13 +402,20 @@ class _Run:
                 self.config.evidence_smooth_cells,
                 self.config.evidence_power,
             )
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        device = self.device
+        maps, targets = maps.to(device), tuple(target.to(device) for target in targets)
+        pair = batch.pair
+        if pair is not None:
+            pair = ViewPair(pair.first, pair.second, pair.windows.to(device))
+        labels = None if batch.labels is None else batch.labels.to(device)
+        evidence = None if evidence is None else evidence.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             if warm:
                 interp1, interp2 = explainer.interpret(maps)
                 output = ExplainerOutput(interp1, interp2, interp2, explainer.p, ())
             else:
                 output = explainer(maps, batch.positives if self.config.norm_positives_only else None)
-        facts = BatchFacts(batch.positives, batch.pair, evidence, batch.labels)
+        facts = BatchFacts(batch.positives, pair, evidence, labels)
         if warm:
             loss, terms = self.objective.warmup(output, facts)
         else:
@@ -435,6 +453,7 @@ def train_explainer(
     folder: Path,
     *,
     head: Head | None = None,
+    device: str | torch.device = "cpu",
     report: EpochReport | None = None,
 ) -> TrainingResult:
     """Learn an explainer; continue where a killed run stopped.
@@ -445,6 +464,7 @@ def train_explainer(
         folder: where checkpoints, ``history.json`` and, with the extra ``log``, TensorBoard's event files are written,
             after every epoch.
         head: what classifies the reconstruction; needed for ``objective="classification"`` only.
+        device: where it learns; the explainer is handed back on the CPU.
         report: gets each epoch's record; an exception from it ends training with the last checkpoint intact.
 
     Returns:
@@ -460,6 +480,7 @@ def train_explainer(
     run = _Run(explainer, data, folder, head)
     if not run.restore():
         run.found = start_explainer(explainer, data)
+    run.to(torch.device(device))
     total = config.warmup_epochs + config.epochs
     stopped = "finished"
     events = _event_writer(folder, len(run.history) + 1)
@@ -480,6 +501,6 @@ def train_explainer(
             report(record)
     if events is not None:
         events.close()
-    explainer.eval()
+    explainer.cpu().eval()
     assigned = None if data.labels is None else tuple(run.objective.assigned("2").tolist())
     return TrainingResult(tuple(run.history), stopped, assigned)

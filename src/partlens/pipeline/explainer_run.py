@@ -20,7 +20,9 @@ from partlens.pipeline.runs import (
     category_rows,
     command,
     described,
+    device_of,
     loaded,
+    on_device,
     opened,
     performer_of,
     prepare_folder,
@@ -36,6 +38,7 @@ from partlens.vocabulary import ImageError, InputError, RunError, expected
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import nn
 
     from partlens.data.images import ImageSet
@@ -75,6 +78,7 @@ def _cached_maps(
     structure: ExplainerStructure,
     config: ExplainerConfig,
     folder: Path,
+    device: torch.device,
     progress: Progress,
 ) -> TrainingMaps:
     """Stream the views of all photos once and keep tap and targets on disk."""
@@ -95,12 +99,12 @@ def _cached_maps(
     drawn, viewing = viewed_images(images, performer, rows, table)
     taps = [structure.tap, *structure.targets]
     with progress.task("caching maps", len(rows)) as advance:
-        stream_maps(viewing, drawn, taps, folder, progress=lambda done, _: advance(done))
+        stream_maps(on_device(viewing, device), drawn, taps, folder, progress=lambda done, _: advance(done))
     arrays = open_maps(folder)
     first = len(photos) * config.views
     evidence = None
     if config.evidence_weight > 0:
-        evidence = _cached_evidence(performer, structure.tap, arrays[structure.tap], first, folder, progress)
+        evidence = _cached_evidence(performer, structure.tap, arrays[structure.tap], first, folder, device, progress)
     return TrainingMaps(
         tap=arrays[structure.tap],
         targets=tuple(arrays[t] for t in structure.targets),
@@ -111,7 +115,13 @@ def _cached_maps(
 
 
 def _cached_evidence(
-    performer: Performer, tap: str, maps: np.ndarray, count: int, folder: Path, progress: Progress
+    performer: Performer,
+    tap: str,
+    maps: np.ndarray,
+    count: int,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
 ) -> np.ndarray:
     """Return the evidence of the first ``count`` rows of cached maps, computed once per cache."""
     import numpy as np
@@ -125,12 +135,12 @@ def _cached_evidence(
         kept: np.ndarray = read_tensors(path)["evidence"].numpy()
         if kept.shape == (count, *maps.shape[2:]):
             return kept
-    upper = cut(performer, tap, ["output"]).cpu().float()
+    upper = cut(performer, tap, ["output"]).to(device).float()
     found = np.empty((count, *maps.shape[2:]), np.float32)
     with progress.task("reading evidence", count) as advance:
         for start in range(0, count, _EVIDENCE_BATCH):
             part = torch.from_numpy(np.array(maps[start : min(start + _EVIDENCE_BATCH, count)])).float()
-            found[start : start + len(part)] = evidence_maps(upper, part).numpy()
+            found[start : start + len(part)] = evidence_maps(upper, part.to(device)).cpu().numpy()
             advance(start + len(part))
     write_tensors(path, {"evidence": torch.from_numpy(found)})
     return found
@@ -187,6 +197,7 @@ def fit_explainer(
     background: int = MOST_BACKGROUND,
     cache: str | Path | None = None,
     keep_cache: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> FittedExplainer:
     """Learn an explainer of one layer without labels of parts, and write a run directory.
@@ -209,6 +220,8 @@ def fit_explainer(
         cache: folder for the cached maps, kept afterwards; runs that differ in the configuration only may share it.
             ``cache`` in the run directory when left out.
         keep_cache: keep the run directory's cached maps, too.
+        device: where maps are computed and the explainer learns: ``cpu``, ``cuda``, ``cuda:1``. Not part of what makes
+            a run the same.
         progress: how to show progress; silent when left out.
 
     Returns:
@@ -229,6 +242,7 @@ def fit_explainer(
     started = time.monotonic()
     show = progress or Progress.silent()
     out = Path(out)
+    where = device_of(device)
     if seeds < 1:
         raise InputError(expected("at least 1 seed", seeds, "Set --seeds to 1 or more"))
     settings = config if isinstance(config, ExplainerConfig) else ExplainerConfig.preset(preset, **dict(config or {}))
@@ -309,11 +323,11 @@ def fit_explainer(
     for number in range(seeds):
         seeded = dataclasses.replace(settings, seed=settings.seed + number)
         folder = out if number == 0 else out / "seeds" / str(seeded.seed)
-        maps = _cached_maps(performer, images, photos, others, structure, settings, folder_of_maps, show)
+        maps = _cached_maps(performer, images, photos, others, structure, settings, folder_of_maps, where, show)
         if joint:
             labels = torch.tensor([joint.index(images.categories[i]) for i in photos])
             maps = dataclasses.replace(maps, labels=labels)
-        shares.append(_fit_one(performer, structure, seeded, maps, folder, show, head))
+        shares.append(_fit_one(performer, structure, seeded, maps, folder, show, head, where))
     if cache is None and not keep_cache:
         shutil.rmtree(folder_of_maps)
     seconds = round(float(manifest["seconds"]) + time.monotonic() - started, 1)
@@ -330,7 +344,8 @@ def _fit_one(
     maps: TrainingMaps,
     folder: Path,
     progress: Progress,
-    head: Head | None = None,
+    head: Head | None,
+    device: torch.device,
 ) -> float:
     """Train one explainer in a folder and return its p; a finished one is only read."""
     import torch
@@ -345,7 +360,12 @@ def _fit_one(
     total = config.warmup_epochs + config.epochs
     with progress.task(f"learning (seed {config.seed})", total) as advance:
         result = train_explainer(
-            explainer, maps, folder, head=head, report=lambda record: advance(record["epoch"], progress.summary(record))
+            explainer,
+            maps,
+            folder,
+            head=head,
+            device=device,
+            report=lambda record: advance(record["epoch"], progress.summary(record)),
         )
     with torch.no_grad():
         share = float(explainer.p)

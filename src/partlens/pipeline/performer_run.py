@@ -20,6 +20,7 @@ from partlens.pipeline.runs import (
     category_rows,
     command,
     described,
+    device_of,
     loaded,
     opened,
     prepare_folder,
@@ -31,7 +32,6 @@ from partlens.store import SCHEMA, content_hash, write_json, write_tensors
 from partlens.vocabulary import ImageError, InputError, RunError, expected, listed
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from partlens.data.images import ImageSet
@@ -165,18 +165,6 @@ def held_out_scores(scores: Tensor, labels: Tensor, names: Sequence[str], loss: 
     return found
 
 
-def _device(name: str) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(expected("a device such as cpu or cuda", name, "Choose cpu")) from error
-    if device.type not in {"cpu", "cuda"} or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise InputError(expected("a device that this machine has", name, "Choose cpu"))
-    return device
-
-
 def read_training(path: str | Path) -> dict[str, Any]:
     """Read what stands in the header of a file that :func:`train_performer` wrote.
 
@@ -293,7 +281,7 @@ def train_performer(
     if categories is not None and against is not None:
         raise InputError(expected("against with a single category only", listed(_names(against)), "Leave it out"))
     others = None if against is None else _names(against)
-    where = _device(device)
+    where = device_of(device)
     performer = loaded(model)
     header = performer.preprocessing.to_metadata()  # refused before the work, where the header has no words for it
     images, dropped = opened(data)

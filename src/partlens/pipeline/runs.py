@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.progress import Progress
 from partlens.store import read_json
-from partlens.vocabulary import ImageError, RunError, expected, nearest
+from partlens.vocabulary import ImageError, InputError, RunError, expected, nearest
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from partlens.data.images import ImageSet
@@ -137,6 +138,33 @@ def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
         return list(rows)
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return [rows[int(i)] for i in drawn]
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device of a name.
+
+    Raises:
+        InputError: no such device, or not on this machine.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(expected("a device such as cpu or cuda", name, "Choose cpu")) from error
+    if device.type not in {"cpu", "cuda"} or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise InputError(expected("a device that this machine has", name, "Choose cpu"))
+    return device
+
+
+def on_device(performer: Performer, device: torch.device) -> Performer:
+    """Return the performer for a device: itself on the CPU, else with a copy of its network there."""
+    import copy
+    import dataclasses
+
+    if device.type == "cpu":
+        return performer
+    return dataclasses.replace(performer, module=copy.deepcopy(performer.module).to(device))
 
 
 def described(performer: Performer, spec: str | None) -> dict[str, Any]:
