@@ -18,7 +18,7 @@ import partlens
 from partlens.data.images import ImageSet
 from partlens.explainer.config import ExplainerConfig
 from partlens.performer.zoo import Performer
-from partlens.pipeline import evaluate, fit_explainer, layers, load_explainer, report
+from partlens.pipeline import evaluate, fit_explainer, layers, load_explainer, parts, report
 from partlens.progress import Progress
 
 SMALL: dict[str, Any] = {
@@ -307,15 +307,15 @@ def test_an_explainer_of_several_categories_shares_its_filters_out(
     shared = result["filter_categories"]
     assert sum(shared.values()) == 12
     assert {r["category"] for r in result["filters"]["explainer"]} == {n for n, count in shared.items() if count}
-    parts = result["explainer"]["by_category"]
-    mean = sum(part["instability"]["value"] * part["filters"] for part in parts.values()) / sum(
-        part["filters"] for part in parts.values()
-    )
+    each = result["explainer"]["by_category"].values()
+    mean = sum(one["instability"]["value"] * one["filters"] for one in each) / sum(one["filters"] for one in each)
     assert result["explainer"]["instability"]["value"] == pytest.approx(mean)
     # Two categories that are outputs of the performer: the errors are its own, on the photos of both.
     assert result["reconstruction"]["errors_by"] == "performer"
     held = len(few_flowers.indices(split="test"))
     assert result["reconstruction"]["performer_error_percent"]["n"] == held
+    found = parts(path, few_flowers, model=flower_judge, config={"photos_max": 12, "rounds": 2, "random_parts": 2})
+    assert found["photos"] == min(12, held)
     page = report(path).read_text()
     assert "petal-blue, petal-red" in page
     assert "a filter belongs to the one whose photos excite it most" in page

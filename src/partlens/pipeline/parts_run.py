@@ -19,7 +19,7 @@ from partlens.pipeline.parts_file import (
     renamed,
     with_edits,
 )
-from partlens.pipeline.runs import RUN, category_rows, command, opened, sampled, versions
+from partlens.pipeline.runs import RUN, category_rows, command, opened, rows_of, sampled, versions
 from partlens.progress import Progress
 from partlens.store import read_json, write_json
 from partlens.vocabulary import ImageError, RunError, expected
@@ -185,7 +185,9 @@ def _photos(
         raise RunError(expected(rule, "none", "Give them again (data=)"))
     images, _ = opened(where)
     category = manifest["data"]["category"] or None
-    rows = sampled(category_rows(images, category, split)[0], how.photos_max, how.seed)
+    joint = manifest["data"].get("categories") or []
+    own = rows_of(images, joint, split)[0] if joint else category_rows(images, category, split)[0]
+    rows = sampled(own, how.photos_max, how.seed)
     if len(rows) < 2:
         rule = f"at least 2 photos{f' of {category}' if category else ''} in the split {split}"
         raise ImageError(expected(rule, len(rows), "Add photos, or name another split (--split)"))
