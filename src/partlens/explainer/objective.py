@@ -379,7 +379,7 @@ class Objective:
             raise InputError(
                 expected("the performer's upper layers for objective=classification", "none", "Give head= to training")
             )
-        scores = self.head(output.reconstructions[-1])
+        scores = self.head(output.reconstructions[-1].float())  # in training the decoder may run in bfloat16
         scores = (scores[0] if isinstance(scores, tuple) else scores).float()
         wanted = torch.zeros_like(scores)
         own = torch.zeros(batch.positives, dtype=torch.long, device=scores.device)

@@ -163,3 +163,15 @@ def test_classification_objective_learns_labels_and_needs_a_head() -> None:
         losses.append(float(logged["classification"]) / explainer.config.classification_weight)
     assert losses[0] > 0.4
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_classification_takes_what_a_bfloat16_decoder_gives() -> None:
+    explainer = explainer_with(objective="classification")
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1)).requires_grad_(requires_grad=False)
+    objective = Objective(explainer.config, explainer, (1.0,), head=head)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = explainer(torch.rand(6, 4, SIDE, SIDE))
+    assert output.reconstructions[-1].dtype == torch.bfloat16
+    loss, _ = objective.joint(output, (torch.zeros(6, 3, SIDE - 2, SIDE - 2),), BatchFacts(3))
+    loss.backward()
+    assert bool(torch.isfinite(explainer.decoder.weight.grad).all())
