@@ -145,14 +145,13 @@ class ShareCurve:
     @torch.no_grad()
     def add(self, explainer: Explainer, maps: Tensor, targets: Sequence[Tensor]) -> None:
         """Decode a batch at every share."""
-        _, interp2 = explainer.interpret(maps)
-        masked = explainer.pool(mask_at_peak(interp2, explainer.masks))
-        z = explainer.norm_interp(masked)
-        o = explainer.norm_ordin(explainer.pool(explainer.conv_ordin(maps).relu()))
+        tracks = explainer.normed_tracks(maps)
         cost = maps.new_empty(len(maps), len(SHARES), len(targets))
         for column, share in enumerate(SHARES):
             for row, (value, target) in enumerate(
-                zip(explainer.decode(share * z + (1 - share) * o), targets, strict=True)
+                zip(
+                    explainer.decode(share * tracks.interpretable + (1 - share) * tracks.ordinary), targets, strict=True
+                )
             ):
                 cost[:, column, row] = (value - target).square().flatten(1).sum(1)
         self.costs.append(cost.double())
@@ -362,9 +361,22 @@ class EvaluationRows:
     train_others: Sequence[int]
 
     @property
-    def total(self) -> int:
-        """Number of photos that are streamed."""
-        return len(self.held) + len(self.held_others) + len(self.train) + len(self.train_others)
+    def has_others(self) -> bool:
+        """Whether category against background can be measured."""
+        return bool(self.held_others and self.train and self.train_others)
+
+    def streamed(self, *, own_outputs: bool, several: bool) -> int:
+        """Return how many photos an evaluation reads: no training photos where nothing is fitted on them.
+
+        Args:
+            own_outputs: the performer's own outputs are the categories, and no head is fitted.
+            several: training photos decide which category a filter belongs to.
+        """
+        count = len(self.held) + (len(self.held_others) if self.has_others else 0)
+        head = self.has_others and not own_outputs
+        if several or head:
+            count += len(self.train)
+        return count + (len(self.train_others) if head and not several else 0)
 
 
 @dataclass(frozen=True)
@@ -418,16 +430,12 @@ def _own_errors(
     columns = own_columns(performer, names)
     if columns is None:
         return None
-    own = held.outputs if others is None else torch.cat([held.outputs, others.outputs])
-    fed = held.fed_outputs if others is None else torch.cat([held.fed_outputs, others.fed_outputs])
-    truth = torch.tensor(columns)[labels]
-    if len(names) == 1:
+    own, fed, truth = held.outputs.argmax(1), held.fed_outputs.argmax(1), torch.tensor(columns)[labels]
+    if len(names) == 1 and others is not None:
         # Category against everything else: the other outputs are one class.
-        own, fed = ((x.argmax(1) == columns[0]).long() for x in (own, fed))
-        count = len(own) - len(truth)
-        truth = torch.cat([torch.ones(len(labels)), torch.zeros(count)]).long()
-    else:
-        own, fed = held.outputs.argmax(1), held.fed_outputs.argmax(1)
+        own = (torch.cat([own, others.outputs.argmax(1)]) == columns[0]).long()
+        fed = (torch.cat([fed, others.fed_outputs.argmax(1)]) == columns[0]).long()
+        truth = torch.cat([torch.ones(len(labels)), torch.zeros(len(others.outputs))]).long()
     return decision_errors(own, fed, truth, generator=seed)
 
 
@@ -482,9 +490,12 @@ def evaluate_explainer(
     )
     generator = torch.Generator().manual_seed(seed)
     held = _stream(stage, images, rows.held, advance, localise=True)
-    others = bool(rows.held_others and rows.train and rows.train_others)
+    others = rows.has_others
+    labels = torch.zeros(len(rows.held), dtype=torch.long) if categories is None else categories.labels
+    wanted = ([] if category is None else [category]) if categories is None else list(categories.names)
+    own_outputs = own_columns(performer, wanted) is not None
     train = None
-    if categories is not None or others:
+    if categories is not None or (others and not own_outputs):
         train = _stream(stage, images, rows.train, advance, follow=categories is not None)
     size = performer.preprocessing.size_px
     landmark_names, landmarks = landmarks_in_input(images, rows.held, performer)
@@ -573,10 +584,7 @@ def evaluate_explainer(
     }
     held_others = None
     errors = None
-    labels = torch.zeros(len(rows.held), dtype=torch.long) if categories is None else categories.labels
-    wanted = ([] if category is None else [category]) if categories is None else list(categories.names)
     if others:
-        assert train is not None
         held_others = _stream(stage, images, rows.held_others, advance)
         reconstruction["agreement_top1_background"] = agreement_top1(
             held_others.fed_outputs, held_others.outputs

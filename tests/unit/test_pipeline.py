@@ -16,6 +16,7 @@ from torch import nn
 
 import partlens
 from partlens.data.images import ImageSet
+from partlens.evaluation import EvaluationRows
 from partlens.explainer.config import ExplainerConfig
 from partlens.performer.zoo import Performer
 from partlens.pipeline import evaluate, fit_explainer, layers, load_explainer, parts, report
@@ -346,6 +347,11 @@ def test_errors_of_a_single_logistic_output_are_of_its_sign(
         outputs = judge.module(judge.preprocessing([few_flowers.read(i) for i in rows]))[:, 0]
     wrong = [(float(s) > 0) != (few_flowers.categories[i] == RED) for s, i in zip(outputs, rows, strict=True)]
     assert result["reconstruction"]["errors_by"] == "performer"
+    everything = EvaluationRows(range(3), range(5), range(7), range(11))
+    assert everything.streamed(own_outputs=True, several=False) == 8
+    assert everything.streamed(own_outputs=False, several=False) == 26
+    assert everything.streamed(own_outputs=True, several=True) == 15
+    assert EvaluationRows(range(3), (), range(7), ()).streamed(own_outputs=False, several=False) == 3
     assert result["reconstruction"]["performer_error_percent"]["value"] == pytest.approx(100 * np.mean(wrong))
 
 

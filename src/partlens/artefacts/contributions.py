@@ -29,7 +29,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.explainer.network import Explainer
-from partlens.explainer.templates import mask_at_peak
 from partlens.vocabulary import InputError, expected
 
 MOST_PLAYERS = 12
@@ -103,10 +102,9 @@ class PartContributions:
 def tracks(explainer: Explainer, maps: Float[Tensor, "image filter row col"]) -> Tracks:
     """Run the encoder on the performer's maps at the tap and keep its two tracks apart."""
     with torch.no_grad():
-        _, interp2 = explainer.interpret(maps)
-        z = explainer.p * explainer.norm_interp(explainer.pool(mask_at_peak(interp2, explainer.masks)))
-        o = (1 - explainer.p) * explainer.norm_ordin(explainer.pool(explainer.conv_ordin(maps).relu()))
-    return Tracks(z, o, interp2)
+        found = explainer.normed_tracks(maps)
+        p = explainer.p
+        return Tracks(p * found.interpretable, (1 - p) * found.ordinary, found.interp2)
 
 
 def class_score(explainer: Explainer, head: nn.Module, classes: Int[Tensor, " image"]) -> Score:

@@ -101,9 +101,9 @@ def track_grad_cam(
     with torch.inference_mode(mode=False), borrowed(explainer, copy_weights=False), borrowed(head, copy_weights=False):
         for part, of in zip(tap_maps.split(batch_size), classes.split(batch_size), strict=True):
             with torch.no_grad():
-                interp2 = explainer.interpret(part)[1]
-                masked = mask_at_peak(interp2, explainer.masks)
-                ordinary = (1 - explainer.p) * explainer.norm_ordin(explainer.pool(explainer.conv_ordin(part).relu()))
+                tracks = explainer.normed_tracks(part)
+                masked = mask_at_peak(tracks.interp2, explainer.masks)
+                ordinary = (1 - explainer.p) * tracks.ordinary
             with torch.enable_grad():
                 leaf = masked.detach().clone().requires_grad_()
                 encoded = explainer.p.detach() * explainer.norm_interp(explainer.pool(leaf)) + ordinary

@@ -96,6 +96,24 @@ class ExplainerOutput(NamedTuple):
     reconstructions: tuple[Tensor, ...]
 
 
+class NormedTracks(NamedTuple):
+    """Both tracks of a batch before they are mixed.
+
+    Attributes:
+        interp1: as in :class:`ExplainerOutput`.
+        interp2: as in :class:`ExplainerOutput`.
+        ordin: as in :class:`ExplainerOutput`.
+        interpretable: masked, pooled and normed maps of conv-interp-2.
+        ordinary: pooled and normed maps of conv-ordin.
+    """
+
+    interp1: Tensor
+    interp2: Tensor
+    ordin: Tensor
+    interpretable: Tensor
+    ordinary: Tensor
+
+
 @dataclass(frozen=True)
 class ExplainerStructure:
     """What an explainer is made of, all of it found in the performer.
@@ -242,15 +260,24 @@ class Explainer(nn.Module):
         interp1 = self.conv_interp_1(maps).relu()
         return interp1, self.conv_interp_2(mask_at_peak(interp1, self.masks)).relu()
 
-    def encode(self, maps: Tensor, positives: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return interp1, interp2, ordin (before pooling) and x_enc."""
+    def normed_tracks(self, maps: Tensor, positives: int | None = None) -> NormedTracks:
+        """Return both tracks at the encoder's output, pooled and normed, before p mixes them."""
         interp1, interp2 = self.interpret(maps)
         ordin = self.conv_ordin(maps).relu()
-        p = self.p.to(interp2.dtype)
-        mixed = p * self.norm_interp(self.pool(mask_at_peak(interp2, self.masks)), positives) + (
-            1 - p
-        ) * self.norm_ordin(self.pool(ordin), positives)
-        return interp1, interp2, ordin, mixed
+        return NormedTracks(
+            interp1,
+            interp2,
+            ordin,
+            self.norm_interp(self.pool(mask_at_peak(interp2, self.masks)), positives),
+            self.norm_ordin(self.pool(ordin), positives),
+        )
+
+    def encode(self, maps: Tensor, positives: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return interp1, interp2, ordin (before pooling) and x_enc."""
+        tracks = self.normed_tracks(maps, positives)
+        p = self.p.to(tracks.interp2.dtype)
+        mixed = p * tracks.interpretable + (1 - p) * tracks.ordinary
+        return tracks.interp1, tracks.interp2, tracks.ordin, mixed
 
     def decode(self, encoded: Tensor) -> tuple[Tensor, ...]:
         """Return the reconstruction of every target."""

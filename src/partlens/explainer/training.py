@@ -99,12 +99,10 @@ class TrainingResult:
     Attributes:
         history: one mapping of logged terms per epoch.
         stopped: ``"finished"`` after all epochs or ``"plateau"``.
-        assigned: the category of each filter of conv-interp-2, for an explainer of several.
     """
 
     history: tuple[dict[str, Any], ...]
     stopped: str
-    assigned: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +186,21 @@ def _optimiser(explainer: Explainer, config: ExplainerConfig, *, warm: bool) -> 
     return torch.optim.AdamW(groups)
 
 
+def _evidence(data: TrainingMaps, config: ExplainerConfig, rows: np.ndarray) -> Tensor | None:
+    """Read the evidence of some rows as the objective wants it; ``None`` where it is not used."""
+    if data.evidence is None or config.evidence_weight == 0:
+        return None
+    return sharpened(_gather(data.evidence, rows), config.evidence_smooth_cells, config.evidence_power)
+
+
+def _norm_sample(data: TrainingMaps) -> Tensor:
+    """Return the photos that norms and target norms are measured on: with several categories, some of each."""
+    count = min(data.photos, _NORM_SAMPLE)
+    if data.labels is None:
+        return torch.arange(count)
+    return torch.arange(count) * data.photos // count
+
+
 def _seed_category(
     explainer: Explainer, data: TrainingMaps, category: int, generator: torch.Generator
 ) -> dict[str, float]:
@@ -207,13 +220,7 @@ def _seed_category(
             _share(structure.channels_out, category, data.categories),
         )
     others = rest[:: max(1, len(rest) // (2 * MOST_PHOTOS))][: 2 * MOST_PHOTOS]
-    evidence: Tensor | None = None
-    if data.evidence is not None and config.evidence_weight > 0:
-        evidence = sharpened(
-            _gather(data.evidence, data.rows(photos, torch.zeros_like(photos))),
-            config.evidence_smooth_cells,
-            config.evidence_power,
-        )
+    evidence = _evidence(data, config, data.rows(photos, torch.zeros_like(photos)))
     windows = data.windows[photos, :views].transpose(0, 1)
     return seed_parts(explainer, maps, windows, _gather(data.tap, others), generator, evidence, filters=filters)
 
@@ -235,7 +242,7 @@ def start_explainer(explainer: Explainer, data: TrainingMaps) -> dict[str, float
         for category in range(data.categories):
             seen = _seed_category(explainer, data, category, generator)
             found |= {name: found.get(name, 0.0) + value / data.categories for name, value in seen.items()}
-    photos = torch.arange(min(data.photos, _NORM_SAMPLE))
+    photos = _norm_sample(data)
     explainer.start_norms(_gather(data.tap, data.rows(photos, torch.zeros_like(photos))))
     return found
 
@@ -268,7 +275,8 @@ class _Run:
         self.device = torch.device("cpu")
         self.config = explainer.config
         self.optimiser = _optimiser(explainer, self.config, warm=self.config.warmup_epochs > 0)
-        sample = np.arange(0, data.photos * data.views, data.views)[:_NORM_SAMPLE]
+        photos = _norm_sample(data)
+        sample = data.rows(photos, torch.zeros_like(photos))
         norms = tuple(target_norm(t) for t in data.read(sample)[1])
         self.objective = Objective(
             self.config,
@@ -395,13 +403,7 @@ class _Run:
         explainer = self.explainer
         rows = batch.rows[: batch.positives] if warm else batch.rows
         maps, targets = (_gather(self.data.tap, rows), ()) if warm else self.data.read(rows)
-        evidence: Tensor | None = None
-        if self.data.evidence is not None and self.config.evidence_weight > 0:
-            evidence = sharpened(
-                _gather(self.data.evidence, rows[: batch.positives]),
-                self.config.evidence_smooth_cells,
-                self.config.evidence_power,
-            )
+        evidence = _evidence(self.data, self.config, rows[: batch.positives])
         device = self.device
         maps, targets = maps.to(device), tuple(target.to(device) for target in targets)
         pair = batch.pair
@@ -502,5 +504,4 @@ def train_explainer(
     if events is not None:
         events.close()
     explainer.cpu().eval()
-    assigned = None if data.labels is None else tuple(run.objective.assigned("2").tolist())
-    return TrainingResult(tuple(run.history), stopped, assigned)
+    return TrainingResult(tuple(run.history), stopped)

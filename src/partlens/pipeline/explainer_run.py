@@ -443,7 +443,7 @@ def evaluate(
     """
     import torch
 
-    from partlens.evaluation import Categories, EvaluationRows, evaluate_explainer, top_layer
+    from partlens.evaluation import Categories, EvaluationRows, evaluate_explainer, own_columns, top_layer
     from partlens.explainer.assembly import performer_head
     from partlens.gallery import write_gallery
     from partlens.performer.receptive_field import receptive_field
@@ -482,7 +482,8 @@ def evaluate(
     rows = EvaluationRows(held, sampled(held_others, most, seed), train, sampled(train_others, most, seed))
     shares = [float(p) for p in manifest["p_by_seed"]]
     done = 0
-    total = rows.total if rows.held_others and rows.train and rows.train_others else len(rows.held)
+    own_outputs = own_columns(performer, joint or ((category,) if category else ())) is not None
+    total = rows.streamed(own_outputs=own_outputs, several=bool(joint))
     categories = None
     if joint:
         numbers = [torch.tensor([joint.index(images.categories[i]) for i in part]) for part in (held, train)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.evidence import decision_scores, evidence_maps, sharpened
 from partlens.explainer.network import Explainer, ExplainerStructure
 from partlens.explainer.objective import BatchFacts, Objective, ViewPair, evidence_cost
+from partlens.explainer.training import TrainingMaps, _norm_sample
 from partlens.vocabulary import InputError
 
 SIDE = 6
@@ -175,3 +179,14 @@ def test_classification_takes_what_a_bfloat16_decoder_gives() -> None:
     loss, _ = objective.joint(output, (torch.zeros(6, 3, SIDE - 2, SIDE - 2),), BatchFacts(3))
     loss.backward()
     assert bool(torch.isfinite(explainer.decoder.weight.grad).all())
+
+
+def test_norms_of_several_categories_are_measured_on_photos_of_each() -> None:
+    """Photos often stand in the order of their categories: the first ones alone would be of one category."""
+    labels = torch.arange(3).repeat_interleave(300)
+    maps, windows = np.zeros((900, 1, 2, 2), np.float16), torch.zeros(900, 1, 5)
+    data = TrainingMaps(maps, (), windows, np.arange(0), labels=labels)
+    drawn = _norm_sample(data)
+    assert len(drawn) == 256
+    assert torch.bincount(labels[drawn]).min() > 80
+    assert _norm_sample(dataclasses.replace(data, labels=None)).tolist() == list(range(256))
