@@ -25,8 +25,8 @@ from partlens.explainer.evidence import sharpened
 from partlens.explainer.network import Explainer, ExplainerOutput, parameter_groups
 from partlens.explainer.objective import BatchFacts, Objective, ViewPair, target_norm
 from partlens.explainer.seeding import MOST_PHOTOS, seed_parts
-from partlens.store import SCHEMA, content_hash, read_json, read_tensors, write_json, write_tensors
-from partlens.vocabulary import ImageError, InputError, RunError, expected
+from partlens.store import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
+from partlens.vocabulary import ImageError, InputError, expected
 
 CHECKPOINT_STATE = "checkpoint.json"
 HISTORY = "history.json"
@@ -318,18 +318,11 @@ class _Run:
         Raises:
             RunError: the checkpoint belongs to another configuration.
         """
-        if not (self.folder / CHECKPOINT_STATE).exists():
+        remedy = "Choose another --out folder, or delete this one"
+        found = read_checkpoint(self.folder / CHECKPOINT_STATE, self.fingerprint, remedy)
+        if found is None:
             return False
-        state = read_json(self.folder / CHECKPOINT_STATE)
-        if state.get("fingerprint") != self.fingerprint:
-            raise RunError(
-                expected(
-                    f"a checkpoint of this configuration in {self.folder}",
-                    "one of another",
-                    "Choose another --out folder, or delete this one",
-                )
-            )
-        tensors = read_tensors(self.folder / state["tensors"])
+        state, tensors = found
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -35,8 +35,8 @@ from partlens.performer.taps import place_of
 from partlens.performer.tracing import trace
 from partlens.performer.zoo import PaperNet, Performer, Preprocessing, first_line, module_of, with_outputs
 from partlens.progress import Progress
-from partlens.store import SCHEMA, content_hash, read_json, read_tensors, write_json, write_tensors
-from partlens.vocabulary import InputError, LayerError, RunError, StorageError, WeightsError, expected, listed
+from partlens.store import SCHEMA, content_hash, read_checkpoint, read_json, write_json, write_tensors
+from partlens.vocabulary import InputError, LayerError, StorageError, WeightsError, expected, listed
 
 CHECKPOINT = "checkpoint.json"
 OTHER = -1
@@ -585,21 +585,14 @@ class _Run:
         Raises:
             RunError: the checkpoint belongs to another configuration.
         """
-        if not (self.folder / CHECKPOINT).exists():
+        remedy = "Choose another --out file, or delete this folder"
+        found = read_checkpoint(self.folder / CHECKPOINT, self.fingerprint, remedy)
+        if found is None:
             return
-        state = read_json(self.folder / CHECKPOINT)
-        if state.get("fingerprint") != self.fingerprint:
-            raise RunError(
-                expected(
-                    f"a checkpoint of this configuration in {self.folder}",
-                    "one of another",
-                    "Choose another --out file, or delete this folder",
-                )
-            )
+        state, tensors = found
         self.history = list(state["history"])
         if len(self.history) > self.config.epochs:
             self.begin(late=True)
-        tensors = read_tensors(self.folder / state["tensors"])
         network = {n.removeprefix("network."): v for n, v in tensors.items() if n.startswith("network.")}
         self.trained.load_state_dict(network)
         for name, parameter in self.trained.named_parameters():

@@ -114,7 +114,32 @@ def _energy(codes: Tensor, gram: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Nmf(Rival):
+class _Dictionary(Rival):
+    """Units that are directions of the tap's cells.
+
+    Attributes:
+        parts: ``h_j`` (unit, filter) of length 1.
+    """
+
+    parts: Float[Tensor, "unit filter"]
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return int(self.parts.shape[0])
+
+    @property
+    def filters(self) -> int:
+        """Number of filters of the tap."""
+        return int(self.parts.shape[1])
+
+    def decode(self, codes: Float[Tensor, "cell unit"]) -> Float[Tensor, "cell filter"]:
+        """Return ``z H``."""
+        return codes @ self.parts.to(codes)
+
+
+@dataclass(frozen=True, eq=False)
+class Nmf(_Dictionary):
     """Non-negative parts; see the module.
 
     Attributes:
@@ -123,17 +148,6 @@ class Nmf(Rival):
     """
 
     name: ClassVar[str] = "nmf"
-    parts: Float[Tensor, "unit filter"]
-
-    @property
-    def units(self) -> int:
-        """Number of parts."""
-        return int(self.parts.shape[0])
-
-    @property
-    def filters(self) -> int:
-        """Number of filters of the tap."""
-        return int(self.parts.shape[1])
 
     def encode(self, cells: Float[Tensor, "cell filter"]) -> Float[Tensor, "cell unit"]:
         """Solve non-negative least squares for every cell, to :data:`CODE_TOLERANCE` of the cell's length.
@@ -157,10 +171,6 @@ class Nmf(Rival):
                 )
             )
         return codes.values
-
-    def decode(self, codes: Float[Tensor, "cell unit"]) -> Float[Tensor, "cell filter"]:
-        """Return ``z H``."""
-        return codes @ self.parts.to(codes)
 
 
 def fit_nmf(
@@ -238,7 +248,7 @@ def _rays(rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class KMeans(Rival):
+class KMeans(_Dictionary):
     """Clusters of directions; see the module.
 
     A unit's map is ``max(x · h_j, 0)`` at the cells whose best centre it is, and 0 elsewhere. Only there, because the
@@ -253,26 +263,11 @@ class KMeans(Rival):
     """
 
     name: ClassVar[str] = "kmeans"
-    parts: Float[Tensor, "unit filter"]
-
-    @property
-    def units(self) -> int:
-        """Number of clusters."""
-        return int(self.parts.shape[0])
-
-    @property
-    def filters(self) -> int:
-        """Number of filters of the tap."""
-        return int(self.parts.shape[1])
 
     def encode(self, cells: Float[Tensor, "cell filter"]) -> Float[Tensor, "cell unit"]:
         """Return the projection on the nearest centre, in that unit's column."""
         best, unit = (cells @ self.parts.to(cells).T).max(1, keepdim=True)
         return cells.new_zeros(len(cells), self.units).scatter_(1, unit, best.clamp(min=0))
-
-    def decode(self, codes: Float[Tensor, "cell unit"]) -> Float[Tensor, "cell filter"]:
-        """Return the centres, scaled by least squares."""
-        return codes @ self.parts.to(codes)
 
 
 def fit_kmeans(

@@ -26,8 +26,8 @@ from partlens.performer.borrowing import random_state_kept
 from partlens.performer.zoo import Performer
 from partlens.rivals.interpretable_cnn import InterpretableCNN
 from partlens.rivals.masks import ReleasedMask
-from partlens.store import SCHEMA, content_hash, read_json, read_tensors, write_json, write_tensors
-from partlens.vocabulary import ImageError, InputError, RunError, expected
+from partlens.store import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
+from partlens.vocabulary import ImageError, InputError, expected
 
 _BIAS_RATE = 2.0
 _TOP_BIAS_RATE = 5.0
@@ -134,18 +134,11 @@ class _Run:
         Raises:
             RunError: the checkpoint belongs to another configuration.
         """
-        if not (self.folder / CHECKPOINT_STATE).exists():
+        remedy = "Choose another folder, or delete this one"
+        found = read_checkpoint(self.folder / CHECKPOINT_STATE, self.fingerprint, remedy)
+        if found is None:
             return
-        state = read_json(self.folder / CHECKPOINT_STATE)
-        if state.get("fingerprint") != self.fingerprint:
-            raise RunError(
-                expected(
-                    f"a checkpoint of this configuration in {self.folder}",
-                    "one of another",
-                    "Choose another folder, or delete this one",
-                )
-            )
-        tensors = read_tensors(self.folder / state["tensors"])
+        state, tensors = found
         weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
         self.network.load_state_dict(weights)
         moments: dict[int, dict[str, Tensor]] = {}
