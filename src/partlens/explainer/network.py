@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -76,6 +77,33 @@ class NormLayer(nn.Module):
         if self.training:
             self.update(maps, positives)
         return maps / self.divisor.to(maps.dtype)[:, None, None]
+
+
+class BoxConvolution(nn.Module):
+    """A 3x3 convolution whose nine taps share one weight: channels are mixed, then averaged over 3x3 cells.
+
+    It is what a 3x3 convolution of equal taps computes (zeros outside), with a ninth of its weights and products. The
+    bias is added after the average.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels_out, channels_in, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(channels_out))
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that go in."""
+        return int(self.weight.shape[1])
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that come out."""
+        return int(self.weight.shape[0])
+
+    def forward(self, maps: Float[Tensor, "image channel row col"]) -> Float[Tensor, "image filter row col"]:
+        """Convolve."""
+        return F.avg_pool2d(F.conv2d(maps, self.weight), 3, 1, padding=1) + self.bias[:, None, None]
 
 
 class ExplainerOutput(NamedTuple):
@@ -192,9 +220,12 @@ class Explainer(nn.Module):
         width, out = structure.channels_in, structure.channels_out
         self.structure = structure
         self.config = config
-        self.conv_interp_1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv_interp_2 = nn.Conv2d(width, out, 3, padding=1)
-        self.conv_ordin = nn.Conv2d(width, out, 3, padding=1)
+        box = config.kernel == "box"
+        self.conv_interp_1 = BoxConvolution(width, width) if box else nn.Conv2d(width, width, 3, padding=1)
+        self.conv_interp_2 = BoxConvolution(width, out) if box else nn.Conv2d(width, out, 3, padding=1)
+        # An inserted ordinary track that is held at its start, the identity, needs no products.
+        held = ordinary is None and config.learning_rate_ordinary == 0
+        self.conv_ordin = nn.Identity() if held else nn.Conv2d(width, out, 3, padding=1)
         self.pool = nn.Identity() if pool is None else pool
         self.norm_interp = NormLayer(out, momentum=config.norm_momentum, floor=config.norm_floor)
         self.norm_ordin = NormLayer(out, momentum=config.norm_momentum, floor=config.norm_floor)
@@ -208,14 +239,19 @@ class Explainer(nn.Module):
     @torch.no_grad()
     def _initialise(self, ordinary: tuple[Tensor, Tensor] | None, generator: torch.Generator | None) -> None:
         for conv in (self.conv_interp_1, self.conv_interp_2):
-            fan_in = conv.in_channels * 9
+            fan_in = conv.weight[0].numel()
             noise = torch.randn(conv.weight.shape, generator=generator)
             if self.config.initialisation == "random":
                 conv.weight.copy_(noise * math.sqrt(2 / fan_in))
             else:
-                start = ordinary[0] if ordinary is not None and conv is self.conv_interp_2 else identity_kernel(conv)
+                start = identity_kernel(conv)
+                if ordinary is not None and conv is self.conv_interp_2:
+                    copied = ordinary[0]
+                    start = copied.sum((2, 3), keepdim=True) if isinstance(conv, BoxConvolution) else copied
                 conv.weight.copy_(start + noise * 0.25 * start.std())
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        if isinstance(self.conv_ordin, nn.Identity):
+            return
         if ordinary is None:
             self.conv_ordin.weight.copy_(identity_kernel(self.conv_ordin))
             nn.init.zeros_(self.conv_ordin.bias)  # type: ignore[arg-type]
@@ -312,7 +348,7 @@ class Explainer(nn.Module):
         return p * interp2 + (1 - p) * ordin.detach() * scale
 
 
-def identity_kernel(conv: nn.Conv2d) -> Tensor:
+def identity_kernel(conv: nn.Conv2d | BoxConvolution) -> Tensor:
     """Return a kernel that copies channel k to channel k."""
     kernel = torch.zeros_like(conv.weight)
     nn.init.dirac_(kernel)

@@ -23,9 +23,9 @@ import math
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from partlens.explainer.network import Explainer
+from partlens.explainer.network import BoxConvolution, Explainer
 from partlens.explainer.templates import peak_cells
 from partlens.vocabulary import ImageError, expected
 
@@ -210,11 +210,11 @@ def seed_parts(
     chosen = order[torch.arange(width) % order.numel()]
     strength = peaks.mean(0)[chosen].clamp(min=1e-6)
     kernel = (detectors[chosen] / strength[:, None])[:, :, None, None]
-    first.weight[own_first] = kernel.expand(-1, -1, 3, 3) / 9
+    first.weight[own_first] = _spread(kernel, first)
     first.bias[own_first] = -(detectors[chosen] @ mean) / strength  # type: ignore[index]
     votes = _votes(at[:, chosen], at[:, order[torch.arange(out) % order.numel()]], explainer.config.votes)
     wide = votes.new_zeros(out, second.in_channels).index_copy_(1, own_first, votes)
-    second.weight[own_second] = wide[:, :, None, None].expand(-1, -1, 3, 3) / 9
+    second.weight[own_second] = _spread(wide[:, :, None, None], second)
     second.bias[own_second] = 0  # type: ignore[index]
     extra = {} if met is None else {"evidence_at_peak": float(met[chosen].mean())}
     return extra | {
@@ -222,6 +222,11 @@ def seed_parts(
         "movement_error_cells": float(moved[chosen].mean()),
         "category_auc": float(area[chosen].mean()),
     }
+
+
+def _spread(kernel: Float[Tensor, "filter channel 1 1"], conv: nn.Conv2d | BoxConvolution) -> Tensor:
+    """Return a kernel of one cell as one that averages over 3x3 cells."""
+    return kernel if isinstance(conv, BoxConvolution) else kernel.expand(-1, -1, 3, 3) / 9
 
 
 def _votes(

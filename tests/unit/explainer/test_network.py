@@ -14,7 +14,7 @@ from partlens.explainer.assembly import (
     reference_decoder,
 )
 from partlens.explainer.config import ExplainerConfig
-from partlens.explainer.network import NormLayer, dense_weights
+from partlens.explainer.network import BoxConvolution, NormLayer, dense_weights, parameter_groups
 from partlens.performer.papers import paper_setting
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import PaperNet, Performer, Preprocessing, weights_sha256
@@ -66,18 +66,20 @@ def test_perfect_copy_limit(name: str, module: nn.Module, side: int, tap: str, r
     assert (structure.replaced is not None) == replaces
     if (setting := paper_setting(performer)) is not None:
         assert (structure.tap, structure.targets) == (setting.tap, setting.targets)
-    explainer = build_explainer(performer, structure, ExplainerConfig(p_init=1e-9)).eval()
     output, taps = forward_taps(performer, batch, [tap, *structure.targets])
-    explainer.start_norms(taps[tap])
-    with torch.no_grad():
-        explainer.share_logit.fill_(-1e4)
-        result = explainer(taps[tap])
-        fed = performer_head(performer, structure)(result.reconstructions[-1])[0]
-        for target, value in zip(structure.targets, result.reconstructions, strict=True):
-            scale = float(taps[target].abs().max())
-            assert float((value - taps[target]).abs().max()) < 1e-4 * scale
-    assert torch.allclose(fed, output, atol=1e-4 * float(output.abs().max()))
-    assert torch.equal(fed.argmax(1), output.argmax(1))
+    # Of inserted tracks, partlens holds the ordinary one as a plain identity.
+    for preset in ("paper",) if replaces else ("paper", "partlens"):
+        explainer = build_explainer(performer, structure, ExplainerConfig.preset(preset, p_init=1e-9)).eval()
+        explainer.start_norms(taps[tap])
+        with torch.no_grad():
+            explainer.share_logit.fill_(-1e4)
+            result = explainer(taps[tap])
+            fed = performer_head(performer, structure)(result.reconstructions[-1])[0]
+            for target, value in zip(structure.targets, result.reconstructions, strict=True):
+                scale = float(taps[target].abs().max())
+                assert float((value - taps[target]).abs().max()) < 1e-4 * scale
+        assert torch.allclose(fed, output, atol=1e-4 * float(output.abs().max()))
+        assert torch.equal(fed.argmax(1), output.argmax(1))
 
 
 def test_the_performer_is_bit_identical_afterwards(tiny: Performer) -> None:
@@ -184,3 +186,41 @@ def test_identity_initialisation_starts_as_the_performers_own_filters(tiny: Perf
     first = explainer.interpret(maps)[0].detach()
     same = nn.functional.cosine_similarity(first.flatten(), maps.flatten(), dim=0)
     assert float(same) > 0.9
+
+
+def test_a_box_is_a_convolution_of_nine_equal_taps() -> None:
+    torch.manual_seed(0)
+    box = BoxConvolution(5, 7)
+    nn.init.normal_(box.weight)
+    nn.init.normal_(box.bias)
+    maps = torch.rand(2, 5, 6, 4)
+    full = nn.functional.conv2d(maps, box.weight.expand(-1, -1, 3, 3) / 9, box.bias, padding=1)
+    assert torch.allclose(box(maps), full, atol=1e-6)
+
+
+def test_a_box_starts_from_the_sum_of_a_copied_kernel() -> None:
+    """A flat copied kernel is kept exactly; nothing is invented for others but their sum."""
+    torch.manual_seed(0)
+    module = torchvision.models.alexnet(weights=None)
+    with torch.no_grad():
+        module.features[10].weight.copy_(module.features[10].weight.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3))
+    performer = performer_of(module, 96)
+    structure = explainer_structure(performer, torch.rand(2, 3, 96, 96), "features.9")
+    explainer = build_explainer(performer, structure, ExplainerConfig(kernel="box", initialisation="identity"))
+    assert isinstance(explainer.conv_interp_2, BoxConvolution)
+    maps = torch.rand(2, structure.channels_in, *structure.side_cells)
+    with torch.no_grad():
+        own = nn.functional.conv2d(maps, module.features[10].weight, padding=1)
+        same = nn.functional.cosine_similarity(explainer.conv_interp_2(maps).flatten(), own.flatten(), dim=0)
+    assert float(same) > 0.9
+
+
+def test_a_held_inserted_track_costs_nothing_and_is_the_identity(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    held = build_explainer(tiny, structure, ExplainerConfig(learning_rate_ordinary=0.0))
+    free = build_explainer(tiny, structure, ExplainerConfig())
+    assert parameter_groups(held)["ordinary"] == []
+    assert len(parameter_groups(free)["ordinary"]) == 2
+    maps = torch.rand(2, 12, 8, 8)
+    assert torch.equal(held.normed_tracks(maps).ordin, maps)
+    assert torch.allclose(free.normed_tracks(maps).ordin, maps, atol=1e-6)

@@ -48,7 +48,9 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"normaliser": "running", "precision": "bfloat16"}], ids=["default", "running"]
+    "changes",
+    [{}, {"normaliser": "running", "precision": "bfloat16"}, {"kernel": "full", "learning_rate_ordinary": 1e-4}],
+    ids=["default", "running", "full"],
 )
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_a_killed_run_continues_bit_equal(
