@@ -101,11 +101,20 @@ def _layers(arguments: Sequence[str]) -> None:
 
 def _data(arguments: Sequence[str]) -> None:
     parser = _parser("data")
-    parser.add_argument("task", type=str, choices=["check"], help="check: say what the folder holds and what is wrong")
-    parser.add_argument("data", type=str, help="folder or table")
-    parser.add_argument("--whole-photos", action="store_true", help="do not cut photos to the objects' boxes")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "task", type=str, choices=["check", "join"], help="check: what it holds and what is wrong; join: several as one"
+    )
+    parser.add_argument("data", type=str, help="check: folder or table; join: the JSON file to write")
+    parser.add_argument("--whole-photos", action="store_true", help="check: do not cut photos to the objects' boxes")
+    parser.add_argument("--json", action="store_true", help="check: print JSON")
+    parser.add_argument("--photos", type=str, help="join: the photos to explain, whose parts are used")
+    parser.add_argument("--category", type=str, help="join: one category for all of --photos; default: their own")
+    parser.add_argument("--landmarks", type=str, default="all", help="join: all of --photos, or those of the paper")
+    parser.add_argument("--background", type=str, help="join: whole photos of anything else")
     options = parser.parse_args(list(arguments))
+    if options.task == "join":
+        _join(options)
+        return
     from partlens.data.check import check_data
 
     found = check_data(options.data, crop=None if options.whole_photos else "box")
@@ -113,6 +122,15 @@ def _data(arguments: Sequence[str]) -> None:
         sys.stdout.write(json.dumps(found.to_dict(), indent=2) + "\n")
     else:
         sys.stdout.write("\n".join(found.lines()) + "\n")
+
+
+def _join(options: Any) -> None:
+    from partlens.data.joined import join_data
+
+    counts = join_data(
+        options.data, options.photos, options.background, category=options.category, landmarks=options.landmarks
+    )
+    sys.stdout.write(f"wrote {options.data}: {listed([f'{n} {name}' for name, n in counts.items()], 8)}\n")
 
 
 def _train_performer(arguments: Sequence[str]) -> None:

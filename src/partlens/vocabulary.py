@@ -14,6 +14,9 @@ from collections.abc import Iterable, Sequence
 
 AXES = ("image", "filter", "row", "col")
 
+BACKGROUND = "background"
+"""The category of photos that show something else."""
+
 
 class PartlensError(Exception):
     """Any error that partlens raises on purpose; its text is one sentence a user can act on."""

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -235,6 +235,44 @@ class _Generator:
         return not self.recipe
 
 
+@dataclass(frozen=True, eq=False)
+class _Chained:
+    """Several sets one after the other."""
+
+    sets: tuple[ImageSet, ...]
+
+    @cached_property
+    def _recipe(self) -> str:
+        return " ".join(images.fingerprint() for images in self.sets)
+
+    def _place(self, row: int) -> tuple[ImageSet, int]:
+        for images in self.sets:
+            if row < len(images):
+                return images, row
+            row -= len(images)
+        raise IndexError(row)
+
+    def read(self, row: int) -> Image.Image:
+        images, place = self._place(row)
+        return images.read(place)
+
+    def size_px(self, row: int) -> tuple[int, int]:
+        images, place = self._place(row)
+        return images.size_px(place)
+
+    def digest(self, row: int) -> str:
+        return f"{self._recipe}#{row}"
+
+    def may_fail(self) -> bool:
+        return any(images._source.may_fail() for images in self.sets)  # noqa: SLF001 -- same module
+
+
+def _first_truth(first: ImageSet, keys: tuple[str, ...]) -> PartTruth:
+    truth = first.part_truth
+    assert truth is not None
+    return truth.for_keys(keys)
+
+
 def _parallel(work: Callable[[int], Result], rows: Iterable[int], workers: int | None) -> Iterator[Result]:
     """Map over rows in a thread pool, results in order (decoding and hashing release the lock)."""
     count = workers or min(8, os.cpu_count() or 1)
@@ -380,6 +418,7 @@ class ImageSet:
         root: the folder of the files, None for arrays and generated images.
         name: what to call the set in reports.
         left_out: what a data set's reader did not list, such as objects without a box, and why.
+        path: what :meth:`open` opened, with nothing else said; None for every other set, and for a choice of images.
 
     Example:
         >>> import numpy as np
@@ -398,6 +437,7 @@ class ImageSet:
     _rows: tuple[int, ...] = field(repr=False)
     _truth: Callable[[tuple[str, ...]], PartTruth] | None = field(default=None, repr=False)
     left_out: tuple[LeftOut, ...] = field(default=(), repr=False)
+    path: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.keys:
@@ -450,11 +490,12 @@ class ImageSet:
     def open(
         cls, path: Path | str, *, crop: Crop = "box", margin_frac: float = 0.0, landmarks: Landmarks = "all"
     ) -> ImageSet:
-        """Open a table, a data set in its own layout or a folder of images, whichever ``path`` is.
+        """Open a table, a data set in its own layout, a folder of images or a joined set, whichever ``path`` is.
 
-        A ``.csv`` or ``.parquet`` file is read by :meth:`from_table`; a folder that holds ``images.csv`` by
-        that table; a folder in one of :data:`partlens.data.layouts.LAYOUTS` (CUB-200-2011, ILSVRC Animal-Part,
-        Pascal-Part) by its reader and :meth:`from_listing`; any other folder by :meth:`from_folder`.
+        A ``.json`` file joins several sets (:mod:`partlens.data.joined`); a ``.csv`` or ``.parquet`` file is read
+        by :meth:`from_table`; a folder that holds ``images.csv`` by that table; a folder in one of
+        :data:`partlens.data.layouts.LAYOUTS` (CUB-200-2011, ILSVRC Animal-Part, Pascal-Part) by its reader and
+        :meth:`from_listing`; any other folder by :meth:`from_folder`.
         ``landmarks.csv`` in the folder (beside ``images.csv``) becomes :attr:`part_truth`.
 
         Args:
@@ -471,8 +512,23 @@ class ImageSet:
                 constructor or reader; also when not one landmark belongs to an image of the set.
             InputError: a value of ``crop``, ``margin_frac`` or ``landmarks`` that does not exist.
         """
-        choice = Choice(crop, landmarks)
+        plain = crop == "box" and margin_frac == 0 and landmarks == "all"
         path = Path(path)
+        if path.suffix.lower() == ".json":
+            if not plain:
+                raise InputError(
+                    expected(f"no other choices beside {path}", "crop, margin_frac or landmarks", "Write them into it")
+                )
+            from partlens.data.joined import open_joined  # it opens sets by this method
+
+            found = open_joined(path)
+        else:
+            found = cls._open_one(path, crop, margin_frac, landmarks)
+        return replace(found, path=path.resolve() if plain else None)
+
+    @classmethod
+    def _open_one(cls, path: Path, crop: Crop, margin_frac: float, landmarks: Landmarks) -> ImageSet:
+        choice = Choice(crop, landmarks)
         layout = layout_of(path) if path.is_dir() and not (path / IMAGE_TABLE).is_file() else None
         if layout is not None:
             return cls.from_listing(layout.read(path, choice), margin_frac)
@@ -717,6 +773,35 @@ class ImageSet:
         """
         return cls._build(keys, _Generator(draw, recipe), categories=categories, splits=splits, truth=truth, name=name)
 
+    @classmethod
+    def from_sets(cls, sets: Sequence[ImageSet], prefixes: Sequence[str], *, name: str) -> ImageSet:
+        """Use several sets as one.
+
+        Splits and photo groups stay as they are. Parts are those of the first set; images of the others have none.
+
+        Args:
+            sets: the sets, at least one.
+            prefixes: what stands before the names of each further set's images and photos.
+            name: what to call the set in reports.
+
+        Raises:
+            ImageError: no set, a number of prefixes that is not one less, or names that occur twice.
+        """
+        if len(sets) != len(prefixes) + 1:
+            raise ImageError(
+                expected(f"{len(sets) - 1} prefixes, one for each further set", len(prefixes), "Give them")
+            )
+        marked = list(zip(["", *prefixes], sets, strict=True))
+        return cls._build(
+            [mark + key for mark, images in marked for key in images.keys],
+            _Chained(tuple(sets)),
+            categories=[category for images in sets for category in images.categories],
+            splits=[split for images in sets for split in images.splits],
+            photos=[mark + photo for mark, images in marked for photo in images.photos],
+            name=name,
+            truth=partial(_first_truth, sets[0]) if sets[0]._truth is not None else None,  # noqa: SLF001 -- same class
+        )
+
     # Looking at the list
 
     def __len__(self) -> int:
@@ -804,6 +889,7 @@ class ImageSet:
             splits=tuple(self.splits[index] for index in chosen),
             photos=tuple(self.photos[index] for index in chosen),
             _rows=tuple(self._rows[index] for index in chosen),
+            path=None,
         )
 
     def _replaced(self, **changes: Any) -> ImageSet:
@@ -874,7 +960,7 @@ class ImageSet:
                     "Give other images",
                 )
             )
-        return (self, ()) if not bad else (self.take(good), bad)
+        return (self, ()) if not bad else (replace(self.take(good), path=self.path), bad)
 
     def digests(self, workers: int | None = None) -> tuple[str, ...]:
         """Return a text per image that is equal for equal content (of the file, and the box that is cut out).

@@ -18,11 +18,9 @@ from partlens.store import read_json
 from partlens.vocabulary import InputError, expected, nearest
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor, nn
 
-    from partlens.data.annotations import PartTruth
     from partlens.data.images import ImageSet
     from partlens.experiments.sweep import Job
     from partlens.explainer.network import ExplainerStructure
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from partlens.rivals.interpretable_cnn import InterpretableCNN
 
 MODULE = "partlens.experiments.explainer_jobs"
-BACKGROUND = "background"
 TRAINED = "train:"
 """Prefix of a performer that is trained on each category before it is explained."""
 
@@ -45,74 +42,17 @@ EXPLAINER, CLASSIFIED, RIVALS, TRAINING = "explainer", "explainer-cls", "rivals"
 # Photos
 
 
-@dataclass(frozen=True)
-class _Joined:
-    """Reads from two sets as if they were one."""
-
-    first: ImageSet
-    second: ImageSet
-
-    def __call__(self, row: int) -> np.ndarray:
-        """Return the pixels of an image."""
-        import numpy as np
-
-        count = len(self.first)
-        image = self.first.read(row) if row < count else self.second.read(row - count)
-        return np.asarray(image)
-
-
-@dataclass(frozen=True)
-class _FirstTruth:
-    """The parts of the first of two sets; the second has none."""
-
-    first: ImageSet
-
-    def __call__(self, keys: tuple[str, ...]) -> PartTruth:
-        """Return the parts of images by their keys."""
-        truth = self.first.part_truth
-        assert truth is not None
-        return truth.for_keys(keys)
-
-
 @cache
-def open_photos(data: str, background: str | None = None, joined: str | None = None) -> ImageSet:
-    """Open a data set the way the papers use it; the same one again costs nothing.
-
-    Args:
-        data: folder or table; of a data set with its own parts, those that the papers measure are used.
-        background: folder or table whose photos, whatever they are called there, all count as background.
-        joined: one name for all categories of ``data``, such as ``bird`` for the species of CUB-200-2011.
-
-    Returns:
-        The readable photos; splits and photo groups as they are.
-    """
-    import dataclasses
-
+def open_photos(data: str) -> ImageSet:
+    """Return the readable photos of a data set; the same one again costs nothing."""
     from partlens.data.images import ImageSet
 
-    images, _ = opened(ImageSet.open(Path(data), landmarks="paper"))
-    if joined is not None:
-        images = dataclasses.replace(images, categories=(joined,) * len(images))
-    if background is None:
-        return images
-    others, _ = opened(ImageSet.open(Path(background), crop=None))
-    made = ImageSet.from_generator(
-        _Joined(images, others),
-        [*images.keys, *(f"{BACKGROUND}/{key}" for key in others.keys)],
-        [*images.categories, *[BACKGROUND] * len(others)],
-        [*images.splits, *others.splits],
-        recipe=f"{images.fingerprint()} {others.fingerprint()}",
-        truth=None if images.part_truth is None else _FirstTruth(images),
-        name=f"{images.name} and {others.name}",
-    )
-    groups = (*images.photos, *(f"{BACKGROUND}/{photo}" for photo in others.photos))
-    return dataclasses.replace(made, photos=groups)
+    return opened(ImageSet.open(Path(data)))[0]
 
 
 def photos_of(job: Job) -> ImageSet:
     """Return the photos of a job."""
-    places = job.places
-    return open_photos(places["data"], places.get("background"), job.settings.get("joined"))
+    return open_photos(job.places["data"])
 
 
 def performer_spec(job: Job) -> str:

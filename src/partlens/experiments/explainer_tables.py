@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from partlens.experiments.explainer_jobs import (
-    BACKGROUND,
     CLASSIFIED,
     EXPLAINER,
     MODULE,
@@ -31,11 +30,12 @@ from partlens.experiments.table_blocks import Study, build
 from partlens.pipeline.runs import command, spec, versions
 from partlens.progress import Progress
 from partlens.store import file_sha256, write_json
-from partlens.vocabulary import ImageError, InputError, expected, listed, nearest
+from partlens.vocabulary import BACKGROUND, ImageError, InputError, expected, listed, nearest
 
 SCHEMA = "partlens.explainer-table/1"
 Table = Literal["instability", "p", "errors", "interpretable-cnn", "rivals"]
 EXPLAINER_TABLES: tuple[str, ...] = get_args(Table)
+PHOTOS = "photos.json"
 LOSSES = ("published", "released")
 _SETTINGS = ("explainer", "targets", "background", "split", "train", "rivals", "interpretable_cnn")
 
@@ -159,7 +159,15 @@ def prepare(plan: TablePlan, out: Path) -> Prepared:
     joined = "bird" if layout == "cub" else None
     data = str(Path(plan.data).resolve())
     background = None if plan.background is None else str(Path(plan.background).resolve())
-    images = open_photos(data, background, joined)
+    if layout is not None or background is not None:
+        from partlens.data.joined import join_data
+
+        # The papers measure some of a data set's own parts, and show its objects among other photos.
+        opened_as = out / PHOTOS
+        join_data(opened_as, data, background, category=joined, landmarks="paper")
+    else:
+        opened_as = Path(data)
+    images = open_photos(str(opened_as))
     known = sorted(set(images.categories) - {BACKGROUND})
     annotated = _annotated(images)
     for name in plan.categories:
@@ -184,7 +192,7 @@ def prepare(plan: TablePlan, out: Path) -> Prepared:
         "data": fingerprint,
         "joined": joined,
     }
-    places = {"data": data, "background": background}
+    places = {"data": str(opened_as)}
     jobs: list[Job] = []
     for label, text in plan.performers.items():
         for category in categories:

@@ -60,12 +60,11 @@ PARTLENS_CHANGES: dict[str, Any] = {
     "diversity_weight": 8.0,
     "diversity_target": 0.25,
     "equivariance_weight": 8.0,
-    "kernel": "box",
     "initialisation": "parts",
     "votes": 128,
     "p_init": 0.2,
-    "learning_rate": 3e-3,
-    "learning_rate_joint": 3e-4,
+    "learning_rate": 1e-4,
+    "learning_rate_joint": 1e-5,
     "learning_rate_ordinary": 0.0,
     "learning_rate_decoder": 2e-4,
     "learning_rate_p": 2e-2,
@@ -73,7 +72,7 @@ PARTLENS_CHANGES: dict[str, Any] = {
     "batch_size": 64,
     "background_batch": 32,
     "epochs": 24,
-    "warmup_epochs": 12,
+    "warmup_epochs": 16,
     "precision": "bfloat16",
 }
 """What the ``partlens`` preset changes; what has been compared is in ``docs/study.md``."""
@@ -117,7 +116,8 @@ class ExplainerConfig:
             divide by nearly nothing (paper silent).
         norm_positives_only: estimate magnitudes on photos of the category only (ICLR 2020, App. H).
         kernel: of conv-interp-1/2: ``full``, nine free taps (the papers), or ``box``, one weight for all nine: a ninth
-            of the weights, so that a few hundred photos teach a larger rate without overfitting (``docs/study.md``).
+            of the weights, which a few hundred photos teach at thirty times the rate without overfitting. Which is
+            better depends on the network (``docs/study.md``).
         initialisation: of conv-interp-1/2: ``random`` (He), ``identity`` plus a little noise, or ``parts`` (see
             :mod:`partlens.explainer.seeding`); the papers are silent.
         candidates_per_filter: for ``parts``: part candidates per filter of conv-interp-1; the best are kept.

@@ -25,6 +25,7 @@ from partlens.pipeline.runs import (
     on_device,
     opened,
     performer_of,
+    photos_of_run,
     prepare_folder,
     rows_of,
     sampled,
@@ -293,7 +294,7 @@ def fit_explainer(
             "performer": described(performer, spec(model)),
             "data": {
                 "name": images.name,
-                "path": str(Path(data).resolve()) if isinstance(data, (str, Path)) else None,
+                "path": None if images.path is None else str(images.path),
                 "fingerprint": fingerprint,
                 "category": category or "",
                 "categories": list(joint),
@@ -452,16 +453,7 @@ def evaluate(
     run = Path(run)
     explainer, performer = load_explainer(run, model)
     manifest = read_json(run / RUN)
-    where = manifest["data"]["path"] if data is None else data
-    if where is None:
-        raise RunError(
-            expected(
-                f"photos to measure {run} on, which was not fitted to a folder or table",
-                "none",
-                "Give them again (data=)",
-            )
-        )
-    images, dropped = opened(where)
+    images, dropped = photos_of_run(run, manifest, data, "measure")
     category = manifest["data"]["category"] or None
     joint = tuple(manifest["data"].get("categories", ()))
 

@@ -19,10 +19,10 @@ from partlens.pipeline.parts_file import (
     renamed,
     with_edits,
 )
-from partlens.pipeline.runs import RUN, category_rows, command, opened, rows_of, sampled, versions
+from partlens.pipeline.runs import RUN, category_rows, command, photos_of_run, rows_of, sampled, versions
 from partlens.progress import Progress
 from partlens.store import read_json, write_json
-from partlens.vocabulary import ImageError, RunError, expected
+from partlens.vocabulary import ImageError, expected
 
 if TYPE_CHECKING:
     import torch
@@ -179,11 +179,7 @@ def _photos(
     run: Path, data: str | Path | ImageSet | None, split: str, how: PartsConfig
 ) -> tuple[ImageSet, list[int], dict[str, Any]]:
     manifest = read_json(run / RUN)
-    where = manifest["data"]["path"] if data is None else data
-    if where is None:
-        rule = f"photos to find the parts of {run} on, which was not fitted to a folder or table"
-        raise RunError(expected(rule, "none", "Give them again (data=)"))
-    images, _ = opened(where)
+    images, _ = photos_of_run(run, manifest, data, "find the parts of")
     category = manifest["data"]["category"] or None
     joint = manifest["data"].get("categories") or []
     own = rows_of(images, joint, split)[0] if joint else category_rows(images, category, split)[0]

@@ -29,7 +29,7 @@ from partlens.pipeline.runs import (
 )
 from partlens.progress import Progress
 from partlens.store import SCHEMA, content_hash, write_json, write_tensors
-from partlens.vocabulary import ImageError, InputError, RunError, expected, listed
+from partlens.vocabulary import BACKGROUND, ImageError, InputError, RunError, expected, listed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from partlens.performer.zoo import Performer
 
 ALL = "all"
-BACKGROUND = "background"
 _ENTRY = "training"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,21 @@ def opened(data: str | Path | ImageSet) -> tuple[ImageSet, list[dict[str, str]]]
     images = data if isinstance(data, ImageSet) else ImageSet.open(Path(data))
     readable, dropped = images.readable()
     return readable, [{"key": d.key, "reason": d.reason} for d in dropped]
+
+
+def photos_of_run(
+    run: Path, manifest: Mapping[str, Any], data: str | Path | ImageSet | None, purpose: str
+) -> tuple[ImageSet, list[dict[str, str]]]:
+    """Open the photos a run was fitted to, or others where they are given; see :func:`opened`.
+
+    Raises:
+        RunError: none are given, and the run was fitted to photos that no path names.
+    """
+    where = manifest["data"]["path"] if data is None else data
+    if where is None:
+        rule = f"photos to {purpose} {run} on, which was not fitted to a folder or table"
+        raise RunError(expected(rule, "none", "Give them again (data=)"))
+    return opened(where)
 
 
 def layers(model: str | nn.Module | Performer) -> list[LayerInfo]:

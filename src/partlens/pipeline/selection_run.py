@@ -190,7 +190,7 @@ def select_features(
             "performer": described(performer, spec(model)),
             "data": {
                 "name": images.name,
-                "path": str(Path(data).resolve()) if isinstance(data, (str, Path)) else None,
+                "path": None if images.path is None else str(images.path),
                 "fingerprint": fingerprint,
                 "split": split,
                 "photos": len(rows),

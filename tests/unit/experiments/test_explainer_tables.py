@@ -17,6 +17,7 @@ from partlens import evaluation
 from partlens.cli import main
 from partlens.data.flowers import generated_flowers
 from partlens.data.images import ImageSet
+from partlens.data.joined import join_data
 from partlens.experiments.explainer_jobs import open_photos
 from partlens.experiments.explainer_tables import TablePlan, explainer_table, performers_of
 from partlens.experiments.sweep import JobResult
@@ -238,7 +239,9 @@ def test_background_from_elsewhere_and_one_name_for_all(flower_folder: Path, tmp
     plain = ImageSet.open(flower_folder)
     for index in range(4):
         plain.read(index).save(others / f"{index}.png")
-    both = open_photos(str(flower_folder), str(others), "bird")
+    counts = join_data(tmp_path / "both.json", flower_folder, others, category="bird")
+    both = open_photos(str(tmp_path / "both.json"))
+    assert counts == both.category_counts()
     assert both.category_counts() == {"background": 4, "bird": len(plain)}
     assert both.read(len(plain) + 2).tobytes() == plain.read(2).tobytes()
     assert both.splits[: len(plain)] == plain.splits
@@ -248,7 +251,7 @@ def test_background_from_elsewhere_and_one_name_for_all(flower_folder: Path, tmp
     assert truth.landmarks == own.landmarks
     assert (truth.positions_px[3] == own.positions_px[3]).all() or own.positions_px[3] != own.positions_px[3]
     assert (truth.positions_px[len(plain) :] != truth.positions_px[len(plain) :]).all()
-    assert both.fingerprint() == open_photos.__wrapped__(str(flower_folder), str(others), "bird").fingerprint()
+    assert both.fingerprint() == open_photos.__wrapped__(str(tmp_path / "both.json")).fingerprint()
 
 
 def study_of(table: str, scores: dict[str, Any], networks: dict[str, str | None], categories: tuple[str, ...]) -> Study:

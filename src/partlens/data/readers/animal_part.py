@@ -27,7 +27,7 @@ import numpy as np
 from partlens.data.annotations import PartTruth
 from partlens.data.readers.listing import Box, BoxArray, Choice, LeftOut, Listing, PartTable
 from partlens.data.readers.matlab import numbers, read_matlab, structs
-from partlens.vocabulary import ImageError, expected, listed
+from partlens.vocabulary import BACKGROUND, ImageError, expected, listed
 
 CATEGORIES = {
     "n01443537": "goldfish",
@@ -66,7 +66,6 @@ CATEGORIES = {
 LANDMARKS = {1: "head", 2: "front_legs"}
 """What ``truth_part01.mat`` and ``truth_part02.mat`` hold: the feet of birds and claws of lobsters are front legs."""
 
-BACKGROUND = "background"
 FRAME_PX = 224.0
 """Side of the square to which a box was squashed before its parts were marked."""
 
