@@ -32,6 +32,7 @@ from partlens.metrics.localisation import (
     Peaks,
     consistency_per_filter,
     dead_filters,
+    instability_difference,
     instability_per_filter,
     localisation_scores,
     null_peaks,
@@ -556,24 +557,40 @@ def evaluate_explainer(
         return [records[k] for k in sorted(records)]
 
     start, stride = grid_of(tap_field)
-    nulls = {
-        kind: scores(
-            null_peaks(
-                kind,
-                len(rows.held),
-                structure.side_cells,
-                start,
-                stride,
-                input_size_px=size,
-                filters=NULL_FILTERS,
-                generator=generator,
-            ),
-            None,
-            fixed=kind != "random",
+    of_nulls = {
+        kind: null_peaks(
+            kind,
+            len(rows.held),
+            structure.side_cells,
+            start,
+            stride,
+            input_size_px=size,
+            filters=NULL_FILTERS,
+            generator=generator,
         )
         for kind in ("random", "centre", "corner")
     }
+    nulls = {kind: scores(of, None, fixed=kind != "random") for kind, of in of_nulls.items()}
     explained = scores(peaks["explainer"], "explainer")
+
+    def beyond(null: Peaks) -> Estimate:
+        """Instability of the explainer minus that of a null, on the same photos."""
+        own = peaks["explainer"]
+        draws = torch.Generator().manual_seed(seed)
+        if categories is None:
+            return instability_difference(own, null, landmarks, size, generator=draws, rounds=ROUNDS)
+        found, counts = [], []
+        for number in range(len(categories.names)):
+            index = (categories.labels == number).nonzero()[:, 0]
+            chosen = (assigned["explainer"] == number).nonzero()[:, 0]
+            if len(index) < 2 or not len(chosen):
+                continue
+            counts.append(len(chosen))
+            part, its = own.rows(index).filters(chosen), null.rows(index)
+            found.append(instability_difference(part, its, landmarks[index], size, generator=draws, rounds=ROUNDS))
+        return _mean_of(found, counts)
+
+    differences = {kind: beyond(of).to_dict() for kind, of in of_nulls.items()}
     agreement = agreement_top1(held.fed_outputs, held.outputs)
     reconstruction: dict[str, Any] = {
         "agreement_top1": agreement.to_dict(),
@@ -637,6 +654,7 @@ def evaluate_explainer(
             "top_layer": top,
         },
         "nulls": nulls,
+        "instability_minus_null": differences,
         "p": share_estimate(shares).to_dict(),
         "p_optimum": optimum.to_dict(),
         "p_rescaling_error": stage.curve.worst_rescaling,

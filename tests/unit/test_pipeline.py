@@ -89,6 +89,10 @@ def test_fit_evaluate_report(run: Path, tiny: Performer, few_flowers: ImageSet) 
         ):
             assert set(layer[name]) == {"value", "interval", "n", "unit"}
             assert layer[name]["value"] is None or np.isfinite(layer[name]["value"])
+    for kind, gap in scores["instability_minus_null"].items():
+        own, its = scores["explainer"]["instability"], scores["nulls"][kind]["instability"]
+        assert gap["value"] == pytest.approx(own["value"] - its["value"])
+        assert gap["interval"][0] <= gap["value"] <= gap["interval"][1]
     assert scores["p"]["n"] == 2
     assert scores["p"]["unit"] == "seeds"
     assert 0 <= scores["reconstruction"]["agreement_top1"]["value"] <= 1
@@ -311,6 +315,8 @@ def test_an_explainer_of_several_categories_shares_its_filters_out(
     each = result["explainer"]["by_category"].values()
     mean = sum(one["instability"]["value"] * one["filters"] for one in each) / sum(one["filters"] for one in each)
     assert result["explainer"]["instability"]["value"] == pytest.approx(mean)
+    gap = result["instability_minus_null"]["corner"]
+    assert gap["value"] == pytest.approx(mean - result["nulls"]["corner"]["instability"]["value"])
     # Two categories that are outputs of the performer: the errors are its own, on the photos of both.
     assert result["reconstruction"]["errors_by"] == "performer"
     held = len(few_flowers.indices(split="test"))

@@ -352,6 +352,41 @@ def localisation_scores(
     )
 
 
+def instability_difference(
+    peaks: Peaks,
+    other: Peaks,
+    landmarks_px: Float[Tensor, "image landmark 2"],
+    input_size_px: tuple[int, int],
+    *,
+    generator: torch.Generator,
+    rounds: int = 100,
+) -> Estimate:
+    """Return how much more unstable one layer is than another, or than a null, on the same photos.
+
+    The bootstrap draws photos once for both, so that what makes some photos harder for everything cancels: an interval
+    below 0 says that ``peaks`` is more stable even where the two intervals themselves overlap.
+
+    Args:
+        peaks: of every filter on every image.
+        other: peaks of what it is compared with, on the same images.
+        landmarks_px: x, y in the same frame; NaN where absent.
+        input_size_px: rows and columns of the input.
+        generator: draws of the bootstrap over photos (95 % percentile interval).
+        rounds: bootstrap rounds.
+    """
+
+    def difference(index: Tensor) -> float:
+        truth = landmarks_px[index]
+        own, its = (instability_per_filter(p.rows(index), truth, input_size_px).nanmean() for p in (peaks, other))
+        return float(own - its)
+
+    if not landmarks_px.shape[1]:
+        return Estimate.undefined()
+    annotated = int((~landmarks_px.isnan().any(-1).all(-1)).sum())
+    found = bootstrap(difference, peaks.scores.shape[0], generator=generator, rounds=rounds)
+    return Estimate(found.value, found.interval, annotated)
+
+
 def null_peaks(
     kind: str,
     images: int,

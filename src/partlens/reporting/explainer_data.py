@@ -108,7 +108,10 @@ class CategoryScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on one split of the photos."""
+    """What was measured on one split of the photos.
+
+    ``beyond_nulls`` is the explainer's instability minus that of each null on the same photos.
+    """
 
     split: str
     photos: int
@@ -120,6 +123,7 @@ class Evaluation:
     performer_filters: tuple[FilterScore, ...]
     warnings: tuple[str, ...]
     by_category: tuple[CategoryScore, ...] = ()
+    beyond_nulls: Mapping[str, Measure] = field(default_factory=dict)
 
     def subject(self, key: str) -> Subject:
         """Return the subject called ``key``."""
@@ -390,6 +394,9 @@ def _evaluation(path: Path, tap: str) -> tuple[Evaluation | None, str]:
         performer_filters=_filter_scores(filters.get("performer")),
         warnings=texts(content.get("warnings")),
         by_category=_by_category(content),
+        beyond_nulls={
+            text(kind): measure(value) for kind, value in group(content.get("instability_minus_null")).items()
+        },
     )
     return evaluation, top_layer
 

@@ -169,12 +169,27 @@ def _against_nulls(evaluation: Evaluation, score: str, *, lower_is_better: bool)
     """Say how the explainer's score stands to each null that was measured; also return the comparisons."""
     measure = evaluation.subject("explainer").scores[score]
     nulls = {key: evaluation.subject(key).scores[score] for key, _ in _NULLS}
+    paired = evaluation.beyond_nulls if score == "instability" else {}
+    nothing = Measure(0.0, 0.0, 0.0, 0, "")
     found = {
-        key: compare(measure, null, lower_is_better=lower_is_better) for key, null in nulls.items() if null.defined
+        # What was drawn on the same photos is compared on the same photos; two intervals of one score each say less.
+        key: compare(paired[key], nothing, lower_is_better=lower_is_better)
+        if key in paired and paired[key].defined
+        else compare(measure, null, lower_is_better=lower_is_better)
+        for key, null in nulls.items()
+        if null.defined
     }
+
+    def value_of(key: str) -> str:
+        gap = paired.get(key)
+        if key != "centre" or gap is None or not gap.has_interval:
+            return number(nulls[key].value)
+        shown = f"{number(gap.value)} [{number(gap.low)}, {number(gap.high)}]"
+        return f"{number(nulls[key].value)}, difference on the same photos {shown}"
+
     clauses = []
     for outcome, words in (("better", "better than"), ("level", "level with"), ("worse", "worse than")):
-        named = [f"{label} ({number(nulls[key].value)})" for key, label in _NULLS if found.get(key) == outcome]
+        named = [f"{label} ({value_of(key)})" for key, label in _NULLS if found.get(key) == outcome]
         if named:
             clauses.append(f"{words} {_joined(named)}")
     if not clauses:

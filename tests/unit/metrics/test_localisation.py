@@ -11,6 +11,7 @@ from partlens.metrics.localisation import (
     consistency_per_filter,
     dead_filters,
     distinct_parts,
+    instability_difference,
     instability_per_filter,
     localisation_scores,
     mean_pairwise,
@@ -205,3 +206,43 @@ def test_published_null_models_on_the_real_photos(shared, generator: torch.Gener
         values[kind] = float(instability_per_filter(peaks, truth, SIZE).mean())
     assert values["random"] == pytest.approx(0.158, abs=0.002)
     assert values["centre"] == pytest.approx(0.0697, abs=0.001)
+
+
+def test_a_difference_on_the_same_photos_is_zero_for_the_same_peaks_and_tighter_than_two_intervals() -> None:
+    torch.manual_seed(3)
+    landmarks = (torch.rand(60, 2, 2) * 224).double()
+    landmarks[:20, 1] = math.nan
+    places = ((landmarks[:, 0].flip(-1) - 8) / 16).round().clamp(0, 13)
+    tracker = peaks_at(places[:, None].long())
+    # A worse tracker: one cell off in either direction, at random.
+    worse = peaks_at((places + torch.randint(-1, 2, places.shape)).clamp(0, 13)[:, None].long())
+
+    def between(a: Peaks, b: Peaks) -> Estimate:
+        return instability_difference(a, b, landmarks, SIZE, generator=torch.Generator().manual_seed(0), rounds=300)
+
+    same = between(tracker, tracker)
+    assert (same.value, same.interval, same.n) == (0.0, (0.0, 0.0), 60)
+    gap = between(tracker, worse)
+    assert gap.value == pytest.approx(
+        float(instability_per_filter(tracker, landmarks, SIZE)) - float(instability_per_filter(worse, landmarks, SIZE))
+    )
+    assert gap.interval[1] < 0
+    assert between(worse, tracker).value == -gap.value
+
+    def alone(peaks: Peaks) -> tuple[float, float]:
+        return bootstrap(
+            lambda i: float(instability_per_filter(peaks.rows(i), landmarks[i], SIZE)),
+            60,
+            generator=torch.Generator().manual_seed(0),
+            rounds=300,
+        ).interval
+
+    apart = alone(tracker)[1] - alone(worse)[0], alone(tracker)[0] - alone(worse)[1]
+    assert gap.interval[1] - gap.interval[0] < apart[0] - apart[1]
+
+
+def test_a_difference_without_landmarks_is_undefined() -> None:
+    peaks = peaks_at(moving())
+    found = instability_difference(peaks, peaks, torch.zeros(60, 0, 2), SIZE, generator=torch.Generator())
+    assert math.isnan(found.value)
+    assert found.n == 0

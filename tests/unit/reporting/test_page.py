@@ -429,6 +429,24 @@ def test_beating_every_null_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "state", "said"),
+    [
+        (-0.009, -0.001, "good", "better than"),
+        (-0.009, 0.001, "caution", "level with a peak fixed at the centre"),
+        (0.001, 0.009, "caution", "worse than a peak fixed at the centre"),
+    ],
+)
+def test_the_same_photos_decide_against_a_null(tmp_path, low, high, state, said):
+    """Whatever the two intervals say, the interval of the difference is what counts."""
+    gap = {"value": (low + high) / 2, "interval": [low, high], "n": 60, "unit": "photos"}
+    changes = {"explainer": scores(instability=0.056), "instability_minus_null": {"centre": gap}}
+    found, _, words = states(tmp_path, **changes)["instability"]
+    assert found == state
+    assert said in words
+    assert "(0.0550, difference on the same photos" in words
+
+
+@pytest.mark.parametrize(
     ("change", "key", "state"),
     [
         ({"filter_correlation": 0.91}, "filter_correlation", "warning"),
