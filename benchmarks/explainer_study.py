@@ -33,6 +33,18 @@ PLAIN: dict[str, Any] = {
 }
 # The default in a third of its epochs, to compare more settings in the same time.
 SHORT: dict[str, Any] = {"warmup_epochs": 8, "epochs": 6}
+# One weight for nine taps, and the rates that it bears.
+BOX: dict[str, Any] = {"kernel": "box", "learning_rate": 3e-3, "learning_rate_joint": 3e-4}
+# What the papers' loss does by itself, and without each of its pieces.
+ALONE: dict[str, Any] = {
+    "initialisation": "identity",
+    "diversity_weight": 0.0,
+    "equivariance_weight": 0.0,
+    "warmup_epochs": 8,
+    "epochs": 4,
+    "learning_rate": 1e-3,
+    "learning_rate_joint": 1e-4,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "partlens (default)": ("partlens", {}),
     "paper preset": ("paper", {"epochs": 24, "patience": 0, "precision": "bfloat16"}),
@@ -61,6 +73,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "partlens",
         {**SHORT, "learning_rate": 3e-4, "evidence_weight": 16.0, "evidence_power": 8.0, "diversity_weight": 4.0},
     ),
+    "short, box kernel": ("partlens", {**SHORT, **BOX}),
+    "short, box kernel, evidence 4, diversity 16": (
+        "partlens",
+        {**SHORT, **BOX, "evidence_weight": 4.0, "diversity_weight": 16.0},
+    ),
+    "filter loss only, from the identity": ("partlens", ALONE),
+    "… without mask": ("partlens", {**ALONE, "mask": False}),
+    "… with shuffled templates": ("partlens", {**ALONE, "templates": "shuffled"}),
+    "… without filter loss": ("partlens", {**ALONE, "warmup_epochs": 0, "epochs": 12, "filter_ratio": 0.0}),
     "short, eta 1e6, p from 0.3": ("partlens", {**SHORT, "eta": 1e6, "p_init": 0.3}),
 }
 COLUMNS = {

@@ -85,6 +85,9 @@ class ExplainerConfig:
     Attributes:
         beta: fall-off of templates and masks (CVPR 2018, Sec. 3.1: 4).
         tau_cells: template scale times L² (CVPR 2018, Sec. 3.1: 0.5, i.e. tau = 0.5 / L²).
+        templates: ``peaks``, the paper's, or ``shuffled``: the cells of every template in an order of its own, which
+            takes from the loss what makes it ask for one place. An ablation.
+        mask: mask both interpretable layers around their peaks (ICLR 2020, Sec. 3.1); off is an ablation.
         score_scale_nats: maps are scaled, per filter and by a running mean, so that the score of the best template is
             this many nats before the filter loss; 0 leaves the maps as they are (paper).
         gradient: ``exact`` over all templates or the paper's ``approximate`` single template (CVPR 2018, Eq. (4)).
@@ -143,6 +146,8 @@ class ExplainerConfig:
 
     beta: float = 4.0
     tau_cells: float = 0.5
+    templates: Literal["peaks", "shuffled"] = "peaks"
+    mask: bool = True
     score_scale_nats: float = 0.0
     gradient: Literal["exact", "approximate"] = "approximate"
     normaliser: Literal["batch", "running"] = "batch"

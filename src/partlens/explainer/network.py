@@ -233,7 +233,8 @@ class Explainer(nn.Module):
         self.gain = nn.Parameter(torch.ones(out))
         self.register_buffer("gain_started", torch.zeros((), dtype=torch.bool))
         self.decoder = decoder
-        self.register_buffer("masks", peak_masks(*structure.side_cells, beta=config.beta), persistent=False)
+        masks = peak_masks(*structure.side_cells, beta=config.beta)
+        self.register_buffer("masks", masks if config.mask else torch.ones_like(masks), persistent=False)
         self._initialise(ordinary, generator)
 
     @torch.no_grad()

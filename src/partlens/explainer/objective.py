@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.filter_loss import RunningNormaliser, filter_loss_of_scores, single_templates, template_scores
 from partlens.explainer.network import Explainer, ExplainerOutput
-from partlens.explainer.templates import part_templates
+from partlens.explainer.templates import part_templates, shuffled
 from partlens.vocabulary import InputError, expected
 
 TERMS = (
@@ -165,7 +165,8 @@ class Objective:
     def __post_init__(self) -> None:
         """Build the templates."""
         rows, cols = self.explainer.structure.side_cells
-        self._templates = part_templates(rows, cols, beta=self.config.beta, tau=self.config.tau_cells / (rows * cols))
+        templates = part_templates(rows, cols, beta=self.config.beta, tau=self.config.tau_cells / (rows * cols))
+        self._templates = shuffled(templates, self.config.seed) if self.config.templates == "shuffled" else templates
 
     def to(self, device: torch.device) -> None:
         """Move what the objective holds; the explainer is moved by its owner."""

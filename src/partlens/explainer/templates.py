@@ -80,6 +80,20 @@ def part_templates(
     return family.reshape(-1, rows, cols).to(dtype)
 
 
+def shuffled(templates: Float[Tensor, "template row col"], seed: int) -> Float[Tensor, "template row col"]:
+    """Return templates whose cells stand in a random order, another for each; for ablations.
+
+    Example:
+        >>> family = part_templates(5).flatten(1)
+        >>> again = shuffled(part_templates(5), 0).flatten(1)
+        >>> bool((again.sort().values == family.sort().values).all()), bool((again == family).all())
+        (True, False)
+    """
+    flat = templates.flatten(1)
+    order = torch.rand(flat.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    return flat.gather(1, order.to(flat.device)).reshape(templates.shape)
+
+
 def template_log_prior(cells: int, *, alpha: float | None = None) -> Float[Tensor, " template"]:
     """Return ``log p(T)``: ``alpha / L²`` for each positive template, ``1 - alpha`` for the negative one.
 

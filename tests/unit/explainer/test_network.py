@@ -224,3 +224,16 @@ def test_a_held_inserted_track_costs_nothing_and_is_the_identity(tiny: Performer
     maps = torch.rand(2, 12, 8, 8)
     assert torch.equal(held.normed_tracks(maps).ordin, maps)
     assert torch.allclose(free.normed_tracks(maps).ordin, maps, atol=1e-6)
+
+
+def test_without_mask_every_cell_passes(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    maps = torch.rand(2, 12, 8, 8)
+    kept = {}
+    for mask in (True, False):
+        explainer = build_explainer(tiny, structure, ExplainerConfig(mask=mask, initialisation="identity")).eval()
+        tracks = explainer.normed_tracks(maps)
+        kept[mask] = int((tracks.interpretable > 0).sum())
+        whole = tracks.interp2 / explainer.norm_interp.divisor[:, None, None]
+        assert torch.equal(whole, tracks.interpretable) != mask
+    assert kept[True] < kept[False] / 2

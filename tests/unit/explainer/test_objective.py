@@ -164,3 +164,17 @@ def test_background_takes_the_negative_template_in_the_papers_rule() -> None:
         last = pull[7].flatten(1)
         spread = last.max(1).values - last.min(1).values
         assert bool((spread < 1e-12).all()) is (sign == "flat")
+
+
+def test_shuffled_templates_no_longer_ask_for_one_place() -> None:
+    """The papers' loss raises cells near a map's peak and lowers far ones; with shuffled cells it does neither."""
+    near = part_templates(8)[:-1].clamp(min=0)[:, None].expand(-1, 6, -1, -1) > 0
+    pulls = {}
+    for kind in ("peaks", "shuffled"):
+        explainer = explainer_with(templates=kind, score_scale_nats=4.0, gradient="exact", filter_background=False)
+        maps = (near * 1.0 + 0.1).requires_grad_()
+        cost, _ = objective_of(explainer)._layer_cost("1", maps, BatchFacts(64))
+        (gradient,) = torch.autograd.grad(cost.sum(), maps)
+        pulls[kind] = float((gradient[~near].mean() - gradient[near].mean()) / gradient.std())
+    assert pulls["peaks"] > 0.2
+    assert abs(pulls["shuffled"]) < pulls["peaks"] / 4
