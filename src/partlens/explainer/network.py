@@ -236,6 +236,7 @@ class Explainer(nn.Module):
         masks = peak_masks(*structure.side_cells, beta=config.beta)
         self.register_buffer("masks", masks if config.mask else torch.ones_like(masks), persistent=False)
         self._initialise(ordinary, generator)
+        self.register_load_state_dict_pre_hook(_without_identity)
 
     @torch.no_grad()
     def _initialise(self, ordinary: tuple[Tensor, Tensor] | None, generator: torch.Generator | None) -> None:
@@ -347,6 +348,16 @@ class Explainer(nn.Module):
         scale = (self.norm_interp.divisor / self.norm_ordin.divisor)[:, None, None].to(interp2.dtype)
         p = self.p.to(interp2.dtype)
         return p * interp2 + (1 - p) * ordin.detach() * scale
+
+
+def _without_identity(explainer: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """Drop the identity convolution that earlier versions stored for an ordinary track that is held."""
+    kernel = state.get("conv_ordin.weight")
+    assert isinstance(explainer, Explainer)
+    if kernel is None or not isinstance(explainer.conv_ordin, nn.Identity):
+        return
+    if torch.equal(kernel, nn.init.dirac_(torch.empty_like(kernel))) and not state["conv_ordin.bias"].any():
+        del state["conv_ordin.weight"], state["conv_ordin.bias"]
 
 
 def identity_kernel(conv: nn.Conv2d | BoxConvolution) -> Tensor:

@@ -299,6 +299,7 @@ class _Run:
                 "background": len(data.background_rows),
                 "evidence": data.evidence is not None,
                 "categories": data.categories,
+                "ordinary": sum(p.numel() for p in explainer.conv_ordin.parameters()),
             }
         )
 

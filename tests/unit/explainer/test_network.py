@@ -237,3 +237,13 @@ def test_without_mask_every_cell_passes(tiny: Performer) -> None:
         whole = tracks.interp2 / explainer.norm_interp.divisor[:, None, None]
         assert torch.equal(whole, tracks.interpretable) != mask
     assert kept[True] < kept[False] / 2
+
+
+def test_explainers_that_stored_the_identity_still_load(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    held = build_explainer(tiny, structure, ExplainerConfig(learning_rate_ordinary=0.0))
+    kernel = nn.init.dirac_(torch.empty(12, 12, 3, 3))
+    stored = held.state_dict() | {"conv_ordin.weight": kernel, "conv_ordin.bias": torch.zeros(12)}
+    held.load_state_dict(dict(stored))
+    with pytest.raises(RuntimeError, match="conv_ordin"):
+        held.load_state_dict(stored | {"conv_ordin.weight": kernel + 0.1})
