@@ -296,3 +296,26 @@ def test_the_command_line_prints_parts_and_renames(
     assert "run partlens parts again" in capsys.readouterr().out
     assert main(["parts", str(run), "--rename", "tail=x", "--json"]) == 1
     assert "Did you mean" in capsys.readouterr().err
+
+
+def test_a_single_output_below_zero_is_not_the_answer(
+    kept: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    """A logistic performer that says "something else" is not shown to take the photo for its category."""
+    ranks = {}
+    for bias in (50.0, -50.0):
+        torch.manual_seed(0)
+        tiny.module.classes = torch.nn.Linear(16, 1)
+        torch.nn.init.constant_(tiny.module.classes.bias, bias)
+        judge = Performer(
+            tiny.module, "judge", tiny.preprocessing, weights_sha256(tiny.module), "relu2", class_names=(RED,)
+        )
+        run = tmp_path / f"run{bias}"
+        partlens.fit_explainer(judge, few_flowers, out=run, category=RED, config=SMALL, seeds=1)
+        (folder,) = partlens.explain(run, few_flowers.take([0]), model=judge)
+        (one,) = read_json(folder / "explanation.json")["parts"]
+        ranks[bias] = one["rank"]
+        assert one["score"]["same_answer"]
+        says = "judge takes" in (folder / "explanation.html").read_text()
+        assert says == (bias > 0)
+    assert ranks == {50.0: 1, -50.0: 2}

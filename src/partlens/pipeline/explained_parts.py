@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from partlens.artefacts.parts import PartsConfig, upsampled
 from partlens.artefacts.pictures import overlay, save_png
-from partlens.evaluation import grid_of
+from partlens.evaluation import class_outputs, grid_of
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import Explainer
 from partlens.performer.receptive_field import receptive_field
@@ -217,12 +217,16 @@ def part_records(
                 "class": output_name(opened.performer, output),
                 "output": output,
                 "probability": float(chance[output]),
-                "rank": order.index(output) + 1,
+                # A single output is one of two answers: below a half the other one, "something else", comes first.
+                "rank": order.index(output) + 1 + int(len(order) == 1 and float(chance[output]) < 0.5),
                 "score": {
                     "performer": float(found.outputs[i, output]),
                     "fed_back": float(shares.score[0]),
                     "baseline": float(shares.baseline[0]),
-                    "same_answer": bool(shares.fed_outputs[0].argmax() == found.outputs[i].argmax()),
+                    "same_answer": bool(
+                        class_outputs(shares.fed_outputs[:1]).argmax()
+                        == class_outputs(found.outputs[i : i + 1]).argmax()
+                    ),
                 },
                 "baseline": "both tracks silent (x_enc = 0)",
                 "method": shares.method,
