@@ -79,9 +79,12 @@ def block(content: dict[str, Any], key: str) -> dict[str, Any]:
     return next(b for b in content["blocks"] if b["key"] == key)
 
 
-def test_a_table_has_every_number_beside_its_nulls(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_a_table_has_every_number_beside_its_nulls(finished: tuple[Path, dict[str, Any]], flower_folder: Path) -> None:
     out, found = finished
     assert found["status"] == "complete"
+    for run in out.glob("jobs/*/explainer/run.json"):
+        # Other verbs open the photos by themselves.
+        assert json.loads(run.read_text())["data"]["path"] == str(flower_folder.resolve())
     assert [job["key"] for job in found["jobs"]] == [f"tiny-{RED}-s0/explainer", f"tiny-{RED}-s1/explainer"]
     assert json.loads((out / "instability.json").read_text())["blocks"] == json.loads(json.dumps(found["blocks"]))
     (row,) = block(found, "instability")["rows"]
