@@ -73,6 +73,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "partlens",
         {**SHORT, "learning_rate": 3e-4, "evidence_weight": 16.0, "evidence_power": 8.0, "diversity_weight": 4.0},
     ),
+    "short, without mask": ("partlens", {**SHORT, "mask": False}),
+    "short, shuffled templates": ("partlens", {**SHORT, "templates": "shuffled"}),
     "short, box kernel": ("partlens", {**SHORT, **BOX}),
     "short, box kernel, evidence 4, diversity 16": (
         "partlens",

@@ -22,7 +22,6 @@ _POSITIVE = (
     "reconstruction_weight",
     "classification_weight",
     "learning_rate",
-    "learning_rate_joint",
     "learning_rate_decoder",
     "learning_rate_p",
     "batch_size",
@@ -34,6 +33,7 @@ _POSITIVE = (
     "evidence_smooth_cells",
 )
 _NOT_NEGATIVE = (
+    "learning_rate_joint",
     "learning_rate_ordinary",
     "score_scale_nats",
     "eta",
@@ -128,7 +128,8 @@ class ExplainerConfig:
         p_init: p at the start (paper silent).
         p_max: the largest p that training may reach, 1 in the paper.
         learning_rate: Adam, interpretable track (paper silent on the optimiser and all rates).
-        learning_rate_joint: Adam, interpretable track after the warm-up, where the reconstruction pulls on it too.
+        learning_rate_joint: Adam, interpretable track after the warm-up, where the reconstruction pulls on it too; 0
+            holds the track as the warm-up left it.
         learning_rate_ordinary: Adam, ordinary track; 0 holds the track at the perfect copy it starts as.
         learning_rate_decoder: Adam, decoder.
         learning_rate_p: Adam, w_p.

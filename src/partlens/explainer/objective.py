@@ -397,11 +397,12 @@ class Objective:
         fidelity = self.decision(output, batch) if self.config.objective == "classification" else reconstruction
         share = self.share(output)
         logged, costs = self.interpretable(output, batch, mix=self.config.filter_mix)
-        if self.step % _MEASURE_EVERY == 0 or "pull.1" not in self.state:
-            self._measure(fidelity, output, costs)
         total = fidelity + share
-        for layer, cost in zip("12", costs, strict=True):
-            total = total + (self.filter_weights(layer) * cost).sum()
+        if output.interp1.requires_grad:  # a track that is held has nothing to learn from its own terms
+            if self.step % _MEASURE_EVERY == 0 or "pull.1" not in self.state:
+                self._measure(fidelity, output, costs)
+            for layer, cost in zip("12", costs, strict=True):
+                total = total + (self.filter_weights(layer) * cost).sum()
         logged |= {
             "reconstruction": reconstruction.detach(),
             "share": share.detach(),

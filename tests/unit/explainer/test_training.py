@@ -183,3 +183,17 @@ def test_views_are_mirrored_and_cropped_as_their_windows_say(tiny: Performer) ->
     )
     with pytest.raises(ValueError, match="windows of 3 rows, got 4"):
         viewed_images(images, tiny, np.zeros(3, dtype=np.int64), windows)
+
+
+def test_a_track_held_after_the_warm_up_stays_as_it_is(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
+    ends = {}
+    for rate, epochs in ((0.0, 1), (0.0, 3), (1e-3, 3)):
+        explainer = fresh(tiny, learning_rate_joint=rate, epochs=epochs)
+        result = train_explainer(explainer, maps, tmp_path / f"{rate}-{epochs}")
+        ends[rate, epochs] = explainer
+        joint = [record for record in result.history if record["phase"] == "joint"]
+        assert all({"filter_1", "filter_2", "reconstruction", "p"} <= set(record) for record in joint)
+    held, longer, moved = ends.values()
+    assert torch.equal(held.conv_interp_2.weight, longer.conv_interp_2.weight)
+    assert not torch.equal(longer.conv_interp_2.weight, moved.conv_interp_2.weight)
+    assert held.p.item() != longer.p.item()
