@@ -163,10 +163,10 @@ def prepare(plan: TablePlan, out: Path) -> Prepared:
         from partlens.data.joined import join_data
 
         # The papers measure some of a data set's own parts, and show its objects among other photos.
-        opened_as = out / PHOTOS
+        opened_as = (out / PHOTOS).resolve()  # workers may stand elsewhere
         join_data(opened_as, data, background, category=joined, landmarks="paper")
     else:
-        opened_as = Path(data)
+        opened_as = Path(data)  # absolute
     images = open_photos(str(opened_as))
     known = sorted(set(images.categories) - {BACKGROUND})
     annotated = _annotated(images)

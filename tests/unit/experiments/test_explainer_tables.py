@@ -19,7 +19,7 @@ from partlens.data.flowers import generated_flowers
 from partlens.data.images import ImageSet
 from partlens.data.joined import join_data
 from partlens.experiments.explainer_jobs import open_photos
-from partlens.experiments.explainer_tables import TablePlan, explainer_table, performers_of
+from partlens.experiments.explainer_tables import TablePlan, explainer_table, performers_of, prepare
 from partlens.experiments.sweep import JobResult
 from partlens.experiments.table_blocks import Study, build
 from partlens.experiments.tables_page import table_lines, table_page
@@ -315,3 +315,18 @@ def test_means_are_over_categories_and_the_order_of_p_is_judged(finished: tuple[
     assert rows[0]["cells"]["voc"]["value"] == 0.71
     assert built["verdicts"][0]["met"] is True
     assert build(with_p(rising | {("r", "fox"): 0.1}))["verdicts"][0]["met"] is False
+
+
+def test_a_sweep_writes_down_how_its_photos_are_opened(
+    flower_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    ImageSet.open(flower_folder).read(0).save(others / "a.png")
+    monkeypatch.chdir(tmp_path)
+    prepared = prepare(plan("p", flower_folder, background=str(others)), Path("out"))
+    (where,) = {job.places["data"] for job in prepared.jobs}
+    assert where == str(tmp_path.resolve() / "out" / "photos.json")
+    images = ImageSet.open(where)
+    assert images.fingerprint() == prepared.data["fingerprint"]
+    assert images.category_counts()["background"] == 1
