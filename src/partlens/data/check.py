@@ -29,7 +29,7 @@ class DataCheck:
 
     Attributes:
         path: the folder or table.
-        layout: ``"cub"``, ``"animal-part"``, ``"pascal-part"``, ``"table"`` or ``"folder"``.
+        layout: ``"cub"``, ``"animal-part"``, ``"pascal-part"``, ``"table"``, ``"folder"`` or ``"joined"``.
         title: the layout in words.
         not_in_layout: for a plain folder, why it is none of the known data sets, by layout.
         images: number of readable images.
@@ -156,6 +156,8 @@ def check_data(
     else:
         images = ImageSet.open(path, crop=crop, margin_frac=margin_frac, landmarks=landmarks)
         name, title = ("table", "a table of images") if in_table else ("folder", "a folder of images")
+        if path.suffix.lower() == ".json":
+            name, title = "joined", "several sets as one"
         if not in_table:
             reasons = {known.name: known.why_not(path) for known in LAYOUTS}
     good, bad = images.readable(workers)

@@ -241,10 +241,6 @@ class _Chained:
 
     sets: tuple[ImageSet, ...]
 
-    @cached_property
-    def _recipe(self) -> str:
-        return " ".join(images.fingerprint() for images in self.sets)
-
     def _place(self, row: int) -> tuple[ImageSet, int]:
         for images in self.sets:
             if row < len(images):
@@ -261,7 +257,8 @@ class _Chained:
         return images.size_px(place)
 
     def digest(self, row: int) -> str:
-        return f"{self._recipe}#{row}"
+        images, place = self._place(row)
+        return images._source.digest(images._rows[place])  # noqa: SLF001 -- same module
 
     def may_fail(self) -> bool:
         return any(images._source.may_fail() for images in self.sets)  # noqa: SLF001 -- same module

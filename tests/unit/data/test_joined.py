@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from partlens.data.check import check_data
 from partlens.data.images import ImageSet
 from partlens.data.joined import PhotoSource, join_data, write_joined
 from partlens.vocabulary import ImageError, InputError
@@ -57,6 +58,15 @@ def test_the_fingerprint_follows_content_and_order(birds: Path, others: Path, tm
     assert first != ImageSet.open(tmp_path / "b.json").fingerprint()
     Image.new("RGB", (6, 4), (11, 0, 0)).save(others / "fox/a.png")
     assert first != ImageSet.open(tmp_path / "a.json").fingerprint()
+
+
+def test_check_says_what_it_is_and_finds_the_same_photo_in_both_sets(birds: Path, others: Path, tmp_path: Path) -> None:
+    (others / "fox" / "a.png").write_bytes((birds / "wren" / "b.png").read_bytes())
+    join_data(tmp_path / "a.json", birds, others, category="bird")
+    found = check_data(tmp_path / "a.json")
+    assert (found.layout, found.title) == ("joined", "several sets as one")
+    assert found.duplicates == (("wren/b.png", "background/fox/a.png"),)
+    assert found.landmarks == {"beak": {"bird": 2}}
 
 
 def test_a_single_set_keeps_its_names_and_an_image_that_cannot_be_read_is_dropped(birds: Path, tmp_path: Path) -> None:
