@@ -32,7 +32,7 @@ from partlens.metrics.localisation import (
     Peaks,
     consistency_per_filter,
     dead_filters,
-    instability_difference,
+    instability_differences,
     instability_per_filter,
     localisation_scores,
     null_peaks,
@@ -573,24 +573,20 @@ def evaluate_explainer(
     nulls = {kind: scores(of, None, fixed=kind != "random") for kind, of in of_nulls.items()}
     explained = scores(peaks["explainer"], "explainer")
 
-    def beyond(null: Peaks) -> Estimate:
-        """Instability of the explainer minus that of a null, on the same photos."""
-        own = peaks["explainer"]
-        draws = torch.Generator().manual_seed(seed)
-        if categories is None:
-            return instability_difference(own, null, landmarks, size, generator=draws, rounds=ROUNDS)
-        found, counts = [], []
+    own, draws = peaks["explainer"], torch.Generator().manual_seed(seed)
+    if categories is None:
+        differences = instability_differences(own, of_nulls, landmarks, size, generator=draws, rounds=ROUNDS)
+    else:
+        each, counts = [], []
         for number in range(len(categories.names)):
             index = (categories.labels == number).nonzero()[:, 0]
             chosen = (assigned["explainer"] == number).nonzero()[:, 0]
             if len(index) < 2 or not len(chosen):
                 continue
             counts.append(len(chosen))
-            part, its = own.rows(index).filters(chosen), null.rows(index)
-            found.append(instability_difference(part, its, landmarks[index], size, generator=draws, rounds=ROUNDS))
-        return _mean_of(found, counts)
-
-    differences = {kind: beyond(of).to_dict() for kind, of in of_nulls.items()}
+            part, its = own.rows(index).filters(chosen), {kind: of.rows(index) for kind, of in of_nulls.items()}
+            each.append(instability_differences(part, its, landmarks[index], size, generator=draws, rounds=ROUNDS))
+        differences = {kind: _mean_of([found[kind] for found in each], counts) for kind in of_nulls}
     agreement = agreement_top1(held.fed_outputs, held.outputs)
     reconstruction: dict[str, Any] = {
         "agreement_top1": agreement.to_dict(),
@@ -654,7 +650,7 @@ def evaluate_explainer(
             "top_layer": top,
         },
         "nulls": nulls,
-        "instability_minus_null": differences,
+        "instability_minus_null": {kind: found.to_dict() for kind, found in differences.items()},
         "p": share_estimate(shares).to_dict(),
         "p_optimum": optimum.to_dict(),
         "p_rescaling_error": stage.curve.worst_rescaling,

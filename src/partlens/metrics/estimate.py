@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +70,22 @@ def bootstrap(
         raise InputError(expected("at least 1 photo to measure on", count, "Add held-out photos"))
     value = statistic(torch.arange(count))
     draws = [statistic(torch.randint(count, (count,), generator=generator)) for _ in range(rounds)]
+    return Estimate(value, percentile_interval(draws, level), count, unit)
+
+
+def percentile_interval(draws: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Return the ends between which a share of the finite draws lies; NaN where no draw is finite.
+
+    Example:
+        >>> percentile_interval([0.0, 1.0, 2.0, float("nan")], 0.5)
+        (0.5, 1.5)
+    """
     finite = torch.tensor([d for d in draws if math.isfinite(d)], dtype=torch.float64)
     if not finite.numel():
-        return Estimate(value, (math.nan, math.nan), count, unit)
+        return math.nan, math.nan
     tail = (1 - level) / 2
     low, high = torch.quantile(finite, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Estimate(value, (low, high), count, unit)
+    return low, high
 
 
 def proportion(successes: Float[Tensor, " image"], *, z: float = 1.96) -> Estimate:

@@ -10,13 +10,14 @@ All functions take peaks and landmarks in one frame (pixels of the network's inp
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.metrics.estimate import Estimate, bootstrap
+from partlens.metrics.estimate import Estimate, bootstrap, percentile_interval
 from partlens.vocabulary import InputError, expected
 
 TOP_IMAGES = 100
@@ -352,39 +353,43 @@ def localisation_scores(
     )
 
 
-def instability_difference(
+def instability_differences(
     peaks: Peaks,
-    other: Peaks,
+    others: Mapping[str, Peaks],
     landmarks_px: Float[Tensor, "image landmark 2"],
     input_size_px: tuple[int, int],
     *,
     generator: torch.Generator,
     rounds: int = 100,
-) -> Estimate:
-    """Return how much more unstable one layer is than another, or than a null, on the same photos.
+) -> dict[str, Estimate]:
+    """Return how much more unstable one layer is than others, or than nulls, on the same photos.
 
-    The bootstrap draws photos once for both, so that what makes some photos harder for everything cancels: an interval
-    below 0 says that ``peaks`` is more stable even where the two intervals themselves overlap.
+    The bootstrap draws photos once for all of them, so that what makes some photos harder for everything cancels: an
+    interval below 0 says that ``peaks`` is more stable even where the two intervals themselves overlap.
 
     Args:
         peaks: of every filter on every image.
-        other: peaks of what it is compared with, on the same images.
+        others: by name, peaks of what it is compared with, on the same images.
         landmarks_px: x, y in the same frame; NaN where absent.
         input_size_px: rows and columns of the input.
-        generator: draws of the bootstrap over photos (95 % percentile interval).
+        generator: draws of the bootstrap over photos (95 % percentile intervals).
         rounds: bootstrap rounds.
     """
-
-    def difference(index: Tensor) -> float:
-        truth = landmarks_px[index]
-        own, its = (instability_per_filter(p.rows(index), truth, input_size_px).nanmean() for p in (peaks, other))
-        return float(own - its)
-
     if not landmarks_px.shape[1]:
-        return Estimate.undefined()
+        return {name: Estimate.undefined() for name in others}
+    count = peaks.scores.shape[0]
     annotated = int((~landmarks_px.isnan().any(-1).all(-1)).sum())
-    found = bootstrap(difference, peaks.scores.shape[0], generator=generator, rounds=rounds)
-    return Estimate(found.value, found.interval, annotated)
+
+    def instability(of: Peaks, index: Tensor) -> float:
+        return float(instability_per_filter(of.rows(index), landmarks_px[index], input_size_px).nanmean())
+
+    indices = [torch.arange(count), *torch.randint(count, (rounds, count), generator=generator)]
+    own = [instability(peaks, index) for index in indices]  # once, whatever it is compared with
+    found = {}
+    for name, other in others.items():
+        value, *draws = (mine - instability(other, index) for mine, index in zip(own, indices, strict=True))
+        found[name] = Estimate(value, percentile_interval(draws), annotated)
+    return found
 
 
 def null_peaks(

@@ -11,7 +11,7 @@ from partlens.metrics.localisation import (
     consistency_per_filter,
     dead_filters,
     distinct_parts,
-    instability_difference,
+    instability_differences,
     instability_per_filter,
     localisation_scores,
     mean_pairwise,
@@ -218,7 +218,8 @@ def test_a_difference_on_the_same_photos_is_zero_for_the_same_peaks_and_tighter_
     worse = peaks_at((places + torch.randint(-1, 2, places.shape)).clamp(0, 13)[:, None].long())
 
     def between(a: Peaks, b: Peaks) -> Estimate:
-        return instability_difference(a, b, landmarks, SIZE, generator=torch.Generator().manual_seed(0), rounds=300)
+        draws = torch.Generator().manual_seed(0)
+        return instability_differences(a, {"b": b}, landmarks, SIZE, generator=draws, rounds=300)["b"]
 
     same = between(tracker, tracker)
     assert (same.value, same.interval, same.n) == (0.0, (0.0, 0.0), 60)
@@ -243,6 +244,8 @@ def test_a_difference_on_the_same_photos_is_zero_for_the_same_peaks_and_tighter_
 
 def test_a_difference_without_landmarks_is_undefined() -> None:
     peaks = peaks_at(moving())
-    found = instability_difference(peaks, peaks, torch.zeros(60, 0, 2), SIZE, generator=torch.Generator())
+    (found,) = instability_differences(
+        peaks, {"itself": peaks}, torch.zeros(60, 0, 2), SIZE, generator=torch.Generator()
+    ).values()
     assert math.isnan(found.value)
     assert found.n == 0
