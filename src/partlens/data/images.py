@@ -14,20 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from partlens.data.annotations import PartTruth, read_landmark_table
 from partlens.data.layouts import layout_of
 from partlens.data.readers.cuts import Cuts, CutTruth
 from partlens.data.readers.listing import Choice, Crop, Landmarks, LeftOut, Listing
-from partlens.store import file_sha256
+from partlens.data.sources import Arrays, ByteArray, Files, Generated, Source
 from partlens.vocabulary import ImageError, InputError, expected, listed, nearest
 
-ByteArray = npt.NDArray[np.uint8]
 Result = TypeVar("Result")
 
 SUFFIXES = frozenset(
@@ -54,7 +53,6 @@ LANDMARK_TABLE = "landmarks.csv"
 _CATEGORY_COLUMNS = ("category", "class", "label", "class_index")
 _VALIDATION_FOLDERS = frozenset({"val", "valid", "validation"})
 _SPLIT_FOLDERS = _VALIDATION_FOLDERS | {"train", "test"}
-_EXIF_ORIENTATION = 0x0112
 
 
 def split_of(photo: str) -> str:
@@ -84,155 +82,6 @@ class UnreadableImage:
 
     key: str
     reason: str
-
-
-class _Source(Protocol):
-    """Where pixels come from; rows are counted from 0 in the order in which the source was made."""
-
-    def read(self, row: int) -> Image.Image: ...
-
-    def size_px(self, row: int) -> tuple[int, int]: ...
-
-    def digest(self, row: int) -> str: ...
-
-    def may_fail(self) -> bool: ...
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Bring 16-bit, 32-bit integer and float pixels to 8 bits (mode L).
-
-    16-bit modes are divided by 257. The 32-bit modes do not say what white is, so the values do: within 0–1
-    (float only), 0–255 or 0–65535 that range is used, and any other range is stretched from its minimum to
-    its maximum.
-    """
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("its pixels hold nan or infinity")
-    low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16"):
-        scaled = values / 257
-    elif image.mode == "F" and low >= 0 and high <= 1:
-        scaled = values * 255
-    elif low >= 0 and high <= 255:
-        scaled = values
-    elif low >= 0 and high <= 65535:
-        scaled = values / 257
-    else:
-        scaled = (values - low) * (255 / max(high - low, 1e-30))  # one value alone becomes black
-    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Turn any of Pillow's modes into RGB, transparent pixels composited on white."""
-    if image.mode in {"I", "F"} or image.mode.startswith("I;"):
-        image = _to_8_bit(image)
-    elif image.has_transparency_data or image.mode in {"La", "RGBa"}:
-        if image.mode in {"La", "RGBa"}:
-            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-        opaque = image.convert("RGBA")
-        white = Image.new("RGBA", opaque.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, opaque)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a damaged EXIF block leaves the image as stored."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001 -- the parser raises anything on damaged metadata; the pixels are fine
-        return image
-
-
-@dataclass(frozen=True)
-class _Files:
-    paths: tuple[Path, ...]
-    turn: bool = True  # apply the EXIF orientation
-
-    def _failed(self, row: int, error: Exception) -> ImageError:
-        path = self.paths[row]
-        if isinstance(error, FileNotFoundError):
-            return ImageError(expected(f"an image file {path}", "nothing there", "Correct the table or the folder"))
-        reason = f"{type(error).__name__}: {error}".replace(str(path), path.name)
-        return ImageError(
-            expected(
-                f"an image that can be decoded at {path}",
-                reason,
-                "Replace the file or drop it with readable()",
-            )
-        )
-
-    def read(self, row: int) -> Image.Image:
-        try:
-            with Image.open(self.paths[row]) as image:
-                image.load()
-                return _to_rgb(_upright(image) if self.turn else image)
-        except Exception as error:
-            raise self._failed(row, error) from error
-
-    def size_px(self, row: int) -> tuple[int, int]:
-        try:
-            with Image.open(self.paths[row]) as image:
-                turned = self.turn and image.getexif().get(_EXIF_ORIENTATION, 1) in {5, 6, 7, 8}
-                return (image.height, image.width) if turned else (image.width, image.height)
-        except Exception as error:
-            raise self._failed(row, error) from error
-
-    def digest(self, row: int) -> str:
-        try:
-            return f"{self.paths[row].stat().st_size}:{file_sha256(self.paths[row])}"
-        except OSError as error:
-            raise self._failed(row, error) from error
-
-    def may_fail(self) -> bool:
-        return True
-
-
-@dataclass(frozen=True, eq=False)
-class _Arrays:
-    images: Sequence[ByteArray]
-
-    def read(self, row: int) -> Image.Image:
-        return Image.fromarray(self.images[row]).convert("RGB")
-
-    def size_px(self, row: int) -> tuple[int, int]:
-        height, width = self.images[row].shape[:2]
-        return width, height
-
-    def digest(self, row: int) -> str:
-        image = np.ascontiguousarray(self.images[row])
-        return f"{image.shape}:{hashlib.sha256(image.tobytes()).hexdigest()}"
-
-    def may_fail(self) -> bool:
-        return False
-
-
-@dataclass(frozen=True, eq=False)
-class _Generator:
-    draw: Callable[[int], ByteArray]
-    recipe: str
-
-    def read(self, row: int) -> Image.Image:
-        image = self.draw(row)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ImageError(
-                expected(
-                    "uint8 arrays [row, col, 3] from the generator",
-                    f"{image.dtype} {image.shape}",
-                    "Change the function that draws",
-                )
-            )
-        return Image.fromarray(image)
-
-    def size_px(self, row: int) -> tuple[int, int]:
-        return self.read(row).size
-
-    def digest(self, row: int) -> str:
-        if self.recipe:
-            return f"{self.recipe}#{row}"
-        return _Arrays([self.draw(row)]).digest(0)
-
-    def may_fail(self) -> bool:
-        return not self.recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -388,7 +237,7 @@ def _with_image_sizes(truth: PartTruth, root: Path, keys: tuple[str, ...]) -> Pa
         for row in range(len(keys))
         if np.isfinite(rows.positions_px[row]).any() and not np.isfinite(rows.image_size_px[row]).all()
     ]
-    files = _Files(tuple(root / key for key in keys))
+    files = Files(tuple(root / key for key in keys))
 
     def size(row: int) -> tuple[float, float]:
         try:
@@ -430,7 +279,7 @@ class ImageSet:
     photos: tuple[str, ...]
     root: Path | None
     name: str
-    _source: _Source = field(repr=False)
+    _source: Source = field(repr=False)
     _rows: tuple[int, ...] = field(repr=False)
     _truth: Callable[[tuple[str, ...]], PartTruth] | None = field(default=None, repr=False)
     left_out: tuple[LeftOut, ...] = field(default=(), repr=False)
@@ -455,7 +304,7 @@ class ImageSet:
     def _build(
         cls,
         keys: Sequence[str],
-        source: _Source,
+        source: Source,
         *,
         categories: Sequence[str] | None = None,
         splits: Sequence[str] | None = None,
@@ -573,7 +422,7 @@ class ImageSet:
             raise InputError(expected("margin_frac >= 0", margin_frac, "Leave it out for boxes as annotated"))
         if margin_frac and not listing.cut:
             raise InputError(expected("margin_frac 0 with crop=None", margin_frac, 'Use crop="box" or no margin'))
-        source = Cuts(_Files(listing.files, turn=False), listing.windows(), margin_frac)
+        source = Cuts(Files(listing.files, turn=False), listing.windows(), margin_frac)
         images = cls._build(
             listing.keys,
             source,
@@ -623,7 +472,7 @@ class ImageSet:
         in_folders = all(len(names) > 1 for names in below)
         return cls._build(
             ["/".join(names) for names in parts],
-            _Files(files),
+            Files(files),
             categories=[names[0] for names in below] if in_folders else None,
             splits=splits,
             root=path,
@@ -641,7 +490,7 @@ class ImageSet:
             ImageError: no path.
         """
         keys = list(dict.fromkeys(str(path) for path in paths))
-        return cls._build(keys, _Files(tuple(Path(key) for key in keys)), name="files")
+        return cls._build(keys, Files(tuple(Path(key) for key in keys)), name="files")
 
     @classmethod
     def from_table(cls, path: Path | str, root: Path | str | None = None) -> ImageSet:
@@ -694,7 +543,7 @@ class ImageSet:
         category = next((name for name in _CATEGORY_COLUMNS if name in columns), None)
         return cls._build(
             keys,
-            _Files(tuple(folder / key for key in keys)),
+            Files(tuple(folder / key for key in keys)),
             categories=columns[category] if category else None,
             splits=columns.get("split"),
             photos=columns.get("photo"),
@@ -733,7 +582,7 @@ class ImageSet:
         ready = [_as_bytes(np.asarray(image), f"image {index}") for index, image in enumerate(images)]
         return cls._build(
             [f"{index:06d}" for index in range(len(ready))],
-            _Arrays(ready),
+            Arrays(ready),
             categories=None if categories is None else [str(category) for category in categories],
             splits=splits,
             photos=photos,
@@ -768,7 +617,7 @@ class ImageSet:
         Raises:
             ImageError: lists of different lengths, repeated keys, or no image at all.
         """
-        return cls._build(keys, _Generator(draw, recipe), categories=categories, splits=splits, truth=truth, name=name)
+        return cls._build(keys, Generated(draw, recipe), categories=categories, splits=splits, truth=truth, name=name)
 
     @classmethod
     def from_sets(cls, sets: Sequence[ImageSet], prefixes: Sequence[str], *, name: str) -> ImageSet:
