@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from partlens.cli import main
 from partlens.data.check import check_data
 from partlens.data.images import ImageSet
 from partlens.data.joined import PhotoSource, join_data, write_joined
@@ -124,3 +125,16 @@ def test_wrong_requests_say_what_is_missing(birds: Path, tmp_path: Path) -> None
         ImageSet.open(tmp_path / "a.json", crop=None)
     with pytest.raises(ImageError, match="1 prefixes"):
         ImageSet.from_sets([ImageSet.open(birds)] * 2, [], name="x")
+
+
+def test_the_command_writes_the_file_and_says_what_is_in_it(
+    birds: Path, others: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "all.json")
+    assert main(["data", "join", out, "--photos", str(birds), "--category", "bird", "--background", str(others)]) == 0
+    said = capsys.readouterr().out
+    assert "2 background" in said
+    assert "3 bird" in said
+    assert ImageSet.open(out).category_counts() == {"background": 2, "bird": 3}
+    assert main(["data", "join", out]) != 0
+    assert "got no --photos" in capsys.readouterr().err
