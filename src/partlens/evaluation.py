@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from partlens.data.images import ImageSet
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import Explainer
-from partlens.explainer.templates import mask_at_peak
 from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.faithfulness import (
     HeadErrors,
@@ -55,6 +54,7 @@ class _Layer:
     """Peaks of one layer, collected batch by batch."""
 
     cells: list[Tensor] = field(default_factory=list)
+    otherwise: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     activity: list[Tensor] = field(default_factory=list)
     side: tuple[int, int] = (0, 0)
@@ -69,15 +69,27 @@ class _Layer:
         means = torch.stack([sums[labels == c].mean(0) for c in range(categories)])
         return means.argmax(0)
 
-    def add(self, maps: Float[Tensor, "image filter row col"]) -> None:
+    def add(self, maps: Float[Tensor, "image filter row col"], explainer: Explainer, *, own: bool) -> None:
+        """Keep where maps peak.
+
+        An explainer's maps peak where the explainer says so (``own``), other layers' at their largest cell. Where the
+        explainer takes centroids, each is also kept as the other is read, so that like can be compared with like.
+        """
         score, index = maps.flatten(2).max(-1)
-        self.cells.append(torch.stack([index // maps.shape[3], index % maps.shape[3]], -1))
+        largest = torch.stack([index // maps.shape[3], index % maps.shape[3]], -1)
         self.scores.append(score.double())
         self.side = (int(maps.shape[2]), int(maps.shape[3]))
+        if explainer.config.peak == "largest":
+            self.cells.append(largest)
+            return
+        centroid = explainer.places(maps.clamp(min=0))
+        self.cells.append(centroid if own else largest)
+        self.otherwise.append(largest if own else centroid)
 
-    def peaks(self, receptive: ReceptiveField) -> Peaks:
+    def peaks(self, receptive: ReceptiveField, *, otherwise: bool = False) -> Peaks:
         start, stride = grid_of(receptive)
-        return peaks_from_cells(torch.cat(self.cells), torch.cat(self.scores), self.side, start, stride)
+        cells = torch.cat(self.otherwise if otherwise else self.cells)
+        return peaks_from_cells(cells, torch.cat(self.scores), self.side, start, stride)
 
 
 @dataclass(frozen=True)
@@ -184,7 +196,7 @@ def rescaling_error(explainer: Explainer, maps: Tensor, factor: float = 10.0) ->
                 scaled.conv_interp_2.parameters(), explainer.conv_interp_2.parameters(), strict=True
             ):
                 parameter.copy_(original * times)
-            masked = scaled.pool(mask_at_peak(scaled.interpret(maps)[1], scaled.masks))
+            masked = scaled.pool(scaled.masked(scaled.interpret(maps)[1]))
             scaled.norm_interp.started.fill_(value=False)
             scaled.norm_interp.update(masked)
             outcome.append(scaled.norm_interp.eval()(masked))
@@ -222,7 +234,8 @@ class _Pass:
         if localise:
             self.curve.add(self.explainer, maps[structure.tap], [maps[name] for name in structure.targets])
             for name, layer in self.layers.items():
-                layer.add(output.interp2 if name == "explainer" else maps[name])
+                ours = name == "explainer"
+                layer.add(output.interp2 if ours else maps[name], self.explainer, own=ours)
             for name, value in zip(structure.targets, output.reconstructions, strict=True):
                 self.sums[name].add(value, maps[name])
                 self.per_photo[name].append((value - maps[name]).double().square().flatten(1).sum(1))
@@ -661,6 +674,12 @@ def evaluate_explainer(
         },
         "warnings": warnings_for(explained, agreement),
     }
+    if explainer.config.peak == "centroid":
+        found = {name: scores(stage.layers[name].peaks(fields[name], otherwise=True), name) for name in names}
+        result["same_peak"] = {
+            "largest": {"explainer": found["explainer"]},
+            "centroid": {"tap": found[structure.tap], "top": found[top]},
+        }
     if categories is not None:
         result["filter_categories"] = {
             name: int((assigned["explainer"] == number).sum()) for number, name in enumerate(categories.names)

@@ -32,7 +32,6 @@ from partlens.artefacts.receptive_pictures import (
 from partlens.artefacts.track_cam import concentration_frac, layer_grad_cam, random_grad_cam, track_grad_cam
 from partlens.data.images import ImageSet
 from partlens.explainer.network import Explainer
-from partlens.explainer.templates import mask_at_peak
 from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.localisation import Peaks, dead_filters
 from partlens.performer.receptive_field import ReceptiveField
@@ -164,7 +163,7 @@ class _Joined:
         maps = forward_taps(self.performer, batch.contiguous(memory_format=torch.channels_last), [self.tap])[1]
         tapped = maps[self.tap].cpu()
         interp2 = self.explainer.interpret(tapped)[1]
-        return torch.cat([mask_at_peak(interp2, self.explainer.masks), tapped], dim=1)
+        return torch.cat([self.explainer.masked(interp2), tapped], dim=1)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from partlens.artefacts.backprop import class_scores
 from partlens.explainer.network import Explainer
-from partlens.explainer.templates import mask_at_peak
 from partlens.performer.borrowing import borrowed
 from partlens.performer.taps import read_taps
 from partlens.performer.zoo import Performer, module_of
@@ -102,7 +101,7 @@ def track_grad_cam(
         for part, of in zip(tap_maps.split(batch_size), classes.split(batch_size), strict=True):
             with torch.no_grad():
                 tracks = explainer.normed_tracks(part)
-                masked = mask_at_peak(tracks.interp2, explainer.masks)
+                masked = explainer.masked(tracks.interp2)
                 ordinary = (1 - explainer.p) * tracks.ordinary
             with torch.enable_grad():
                 leaf = masked.detach().clone().requires_grad_()

@@ -31,6 +31,8 @@ _POSITIVE = (
     "votes",
     "evidence_power",
     "evidence_smooth_cells",
+    "teacher_weight",
+    "peak_power",
 )
 _NOT_NEGATIVE = (
     "learning_rate_joint",
@@ -42,6 +44,9 @@ _NOT_NEGATIVE = (
     "diversity_weight",
     "equivariance_weight",
     "evidence_weight",
+    "teachers",
+    "teacher_variety",
+    "dropout",
     "norm_floor",
     "weight_decay",
     "background_batch",
@@ -50,6 +55,7 @@ _NOT_NEGATIVE = (
 )
 
 PARTLENS_CHANGES: dict[str, Any] = {
+    "peak": "centroid",
     "score_scale_nats": 8.0,
     "gradient": "exact",
     "eta": 4e5,
@@ -57,22 +63,18 @@ PARTLENS_CHANGES: dict[str, Any] = {
     "filter_decay": 0.0,
     "filter_mix": False,
     "filter_background": False,
-    "diversity_weight": 8.0,
-    "diversity_target": 0.25,
-    "equivariance_weight": 8.0,
-    "initialisation": "parts",
-    "votes": 128,
+    "teachers": 16,
+    "standardise": True,
+    "dropout": 0.3,
     "p_init": 0.2,
-    "learning_rate": 1e-4,
-    "learning_rate_joint": 1e-5,
+    "learning_rate_joint": 0.0,
     "learning_rate_ordinary": 0.0,
     "learning_rate_decoder": 2e-4,
     "learning_rate_p": 2e-2,
-    "views": 10,
-    "batch_size": 64,
-    "background_batch": 32,
-    "epochs": 24,
-    "warmup_epochs": 16,
+    "weight_decay": 0.05,
+    "views": 6,
+    "epochs": 16,
+    "warmup_epochs": 30,
     "precision": "bfloat16",
 }
 """What the ``partlens`` preset changes; what has been compared is in ``docs/study.md``."""
@@ -88,6 +90,11 @@ class ExplainerConfig:
         templates: ``peaks``, the paper's, or ``shuffled``: the cells of every template in an order of its own, which
             takes from the loss what makes it ask for one place. An ablation.
         mask: mask both interpretable layers around their peaks (ICLR 2020, Sec. 3.1); off is an ablation.
+        peak: where a filter's part stands, and so where the mask of conv-interp-2 is put and what is measured: the
+            ``largest`` cell of its map (the papers), or the ``centroid`` of the map raised to ``peak_power``, which
+            does not jump where a map answers in two places
+            (:func:`partlens.explainer.templates.centroid_cells`).
+        peak_power: for ``centroid``.
         score_scale_nats: maps are scaled, per filter and by a running mean, so that the score of the best template is
             this many nats before the filter loss; 0 leaves the maps as they are (paper).
         gradient: ``exact`` over all templates or the paper's ``approximate`` single template (CVPR 2018, Eq. (4)).
@@ -114,6 +121,10 @@ class ExplainerConfig:
             :func:`partlens.explainer.evidence.evidence_maps`); 0 in the papers.
         evidence_power: evidence is raised to this power after it was scaled to a maximum of 1 in each photo.
         evidence_smooth_cells: side of the box (cells, odd) by which evidence is averaged first.
+        teachers: part teachers (:mod:`partlens.explainer.teachers`) for each category, shared out among the filters of
+            conv-interp-2, which learn in the warm-up to stand where their teacher does; 0 in the papers.
+        teacher_weight: of the teachers' cost, per filter and in units of the filter loss.
+        teacher_variety: what a teacher pays for moving like those already chosen, per unit of correlation.
         norm_momentum: weight of the past in the norm layers' running magnitudes (paper silent).
         norm_floor: magnitudes below this share of the layer's mean are raised to it, so that a dead channel does not
             divide by nearly nothing (paper silent).
@@ -123,6 +134,10 @@ class ExplainerConfig:
             better depends on the network (``docs/study.md``).
         initialisation: of conv-interp-1/2: ``random`` (He), ``identity`` plus a little noise, or ``parts`` (see
             :mod:`partlens.explainer.seeding`); the papers are silent.
+        standardise: conv-interp-1 reads the tap's maps less their mean and over their deviation, measured once on the
+            category's photos and kept; the same function of the maps as without, but for the borders, with weights of
+            one scale for every tap (paper silent).
+        dropout: share of channels left out at random in the warm-up, of the tap's maps and of conv-interp-1's.
         candidates_per_filter: for ``parts``: part candidates per filter of conv-interp-1; the best are kept.
         votes: for ``parts``: filters of conv-interp-1 that vote for one filter of conv-interp-2.
         p_init: p at the start (paper silent).
@@ -133,7 +148,7 @@ class ExplainerConfig:
         learning_rate_ordinary: Adam, ordinary track; 0 holds the track at the perfect copy it starts as.
         learning_rate_decoder: Adam, decoder.
         learning_rate_p: Adam, w_p.
-        weight_decay: decoupled, on convolutions.
+        weight_decay: decoupled, of the interpretable track.
         batch_size: photos of the category in a step.
         background_batch: other photos in a step, for the reconstruction only.
         epochs: passes over the category's photos, each in one view.
@@ -149,6 +164,8 @@ class ExplainerConfig:
     tau_cells: float = 0.5
     templates: Literal["peaks", "shuffled"] = "peaks"
     mask: bool = True
+    peak: Literal["largest", "centroid"] = "largest"
+    peak_power: float = 6.0
     score_scale_nats: float = 0.0
     gradient: Literal["exact", "approximate"] = "approximate"
     normaliser: Literal["batch", "running"] = "batch"
@@ -166,11 +183,16 @@ class ExplainerConfig:
     evidence_weight: float = 0.0
     evidence_power: float = 4.0
     evidence_smooth_cells: int = 5
+    teachers: int = 0
+    teacher_weight: float = 100.0
+    teacher_variety: float = 0.5
     norm_momentum: float = 0.95
     norm_floor: float = 0.1
     norm_positives_only: bool = True
     kernel: Literal["full", "box"] = "full"
     initialisation: Literal["random", "identity", "parts"] = "random"
+    standardise: bool = False
+    dropout: float = 0.0
     candidates_per_filter: int = 16
     votes: int = 64
     p_init: float = 0.5
@@ -204,6 +226,18 @@ class ExplainerConfig:
         for name in ("p_init", "norm_momentum", "crop_area_min"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(expected(f"{name} between 0 and 1", getattr(self, name), f"Choose {name} in (0, 1)"))
+        if not 0 <= self.dropout < 1:
+            raise InputError(expected("dropout in [0, 1)", self.dropout, "Set 0 to leave no channel out"))
+        if self.peak_power < 1:
+            raise InputError(expected("peak_power of at least 1", self.peak_power, "Leave it out for 6"))
+        if self.teachers and self.views < 2:
+            raise InputError(
+                expected(
+                    "at least 2 views to choose teachers by how they move",
+                    self.views,
+                    "Raise views, or set teachers to 0",
+                )
+            )
         if not 0 < self.p_max <= 1 or self.p_init >= self.p_max:
             raise InputError(
                 expected("p_init < p_max <= 1", f"{self.p_init} and {self.p_max}", "Lower p_init or raise p_max")

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from partlens.explainer.config import ExplainerConfig
-from partlens.explainer.templates import mask_at_peak, peak_masks
+from partlens.explainer.templates import centroid_cells, mask_around, mask_at_peak, peak_cells, peak_masks
 from partlens.vocabulary import InputError, LayerError, expected
 
 
@@ -205,6 +205,8 @@ class Explainer(nn.Module):
 
     masks: Tensor
     gain_started: Tensor
+    tap_mean: Tensor
+    tap_deviation: Tensor
 
     def __init__(
         self,
@@ -220,6 +222,8 @@ class Explainer(nn.Module):
         width, out = structure.channels_in, structure.channels_out
         self.structure = structure
         self.config = config
+        self.draws: torch.Generator | None = None
+        """Where training is in its warm-up: draws which channels drop out."""
         box = config.kernel == "box"
         self.conv_interp_1 = BoxConvolution(width, width) if box else nn.Conv2d(width, width, 3, padding=1)
         self.conv_interp_2 = BoxConvolution(width, out) if box else nn.Conv2d(width, out, 3, padding=1)
@@ -232,11 +236,14 @@ class Explainer(nn.Module):
         self.share_logit = nn.Parameter(torch.logit(torch.tensor(config.p_init / config.p_max)))
         self.gain = nn.Parameter(torch.ones(out))
         self.register_buffer("gain_started", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("tap_mean", torch.zeros(width))
+        self.register_buffer("tap_deviation", torch.ones(width))
         self.decoder = decoder
         masks = peak_masks(*structure.side_cells, beta=config.beta)
         self.register_buffer("masks", masks if config.mask else torch.ones_like(masks), persistent=False)
         self._initialise(ordinary, generator)
         self.register_load_state_dict_pre_hook(_without_identity)
+        self.register_load_state_dict_pre_hook(_as_it_was)
 
     @torch.no_grad()
     def _initialise(self, ordinary: tuple[Tensor, Tensor] | None, generator: torch.Generator | None) -> None:
@@ -267,6 +274,14 @@ class Explainer(nn.Module):
         return torch.sigmoid(self.share_logit) * self.config.p_max
 
     @torch.no_grad()
+    def start_scale(self, maps: Float[Tensor, "image filter row col"]) -> None:
+        """Measure mean and deviation of the tap's maps on a sample, for ``standardise``."""
+        self.tap_mean.copy_(maps.mean((0, 2, 3)))
+        deviation = maps.std((0, 2, 3))
+        # A filter that hardly answers would be blown up to the size of the others.
+        self.tap_deviation.copy_(deviation.clamp(min=0.05 * float(deviation.mean()) + torch.finfo(maps.dtype).tiny))
+
+    @torch.no_grad()
     def start_norms(self, maps: Float[Tensor, "image filter row col"]) -> None:
         """Measure the norm layers' magnitudes on a sample and set the gain to the ordinary track's.
 
@@ -276,7 +291,7 @@ class Explainer(nn.Module):
         _, interp2 = self.interpret(maps)
         ordin = self.conv_ordin(maps).relu()
         for norm, values in (
-            (self.norm_interp, self.pool(mask_at_peak(interp2, self.masks))),
+            (self.norm_interp, self.pool(self.masked(interp2))),
             (self.norm_ordin, self.pool(ordin)),
         ):
             norm.started.fill_(value=False)
@@ -295,8 +310,35 @@ class Explainer(nn.Module):
                     "Use photos preprocessed as in the fit",
                 )
             )
-        interp1 = self.conv_interp_1(maps).relu()
-        return interp1, self.conv_interp_2(mask_at_peak(interp1, self.masks)).relu()
+        if self.config.standardise:
+            maps = (maps - self.tap_mean[:, None, None]) / self.tap_deviation[:, None, None]
+        interp1 = self.conv_interp_1(self._thinned(maps)).relu()
+        return interp1, self.conv_interp_2(self._thinned(mask_at_peak(interp1, self.masks))).relu()
+
+    def _thinned(self, maps: Tensor) -> Tensor:
+        """Leave channels out in the warm-up and make up for them; drawn so that a killed run goes on with its bits."""
+        drop = self.config.dropout
+        if self.draws is None or not drop:
+            return maps
+        kept = torch.rand(*maps.shape[:2], 1, 1, generator=self.draws) >= drop
+        return maps * (kept.to(maps) / (1 - drop))
+
+    def places(self, interp2: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter 2"]:
+        """Return the cell (row, col), or the place between cells, at which each filter's part stands.
+
+        Args:
+            interp2: maps of conv-interp-2 after the ReLU, before the mask.
+        """
+        if self.config.peak == "centroid":
+            return centroid_cells(interp2.detach(), self.config.peak_power)
+        index = peak_cells(interp2.detach())
+        return torch.stack([index // interp2.shape[3], index % interp2.shape[3]], -1).float()
+
+    def masked(self, interp2: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter row col"]:
+        """Return maps of conv-interp-2 masked around their places."""
+        if self.config.peak == "centroid" and self.config.mask:
+            return mask_around(interp2, self.places(interp2), beta=self.config.beta)
+        return mask_at_peak(interp2, self.masks)
 
     def normed_tracks(self, maps: Tensor, positives: int | None = None) -> NormedTracks:
         """Return both tracks at the encoder's output, pooled and normed, before p mixes them."""
@@ -306,7 +348,7 @@ class Explainer(nn.Module):
             interp1,
             interp2,
             ordin,
-            self.norm_interp(self.pool(mask_at_peak(interp2, self.masks)), positives),
+            self.norm_interp(self.pool(self.masked(interp2)), positives),
             self.norm_ordin(self.pool(ordin), positives),
         )
 
@@ -358,6 +400,14 @@ def _without_identity(explainer: nn.Module, state: dict[str, Any], *_: Any) -> N
         return
     if torch.equal(kernel, nn.init.dirac_(torch.empty_like(kernel))) and not state["conv_ordin.bias"].any():
         del state["conv_ordin.weight"], state["conv_ordin.bias"]
+
+
+def _as_it_was(explainer: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """Give weights of earlier versions, which read the tap's maps as they are, the scale that says so."""
+    assert isinstance(explainer, Explainer)
+    width = explainer.structure.channels_in
+    state.setdefault("tap_mean", torch.zeros(width))
+    state.setdefault("tap_deviation", torch.ones(width))
 
 
 def identity_kernel(conv: nn.Conv2d | BoxConvolution) -> Tensor:

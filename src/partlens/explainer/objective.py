@@ -2,14 +2,15 @@
 
     Loss = sum_l lambda_l |x_l - x_l*|² - eta log p + sum_f lambda_f Loss_f(x_f)        (ICLR 2020, Eq. (1))
 
-Beyond the papers, and off in the ``paper`` preset, three terms act on the *expected peak* of a map, the mean cell under
+Beyond the papers, and off in the ``paper`` preset, four terms act on the *expected peak* of a map, the mean cell under
 the softmax of its template scores (differentiable, and the same posterior the filter loss uses):
 
 - *diversity*: the filters' expected peaks correlate over photos by at most ``diversity_target`` on average;
 - *equivariance*: a part filter must move with the image: the peak in a crop or mirror is where the crop or mirror takes
   the peak of the photo;
 - *evidence*: a part that matters stands where the performer's decision hangs on the maps
-  (:mod:`partlens.explainer.evidence`).
+  (:mod:`partlens.explainer.evidence`);
+- *teachers*: a filter stands where its part teacher does (:mod:`partlens.explainer.teachers`), in the warm-up only.
 
 Without the first, "every filter follows the same part" is an optimum of the filter loss.
 """
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.filter_loss import RunningNormaliser, filter_loss_of_scores, single_templates, template_scores
 from partlens.explainer.network import Explainer, ExplainerOutput
+from partlens.explainer.teachers import teacher_cost
 from partlens.explainer.templates import part_templates, shuffled
 from partlens.vocabulary import InputError, expected
 
@@ -39,6 +41,7 @@ TERMS = (
     "correlation",
     "equivariance",
     "evidence",
+    "teacher",
     "classification",
     "p",
 )
@@ -67,12 +70,14 @@ class BatchFacts(NamedTuple):
         pair: which of these show the same photos.
         evidence: where the performer's decision hangs on their maps.
         labels: their categories, for an explainer of several; the filters are then assigned to categories.
+        taught: the cell (row, col) at which each part teacher stands, NaN where it is cut off or of another category.
     """
 
     positives: int
     pair: ViewPair | None = None
     evidence: Float[Tensor, "positive row col"] | None = None
     labels: Int[Tensor, " positive"] | None = None
+    taught: Float[Tensor, "positive teacher 2"] | None = None
 
 
 class _Group(NamedTuple):
@@ -82,6 +87,7 @@ class _Group(NamedTuple):
     filters: Tensor
     pair: ViewPair | None
     evidence: Tensor | None
+    taught: Tensor | None
 
 
 def expected_peaks(
@@ -255,7 +261,7 @@ class Objective:
         if batch.labels is None:
             everything = torch.arange(maps.shape[1], device=maps.device)
             rows = torch.arange(positives, device=maps.device)
-            return [_Group(rows, everything, batch.pair, batch.evidence)]
+            return [_Group(rows, everything, batch.pair, batch.evidence, batch.taught)]
         self._follow_activity(layer, maps, batch.labels)
         assigned = self.assigned(layer)
         found = []
@@ -270,7 +276,8 @@ class Objective:
                 kept = rows[rows < len(pair.windows)]
                 half = len(kept)
                 pair = ViewPair(slice(0, half), slice(half, 2 * half), pair.windows[kept])
-            found.append(_Group(rows, filters, pair, None if batch.evidence is None else batch.evidence[rows]))
+            evidence, taught = (None if t is None else t[rows] for t in (batch.evidence, batch.taught))
+            found.append(_Group(rows, filters, pair, evidence, taught))
         return found
 
     def _layer_cost(self, name: str, maps: Tensor, batch: BatchFacts) -> tuple[Tensor, dict[str, Tensor]]:
@@ -297,6 +304,11 @@ class Objective:
             )
             logged.setdefault(f"filter_{name}", []).append(loss.detach())
             extra, terms = self._beyond_the_papers(positive, group)
+            if name == "2" and group.taught is not None:
+                own_maps = maps[group.rows][:, group.filters].float()
+                missed = teacher_cost(own_maps, group.taught[:, self.state["teacher_of"][group.filters]])
+                extra = extra + config.teacher_weight * missed
+                terms["teacher"] = missed.detach().mean()
             total = total.index_add(0, group.filters, loss + extra)
             if name == "2":
                 for term, value in terms.items():

@@ -137,6 +137,50 @@ def peak_cells(maps: Float[Tensor, "image filter row col"]) -> Int[Tensor, "imag
     return maps.flatten(2).argmax(-1)
 
 
+def centroid_cells(maps: Float[Tensor, "image filter row col"], power: float) -> Float[Tensor, "image filter 2"]:
+    """Return the centroid (row, col) of each map raised to a power: its largest cell for a large power.
+
+    Where a map has one narrow peak, this is that peak to a part of a cell; where it answers in two places, it stands
+    between them instead of jumping. It does not depend on the map's scale. The middle for an empty map.
+
+    Args:
+        maps: non-negative maps (after a ReLU).
+        power: how much more the strong cells weigh, at least 1.
+
+    Example:
+        >>> maps = torch.zeros(1, 1, 5, 5)
+        >>> maps[0, 0, 1, 2] = maps[0, 0, 1, 3] = 7.0
+        >>> centroid_cells(maps, 4.0).tolist()
+        [[[1.0, 2.5]]]
+    """
+    rows, cols = maps.shape[2:]
+    flat = maps.flatten(2).float()
+    largest = flat.amax(-1, keepdim=True)
+    weight = torch.where(largest > 0, flat / largest.clamp(min=torch.finfo(flat.dtype).tiny), 1.0).pow(power)
+    row = torch.arange(rows).to(weight).repeat_interleave(cols)
+    col = torch.arange(cols).to(weight).repeat(rows)
+    return weight @ torch.stack([row, col], -1) / weight.sum(-1, keepdim=True)
+
+
+def mask_around(
+    maps: Float[Tensor, "image filter row col"], places: Float[Tensor, "image filter 2"], *, beta: float = BETA
+) -> Float[Tensor, "image filter row col"]:
+    """Keep each map's neighbourhood of a place that need not be a cell: ``x * max(1 - beta |mu - [i, j]|_1 / L, 0)``.
+
+    Equal to :func:`mask_at_peak` where the places are the largest cells; a constant of the backward pass, too.
+
+    Args:
+        maps: non-negative maps.
+        places: (row, col) in cells.
+        beta: fall-off.
+    """
+    rows, cols = maps.shape[2:]
+    by_row = (torch.arange(rows).to(places) - places.detach()[..., 0, None]).abs()
+    by_col = (torch.arange(cols).to(places) - places.detach()[..., 1, None]).abs()
+    distance = by_row[..., :, None] + by_col[..., None, :]
+    return maps * (1 - beta * distance / math.sqrt(rows * cols)).clamp(min=0).to(maps.dtype)
+
+
 def mask_at_peak(
     maps: Float[Tensor, "image filter row col"], masks: Float[Tensor, "cell row col"]
 ) -> Float[Tensor, "image filter row col"]:

@@ -7,6 +7,7 @@ same machine and with the same number of threads, with the same bits as one that
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import time
@@ -25,6 +26,7 @@ from partlens.explainer.evidence import sharpened
 from partlens.explainer.network import Explainer, ExplainerOutput, parameter_groups
 from partlens.explainer.objective import BatchFacts, Objective, ViewPair, target_norm
 from partlens.explainer.seeding import MOST_PHOTOS, seed_parts
+from partlens.explainer.teachers import part_teachers, places_in_view
 from partlens.store import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
 from partlens.vocabulary import ImageError, InputError, expected
 
@@ -32,6 +34,7 @@ CHECKPOINT_STATE = "checkpoint.json"
 HISTORY = "history.json"
 _SEED_VIEWS = 5
 _NORM_SAMPLE = 256
+_LEAST_UPPER_CELLS = 3
 _WARM_STEPS = 50
 _SMOOTHING = 0.6
 _LEAST_IMPROVEMENT = 1e-3
@@ -148,7 +151,7 @@ def _epoch_batches(data: TrainingMaps, config: ExplainerConfig, epoch: int) -> I
 
 def _schedule(step: int, total: int) -> float:
     """Share of the learning rate: a short rise, then a cosine to 5 %."""
-    rise = min(1.0, (step + 1) / _WARM_STEPS)
+    rise = min(1.0, (step + 1) / min(_WARM_STEPS, max(1, total // 10)))
     return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total)))))
 
 
@@ -179,7 +182,7 @@ def _optimiser(explainer: Explainer, config: ExplainerConfig, *, warm: bool) -> 
             "params": list(parameters),
             "lr": rates[role],
             "base": rates[role],
-            "weight_decay": 0.0 if role == "share" else config.weight_decay,
+            "weight_decay": config.weight_decay if role == "interpretable" else 0.0,
         }
         for role, parameters in parameter_groups(explainer).items()
     ]
@@ -229,8 +232,60 @@ def _share(filters: int, category: int, categories: int) -> Tensor:
     return torch.arange(category * filters // categories, (category + 1) * filters // categories)
 
 
+def _upper_view(explainer: Explainer, data: TrainingMaps, photos: Tensor, number: int) -> Tensor:
+    """Return what comes after the tap, for photos in a view: what teachers are found in.
+
+    Where the tracks take a convolution's place, that convolution's maps; elsewhere the last target that has maps of at
+    least 3x3 cells, and the tap itself where none has.
+    """
+    rows = data.rows(photos, torch.full_like(photos, number))
+    if explainer.structure.replaced is not None:
+        with torch.no_grad():
+            parts = [
+                explainer.conv_ordin(_gather(data.tap, part)).relu() for part in np.array_split(rows, _pieces(rows))
+            ]
+        return torch.cat(parts)
+    mapped = [t for t in data.targets if t.ndim == 4 and min(t.shape[2:]) >= _LEAST_UPPER_CELLS]
+    return _gather(mapped[-1] if mapped else data.tap, rows)
+
+
+def _pieces(rows: np.ndarray) -> int:
+    return max(1, math.ceil(len(rows) / _NORM_SAMPLE))
+
+
+def find_teachers(explainer: Explainer, data: TrainingMaps) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Find the part teachers of every category.
+
+    Returns:
+        ``teachers``, places (photo, teacher, 2) in shares, NaN for photos of other categories, and ``teacher_of``, the
+        teacher of each filter of conv-interp-2; and what was found, for the log.
+    """
+    config, structure = explainer.config, explainer.structure
+    places = torch.full((data.photos, config.teachers * data.categories, 2), math.nan)
+    teacher_of = torch.zeros(structure.channels_out, dtype=torch.long)
+    found = {"teacher_movement": 0.0, "teacher_correlation": 0.0}
+    for category in range(data.categories):
+        generator = _epoch_generator(config.seed, -1 - category)
+        own = torch.arange(data.photos) if data.labels is None else (data.labels == category).nonzero()[:, 0]
+        views = min(data.views, 1 + _SEED_VIEWS)
+        teachers = part_teachers(
+            functools.partial(_upper_view, explainer, data, own),
+            data.windows[own, :views],
+            config.teachers,
+            config.teacher_variety,
+            generator,
+        )
+        first, count = category * config.teachers, teachers.places.shape[1]
+        places[own, first : first + count] = teachers.places
+        share = _share(structure.channels_out, category, data.categories)
+        teacher_of[share] = first + torch.arange(len(share)) % count
+        found["teacher_movement"] += float(teachers.movement.mean()) / data.categories
+        found["teacher_correlation"] += teachers.correlation / data.categories
+    return {"teachers": places, "teacher_of": teacher_of}, found
+
+
 def start_explainer(explainer: Explainer, data: TrainingMaps) -> dict[str, float]:
-    """Initialise what needs data: part candidates (if configured), norm layers and gain.
+    """Initialise what needs data: scale of the tap and part candidates (if configured), norm layers and gain.
 
     Returns:
         What was found, for the log.
@@ -238,6 +293,9 @@ def start_explainer(explainer: Explainer, data: TrainingMaps) -> dict[str, float
     config = explainer.config
     generator = _epoch_generator(config.seed, 0)
     found: dict[str, float] = {}
+    if config.standardise:
+        photos = _norm_sample(data)
+        explainer.start_scale(_gather(data.tap, data.rows(photos, torch.zeros_like(photos))))
     if config.initialisation == "parts":
         for category in range(data.categories):
             seen = _seed_category(explainer, data, category, generator)
@@ -371,6 +429,7 @@ class _Run:
         """Run one epoch and return its logged means."""
         config, explainer = self.config, self.explainer
         warm = number <= config.warmup_epochs
+        explainer.draws = _epoch_generator(config.seed + 1, number) if warm else None
         if number == config.warmup_epochs + 1:
             # The joint objective has other units: moments of the warm-up would all but stop the interpretable track.
             self.optimiser = _optimiser(explainer, config, warm=False)
@@ -404,6 +463,7 @@ class _Run:
         if pair is not None:
             pair = ViewPair(pair.first, pair.second, pair.windows.to(device))
         labels = None if batch.labels is None else batch.labels.to(device)
+        taught = self._taught(rows[: batch.positives]) if warm else None
         evidence = None if evidence is None else evidence.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             if warm:
@@ -411,7 +471,7 @@ class _Run:
                 output = ExplainerOutput(interp1, interp2, interp2, explainer.p, ())
             else:
                 output = explainer(maps, batch.positives if self.config.norm_positives_only else None)
-        facts = BatchFacts(batch.positives, pair, evidence, labels)
+        facts = BatchFacts(batch.positives, pair, evidence, labels, taught)
         if warm:
             loss, terms = self.objective.warmup(output, facts)
         else:
@@ -424,6 +484,16 @@ class _Run:
         loss.backward()
         self.optimiser.step()
         return terms
+
+    def _taught(self, rows: np.ndarray) -> Tensor | None:
+        """Return the cells at which teachers stand in views of the category's photos."""
+        if not self.config.teachers:
+            return None
+        photo, view = (torch.from_numpy(v) for v in np.divmod(rows, self.data.views))
+        places = self.objective.state["teachers"][photo.to(self.device)]
+        shares = places_in_view(places, self.data.windows[photo, view].to(self.device))
+        side = torch.tensor(self.explainer.structure.side_cells, device=self.device)
+        return torch.where(((shares > 0) & (shares < 1)).all(-1, keepdim=True), shares * side - 0.5, math.nan)
 
     def follow(self, record: dict[str, Any]) -> None:
         """Keep count of the epochs in which the smoothed objective of the joint phase did not fall."""
@@ -476,6 +546,10 @@ def train_explainer(
     run = _Run(explainer, data, folder, head)
     if not run.restore():
         run.found = start_explainer(explainer, data)
+        if config.teachers:
+            state, found = find_teachers(explainer, data)
+            run.objective.state |= state
+            run.found |= found
     run.to(torch.device(device))
     total = config.warmup_epochs + config.epochs
     stopped = "finished"
@@ -497,5 +571,6 @@ def train_explainer(
             report(record)
     if events is not None:
         events.close()
+    explainer.draws = None
     explainer.cpu().eval()
     return TrainingResult(tuple(run.history), stopped)

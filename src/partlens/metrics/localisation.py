@@ -33,7 +33,7 @@ class Peaks:
     """Peaks of every filter on every image.
 
     Attributes:
-        cells: row and column of the peak cell (image, filter, 2).
+        cells: row and column of the peak (image, filter, 2): a cell, or a place between cells.
         positions_px: x, y of the centre of that cell's receptive field in the input (image, filter, 2).
         scores: value at the peak (image, filter); 0 where the map is empty.
         side_cells: rows and columns of the map.
@@ -72,13 +72,13 @@ def peaks_from_maps(
 
 
 def peaks_from_cells(
-    cells: Int[Tensor, "image filter 2"],
+    cells: Int[Tensor, "image filter 2"] | Float[Tensor, "image filter 2"],
     scores: Float[Tensor, "image filter"],
     side_cells: tuple[int, int],
     start_px: tuple[float, float],
     stride_px: tuple[float, float],
 ) -> Peaks:
-    """Build :class:`Peaks` from peak cells (row, col) and their scores."""
+    """Build :class:`Peaks` from peak cells (row, col), or places between cells, and their scores."""
     grid = cells.double()
     xy = torch.stack([start_px[1] + grid[..., 1] * stride_px[1], start_px[0] + grid[..., 0] * stride_px[0]], -1)
     return Peaks(grid, xy, scores.double(), side_cells)
@@ -249,7 +249,7 @@ def distinct_parts(peaks: Peaks, live: Bool[Tensor, " filter"]) -> float:
 def border_share(peaks: Peaks) -> float:
     """Return the share of peaks that stand on the outermost ring of cells; 0.27 for random cells of a 14x14 map."""
     limit = torch.tensor(peaks.side_cells, dtype=peaks.cells.dtype) - 1
-    return float(((peaks.cells == 0) | (peaks.cells == limit)).any(-1).double().mean())
+    return float(((peaks.cells < 0.5) | (peaks.cells > limit - 0.5)).any(-1).double().mean())
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from partlens.artefacts.contributions import (
 )
 from partlens.artefacts.parts import PartsConfig
 from partlens.explainer.network import Explainer
-from partlens.explainer.templates import mask_at_peak
 from partlens.pipeline.parts_file import NamedPart
 
 
@@ -110,7 +109,7 @@ def part_shares(
     deals = torch.Generator().manual_seed(config.seed + 1)
     with torch.no_grad():
         fed = head(explainer.decode(both.interpretable + both.ordinary)[-1])
-        masked = mask_at_peak(both.maps, explainer.masks)
+        masked = explainer.masked(both.maps)
     return PartShares(
         shapley=grouped.parts,
         standard_error=grouped.standard_error,

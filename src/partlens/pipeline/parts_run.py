@@ -213,10 +213,10 @@ def _observed(
             batch = performer.preprocessing([images.read(i) for i in part])
             _, taps = forward_taps(performer, batch, [structure.tap, structure.targets[-1]])
             tapped = taps[structure.tap].cpu()
-            score, index = explainer.interpret(tapped)[1].flatten(2).max(-1)
+            answers = explainer.interpret(tapped)[1]
             maps.append(tapped)
-            scores.append(score)
-            cells.append(torch.stack([index // structure.side_cells[1], index % structure.side_cells[1]], -1))
+            scores.append(answers.flatten(2).amax(-1))
+            cells.append(explainer.places(answers))
             outputs.append(head(taps[structure.targets[-1]].cpu())[0])
             advance(first + len(part))
     start, stride = grid_of(field)

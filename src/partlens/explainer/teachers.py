@@ -1,0 +1,219 @@
+"""Part teachers: where parts stand according to the performer's own later layers, found without labels.
+
+A layer after the tap sees more of the image and separates the object's regions better than the tap does. The
+interpretable track learns to say from the tap's maps alone where these regions stand:
+
+1. *Candidates.* The later layer's features of the category's photos, cell by cell, are factorised into few non-negative
+   parts (Lee & Seung 2001), for several numbers of parts and random shares of the photos. The centroid of a part's
+   codes, squared, is its place in a view of a photo.
+2. *Selection.* A part must move with the photo. A candidate's cost is the mean squared distance between its place in a
+   crop or mirror and where the window takes its place in the photo, over the variance of that place: 0 follows every
+   crop, and a place that never moves is as bad as a random one, unlike under the plain distance. The cheapest
+   candidates are taken, one by one, each with a penalty for moving like those already taken.
+3. *Places.* The places in all views, taken back to the photo, are averaged.
+
+Factorising a layer's cells into object parts follows Collins, Achanta & Süsstrunk, ECCV 2018; choosing the factors by
+their equivariance, and teaching an explainer with them, is ours. ``docs/study.md`` says what it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from partlens.vocabulary import ImageError, expected
+
+PARTS = (3, 4, 5, 6, 8, 10, 12, 16)
+ROUNDS = 3
+SHARE_OF_PHOTOS = 0.7
+MOST_CELLS = 8000
+BLUR_CELLS = 1.5
+_FIT_STEPS = 40
+_CODE_STEPS = 25
+_CODE_CELLS = 65_536
+_LITTLE = 1e-8
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Parts that teach.
+
+    Attributes:
+        places: (row, col) of each part in each photo, as shares of its sides: the mean over views.
+        movement: mean squared error of moving with crops and mirrors over the variance of the place; lower is better.
+        correlation: mean correlation of the places of two different parts over photos.
+    """
+
+    places: Float[Tensor, "photo teacher 2"]
+    movement: Float[Tensor, " teacher"]
+    correlation: float
+
+
+def nonnegative_parts(
+    cells: Float[Tensor, "cell filter"], count: int, generator: torch.Generator
+) -> Float[Tensor, "part filter"]:
+    """Factorise cells into ``count`` non-negative directions by some multiplicative steps (Lee & Seung 2001).
+
+    Only candidates are wanted, so the number of steps is fixed; :func:`partlens.rivals.factors.fit_nmf` is the rival,
+    which goes on until nothing changes.
+    """
+    scale = float(cells.mean()) + _LITTLE
+    codes = torch.rand(len(cells), count, generator=generator).to(cells) * scale
+    parts = torch.rand(count, cells.shape[1], generator=generator).to(cells) * scale + _LITTLE
+    for _ in range(_FIT_STEPS):
+        codes = codes * (cells @ parts.t()) / (codes @ (parts @ parts.t()) + _LITTLE)
+        parts = parts * (codes.t() @ cells) / ((codes.t() @ codes) @ parts + _LITTLE)
+    return F.normalize(parts, dim=1)
+
+
+def part_codes(
+    maps: Float[Tensor, "image filter row col"], parts: Float[Tensor, "part filter"]
+) -> Float[Tensor, "image part row col"]:
+    """Return how much of each part every cell holds, all parts competing for it."""
+    images, _, rows, cols = maps.shape
+    gram = parts @ parts.t()
+    found = []
+    for cells in maps.permute(0, 2, 3, 1).flatten(0, 2).split(_CODE_CELLS):
+        target = cells @ parts.t()
+        codes = torch.full_like(target, float(cells.mean()) + _LITTLE)
+        for _ in range(_CODE_STEPS):
+            codes = codes * target / (codes @ gram + _LITTLE)
+        found.append(codes)
+    return torch.cat(found).reshape(images, rows, cols, -1).permute(0, 3, 1, 2)
+
+
+def centroids(codes: Float[Tensor, "image part row col"]) -> Float[Tensor, "image part 2"]:
+    """Return the centroid (row, col) of squared codes as shares of the map's sides; its middle for an empty map."""
+    weight = codes.square()
+    total = weight.sum((2, 3)).clamp(min=torch.finfo(codes.dtype).tiny)
+    rows, cols = codes.shape[2:]
+    row = ((weight.sum(3) * (torch.arange(rows).to(codes) + 0.5)).sum(-1) / total) / rows
+    col = ((weight.sum(2) * (torch.arange(cols).to(codes) + 0.5)).sum(-1) / total) / cols
+    places = torch.stack([row, col], -1)
+    return torch.where((weight.sum((2, 3)) > 0)[..., None], places, 0.5)
+
+
+def places_in_view(
+    places: Float[Tensor, "photo part 2"], windows: Float[Tensor, "photo 5"]
+) -> Float[Tensor, "photo part 2"]:
+    """Return where windows take places of the photo, as shares of the view; outside 0 to 1 where it is cut off.
+
+    Example:
+        >>> mirror = torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0]])
+        >>> places_in_view(torch.tensor([[[0.5, 0.25]]]), mirror).tolist()
+        [[[0.5, 0.75]]]
+    """
+    left, top, width, height, mirrored = (windows[:, None, k] for k in range(5))
+    col = (places[..., 1] - left) / width
+    return torch.stack([(places[..., 0] - top) / height, torch.where(mirrored > 0.5, 1 - col, col)], -1)
+
+
+def places_in_photo(
+    places: Float[Tensor, "photo part 2"], windows: Float[Tensor, "photo 5"]
+) -> Float[Tensor, "photo part 2"]:
+    """Return where places of a view stand in the photo; the inverse of :func:`places_in_view`."""
+    left, top, width, height, mirrored = (windows[:, None, k] for k in range(5))
+    col = torch.where(mirrored > 0.5, 1 - places[..., 1], places[..., 1])
+    return torch.stack([top + height * places[..., 0], left + width * col], -1)
+
+
+def _correlations(places: Float[Tensor, "photo part 2"]) -> Float[Tensor, "part part"]:
+    centred = places - places.mean(0)
+    unit = centred / centred.norm(dim=0).clamp(min=_LITTLE)
+    return torch.einsum("ipa,iqa->pqa", unit, unit).mean(-1)
+
+
+def part_teachers(
+    view: Callable[[int], Float[Tensor, "photo filter row col"]],
+    windows: Float[Tensor, "photo view 5"],
+    count: int,
+    variety: float,
+    generator: torch.Generator,
+) -> Teachers:
+    """Find parts in a later layer that move with the photo.
+
+    Args:
+        view: returns the later layer's maps (at least 0) of all photos in a view; view 0 is the whole photo.
+        windows: how each view was cut; at least two views.
+        count: parts wanted.
+        variety: how much a part pays for moving like those already taken: cost per unit of mean correlation.
+        generator: source of the draws.
+
+    Returns:
+        The parts, the best first.
+
+    Raises:
+        ImageError: fewer than four photos, or nothing but zeros in the later layer.
+    """
+    photos, views = windows.shape[:2]
+    if photos < 4:
+        raise ImageError(expected("at least 4 photos to find parts in", int(photos), "Add photos"))
+    whole = view(0).clamp(min=0)
+    if not bool(whole.any()):
+        raise ImageError(expected("a later layer that maps to the photos", "zeros only", "Check the performer"))
+    dictionaries = []
+    for parts in PARTS:
+        for _ in range(ROUNDS):
+            chosen = torch.rand(photos, generator=generator) < SHARE_OF_PHOTOS
+            cells = whole[chosen if int(chosen.sum()) > 1 else slice(None)].permute(0, 2, 3, 1).flatten(0, 2)
+            cells = cells[torch.randperm(len(cells), generator=generator)[:MOST_CELLS]]
+            dictionaries.append(nonnegative_parts(cells, parts, generator))
+    first = torch.cat([centroids(part_codes(whole, parts)) for parts in dictionaries], 1)
+    sums, error = first.clone(), torch.zeros(first.shape[1])
+    for number in range(1, views):
+        maps = view(number).clamp(min=0)
+        seen = torch.cat([centroids(part_codes(maps, parts)) for parts in dictionaries], 1)
+        wanted = places_in_view(first, windows[:, number])
+        inside = ((wanted > 0) & (wanted < 1)).all(-1).to(seen.dtype)
+        missed = (seen - wanted).square().sum(-1)
+        error += (missed * inside).sum(0) / inside.sum(0).clamp(min=1) / (views - 1)
+        sums += places_in_photo(seen, windows[:, number])
+    movement = error / first.var(0).sum(-1).clamp(min=_LITTLE)
+    places = sums / views
+    alike = _correlations(places)
+    taken: list[int] = []
+    for _ in range(min(count, len(movement))):
+        cost = movement + (variety * alike[:, taken].mean(1) if taken else 0.0)
+        cost[taken] = torch.inf
+        taken.append(int(cost.argmin()))
+    own = alike[taken][:, taken]
+    pairs = len(taken) * (len(taken) - 1)
+    correlation = float(own.sum() - own.diagonal().sum()) / pairs if pairs else 0.0
+    return Teachers(places[:, taken], movement[taken], correlation)
+
+
+def place_posterior(
+    maps: Float[Tensor, "image filter row col"],
+) -> tuple[Float[Tensor, "image filter cell"], Float[Tensor, "image filter 2"]]:
+    """Return the logarithm of the softmax of maps over their cells, and the mean cell (row, col) under it."""
+    rows, cols = maps.shape[2:]
+    logs = maps.flatten(2).log_softmax(-1)
+    row = torch.arange(rows).to(logs).repeat_interleave(cols)
+    col = torch.arange(cols).to(logs).repeat(rows)
+    return logs, logs.exp() @ torch.stack([row, col], -1)
+
+
+def teacher_cost(
+    maps: Float[Tensor, "image filter row col"], wanted: Float[Tensor, "image filter 2"]
+) -> Float[Tensor, " filter"]:
+    """Return how far filters are from where their teachers stand; NaN in ``wanted`` asks for nothing.
+
+    The mean over photos of ``|E mu - mu*|² / 4 + 0.3 H(b, q)``, ``q`` the softmax of the filter's map over its cells:
+    the squared distance (cells) between the mean cell and the teacher's place, which makes ``q`` as wide as the place
+    is uncertain, and the cross entropy (nats) of ``q`` with the place blurred, which keeps it in one piece.
+    """
+    rows, cols = maps.shape[2:]
+    known = ~wanted.isnan().any(-1)
+    target = wanted.nan_to_num()
+    logs, mean = place_posterior(maps)
+    row, col = torch.arange(rows).to(logs), torch.arange(cols).to(logs)
+    by_row = (-(row - target[..., 0, None]).square() / (2 * BLUR_CELLS**2)).softmax(-1)
+    by_col = (-(col - target[..., 1, None]).square() / (2 * BLUR_CELLS**2)).softmax(-1)
+    blurred = (by_row[..., :, None] * by_col[..., None, :]).flatten(2)
+    cost = (mean - target).square().sum(-1) / 4 - 0.3 * (blurred * logs).sum(-1)
+    return torch.where(known, cost, torch.zeros_like(cost)).sum(0) / known.sum(0).clamp(min=1)
