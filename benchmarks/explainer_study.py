@@ -31,7 +31,7 @@ PLAIN: dict[str, Any] = {
     "score_scale_nats": 0.0,
     "filter_decay": 1.0,
 }
-# The default in a third of its epochs, to compare more settings in the same time.
+# Candidates in a third of their epochs, to compare more settings in the same time.
 SHORT: dict[str, Any] = {"warmup_epochs": 8, "epochs": 6}
 # One weight for nine taps, and the rates that it bears.
 BOX: dict[str, Any] = {"kernel": "box", "learning_rate": 3e-3, "learning_rate_joint": 3e-4}
@@ -47,44 +47,45 @@ ALONE: dict[str, Any] = {
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "partlens (default)": ("partlens", {}),
+    "candidates": ("candidates", {}),
     "paper preset": ("paper", {"epochs": 24, "patience": 0, "precision": "bfloat16"}),
-    "exact loss, gradient ratio 1.0/N": ("partlens", {**PLAIN, "filter_ratio": 1.0}),
-    "exact loss, gradient ratio 0.3/N": ("partlens", {**PLAIN, "filter_ratio": 0.3}),
-    "no diversity": ("partlens", {"diversity_weight": 0.0}),
-    "no equivariance": ("partlens", {"equivariance_weight": 0.0}),
-    "no warm-up": ("partlens", {"warmup_epochs": 0}),
-    "no part candidates (identity)": ("partlens", {"initialisation": "identity", "learning_rate": 1e-3}),
+    "exact loss, gradient ratio 1.0/N": ("candidates", {**PLAIN, "filter_ratio": 1.0}),
+    "exact loss, gradient ratio 0.3/N": ("candidates", {**PLAIN, "filter_ratio": 0.3}),
+    "no diversity": ("candidates", {"diversity_weight": 0.0}),
+    "no equivariance": ("candidates", {"equivariance_weight": 0.0}),
+    "no warm-up": ("candidates", {"warmup_epochs": 0}),
+    "no part candidates (identity)": ("candidates", {"initialisation": "identity", "learning_rate": 1e-3}),
     "part candidates, track not learned": (
-        "partlens",
+        "candidates",
         {"warmup_epochs": 0, "learning_rate_joint": 1e-12, "filter_ratio": 0.0},
     ),
-    "track learns fast in the joint phase": ("partlens", {"learning_rate_joint": 1e-4, "filter_ratio": 3.0}),
-    "ordinary track learns (2e-4)": ("partlens", {"learning_rate_ordinary": 2e-4}),
-    "eta 1.5e5 (paper's)": ("partlens", {"eta": 1.5e5, "p_init": 0.1}),
-    "eta 1e6, p from 0.3": ("partlens", {"eta": 1e6, "p_init": 0.3}),
-    "eta 3e6, p from 0.5": ("partlens", {"eta": 3e6, "p_init": 0.5}),
-    "short": ("partlens", SHORT),
-    "short, no diversity": ("partlens", {**SHORT, "diversity_weight": 0.0}),
+    "track learns fast in the joint phase": ("candidates", {"learning_rate_joint": 1e-4, "filter_ratio": 3.0}),
+    "ordinary track learns (2e-4)": ("candidates", {"learning_rate_ordinary": 2e-4}),
+    "eta 1.5e5 (paper's)": ("candidates", {"eta": 1.5e5, "p_init": 0.1}),
+    "eta 1e6, p from 0.3": ("candidates", {"eta": 1e6, "p_init": 0.3}),
+    "eta 3e6, p from 0.5": ("candidates", {"eta": 3e6, "p_init": 0.5}),
+    "short": ("candidates", SHORT),
+    "short, no diversity": ("candidates", {**SHORT, "diversity_weight": 0.0}),
     "short, evidence 4, diversity 16": (
-        "partlens",
+        "candidates",
         {**SHORT, "learning_rate": 3e-4, "evidence_weight": 4.0, "diversity_weight": 16.0},
     ),
     "short, evidence 16 (power 8), diversity 4": (
-        "partlens",
+        "candidates",
         {**SHORT, "learning_rate": 3e-4, "evidence_weight": 16.0, "evidence_power": 8.0, "diversity_weight": 4.0},
     ),
-    "short, without mask": ("partlens", {**SHORT, "mask": False}),
-    "short, shuffled templates": ("partlens", {**SHORT, "templates": "shuffled"}),
-    "short, box kernel": ("partlens", {**SHORT, **BOX}),
+    "short, without mask": ("candidates", {**SHORT, "mask": False}),
+    "short, shuffled templates": ("candidates", {**SHORT, "templates": "shuffled"}),
+    "short, box kernel": ("candidates", {**SHORT, **BOX}),
     "short, box kernel, evidence 4, diversity 16": (
-        "partlens",
+        "candidates",
         {**SHORT, **BOX, "evidence_weight": 4.0, "diversity_weight": 16.0},
     ),
-    "filter loss only, from the identity": ("partlens", ALONE),
-    "… without mask": ("partlens", {**ALONE, "mask": False}),
-    "… with shuffled templates": ("partlens", {**ALONE, "templates": "shuffled"}),
-    "… without filter loss": ("partlens", {**ALONE, "warmup_epochs": 0, "epochs": 12, "filter_ratio": 0.0}),
-    "short, eta 1e6, p from 0.3": ("partlens", {**SHORT, "eta": 1e6, "p_init": 0.3}),
+    "filter loss only, from the identity": ("candidates", ALONE),
+    "… without mask": ("candidates", {**ALONE, "mask": False}),
+    "… with shuffled templates": ("candidates", {**ALONE, "templates": "shuffled"}),
+    "… without filter loss": ("candidates", {**ALONE, "warmup_epochs": 0, "epochs": 12, "filter_ratio": 0.0}),
+    "short, eta 1e6, p from 0.3": ("candidates", {**SHORT, "eta": 1e6, "p_init": 0.3}),
 }
 COLUMNS = {
     "instability": ("explainer", "instability"),
@@ -116,8 +117,7 @@ def study(model: str, data: str, category: str, work: Path, wanted: list[str]) -
         if wanted and name not in wanted and name not in finished:
             continue
         run = Path(finished.get(name, work / name.replace(" ", "-").replace(",", "").replace("/", "-per-")))
-        # The paper preset has two views; it shares nothing.
-        shared = work / ("cache-paper" if preset == "paper" else "cache")
+        shared = work / f"cache-{preset}"  # presets differ in their views
         arguments: dict[str, Any] = {"out": run, "category": category, "tap": "layer3", "preset": preset, "seeds": 1}
         if name not in finished:
             show = Progress.terminal()

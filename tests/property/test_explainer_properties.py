@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from partlens.explainer.filter_loss import filter_loss
 from partlens.explainer.network import NormLayer
-from partlens.explainer.templates import mask_at_peak, part_templates, peak_masks
+from partlens.explainer.templates import (
+    centroid_cells,
+    mask_around,
+    mask_at_peak,
+    part_templates,
+    peak_cells,
+    peak_masks,
+)
 from partlens.metrics.localisation import Peaks, distinct_parts, instability_per_filter, spread_per_filter
 
 sides = st.integers(2, 7)
@@ -50,6 +57,39 @@ def test_masking_keeps_the_peak_and_never_adds(seed: int, side: int) -> None:
     assert torch.equal(masked.flatten(2).amax(-1), maps.flatten(2).amax(-1))
     assert bool((masked <= maps).all())
     assert bool((masked >= 0).all())
+
+
+@given(seeds, sides)
+def test_a_mask_around_the_largest_cell_is_the_papers(seed: int, side: int) -> None:
+    maps = maps_of(seed, 3, side, 1.0)
+    index = peak_cells(maps)
+    places = torch.stack([index // side, index % side], -1).double()
+    paper = mask_at_peak(maps, peak_masks(side, dtype=torch.float64))
+    assert torch.allclose(mask_around(maps, places), paper, atol=1e-12)
+
+
+@given(seeds, sides, st.floats(1, 8), st.floats(1e-3, 1e3))
+def test_a_centroid_lies_in_the_map_moves_with_it_and_ignores_its_scale(
+    seed: int, side: int, power: float, scale: float
+) -> None:
+    maps = maps_of(seed, 3, side, 1.0)
+    places = centroid_cells(maps, power)
+    assert bool(((places >= -1e-4) & (places <= side - 1 + 1e-4)).all())
+    assert torch.allclose(centroid_cells(maps * scale, power), places, atol=1e-3)
+    shifted = torch.nn.functional.pad(maps, (2, 1, 1, 3))
+    answers = maps.flatten(2).amax(-1) > 0
+    moved = centroid_cells(shifted, power)[answers] - places[answers]
+    assert torch.allclose(moved, torch.tensor([1.0, 2.0]).expand_as(moved), atol=1e-3)
+
+
+@given(seeds, sides)
+def test_a_centroid_of_a_high_power_is_the_largest_cell(seed: int, side: int) -> None:
+    maps = maps_of(seed, 3, side, 1.0)
+    top = maps.flatten(2).topk(2, -1).values
+    clear = top[..., 1] < 0.9 * top[..., 0]
+    index = peak_cells(maps)
+    largest = torch.stack([index // side, index % side], -1).float()
+    assert torch.allclose(centroid_cells(maps, 200.0)[clear], largest[clear], atol=1e-3)
 
 
 @given(seeds, st.floats(0.01, 100))

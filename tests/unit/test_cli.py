@@ -113,9 +113,9 @@ def test_the_whole_way_by_the_command_line(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_preset_decides_the_defaults_of_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for preset, initialisation in (("paper", "random"), ("partlens", "parts")):
+    for preset, peak in (("paper", "largest"), ("partlens", "centroid")):
         with pytest.raises(SystemExit):
             main(["fit-explainer", "--preset", preset, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert f"default: {initialisation})" in text
+        assert f"default: {peak})" in text
     assert main(["fit-explainer", "--preset", "best", "--help"]) == 1

@@ -18,7 +18,6 @@ from partlens.data.images import ImageSet
 from partlens.evaluation import filter_table, grid_of, landmarks_in_input, photo_numbers
 from partlens.explainer.assembly import build_explainer, explainer_structure, performer_head
 from partlens.explainer.config import ExplainerConfig
-from partlens.explainer.templates import mask_at_peak
 from partlens.gallery import GalleryKind, write_gallery
 from partlens.metrics.localisation import peaks_from_cells
 from partlens.performer.receptive_field import receptive_field
@@ -145,7 +144,7 @@ def test_each_networks_filters_are_looked_up_in_its_own_maps(
         joined = map_of(batch[:2])
         tapped = forward_taps(made["performer"], batch[:2], ["relu2"])[1]["relu2"]
         with torch.no_grad():
-            masked = mask_at_peak(made["explainer"].interpret(tapped)[1], made["explainer"].masks)
+            masked = made["explainer"].masked(made["explainer"].interpret(tapped)[1])
         torch.testing.assert_close(joined, torch.cat([masked, tapped], 1), atol=1e-5, rtol=1e-4)
         return find(map_of, batch, receptive, filters, **settings)
 

@@ -93,6 +93,18 @@ def test_fit_evaluate_report(run: Path, tiny: Performer, few_flowers: ImageSet) 
         own, its = scores["explainer"]["instability"], scores["nulls"][kind]["instability"]
         assert gap["value"] == pytest.approx(own["value"] - its["value"])
         assert gap["interval"][0] <= gap["value"] <= gap["interval"][1]
+    # What is read alike: the explainer by its largest cells, the performer by centroids.
+    same = scores["same_peak"]
+    assert set(same) == {"largest", "centroid"}
+    for layer in (same["largest"]["explainer"], same["centroid"]["tap"], same["centroid"]["top"]):
+        assert np.isfinite(layer["instability"]["value"])
+    read_twice = (
+        (same["largest"]["explainer"], scores["explainer"]),
+        (scores["performer"]["tap"], same["centroid"]["tap"]),
+    )
+    for by_largest, by_centroid in read_twice:
+        # A centroid lies within its map's answers, so it moves no further than the largest cell.
+        assert by_centroid["peak_spread_cells"]["value"] < by_largest["peak_spread_cells"]["value"]
     assert scores["p"]["n"] == 2
     assert scores["p"]["unit"] == "seeds"
     assert 0 <= scores["reconstruction"]["agreement_top1"]["value"] <= 1
@@ -218,7 +230,7 @@ def test_measuring_on_the_training_photos_warns(run: Path, tiny: Performer, few_
         ({"category": "petal-rot"}, "Did you mean petal-red"),
         ({"seeds": 0}, "at least 1 seed, got 0"),
         ({"config": {"epoch": 2}}, "Did you mean epochs"),
-        ({"preset": "best"}, "preset partlens or paper, got best"),
+        ({"preset": "best"}, "preset partlens, candidates, paper, got best"),
         ({"targets": ["relu1"]}, "relu1"),
     ],
 )
@@ -374,7 +386,7 @@ def test_evidence_is_cached_once_and_guides_the_fit(tiny: Performer, few_flowers
         few_flowers,
         out=tmp_path / "run",
         category=RED,
-        config={**SMALL, "evidence_weight": 4.0},
+        config={**SMALL, "initialisation": "parts", "teachers": 0, "evidence_weight": 4.0},
         seeds=1,
         cache=tmp_path / "cache",
     )

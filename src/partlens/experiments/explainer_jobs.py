@@ -167,12 +167,15 @@ class _Measured:
     outputs: dict[str, list[Tensor]] = field(default_factory=lambda: {"held": [], "others": []})
     features: dict[str, list[Tensor]] = field(default_factory=lambda: {"held": [], "others": []})
 
-    def add(self, maps: Tensor) -> None:
-        """Take in the peaks of a batch of maps."""
+    def add(self, maps: Tensor, power: float | None = None) -> None:
+        """Take in the peaks of a batch of maps: largest cells, or centroids of the maps raised to a power."""
         import torch
 
+        from partlens.explainer.templates import centroid_cells
+
         score, index = maps.flatten(2).max(-1)
-        self.cells.append(torch.stack([index // maps.shape[3], index % maps.shape[3]], -1))
+        largest = torch.stack([index // maps.shape[3], index % maps.shape[3]], -1)
+        self.cells.append(largest if power is None else centroid_cells(maps, power))
         self.scores.append(score)
         self.side = (int(maps.shape[2]), int(maps.shape[3]))
 
@@ -194,20 +197,22 @@ class RivalBench:
         structure: tap and targets of the explainer that the rivals stand beside.
         decoder: the performer's own layers from the tap to the targets.
         head: its layers after the last target.
+        power: rivals' maps peak at centroids with this power, where the explainer's do; ``None`` for largest cells.
     """
 
     performer: Performer
     structure: ExplainerStructure
     decoder: nn.Module
     head: nn.Module
+    power: float | None = None
 
     @staticmethod
-    def of(performer: Performer, structure: ExplainerStructure) -> RivalBench:
+    def of(performer: Performer, structure: ExplainerStructure, power: float | None = None) -> RivalBench:
         """Cut the performer at tap and targets."""
         from partlens.explainer.assembly import performer_head, reference_decoder
 
         decoder, head = reference_decoder(performer, structure), performer_head(performer, structure)
-        return RivalBench(performer, structure, decoder, head)
+        return RivalBench(performer, structure, decoder, head, power)
 
 
 def _as_vector(features: Tensor) -> Tensor:
@@ -282,7 +287,7 @@ def measure_rivals(
                     into.outputs[side].append(class_outputs(bench.head(fed)[0]))
                     if part != "held":
                         continue
-                    into.add(rival.maps(maps))
+                    into.add(rival.maps(maps), bench.power)
                     into.wrong.append((fed - target).double().square().flatten(1).sum(1))
     held = list(rows["held"])
     names, landmarks = landmarks_in_input(images, held, performer)
@@ -397,15 +402,18 @@ def _evaluation_rows(images: ImageSet, category: str, split: str, seed: int) -> 
 
 def compare(job: Job, folder: Path) -> dict[str, Any]:
     """Fit the rivals on the tap's maps of the explainer's training photos and measure them beside it."""
+    from partlens.explainer.config import ExplainerConfig
     from partlens.explainer.network import ExplainerStructure
     from partlens.performer.activations import open_maps, stream_maps
 
     settings = RIVAL_SETTINGS | dict(job.settings["rivals"])
     images, performer = photos_of(job), loaded(performer_spec(job))
-    values = read_json(folder / EXPLAINER / "run.json")["structure"]
+    manifest = read_json(folder / EXPLAINER / "run.json")
+    values, how = manifest["structure"], ExplainerConfig.from_dict(manifest["config"])
     structure = ExplainerStructure(
         **{**values, "targets": tuple(values["targets"]), "side_cells": tuple(values["side_cells"])}
     )
+    power = how.peak_power if how.peak == "centroid" else None  # rivals are read as the explainer is
     fitters = _fitters()
     strange = [name for name in settings["methods"] if name not in fitters]
     if strange:
@@ -425,7 +433,7 @@ def compare(job: Job, folder: Path) -> dict[str, Any]:
             fitted[name] = fitters[method](maps, count, seed=job.seed, **options)
     split = job.settings["split"]
     measured = measure_rivals(
-        RivalBench.of(performer, structure),
+        RivalBench.of(performer, structure, power),
         fitted,
         images,
         _evaluation_rows(images, job.category, split, job.seed),
@@ -433,7 +441,7 @@ def compare(job: Job, folder: Path) -> dict[str, Any]:
         seed=job.seed,
     )
     shutil.rmtree(cached)
-    return {"rivals": measured, "fit_photos": len(rows), "background": len(rows) - len(photos)}
+    return {"rivals": measured, "peak": how.peak, "fit_photos": len(rows), "background": len(rows) - len(photos)}
 
 
 # Interpretable CNNs

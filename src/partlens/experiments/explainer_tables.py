@@ -27,6 +27,7 @@ from partlens.experiments.explainer_jobs import (
 from partlens.experiments.published import DIFFERENCES, published_data, published_network
 from partlens.experiments.sweep import Executor, Job, JobResult, run_sweep
 from partlens.experiments.table_blocks import Study, build
+from partlens.explainer.config import PRESETS
 from partlens.pipeline.runs import command, spec, versions
 from partlens.progress import Progress
 from partlens.store import file_sha256, write_json
@@ -78,8 +79,8 @@ class TablePlan:
             raise InputError(expected("at least one performer", "none", "Give --performers LABEL=MODEL"))
         if self.seeds < 1:
             raise InputError(expected("at least 1 seed", self.seeds, "Set --seeds to 1 or more"))
-        if self.preset not in {"partlens", "paper"}:
-            raise InputError(expected("preset partlens or paper", self.preset, "Choose one of them"))
+        if self.preset not in PRESETS:
+            raise InputError(expected(f"preset {', '.join(PRESETS)}", self.preset, "Choose one of them"))
         for name in self.settings:
             if name not in _SETTINGS:
                 near = nearest(name, _SETTINGS)[0]

@@ -38,13 +38,24 @@ Getter = Callable[[Content], Cell | None]
 
 SUBJECTS = {
     "explainer": "explainer",
+    "explainer_largest": "explainer, largest cells",
     "top": "performer, top layer",
     "tap": "performer, tap",
+    "tap_centroid": "performer, tap, centroids",
     "random": "null: random",
     "centre": "null: centre",
     "corner": "null: corner",
 }
-ROLES = {"explainer": "explainer", "top": "performer", "tap": "performer", "interpretable": "explainer"}
+ROLES = {
+    "explainer": "explainer",
+    "explainer_largest": "explainer",
+    "top": "performer",
+    "tap": "performer",
+    "tap_centroid": "performer",
+    "interpretable": "explainer",
+}
+SAME_PEAK = {"explainer_largest": ("largest", "explainer"), "tap_centroid": ("centroid", "tap")}
+"""Where an evaluation keeps what is read otherwise than by default, so that like stands beside like."""
 BESIDE = {
     "instability": ("instability", "lower"),
     "peak_spread_cells": ("spread of peaks, cells", "0 is stuck"),
@@ -61,6 +72,11 @@ def localisation(subject: str, score: str) -> Getter:
 
     def get(content: Content) -> Cell | None:
         found = content["evaluation"]
+        if subject in SAME_PEAK:
+            reading, layer = SAME_PEAK[subject]
+            scores = found.get("same_peak", {}).get(reading, {}).get(layer, {})
+            otherwise: Cell | None = scores.get(score)
+            return otherwise
         if subject in {"tap", "top"}:
             found = found["performer"]
         elif subject in {"random", "centre", "corner"}:
@@ -402,7 +418,8 @@ def _instability(study: Study) -> dict[str, Any]:
         return ours | {"ratio": _ratio(study, label, category, EXPLAINER, above, below)} | theirs
 
     order = ("explainer", *(["printed_explainer"] if "printed_explainer" in printed_of else []))
-    order += ("printed_interpretable", "top", "printed_performer", "ratio", "tap", "random", "centre", "corner")
+    order += ("printed_interpretable", "explainer_largest", "top", "printed_performer", "ratio", "tap", "tap_centroid")
+    order += ("random", "centre", "corner")
     named = SUBJECTS | {key: name for key, (_, name) in printed_of.items()} | {"ratio": "explainer / top layer"}
     roles = ROLES | dict.fromkeys(printed_of, "printed") | {"ratio": ""}
     columns = [column(key, named[key], roles.get(key, "null")) for key in order]
@@ -414,7 +431,8 @@ def _instability(study: Study) -> dict[str, Any]:
         "columns": columns,
         "rows": list(_rows(study, EXPLAINER, cells)),
     }
-    subjects = {key: SUBJECTS[key] for key in ("explainer", "top", "tap", "random", "centre")}
+    shown = ("explainer", "explainer_largest", "top", "tap", "tap_centroid", "random", "centre")
+    subjects = {key: SUBJECTS[key] for key in shown}
     beside = _beside_block(
         study,
         EXPLAINER,

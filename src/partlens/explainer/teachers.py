@@ -155,7 +155,7 @@ def part_teachers(
         raise ImageError(expected("at least 4 photos to find parts in", int(photos), "Add photos"))
     whole = view(0).clamp(min=0)
     if not bool(whole.any()):
-        raise ImageError(expected("a later layer that maps to the photos", "zeros only", "Check the performer"))
+        raise ImageError(expected("a later layer that answers to the photos", "zeros only", "Check the performer"))
     dictionaries = []
     for parts in PARTS:
         for _ in range(ROUNDS):

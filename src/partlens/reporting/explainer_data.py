@@ -110,7 +110,8 @@ class CategoryScore:
 class Evaluation:
     """What was measured on one split of the photos.
 
-    ``beyond_nulls`` is the explainer's instability minus that of each null on the same photos.
+    ``beyond_nulls`` is the explainer's instability minus that of each null on the same photos. ``read_alike`` holds
+    layers whose peaks were read in one way, which their ``role`` names; empty where all are read by largest cells.
     """
 
     split: str
@@ -123,6 +124,7 @@ class Evaluation:
     performer_filters: tuple[FilterScore, ...]
     warnings: tuple[str, ...]
     by_category: tuple[CategoryScore, ...] = ()
+    read_alike: tuple[Subject, ...] = ()
     beyond_nulls: Mapping[str, Measure] = field(default_factory=dict)
 
     def subject(self, key: str) -> Subject:
@@ -318,6 +320,22 @@ def _subject(key: str, label: str, role: str, value: Any) -> Subject:
     return Subject(key, label, role, {name: measure(scores.get(name)) for name in SCORES}, shares)
 
 
+def _read_alike(content: Mapping[str, Any], tap: str, top_layer: str) -> tuple[Subject, ...]:
+    """Read what compares an explainer whose parts stand at centroids with layers read by their largest cells."""
+    same = group(content.get("same_peak"))
+    if not same:
+        return ()
+    largest, centroid, performer = (group(v) for v in (same.get("largest"), same.get("centroid"), content["performer"]))
+    return (
+        _subject("explainer", "explainer", "centroid", content.get("explainer")),
+        _subject("tap", f"performer, {tap}", "centroid", centroid.get("tap")),
+        _subject("top", f"performer, {top_layer or 'top layer'}", "centroid", centroid.get("top")),
+        _subject("explainer", "explainer", "largest cell", largest.get("explainer")),
+        _subject("tap", f"performer, {tap}", "largest cell", performer.get("tap")),
+        _subject("top", f"performer, {top_layer or 'top layer'}", "largest cell", performer.get("top")),
+    )
+
+
 def _by_category(content: Mapping[str, Any]) -> tuple[CategoryScore, ...]:
     """Read the scores per category of an explainer of several."""
 
@@ -394,6 +412,7 @@ def _evaluation(path: Path, tap: str) -> tuple[Evaluation | None, str]:
         performer_filters=_filter_scores(filters.get("performer")),
         warnings=texts(content.get("warnings")),
         by_category=_by_category(content),
+        read_alike=_read_alike(content, tap, top_layer),
         beyond_nulls={
             text(kind): measure(value) for kind, value in group(content.get("instability_minus_null")).items()
         },

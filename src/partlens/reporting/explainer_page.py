@@ -18,6 +18,7 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("Relative error of the reconstruction", (("relative_error", "relative error"),)),
     ("p, the share of part filters", (("p", "p"),)),
     ("Filter loss, nats per filter", (("filter_1", "conv-interp-1"), ("filter_2", "conv-interp-2"))),
+    ("Cost of not standing where the teacher does", (("teacher", "teachers"),)),
     ("Correlation between filters", (("correlation", "correlation"),)),
     ("Equivariance error, cells", (("equivariance", "equivariance"),)),
 )

@@ -19,7 +19,6 @@ from partlens.artefacts.track_cam import (
 from partlens.explainer.assembly import build_explainer, explainer_structure, performer_head
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer
-from partlens.explainer.templates import mask_at_peak
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
 from partlens.vocabulary import InputError, LayerError
@@ -104,7 +103,7 @@ def test_the_tracks_map_is_autograd_by_hand(explained: tuple[Explainer, nn.Modul
     ours = track_grad_cam(explainer, head, maps, CLASSES, size_px=SIZE)
     for image in range(5):
         _, interp2 = explainer.interpret(maps[image : image + 1])
-        masked = mask_at_peak(interp2, explainer.masks).detach().requires_grad_()
+        masked = explainer.masked(interp2).detach().requires_grad_()
         ordinary = (
             explainer.pool(explainer.conv_ordin(maps[image : image + 1]).relu())
             / explainer.norm_ordin.divisor[:, None, None]

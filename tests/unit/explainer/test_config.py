@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from partlens.explainer.config import PARTLENS_CHANGES, ExplainerConfig
+from partlens.explainer.config import PRESETS, ExplainerConfig
 
 
 def test_paper_preset_is_the_papers() -> None:
@@ -15,9 +15,10 @@ def test_paper_preset_is_the_papers() -> None:
     assert paper.gradient == "approximate"
 
 
-def test_presets_differ_in_the_documented_fields_only() -> None:
-    ours, paper = ExplainerConfig.preset("partlens").to_dict(), ExplainerConfig().to_dict()
-    assert {k for k in ours if ours[k] != paper[k]} == set(PARTLENS_CHANGES)
+@pytest.mark.parametrize("name", ["partlens", "candidates"])
+def test_presets_differ_in_the_documented_fields_only(name: str) -> None:
+    ours, paper = ExplainerConfig.preset(name).to_dict(), ExplainerConfig().to_dict()
+    assert {k for k in ours if ours[k] != paper[k]} == set(PRESETS[name])
 
 
 def test_round_trip_and_changes() -> None:
@@ -34,6 +35,9 @@ def test_round_trip_and_changes() -> None:
         ({"p_init": 1.0}, "p_init between 0 and 1, got 1.0"),
         ({"p_init": 0.5, "p_max": 0.4}, "p_init < p_max"),
         ({"batch_size": 1}, "batch_size at least 2"),
+        ({"dropout": 1.0}, r"dropout in \[0, 1\), got 1.0"),
+        ({"peak_power": 0.5}, "peak_power of at least 1, got 0.5"),
+        ({"teachers": 4, "views": 1}, "at least 2 views to choose teachers"),
         ({"epoch": 3}, "a field of ExplainerConfig, got epoch. Did you mean epochs"),
     ],
 )
@@ -43,5 +47,5 @@ def test_wrong_fields_are_named(changes: dict[str, float], message: str) -> None
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match="preset partlens or paper, got papers"):
+    with pytest.raises(ValueError, match="preset partlens, candidates, paper, got papers"):
         ExplainerConfig.preset("papers")

@@ -247,3 +247,67 @@ def test_explainers_that_stored_the_identity_still_load(tiny: Performer) -> None
     held.load_state_dict(dict(stored))
     with pytest.raises(RuntimeError, match="conv_ordin"):
         held.load_state_dict(stored | {"conv_ordin.weight": kernel + 0.1})
+
+
+def test_explainers_that_read_the_tap_as_it_is_still_load(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    explainer = build_explainer(tiny, structure, ExplainerConfig())
+    stored = explainer.state_dict()
+    older = {k: v for k, v in stored.items() if not k.startswith("tap_")}
+    explainer.load_state_dict(older)
+    maps = torch.rand(2, 12, 8, 8)
+    assert torch.equal(explainer.interpret(maps)[0], explainer.conv_interp_1(maps).relu())
+
+
+def test_a_standardised_track_is_the_same_function_with_other_weights(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    maps = torch.rand(6, 12, 8, 8) * torch.linspace(0.1, 9, 12)[:, None, None]
+    standard = build_explainer(tiny, structure, ExplainerConfig(standardise=True))
+    standard.start_scale(maps)
+    plain = build_explainer(tiny, structure, ExplainerConfig())
+    with torch.no_grad():
+        kernel = standard.conv_interp_1.weight / standard.tap_deviation[:, None, None]
+        plain.conv_interp_1.weight.copy_(kernel)
+        plain.conv_interp_1.bias.copy_(standard.conv_interp_1.bias - (kernel.sum((2, 3)) * standard.tap_mean).sum(1))
+        inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+        assert torch.allclose(standard.interpret(maps)[0][inner], plain.interpret(maps)[0][inner], atol=1e-4)
+    dead = torch.zeros(4, 12, 8, 8)
+    standard.start_scale(dead)
+    assert bool(standard.interpret(dead)[1].isfinite().all())
+
+
+def test_channels_drop_out_in_the_warm_up_only_and_by_the_given_draws(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    explainer = build_explainer(tiny, structure, ExplainerConfig(dropout=0.5)).train()
+    maps = torch.rand(3, 12, 8, 8) + 0.5
+    whole = explainer.interpret(maps)[1]
+    assert torch.equal(whole, explainer.interpret(maps)[1])
+    seen = []
+    for seed in (4, 4, 5):
+        explainer.draws = torch.Generator().manual_seed(seed)
+        seen.append(explainer.interpret(maps)[1])
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], whole)
+    explainer.draws = torch.Generator().manual_seed(0)
+    thinned = explainer._thinned(torch.ones(200, 50, 2, 2))
+    assert sorted(thinned.unique().tolist()) == [0.0, 2.0]
+    assert float(thinned.mean()) == pytest.approx(1, abs=0.05)
+    assert torch.equal(thinned[..., 0, 0], thinned[..., 1, 1])
+
+
+def test_parts_stand_where_the_configuration_says(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    maps = torch.zeros(1, 12, 8, 8)
+    maps[0, :, 2, 1], maps[0, :, 2, 6] = 1.0, 0.99
+    largest = build_explainer(tiny, structure, ExplainerConfig())
+    centroid = build_explainer(tiny, structure, ExplainerConfig(peak="centroid"))
+    assert largest.places(maps)[0, 0].tolist() == [2, 1]
+    assert centroid.places(maps)[0, 0].tolist() == pytest.approx([2, 3.5], abs=0.1)
+    assert centroid.places(1000 * maps)[0, 0].tolist() == pytest.approx(centroid.places(maps)[0, 0].tolist())
+    assert centroid.places(torch.zeros(1, 12, 8, 8))[0, 0].tolist() == [3.5, 3.5]
+    # Between two distant peaks nothing is left under the mask; around the largest cell one of them is.
+    assert float(centroid.masked(maps).sum()) < 0.1
+    assert float(largest.masked(maps).sum()) == pytest.approx(12)
+    without = build_explainer(tiny, structure, ExplainerConfig(peak="centroid", mask=False))
+    assert torch.equal(without.masked(maps), maps)

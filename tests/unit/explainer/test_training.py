@@ -49,8 +49,14 @@ class Killed(Exception):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"normaliser": "running", "precision": "bfloat16"}, {"kernel": "full", "learning_rate_ordinary": 1e-4}],
-    ids=["default", "running", "full"],
+    [
+        {},
+        {"normaliser": "running", "precision": "bfloat16"},
+        {"kernel": "full", "learning_rate_ordinary": 1e-4},
+        {"learning_rate_joint": 1e-4, "kernel": "box"},
+        {"initialisation": "parts", "teachers": 0, "diversity_weight": 8.0, "equivariance_weight": 8.0},
+    ],
+    ids=["default", "running", "full", "joint", "parts"],
 )
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_a_killed_run_continues_bit_equal(
@@ -104,7 +110,7 @@ def test_tensorboard_reads_every_term(tiny: Performer, maps: TrainingMaps, tmp_p
 
     history = train_explainer(fresh(tiny), maps, tmp_path).history
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    for name in ("reconstruction", "p", "filter_2", "correlation", "equivariance"):
+    for name in ("reconstruction", "p", "filter_2", "teacher"):
         logged = {e.step: e.value for e in events.Scalars(name)}
         wanted = {r["epoch"]: r[name] for r in history if name in r}
         assert logged == pytest.approx(wanted, rel=1e-5)

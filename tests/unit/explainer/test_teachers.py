@@ -1,0 +1,191 @@
+"""Part teachers: what is found in a later layer, and what it costs not to stand where a teacher does."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.network import Explainer, ExplainerStructure
+from partlens.explainer.teachers import (
+    BLUR_CELLS,
+    centroids,
+    nonnegative_parts,
+    part_codes,
+    part_teachers,
+    place_posterior,
+    places_in_photo,
+    places_in_view,
+    teacher_cost,
+)
+from partlens.explainer.training import TrainingMaps, find_teachers
+from partlens.explainer.views import view_windows
+
+SIDE = 10
+
+
+def draws(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def blob(places: Tensor, width_cells: float = 1.0) -> Tensor:
+    """One bump per photo at a place (row, col) in shares; nothing where it is outside."""
+    cells = (torch.arange(SIDE) + 0.5) / SIDE
+    row = (cells - places[:, 0, None]) * SIDE / width_cells
+    col = (cells - places[:, 1, None]) * SIDE / width_cells
+    return torch.exp(-(row.square()[:, :, None] + col.square()[:, None, :]) / 2)
+
+
+class Photos:
+    """A later layer of four filters: two parts that move with the photo, one that stays, one that jumps."""
+
+    def __init__(self, photos: int = 30, views: int = 5) -> None:
+        self.windows = view_windows(photos, views, 0.6, draws(1))
+        self.part = 0.25 + 0.5 * torch.rand(photos, 2, generator=draws(2))
+        self.other = 0.25 + 0.5 * torch.rand(photos, 2, generator=draws(4))
+        self.jumps = torch.rand(views, photos, 2, generator=draws(3))
+
+    def view(self, number: int) -> Tensor:
+        both = places_in_view(torch.stack([self.part, self.other], 1), self.windows[:, number])
+        still = torch.full_like(self.part, 0.5)
+        shown = [blob(both[:, 0]), 0.9 * blob(both[:, 1]), blob(still), blob(self.jumps[number])]
+        return torch.stack(shown, 1)
+
+
+def test_centroid_of_squared_codes_by_hand() -> None:
+    codes = torch.zeros(1, 2, 4, 4)
+    codes[0, 0, 1, 0], codes[0, 0, 1, 2] = 1.0, 2.0
+    # Squares weigh 1 and 4: column 0.5 * 1/5 + 2.5 * 4/5 = 2.1 of 4, row 1.5 of 4; an empty map stands in the middle.
+    assert centroids(codes).flatten().tolist() == pytest.approx([0.375, 0.525, 0.5, 0.5])
+
+
+def test_a_place_goes_to_the_view_and_back() -> None:
+    windows = view_windows(40, 4, 0.5, draws())
+    places = torch.rand(40, 3, 2, generator=draws(1))
+    for number in range(4):
+        there = places_in_view(places, windows[:, number])
+        assert torch.allclose(places_in_photo(there, windows[:, number]), places, atol=1e-5)
+    crop = torch.tensor([[0.5, 0.25, 0.5, 0.5, 0.0]])
+    assert places_in_view(torch.tensor([[[0.5, 0.75]]]), crop).tolist() == [[[0.5, 0.5]]]
+
+
+def test_planted_factors_are_found() -> None:
+    truth = torch.block_diag(*[torch.rand(1, 5, generator=draws(k)) + 0.2 for k in range(3)])
+    cells = torch.rand(600, 3, generator=draws(5)).pow(3) @ truth
+    found = nonnegative_parts(cells, 3, draws(6))
+    assert bool((found >= 0).all())
+    assert found.norm(dim=1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
+    likeness = (found @ torch.nn.functional.normalize(truth, dim=1).t()).amax(0)
+    assert float(likeness.min()) > 0.98
+
+
+def test_parts_compete_for_a_cell() -> None:
+    parts = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), dim=1)
+    maps = torch.tensor([3.0, 3.0])[None, :, None, None]
+    codes = part_codes(maps, parts)[0, :, 0, 0]
+    assert float(codes[1]) == pytest.approx(3 * math.sqrt(2), rel=0.05)
+    assert float(codes[0]) < 0.15 * float(codes[1])
+
+
+def test_the_part_that_moves_with_the_photo_teaches_first() -> None:
+    photos = Photos()
+    found = part_teachers(photos.view, photos.windows, 3, 0.0, draws())
+    assert bool((found.movement.diff() >= 0).all())
+    assert float(found.movement[0]) < 0.1
+    missed = [float((found.places[:, 0] - truth).norm(dim=-1).mean()) for truth in (photos.part, photos.other)]
+    assert min(missed) < 0.05
+    # A place that never moves is no part, though its distance to where the crop takes it is small.
+    still = found.places.std(0).mean(-1) < 0.02
+    assert not bool(still[0])
+
+
+def test_variety_chooses_parts_that_move_apart() -> None:
+    photos = Photos()
+    alike = part_teachers(photos.view, photos.windows, 6, 0.0, draws())
+    varied = part_teachers(photos.view, photos.windows, 6, 2.0, draws())
+    assert varied.correlation < alike.correlation - 0.1
+    assert torch.equal(varied.places[:, 0], alike.places[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("photos", "maps", "message"),
+    [(3, 1.0, "at least 4 photos to find parts in, got 3"), (8, 0.0, "a later layer that answers")],
+)
+def test_what_cannot_teach_is_refused(photos: int, maps: float, message: str) -> None:
+    windows = view_windows(photos, 2, 0.6, draws())
+    with pytest.raises(ValueError, match=message):
+        part_teachers(lambda _: torch.full((photos, 2, 4, 4), maps), windows, 2, 0.3, draws())
+
+
+def slow_cost(maps: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The definition in the docstring, one cell at a time."""
+    images, filters, rows, cols = maps.shape
+    result = np.zeros(filters)
+    for f in range(filters):
+        total, known = 0.0, 0
+        for i in range(images):
+            if np.isnan(wanted[i, f]).any():
+                continue
+            known += 1
+            q = np.exp(maps[i, f] - maps[i, f].max())
+            q /= q.sum()
+            r = sum(q[a, b] * a for a in range(rows) for b in range(cols))
+            c = sum(q[a, b] * b for a in range(rows) for b in range(cols))
+            blurred = np.array(
+                [
+                    [
+                        math.exp(-((a - wanted[i, f, 0]) ** 2 + (b - wanted[i, f, 1]) ** 2) / (2 * BLUR_CELLS**2))
+                        for b in range(cols)
+                    ]
+                    for a in range(rows)
+                ]
+            )
+            blurred /= blurred.sum()
+            total += ((r - wanted[i, f, 0]) ** 2 + (c - wanted[i, f, 1]) ** 2) / 4 - 0.3 * (blurred * np.log(q)).sum()
+        result[f] = total / max(known, 1)
+    return result
+
+
+def test_cost_is_the_definition() -> None:
+    maps = torch.randn(6, 3, 5, 4, generator=draws(), dtype=torch.float64) * 3
+    wanted = torch.rand(6, 3, 2, generator=draws(1), dtype=torch.float64) * 4
+    wanted[1, 0] = math.nan
+    wanted[:, 2] = math.nan
+    found = teacher_cost(maps, wanted)
+    assert np.allclose(found.numpy(), slow_cost(maps.numpy(), wanted.numpy()), atol=1e-10)
+    assert float(found[2]) == 0
+
+
+def test_learning_from_the_cost_moves_the_place_to_the_teacher() -> None:
+    maps = torch.randn(2, 1, 7, 7, generator=draws()).requires_grad_()
+    wanted = torch.tensor([[[1.0, 5.0]], [[4.5, 2.0]]])
+    optimiser = torch.optim.Adam([maps], 0.1)
+    for _ in range(200):
+        optimiser.zero_grad()
+        teacher_cost(maps.relu(), wanted).sum().backward()
+        optimiser.step()
+    assert torch.allclose(place_posterior(maps.relu().detach())[1], wanted, atol=0.35)
+
+
+def test_every_category_has_teachers_of_its_own() -> None:
+    photos = Photos(photos=24, views=3)
+    structure = ExplainerStructure("tap", ("upper",), 4, 8, (SIDE, SIDE), None, "tap")
+    config = ExplainerConfig(teachers=2, views=3)
+    explainer = Explainer(structure, config, torch.nn.Identity(), generator=draws())
+    tap = torch.stack([photos.view(v) for v in range(3)], 1).flatten(0, 1).numpy()
+    labels = torch.arange(24) % 2
+    data = TrainingMaps(tap, (tap,), photos.windows, np.arange(0), labels=labels)
+    state, found = find_teachers(explainer, data)
+    places, of = state["teachers"], state["teacher_of"]
+    assert places.shape == (24, 4, 2)
+    assert of.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    for category in (0, 1):
+        others = labels != category
+        mine = slice(2 * category, 2 * category + 2)
+        assert bool(places[others, mine].isnan().all())
+        assert not bool(places[~others, mine].isnan().any())
+    assert 0 <= found["teacher_movement"] < 1
