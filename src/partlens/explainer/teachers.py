@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from partlens.vocabulary import ImageError, expected
@@ -32,6 +32,8 @@ PARTS = (3, 4, 5, 6, 8, 10, 12, 16)
 ROUNDS = 3
 SHARE_OF_PHOTOS = 0.7
 MOST_CELLS = 8000
+PHOTOS_AT_ONCE = 1000
+"""Photos whose later maps are in memory together; as many, at most, give the cells that candidates are found in."""
 BLUR_CELLS = 1.5
 _FIT_STEPS = 40
 _CODE_STEPS = 25
@@ -129,7 +131,7 @@ def _correlations(places: Float[Tensor, "photo part 2"]) -> Float[Tensor, "part 
 
 
 def part_teachers(
-    view: Callable[[int], Float[Tensor, "photo filter row col"]],
+    view: Callable[[Int[Tensor, " photo"], int], Float[Tensor, "photo filter row col"]],
     windows: Float[Tensor, "photo view 5"],
     count: int,
     variety: float,
@@ -138,7 +140,7 @@ def part_teachers(
     """Find parts in a later layer that move with the photo.
 
     Args:
-        view: returns the later layer's maps (at least 0) of all photos in a view; view 0 is the whole photo.
+        view: returns the later layer's maps (at least 0) of some photos in a view; view 0 is the whole photo.
         windows: how each view was cut; at least two views.
         count: parts wanted.
         variety: how much a part pays for moving like those already taken: cost per unit of mean correlation.
@@ -153,21 +155,32 @@ def part_teachers(
     photos, views = windows.shape[:2]
     if photos < 4:
         raise ImageError(expected("at least 4 photos to find parts in", int(photos), "Add photos"))
-    whole = view(0).clamp(min=0)
+    everyone = torch.arange(photos)
+    few = photos <= PHOTOS_AT_ONCE
+    sample = everyone if few else torch.randperm(photos, generator=generator)[:PHOTOS_AT_ONCE].sort().values
+    whole = view(sample, 0).clamp(min=0)
     if not bool(whole.any()):
         raise ImageError(expected("a later layer that answers to the photos", "zeros only", "Check the performer"))
     dictionaries = []
     for parts in PARTS:
         for _ in range(ROUNDS):
-            chosen = torch.rand(photos, generator=generator) < SHARE_OF_PHOTOS
+            chosen = torch.rand(len(sample), generator=generator) < SHARE_OF_PHOTOS
             cells = whole[chosen if int(chosen.sum()) > 1 else slice(None)].permute(0, 2, 3, 1).flatten(0, 2)
             cells = cells[torch.randperm(len(cells), generator=generator)[:MOST_CELLS]]
             dictionaries.append(nonnegative_parts(cells, parts, generator))
-    first = torch.cat([centroids(part_codes(whole, parts)) for parts in dictionaries], 1)
+
+    def places_seen(number: int) -> Tensor:
+        """Return the places of all candidates in a view."""
+        found = []
+        for some in everyone.split(PHOTOS_AT_ONCE):
+            maps = view(some, number).clamp(min=0)
+            found.append(torch.cat([centroids(part_codes(maps, parts)) for parts in dictionaries], 1))
+        return torch.cat(found)
+
+    first = places_seen(0)
     sums, error = first.clone(), torch.zeros(first.shape[1])
     for number in range(1, views):
-        maps = view(number).clamp(min=0)
-        seen = torch.cat([centroids(part_codes(maps, parts)) for parts in dictionaries], 1)
+        seen = places_seen(number)
         wanted = places_in_view(first, windows[:, number])
         inside = ((wanted > 0) & (wanted < 1)).all(-1).to(seen.dtype)
         missed = (seen - wanted).square().sum(-1)

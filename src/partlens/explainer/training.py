@@ -232,13 +232,13 @@ def _share(filters: int, category: int, categories: int) -> Tensor:
     return torch.arange(category * filters // categories, (category + 1) * filters // categories)
 
 
-def _upper_view(explainer: Explainer, data: TrainingMaps, photos: Tensor, number: int) -> Tensor:
-    """Return what comes after the tap, for photos in a view: what teachers are found in.
+def _upper_view(explainer: Explainer, data: TrainingMaps, own: Tensor, photos: Tensor, number: int) -> Tensor:
+    """Return what comes after the tap, for some of a category's ``own`` photos in a view: what teachers are found in.
 
     Where the tracks take a convolution's place, that convolution's maps; elsewhere the last target that has maps of at
     least 3x3 cells, and the tap itself where none has.
     """
-    rows = data.rows(photos, torch.full_like(photos, number))
+    rows = data.rows(own[photos], torch.full_like(photos, number))
     if explainer.structure.replaced is not None:
         with torch.no_grad():
             parts = [

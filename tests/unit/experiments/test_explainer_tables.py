@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from partlens import evaluation
 from partlens.cli import main
 from partlens.data.flowers import generated_flowers
 from partlens.data.images import ImageSet
 from partlens.data.joined import join_data
-from partlens.experiments.explainer_jobs import open_photos
+from partlens.experiments.explainer_jobs import _Measured, open_photos
 from partlens.experiments.explainer_tables import TablePlan, explainer_table, performers_of, prepare
 from partlens.experiments.sweep import JobResult
 from partlens.experiments.table_blocks import Study, build
@@ -96,6 +97,15 @@ def test_a_table_has_every_number_beside_its_nulls(finished: tuple[Path, dict[st
     assert row["cells"]["explainer"]["interval"] == pytest.approx(sorted(scores))
     for null in ("random", "centre", "corner"):
         assert row["cells"][null]["value"] is not None
+    # Like beside like: the explainer by its largest cells, the tap by centroids.
+    same = [job["scores"]["evaluation"]["same_peak"] for job in found["jobs"]]
+    for key, (peak, layer) in {
+        "explainer_largest": ("largest", "explainer"),
+        "tap_centroid": ("centroid", "tap"),
+    }.items():
+        each = [of[peak][layer]["instability"]["value"] for of in same]
+        assert row["cells"][key]["value"] == pytest.approx(sum(each) / 2)
+        assert row["cells"][key]["value"] != row["cells"][key.partition("_")[0]]["value"]
     ratio = row["cells"]["explainer"]["value"] / row["cells"]["top"]["value"]
     assert row["cells"]["ratio"]["value"] == pytest.approx(ratio)
     # The papers did not study this network: nothing printed, and the page says so.
@@ -330,3 +340,15 @@ def test_a_sweep_writes_down_how_its_photos_are_opened(
     images = ImageSet.open(where)
     assert images.fingerprint() == prepared.data["fingerprint"]
     assert images.category_counts()["background"] == 1
+
+
+def test_rivals_are_read_as_the_explainer_is() -> None:
+    maps = torch.zeros(1, 1, 5, 5)
+    maps[0, 0, 2, 0], maps[0, 0, 2, 4] = 1.0, 0.99
+    found = {}
+    for power in (None, 6.0):
+        measured = _Measured()
+        measured.add(maps, power)
+        found[power] = measured.peaks((0.0, 0.0), (1.0, 1.0)).cells[0, 0].tolist()
+    assert found[None] == [2, 0]
+    assert found[6.0] == pytest.approx([2, 2], abs=0.1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from partlens.explainer import teachers
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerStructure
 from partlens.explainer.teachers import (
@@ -49,7 +50,10 @@ class Photos:
         self.other = 0.25 + 0.5 * torch.rand(photos, 2, generator=draws(4))
         self.jumps = torch.rand(views, photos, 2, generator=draws(3))
 
-    def view(self, number: int) -> Tensor:
+    def view(self, photos: Tensor, number: int) -> Tensor:
+        return self.shown(number)[photos]
+
+    def shown(self, number: int) -> Tensor:
         both = places_in_view(torch.stack([self.part, self.other], 1), self.windows[:, number])
         still = torch.full_like(self.part, 0.5)
         shown = [blob(both[:, 0]), 0.9 * blob(both[:, 1]), blob(still), blob(self.jumps[number])]
@@ -103,6 +107,22 @@ def test_the_part_that_moves_with_the_photo_teaches_first() -> None:
     assert not bool(still[0])
 
 
+def test_photos_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    photos, asked = Photos(), []
+
+    def view(some: Tensor, number: int) -> Tensor:
+        asked.append(len(some))
+        return photos.view(some, number)
+
+    whole = part_teachers(photos.view, photos.windows, 2, 0.3, draws())
+    monkeypatch.setattr(teachers, "PHOTOS_AT_ONCE", 12)
+    parted = part_teachers(view, photos.windows, 2, 0.3, draws())
+    assert max(asked) == 12
+    assert sum(asked) == 12 + 5 * 30
+    assert float(parted.movement[0]) < 0.1
+    assert parted.places.shape == whole.places.shape
+
+
 def test_variety_chooses_parts_that_move_apart() -> None:
     photos = Photos()
     alike = part_teachers(photos.view, photos.windows, 6, 0.0, draws())
@@ -118,7 +138,7 @@ def test_variety_chooses_parts_that_move_apart() -> None:
 def test_what_cannot_teach_is_refused(photos: int, maps: float, message: str) -> None:
     windows = view_windows(photos, 2, 0.6, draws())
     with pytest.raises(ValueError, match=message):
-        part_teachers(lambda _: torch.full((photos, 2, 4, 4), maps), windows, 2, 0.3, draws())
+        part_teachers(lambda some, _: torch.full((len(some), 2, 4, 4), maps), windows, 2, 0.3, draws())
 
 
 def slow_cost(maps: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -176,7 +196,7 @@ def test_every_category_has_teachers_of_its_own() -> None:
     structure = ExplainerStructure("tap", ("upper",), 4, 8, (SIDE, SIDE), None, "tap")
     config = ExplainerConfig(teachers=2, views=3)
     explainer = Explainer(structure, config, torch.nn.Identity(), generator=draws())
-    tap = torch.stack([photos.view(v) for v in range(3)], 1).flatten(0, 1).numpy()
+    tap = torch.stack([photos.shown(v) for v in range(3)], 1).flatten(0, 1).numpy()
     labels = torch.arange(24) % 2
     data = TrainingMaps(tap, (tap,), photos.windows, np.arange(0), labels=labels)
     state, found = find_teachers(explainer, data)

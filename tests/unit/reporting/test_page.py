@@ -603,3 +603,25 @@ def test_text_is_legible_in_light_and_in_dark():
             for ground in ("paper", "raised"):
                 bright, dim = sorted((luminance(theme[ink]), luminance(theme[ground])), reverse=True)
                 assert (bright + 0.05) / (dim + 0.05) >= 4.5, (ink, ground)
+
+
+def test_layers_read_alike_stand_beside_each_other(tmp_path):
+    """Centroids move less than largest cells: the page compares each layer with what was read as it was."""
+    assert "Read alike" not in page_of(write_run(tmp_path / "largest")).text
+    same = {
+        "largest": {"explainer": scores(0.0912, 0.51)},
+        "centroid": {"tap": scores(0.1223, 0.07), "top": scores(0.1334, 0.11)},
+    }
+    run = write_run(tmp_path / "centroid", measured=evaluation() | {"same_peak": same})
+    rows = [(s.label, s.role, s.scores["instability"].value) for s in collect_page(run).explainer.evaluation.read_alike]
+    assert rows == [
+        ("explainer", "centroid", 0.08),
+        ("performer, layer3", "centroid", 0.1223),
+        ("performer, layer4", "centroid", 0.1334),
+        ("explainer", "largest cell", 0.0912),
+        ("performer, layer3", "largest cell", 0.154),
+        ("performer, layer4", "largest cell", 0.149),
+    ]
+    text = page_of(run).text
+    assert "Read alike" in text
+    assert "0.0912" in text
