@@ -210,9 +210,10 @@ def peak_features(
 
     Args:
         maps: of the tap.
-        cells: row, col of the peaks on the same grid.
+        cells: row, col of the peaks on the same grid; places between cells are read at the nearest cell.
     """
-    index = (cells[..., 0] * maps.shape[3] + cells[..., 1]).long()  # [image, filter]
+    nearest = cells.round().long()
+    index = nearest[..., 0] * maps.shape[3] + nearest[..., 1]  # [image, filter]
     total = maps.new_zeros(cells.shape[1], maps.shape[1], dtype=torch.float64)
     for one, place in zip(maps.flatten(2), index, strict=True):  # photo by photo: all at once would be image x filter
         total += one[:, place].T

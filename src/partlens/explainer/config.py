@@ -263,6 +263,10 @@ class ExplainerConfig:
             raise InputError(expected("dropout in [0, 1)", self.dropout, "Set 0 to leave no channel out"))
         if self.peak_power < 1:
             raise InputError(expected("peak_power of at least 1", self.peak_power, "Leave it out for 6"))
+        if self.teachers and not self.warmup_epochs:
+            raise InputError(
+                expected("a warm-up for teachers to teach in", 0, "Raise warmup_epochs, or set teachers to 0")
+            )
         if self.teachers and self.views < 2:
             raise InputError(
                 expected(

@@ -2,17 +2,19 @@
 
     Loss = sum_l lambda_l |x_l - x_l*|² - eta log p + sum_f lambda_f Loss_f(x_f)        (ICLR 2020, Eq. (1))
 
-Beyond the papers, and off in the ``paper`` preset, four terms act on the *expected peak* of a map, the mean cell under
+Beyond the papers, and off in the ``paper`` preset, three terms act on the *expected peak* of a map, the mean cell under
 the softmax of its template scores (differentiable, and the same posterior the filter loss uses):
 
 - *diversity*: the filters' expected peaks correlate over photos by at most ``diversity_target`` on average;
 - *equivariance*: a part filter must move with the image: the peak in a crop or mirror is where the crop or mirror takes
   the peak of the photo;
 - *evidence*: a part that matters stands where the performer's decision hangs on the maps
-  (:mod:`partlens.explainer.evidence`);
-- *teachers*: a filter stands where its part teacher does (:mod:`partlens.explainer.teachers`), in the warm-up only.
+  (:mod:`partlens.explainer.evidence`).
 
-Without the first, "every filter follows the same part" is an optimum of the filter loss.
+A fourth, of the warm-up only, acts on the map of conv-interp-2 itself: a filter stands where its *teacher* does
+(:mod:`partlens.explainer.teachers`).
+
+Without diversity, or teachers that differ, "every filter follows the same part" is an optimum of the filter loss.
 """
 
 from __future__ import annotations

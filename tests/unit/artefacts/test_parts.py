@@ -123,6 +123,8 @@ def test_features_at_peaks_equal_the_loop(generator: torch.Generator) -> None:
     for f in range(7):
         wanted = sum(maps[i, :, int(cells[i, f, 0]), int(cells[i, f, 1])] for i in range(4)) / 4
         assert torch.allclose(found[f].float(), wanted, atol=1e-6)
+    between = cells.double() + 0.4 * (2 * torch.rand(4, 7, 2, generator=generator) - 1)
+    assert torch.equal(peak_features(maps, between), found)
 
 
 def test_groups_are_numbered_by_size() -> None:

@@ -37,7 +37,8 @@ def test_round_trip_and_changes() -> None:
         ({"batch_size": 1}, "batch_size at least 2"),
         ({"dropout": 1.0}, r"dropout in \[0, 1\), got 1.0"),
         ({"peak_power": 0.5}, "peak_power of at least 1, got 0.5"),
-        ({"teachers": 4, "views": 1}, "at least 2 views to choose teachers"),
+        ({"teachers": 4}, "a warm-up for teachers to teach in, got 0"),
+        ({"teachers": 4, "warmup_epochs": 2, "views": 1}, "at least 2 views to choose teachers"),
         ({"epoch": 3}, "a field of ExplainerConfig, got epoch. Did you mean epochs"),
     ],
 )
