@@ -17,10 +17,15 @@ PAGE = HERE.parent / "docs" / "tables.md"
 MARKER = "<!-- below: made by benchmarks/explainer_tables.py -->"
 
 
+FORMER = "Made when `candidates` was the default; today it takes `--preset candidates`."
+
+
 def section(path: Path) -> list[str]:
     content = json.loads(path.read_text())
     network = path.stem.split("-", 1)[0]
-    lines = [f"## {network}: {TITLES[content['table']].lower()}", "", "```", content["command"], "```", ""]
+    former = "-candidates-" in path.stem
+    title = f"## {network}{', candidates' if former else ''}: {TITLES[content['table']].lower()}"
+    lines = [title, "", "```", content["command"], "```", "", *([FORMER, ""] if former else [])]
     return [
         *lines,
         *(line.replace("### ", "**", 1) + "**" if line.startswith("### ") else line for line in table_lines(content)),
