@@ -194,7 +194,7 @@ def test_learning_from_the_cost_moves_the_place_to_the_teacher() -> None:
 def test_every_category_has_teachers_of_its_own() -> None:
     photos = Photos(photos=24, views=3)
     structure = ExplainerStructure("tap", ("upper",), 4, 8, (SIDE, SIDE), None, "tap")
-    config = ExplainerConfig(teachers=2, views=3)
+    config = ExplainerConfig(teachers=2, views=3, warmup_epochs=1)
     explainer = Explainer(structure, config, torch.nn.Identity(), generator=draws())
     tap = torch.stack([photos.shown(v) for v in range(3)], 1).flatten(0, 1).numpy()
     labels = torch.arange(24) % 2
