@@ -107,6 +107,15 @@ def test_the_part_that_moves_with_the_photo_teaches_first() -> None:
     assert not bool(still[0])
 
 
+def test_a_place_that_never_moves_does_not_teach() -> None:
+    """Under mirrors alone a place in the middle misses nothing; the plain distance would choose it first."""
+    photos = Photos(views=2)
+    found = part_teachers(photos.view, photos.windows, 30, 0.0, draws())
+    assert float(found.places[:, 0].std(0).mean()) > 0.1
+    still = found.places.std(0).mean(-1) < 0.01
+    assert bool((found.movement[still] > 0.5).all())
+
+
 def test_photos_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     photos, asked = Photos(), []
 
