@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from part_ceiling import maps_at
 from partlens.data.images import ImageSet
 from partlens.evaluation import landmarks_in_input, photo_numbers
 from partlens.explainer.seeding import _areas
@@ -44,7 +45,6 @@ from partlens.metrics.localisation import (
     null_peaks,
     peak_correlation,
 )
-from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import load_performer
 
 HERE = Path(__file__).parent
@@ -52,14 +52,6 @@ VIEWS = 6
 CHOSEN = 16
 CATEGORIES = ("fox", "elephant", "giant_panda", "cat", "cattle", "zebra")
 BACKGROUND = 300
-
-
-def maps_at(performer: Any, images: ImageSet, rows: Any, layer: str) -> torch.Tensor:
-    parts = []
-    for start in range(0, len(rows), 32):
-        batch = performer.preprocessing([images.read(int(i)) for i in rows[start : start + 32]])
-        parts.append(forward_taps(performer, batch, [layer])[1][layer].half())
-    return torch.cat(parts)
 
 
 def candidates(views: list[torch.Tensor], windows: torch.Tensor, others: torch.Tensor, held: torch.Tensor) -> Any:

@@ -55,8 +55,7 @@ _NOT_NEGATIVE = (
     "patience",
 )
 
-PARTLENS_CHANGES: dict[str, Any] = {
-    "peak": "centroid",
+_OURS: dict[str, Any] = {
     "score_scale_nats": 8.0,
     "gradient": "exact",
     "eta": 4e5,
@@ -64,47 +63,39 @@ PARTLENS_CHANGES: dict[str, Any] = {
     "filter_decay": 0.0,
     "filter_mix": False,
     "filter_background": False,
-    "teachers": 16,
-    "standardise": True,
-    "dropout": 0.3,
     "p_init": 0.2,
-    "learning_rate_joint": 0.0,
     "learning_rate_ordinary": 0.0,
     "learning_rate_decoder": 2e-4,
     "learning_rate_p": 2e-2,
+    "precision": "bfloat16",
+}
+
+PARTLENS_CHANGES: dict[str, Any] = _OURS | {
+    "peak": "centroid",
+    "teachers": 16,
+    "standardise": True,
+    "dropout": 0.3,
+    "learning_rate_joint": 0.0,
     "weight_decay": 0.05,
     "views": 6,
     "epochs": 16,
     "warmup_epochs": 30,
-    "precision": "bfloat16",
 }
 """What the ``partlens`` preset changes; what has been compared is in ``docs/study.md``."""
 
-CANDIDATES_CHANGES: dict[str, Any] = {
-    "score_scale_nats": 8.0,
-    "gradient": "exact",
-    "eta": 4e5,
-    "filter_ratio": 10.0,
-    "filter_decay": 0.0,
-    "filter_mix": False,
-    "filter_background": False,
+CANDIDATES_CHANGES: dict[str, Any] = _OURS | {
     "diversity_weight": 8.0,
     "diversity_target": 0.25,
     "equivariance_weight": 8.0,
     "initialisation": "parts",
     "votes": 128,
-    "p_init": 0.2,
     "learning_rate": 1e-4,
     "learning_rate_joint": 1e-5,
-    "learning_rate_ordinary": 0.0,
-    "learning_rate_decoder": 2e-4,
-    "learning_rate_p": 2e-2,
     "views": 10,
     "batch_size": 64,
     "background_batch": 32,
     "epochs": 24,
     "warmup_epochs": 16,
-    "precision": "bfloat16",
 }
 """What the ``candidates`` preset changes: parts are sought in the tap alone and stand at the largest cell. It was the
 default before there were teachers, and is better on birds (``docs/study.md``)."""

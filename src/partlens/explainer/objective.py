@@ -32,7 +32,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.filter_loss import RunningNormaliser, filter_loss_of_scores, single_templates, template_scores
 from partlens.explainer.network import Explainer, ExplainerOutput
 from partlens.explainer.teachers import teacher_cost
-from partlens.explainer.templates import part_templates, shuffled
+from partlens.explainer.templates import cell_grid, part_templates, shuffled
 from partlens.vocabulary import InputError, expected
 
 TERMS = (
@@ -97,9 +97,7 @@ def expected_peaks(
 ) -> Float[Tensor, "image filter 2"]:
     """Return the mean (row, col) of each map's peak under the softmax of its positive templates' scores."""
     weight = scores[..., :-1].softmax(-1)
-    row = torch.arange(rows, dtype=weight.dtype, device=weight.device).repeat_interleave(cols)
-    col = torch.arange(cols, dtype=weight.dtype, device=weight.device).repeat(rows)
-    return weight @ torch.stack([row, col], -1)
+    return weight @ cell_grid(rows, cols, weight)
 
 
 def mean_peak_correlation(peaks: Float[Tensor, "image filter 2"]) -> Float[Tensor, " axis"]:

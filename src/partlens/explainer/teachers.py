@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from partlens.explainer.templates import cell_grid, centroid_cells
 from partlens.vocabulary import ImageError, expected
 
 PARTS = (3, 4, 5, 6, 8, 10, 12, 16)
@@ -92,13 +93,7 @@ def part_codes(
 
 def centroids(codes: Float[Tensor, "image part row col"]) -> Float[Tensor, "image part 2"]:
     """Return the centroid (row, col) of squared codes as shares of the map's sides; its middle for an empty map."""
-    weight = codes.square()
-    total = weight.sum((2, 3)).clamp(min=torch.finfo(codes.dtype).tiny)
-    rows, cols = codes.shape[2:]
-    row = ((weight.sum(3) * (torch.arange(rows).to(codes) + 0.5)).sum(-1) / total) / rows
-    col = ((weight.sum(2) * (torch.arange(cols).to(codes) + 0.5)).sum(-1) / total) / cols
-    places = torch.stack([row, col], -1)
-    return torch.where((weight.sum((2, 3)) > 0)[..., None], places, 0.5)
+    return (centroid_cells(codes, 2.0) + 0.5) / torch.tensor(codes.shape[2:], device=codes.device)
 
 
 def places_in_view(
@@ -208,9 +203,7 @@ def place_posterior(
     """Return the logarithm of the softmax of maps over their cells, and the mean cell (row, col) under it."""
     rows, cols = maps.shape[2:]
     logs = maps.flatten(2).log_softmax(-1)
-    row = torch.arange(rows).to(logs).repeat_interleave(cols)
-    col = torch.arange(cols).to(logs).repeat(rows)
-    return logs, logs.exp() @ torch.stack([row, col], -1)
+    return logs, logs.exp() @ cell_grid(rows, cols, logs)
 
 
 def teacher_cost(

@@ -137,6 +137,13 @@ def peak_cells(maps: Float[Tensor, "image filter row col"]) -> Int[Tensor, "imag
     return maps.flatten(2).argmax(-1)
 
 
+def cell_grid(rows: int, cols: int, like: Tensor) -> Float[Tensor, "cell 2"]:
+    """Return (row, col) of every cell, row-major, in the type and on the device of ``like``."""
+    row = torch.arange(rows, dtype=like.dtype, device=like.device).repeat_interleave(cols)
+    col = torch.arange(cols, dtype=like.dtype, device=like.device).repeat(rows)
+    return torch.stack([row, col], -1)
+
+
 def centroid_cells(maps: Float[Tensor, "image filter row col"], power: float) -> Float[Tensor, "image filter 2"]:
     """Return the centroid (row, col) of each map raised to a power: its largest cell for a large power.
 
@@ -157,9 +164,7 @@ def centroid_cells(maps: Float[Tensor, "image filter row col"], power: float) ->
     flat = maps.flatten(2).float()
     largest = flat.amax(-1, keepdim=True)
     weight = torch.where(largest > 0, flat / largest.clamp(min=torch.finfo(flat.dtype).tiny), 1.0).pow(power)
-    row = torch.arange(rows).to(weight).repeat_interleave(cols)
-    col = torch.arange(cols).to(weight).repeat(rows)
-    return weight @ torch.stack([row, col], -1) / weight.sum(-1, keepdim=True)
+    return weight @ cell_grid(rows, cols, weight) / weight.sum(-1, keepdim=True)
 
 
 def mask_around(
