@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.filter_loss import RunningNormaliser, filter_loss_of_scores, single_templates, template_scores
 from partlens.explainer.network import Explainer, ExplainerOutput
-from partlens.explainer.teachers import teacher_cost
+from partlens.explainer.teachers import places_in_view, teacher_cost
 from partlens.explainer.templates import cell_grid, part_templates, shuffled
 from partlens.vocabulary import InputError, expected
 
@@ -123,10 +123,8 @@ def equivariance_cost(
 
     Peaks that the crop cuts off are left out. The distance is Huber-like (``sqrt(1 + d²) - 1``).
     """
-    left, top, width, height, mirrored = (windows[:, None, k] for k in range(5))
-    x = ((first[..., 1] + 0.5) / cols - left) / width
-    x = torch.where(mirrored > 0.5, 1 - x, x)
-    y = ((first[..., 0] + 0.5) / rows - top) / height
+    side = torch.tensor([rows, cols], dtype=first.dtype, device=first.device)
+    y, x = places_in_view((first + 0.5) / side, windows).unbind(-1)
     margin = 0.02
     inside = ((x > margin) & (x < 1 - margin) & (y > margin) & (y < 1 - margin)).detach().to(x.dtype)
     d2 = ((second[..., 1] + 0.5) - x * cols).square() + ((second[..., 0] + 0.5) - y * rows).square()

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.explainer.network import BoxConvolution, Explainer
+from partlens.explainer.teachers import places_in_view
 from partlens.explainer.templates import peak_cells
 from partlens.vocabulary import ImageError, expected
 
@@ -98,10 +99,7 @@ def _movement_error(
 ) -> Float[Tensor, "image filter"]:
     """Distance in cells, at most 5, between a view's peak and where its window puts the photo's; NaN where cut off."""
     rows, cols = side
-    left, top, width, height, mirrored = (windows[:, None, k] for k in range(5))
-    x = ((first[..., 1] + 0.5) / cols - left) / width
-    x = torch.where(mirrored > 0.5, 1 - x, x)
-    y = ((first[..., 0] + 0.5) / rows - top) / height
+    y, x = places_in_view((first + 0.5) / torch.tensor(side, dtype=first.dtype), windows).unbind(-1)
     error = torch.hypot((second[..., 1] + 0.5) - x * cols, (second[..., 0] + 0.5) - y * rows).clamp(max=_FAR_CELLS)
     inside = (x > 0) & (x < 1) & (y > 0) & (y < 1)
     return torch.where(inside, error, math.nan)
