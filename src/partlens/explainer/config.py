@@ -49,6 +49,7 @@ _NOT_NEGATIVE = (
     "teacher_variety",
     "dropout",
     "norm_floor",
+    "hidden_filters",
     "weight_decay",
     "background_batch",
     "warmup_epochs",
@@ -73,6 +74,7 @@ _OURS: dict[str, Any] = {
 PARTLENS_CHANGES: dict[str, Any] = _OURS | {
     "peak": "centroid",
     "teachers": 16,
+    "hidden_filters": 256,
     "standardise": True,
     "dropout": 0.3,
     "learning_rate_joint": 0.0,
@@ -147,6 +149,8 @@ class ExplainerConfig:
         evidence_smooth_cells: side of the box (cells, odd) by which evidence is averaged first.
         teachers: part teachers (:mod:`partlens.explainer.teachers`) for each category, shared out among the filters of
             conv-interp-2, which learn in the warm-up to stand where their teacher does; 0 in the papers.
+        teacher_sources: what teachers are chosen from: regions of the performer's ``later`` layer, parts that the
+            ``tap``'s own features vote for (:mod:`partlens.explainer.seeding`), or ``both``.
         teacher_weight: of the teachers' cost, per filter and in units of the filter loss.
         teacher_variety: what a teacher pays for moving like those already chosen, per unit of correlation.
         norm_momentum: weight of the past in the norm layers' running magnitudes (paper silent).
@@ -156,6 +160,8 @@ class ExplainerConfig:
         kernel: of conv-interp-1/2: ``full``, nine free taps (the papers), or ``box``, one weight for all nine: a ninth
             of the weights, which a few hundred photos teach at thirty times the rate without overfitting. Which is
             better depends on the network (``docs/study.md``).
+        hidden_filters: of conv-interp-1, at most; 0 for as many as the tap has (the papers), which for a tap of a
+            thousand filters is most of the work.
         initialisation: of conv-interp-1/2: ``random`` (He), ``identity`` plus a little noise, or ``parts`` (see
             :mod:`partlens.explainer.seeding`); the papers are silent.
         standardise: conv-interp-1 reads the tap's maps less their mean and over their deviation, measured once on the
@@ -208,12 +214,14 @@ class ExplainerConfig:
     evidence_power: float = 4.0
     evidence_smooth_cells: int = 5
     teachers: int = 0
+    teacher_sources: Literal["later", "tap", "both"] = "later"
     teacher_weight: float = 100.0
     teacher_variety: float = 0.5
     norm_momentum: float = 0.95
     norm_floor: float = 0.1
     norm_positives_only: bool = True
     kernel: Literal["full", "box"] = "full"
+    hidden_filters: int = 0
     initialisation: Literal["random", "identity", "parts"] = "random"
     standardise: bool = False
     dropout: float = 0.0
@@ -254,6 +262,14 @@ class ExplainerConfig:
             raise InputError(expected("dropout in [0, 1)", self.dropout, "Set 0 to leave no channel out"))
         if self.peak_power < 1:
             raise InputError(expected("peak_power of at least 1", self.peak_power, "Leave it out for 6"))
+        if self.hidden_filters and self.initialisation == "identity":
+            raise InputError(
+                expected(
+                    "as many filters in conv-interp-1 as at the tap to start from the identity",
+                    self.hidden_filters,
+                    "Set hidden_filters to 0",
+                )
+            )
         if self.teachers and not self.warmup_epochs:
             raise InputError(
                 expected("a warm-up for teachers to teach in", 0, "Raise warmup_epochs, or set teachers to 0")

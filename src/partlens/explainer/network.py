@@ -220,13 +220,14 @@ class Explainer(nn.Module):
     ) -> None:
         super().__init__()
         width, out = structure.channels_in, structure.channels_out
+        hidden = min(width, config.hidden_filters or width)
         self.structure = structure
         self.config = config
         self.draws: torch.Generator | None = None
         """Where training is in its warm-up: draws which channels drop out."""
         box = config.kernel == "box"
-        self.conv_interp_1 = BoxConvolution(width, width) if box else nn.Conv2d(width, width, 3, padding=1)
-        self.conv_interp_2 = BoxConvolution(width, out) if box else nn.Conv2d(width, out, 3, padding=1)
+        self.conv_interp_1 = BoxConvolution(width, hidden) if box else nn.Conv2d(width, hidden, 3, padding=1)
+        self.conv_interp_2 = BoxConvolution(hidden, out) if box else nn.Conv2d(hidden, out, 3, padding=1)
         # An inserted ordinary track that is held at its start, the identity, needs no products.
         held = ordinary is None and config.learning_rate_ordinary == 0
         self.conv_ordin = nn.Identity() if held else nn.Conv2d(width, out, 3, padding=1)

@@ -206,20 +206,22 @@ class Objective:
             best = torch.maximum(largest, 0.1 * (largest - scores.amin(-1))).mean(0)
             key = f"scale.{name}"
             if key not in self.state:
-                width = self.explainer.structure.channels_in if name == "1" else self.explainer.structure.channels_out
-                self.state[key] = best.new_full((width,), math.nan)
+                self.state[key] = best.new_full((self._filters(name),), math.nan)
             past = self.state[key][filters]
             running = torch.where(past.isnan(), best, 0.9 * past + 0.1 * best)
             self.state[key] = self.state[key].index_copy(0, filters, running)
             return self.config.score_scale_nats / running.clamp(min=1e-6 * float(running.mean()) + 1e-12)
+
+    def _filters(self, layer: str) -> int:
+        """Return how many filters an interpretable layer has."""
+        return (self.explainer.conv_interp_1 if layer == "1" else self.explainer.conv_interp_2).out_channels
 
     def _normaliser(self, scores: Tensor, name: str, filters: Tensor) -> RunningNormaliser | None:
         if self.config.normaliser == "batch":
             return None
         key = f"normaliser.{name}"
         if key not in self.state:
-            width = self.explainer.structure.channels_in if name == "1" else self.explainer.structure.channels_out
-            self.state[key] = scores.new_full((width, scores.shape[2]), math.nan)
+            self.state[key] = scores.new_full((self._filters(name), scores.shape[2]), math.nan)
         past = self.state[key][filters]
         started = RunningNormaliser.started(scores)
         # A filter that has just come to this category starts afresh.

@@ -19,6 +19,7 @@ Whitened (linear discriminant) detectors follow Hariharan, Malik & Ramanan, ECCV
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from partlens.explainer.network import BoxConvolution, Explainer
 from partlens.explainer.teachers import places_in_view
-from partlens.explainer.templates import peak_cells
+from partlens.explainer.templates import mask_at_peak, peak_cells, peak_masks
 from partlens.vocabulary import ImageError, expected
 
 CLUSTERS = (6, 8, 12, 16)
@@ -146,33 +147,59 @@ def part_candidates(
     return torch.cat(found), mean
 
 
+@dataclass(frozen=True)
+class VotedParts:
+    """Part candidates of the tap's features and who votes with whom.
+
+    Attributes:
+        detectors: linear detectors, each over the mean of its peaks.
+        bias: of each detector, so that it is 0 at the mean feature.
+        votes: how much each detector counts for each part; rows sum to 1.
+        found: what was found, for the log.
+    """
+
+    detectors: Float[Tensor, "voter filter"]
+    bias: Float[Tensor, " voter"]
+    votes: Float[Tensor, "part voter"]
+    found: dict[str, float]
+
+    def maps(self, maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image part row col"]:
+        """Return where the parts stand: what an interpretable track that was set to them answers."""
+        answers = torch.einsum("vf,ifrc->ivrc", self.detectors, _smooth(maps)) + self.bias[:, None, None]
+        masked = mask_at_peak(answers.relu(), peak_masks(*maps.shape[2:]).to(maps))
+        return torch.einsum("pv,ivrc->iprc", self.votes, _smooth(masked))
+
+
 @torch.no_grad()
-def seed_parts(
-    explainer: Explainer,
+def voted_parts(
     views: Float[Tensor, "view image filter row col"],
     windows: Float[Tensor, "view image 5"],
     others: Float[Tensor, "other filter row col"],
     generator: torch.Generator,
     evidence: Float[Tensor, "image row col"] | None = None,
     *,
-    filters: tuple[Int[Tensor, " first"], Int[Tensor, " second"]] | None = None,
-) -> dict[str, float]:
-    """Set the interpretable track to part candidates and their votes.
+    voters: int,
+    parts: int,
+    candidates: int,
+    votes: int,
+) -> VotedParts:
+    """Find part candidates and let those that move alike vote together.
 
     Args:
-        explainer: its conv-interp-1/2 are overwritten.
         views: tap maps of photos of the category; view 0 is the whole photo, the others are its mirror and crops.
         windows: how each view was cut.
         others: tap maps of other photos; may be empty.
         generator: source of the draws.
         evidence: where the performer's decision hangs on the maps of view 0, at most 1; candidates whose peaks meet it
             are preferred. The other two ranks decide alone when left out.
-        filters: which filters of conv-interp-1 and conv-interp-2 are set, for an explainer of several categories, whose
-            filters are shared out; all of them when left out.
+        voters: detectors that are kept.
+        parts: parts that are voted for.
+        candidates: detectors to choose from, at least.
+        votes: detectors that vote for one part.
 
     Returns:
-        What was found, for the log: candidates tried, mean movement error (cells) and mean area under the curve of
-        those kept.
+        The parts; ``found`` holds the candidates tried, and mean movement error (cells) and mean area under the curve
+        of those kept.
 
     Raises:
         ImageError: fewer than four photos.
@@ -180,14 +207,7 @@ def seed_parts(
     if views.shape[1] < 4:
         raise ImageError(expected("at least 4 photos to find parts in", int(views.shape[1]), "Add photos"))
     side = (int(views.shape[3]), int(views.shape[4]))
-    first, second = explainer.conv_interp_1, explainer.conv_interp_2
-    own_first = torch.arange(first.out_channels) if filters is None else filters[0]
-    own_second = torch.arange(second.out_channels) if filters is None else filters[1]
-    width, out = len(own_first), len(own_second)
-    detectors, mean = part_candidates(
-        views[0], others, explainer.config.candidates_per_filter * max(width, out), generator
-    )
-
+    detectors, mean = part_candidates(views[0], others, candidates, generator)
     at, peaks = _peaks_of(detectors, mean, views[0])
     errors = torch.cat(
         [
@@ -205,21 +225,42 @@ def seed_parts(
         met = evidence.flatten(1).gather(1, cells).mean(0)
         cost = cost - _EVIDENCE_SHARE * _rank(met)
     order = cost.argsort(stable=True)
-    chosen = order[torch.arange(width) % order.numel()]
+    chosen = order[torch.arange(voters) % order.numel()]
     strength = peaks.mean(0)[chosen].clamp(min=1e-6)
-    kernel = (detectors[chosen] / strength[:, None])[:, :, None, None]
-    first.weight[own_first] = _spread(kernel, first)
-    first.bias[own_first] = -(detectors[chosen] @ mean) / strength  # type: ignore[index]
-    votes = _votes(at[:, chosen], at[:, order[torch.arange(out) % order.numel()]], explainer.config.votes)
-    wide = votes.new_zeros(out, second.in_channels).index_copy_(1, own_first, votes)
+    extra = {} if met is None else {"evidence_at_peak": float(met[chosen].mean())}
+    return VotedParts(
+        detectors[chosen] / strength[:, None],
+        -(detectors[chosen] @ mean) / strength,
+        _votes(at[:, chosen], at[:, order[torch.arange(parts) % order.numel()]], votes),
+        extra
+        | {
+            "candidates": float(detectors.shape[0]),
+            "movement_error_cells": float(moved[chosen].mean()),
+            "category_auc": float(area[chosen].mean()),
+        },
+    )
+
+
+@torch.no_grad()
+def seed_parts(
+    explainer: Explainer, parts: VotedParts, filters: tuple[Int[Tensor, " first"], Int[Tensor, " second"]] | None = None
+) -> None:
+    """Set the interpretable track to part candidates and their votes.
+
+    Args:
+        explainer: its conv-interp-1/2 are overwritten.
+        parts: as many voters and parts as filters are set.
+        filters: which filters of conv-interp-1 and conv-interp-2 are set, for an explainer of several categories, whose
+            filters are shared out; all of them when left out.
+    """
+    first, second = explainer.conv_interp_1, explainer.conv_interp_2
+    own_first = torch.arange(first.out_channels) if filters is None else filters[0]
+    own_second = torch.arange(second.out_channels) if filters is None else filters[1]
+    first.weight[own_first] = _spread(parts.detectors[:, :, None, None], first)
+    first.bias[own_first] = parts.bias  # type: ignore[index]
+    wide = parts.votes.new_zeros(len(own_second), second.in_channels).index_copy_(1, own_first, parts.votes)
     second.weight[own_second] = _spread(wide[:, :, None, None], second)
     second.bias[own_second] = 0  # type: ignore[index]
-    extra = {} if met is None else {"evidence_at_peak": float(met[chosen].mean())}
-    return extra | {
-        "candidates": float(detectors.shape[0]),
-        "movement_error_cells": float(moved[chosen].mean()),
-        "category_auc": float(area[chosen].mean()),
-    }
 
 
 def _spread(kernel: Float[Tensor, "filter channel 1 1"], conv: nn.Conv2d | BoxConvolution) -> Tensor:

@@ -18,7 +18,7 @@ their equivariance, and teaching an explainer with them, is ours. ``docs/study.m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,10 @@ _CODE_STEPS = 25
 _CODE_CELLS = 65_536
 _LITTLE = 1e-8
 _STILL = 1e-6  # a thousandth of the side, squared
+
+
+Source = Callable[[int], Float[Tensor, "photo part 2"]]
+"""Returns where candidates stand in a view, as shares of its sides."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,9 @@ def part_codes(
     return torch.cat(found).reshape(images, rows, cols, -1).permute(0, 3, 1, 2)
 
 
-def centroids(codes: Float[Tensor, "image part row col"]) -> Float[Tensor, "image part 2"]:
-    """Return the centroid (row, col) of squared codes as shares of the map's sides; its middle for an empty map."""
-    return (centroid_cells(codes, 2.0) + 0.5) / torch.tensor(codes.shape[2:], device=codes.device)
+def centroids(codes: Float[Tensor, "image part row col"], power: float = 2.0) -> Float[Tensor, "image part 2"]:
+    """Return the centroid (row, col) of codes to a power as shares of the map's sides; its middle for an empty map."""
+    return (centroid_cells(codes, power) + 0.5) / torch.tensor(codes.shape[2:], device=codes.device)
 
 
 def places_in_view(
@@ -126,52 +130,71 @@ def _correlations(places: Float[Tensor, "photo part 2"]) -> Float[Tensor, "part 
     return torch.einsum("ipa,iqa->pqa", unit, unit).mean(-1)
 
 
-def part_teachers(
-    view: Callable[[Int[Tensor, " photo"], int], Float[Tensor, "photo filter row col"]],
-    windows: Float[Tensor, "photo view 5"],
-    count: int,
-    variety: float,
-    generator: torch.Generator,
-) -> Teachers:
-    """Find parts in a later layer that move with the photo.
+class LaterParts:
+    """Non-negative parts of a later layer: candidates to teach.
 
     Args:
         view: returns the later layer's maps (at least 0) of some photos in a view; view 0 is the whole photo.
+        photos: number of photos.
+        generator: source of the draws.
+
+    Raises:
+        ImageError: nothing but zeros in the later layer.
+    """
+
+    def __init__(
+        self,
+        view: Callable[[Int[Tensor, " photo"], int], Float[Tensor, "photo filter row col"]],
+        photos: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.view = view
+        self.everyone = torch.arange(photos)
+        few = photos <= PHOTOS_AT_ONCE
+        sample = self.everyone if few else torch.randperm(photos, generator=generator)[:PHOTOS_AT_ONCE].sort().values
+        whole = view(sample, 0).clamp(min=0)
+        if not bool(whole.any()):
+            raise ImageError(expected("a later layer that answers to the photos", "zeros only", "Check the performer"))
+        self.dictionaries = []
+        for parts in PARTS:
+            for _ in range(ROUNDS):
+                chosen = torch.rand(len(sample), generator=generator) < SHARE_OF_PHOTOS
+                cells = whole[chosen if int(chosen.sum()) > 1 else slice(None)].permute(0, 2, 3, 1).flatten(0, 2)
+                cells = cells[torch.randperm(len(cells), generator=generator)[:MOST_CELLS]]
+                self.dictionaries.append(nonnegative_parts(cells, parts, generator))
+
+    def __call__(self, number: int) -> Float[Tensor, "photo part 2"]:
+        """Return the places of all candidates in a view, as shares of its sides."""
+        found = []
+        for some in self.everyone.split(PHOTOS_AT_ONCE):
+            maps = self.view(some, number).clamp(min=0)
+            found.append(torch.cat([centroids(part_codes(maps, parts)) for parts in self.dictionaries], 1))
+        return torch.cat(found)
+
+
+def part_teachers(
+    sources: Sequence[Source], windows: Float[Tensor, "photo view 5"], count: int, variety: float
+) -> Teachers:
+    """Choose parts that move with the photo.
+
+    Args:
+        sources: each says where its candidates stand in a view; view 0 is the whole photo.
         windows: how each view was cut; at least two views.
         count: parts wanted.
         variety: how much a part pays for moving like those already taken: cost per unit of mean correlation.
-        generator: source of the draws.
 
     Returns:
         The parts, the best first.
 
     Raises:
-        ImageError: fewer than four photos, or nothing but zeros in the later layer.
+        ImageError: fewer than four photos.
     """
     photos, views = windows.shape[:2]
     if photos < 4:
         raise ImageError(expected("at least 4 photos to find parts in", int(photos), "Add photos"))
-    everyone = torch.arange(photos)
-    few = photos <= PHOTOS_AT_ONCE
-    sample = everyone if few else torch.randperm(photos, generator=generator)[:PHOTOS_AT_ONCE].sort().values
-    whole = view(sample, 0).clamp(min=0)
-    if not bool(whole.any()):
-        raise ImageError(expected("a later layer that answers to the photos", "zeros only", "Check the performer"))
-    dictionaries = []
-    for parts in PARTS:
-        for _ in range(ROUNDS):
-            chosen = torch.rand(len(sample), generator=generator) < SHARE_OF_PHOTOS
-            cells = whole[chosen if int(chosen.sum()) > 1 else slice(None)].permute(0, 2, 3, 1).flatten(0, 2)
-            cells = cells[torch.randperm(len(cells), generator=generator)[:MOST_CELLS]]
-            dictionaries.append(nonnegative_parts(cells, parts, generator))
 
     def places_seen(number: int) -> Tensor:
-        """Return the places of all candidates in a view."""
-        found = []
-        for some in everyone.split(PHOTOS_AT_ONCE):
-            maps = view(some, number).clamp(min=0)
-            found.append(torch.cat([centroids(part_codes(maps, parts)) for parts in dictionaries], 1))
-        return torch.cat(found)
+        return torch.cat([source(number) for source in sources], 1)
 
     first = places_seen(0)
     sums, error = first.clone(), torch.zeros(first.shape[1])

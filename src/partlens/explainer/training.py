@@ -25,8 +25,8 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.evidence import sharpened
 from partlens.explainer.network import Explainer, ExplainerOutput, parameter_groups
 from partlens.explainer.objective import BatchFacts, Objective, ViewPair, target_norm
-from partlens.explainer.seeding import MOST_PHOTOS, seed_parts
-from partlens.explainer.teachers import part_teachers, places_in_view
+from partlens.explainer.seeding import MOST_PHOTOS, VotedParts, seed_parts, voted_parts
+from partlens.explainer.teachers import LaterParts, Source, centroids, part_teachers, places_in_view
 from partlens.store import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
 from partlens.vocabulary import ImageError, InputError, expected
 
@@ -35,6 +35,8 @@ HISTORY = "history.json"
 _SEED_VIEWS = 5
 _NORM_SAMPLE = 256
 _LEAST_UPPER_CELLS = 3
+_VOTERS = 256
+_VOTED_POWER = 6.0
 _WARM_STEPS = 50
 _SMOOTHING = 0.6
 _LEAST_IMPROVEMENT = 1e-3
@@ -204,28 +206,46 @@ def _norm_sample(data: TrainingMaps) -> Tensor:
     return torch.arange(count) * data.photos // count
 
 
-def _seed_category(
-    explainer: Explainer, data: TrainingMaps, category: int, generator: torch.Generator
-) -> dict[str, float]:
-    """Seed the filters of one category; with several, each has its share of both layers."""
-    config, structure = explainer.config, explainer.structure
-    own = torch.arange(data.photos) if data.labels is None else (data.labels == category).nonzero()[:, 0]
+def _own_photos(data: TrainingMaps, category: int) -> Tensor:
+    return torch.arange(data.photos) if data.labels is None else (data.labels == category).nonzero()[:, 0]
+
+
+def _voted_parts(
+    explainer: Explainer, data: TrainingMaps, category: int, generator: torch.Generator, *, voters: int, parts: int
+) -> VotedParts:
+    """Find the parts of one category that the tap's own features vote for."""
+    config = explainer.config
+    own = _own_photos(data, category)
     photos = own[torch.randperm(len(own), generator=generator)[:MOST_PHOTOS]].sort().values
     views = min(_SEED_VIEWS, data.views)
     maps = torch.stack([_gather(data.tap, data.rows(photos, torch.full_like(photos, v))) for v in range(views)])
     rest = data.background_rows
-    filters = None
     if data.labels is not None:
         strangers = (data.labels != category).nonzero()[:, 0]
         rest = np.concatenate([rest, data.rows(strangers, torch.zeros_like(strangers))])
-        filters = (
-            _share(structure.channels_in, category, data.categories),
-            _share(structure.channels_out, category, data.categories),
-        )
     others = rest[:: max(1, len(rest) // (2 * MOST_PHOTOS))][: 2 * MOST_PHOTOS]
-    evidence = _evidence(data, config, data.rows(photos, torch.zeros_like(photos)))
-    windows = data.windows[photos, :views].transpose(0, 1)
-    return seed_parts(explainer, maps, windows, _gather(data.tap, others), generator, evidence, filters=filters)
+    return voted_parts(
+        maps,
+        data.windows[photos, :views].transpose(0, 1),
+        _gather(data.tap, others),
+        generator,
+        _evidence(data, config, data.rows(photos, torch.zeros_like(photos))),
+        voters=voters,
+        parts=parts,
+        candidates=config.candidates_per_filter * max(voters, parts),
+        votes=config.votes,
+    )
+
+
+def _seed_category(
+    explainer: Explainer, data: TrainingMaps, category: int, generator: torch.Generator
+) -> dict[str, float]:
+    """Seed the filters of one category; with several, each has its share of both layers."""
+    first = _share(explainer.conv_interp_1.out_channels, category, data.categories)
+    second = _share(explainer.conv_interp_2.out_channels, category, data.categories)
+    parts = _voted_parts(explainer, data, category, generator, voters=len(first), parts=len(second))
+    seed_parts(explainer, parts, (first, second))
+    return parts.found
 
 
 def _share(filters: int, category: int, categories: int) -> Tensor:
@@ -249,6 +269,14 @@ def _upper_view(explainer: Explainer, data: TrainingMaps, own: Tensor, photos: T
     return _gather(mapped[-1] if mapped else data.tap, rows)
 
 
+def _voted_places(parts: VotedParts, data: TrainingMaps, own: Tensor, number: int) -> Tensor:
+    """Return where voted parts stand in a view of a category's photos."""
+    rows = data.rows(own, torch.full_like(own, number))
+    pieces = np.array_split(rows, _pieces(rows))
+    with torch.no_grad():
+        return torch.cat([centroids(parts.maps(_gather(data.tap, some)), _VOTED_POWER) for some in pieces])
+
+
 def _pieces(rows: np.ndarray) -> int:
     return max(1, math.ceil(len(rows) / _NORM_SAMPLE))
 
@@ -266,14 +294,19 @@ def find_teachers(explainer: Explainer, data: TrainingMaps) -> tuple[dict[str, T
     found = {"teacher_movement": 0.0, "teacher_correlation": 0.0}
     for category in range(data.categories):
         generator = _epoch_generator(config.seed, -1 - category)
-        own = torch.arange(data.photos) if data.labels is None else (data.labels == category).nonzero()[:, 0]
+        own = _own_photos(data, category)
         views = min(data.views, 1 + _SEED_VIEWS)
+        sources: list[Source] = []
+        if config.teacher_sources != "tap":
+            sources.append(LaterParts(functools.partial(_upper_view, explainer, data, own), len(own), generator))
+        if config.teacher_sources != "later":
+            voted = _voted_parts(explainer, data, category, generator, voters=_VOTERS, parts=_VOTERS)
+            sources.append(functools.partial(_voted_places, voted, data, own))
         teachers = part_teachers(
-            functools.partial(_upper_view, explainer, data, own),
+            sources,
             data.windows[own, :views],
             config.teachers,
             config.teacher_variety,
-            generator,
         )
         first, count = category * config.teachers, teachers.places.shape[1]
         places[own, first : first + count] = teachers.places

@@ -39,6 +39,7 @@ def test_round_trip_and_changes() -> None:
         ({"peak_power": 0.5}, "peak_power of at least 1, got 0.5"),
         ({"teachers": 4}, "a warm-up for teachers to teach in, got 0"),
         ({"teachers": 4, "warmup_epochs": 2, "views": 1}, "at least 2 views to choose teachers"),
+        ({"hidden_filters": 9, "initialisation": "identity"}, "to start from the identity, got 9"),
         ({"epoch": 3}, "a field of ExplainerConfig, got epoch. Did you mean epochs"),
     ],
 )

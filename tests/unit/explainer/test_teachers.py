@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerStructure
 from partlens.explainer.teachers import (
     BLUR_CELLS,
+    LaterParts,
     centroids,
     nonnegative_parts,
     part_codes,
@@ -52,6 +54,9 @@ class Photos:
 
     def view(self, photos: Tensor, number: int) -> Tensor:
         return self.shown(number)[photos]
+
+    def later(self) -> LaterParts:
+        return LaterParts(self.view, len(self.part), draws())
 
     def shown(self, number: int) -> Tensor:
         both = places_in_view(torch.stack([self.part, self.other], 1), self.windows[:, number])
@@ -97,7 +102,7 @@ def test_parts_compete_for_a_cell() -> None:
 
 def test_the_part_that_moves_with_the_photo_teaches_first() -> None:
     photos = Photos()
-    found = part_teachers(photos.view, photos.windows, 3, 0.0, draws())
+    found = part_teachers([photos.later()], photos.windows, 3, 0.0)
     assert bool((found.movement.diff() >= 0).all())
     assert float(found.movement[0]) < 0.1
     missed = [float((found.places[:, 0] - truth).norm(dim=-1).mean()) for truth in (photos.part, photos.other)]
@@ -110,7 +115,7 @@ def test_the_part_that_moves_with_the_photo_teaches_first() -> None:
 def test_a_place_that_never_moves_does_not_teach() -> None:
     """Under mirrors alone a place in the middle misses nothing; the plain distance would choose it first."""
     photos = Photos(views=2)
-    found = part_teachers(photos.view, photos.windows, 30, 0.0, draws())
+    found = part_teachers([photos.later()], photos.windows, 30, 0.0)
     assert float(found.places[:, 0].std(0).mean()) > 0.1
     still = found.places.std(0).mean(-1) < 0.01
     assert bool((found.movement[still] > 0.5).all())
@@ -123,9 +128,9 @@ def test_photos_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
         asked.append(len(some))
         return photos.view(some, number)
 
-    whole = part_teachers(photos.view, photos.windows, 2, 0.3, draws())
+    whole = part_teachers([photos.later()], photos.windows, 2, 0.3)
     monkeypatch.setattr(teachers, "PHOTOS_AT_ONCE", 12)
-    parted = part_teachers(view, photos.windows, 2, 0.3, draws())
+    parted = part_teachers([LaterParts(view, 30, draws())], photos.windows, 2, 0.3)
     assert max(asked) == 12
     assert sum(asked) == 12 + 5 * 30
     assert float(parted.movement[0]) < 0.1
@@ -134,10 +139,25 @@ def test_photos_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_variety_chooses_parts_that_move_apart() -> None:
     photos = Photos()
-    alike = part_teachers(photos.view, photos.windows, 6, 0.0, draws())
-    varied = part_teachers(photos.view, photos.windows, 6, 2.0, draws())
+    alike = part_teachers([photos.later()], photos.windows, 6, 0.0)
+    varied = part_teachers([photos.later()], photos.windows, 6, 2.0)
     assert varied.correlation < alike.correlation - 0.1
     assert torch.equal(varied.places[:, 0], alike.places[:, 0])
+
+
+def test_the_better_source_teaches() -> None:
+    photos = Photos()
+
+    def truth(number: int) -> Tensor:
+        return places_in_view(torch.stack([photos.part, photos.other], 1), photos.windows[:, number])
+
+    def nowhere(number: int) -> Tensor:
+        return photos.jumps[number][:, None].expand(-1, 3, -1)
+
+    found = part_teachers([nowhere, photos.later(), truth], photos.windows, 2, 0.0)
+    assert float(found.movement.max()) < 1e-4
+    for place in (photos.part, photos.other):
+        assert float((found.places - place[:, None]).abs().amax((0, 2)).min()) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -147,7 +167,8 @@ def test_variety_chooses_parts_that_move_apart() -> None:
 def test_what_cannot_teach_is_refused(photos: int, maps: float, message: str) -> None:
     windows = view_windows(photos, 2, 0.6, draws())
     with pytest.raises(ValueError, match=message):
-        part_teachers(lambda some, _: torch.full((len(some), 2, 4, 4), maps), windows, 2, 0.3, draws())
+        later = LaterParts(lambda some, _: torch.full((len(some), 2, 4, 4), maps), photos, draws())
+        part_teachers([later], windows, 2, 0.3)
 
 
 def slow_cost(maps: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -200,10 +221,36 @@ def test_learning_from_the_cost_moves_the_place_to_the_teacher() -> None:
     assert torch.allclose(place_posterior(maps.relu().detach())[1], wanted, atol=0.35)
 
 
-def test_every_category_has_teachers_of_its_own() -> None:
+def test_teachers_come_from_where_they_are_sought() -> None:
+    """The tap shows one part and the later layer another; each is taught where its source is asked for."""
+    photos = Photos(photos=40)
+    structure = ExplainerStructure("tap", ("upper",), 4, 8, (SIDE, SIDE), None, "tap")
+
+    def rows(of: Tensor) -> np.ndarray:
+        noise = 0.05 * torch.rand(40 * 5, 4, SIDE, SIDE, generator=draws(8))
+        seen = [places_in_view(of[:, None], photos.windows[:, number])[:, 0] for number in range(5)]
+        noise[:, 1] += torch.stack([blob(places) for places in seen], 1).flatten(0, 1)
+        return noise.numpy()
+
+    data = TrainingMaps(rows(photos.part), (rows(photos.other),), photos.windows, np.arange(0))
+    missed = {}
+    for sources in ("later", "tap", "both"):
+        config = ExplainerConfig(
+            teachers=1, views=5, warmup_epochs=1, teacher_sources=sources, candidates_per_filter=1, votes=8
+        )
+        explainer = Explainer(structure, config, torch.nn.Identity(), generator=draws())
+        places = find_teachers(explainer, data)[0]["teachers"][:, 0]
+        missed[sources] = [float((places - of).norm(dim=-1).mean()) for of in (photos.part, photos.other)]
+    assert missed["later"][1] < 0.08 < missed["later"][0]
+    assert missed["tap"][0] < 0.08 < missed["tap"][1]
+    assert min(missed["both"]) < 0.08
+
+
+@pytest.mark.parametrize("sources", ["later", "both"])
+def test_every_category_has_teachers_of_its_own(sources: Literal["later", "both"]) -> None:
     photos = Photos(photos=24, views=3)
     structure = ExplainerStructure("tap", ("upper",), 4, 8, (SIDE, SIDE), None, "tap")
-    config = ExplainerConfig(teachers=2, views=3, warmup_epochs=1)
+    config = ExplainerConfig(teachers=2, views=3, warmup_epochs=1, teacher_sources=sources, candidates_per_filter=1)
     explainer = Explainer(structure, config, torch.nn.Identity(), generator=draws())
     tap = torch.stack([photos.shown(v) for v in range(3)], 1).flatten(0, 1).numpy()
     labels = torch.arange(24) % 2

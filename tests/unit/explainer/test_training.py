@@ -10,7 +10,7 @@ import torch
 from partlens.explainer.assembly import build_explainer
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerStructure
-from partlens.explainer.seeding import part_candidates, seed_parts
+from partlens.explainer.seeding import part_candidates, seed_parts, voted_parts
 from partlens.explainer.training import TrainingMaps, train_explainer
 from partlens.explainer.views import view_windows, viewed_images
 from partlens.performer.surgery import cut
@@ -55,8 +55,9 @@ class Killed(Exception):
         {"kernel": "full", "learning_rate_ordinary": 1e-4},
         {"learning_rate_joint": 1e-4, "kernel": "box"},
         {"initialisation": "parts", "teachers": 0, "diversity_weight": 8.0, "equivariance_weight": 8.0},
+        {"hidden_filters": 5, "normaliser": "running", "teacher_sources": "both", "candidates_per_filter": 1},
     ],
-    ids=["default", "running", "full", "joint", "parts"],
+    ids=["default", "running", "full", "joint", "parts", "narrow"],
 )
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_a_killed_run_continues_bit_equal(
@@ -158,11 +159,28 @@ def test_seeding_finds_a_planted_part(tiny: Performer) -> None:
             maps[v, i, 4, row, 7 - col] += 4
     others = 0.3 * torch.rand(30, 12, 8, 8, generator=generator)
     explainer = fresh(tiny, candidates_per_filter=8)
-    found = seed_parts(explainer, maps, windows, others, generator)
-    assert found["movement_error_cells"] < 1.5
+    parts = voted_parts(maps, windows, others, generator, voters=12, parts=12, candidates=96, votes=64)
+    assert parts.found["movement_error_cells"] < 1.5
+    seed_parts(explainer, parts)
     peaks = explainer.interpret(maps[0])[1].detach().flatten(2).argmax(-1)
     distance = torch.maximum((peaks // 8 - place[:, :1]).abs(), (peaks % 8 - place[:, 1:]).abs())
     assert float((distance <= 1).float().mean(0).median()) > 0.9
+
+
+@pytest.mark.parametrize("kernel", ["full", "box"])
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_a_seeded_track_answers_as_the_parts_it_was_set_to(tiny: Performer, kernel: str, hidden: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    maps = torch.rand(3, 20, 12, 8, 8, generator=generator)
+    windows = view_windows(20, 3, 0.6, generator).transpose(0, 1)
+    others = torch.rand(10, 12, 8, 8, generator=generator)
+    explainer = fresh(tiny, kernel=kernel, standardise=False, hidden_filters=hidden)
+    voters = explainer.conv_interp_1.out_channels
+    assert voters == (hidden or 12)
+    parts = voted_parts(maps, windows, others, generator, voters=voters, parts=12, candidates=60, votes=4)
+    seed_parts(explainer, parts)
+    assert torch.allclose(explainer.interpret(maps[1])[1], parts.maps(maps[1]), atol=1e-5)
+    assert parts.votes.sum(1).tolist() == pytest.approx([1.0] * 12)
 
 
 def test_candidates_are_as_many_as_asked(generator: torch.Generator) -> None:
