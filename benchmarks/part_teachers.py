@@ -1,20 +1,27 @@
-"""Which label-free sign tells a good part teacher: candidates of a later layer, scored by signs and by landmarks.
+"""Which label-free sign tells a good part teacher, and which layer has it: candidates scored by landmarks.
 
-For every candidate that `partlens.explainer.teachers` would choose among, on the category's training photos and their
-views: how well its place moves with crops and mirrors, over the variance of the place (what teachers are chosen by) or
-in plain squared distance; and how much more strongly it answers to the category than to background photos (area under
-the curve). On the held-out photos: consistency and instability by the landmarks, which nothing above has seen. The
-figures are rank correlations (Spearman) of sign and consistency, and the mean scores of the sixteen best by each sign;
-"landmarks" chooses by the held-out consistency itself, the most that any sign could give.
+*Signs.* For every candidate of a later layer that `partlens.explainer.teachers` would choose among, on the category's
+training photos and their views: how well its place moves with crops and mirrors, over the variance of the place (what
+teachers are chosen by) or in plain squared distance; and how much more strongly it answers to the category than to
+background photos (area under the curve). On the held-out photos: consistency and instability by the landmarks, which
+nothing above has seen. The figures are rank correlations (Spearman) of sign and consistency, and the mean scores of the
+sixteen best by each sign; "landmarks" chooses by the held-out consistency itself, the most that any sign could give.
 
-    uv run python benchmarks/part_teachers.py DATA LAYER=MODEL [LAYER=MODEL ...]
+*Sources.* The sixteen teachers that are chosen, with variety, from regions of the later layer, from parts that the
+tap's own features vote for, and from both together; scored on the held-out photos in the same way.
+
+    uv run python benchmarks/part_teachers.py DATA TAP,LAYER=MODEL [TAP,LAYER=MODEL ...]
     uv run python benchmarks/part_teachers.py --table
+
+DATA is the folder of the animals, or the file that `partlens data join` writes for birds and other photos.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +32,10 @@ from scipy.stats import spearmanr
 from part_ceiling import maps_at
 from partlens.data.images import ImageSet
 from partlens.evaluation import landmarks_in_input, photo_numbers
-from partlens.explainer.seeding import _areas
-from partlens.explainer.teachers import (
-    MOST_CELLS,
-    PARTS,
-    ROUNDS,
-    SHARE_OF_PHOTOS,
-    centroids,
-    nonnegative_parts,
-    part_codes,
-    places_in_view,
-)
+from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.seeding import MOST_PHOTOS, VotedParts, _areas, voted_parts
+from partlens.explainer.teachers import LaterParts, centroids, part_codes, part_teachers, places_in_view
+from partlens.explainer.training import _SEED_VIEWS, _VOTED_POWER, _VOTERS
 from partlens.explainer.views import view_windows, viewed_images
 from partlens.metrics.localisation import (
     Peaks,
@@ -48,86 +48,154 @@ from partlens.metrics.localisation import (
 from partlens.performer.zoo import load_performer
 
 HERE = Path(__file__).parent
-VIEWS = 6
-CHOSEN = 16
-CATEGORIES = ("fox", "elephant", "giant_panda", "cat", "cattle", "zebra")
+CONFIG = ExplainerConfig.preset("partlens")
+VIEWS = CONFIG.views
+CHOSEN = CONFIG.teachers
+CATEGORIES = ("fox", "elephant", "giant_panda", "cat", "cattle", "zebra", "bird")
 BACKGROUND = 300
+SIDE = 14  # cells in which the spread would be told; no figure here depends on it
 
 
-def candidates(views: list[torch.Tensor], windows: torch.Tensor, others: torch.Tensor, held: torch.Tensor) -> Any:
-    """Places on the held-out photos and the signs of every candidate."""
+def signs_of(first: torch.Tensor, later: LaterParts, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is known of every candidate of the later layer without labels; lower is better."""
+    error = torch.zeros(first.shape[1])
+    for number in range(1, VIEWS):
+        wanted = places_in_view(first, windows[:, number])
+        inside = ((wanted > 0) & (wanted < 1)).all(-1).float()
+        missed = ((later(number) - wanted).square().sum(-1) * inside).sum(0) / inside.sum(0).clamp(min=1)
+        error += missed / (VIEWS - 1)
+    return {"over variance": error / first.var(0).sum(-1).clamp(min=1e-8), "distance": error}
+
+
+def answers(maps: torch.Tensor, later: LaterParts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places and strength of every candidate of the later layer."""
+    codes = [part_codes(maps.float(), parts) for parts in later.dictionaries]
+    return torch.cat([centroids(c) for c in codes], 1), torch.cat([c.flatten(2).amax(-1) for c in codes], 1)
+
+
+class Scored:
+    """Consistency and instability of candidates on held-out photos."""
+
+    def __init__(
+        self, places: torch.Tensor, strength: torch.Tensor, landmarks: torch.Tensor, photos: Any, size: Any
+    ) -> None:
+        xy = places.flip(-1).double() * torch.tensor([size[1], size[0]])
+        self.peaks = Peaks(places.double() * SIDE - 0.5, xy, strength.double(), (SIDE, SIDE))
+        self.consistency = consistency_per_filter(self.peaks, landmarks, photos)[0]
+        self.instability = instability_per_filter(self.peaks, landmarks, size)
+
+    def of(self, best: torch.Tensor) -> dict[str, float]:
+        live = torch.ones(len(best), dtype=torch.bool)
+        return {
+            "consistency": round(float(self.consistency[best].mean()), 3),
+            "instability": round(float(self.instability[best].mean()), 4),
+            "correlation": round(mean_pairwise(peak_correlation(self.peaks.filters(best), live)), 3),
+        }
+
+
+def rank_correlation(cost: torch.Tensor, consistency: torch.Tensor) -> float:
+    return round(float(spearmanr(-cost, consistency).statistic), 3)
+
+
+def centre_null(landmarks: torch.Tensor, size: tuple[int, int]) -> float:
+    """Instability of filters that never leave the centre, each on photos of its own draw."""
     generator = torch.Generator().manual_seed(0)
-    places, strength, signs = [], [], {"over variance": [], "distance": [], "area": []}
-    for count in PARTS:
-        for _ in range(ROUNDS):
-            chosen = torch.rand(len(windows), generator=generator) < SHARE_OF_PHOTOS
-            cells = views[0][chosen].float().permute(0, 2, 3, 1).flatten(0, 2)
-            parts = nonnegative_parts(
-                cells[torch.randperm(len(cells), generator=generator)[:MOST_CELLS]], count, generator
-            )
-            codes = part_codes(views[0].float(), parts)
-            first, error = centroids(codes), torch.zeros(count)
-            for number in range(1, VIEWS):
-                seen = centroids(part_codes(views[number].float(), parts))
-                wanted = places_in_view(first, windows[:, number])
-                inside = ((wanted > 0) & (wanted < 1)).all(-1).float()
-                missed = ((seen - wanted).square().sum(-1) * inside).sum(0) / inside.sum(0).clamp(min=1)
-                error += missed / (VIEWS - 1)
-            of_held = part_codes(held.float(), parts)
-            places.append(centroids(of_held))
-            strength.append(of_held.flatten(2).amax(-1))
-            signs["over variance"].append(error / first.var(0).sum(-1).clamp(min=1e-8))
-            signs["distance"].append(error)
-            signs["area"].append(
-                -_areas(codes.flatten(2).amax(-1), part_codes(others.float(), parts).flatten(2).amax(-1))
-            )
-    return torch.cat(places, 1), torch.cat(strength, 1), {name: torch.cat(found) for name, found in signs.items()}
+    shape = ((SIDE, SIDE), (0.0, 0.0), (1.0, 1.0))
+    peaks = null_peaks("centre", len(landmarks), *shape, input_size_px=size, filters=256, generator=generator)
+    return round(float(instability_per_filter(peaks, landmarks, size).mean()), 4)
 
 
-def measured(layer: str, spec: str, data: Path) -> dict[str, Any]:
+def measured(
+    tap: str, layer: str, spec: str, data: Path, about: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     performer = load_performer(spec)
     images = ImageSet.open(data)
     size = performer.preprocessing.size_px
-    result: dict[str, Any] = {"model": performer.name, "weights_sha256": performer.weights_sha256, "categories": {}}
-    others = maps_at(performer, images, images.indices(category="background", split="train")[:BACKGROUND], layer)
-    for category in CATEGORIES:
+    about |= {"model": performer.name, "weights_sha256": performer.weights_sha256}
+    background = images.indices(category="background", split="train")[:BACKGROUND]
+    others = {name: maps_at(performer, images, background, name) for name in (tap, layer)}
+    for category in [c for c in CATEGORIES if c in images.categories]:
         train, held = (images.indices(category=category, split=s) for s in ("train", "test"))
         windows = view_windows(len(train), VIEWS, 0.55, torch.Generator().manual_seed(0))
         rows = np.repeat(np.array(train), VIEWS).astype(np.int64)
         drawn, viewing = viewed_images(images, performer, rows, windows.flatten(0, 1))
-        seen = maps_at(viewing, drawn, np.arange(len(rows)), layer)
-        views = list(seen.reshape(len(train), VIEWS, *seen.shape[1:]).transpose(0, 1))
-        places, strength, signs = candidates(views, windows, others, maps_at(performer, images, held, layer))
-        xy = places.flip(-1).double() * torch.tensor([size[1], size[0]])
-        side = tuple(seen.shape[2:])
-        peaks = Peaks(places.double() * torch.tensor(side) - 0.5, xy, strength.double(), side)
-        landmarks = landmarks_in_input(images, held, performer)[1]
-        consistency = consistency_per_filter(peaks, landmarks, photo_numbers(images, held))[0]
-        instability = instability_per_filter(peaks, landmarks, size)
-        entry: dict[str, Any] = {"candidates": len(consistency), "held_out_photos": len(held), "signs": {}}
-        for name, cost in (signs | {"landmarks": -consistency}).items():
-            best = cost.argsort()[:CHOSEN]
-            correlation = peak_correlation(peaks.filters(best), torch.ones(CHOSEN, dtype=torch.bool))
-            entry["signs"][name] = {
-                "rank_correlation": round(float(spearmanr(-cost, consistency).statistic), 3),
-                "consistency": round(float(consistency[best].mean()), 3),
-                "instability": round(float(instability[best].mean()), 4),
-                "correlation": round(mean_pairwise(correlation), 3),
-            }
-        centre = null_peaks(
-            "centre",
-            len(held),
-            side,
-            (0.0, 0.0),
-            (1.0, 1.0),
-            input_size_px=size,
-            filters=1,
-            generator=torch.Generator().manual_seed(0),
+        views, shown = {}, {}
+        for name in (tap, layer):
+            seen = maps_at(viewing, drawn, tuple(range(len(rows))), name)
+            views[name] = seen.reshape(len(train), VIEWS, *seen.shape[1:]).transpose(0, 1)
+            shown[name] = maps_at(performer, images, held, name)
+        later = LaterParts(
+            lambda some, number, maps=views[layer]: maps[number][some], len(train), torch.Generator().manual_seed(0)
         )
-        entry["centre_null"] = round(float(instability_per_filter(centre, landmarks, size)), 4)
-        result["categories"][category] = entry
+        some = torch.arange(min(len(train), MOST_PHOTOS))
+        voted = voted_parts(
+            views[tap][:_SEED_VIEWS, some],
+            windows[some, :_SEED_VIEWS].transpose(0, 1),
+            others[tap],
+            torch.Generator().manual_seed(0),
+            voters=_VOTERS,
+            parts=_VOTERS,
+            candidates=CONFIG.candidates_per_filter * _VOTERS,
+            votes=CONFIG.votes,
+        )
+
+        def voted_places(number: int, maps: torch.Tensor = views[tap], parts: VotedParts = voted) -> torch.Tensor:
+            return torch.cat([centroids(parts.maps(batch), _VOTED_POWER) for batch in maps[number].split(256)])
+
+        landmarks = landmarks_in_input(images, held, performer)[1]
+        photos = photo_numbers(images, held)
+        own = Scored(*answers(shown[layer], later), landmarks, photos, size)
+        held_votes = voted.maps(shown[tap])
+        pools = {
+            "later": [(later, own)],
+            "tap": [
+                (
+                    voted_places,
+                    Scored(
+                        centroids(held_votes, _VOTED_POWER), held_votes.flatten(2).amax(-1), landmarks, photos, size
+                    ),
+                )
+            ],
+        }
+        pools["both"] = pools["later"] + pools["tap"]
+        first, strength = answers(views[layer][0], later)
+        signs = signs_of(first, later, windows)
+        signs["area"] = -_areas(strength, answers(others[layer], later)[1])
+        entry: dict[str, Any] = {
+            "candidates": len(own.consistency),
+            "held_out_photos": len(held),
+            "signs": {
+                name: {"rank_correlation": rank_correlation(cost, own.consistency)} | own.of(cost.argsort()[:CHOSEN])
+                for name, cost in (signs | {"landmarks": -own.consistency}).items()
+            },
+            "sources": {},
+        }
+        for name, pool in pools.items():
+            chosen = torch.tensor(
+                part_teachers([source for source, _ in pool], windows, CHOSEN, CONFIG.teacher_variety).chosen
+            )
+            joined = pool[0][1] if len(pool) == 1 else together(*(scored for _, scored in pool))
+            entry["sources"][name] = joined.of(chosen) | {
+                "mean": round(float(joined.consistency.mean()), 3),
+                "from_tap": int((chosen >= len(own.consistency)).sum()) if name == "both" else None,
+            }
+        entry["centre_null"] = centre_null(landmarks, size)
         print(layer, category, json.dumps(entry), flush=True)
-    return result
+        yield category, entry
+
+
+def together(first: Scored, second: Scored) -> Scored:
+    joined = copy.copy(first)
+    joined.peaks = Peaks(
+        *(
+            torch.cat([getattr(s.peaks, name) for s in (first, second)], 1)
+            for name in ("cells", "positions_px", "scores")
+        ),
+        first.peaks.side_cells,
+    )
+    joined.consistency = torch.cat([first.consistency, second.consistency])
+    joined.instability = torch.cat([first.instability, second.instability])
+    return joined
 
 
 def table() -> str:
@@ -135,18 +203,24 @@ def table() -> str:
         "| layer | category | over variance | distance | area under the curve | best by landmarks |",
         "|---|---|---|---|---|---|",
     ]
+    sources = ["| layer | category | later | tap | both | of them from the tap |", "|---|---|---|---|---|---|"]
 
     def cell(found: dict[str, float]) -> str:
         return f"{found['rank_correlation']:.2f}; {found['consistency']:.2f}, {found['instability']:.3f}"
 
     for layer, content in json.loads((HERE / "part_teachers.json").read_text()).items():
         for category, entry in content["categories"].items():
+            first = f"| {layer} | {category.replace('_', ' ')} | "
             signs = entry["signs"]
             cells = [cell(signs[name]) for name in ("over variance", "distance", "area")]
             best = signs["landmarks"]
             cells.append(f"{best['consistency']:.2f}, {best['instability']:.3f}")
-            lines.append("| " + " | ".join([layer, category.replace("_", " "), *cells]) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append(first + " | ".join(cells) + " |")
+            if "sources" in entry:
+                found = [entry["sources"][name] for name in ("later", "tap", "both")]
+                cells = [f"{s['consistency']:.2f}, {s['instability']:.3f}, {s['correlation']:.2f}" for s in found]
+                sources.append(first + " | ".join([*cells, str(found[2]["from_tap"])]) + " |")
+    return "\n".join([*lines, "", *sources]) + "\n"
 
 
 def main() -> None:
@@ -157,11 +231,12 @@ def main() -> None:
     path = HERE / "part_teachers.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     for given in sys.argv[2:]:
-        layer, spec = given.split("=", 1)
-        found = measured(layer, spec, Path(sys.argv[1]))
-        short = spec.partition("@")[0].partition(":")[2]
-        known[f"{short} {layer}"] = found
-        path.write_text(json.dumps(known, indent=2) + "\n")
+        layers, spec = given.split("=", 1)
+        tap, layer = layers.split(",")
+        entry = known.setdefault(f"{spec.partition('@')[0].partition(':')[2]} {layer}", {"categories": {}})
+        for category, found in measured(tap, layer, spec, Path(sys.argv[1]), entry):
+            entry["categories"][category] = found
+            path.write_text(json.dumps(known, indent=2) + "\n")
 
 
 if __name__ == "__main__":

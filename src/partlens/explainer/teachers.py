@@ -53,11 +53,13 @@ class Teachers:
 
     Attributes:
         places: (row, col) of each part in each photo, as shares of its sides: the mean over views.
+        chosen: number of each among the candidates of all sources, in their order.
         movement: mean squared error of moving with crops and mirrors over the variance of the place; lower is better.
         correlation: mean correlation of the places of two different parts over photos.
     """
 
     places: Float[Tensor, "photo teacher 2"]
+    chosen: tuple[int, ...]
     movement: Float[Tensor, " teacher"]
     correlation: float
 
@@ -217,7 +219,7 @@ def part_teachers(
     own = alike[taken][:, taken]
     pairs = len(taken) * (len(taken) - 1)
     correlation = float(own.sum() - own.diagonal().sum()) / pairs if pairs else 0.0
-    return Teachers(places[:, taken], movement[taken], correlation)
+    return Teachers(places[:, taken], tuple(taken), movement[taken], correlation)
 
 
 def place_posterior(
