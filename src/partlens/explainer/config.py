@@ -75,6 +75,7 @@ PARTLENS_CHANGES: dict[str, Any] = _OURS | {
     "peak": "centroid",
     "teachers": 16,
     "hidden_filters": 256,
+    "votes": 128,
     "standardise": True,
     "dropout": 0.3,
     "learning_rate_joint": 0.0,
@@ -168,8 +169,10 @@ class ExplainerConfig:
             category's photos and kept; the same function of the maps as without, but for the borders, with weights of
             one scale for every tap (paper silent).
         dropout: share of channels left out at random in the warm-up, of the tap's maps and of conv-interp-1's.
-        candidates_per_filter: for ``parts``: part candidates per filter of conv-interp-1; the best are kept.
-        votes: for ``parts``: filters of conv-interp-1 that vote for one filter of conv-interp-2.
+        candidates_per_filter: for ``parts``: part candidates per filter of conv-interp-1; the best are kept. For
+            teachers from the tap: per one of the 256 that are kept.
+        votes: for ``parts``: filters of conv-interp-1 that vote for one filter of conv-interp-2; likewise of the tap's
+            candidates for one that may teach.
         p_init: p at the start (paper silent).
         p_max: the largest p that training may reach, 1 in the paper.
         learning_rate: Adam, interpretable track (paper silent on the optimiser and all rates).
