@@ -11,6 +11,7 @@ from partlens.metrics.localisation import (
     consistency_per_filter,
     dead_filters,
     distinct_parts,
+    filter_correlation_of,
     instability_differences,
     instability_per_filter,
     localisation_scores,
@@ -135,6 +136,32 @@ def test_correlation_of_copies_and_of_strangers() -> None:
     assert abs(mean_pairwise(peak_correlation(peaks_at(moving(400, 2)), live))) < 0.15
     mirrored = peaks_at(torch.cat([cells, 13 - cells], 1))
     assert mean_pairwise(peak_correlation(mirrored, live)) == pytest.approx(-1)
+
+
+def test_mean_correlation_without_the_matrix_is_the_mean_over_pairs() -> None:
+    generator = torch.Generator().manual_seed(4)
+    cells = torch.randint(0, 9, (40, 30, 2), generator=generator).double()
+    cells[:, 3:6] = cells[:, :1]
+    cells[:, 7, 0] = 5.0  # still on one axis: undefined with every other filter
+    cells[:, 8] = 0.0
+    live = torch.ones(30, dtype=torch.bool)
+    live[20:] = False
+    value = filter_correlation_of(peaks_at(cells), live)
+    assert value == pytest.approx(mean_pairwise(peak_correlation(peaks_at(cells), live)), abs=1e-12)
+    assert 0.01 < value < 0.2
+    only = torch.arange(30) == 2
+    assert math.isnan(filter_correlation_of(peaks_at(cells), only))
+    assert math.isnan(filter_correlation_of(peaks_at(cells), (torch.arange(30) == 7) | only))
+
+
+def test_distinct_parts_by_the_definition() -> None:
+    generator = torch.Generator().manual_seed(5)
+    cells = 20 * torch.rand(50, 1, 2, generator=generator).double() + 3 * torch.rand(50, 40, 2, generator=generator)
+    flat = cells.permute(1, 0, 2).reshape(40, -1)
+    similarity = torch.exp(-torch.cdist(flat, flat).square() / 50 / 2)
+    wanted = float(1 / similarity.mean())
+    assert 2 < wanted < 20
+    assert distinct_parts(peaks_at(cells), torch.ones(40, dtype=torch.bool)) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_distinct_parts_counts_places() -> None:
