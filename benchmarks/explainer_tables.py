@@ -34,7 +34,8 @@ def section(path: Path) -> list[str]:
     content = json.loads(path.read_text())
     network = path.stem.split("-", 1)[0]
     former = "-candidates-" in path.stem
-    title = f"## {network}{', candidates' if former else ''}: {TITLES[content['table']].lower()}"
+    which = ", candidates" if former else ", teachers from the tap" if "-teachers-from-tap-" in path.stem else ""
+    title = f"## {network}{which}: {TITLES[content['table']].lower()}"
     lines = [title, "", "```", content["command"], "```", "", *([FORMER, ""] if former else [])]
     return [
         *lines,
