@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from partlens.vocabulary import InputError, expected, nearest
 
@@ -101,7 +101,7 @@ CANDIDATES_CHANGES: dict[str, Any] = _OURS | {
     "warmup_epochs": 16,
 }
 """What the ``candidates`` preset changes: parts are sought in the tap alone and stand at the largest cell. It was the
-default before there were teachers, and is better on birds (``docs/study.md``)."""
+default before there were teachers, and is better on AlexNet's birds (``docs/study.md``)."""
 
 PRESETS: dict[str, dict[str, Any]] = {"partlens": PARTLENS_CHANGES, "candidates": CANDIDATES_CHANGES, "paper": {}}
 """By name: what differs from the papers' values."""
@@ -256,6 +256,10 @@ class ExplainerConfig:
             if not (math.isfinite(value) and low_enough):
                 rule = "positive" if name in _POSITIVE else "at least 0"
                 raise InputError(expected(f"{name} {rule} and finite", value, f"Set {name} to a usable value"))
+        for name, kind in get_type_hints(type(self)).items():
+            value, known = getattr(self, name), get_args(kind)
+            if get_origin(kind) is Literal and value not in known:
+                raise InputError(expected(f"{name} {' or '.join(known)}", value, "Choose one of them"))
         if self.batch_size < 2:
             raise InputError(expected("batch_size at least 2", self.batch_size, "The filter loss compares photos"))
         for name in ("p_init", "norm_momentum", "crop_area_min"):

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 
 from partlens.explainer.config import PRESETS, ExplainerConfig
@@ -43,7 +47,7 @@ def test_round_trip_and_changes() -> None:
         ({"epoch": 3}, "a field of ExplainerConfig, got epoch. Did you mean epochs"),
     ],
 )
-def test_wrong_fields_are_named(changes: dict[str, float], message: str) -> None:
+def test_wrong_fields_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExplainerConfig.preset("paper", **changes)
 
@@ -51,3 +55,15 @@ def test_wrong_fields_are_named(changes: dict[str, float], message: str) -> None
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match="preset partlens, candidates, paper, got papers"):
         ExplainerConfig.preset("papers")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [("teacher_sources", "teacher_sources later or tap or both, got x"), ("kernel", "kernel full or box, got x")],
+)
+def test_unknown_choices_are_refused(field: str, message: str) -> None:
+    """In a process of its own: here the tests' own type checks would come first."""
+    code = f"from partlens.explainer.config import ExplainerConfig; ExplainerConfig({field}='x')"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert f"InputError: Expected {message}" in ran.stderr
