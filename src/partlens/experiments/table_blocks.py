@@ -367,9 +367,13 @@ def _stability_verdicts(study: Study, label: str, kind: str, subject: str, name:
         found.append(verdict(value < centre, "Against the centre null", words))
     line = study.printed(label, "instability", "interpretable")
     if line["value"] is not None:
-        better = value <= line["value"]
-        words = f"{label}: {digits(value)} here, {digits(line['value'])} printed for the interpretable CNN on the same "
-        words += f"categories ({line['source']})." + ("" if better else f" The {name} here is worse.")
+        # Printed figures are of largest cells; an explainer that is read by centroids must not win by how it is read.
+        alike = of("explainer_largest") if subject == "explainer" else None
+        read = value if alike is None else alike
+        better = read <= line["value"]
+        words = f"{label}: {digits(read)} here{'' if alike is None else ' by largest cells'}, {digits(line['value'])} "
+        words += f"printed for the interpretable CNN on the same categories ({line['source']})."
+        words += "" if better else f" The {name} here is worse."
         found.append(verdict(better, "Beside the interpretable CNN", words))
     return found
 

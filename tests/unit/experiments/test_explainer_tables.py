@@ -281,8 +281,10 @@ def test_worse_figures_are_called_worse(finished: tuple[Path, dict[str, Any]]) -
     """The same scores under the name of a network that the papers studied."""
     found = finished[1]
     scores = json.loads(json.dumps(found["jobs"][0]["scores"]))
-    for ours, met in ((0.06, True), (0.12, False)):
+    # Read by centroids it may look better; what is printed is of largest cells.
+    for ours, largest, met in ((0.06, 0.07, True), (0.06, 0.12, False), (0.12, 0.12, False)):
         scores["evaluation"]["explainer"]["instability"]["value"] = ours
+        scores["evaluation"]["same_peak"]["largest"]["explainer"]["instability"]["value"] = largest
         built = build(study_of("instability", scores, {"alexnet": "AlexNet"}, ("fox",)))
         cells = built["blocks"][0]["rows"][0]["cells"]
         assert cells["printed_interpretable"]["value"] == 0.087
@@ -290,6 +292,7 @@ def test_worse_figures_are_called_worse(finished: tuple[Path, dict[str, Any]]) -
         beside = next(one for one in built["verdicts"] if one["title"] == "Beside the interpretable CNN")
         assert beside["met"] is met
         assert ("worse" in beside["words"]) is not met
+        assert f"{largest:.3f} here by largest cells" in beside["words"]
     whole = found | {key: built[key] for key in ("blocks", "charts", "verdicts", "remarks", "published")}
     page = Page(table_page(json.loads(json.dumps(whole))))
     assert "0.0870" in page.text
