@@ -26,6 +26,7 @@ TOP_IMAGES = 100
 FOLDS = 5
 _ROUNDING = 1e-5
 DISTINCT_SPREAD_CELLS = 1.0
+_STILL_CELLS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -208,14 +209,21 @@ def consistency_per_filter(
     return torch.where(best.values < -1, math.nan, best.values), best.indices
 
 
+def _directions(peaks: Peaks, live: Bool[Tensor, " filter"]) -> Float[Tensor, "image live 2"]:
+    """Return how the live filters' peaks move over images, of length 1 on each axis; NaN on an axis they do not move on."""
+    cells = peaks.cells[:, live]
+    centred = cells - cells.mean(0)
+    norm = centred.norm(dim=0)
+    # Less its mean, a place between cells that never moves leaves rounding errors, which point nowhere.
+    return centred / torch.where(norm > _STILL_CELLS, norm, math.nan)
+
+
 def peak_correlation(peaks: Peaks, live: Bool[Tensor, " filter"]) -> Float[Tensor, "live live"]:
     """Return the correlation of peak positions between live filters, the mean over both axes.
 
     A filter whose peak does not move on an axis has no correlation there: the pair's value is then NaN.
     """
-    cells = peaks.cells[:, live]
-    centred = cells - cells.mean(0)
-    unit = centred / centred.norm(dim=0)
+    unit = _directions(peaks, live)
     return (torch.einsum("ifa,iga->fga", unit, unit)).mean(-1)
 
 
@@ -224,14 +232,11 @@ def filter_correlation_of(peaks: Peaks, live: Bool[Tensor, " filter"]) -> float:
 
     Filters whose peak does not move on an axis are left out, with them every undefined pair; NaN for fewer than two.
     """
-    cells = peaks.cells[:, live]
-    centred = cells - cells.mean(0)
-    norm = centred.norm(dim=0)
-    moves = (norm > 0).all(-1)
-    count = int(moves.sum())
+    unit = _directions(peaks, live)
+    unit = unit[:, ~unit.isnan().any(0).any(-1)]
+    count = unit.shape[1]
     if count < 2:
         return math.nan
-    unit = centred[:, moves] / norm[moves]
     # The sum over all pairs of products is the square of the sum; each filter's product with itself is 1 per axis.
     total = float(unit.sum(1).square().sum()) / unit.shape[2]
     mean: float = (total - count) / (count * (count - 1))

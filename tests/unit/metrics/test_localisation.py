@@ -144,10 +144,13 @@ def test_mean_correlation_without_the_matrix_is_the_mean_over_pairs() -> None:
     cells[:, 3:6] = cells[:, :1]
     cells[:, 7, 0] = 5.0  # still on one axis: undefined with every other filter
     cells[:, 8] = 0.0
+    cells[:, 9] = 4.1 / 3  # its mean is not itself but for rounding, which must not count as movement
+    assert float((cells[:, 9] - cells[:, 9].mean(0)).norm()) > 0
     live = torch.ones(30, dtype=torch.bool)
     live[20:] = False
     value = filter_correlation_of(peaks_at(cells), live)
     assert value == pytest.approx(mean_pairwise(peak_correlation(peaks_at(cells), live)), abs=1e-12)
+    assert bool(peak_correlation(peaks_at(cells), live)[9].isnan().all())
     assert 0.01 < value < 0.2
     only = torch.arange(30) == 2
     assert math.isnan(filter_correlation_of(peaks_at(cells), only))
