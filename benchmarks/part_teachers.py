@@ -19,6 +19,7 @@ DATA is the folder of the animals, or the file that `partlens data join` writes 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from partlens.data.images import ImageSet
 from partlens.evaluation import landmarks_in_input, photo_numbers
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.seeding import MOST_PHOTOS, VotedParts, _areas, voted_parts
-from partlens.explainer.teachers import LaterParts, centroids, part_codes, part_teachers, places_in_view
+from partlens.explainer.teachers import LaterParts, Source, centroids, part_codes, part_teachers, places_in_view
 from partlens.explainer.training import _SEED_VIEWS, _VOTED_POWER, _VOTERS
 from partlens.explainer.views import view_windows, viewed_images
 from partlens.metrics.localisation import (
@@ -56,7 +57,7 @@ BACKGROUND = 300
 SIDE = 14  # cells in which the spread would be told; no figure here depends on it
 
 
-def signs_of(first: torch.Tensor, later: LaterParts, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+def signs_of(first: torch.Tensor, later: Source, windows: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is known of every candidate of the later layer without labels; lower is better."""
     error = torch.zeros(first.shape[1])
     for number in range(1, VIEWS):
@@ -139,6 +140,7 @@ def measured(
             votes=CONFIG.votes,
         )
 
+        @functools.cache
         def voted_places(number: int, maps: torch.Tensor = views[tap], parts: VotedParts = voted) -> torch.Tensor:
             return torch.cat([centroids(parts.maps(batch), _VOTED_POWER) for batch in maps[number].split(256)])
 
@@ -146,8 +148,9 @@ def measured(
         photos = photo_numbers(images, held)
         own = Scored(*answers(shown[layer], later), landmarks, photos, size)
         held_votes = voted.maps(shown[tap])
+        later_places = functools.cache(later)  # asked for the signs and for two pools
         pools = {
-            "later": [(later, own)],
+            "later": [(later_places, own)],
             "tap": [
                 (
                     voted_places,
@@ -159,7 +162,7 @@ def measured(
         }
         pools["both"] = pools["later"] + pools["tap"]
         first, strength = answers(views[layer][0], later)
-        signs = signs_of(first, later, windows)
+        signs = signs_of(first, later_places, windows)
         signs["area"] = -_areas(strength, answers(others[layer], later)[1])
         entry: dict[str, Any] = {
             "candidates": len(own.consistency),

@@ -54,6 +54,7 @@ ROLES = {
     "tap_centroid": "performer",
     "interpretable": "explainer",
 }
+RATIO = "explainer / top layer, both by largest cells"
 SAME_PEAK = {"explainer_largest": ("largest", "explainer"), "tap_centroid": ("centroid", "tap")}
 """Where an evaluation keeps what is read otherwise than by default, so that like stands beside like."""
 BESIDE = {
@@ -239,6 +240,15 @@ def _cell(study: Study, label: str, category: str | None, kind: str, get: Getter
     return study.mean(label, kind, get) if category is None else study.one(label, category, kind, get)
 
 
+def as_printed(content: Content) -> Cell | None:
+    """Read the explainer's instability as print and performers are read, by largest cells, where both were measured.
+
+    An explainer that is read by centroids must not win by how it is read.
+    """
+    largest = localisation("explainer_largest", "instability")(content)
+    return localisation("explainer", "instability")(content) if largest is None else largest
+
+
 def _ratio(study: Study, label: str, category: str | None, kind: str, above: Getter, below: Getter) -> Cell:
     if category is None:
         return ratio_cell(*study.groups(label, kind, above, below), seed=study.seed)
@@ -286,7 +296,7 @@ def _beside_block(
 def _printed_explainers(study: Study) -> dict[str, Any]:
     rows = []
     for label in _present(study, EXPLAINER):
-        top, explained = localisation("top", "instability"), localisation("explainer", "instability")
+        top, explained = localisation("top", "instability"), as_printed
         cells = {
             "performer": study.mean(label, EXPLAINER, top),
             "explainer": study.mean(label, EXPLAINER, explained),
@@ -308,7 +318,9 @@ def _printed_explainers(study: Study) -> dict[str, Any]:
         column("explainer", "explainer", "explainer", "lower"),
         column("ratio", "explainer / performer", "", "lower"),
     ]
-    lead = "Other photos, other categories: what can be compared is the ratio. Averages as printed."
+    lead = (
+        "Other photos, other categories: what can be compared is the ratio, all by largest cells. Averages as printed."
+    )
     return {
         "key": "printed",
         "title": "The papers' explainers on their data",
@@ -367,9 +379,8 @@ def _stability_verdicts(study: Study, label: str, kind: str, subject: str, name:
         found.append(verdict(value < centre, "Against the centre null", words))
     line = study.printed(label, "instability", "interpretable")
     if line["value"] is not None:
-        # Printed figures are of largest cells; an explainer that is read by centroids must not win by how it is read.
         alike = of("explainer_largest") if subject == "explainer" else None
-        read = value if alike is None else alike
+        read = value if alike is None else alike  # as in as_printed
         better = read <= line["value"]
         words = f"{label}: {digits(read)} here{'' if alike is None else ' by largest cells'}, {digits(line['value'])} "
         words += f"printed for the interpretable CNN on the same categories ({line['source']})."
@@ -395,10 +406,10 @@ def printed_pairs(measure: Measure, subject: Subject) -> list[tuple[float, float
 
 
 def _ratio_verdict(study: Study, label: str) -> dict[str, Any]:
-    above, below = (localisation(which, "instability") for which in ("explainer", "top"))
-    ratio = ratio_cell(*study.groups(label, EXPLAINER, above, below), seed=study.seed)["value"]
+    below = localisation("top", "instability")
+    ratio = ratio_cell(*study.groups(label, EXPLAINER, as_printed, below), seed=study.seed)["value"]
     theirs = [explainer / performer for explainer, performer in printed_pairs("instability", "explainer")]
-    words = f"{label}: {digits(ratio, 2)}; printed {min(theirs):.2f} to {max(theirs):.2f}."
+    words = f"{label}: {digits(ratio, 2)} by largest cells; printed {min(theirs):.2f} to {max(theirs):.2f}."
     if ratio is not None and ratio > max(theirs):
         words += " Worse than every printed explainer."
     return verdict(None if ratio is None else ratio <= max(theirs), "Explainer against its performer", words)
@@ -417,14 +428,14 @@ def _instability(study: Study) -> dict[str, Any]:
             subject: _cell(study, label, category, EXPLAINER, localisation(subject, "instability"))
             for subject in SUBJECTS
         }
-        above, below = localisation("explainer", "instability"), localisation("top", "instability")
+        below = localisation("top", "instability")
         theirs = {k: study.printed(label, "instability", of, category) for k, (of, _) in printed_of.items()}
-        return ours | {"ratio": _ratio(study, label, category, EXPLAINER, above, below)} | theirs
+        return ours | {"ratio": _ratio(study, label, category, EXPLAINER, as_printed, below)} | theirs
 
     order = ("explainer", *(["printed_explainer"] if "printed_explainer" in printed_of else []))
     order += ("printed_interpretable", "explainer_largest", "top", "printed_performer", "ratio", "tap", "tap_centroid")
     order += ("random", "centre", "corner")
-    named = SUBJECTS | {key: name for key, (_, name) in printed_of.items()} | {"ratio": "explainer / top layer"}
+    named = SUBJECTS | {key: name for key, (_, name) in printed_of.items()} | {"ratio": RATIO}
     roles = ROLES | dict.fromkeys(printed_of, "printed") | {"ratio": ""}
     columns = [column(key, named[key], roles.get(key, "null")) for key in order]
     main = {

@@ -210,7 +210,7 @@ def consistency_per_filter(
 
 
 def _directions(peaks: Peaks, live: Bool[Tensor, " filter"]) -> Float[Tensor, "image live 2"]:
-    """Return how the live filters' peaks move over images, of length 1 on each axis; NaN on an axis they do not move on."""
+    """Return how the live filters' peaks move over images, of length 1 on each axis; NaN where they do not move."""
     cells = peaks.cells[:, live]
     centred = cells - cells.mean(0)
     norm = centred.norm(dim=0)

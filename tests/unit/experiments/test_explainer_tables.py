@@ -106,7 +106,7 @@ def test_a_table_has_every_number_beside_its_nulls(finished: tuple[Path, dict[st
         each = [of[peak][layer]["instability"]["value"] for of in same]
         assert row["cells"][key]["value"] == pytest.approx(sum(each) / 2)
         assert row["cells"][key]["value"] != row["cells"][key.partition("_")[0]]["value"]
-    ratio = row["cells"]["explainer"]["value"] / row["cells"]["top"]["value"]
+    ratio = row["cells"]["explainer_largest"]["value"] / row["cells"]["top"]["value"]
     assert row["cells"]["ratio"]["value"] == pytest.approx(ratio)
     # The papers did not study this network: nothing printed, and the page says so.
     assert row["cells"]["printed_performer"]["value"] is None
@@ -293,6 +293,9 @@ def test_worse_figures_are_called_worse(finished: tuple[Path, dict[str, Any]]) -
         assert beside["met"] is met
         assert ("worse" in beside["words"]) is not met
         assert f"{largest:.3f} here by largest cells" in beside["words"]
+        # The ratio to the performer's top layer, which is read by largest cells, is of largest cells, too.
+        top = scores["evaluation"]["performer"]["top"]["instability"]["value"]
+        assert cells["ratio"]["value"] == pytest.approx(largest / top)
     whole = found | {key: built[key] for key in ("blocks", "charts", "verdicts", "remarks", "published")}
     page = Page(table_page(json.loads(json.dumps(whole))))
     assert "0.0870" in page.text
