@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from partlens.experiments.feature_removal import curve_table, table
 from partlens.experiments.flower_benchmark import benchmark_table
+from partlens.experiments.removal_tables import curve_table, table
 from partlens.experiments.sanity_tables import tables
 
 HERE = Path(__file__).parent

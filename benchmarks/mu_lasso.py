@@ -131,7 +131,8 @@ def run_ours(x: np.ndarray, labels: np.ndarray, *, nonnegative: bool) -> tuple[n
 
 
 def run_ours_gram(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float | None]:
-    from partlens.selection.lasso import GramAccumulator, mu_lasso_gram
+    from partlens.selection.inner_products import GramAccumulator
+    from partlens.selection.lasso import mu_lasso_gram
 
     started = time.process_time()
     sums = GramAccumulator(x.shape[1], labels.shape[1])

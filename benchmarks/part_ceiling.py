@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from partlens.data.images import ImageSet
-from partlens.evaluation import grid_of, landmarks_in_input, photo_numbers
+from partlens.evaluation.places import grid_of, landmarks_in_input, photo_numbers
 from partlens.explainer.evidence import evidence_maps, sharpened
 from partlens.metrics.localisation import (
     Peaks,

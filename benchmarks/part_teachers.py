@@ -32,11 +32,11 @@ from scipy.stats import spearmanr
 
 from part_ceiling import maps_at
 from partlens.data.images import ImageSet
-from partlens.evaluation import landmarks_in_input, photo_numbers
+from partlens.evaluation.places import landmarks_in_input, photo_numbers
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.seeding import MOST_PHOTOS, VotedParts, _areas, voted_parts
+from partlens.explainer.starting import _SEED_VIEWS, _VOTED_POWER, _VOTERS
 from partlens.explainer.teachers import LaterParts, Source, centroids, part_codes, part_teachers, places_in_view
-from partlens.explainer.training import _SEED_VIEWS, _VOTED_POWER, _VOTERS
 from partlens.explainer.views import view_windows, viewed_images
 from partlens.metrics.localisation import (
     Peaks,

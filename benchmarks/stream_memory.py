@@ -31,7 +31,8 @@ def one(count: int) -> None:
     from partlens.data.flowers import generated_flowers
     from partlens.performer.activations import stream_maps
     from partlens.performer.flower_network import flower_network
-    from partlens.performer.zoo import Performer, Preprocessing, weights_sha256
+    from partlens.performer.preprocessing import Preprocessing
+    from partlens.performer.zoo import Performer, weights_sha256
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -31,7 +31,8 @@ from torch import nn  # noqa: E402
 
 from partlens.data.flowers import generated_flowers  # noqa: E402
 from partlens.data.images import ImageSet  # noqa: E402
-from partlens.performer.zoo import Performer, Preprocessing, weights_sha256  # noqa: E402
+from partlens.performer.preprocessing import Preprocessing  # noqa: E402
+from partlens.performer.zoo import Performer, weights_sha256  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile(

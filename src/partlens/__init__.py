@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from partlens.explainer.network import Explainer
     from partlens.performer.finetune_config import FinetuneConfig
     from partlens.performer.papers import PaperSetting, paper_setting
-    from partlens.performer.zoo import Performer, Preprocessing, load_performer
+    from partlens.performer.preprocessing import Preprocessing
+    from partlens.performer.zoo import Performer, load_performer
     from partlens.pipeline import (
         FittedExplainer,
         SelectedFeatures,
@@ -50,12 +51,12 @@ if TYPE_CHECKING:
         select_features,
         train_performer,
     )
+    from partlens.selection.descriptors import DescriptorConfig
     from partlens.selection.lasso import LassoSolution, mu_lasso
-    from partlens.selection.relevance import DescriptorConfig
     from partlens.vocabulary import PartlensError
 
 _HOMES = {
-    "DescriptorConfig": "partlens.selection.relevance",
+    "DescriptorConfig": "partlens.selection.descriptors",
     "Explainer": "partlens.explainer.network",
     "ExplainerConfig": "partlens.explainer.config",
     "ExplanationConfig": "partlens.artefacts.explanation",
@@ -68,7 +69,7 @@ _HOMES = {
     "PartlensError": "partlens.vocabulary",
     "PartsConfig": "partlens.artefacts.parts",
     "Performer": "partlens.performer.zoo",
-    "Preprocessing": "partlens.performer.zoo",
+    "Preprocessing": "partlens.performer.preprocessing",
     "SelectedFeatures": "partlens.pipeline",
     "check_data": "partlens.data.check",
     "demo": "partlens.demonstration",

@@ -12,11 +12,11 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partlens.vocabulary import RunError, StorageError, expected
+from partlens.vocabulary import AtWorkError, RunError, StorageError, expected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,44 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if temporary is not None and temporary.exists():
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path, name: str = "writing") -> Iterator[None]:
+    """Keep other processes from writing the same thing in a folder meanwhile.
+
+    The lock goes when its process ends, however it ends; the file that a killed one leaves behind locks nothing.
+
+    Args:
+        folder: made when missing.
+        name: of what is written there; things of other names may be written at the same time.
+
+    Raises:
+        AtWorkError: another process, or another thread of this one, is at it.
+        StorageError: the folder cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / f".{name}.lock", timeout=0, thread_local=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise AtWorkError(
+            expected(
+                f"nobody else at work in {folder}", "another process", "Wait until it ends, or choose another folder"
+            )
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            expected(f"to write in {folder}", error.strerror or str(error), "Choose another folder")
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # whoever finds it later can lock it all the same
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def _plain(value: Any) -> Any:

@@ -46,6 +46,10 @@ class RunError(InputError):
     """A run directory that is missing, incomplete, or belongs to another configuration."""
 
 
+class AtWorkError(RunError):
+    """A folder that another process is writing to."""
+
+
 class StorageError(PartlensError, OSError):
     """Results could not be written (disk full, no permission); what was complete before is untouched."""
 
@@ -98,3 +102,8 @@ def listed(names: Sequence[str], limit: int = 5) -> str:
     shown = ", ".join(names[:limit])
     rest = len(names) - limit
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, its kind where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partlens.data.annotations import PartTruth
-from partlens.data.flowers import PARTS, PETAL_CATEGORIES, STEM_CATEGORIES, render_flower
-from partlens.data.images import ImageSet, split_of
+from partlens.data.flower_categories import PARTS, PETAL_CATEGORIES, STEM_CATEGORIES
+from partlens.data.flowers import render_flower
+from partlens.data.images import ImageSet
+from partlens.data.splits import split_of
 from partlens.vocabulary import ImageError
 
 names = st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=12, unique=True)

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partlens.performer.finetune import category_loss, epoch_photos
+from partlens.performer.finetune import category_loss
 from partlens.performer.finetune_config import FinetuneConfig
+from partlens.performer.finetune_photos import epoch_photos
 
 
 @given(

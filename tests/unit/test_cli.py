@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from partlens.cli import main
-from partlens.performer.zoo import PaperNet
+from partlens.performer.paper_networks import PaperNet
 
 
 def test_help_answers_at_once_and_without_torch() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from partlens import gallery as module
 from partlens.data.images import ImageSet
-from partlens.evaluation import filter_table, grid_of, landmarks_in_input, photo_numbers
+from partlens.evaluation.places import filter_table, grid_of, landmarks_in_input, photo_numbers
 from partlens.explainer.assembly import build_explainer, explainer_structure, performer_head
 from partlens.explainer.config import ExplainerConfig
 from partlens.gallery import GalleryKind, write_gallery

@@ -17,9 +17,12 @@ from torch import nn
 import partlens
 from partlens.cli import main
 from partlens.data.images import ImageSet
-from partlens.performer.zoo import PaperNet, Performer, Preprocessing, load_performer, weights_sha256
+from partlens.performer.paper_networks import PaperNet
+from partlens.performer.preprocessing import Preprocessing
+from partlens.performer.zoo import Performer, load_performer, weights_sha256
 from partlens.pipeline import read_training, train_performer
 from partlens.pipeline.performer_run import held_out_scores, summary
+from partlens.pipeline.runs import several
 from partlens.vocabulary import ImageError, InputError, LayerError, PartlensError, RunError, WeightsError
 
 SIDE = 67
@@ -109,6 +112,20 @@ def test_loading_gives_the_same_outputs(small: Performer, tmp_path: Path) -> Non
     assert again == found["held_out"]
     assert found["held_out"]["baseline_decision_error"] == pytest.approx(1 / 3)
     assert "single decisions" in summary(found)
+
+
+def test_names_with_commas_stay_whole(small: Performer, tmp_path: Path) -> None:
+    images = colours(("red", "tench, Tinca tinca", "blue"))
+    given = "tench, Tinca tinca, red"
+    out = train_performer(small, images, out=tmp_path / "two.safetensors", categories=given, config=QUICK)
+    assert load_performer(small.module, weights=out).class_names == ("tench, Tinca tinca", "red")
+    out = train_performer(
+        small, images, out=tmp_path / "one.safetensors", category="red", against="tench, Tinca tinca", config=QUICK
+    )
+    assert read_training(out)["data"]["train_photos"] == {"red": 10, "": 10}
+    known = images.category_counts()
+    assert several("tench, Tinca tinca", known) == ()
+    assert several("tench, Tinca tinca,blue", known) == ("blue", "tench, Tinca tinca")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])

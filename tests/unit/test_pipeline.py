@@ -16,11 +16,13 @@ from torch import nn
 
 import partlens
 from partlens.data.images import ImageSet
-from partlens.evaluation import EvaluationRows
+from partlens.evaluation.explainer_evaluation import EvaluationRows
 from partlens.explainer.config import ExplainerConfig
 from partlens.performer.zoo import Performer
 from partlens.pipeline import evaluate, fit_explainer, layers, load_explainer, parts, report
 from partlens.progress import Progress
+from partlens.store import sole_writer
+from partlens.vocabulary import AtWorkError
 
 SMALL: dict[str, Any] = {
     "epochs": 2,
@@ -141,6 +143,17 @@ def test_a_finished_run_is_returned_and_another_configuration_refused(
     assert len(again.history) == 3
     with pytest.raises(ValueError, match="one of another configuration. Choose another --out folder"):
         fit_explainer(tiny, few_flowers, out=run, category=RED, config={**SMALL, "eta": 7.0}, seeds=2)
+
+
+def test_two_fits_never_write_one_folder_or_one_cache(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    out, cache = tmp_path / "run", tmp_path / "maps"
+    with sole_writer(out, "run"), pytest.raises(AtWorkError, match="at work in .*run"):
+        fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1)
+    assert list(out.iterdir()) == []
+    with sole_writer(cache, "maps"), pytest.raises(AtWorkError, match="at work in .*maps"):
+        fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1, cache=cache)
+    assert fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1, cache=cache).path == out
+    assert not list(tmp_path.rglob(".*.lock"))
 
 
 @pytest.mark.parametrize("where", ["cache", 1, 2, 4])

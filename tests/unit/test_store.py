@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,12 @@ from partlens.store import (
     file_sha256,
     read_json,
     read_tensors,
+    sole_writer,
     write_atomically,
     write_json,
     write_tensors,
 )
-from partlens.vocabulary import StorageError
+from partlens.vocabulary import AtWorkError, StorageError
 
 
 def test_json_round_trip_and_undefined_numbers(tmp_path: Path) -> None:
@@ -78,3 +81,38 @@ def test_hashes(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "x").startswith("ba7816bf")
     assert content_hash({"a": {"c": 1, "b": 2}}) == content_hash({"a": {"b": 2, "c": 1}})
     assert content_hash({"a": 1}) != content_hash({"a": 2})
+
+
+HOLDS = """
+import pathlib, sys
+from partlens.store import sole_writer
+with sole_writer(pathlib.Path(sys.argv[1]), "run"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_folder_has_one_writer_at_a_time_and_a_killed_one_blocks_nobody(tmp_path: Path) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(AtWorkError, match="nobody else at work in .*run, got another process. Wait until it ends"),
+            sole_writer(tmp_path / "run", "run"),
+        ):
+            pass
+        with sole_writer(tmp_path / "run", "selection"):  # another thing in the same folder
+            pass
+        other.kill()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".run.lock"]
+    with sole_writer(tmp_path / "run", "run"):
+        assert (tmp_path / "run" / ".run.lock").exists()
+        with pytest.raises(AtWorkError), sole_writer(tmp_path / "run", "run"):  # as from another thread
+            pass
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="to write in"), sole_writer(tmp_path / "file" / "below"):
+        pass

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from partlens.artefacts.rules import POOLINGS, RULES, STRIDES, Pooling, Rule, Strides, rewritten
 from partlens.performer.borrowing import borrowed
 from partlens.performer.taps import read_taps
-from partlens.performer.zoo import Performer, first_line, module_of
-from partlens.vocabulary import InputError, InputTypeError, LayerError, expected
+from partlens.performer.zoo import Performer, module_of
+from partlens.vocabulary import InputError, InputTypeError, LayerError, expected, first_line
 
 __all__ = ["Pooling", "Rule", "Start", "Strides", "backward_signals", "combined", "guided_backprop", "heat_map"]
 

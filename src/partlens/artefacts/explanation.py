@@ -1,6 +1,6 @@
 """Explanation of one prediction: the relevant features that contributed most, and where each of them acted.
 
-The descriptor ``x`` of the image (:mod:`partlens.selection.relevance`) and the weights ``w`` of the explained class
+The descriptor ``x`` of the image (:mod:`partlens.selection.descriptors`) and the weights ``w`` of the explained class
 give each feature's contribution ``r = w * x``, elementwise. The features with the largest positive contributions are
 propagated back to the image, each from the activation map of its own channel alone, by guided backpropagation with
 strides resampled (:mod:`partlens.artefacts.backprop`); the maps are scaled to [0, 1] each and joined by their pixelwise
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from partlens.artefacts.backprop import backward_signals, heat_map
 from partlens.performer.zoo import Performer
-from partlens.selection.relevance import DescriptorConfig, FeatureIndex, image_descriptors
+from partlens.selection.descriptors import DescriptorConfig, FeatureIndex
+from partlens.selection.responses import image_descriptors
 from partlens.vocabulary import InputError, expected
 
 Combine = Literal["max", "sum"]

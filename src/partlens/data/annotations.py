@@ -21,6 +21,8 @@ from partlens.vocabulary import ImageError, expected, listed, nearest
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
+LANDMARK_TABLE = "landmarks.csv"
+
 _REQUIRED = ("image", "landmark", "x", "y")
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from partlens.data.annotations import PartTruth, UnusedPart
-from partlens.data.images import IMAGE_TABLE, ImageSet, UnreadableImage
+from partlens.data.image_tables import IMAGE_TABLE
+from partlens.data.images import ImageSet, UnreadableImage
 from partlens.data.layouts import LAYOUTS, layout_of
 from partlens.data.readers.listing import Choice, Crop, Landmarks, LeftOut
 from partlens.vocabulary import listed

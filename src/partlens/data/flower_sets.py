@@ -35,16 +35,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from partlens.data.flowers import (
-    DOUBLE_CATEGORIES,
-    PARTS,
-    PETAL_CATEGORIES,
-    flower_labels,
-    flower_seed,
-    generated_flowers,
-    render_flower,
-)
-from partlens.data.images import IMAGE_TABLE, LANDMARK_TABLE, ImageSet
+from partlens.data.annotations import LANDMARK_TABLE
+from partlens.data.flower_categories import DOUBLE_CATEGORIES, PARTS, PETAL_CATEGORIES
+from partlens.data.flowers import flower_labels, flower_seed, generated_flowers, render_flower
+from partlens.data.image_tables import IMAGE_TABLE
+from partlens.data.images import ImageSet
 from partlens.progress import Progress
 from partlens.store import read_json, write_json, write_text
 from partlens.vocabulary import InputError, RunError, StorageError, expected
@@ -123,7 +118,8 @@ class FlowerSet:
             rows: positions in :attr:`images`.
 
         Returns:
-            uint8 ``[image, row, col]``: 0 for no part, else 1 + the position in :data:`partlens.data.flowers.PARTS`.
+            uint8 ``[image, row, col]``: 0 for no part, else 1 + the position in
+            :data:`partlens.data.flower_categories.PARTS`.
         """
         if not len(rows):
             raise InputError(expected("at least one flower", "none", "Choose another split or fold"))

@@ -5,75 +5,27 @@ Nothing is decoded before it is read. Every image comes back as 8-bit RGB, whate
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from partlens.data.annotations import PartTruth, read_landmark_table
-from partlens.data.layouts import layout_of
+from partlens.data.annotations import PartTruth
+from partlens.data.image_folders import categories_and_splits, image_files
+from partlens.data.image_tables import CATEGORY_COLUMNS, IMAGE_TABLE, read_table
 from partlens.data.readers.cuts import Cuts, CutTruth
-from partlens.data.readers.listing import Choice, Crop, Landmarks, LeftOut, Listing
-from partlens.data.sources import Arrays, ByteArray, Files, Generated, Source
+from partlens.data.readers.listing import Crop, Landmarks, LeftOut, Listing
+from partlens.data.sources import Arrays, ByteArray, Chained, Files, Generated, Source, as_bytes, parallel
+from partlens.data.splits import filled_splits
 from partlens.vocabulary import ImageError, InputError, expected, listed, nearest
-
-Result = TypeVar("Result")
-
-SUFFIXES = frozenset(
-    {
-        ".bmp",
-        ".gif",
-        ".jp2",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    }
-)
-TEST_SHARE = 0.25
-IMAGE_TABLE = "images.csv"
-LANDMARK_TABLE = "landmarks.csv"
-
-_CATEGORY_COLUMNS = ("category", "class", "label", "class_index")
-_VALIDATION_FOLDERS = frozenset({"val", "valid", "validation"})
-_SPLIT_FOLDERS = _VALIDATION_FOLDERS | {"train", "test"}
-
-
-def split_of(photo: str) -> str:
-    """Return the side on which a photo falls where no split was given.
-
-    The first eight bytes of the SHA-256 of the name, read as a fraction of their range, decide: below 0.25
-    the photo is for testing. So the answer depends on the name alone, never on the order or number of the
-    images, and all crops of one photo stand on the same side.
-
-    Args:
-        photo: the photo group's name.
-
-    Returns:
-        ``"test"`` for about a quarter of all names, else ``"train"``.
-
-    Example:
-        >>> [split_of(name) for name in ("cat.jpg", "dog.jpg", "fox.jpg")]
-        ['test', 'train', 'train']
-    """
-    digest = hashlib.sha256(photo.encode("utf-8", "surrogatepass")).digest()
-    return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
 
 
 @dataclass(frozen=True)
@@ -84,170 +36,10 @@ class UnreadableImage:
     reason: str
 
 
-@dataclass(frozen=True, eq=False)
-class _Chained:
-    """Several sets one after the other."""
-
-    sets: tuple[ImageSet, ...]
-
-    def _place(self, row: int) -> tuple[ImageSet, int]:
-        for images in self.sets:
-            if row < len(images):
-                return images, row
-            row -= len(images)
-        raise IndexError(row)
-
-    def read(self, row: int) -> Image.Image:
-        images, place = self._place(row)
-        return images.read(place)
-
-    def size_px(self, row: int) -> tuple[int, int]:
-        images, place = self._place(row)
-        return images.size_px(place)
-
-    def digest(self, row: int) -> str:
-        images, place = self._place(row)
-        return images._source.digest(images._rows[place])  # noqa: SLF001 -- same module
-
-    def may_fail(self) -> bool:
-        return any(images._source.may_fail() for images in self.sets)  # noqa: SLF001 -- same module
-
-
 def _first_truth(first: ImageSet, keys: tuple[str, ...]) -> PartTruth:
     truth = first.part_truth
     assert truth is not None
     return truth.for_keys(keys)
-
-
-def _parallel(work: Callable[[int], Result], rows: Iterable[int], workers: int | None) -> Iterator[Result]:
-    """Map over rows in a thread pool, results in order (decoding and hashing release the lock)."""
-    count = workers or min(8, os.cpu_count() or 1)
-    if count < 1:
-        raise InputError(expected("workers >= 1", workers, "Leave workers out to use every core"))
-    with ThreadPoolExecutor(count) as pool:
-        yield from pool.map(work, rows)
-
-
-def _filled_splits(splits: Sequence[str], photos: Sequence[str]) -> tuple[str, ...]:
-    """Give every image without a split that of its photo group, by name where no crop of it has one."""
-    given: dict[str, str] = {}
-    crossing: list[str] = []
-    for split, photo in zip(splits, photos, strict=True):
-        if split and given.setdefault(photo, split) != split:
-            crossing.append(photo)
-    if crossing:
-        raise ImageError(
-            expected(
-                "all crops of a photo in one split",
-                f"crops in several splits of {listed(list(dict.fromkeys(crossing)))}",
-                "Give every crop of a photo the same split, or leave out the photo groups",
-            )
-        )
-    return tuple(split or given.get(photo) or split_of(photo) for split, photo in zip(splits, photos, strict=True))
-
-
-def _as_bytes(image: npt.NDArray[Any], where: str) -> ByteArray:
-    """Check one array and bring it to uint8 ``[row, col]`` or ``[row, col, 3]``."""
-    if image.ndim == 3 and image.shape[2] == 1:
-        image = image[:, :, 0]
-    if image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
-        remedy = "Give colours in the last axis (or leave that axis out for grey)"
-        if image.ndim == 3 and image.shape[0] in {1, 3}:
-            remedy = "Move the colours to the last axis, as with images.transpose(0, 2, 3, 1)"
-        raise ImageError(expected(f"shape [row, col, 3] for {where}", str(image.shape), remedy))
-    if image.dtype == np.uint8:
-        return image
-    if not np.issubdtype(image.dtype, np.floating):
-        raise ImageError(
-            expected(
-                f"uint8 (0–255) or float (0–1) values for {where}",
-                str(image.dtype),
-                'Convert them, as with images.astype("uint8")',
-            )
-        )
-    low, high = float(image.min()), float(image.max())
-    if not (low >= 0 and high <= 1):  # also catches nan, which neither min nor max lets pass
-        unknown = int(np.count_nonzero(np.isnan(image)))
-        got = f"{unknown} nan values" if unknown else f"values from {low:g} to {high:g}"
-        raise ImageError(
-            expected(f"float values from 0 to 1 for {where}", got, "Scale the images, or give them as uint8")
-        )
-    scaled: ByteArray = np.rint(image * 255).astype(np.uint8)
-    return scaled
-
-
-def _from_csv(path: Path) -> dict[str, list[str]]:
-    """Read a CSV table as columns of text."""
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        reader = csv.reader(handle)
-        header = [name.strip() for name in next(reader, [])]
-        columns: dict[str, list[str]] = {name: [] for name in header}
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise ImageError(
-                    expected(
-                        f"{len(header)} cells in row {reader.line_num} of {path}",
-                        len(cells),
-                        "Quote cells that hold commas, or fill the row up",
-                    )
-                )
-            for name, cell in zip(header, cells, strict=True):
-                columns[name].append(cell.strip())
-    return columns
-
-
-def _from_parquet(path: Path) -> dict[str, list[str]]:
-    """Read the columns of a Parquet table that matter here, as text."""
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImageError(
-            expected(f"pyarrow to read {path}", "no such package", 'Install it with pip install "partlens[table]"')
-        ) from error
-    table = parquet.read_table(path)
-    wanted = {"image", "split", "photo", *_CATEGORY_COLUMNS}
-    return {
-        name: ["" if value is None else str(value) for value in table[name].to_pylist()] if name in wanted else []
-        for name in table.column_names
-    }
-
-
-def _image_files(folder: Path) -> Iterator[Path]:
-    """Yield image files below a folder in a fixed order, following links but no circle of links."""
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(parent) / name
-
-
-def _with_image_sizes(truth: PartTruth, root: Path, keys: tuple[str, ...]) -> PartTruth:
-    """Select the rows of ``keys`` and read the size of every annotated image from its header."""
-    rows = truth.for_keys(keys)
-    wanted = [
-        row
-        for row in range(len(keys))
-        if np.isfinite(rows.positions_px[row]).any() and not np.isfinite(rows.image_size_px[row]).all()
-    ]
-    files = Files(tuple(root / key for key in keys))
-
-    def size(row: int) -> tuple[float, float]:
-        try:
-            return files.size_px(row)
-        except ImageError:  # a file that cannot be read has no known size; readable() reports it by name
-            return np.nan, np.nan
-
-    for row, found in zip(wanted, _parallel(size, wanted, None), strict=True):
-        rows.image_size_px[row] = found
-    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,8 +49,8 @@ class ImageSet:
     Attributes:
         keys: unique names: the path relative to the folder or table, or a number for arrays.
         categories: what each image shows, ``""`` where unknown.
-        splits: ``"train"``, ``"test"`` or the name that a table gives; filled by :func:`split_of` where not
-            given.
+        splits: ``"train"``, ``"test"`` or the name that a table gives; filled by
+            :func:`~partlens.data.splits.split_of` where not given.
         photos: the photo that each image was cut from (its own key where not given); a split never cuts a
             group.
         root: the folder of the files, None for arrays and generated images.
@@ -323,7 +115,7 @@ class ImageSet:
         return cls(
             keys=tuple(keys),
             categories=tuple(categories or [""] * count),
-            splits=_filled_splits(splits or [""] * count, photo_of),
+            splits=filled_splits(splits or [""] * count, photo_of),
             photos=tuple(photo_of),
             root=root,
             name=name,
@@ -358,49 +150,9 @@ class ImageSet:
                 constructor or reader; also when not one landmark belongs to an image of the set.
             InputError: a value of ``crop``, ``margin_frac`` or ``landmarks`` that does not exist.
         """
-        plain = crop == "box" and margin_frac == 0 and landmarks == "all"
-        path = Path(path)
-        if path.suffix.lower() == ".json":
-            if not plain:
-                raise InputError(
-                    expected(f"no other choices beside {path}", "crop, margin_frac or landmarks", "Write them into it")
-                )
-            from partlens.data.joined import open_joined  # it opens sets by this method
+        from partlens.data.opening import open_images  # it opens sets by the constructors below
 
-            found = open_joined(path)
-        else:
-            found = cls._open_one(path, crop, margin_frac, landmarks)
-        return replace(found, path=path.resolve() if plain else None)
-
-    @classmethod
-    def _open_one(cls, path: Path, crop: Crop, margin_frac: float, landmarks: Landmarks) -> ImageSet:
-        choice = Choice(crop, landmarks)
-        layout = layout_of(path) if path.is_dir() and not (path / IMAGE_TABLE).is_file() else None
-        if layout is not None:
-            return cls.from_listing(layout.read(path, choice), margin_frac)
-        if margin_frac != 0:
-            rule = f"margin_frac 0 for images without boxes at {path}"
-            raise InputError(expected(rule, margin_frac, "Leave it out, or open a data set with boxes"))
-        if path.is_dir():
-            table, folder = path / IMAGE_TABLE, path
-            images = cls.from_table(table) if table.is_file() else cls.from_folder(path)
-        else:
-            images, folder = cls.from_table(path), path.parent
-            if path.name != IMAGE_TABLE:
-                return images
-        annotated = folder / LANDMARK_TABLE
-        if not annotated.is_file():
-            return images
-        truth = read_landmark_table(annotated)
-        if not set(truth.keys) & set(images.keys):
-            raise ImageError(
-                expected(
-                    f"images of the set in {annotated}",
-                    f"only others, such as {truth.keys[0]!r}",
-                    f"Write names like {nearest(truth.keys[0], images.keys, 1)[0]!r}",
-                )
-            )
-        return images._replaced(_truth=partial(_with_image_sizes, truth, folder))  # noqa: SLF001 -- same class
+        return open_images(path, crop, margin_frac, landmarks)
 
     @classmethod
     def from_listing(cls, listing: Listing, margin_frac: float = 0.0) -> ImageSet:
@@ -442,38 +194,20 @@ class ImageSet:
         When every image lies in a sub-folder, the first sub-folder's name is the category; else all are
         ``""``. When the first sub-folders are called ``train`` and ``test`` (or ``val``, ``valid``,
         ``validation``, which count as test where there is no ``test``), they give the split, and the next
-        level gives the categories. Hidden files and files with other endings than :data:`SUFFIXES` are passed
-        over.
+        level gives the categories. Hidden files and files with other endings than
+        :data:`~partlens.data.image_folders.SUFFIXES` are passed over.
 
         Raises:
             ImageError: the folder does not exist or holds no image.
         """
         path = Path(path)
-        if not path.is_dir():
-            got = "a file" if path.exists() else "nothing there"
-            raise ImageError(expected(f"a folder of images at {path}", got, "Check the path"))
-        files = tuple(_image_files(path))
-        if not files:
-            raise ImageError(
-                expected(
-                    f"images in {path}",
-                    "none",
-                    f"Add files ending in {', '.join(sorted(SUFFIXES))}, or give another folder",
-                )
-            )
+        files = image_files(path)
         parts = [file.relative_to(path).parts for file in files]
-        top = {names[0] for names in parts} if all(len(names) > 1 for names in parts) else set()
-        splits: list[str] | None = None
-        below = parts
-        if top and top <= _SPLIT_FOLDERS and "train" in top:
-            rename = {} if "test" in top else dict.fromkeys(_VALIDATION_FOLDERS, "test")
-            splits = [rename.get(names[0], names[0]) for names in parts]
-            below = [names[1:] for names in parts]
-        in_folders = all(len(names) > 1 for names in below)
+        categories, splits = categories_and_splits(parts)
         return cls._build(
             ["/".join(names) for names in parts],
             Files(files),
-            categories=[names[0] for names in below] if in_folders else None,
+            categories=categories,
             splits=splits,
             root=path,
             name=path.resolve().name,
@@ -507,40 +241,14 @@ class ImageSet:
                 names an image twice, or puts the crops of one photo into several splits.
         """
         path = Path(path)
-        if not path.is_file():
-            got = "a folder" if path.is_dir() else "nothing there"
-            raise ImageError(expected(f"an image folder or table at {path}", got, "Check the path"))
-        readers = {".csv": _from_csv, ".parquet": _from_parquet}
-        reader = readers.get(path.suffix.lower())
-        if reader is None:
-            raise ImageError(
-                expected(
-                    "a folder, or a table ending in .csv or .parquet",
-                    f"{path.name!r}",
-                    "Give the folder that holds the images, or save the table as CSV",
-                )
-            )
-        try:
-            columns = reader(path)
-        except ImageError:
-            raise
-        except Exception as error:
-            raise ImageError(expected(f"a table at {path}", str(error), "Save the table again")) from error
-        if "image" not in columns:
-            raise ImageError(
-                expected(
-                    f"a column 'image' in {path}",
-                    f"the columns {', '.join(columns) or '(none)'}",
-                    "Rename the column that holds the paths to 'image'",
-                )
-            )
+        columns = read_table(path)
         keys = [key.replace("\\", "/") if os.sep == "\\" else key for key in columns["image"]]
         if "" in keys:
             raise ImageError(
                 expected(f"a path in every row of {path}", f"none in row {keys.index('') + 2}", "Fill in the cell")
             )
         folder = Path(root) if root is not None else path.parent
-        category = next((name for name in _CATEGORY_COLUMNS if name in columns), None)
+        category = next((name for name in CATEGORY_COLUMNS if name in columns), None)
         return cls._build(
             keys,
             Files(tuple(folder / key for key in keys)),
@@ -567,7 +275,7 @@ class ImageSet:
                 from 0 to 1. One colour, ``[row, col]`` or ``[row, col, 1]``, is grey. uint8 arrays are kept,
                 not copied.
             categories: what each image shows.
-            splits: the side of each image, ``""`` where :func:`split_of` shall decide.
+            splits: the side of each image, ``""`` where :func:`~partlens.data.splits.split_of` shall decide.
             photos: the photo that each image was cut from.
             name: what to call the set in reports.
 
@@ -579,7 +287,7 @@ class ImageSet:
             raise ImageError(
                 expected("shape [image, row, col, 3] for the images", str(images.shape), "Stack the images first")
             )
-        ready = [_as_bytes(np.asarray(image), f"image {index}") for index, image in enumerate(images)]
+        ready = [as_bytes(np.asarray(image), f"image {index}") for index, image in enumerate(images)]
         return cls._build(
             [f"{index:06d}" for index in range(len(ready))],
             Arrays(ready),
@@ -640,7 +348,7 @@ class ImageSet:
         marked = list(zip(["", *prefixes], sets, strict=True))
         return cls._build(
             [mark + key for mark, images in marked for key in images.keys],
-            _Chained(tuple(sets)),
+            Chained(tuple((images._source, images._rows) for images in sets)),  # noqa: SLF001 -- same class
             categories=[category for images in sets for category in images.categories],
             splits=[split for images in sets for split in images.splits],
             photos=[mark + photo for mark, images in marked for photo in images.photos],
@@ -795,7 +503,7 @@ class ImageSet:
                 return str(error) or type(error).__name__
             return ""
 
-        reasons = list(_parallel(reason, range(len(self)), workers))
+        reasons = list(parallel(reason, range(len(self)), workers))
         good = [index for index, text in enumerate(reasons) if not text]
         bad = tuple(UnreadableImage(self.keys[index], text) for index, text in enumerate(reasons) if text)
         if not good:
@@ -817,7 +525,7 @@ class ImageSet:
         Raises:
             ImageError: a file is missing; the text names it.
         """
-        return tuple(_parallel(self._source.digest, self._rows, workers))
+        return tuple(parallel(self._source.digest, self._rows, workers))
 
     def fingerprint(self, workers: int | None = None) -> str:
         """Hash keys, categories, splits, photo groups, and the size and content of every image.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from partlens.store import file_sha256
-from partlens.vocabulary import ImageError, expected
+from partlens.vocabulary import ImageError, InputError, expected
 
+Result = TypeVar("Result")
 ByteArray = npt.NDArray[np.uint8]
 
 _EXIF_ORIENTATION = 0x0112
@@ -135,6 +138,36 @@ class Files:
         return True
 
 
+def as_bytes(image: npt.NDArray[Any], where: str) -> ByteArray:
+    """Check one array and bring it to uint8 ``[row, col]`` or ``[row, col, 3]``."""
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
+        remedy = "Give colours in the last axis (or leave that axis out for grey)"
+        if image.ndim == 3 and image.shape[0] in {1, 3}:
+            remedy = "Move the colours to the last axis, as with images.transpose(0, 2, 3, 1)"
+        raise ImageError(expected(f"shape [row, col, 3] for {where}", str(image.shape), remedy))
+    if image.dtype == np.uint8:
+        return image
+    if not np.issubdtype(image.dtype, np.floating):
+        raise ImageError(
+            expected(
+                f"uint8 (0–255) or float (0–1) values for {where}",
+                str(image.dtype),
+                'Convert them, as with images.astype("uint8")',
+            )
+        )
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):  # also catches nan, which neither min nor max lets pass
+        unknown = int(np.count_nonzero(np.isnan(image)))
+        got = f"{unknown} nan values" if unknown else f"values from {low:g} to {high:g}"
+        raise ImageError(
+            expected(f"float values from 0 to 1 for {where}", got, "Scale the images, or give them as uint8")
+        )
+    scaled: ByteArray = np.rint(image * 255).astype(np.uint8)
+    return scaled
+
+
 @dataclass(frozen=True, eq=False)
 class Arrays:
     """Arrays in memory."""
@@ -193,3 +226,45 @@ class Generated:
     def may_fail(self) -> bool:
         """Return whether some image may be unreadable."""
         return not self.recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Chained:
+    """Several sources one after the other, of each the given rows."""
+
+    parts: tuple[tuple[Source, tuple[int, ...]], ...]
+
+    def _place(self, row: int) -> tuple[Source, int]:
+        for source, rows in self.parts:
+            if row < len(rows):
+                return source, rows[row]
+            row -= len(rows)
+        raise IndexError(row)
+
+    def read(self, row: int) -> Image.Image:
+        """Return an image as 8-bit RGB."""
+        source, place = self._place(row)
+        return source.read(place)
+
+    def size_px(self, row: int) -> tuple[int, int]:
+        """Return width and height as :meth:`read` gives them."""
+        source, place = self._place(row)
+        return source.size_px(place)
+
+    def digest(self, row: int) -> str:
+        """Return a text that is equal for equal content."""
+        source, place = self._place(row)
+        return source.digest(place)
+
+    def may_fail(self) -> bool:
+        """Return whether some image may be unreadable."""
+        return any(source.may_fail() for source, _ in self.parts)
+
+
+def parallel(work: Callable[[int], Result], rows: Iterable[int], workers: int | None) -> Iterator[Result]:
+    """Map over rows in a thread pool, results in order (decoding and hashing release the lock)."""
+    count = workers or min(8, os.cpu_count() or 1)
+    if count < 1:
+        raise InputError(expected("workers >= 1", workers, "Leave workers out to use every core"))
+    with ThreadPoolExecutor(count) as pool:
+        yield from pool.map(work, rows)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from partlens.data.images import ImageSet
-    from partlens.performer.zoo import Performer, Preprocessing
+    from partlens.performer.preprocessing import Preprocessing
+    from partlens.performer.zoo import Performer
 
 SIDE_PX = 28
 CLASSES = tuple(str(digit) for digit in range(10))
@@ -57,7 +58,7 @@ def lenet(outputs: int = 10) -> nn.Sequential:
 
 def digit_preprocessing() -> Preprocessing:
     """Return how digits become the network's input: 28 px, brightness 0 to 1, centred by MNIST's mean and deviation."""
-    from partlens.performer.zoo import Preprocessing
+    from partlens.performer.preprocessing import Preprocessing
 
     return Preprocessing(size_px=(SIDE_PX, SIDE_PX), resize="squash", mean=(0.1307,) * 3, std=(0.3081,) * 3)
 

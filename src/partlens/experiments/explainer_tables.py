@@ -10,7 +10,7 @@ Tables that need the same explainers share them: made in one ``out`` folder, the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,15 +19,20 @@ from partlens.experiments.explainer_jobs import (
     CLASSIFIED,
     EXPLAINER,
     MODULE,
+    RIVAL_SETTINGS,
     RIVALS,
     TRAINED,
     TRAINING,
     open_photos,
 )
+from partlens.experiments.fidelity_tables import error_table, share_table
+from partlens.experiments.instability_table import instability_table
 from partlens.experiments.published import DIFFERENCES, published_data, published_network
+from partlens.experiments.rival_tables import interpretable_table, rival_table
+from partlens.experiments.study import Study
 from partlens.experiments.sweep import Executor, Job, JobResult, run_sweep
-from partlens.experiments.table_blocks import Study, build
-from partlens.explainer.config import PRESETS
+from partlens.explainer.config import PRESETS, ExplainerConfig
+from partlens.performer.finetune_config import FinetuneConfig
 from partlens.pipeline.runs import command, spec, versions
 from partlens.progress import Progress
 from partlens.store import file_sha256, write_json
@@ -117,7 +122,7 @@ def performers_of(given: Sequence[str]) -> dict[str, str]:
 
 
 def _layout(data: str) -> str | None:
-    from partlens.data.images import IMAGE_TABLE
+    from partlens.data.image_tables import IMAGE_TABLE
     from partlens.data.layouts import layout_of
 
     path = Path(data)
@@ -213,6 +218,10 @@ def prepare(plan: TablePlan, out: Path) -> Prepared:
     return Prepared(plan, categories, tuple(jobs), facts)
 
 
+def _without_seed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "seed"}
+
+
 def _jobs_of(
     plan: TablePlan,
     out: Path,
@@ -235,20 +244,28 @@ def _jobs_of(
         file = out / "performers" / f"{label}-{category}.safetensors"
         recipe = {key: settings[key] for key in ("model", "weights", "data", "joined")}
         recipe["train"] = dict(plan.settings.get("train", {}))
+        recipe["fields"] = _without_seed(FinetuneConfig.from_dict(recipe["train"]).to_dict())
         where = {**places, "base": located, "weights": str(file), "spec": f"{settings['model']}@{file}"}
         training = Job(f"{MODULE}:train", TRAINING, label, category, plan.first_seed, recipe, where)
         jobs.append(training)
         first = (training.key,)
         settings = {**settings, "train": recipe["train"]}
+
+    def explained(changes: Mapping[str, Any]) -> dict[str, Any]:
+        # A preset is only a name: with its fields noted, a result is not taken for one of other defaults.
+        fields = ExplainerConfig.preset(plan.preset, **changes).to_dict()
+        return {**settings, "explainer": dict(changes), "fields": _without_seed(fields)}
+
     for seed in range(plan.first_seed, plan.first_seed + plan.seeds):
-        explainer = Job(f"{MODULE}:explain", EXPLAINER, label, category, seed, settings, where, first)
+        own = explained(settings["explainer"])
+        explainer = Job(f"{MODULE}:explain", EXPLAINER, label, category, seed, own, where, first)
         if plan.table != "interpretable-cnn":
             jobs.append(explainer)
         if plan.table == "errors":
-            config = {**settings["explainer"], "objective": "classification"}
-            jobs.append(dataclasses.replace(explainer, kind=CLASSIFIED, settings={**settings, "explainer": config}))
+            chosen = explained({**settings["explainer"], "objective": "classification"})
+            jobs.append(dataclasses.replace(explainer, kind=CLASSIFIED, settings=chosen))
         if plan.table == "rivals":
-            chosen = {**settings, "rivals": dict(plan.settings.get("rivals", {}))}
+            chosen = {**own, "rivals": RIVAL_SETTINGS | dict(plan.settings.get("rivals", {}))}
             jobs.append(Job(f"{MODULE}:compare", RIVALS, label, category, seed, chosen, where, (explainer.key,)))
         if plan.table == "interpretable-cnn":
             for loss in LOSSES:
@@ -258,6 +275,26 @@ def _jobs_of(
 
 
 # The table
+
+
+def build(study: Study) -> dict[str, Any]:
+    """Make a table of what the jobs gave.
+
+    Args:
+        study: the scores; missing ones leave gaps.
+
+    Returns:
+        ``blocks`` (title, lead, columns, rows of cells), ``charts``, ``verdicts`` (met or not, in words), ``remarks``
+        and the ``published`` rows.
+    """
+    makers: dict[str, Callable[[Study], dict[str, Any]]] = {
+        "instability": instability_table,
+        "p": share_table,
+        "errors": error_table,
+        "interpretable-cnn": interpretable_table,
+        "rivals": rival_table,
+    }
+    return makers[study.table](study)
 
 
 def explainer_table(
@@ -311,13 +348,19 @@ def explainer_table(
         "plan": dataclasses.asdict(plan) | {"categories": list(prepared.categories)},
         "jobs": [_listed_job(result, out) for result in results],
         **built,
-        "remarks": [*built["remarks"], *DIFFERENCES],
+        "remarks": [*built["remarks"], *_versions_remark(results), *DIFFERENCES],
     }
     path = out / f"{plan.table}.json"
     write_json(path, content)
     page = write_table_page(path)
     show.say(f"wrote {path} and {page}")
     return content
+
+
+def _versions_remark(results: Sequence[JobResult]) -> list[str]:
+    """Say so where the results of one table were made by several versions."""
+    found = sorted({result.made_with or "an earlier one" for result in results if result.status == "finished"})
+    return [f"Made by several versions of partlens: {', '.join(found)}."] if len(found) > 1 else []
 
 
 def _listed_job(result: JobResult, out: Path) -> dict[str, Any]:
@@ -329,6 +372,7 @@ def _listed_job(result: JobResult, out: Path) -> dict[str, Any]:
         "category": job.category,
         "seed": job.seed,
         "identity": job.identity,
+        "partlens": result.made_with,
         "status": result.status,
         "error": result.error,
         "seconds": result.seconds,

@@ -17,53 +17,31 @@ other baseline than random filters.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partlens.experiments.removal_plan import (
-    FeatureSet,
-    RemovalConfig,
-    Side,
-    Sides,
-    divide,
-    masks_of,
-    per_layer,
-    random_features,
-    ranked_features,
-    ring_of,
-)
+from partlens.experiments.removal_fit import fitted, found_features, readout
+from partlens.experiments.removal_plan import FeatureSet, RemovalConfig, divide, masks_of, plans_of
+from partlens.experiments.removal_scores import scored
 from partlens.pipeline.runs import command, described, loaded, opened, spec, versions
 from partlens.progress import Progress
-from partlens.store import content_hash, read_json, read_tensors, write_json, write_tensors
+from partlens.store import content_hash, read_json, write_json
 from partlens.vocabulary import InputError, RunError, expected
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from partlens.artefacts.removal import ChannelEffects
     from partlens.data.images import ImageSet
-    from partlens.metrics.estimate import Estimate
     from partlens.performer.zoo import Performer
-    from partlens.selection.relevance import FeatureIndex
+    from partlens.selection.descriptors import FeatureIndex
 
 SCHEMA = "partlens.removal/1"
 RESULT = "removal.json"
-MEASURES = ("accuracy", "probability", "log_odds")
-
-PUBLISHED = (
-    # network, intact, ten random filters, relevant filters, features a class
-    ("VGG-16, ImageNet val", 0.7159, 0.7139, 0.4871, 5.90),
-    ("ResNet-50, ImageNet val, last block", 0.7613, 0.7608, 0.6974, 4.52),
-)
-"""Mean class accuracies computed from the files that the follow-up released (fitted on the images it tested)."""
 
 
 # Running the network
@@ -115,52 +93,21 @@ def decided(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return right, (own[:, 0] - rest).clamp(-1e4, 1e4)
 
 
-def _rankings(
-    performer: Performer,
-    images: ImageSet,
-    index: FeatureIndex,
-    layers: Sequence[str],
-    wanted: Sequence[tuple[int, int, int]],  # photo, group (a side's class), output
-    groups: int,
-    batch_size: int,
-    advance: Callable[[int], None],
-) -> tuple[Tensor, Tensor]:
-    """Average activation and absolute first-order effect over the photos of each group: ``[group, feature]``."""
-    import torch
-
-    from partlens.artefacts.removal import channel_effects
-
-    activation = torch.zeros(groups, index.size)
-    effect = torch.zeros(groups, index.size)
-    count = torch.zeros(groups, 1)
-    for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
-        batch = performer.preprocessing([images.read(photo) for photo, _, _ in part])
-        group = torch.tensor([g for _, g, _ in part])
-        found: ChannelEffects = channel_effects(performer, batch, layers, torch.tensor([o for _, _, o in part]))
-        for layer in layers:
-            first = index.feature(layer, 0)
-            columns = slice(first, first + found.effect[layer].shape[1])
-            activation[:, columns].index_add_(0, group, found.activation[layer])
-            effect[:, columns].index_add_(0, group, found.effect[layer].abs())
-        count.index_add_(0, group, torch.ones(len(part), 1))
-        advance(len(part))
-    return activation / count.clamp(min=1), effect / count.clamp(min=1)
+def _condition(out: Path, name: str, plan: Sequence[tuple[int, FeatureSet]], runner: _Runner) -> dict[str, list[float]]:
+    """Measure one condition, or read it where it was measured before."""
+    path = out / "conditions" / f"{name}.json"
+    if path.exists():
+        stored = read_json(path)
+        for pair, right, odds in zip(plan, stored["right"], stored["log_odds"], strict=True):
+            runner.known[pair] = (right, odds)
+        return {"right": stored["right"], "log_odds": stored["log_odds"]}
+    values = runner.run(plan, lambda _count: None)
+    record = {"right": [right for right, _ in values], "log_odds": [odds for _, odds in values]}
+    write_json(path, {"photos": [row for row, _ in plan], "removed": [len(s) for _, s in plan], **record})
+    return record
 
 
 # The experiment
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What one side's fit gave.
-
-    ``ranked`` are the class's features by weight, ``effects`` the rows of activation and gradient rankings.
-    """
-
-    ranked: Mapping[int, FeatureSet]
-    activation: Mapping[int, Tensor]
-    gradient: Mapping[int, Tensor]
 
 
 def feature_removal(
@@ -275,7 +222,8 @@ def _measured(performer: Performer, images: ImageSet, how: RemovalConfig, out: P
     import torch
 
     from partlens.performer.fitting import frames
-    from partlens.selection.relevance import DescriptorConfig, stream_responses
+    from partlens.selection.descriptors import DescriptorConfig
+    from partlens.selection.responses import stream_responses
 
     with show.task("reading all layers", len(images)) as advance:
         responses = stream_responses(
@@ -296,11 +244,11 @@ def _measured(performer: Performer, images: ImageSet, how: RemovalConfig, out: P
         f"{index.size} features in {len(index.layers)} layers"
     )
     x = torch.from_numpy(np.array(responses.descriptor))
-    fits = [_fitted(x, labels, classes, side, how, out, number) for number, side in enumerate(sides.sides)]
-    read = _readout(x, labels, sides, fits)
+    fits = [fitted(x, labels, classes, side, how, out, number) for number, side in enumerate(sides.sides)]
+    read = readout(x, labels, sides, fits)
     del x
-    found = _found(performer, images, index, labels, outputs, sides, fits, how, out, show)
-    plans = _plans(sides, labels, index, found, how)
+    found = found_features(performer, images, index, labels, outputs, sides, fits, how, out, show)
+    plans = plans_of(sides, labels, index, found, how)
     runner = _Runner(
         performer,
         index,
@@ -314,7 +262,7 @@ def _measured(performer: Performer, images: ImageSet, how: RemovalConfig, out: P
         for number, (name, plan) in enumerate(plans.items()):
             measured[name] = _condition(out, name, plan, runner)
             advance(number + 1, name)
-    return _scored(
+    return scored(
         sides, [names[c] for c in classes], [outputs[c] for c in classes], labels, index, fits, plans, measured, how
     ) | {"readout": read, "protocol": sides.protocol}
 
@@ -323,7 +271,7 @@ def _labelled(
     performer: Performer, images: ImageSet, logits: Tensor, how: RemovalConfig
 ) -> tuple[list[str], list[int], list[int]]:
     """Return class names, their outputs, and the class of each photo."""
-    from partlens.selection.relevance import class_of_category
+    from partlens.selection.labels import class_of_category
 
     if how.labels == "predictions":
         outputs = sorted(set(logits.argmax(1).tolist()))
@@ -342,414 +290,3 @@ def _labelled(
             )
         )
     return names, [int(o) for o in found if o is not None], [names.index(c) for c in images.categories]
-
-
-# Fit
-
-
-def _fitted(
-    x: Tensor, labels: Sequence[int], classes: Sequence[int], side: Side, how: RemovalConfig, out: Path, number: int
-) -> Tensor:
-    """Solve the μ-lasso on the photos of one side: ``[feature, class]``."""
-    import torch
-
-    from partlens.selection.lasso import mu_lasso
-
-    path = out / f"weights-{number}.safetensors"
-    if path.exists():
-        return read_tensors(path)["weights"]
-    rows = torch.tensor(side.fit)
-    own = torch.tensor([labels[row] for row in side.fit])
-    if how.shuffled:
-        own = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(how.seed + number))]
-    onehot = (own[:, None] == torch.tensor(classes)).double()
-    weights = mu_lasso(x[rows], onehot, how.mu, nonnegative=how.nonnegative).weights
-    write_tensors(path, {"weights": weights})
-    return weights
-
-
-def _readout(x: Tensor, labels: Sequence[int], sides: Sides, fits: Sequence[Tensor]) -> dict[str, Any]:
-    """Measure how well the weights alone tell the class of tested photos."""
-    import torch
-
-    from partlens.metrics.estimate import proportion
-
-    right = []
-    for side, weights in zip(sides.sides, fits, strict=True):
-        rows = torch.tensor(side.test)
-        target = torch.tensor([sides.classes.index(labels[row]) for row in side.test])
-        right.append((x[rows].double() @ weights).argmax(1) == target)
-    return {"accuracy": proportion(torch.cat(right).double()).to_dict(), "chance": 1 / len(sides.classes)}
-
-
-def _found(
-    performer: Performer,
-    images: ImageSet,
-    index: FeatureIndex,
-    labels: Sequence[int],
-    outputs: Sequence[int],
-    sides: Sides,
-    fits: Sequence[Tensor],
-    how: RemovalConfig,
-    out: Path,
-    show: Progress,
-) -> list[_Found]:
-    """Rank the features of each side: by weight, by activation, by gradient times activation."""
-    classes = sides.classes
-    ranked = []
-    for weights in fits:
-        by_class: dict[int, FeatureSet] = {}
-        for column, label in enumerate(classes):
-            order = weights[:, column].abs().argsort(descending=True, stable=True)
-            by_class[label] = tuple(int(f) for f in order[: int((weights[:, column] != 0).sum())])
-        ranked.append(by_class)
-    used = {index.place(f)[0] for by_class in ranked for features in by_class.values() for f in features}
-    layers = [layer for layer in index.layers if layer in used]
-    wanted = []
-    for number, side in enumerate(sides.sides):
-        for place, label in enumerate(classes):
-            own = [row for row in side.fit if labels[row] == label][: how.ranking_photos]
-            wanted += [(row, number * len(classes) + place, outputs[label]) for row in own]
-    path = out / "rankings.safetensors"
-    if path.exists():
-        tensors = read_tensors(path)
-        activation, gradient = tensors["activation"], tensors["gradient"]
-    else:
-        with show.task("ranking by activation and gradient", len(wanted)) as advance:
-            done = [0]
-
-            def more(count: int) -> None:
-                done[0] += count
-                advance(done[0])
-
-            # Gradients keep every layer's maps, so fewer images at a time.
-            size = max(1, how.batch_size // 4)
-            activation, gradient = _rankings(
-                performer, images, index, layers, sorted(wanted), len(classes) * len(sides.sides), size, more
-            )
-        write_tensors(path, {"activation": activation, "gradient": gradient})
-    return [
-        _Found(
-            by_class,
-            {label: activation[number * len(classes) + place] for place, label in enumerate(classes)},
-            {label: gradient[number * len(classes) + place] for place, label in enumerate(classes)},
-        )
-        for number, by_class in enumerate(ranked)
-    ]
-
-
-# Conditions
-
-
-def _plans(
-    sides: Sides, labels: Sequence[int], index: FeatureIndex, found: Sequence[_Found], how: RemovalConfig
-) -> dict[str, list[tuple[int, FeatureSet]]]:
-    """Say for each condition which features are removed from each tested photo."""
-    import torch
-
-    classes = sides.classes
-    plans: dict[str, list[tuple[int, FeatureSet]]] = {}
-
-    def planned(name: str, choose: Callable[[_Found, int, int], FeatureSet]) -> None:
-        plan = []
-        for number, (side, each) in enumerate(zip(sides.sides, found, strict=True)):
-            sets = {label: choose(each, label, number) for label in classes}
-            plan += [(row, sets[labels[row]]) for row in side.test]
-        plans[name] = sorted(plan)
-
-    def random_of(seed: int, most: int | None) -> Callable[[_Found, int, int], FeatureSet]:
-        def choose(each: _Found, label: int, number: int) -> FeatureSet:
-            # One stream per seed, side and class, so that the draws do not depend on which conditions are run.
-            stream = (seed * len(sides.sides) + number) * 100_003 + label
-            generator = torch.Generator().manual_seed(how.seed * 1_000_003 + stream)
-            return random_features(per_layer(each.ranked[label][:most], index), index, generator)
-
-        return choose
-
-    def ranked_of(by: str, most: int | None) -> Callable[[_Found, int, int], FeatureSet]:
-        def choose(each: _Found, label: int, _number: int) -> FeatureSet:
-            if by == "ours":
-                return tuple(sorted(each.ranked[label][:most]))
-            values = each.activation[label] if by == "activation" else each.gradient[label]
-            return ranked_features(per_layer(each.ranked[label][:most], index), index, values)
-
-        return choose
-
-    planned("intact", lambda _each, _label, _number: ())
-    planned("ours", ranked_of("ours", None))
-    for seed in how.random_seeds:
-        planned(f"random-seed-{seed}", random_of(seed, None))
-    planned("activation", ranked_of("activation", None))
-    planned("gradient", ranked_of("gradient", None))
-    for most in how.curve:
-        for ranking in how.curve_rankings:
-            by = random_of(how.random_seeds[0], most) if ranking == "random" else ranked_of(ranking, most)
-            planned(f"{ranking}-top-{most}", by)
-    shifts, ring = ring_of(len(classes), how)
-    position = {classes[place]: at for at, place in enumerate(ring)}
-    for shift in shifts:
-
-        def another(each: _Found, label: int, _number: int, shift: int = shift) -> FeatureSet:
-            other = classes[ring[(position[label] + shift) % len(ring)]]
-            return tuple(sorted(each.ranked[other]))
-
-        planned(f"other-{shift}", another)
-    return plans
-
-
-def _condition(out: Path, name: str, plan: Sequence[tuple[int, FeatureSet]], runner: _Runner) -> dict[str, list[float]]:
-    """Measure one condition, or read it where it was measured before."""
-    path = out / "conditions" / f"{name}.json"
-    if path.exists():
-        stored = read_json(path)
-        for pair, right, odds in zip(plan, stored["right"], stored["log_odds"], strict=True):
-            runner.known[pair] = (right, odds)
-        return {"right": stored["right"], "log_odds": stored["log_odds"]}
-    values = runner.run(plan, lambda _count: None)
-    record = {"right": [right for right, _ in values], "log_odds": [odds for _, odds in values]}
-    write_json(path, {"photos": [row for row, _ in plan], "removed": [len(s) for _, s in plan], **record})
-    return record
-
-
-# Scores
-
-
-def _scored(
-    sides: Sides,
-    names: Sequence[str],
-    outputs: Sequence[int],
-    labels: Sequence[int],
-    index: FeatureIndex,
-    fits: Sequence[Tensor],
-    plans: Mapping[str, Sequence[tuple[int, FeatureSet]]],
-    measured: Mapping[str, Mapping[str, list[float]]],
-    how: RemovalConfig,
-) -> dict[str, Any]:
-    """Turn what was measured into estimates."""
-    import torch
-
-    from partlens.metrics.estimate import bootstrap
-
-    order = [row for row, _ in plans["intact"]]
-    place = {label: column for column, label in enumerate(sides.classes)}
-    owner = torch.tensor([place[labels[row]] for row in order])
-    count = len(sides.classes)
-
-    def values(name: str) -> dict[str, Tensor]:
-        odds = torch.tensor(measured[name]["log_odds"], dtype=torch.float64)
-        right = torch.tensor(measured[name]["right"], dtype=torch.float64)
-        return {"accuracy": right, "probability": odds.sigmoid(), "log_odds": odds}
-
-    intact = values("intact")
-
-    def drop(name: str) -> dict[str, Tensor]:
-        return {measure: intact[measure] - without for measure, without in values(name).items()}
-
-    def mean(each: Tensor, rows: Tensor) -> float:
-        """Average over classes of the average over the photos of each."""
-        photos = torch.bincount(owner[rows], minlength=count)
-        sums = torch.bincount(owner[rows], each[rows], minlength=count)
-        return float((sums / photos)[photos > 0].mean())
-
-    def estimate(statistic: Callable[[Tensor], float]) -> Estimate:
-        return bootstrap(statistic, len(order), generator=torch.Generator().manual_seed(how.seed), rounds=how.rounds)
-
-    def scores(name: str, drops: Mapping[str, Tensor]) -> dict[str, Any]:
-        accuracy = intact["accuracy"] - drops["accuracy"]
-        return {
-            "features": _removed(plans, name),
-            "accuracy": estimate(partial(mean, accuracy)).to_dict(),
-            "drop": {m: estimate(partial(mean, d)).to_dict() for m, d in drops.items()},
-        }
-
-    seeds = {seed: drop(f"random-seed-{seed}") for seed in how.random_seeds}
-    others = [name for name in plans if name.startswith("other-")]
-    drops = {name: drop(name) for name in plans if not name.startswith(("intact", "random-seed-", "other-"))}
-    drops["random"] = _average(list(seeds.values()))
-    drops["others"] = _average([drop(name) for name in others])
-    conditions = {name: scores(name, each) for name, each in drops.items()}
-    against = {
-        baseline: {
-            measure: {
-                "difference": estimate(partial(mean, drops["ours"][measure] - drops[baseline][measure])).to_dict(),
-                "ratio": _ratio(
-                    partial(mean, drops["ours"][measure]), partial(mean, drops[baseline][measure]), estimate
-                ),
-            }
-            for measure in MEASURES
-        }
-        for baseline in ("random", "activation", "gradient", "others")
-    }
-    shifts, ring = ring_of(count, how)
-    matrix = _matrix(drops["ours"], [drop(f"other-{shift}") for shift in shifts], owner, shifts, ring)
-    ours = values("ours")["accuracy"]
-    layers: Counter[str] = Counter()
-    for weights in fits:
-        layers.update(index.place(int(f))[0] for f in weights.nonzero()[:, 0])
-    records = []
-    for column, name in enumerate(names):
-        own = owner == column
-        records.append(
-            {
-                "name": name,
-                "output": outputs[column],
-                "photos": int(own.sum()),
-                "features": [int((weights[:, column] != 0).sum()) for weights in fits],
-                "accuracy": float(intact["accuracy"][own].mean()),
-                "accuracy_without": float(ours[own].mean()),
-            }
-        )
-    return {
-        "classes": records,
-        "counts": {
-            "classes": count,
-            "tested_photos": len(order),
-            "fit_photos": [len(side.fit) for side in sides.sides],
-            "features": index.size,
-            "layers": dict(layers.most_common()),
-        },
-        "intact": {m: estimate(partial(mean, v)).to_dict() for m, v in intact.items()},
-        "conditions": conditions,
-        "random_seeds": {
-            str(seed): estimate(partial(mean, each["accuracy"])).to_dict() for seed, each in seeds.items()
-        },
-        "against": against,
-        "dominance": {m: _dominance(matrix[m], len(shifts)) for m in MEASURES},
-        "matrix": {
-            "classes": list(names),
-            "drop": {m: v.tolist() for m, v in matrix.items()} if len(shifts) == count - 1 else None,
-        },
-    }
-
-
-def _average(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    import torch
-
-    return {measure: torch.stack([part[measure] for part in parts]).mean(0) for measure in MEASURES}
-
-
-def _removed(plans: Mapping[str, Sequence[tuple[int, FeatureSet]]], name: str) -> float:
-    """Average the number of features removed from a photo."""
-    same = {"random": "random-seed-", "others": "other-"}
-    prefix = same.get(name)
-    plan = [s for n, p in plans.items() if (n == name if prefix is None else n.startswith(prefix)) for _, s in p]
-    return sum(map(len, plan)) / len(plan)
-
-
-def _ratio(
-    above: Callable[[Tensor], float], below: Callable[[Tensor], float], estimate: Callable[..., Estimate]
-) -> dict[str, Any]:
-    """Estimate a ratio of drops; undefined unless nearly every resampled baseline drop is above 0."""
-    drawn = {"rounds": 0, "defined": 0}
-
-    def statistic(rows: Tensor) -> float:
-        bottom = below(rows)
-        drawn["rounds"] += 1
-        drawn["defined"] += bottom > 0
-        return above(rows) / bottom if bottom > 0 else math.nan
-
-    found = estimate(statistic)
-    share = drawn["defined"] / drawn["rounds"]
-    if share < 0.975:  # the interval would reach through infinity
-        found = dataclasses.replace(found, interval=(math.nan, math.nan))
-    return found.to_dict() | {"rounds_defined": share}
-
-
-def _matrix(
-    own: Mapping[str, Tensor],
-    others: Sequence[Mapping[str, Tensor]],
-    owner: Tensor,
-    shifts: Sequence[int],
-    ring: Sequence[int],
-) -> dict[str, Tensor]:
-    """Average the drops by removed and tested class: ``[removed, tested]``, ``nan`` where not measured."""
-    import torch
-
-    count = len(ring)
-    at = torch.empty(count, dtype=torch.int64)
-    at[torch.tensor(ring)] = torch.arange(count)
-    photos = torch.bincount(owner, minlength=count)
-    result = {}
-    for measure in MEASURES:
-        matrix = torch.full((count, count), torch.nan, dtype=torch.float64)
-        for shift, drops in zip((0, *shifts), (own, *others), strict=True):
-            mean = torch.bincount(owner, drops[measure], minlength=count) / photos
-            tested = torch.arange(count)
-            matrix[torch.tensor(ring)[(at + shift) % count], tested] = mean
-        result[measure] = matrix
-    return result
-
-
-def _dominance(matrix: Tensor, others: int) -> dict[str, Any]:
-    """Return the share of removals that hurt their own class more than each other class measured."""
-    from partlens.metrics.estimate import proportion
-
-    own = matrix.diagonal()
-    rest = matrix.clone()
-    rest.fill_diagonal_(-math.inf)
-    most = rest.nan_to_num(nan=-math.inf).amax(1)
-    share = dataclasses.replace(proportion((own > most).double()), unit="classes")
-    return {"share": share.to_dict(), "null": 1 / (1 + others)}
-
-
-# Table
-
-
-def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return Markdown lines: accuracy intact and without features, beside the published figures.
-
-    Args:
-        results: what `feature_removal` returned, one row each.
-
-    Returns:
-        Lines of a table; intervals are 95 %.
-    """
-    lines = [
-        "| network, data | classes, photos | intact | relevant | random | activation | gradient | features a class |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        cells = [
-            f"{result['performer']['name']}, {result['data']['name']}"
-            + (" (shuffled labels)" if result["config"]["shuffled"] else ""),
-            f"{result['counts']['classes']}, {result['counts']['tested_photos']}",
-            shown(result["intact"]["accuracy"]),
-        ]
-        cells += [shown(result["conditions"][n]["accuracy"]) for n in ("ours", "random", "activation", "gradient")]
-        lines.append(f"| {' | '.join(cells)} | {result['conditions']['ours']['features']:.1f} |")
-    for name, intact, random, ours, features in PUBLISHED:
-        lines.append(
-            f"| {name} (published) | 1000, 50000 | {intact:.3f} | {ours:.3f} | {random:.3f} | – | – | {features} |"
-        )
-    return lines
-
-
-def curve_table(result: Mapping[str, Any], measure: str = "accuracy") -> list[str]:
-    """Return Markdown lines: the drop when only the features with the largest weights are removed.
-
-    Args:
-        result: what `feature_removal` returned.
-        measure: one of :data:`MEASURES`.
-    """
-    rankings = result["config"]["curve_rankings"]
-    lines = [f"| removed | {' | '.join(rankings)} |", "|---" * (len(rankings) + 1) + "|"]
-    for most in result["config"]["curve"]:
-        cells = [shown(result["conditions"][f"{ranking}-top-{most}"]["drop"][measure]) for ranking in rankings]
-        lines.append(f"| top {most} | {' | '.join(cells)} |")
-    cells = [shown(result["conditions"][ranking]["drop"][measure]) for ranking in rankings]
-    lines.append(f"| all relevant ({result['conditions']['ours']['features']:.1f}) | {' | '.join(cells)} |")
-    return lines
-
-
-def shown(estimate: Mapping[str, Any], digits: int = 3) -> str:
-    """Write an estimate as ``0.487 [0.470, 0.505]``; a dash where it is undefined.
-
-    Example:
-        >>> shown({"value": 0.5, "interval": [0.25, 0.75], "n": 4, "unit": "photos"}, 2)
-        '0.50 [0.25, 0.75]'
-    """
-    if estimate["value"] is None:
-        return "–"
-    low, high = estimate["interval"]
-    ends = "" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{estimate['value']:.{digits}f}{ends}"

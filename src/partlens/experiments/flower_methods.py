@@ -10,7 +10,10 @@ from torch import Tensor
 
 from partlens.artefacts.baselines import BASELINES, Method, upsampled_activation
 from partlens.artefacts.explanation import ExplanationConfig, explain_batch, scaled, smoothed
-from partlens.selection.relevance import DescriptorConfig, label_matrix, select_relevant, stream_responses
+from partlens.selection.descriptors import DescriptorConfig
+from partlens.selection.labels import label_matrix
+from partlens.selection.relevance import select_relevant
+from partlens.selection.responses import stream_responses
 
 if TYPE_CHECKING:
     from partlens.data.flower_sets import FlowerSet

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from partlens.data.flowers import PETAL_CATEGORIES, flower_seed, render_flower
+from partlens.data.flower_categories import PETAL_CATEGORIES
+from partlens.data.flowers import flower_seed, render_flower
 from partlens.data.images import ImageSet
 from partlens.vocabulary import InputError, expected
 

@@ -1,4 +1,4 @@
-"""What is removed from which photo: the sides of a removal experiment, feature sets, and the ring of other classes.
+"""What is removed from which photo: the sides of a removal experiment, feature sets, and the conditions made of them.
 
 See :mod:`partlens.experiments.feature_removal`.
 """
@@ -6,7 +6,7 @@ See :mod:`partlens.experiments.feature_removal`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ from partlens.vocabulary import ImageError, InputError, expected
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from partlens.selection.relevance import FeatureIndex
+    from partlens.selection.descriptors import FeatureIndex
 
 ALL_OTHERS_UP_TO = 12
 SOME_OTHERS = 3
@@ -34,7 +34,7 @@ class RemovalConfig:
         nonnegative: weights are at least 0.
         labels: ``data``: the photos' categories; ``predictions``: the performer's decisions on the intact photos, so
             that "accuracy" is the share of decisions that are kept.
-        descriptor: fields of :class:`~partlens.selection.relevance.DescriptorConfig`.
+        descriptor: fields of :class:`~partlens.selection.descriptors.DescriptorConfig`.
         protocol: see the module's text; ``auto`` takes ``split`` where each tested class has at least 10 photos in
             ``train``.
         shuffled: fit on shuffled labels, the null of the whole procedure.
@@ -250,3 +250,74 @@ def ring_of(count: int, how: RemovalConfig) -> tuple[list[int], list[int]]:
     if wanted >= count - 1:
         return list(range(1, count)), ring
     return sorted((1 + torch.randperm(count - 1, generator=generator)[:wanted]).tolist()), ring
+
+
+# Conditions
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one side's fit gave.
+
+    ``ranked`` are the class's features by weight, ``effects`` the rows of activation and gradient rankings.
+    """
+
+    ranked: Mapping[int, FeatureSet]
+    activation: Mapping[int, Tensor]
+    gradient: Mapping[int, Tensor]
+
+
+def plans_of(
+    sides: Sides, labels: Sequence[int], index: FeatureIndex, found: Sequence[Found], how: RemovalConfig
+) -> dict[str, list[tuple[int, FeatureSet]]]:
+    """Say for each condition which features are removed from each tested photo."""
+    import torch
+
+    classes = sides.classes
+    plans: dict[str, list[tuple[int, FeatureSet]]] = {}
+
+    def planned(name: str, choose: Callable[[Found, int, int], FeatureSet]) -> None:
+        plan = []
+        for number, (side, each) in enumerate(zip(sides.sides, found, strict=True)):
+            sets = {label: choose(each, label, number) for label in classes}
+            plan += [(row, sets[labels[row]]) for row in side.test]
+        plans[name] = sorted(plan)
+
+    def random_of(seed: int, most: int | None) -> Callable[[Found, int, int], FeatureSet]:
+        def choose(each: Found, label: int, number: int) -> FeatureSet:
+            # One stream per seed, side and class, so that the draws do not depend on which conditions are run.
+            stream = (seed * len(sides.sides) + number) * 100_003 + label
+            generator = torch.Generator().manual_seed(how.seed * 1_000_003 + stream)
+            return random_features(per_layer(each.ranked[label][:most], index), index, generator)
+
+        return choose
+
+    def ranked_of(by: str, most: int | None) -> Callable[[Found, int, int], FeatureSet]:
+        def choose(each: Found, label: int, _number: int) -> FeatureSet:
+            if by == "ours":
+                return tuple(sorted(each.ranked[label][:most]))
+            values = each.activation[label] if by == "activation" else each.gradient[label]
+            return ranked_features(per_layer(each.ranked[label][:most], index), index, values)
+
+        return choose
+
+    planned("intact", lambda _each, _label, _number: ())
+    planned("ours", ranked_of("ours", None))
+    for seed in how.random_seeds:
+        planned(f"random-seed-{seed}", random_of(seed, None))
+    planned("activation", ranked_of("activation", None))
+    planned("gradient", ranked_of("gradient", None))
+    for most in how.curve:
+        for ranking in how.curve_rankings:
+            by = random_of(how.random_seeds[0], most) if ranking == "random" else ranked_of(ranking, most)
+            planned(f"{ranking}-top-{most}", by)
+    shifts, ring = ring_of(len(classes), how)
+    position = {classes[place]: at for at, place in enumerate(ring)}
+    for shift in shifts:
+
+        def another(each: Found, label: int, _number: int, shift: int = shift) -> FeatureSet:
+            other = classes[ring[(position[label] + shift) % len(ring)]]
+            return tuple(sorted(each.ranked[other]))
+
+        planned(f"other-{shift}", another)
+    return plans

@@ -56,7 +56,7 @@ def reproduce(
         set_name: ``flowers-single-6c`` or ``flowers-double-12c``, for ``flowers``.
         images_per_class: flowers of each class, for ``flowers``.
         config: fields of :class:`~partlens.experiments.removal_plan.RemovalConfig` or
-            :class:`~partlens.experiments.sanity_checks.SanityConfig`; the settings of a
+            :class:`~partlens.experiments.sanity_bench.SanityConfig`; the settings of a
             :class:`~partlens.experiments.explainer_tables.TablePlan`.
         seed: of everything; the first one of several.
         performers: label to model, or to ``train:MODEL``, which is trained on each category first.
@@ -145,8 +145,8 @@ def result_lines(table: str, result: Mapping[str, Any]) -> list[str]:
 
         return benchmark_table(result)
     if table == "removal":
-        from partlens.experiments.feature_removal import curve_table
-        from partlens.experiments.feature_removal import table as removal_table
+        from partlens.experiments.removal_tables import curve_table
+        from partlens.experiments.removal_tables import table as removal_table
 
         return [*removal_table([result]), "", *curve_table(result)]
     from partlens.experiments.sanity_tables import tables

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from partlens.experiments.feature_removal import shown
+from partlens.experiments.removal_tables import shown
 
 METHODS = ("ours", "guided", "gradient")
 ALIKE = 0.9

@@ -18,17 +18,20 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partlens.progress import Progress
-from partlens.store import content_hash, read_json, write_json
-from partlens.vocabulary import InputError, PartlensError, RunError, expected
+from partlens.store import content_hash, read_json, sole_writer, write_json
+from partlens.vocabulary import AtWorkError, InputError, PartlensError, RunError, expected
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnContext, SpawnProcess
 
 SCHEMA = "partlens.job/1"
+AT_WORK = "at work"
+"""What a job gives that another call on the same folder is doing."""
 RETRIES = 2
 """How often a job is begun again whose process or worker died; a job that raises is not."""
 
@@ -93,6 +96,7 @@ class JobResult:
         content: what the work returned; empty unless finished.
         error: one line; empty unless failed.
         seconds: duration.
+        made_with: version of partlens; empty where none is noted.
     """
 
     job: Job
@@ -100,6 +104,7 @@ class JobResult:
     content: Mapping[str, Any]
     error: str
     seconds: float
+    made_with: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,11 +144,29 @@ def read_result(job: Job, out: Path) -> JobResult:
         raise RunError(
             expected(
                 f"a result of these settings in {path}",
-                "one of others",
+                f"one of others{_differing(found, job)}",
                 "Choose another --out folder, or delete the job's folder",
             )
         )
-    return JobResult(job, found["status"], found["content"], found["error"], float(found["seconds"]))
+    made_with = str(found.get("partlens", ""))
+    return JobResult(job, found["status"], found["content"], found["error"], float(found["seconds"]), made_with)
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return nested values under joined names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
+    return found
+
+
+def _differing(found: Mapping[str, Any], job: Job) -> str:
+    """Name the first settings that differ from those of a result, so that a person sees what changed."""
+    theirs, ours = _flat(found["job"].get("settings", {})), _flat(job.settings)
+    names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+    parts = [f"{name}: {theirs.get(name, 'unset')!r} there, {ours.get(name, 'unset')!r} here" for name in names[:3]]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" ({'; '.join(parts)}{more})" if parts else ""
 
 
 def run_job(job: Job, out: str | Path) -> str:
@@ -156,10 +179,20 @@ def run_job(job: Job, out: str | Path) -> str:
     before = read_result(job, out)
     if before.status == "finished":
         return before.status
+    try:
+        with sole_writer(job.folder(out), job.kind):
+            return _do(job, out)
+    except AtWorkError:
+        return AT_WORK  # another call on this folder does it; what it makes is the same
+
+
+def _do(job: Job, out: Path) -> str:
+    """Do a job that is not done and write its result."""
     started = time.monotonic()
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "identity": job.identity,
+        "partlens": version("partlens"),
         "job": {
             "work": job.work,
             "kind": job.kind,
@@ -233,7 +266,9 @@ def run_sweep(
             for job, status in _run_ready(_possible(ready, jobs, out), out, where):
                 done += 1
                 advance(done, f"{job.key} {status}")
-                if status != "finished":
+                if status == AT_WORK:
+                    show.say(f"{job.key}: another process is at it")
+                elif status != "finished":
                     show.say(f"{job.key} failed: {read_result(job, out).error}")
     return tuple(read_result(job, out) for job in jobs)
 
@@ -320,7 +355,8 @@ def _in_processes(jobs: Sequence[Job], out: Path, workers: int, retries: int) ->
                 code = process.exitcode
                 process.close()
                 if code == 0:
-                    yield job, read_result(job, out).status
+                    status = read_result(job, out).status
+                    yield job, AT_WORK if status == "missing" else status
                 elif tries < retries:
                     queue.append((job, tries + 1))
                 else:
@@ -371,6 +407,9 @@ def _on_cluster(jobs: Sequence[Job], out: Path, address: str, retries: int) -> I
                 lost = future.exception()
                 words = " ".join(str(lost).split())
                 _record_failure(job, out, f"{type(lost).__name__}: {words}")
+            elif future.result() == AT_WORK:
+                yield job, AT_WORK
+                continue
             elif not job.result_file(out).exists():
                 raise RunError(
                     expected(

@@ -7,94 +7,43 @@ same machine and with the same number of threads, with the same bits as one that
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.explainer.config import ExplainerConfig
-from partlens.explainer.evidence import sharpened
 from partlens.explainer.network import Explainer, ExplainerOutput, parameter_groups
 from partlens.explainer.objective import BatchFacts, Objective, ViewPair, target_norm
-from partlens.explainer.seeding import MOST_PHOTOS, VotedParts, seed_parts, voted_parts
-from partlens.explainer.teachers import LaterParts, Source, centroids, part_teachers, places_in_view
+from partlens.explainer.starting import find_teachers, start_explainer
+from partlens.explainer.teachers import places_in_view
+from partlens.explainer.training_maps import (
+    Batch,
+    TrainingMaps,
+    epoch_batches,
+    epoch_generator,
+    gather,
+    norm_sample,
+    read_evidence,
+)
 from partlens.store import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
-from partlens.vocabulary import ImageError, InputError, expected
+from partlens.vocabulary import ImageError, InputError, RunError, expected, listed
 
 CHECKPOINT_STATE = "checkpoint.json"
 HISTORY = "history.json"
-_SEED_VIEWS = 5
-_NORM_SAMPLE = 256
-_LEAST_UPPER_CELLS = 3
-_VOTERS = 256
-_VOTED_POWER = 6.0
+_DECODER = "decoder."
 _WARM_STEPS = 50
 _SMOOTHING = 0.6
 _LEAST_IMPROVEMENT = 1e-3
 
 EpochReport = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class TrainingMaps:
-    """What training reads: cached maps of views of photos.
-
-    Attributes:
-        tap: maps at the tap, ``[row, filter, row, col]``; memory maps are read batch by batch.
-        targets: features to reconstruct, one array per target.
-        windows: how each view of the category's photos was cut (photo, view, 5), see
-            :func:`partlens.explainer.views.view_windows`; row ``photo * views + view`` of the arrays.
-        background_rows: rows of the arrays that hold other photos; may be empty.
-        evidence: the performer's evidence at the tap, ``[row, row, col]``, for the rows of the category's photos.
-        labels: the category of each photo, from 0, for an explainer of several categories.
-    """
-
-    tap: np.ndarray
-    targets: tuple[np.ndarray, ...]
-    windows: Float[Tensor, "photo view 5"]
-    background_rows: Int[np.ndarray, " background"]
-    evidence: np.ndarray | None = None
-    labels: Int[Tensor, " photo"] | None = None
-
-    @property
-    def categories(self) -> int:
-        """Number of categories that filters are shared among."""
-        return 1 if self.labels is None else int(self.labels.max()) + 1
-
-    @property
-    def photos(self) -> int:
-        """Number of photos of the category."""
-        return int(self.windows.shape[0])
-
-    @property
-    def views(self) -> int:
-        """Views of each photo."""
-        return int(self.windows.shape[1])
-
-    def rows(self, photos: Tensor, view: Tensor) -> np.ndarray:
-        """Return the array rows of photos in views."""
-        found: np.ndarray = (photos * self.views + view).numpy()
-        return found
-
-    def read(self, rows: np.ndarray) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Read maps and targets of some rows as float32."""
-        return _gather(self.tap, rows), tuple(_gather(t, rows) for t in self.targets)
-
-
-def _gather(array: np.ndarray, rows: np.ndarray) -> Tensor:
-    """Read rows in the file's order, which a memory map serves best, and put them back in the order asked."""
-    order = np.argsort(rows, kind="stable")
-    read = torch.from_numpy(np.asarray(array[rows[order]])).float()
-    return read[torch.from_numpy(np.argsort(order, kind="stable"))]
 
 
 @dataclass(frozen=True)
@@ -108,47 +57,6 @@ class TrainingResult:
 
     history: tuple[dict[str, Any], ...]
     stopped: str
-
-
-@dataclass(frozen=True)
-class _Batch:
-    rows: np.ndarray
-    positives: int
-    pair: ViewPair | None
-    labels: Tensor | None
-
-
-def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch * 7_919 + 17) % (2**63))
-
-
-def _epoch_batches(data: TrainingMaps, config: ExplainerConfig, epoch: int) -> Iterator[_Batch]:
-    """Draw an epoch: every photo once or twice, each time in a drawn view, beside background photos.
-
-    With equivariance a batch is half photos as they are and half another view of the same photos.
-    """
-    generator = _epoch_generator(config.seed, epoch)
-    paired = config.equivariance_weight > 0 and data.views > 1
-    size = min(config.batch_size, data.photos * (2 if paired else 1))
-    per_batch = max(2, size // 2) if paired else size
-    order = torch.randperm(data.photos, generator=generator)
-    steps = max(1, math.ceil(data.photos / per_batch))
-    for step in range(steps):
-        # The last batch is filled up from the start of the order, so that all batches have one size.
-        photos = order[(torch.arange(per_batch) + step * per_batch) % data.photos]
-        pair: ViewPair | None = None
-        if paired:
-            view = torch.randint(1, data.views, (per_batch,), generator=generator)
-            rows = np.concatenate([data.rows(photos, torch.zeros_like(view)), data.rows(photos, view)])
-            pair = ViewPair(slice(0, per_batch), slice(per_batch, 2 * per_batch), data.windows[photos, view])
-        else:
-            rows = data.rows(photos, torch.randint(0, data.views, (per_batch,), generator=generator))
-        positives = len(rows)
-        labels = None if data.labels is None else data.labels[photos].repeat(positives // per_batch)
-        if len(data.background_rows) and config.background_batch:
-            drawn = torch.randint(len(data.background_rows), (config.background_batch,), generator=generator)
-            rows = np.concatenate([rows, data.background_rows[drawn.numpy()]])
-        yield _Batch(rows, positives, pair, labels)
 
 
 def _schedule(step: int, total: int) -> float:
@@ -191,153 +99,6 @@ def _optimiser(explainer: Explainer, config: ExplainerConfig, *, warm: bool) -> 
     return torch.optim.AdamW(groups)
 
 
-def _evidence(data: TrainingMaps, config: ExplainerConfig, rows: np.ndarray) -> Tensor | None:
-    """Read the evidence of some rows as the objective wants it; ``None`` where it is not used."""
-    if data.evidence is None or config.evidence_weight == 0:
-        return None
-    return sharpened(_gather(data.evidence, rows), config.evidence_smooth_cells, config.evidence_power)
-
-
-def _norm_sample(data: TrainingMaps) -> Tensor:
-    """Return the photos that norms and target norms are measured on: with several categories, some of each."""
-    count = min(data.photos, _NORM_SAMPLE)
-    if data.labels is None:
-        return torch.arange(count)
-    return torch.arange(count) * data.photos // count
-
-
-def _own_photos(data: TrainingMaps, category: int) -> Tensor:
-    return torch.arange(data.photos) if data.labels is None else (data.labels == category).nonzero()[:, 0]
-
-
-def _voted_parts(
-    explainer: Explainer, data: TrainingMaps, category: int, generator: torch.Generator, *, voters: int, parts: int
-) -> VotedParts:
-    """Find the parts of one category that the tap's own features vote for."""
-    config = explainer.config
-    own = _own_photos(data, category)
-    photos = own[torch.randperm(len(own), generator=generator)[:MOST_PHOTOS]].sort().values
-    views = min(_SEED_VIEWS, data.views)
-    maps = torch.stack([_gather(data.tap, data.rows(photos, torch.full_like(photos, v))) for v in range(views)])
-    rest = data.background_rows
-    if data.labels is not None:
-        strangers = (data.labels != category).nonzero()[:, 0]
-        rest = np.concatenate([rest, data.rows(strangers, torch.zeros_like(strangers))])
-    others = rest[:: max(1, len(rest) // (2 * MOST_PHOTOS))][: 2 * MOST_PHOTOS]
-    return voted_parts(
-        maps,
-        data.windows[photos, :views].transpose(0, 1),
-        _gather(data.tap, others),
-        generator,
-        _evidence(data, config, data.rows(photos, torch.zeros_like(photos))),
-        voters=voters,
-        parts=parts,
-        candidates=config.candidates_per_filter * max(voters, parts),
-        votes=config.votes,
-    )
-
-
-def _seed_category(
-    explainer: Explainer, data: TrainingMaps, category: int, generator: torch.Generator
-) -> dict[str, float]:
-    """Seed the filters of one category; with several, each has its share of both layers."""
-    first = _share(explainer.conv_interp_1.out_channels, category, data.categories)
-    second = _share(explainer.conv_interp_2.out_channels, category, data.categories)
-    parts = _voted_parts(explainer, data, category, generator, voters=len(first), parts=len(second))
-    seed_parts(explainer, parts, (first, second))
-    return parts.found
-
-
-def _share(filters: int, category: int, categories: int) -> Tensor:
-    return torch.arange(category * filters // categories, (category + 1) * filters // categories)
-
-
-def _upper_view(explainer: Explainer, data: TrainingMaps, own: Tensor, photos: Tensor, number: int) -> Tensor:
-    """Return what comes after the tap, for some of a category's ``own`` photos in a view: what teachers are found in.
-
-    Where the tracks take a convolution's place, that convolution's maps; elsewhere the last target that has maps of at
-    least 3x3 cells, and the tap itself where none has.
-    """
-    rows = data.rows(own[photos], torch.full_like(photos, number))
-    if explainer.structure.replaced is not None:
-        with torch.no_grad():
-            parts = [
-                explainer.conv_ordin(_gather(data.tap, part)).relu() for part in np.array_split(rows, _pieces(rows))
-            ]
-        return torch.cat(parts)
-    mapped = [t for t in data.targets if t.ndim == 4 and min(t.shape[2:]) >= _LEAST_UPPER_CELLS]
-    return _gather(mapped[-1] if mapped else data.tap, rows)
-
-
-def _voted_places(parts: VotedParts, data: TrainingMaps, own: Tensor, number: int) -> Tensor:
-    """Return where voted parts stand in a view of a category's photos."""
-    rows = data.rows(own, torch.full_like(own, number))
-    pieces = np.array_split(rows, _pieces(rows))
-    with torch.no_grad():
-        return torch.cat([centroids(parts.maps(_gather(data.tap, some)), _VOTED_POWER) for some in pieces])
-
-
-def _pieces(rows: np.ndarray) -> int:
-    return max(1, math.ceil(len(rows) / _NORM_SAMPLE))
-
-
-def find_teachers(explainer: Explainer, data: TrainingMaps) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Find the part teachers of every category.
-
-    Returns:
-        ``teachers``, places (photo, teacher, 2) in shares, NaN for photos of other categories, and ``teacher_of``, the
-        teacher of each filter of conv-interp-2; and what was found, for the log.
-    """
-    config, structure = explainer.config, explainer.structure
-    places = torch.full((data.photos, config.teachers * data.categories, 2), math.nan)
-    teacher_of = torch.zeros(structure.channels_out, dtype=torch.long)
-    found = {"teacher_movement": 0.0, "teacher_correlation": 0.0}
-    for category in range(data.categories):
-        generator = _epoch_generator(config.seed, -1 - category)
-        own = _own_photos(data, category)
-        views = min(data.views, 1 + _SEED_VIEWS)
-        sources: list[Source] = []
-        if config.teacher_sources != "tap":
-            sources.append(LaterParts(functools.partial(_upper_view, explainer, data, own), len(own), generator))
-        if config.teacher_sources != "later":
-            voted = _voted_parts(explainer, data, category, generator, voters=_VOTERS, parts=_VOTERS)
-            sources.append(functools.partial(_voted_places, voted, data, own))
-        teachers = part_teachers(
-            sources,
-            data.windows[own, :views],
-            config.teachers,
-            config.teacher_variety,
-        )
-        first, count = category * config.teachers, teachers.places.shape[1]
-        places[own, first : first + count] = teachers.places
-        share = _share(structure.channels_out, category, data.categories)
-        teacher_of[share] = first + torch.arange(len(share)) % count
-        found["teacher_movement"] += float(teachers.movement.mean()) / data.categories
-        found["teacher_correlation"] += teachers.correlation / data.categories
-    return {"teachers": places, "teacher_of": teacher_of}, found
-
-
-def start_explainer(explainer: Explainer, data: TrainingMaps) -> dict[str, float]:
-    """Initialise what needs data: scale of the tap and part candidates (if configured), norm layers and gain.
-
-    Returns:
-        What was found, for the log.
-    """
-    config = explainer.config
-    generator = _epoch_generator(config.seed, 0)
-    found: dict[str, float] = {}
-    if config.standardise:
-        photos = _norm_sample(data)
-        explainer.start_scale(_gather(data.tap, data.rows(photos, torch.zeros_like(photos))))
-    if config.initialisation == "parts":
-        for category in range(data.categories):
-            seen = _seed_category(explainer, data, category, generator)
-            found |= {name: found.get(name, 0.0) + value / data.categories for name, value in seen.items()}
-    photos = _norm_sample(data)
-    explainer.start_norms(_gather(data.tap, data.rows(photos, torch.zeros_like(photos))))
-    return found
-
-
 def _check(data: TrainingMaps) -> None:
     if data.photos < 2:
         raise ImageError(
@@ -366,7 +127,7 @@ class _Run:
         self.device = torch.device("cpu")
         self.config = explainer.config
         self.optimiser = _optimiser(explainer, self.config, warm=self.config.warmup_epochs > 0)
-        photos = _norm_sample(data)
+        photos = norm_sample(data)
         sample = data.rows(photos, torch.zeros_like(photos))
         norms = tuple(target_norm(t) for t in data.read(sample)[1])
         self.objective = Objective(
@@ -419,7 +180,9 @@ class _Run:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        self.explainer.load_state_dict(part("network."))
+        missing, strange = self.explainer.load_state_dict(part("network."), strict=False)
+        if strange or any(not name.startswith(_DECODER) for name in missing):
+            raise RunError(expected(f"a whole checkpoint in {self.folder}", listed([*strange, *missing]), remedy))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in part("optimiser.").items():
             index, key = name.split(".", 1)
@@ -437,7 +200,9 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint: tensors under a new name first, then the state that points to them."""
-        tensors = {f"network.{k}": v for k, v in self.explainer.state_dict().items()}
+        # The decoder is still the performer's copy in the warm-up, and often the largest part by far.
+        held = _DECODER if len(self.history) <= self.config.warmup_epochs else ()
+        tensors = {f"network.{k}": v for k, v in self.explainer.state_dict().items() if not k.startswith(held)}
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{k}": v for k, v in moments.items() if isinstance(v, Tensor)}
         tensors |= {f"objective.{k}": v for k, v in self.objective.state.items()}
@@ -462,14 +227,14 @@ class _Run:
         """Run one epoch and return its logged means."""
         config, explainer = self.config, self.explainer
         warm = number <= config.warmup_epochs
-        explainer.draws = _epoch_generator(config.seed + 1, number) if warm else None
+        explainer.draws = epoch_generator(config.seed + 1, number) if warm else None
         if number == config.warmup_epochs + 1:
             # The joint objective has other units: moments of the warm-up would all but stop the interpretable track.
             self.optimiser = _optimiser(explainer, config, warm=False)
         explainer.train()
         explainer.decoder.eval()  # copies of the performer's norm and dropout layers stay as they are
         self.objective.epoch = max(1, number - config.warmup_epochs)
-        batches = list(_epoch_batches(self.data, config, number))
+        batches = list(epoch_batches(self.data, config, number))
         epochs = config.warmup_epochs if warm else config.epochs
         done = (number - 1 if warm else number - 1 - config.warmup_epochs) * len(batches)
         sums: dict[str, float] = {}
@@ -485,11 +250,11 @@ class _Run:
         phase = "warmup" if warm else "joint"
         return {"epoch": number, "phase": phase, "seconds": round(time.monotonic() - started, 3), **means}
 
-    def _step(self, batch: _Batch, *, warm: bool) -> Mapping[str, Tensor]:
+    def _step(self, batch: Batch, *, warm: bool) -> Mapping[str, Tensor]:
         explainer = self.explainer
         rows = batch.rows[: batch.positives] if warm else batch.rows
-        maps, targets = (_gather(self.data.tap, rows), ()) if warm else self.data.read(rows)
-        evidence = _evidence(self.data, self.config, rows[: batch.positives])
+        maps, targets = (gather(self.data.tap, rows), ()) if warm else self.data.read(rows)
+        evidence = read_evidence(self.data, self.config, rows[: batch.positives])
         device = self.device
         maps, targets = maps.to(device), tuple(target.to(device) for target in targets)
         pair = batch.pair

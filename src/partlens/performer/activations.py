@@ -7,6 +7,7 @@ complete, so that a run that was killed goes on with the next batch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -27,7 +28,7 @@ from torch import Tensor
 from partlens.data.images import ImageSet
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
-from partlens.store import SCHEMA, read_json, write_json
+from partlens.store import SCHEMA, read_json, sole_writer, write_json
 from partlens.vocabulary import ImageError, InputError, LayerError, RunError, StorageError, expected, listed
 
 MANIFEST = "maps.json"
@@ -379,19 +380,20 @@ def stream_maps(
         "augment": getattr(augment, "__qualname__", type(augment).__name__) if augment is not None else None,
     }
     try:
-        return _stream(
-            performer,
-            images,
-            taps,
-            out,
-            batch_size,
-            augment,
-            resume,
-            progress,
-            views=views,
-            top_k=top_k,
-            wanted=wanted,
-        )
+        with contextlib.nullcontext() if out is None else sole_writer(out, "maps"):
+            return _stream(
+                performer,
+                images,
+                taps,
+                out,
+                batch_size,
+                augment,
+                resume,
+                progress,
+                views=views,
+                top_k=top_k,
+                wanted=wanted,
+            )
     except StorageError:
         raise
     except OSError as error:

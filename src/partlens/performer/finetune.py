@@ -8,72 +8,44 @@ that was not.
 
 from __future__ import annotations
 
-import copy
 import math
-import shutil
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
-from partlens.performer.activations import RowFile, batches, open_maps, stream_maps
+from partlens.performer.activations import batches
 from partlens.performer.borrowing import borrowed, random_state_kept
 from partlens.performer.finetune_config import FinetuneConfig
-from partlens.performer.surgery import cut
-from partlens.performer.taps import place_of
-from partlens.performer.tracing import trace
-from partlens.performer.zoo import PaperNet, Performer, Preprocessing, first_line, module_of, with_outputs
+from partlens.performer.finetune_network import Prepared, run_blank, upper
+from partlens.performer.finetune_photos import (
+    OTHER,
+    Read,
+    epoch_photos,
+    fixed_maps,
+    kept_frames,
+    prepared_batches,
+    reader_of_frames,
+    reader_of_maps,
+)
+from partlens.performer.zoo import Performer, module_of
 from partlens.progress import Progress
-from partlens.store import SCHEMA, content_hash, read_checkpoint, read_json, write_json, write_tensors
-from partlens.vocabulary import InputError, LayerError, StorageError, WeightsError, expected, listed
+from partlens.store import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
+from partlens.vocabulary import InputError, expected, listed
 
 CHECKPOINT = "checkpoint.json"
-OTHER = -1
-"""Label of a photo that shows none of the categories."""
 
-_FRAMES = "frames"
-_DEVIATION = 0.01
-_AHEAD = 2  # batches prepared in advance
-_READ_AT_ONCE = 128
 _HELD_BATCH = 64
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_WATCHING = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 EpochReport = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A copy of a performer that is ready to be trained.
-
-    Attributes:
-        module: the copy with its new layers, in eval mode, float32 on the CPU.
-        output_layer: the last layer, by name.
-        new_layers: layers that were drawn anew, in execution order.
-        source: the tap whose output is computed once; ``None`` where all layers are trained.
-    """
-
-    module: nn.Module
-    output_layer: str
-    new_layers: tuple[str, ...]
-    source: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,368 +61,10 @@ class Finetuned:
     history: tuple[dict[str, Any], ...]
 
 
-# The network
-
-
-def _copied(performer: Performer) -> nn.Module:
-    """Copy a network without the hooks that watch it and without gradients; float32, CPU, eval."""
-    module = module_of(performer)
-    memo: dict[int, Any] = {}
-    for each in module.modules():
-        memo.update({id(each.__dict__[n]): OrderedDict() for n in _WATCHING if n in each.__dict__})
-    try:
-        copied = copy.deepcopy(module, memo)
-    except RuntimeError as error:
-        raise LayerError(
-            expected(
-                f"a network that can be copied, to train {type(module).__name__}",
-                first_line(error),
-                "Remove weight normalisation first (torch.nn.utils.remove_weight_norm)",
-            )
-        ) from error
-    for parameter in copied.parameters():
-        parameter.grad = None
-    return copied.cpu().float().eval()
-
-
-def _run_blank(module: nn.Module, size_px: tuple[int, int]) -> Any:
-    with torch.no_grad():
-        return module(torch.zeros(1, 3, *size_px))
-
-
-def _layers_in_order(module: nn.Module, size_px: tuple[int, int]) -> list[str]:
-    """Names of the linear layers and convolutions, in the order in which a pass calls them last."""
-    called: dict[str, None] = {}
-    handles = []
-    for name, layer in module.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-
-            def note(_layer: nn.Module, _inputs: Any, _output: Any, name: str = name) -> None:
-                called.pop(name, None)
-                called[name] = None
-
-            handles.append(layer.register_forward_hook(note))
-    try:
-        _run_blank(module, size_px)
-    except Exception as error:
-        raise LayerError(
-            expected(
-                f"an input size that {type(module).__name__} accepts",
-                f"{size_px[0]}x{size_px[1]} px ({first_line(error)})",
-                "Give the preprocessing the network was made for",
-            )
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(called)
-
-
-def _closing_layers(module: nn.Module, order: Sequence[str]) -> list[str]:
-    """Return the fully connected layers at the end that stand side by side (fc6, fc7, fc8), in order."""
-    found: list[str] = []
-    for name in reversed(order):
-        beside = not found or name.rpartition(".")[0] == found[0].rpartition(".")[0]
-        if not beside or not isinstance(module.get_submodule(name), nn.Linear):
-            break
-        found.insert(0, name)
-    return found
-
-
-def fixed_before(module: nn.Module, layer: str) -> str:
-    """Find the last tap before a layer through which everything passes.
-
-    Args:
-        module: the network; left as it was.
-        layer: by name; a block stands for its first operation.
-
-    Returns:
-        The name of the tap.
-
-    Raises:
-        LayerError: an unknown layer; one before which there is no such tap; a network that cannot be traced.
-
-    Example:
-        >>> fixed_before(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)), "3")
-        '2'
-    """
-    traced = trace(module)
-    traced.find(layer)  # refuses an unknown name with the nearest ones
-    inside = [traced.index(node) for node, own in traced.names.items() if own == layer or own.startswith(f"{layer}.")]
-    if inside:
-        for node in reversed(traced.cut_nodes()):
-            if traced.index(node) < min(inside):
-                try:
-                    place_of(module, traced.label(node))
-                except LayerError:  # an operation without a module, such as flatten
-                    continue
-                return traced.label(node)
-    raise LayerError(
-        expected(
-            "a layer with others before it that everything passes",
-            layer,
-            "Leave train_from out to train all layers, or name a later one",
-        )
-    )
-
-
-def prepare_network(performer: Performer, outputs: int, config: FinetuneConfig) -> Prepared:
-    """Copy a network and give it new last layers.
-
-    Args:
-        performer: the network with the given weights; it is not changed.
-        outputs: number of outputs of the copy, at least 1.
-        config: which layers are new, and which are trained.
-
-    Returns:
-        The copy. New weights are drawn from N(0, 0.01²), biases are 0.
-
-    Raises:
-        InputError: no outputs, or no fully connected layers where they are asked for.
-        LayerError: ``train_from`` is unknown or comes after a new layer; a network whose last layer does not decide
-            the number of outputs.
-        WeightsError: a layer without trained weights would not be drawn anew.
-
-    Source:
-        CVPR 2018, Sec. 5 (fully connected layers re-initialised); N(0, 0.01²) as in the released code.
-    """
-    if outputs < 1:
-        raise InputError(expected("at least 1 output", outputs, "Name a category"))
-    module = _copied(performer)
-    size_px = performer.preprocessing.size_px
-    order = _layers_in_order(module, size_px)
-    if not order:
-        raise LayerError(
-            expected("a network with a linear layer or a convolution", type(module).__name__, "Use another network")
-        )
-    closing = _closing_layers(module, order)
-    if config.new_layers == "fully-connected" and len(closing) < 2:
-        raise InputError(
-            expected(
-                f"several fully connected layers side by side at the end of {performer.name}",
-                listed(closing) or "none",
-                "Choose new_layers last",
-            )
-        )
-    many = config.new_layers == "fully-connected" or (config.new_layers == "auto" and len(closing) >= 3)
-    new = tuple(closing) if many else (order[-1],)
-    if left := [name for name in performer.untrained_layers if name not in new]:
-        raise WeightsError(
-            expected(f"trained weights of {listed(left)}", "none in the file", "Choose new_layers fully-connected")
-        )
-    with random_state_kept():
-        with_outputs(module, order[-1], outputs)
-    if isinstance(module, PaperNet):
-        module.num_classes = outputs
-    generator = torch.Generator().manual_seed(config.seed)
-    with torch.no_grad():
-        for name in new:
-            layer = module.get_submodule(name)
-            assert isinstance(layer, (nn.Linear, nn.Conv2d))
-            layer.weight.normal_(0, _DEVIATION, generator=generator)
-            if layer.bias is not None:
-                layer.bias.zero_()
-    given = _run_blank(module, size_px)
-    if not isinstance(given, Tensor) or tuple(given.shape) != (1, outputs):
-        shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-        raise LayerError(
-            expected(
-                f"a network whose last layer gives its outputs, (image, {outputs})",
-                f"{shape} with {order[-1]} replaced",
-                "Wrap the network so that it returns the scores alone",
-            )
-        )
-    source = None if config.train_from is None else fixed_before(module, config.train_from)
-    if source is not None:
-        trained = {name.rpartition(".")[0] for name, _ in _upper(module, source).named_parameters()}
-        if early := [name for name in new if name not in trained]:
-            raise LayerError(
-                expected(f"train_from at or before {early[0]}, which is drawn anew", config.train_from, "Start there")
-            )
-    return Prepared(module, order[-1], new, source)
-
-
-def _upper(module: nn.Module, source: str | None) -> nn.Module:
-    """Return what is trained: the network itself, or a copy of its layers after a tap."""
-    return module if source is None else cut(module, source, ["output"])
-
-
 def _scores(trained: nn.Module, batch: Tensor) -> Tensor:
     result = trained(batch)
     scores: Tensor = result[0] if isinstance(result, tuple) else result
     return scores
-
-
-# The photos
-
-
-def epoch_photos(
-    labels: Int[Tensor, " photo"], outputs: int, config: FinetuneConfig, epoch: int
-) -> tuple[Int[Tensor, " draw"], Bool[Tensor, " draw"]]:
-    """Draw the order of an epoch: every photo at least once, those of rare categories several times.
-
-    Args:
-        labels: number of each photo's category, :data:`OTHER` for none.
-        outputs: of the network; with 1, categories are balanced by ``positive_share``, else equally.
-        config: seed, shares and mirrors.
-        epoch: its number.
-
-    Returns:
-        Positions in ``labels``, and whether each is shown mirrored.
-
-    Example:
-        >>> photos, _ = epoch_photos(torch.tensor([0, -1, -1, -1]), 1, FinetuneConfig(), 1)
-        >>> sorted(photos.tolist())
-        [0, 0, 0, 1, 2, 3]
-    """
-    generator = _generator(config.seed, epoch)
-    groups = [torch.nonzero(labels == value).flatten() for value in labels.unique()]
-    sizes = [len(group) for group in groups]
-    if outputs == 1 and len(groups) == 2:
-        share = config.positive_share  # groups stand in the order others, category
-        positive = max(sizes[1], math.ceil(sizes[0] * share / (1 - share)))
-        sizes = [max(sizes[0], round(positive * (1 - share) / share)), positive]
-    else:
-        sizes = [max(sizes)] * len(groups)
-    drawn = []
-    for group, size in zip(groups, sizes, strict=True):
-        rounds = [torch.randperm(len(group), generator=generator) for _ in range(math.ceil(size / len(group)))]
-        drawn.append(group[torch.cat(rounds)[:size]])
-    photos = torch.cat(drawn)
-    photos = photos[torch.randperm(len(photos), generator=generator)]
-    mirrored = torch.randint(2, (len(photos),), generator=generator).bool()
-    return photos, mirrored if config.mirror else torch.zeros_like(mirrored)
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch * 7_919 + 29) % (2**63))
-
-
-@dataclass(frozen=True)
-class _View:
-    """Makes view 0, what the network sees of a photo, and view 1, its mirror."""
-
-    preprocessing: Preprocessing
-
-    def __call__(self, image: Image.Image, view: int) -> Image.Image:
-        frame = self.preprocessing.frame(image)
-        return ImageOps.mirror(frame) if view else frame
-
-
-def _maps(
-    performer: Performer,
-    source: str,
-    images: ImageSet,
-    config: FinetuneConfig,
-    folder: Path,
-    device: torch.device,
-    progress: Progress,
-) -> np.ndarray:
-    """Compute the fixed layers' output for each photo and its mirror once; row ``photo * views + view``."""
-    module = performer.module if device.type == "cpu" else _copied(performer).to(device)
-    as_framed = replace(performer.preprocessing, resize="squash", resize_px=None)  # views are frames already
-    framed = replace(performer, module=module, preprocessing=as_framed)
-    views = 2 if config.mirror else 1
-    with progress.task(f"computing {source} once", len(images) * views) as advance:
-        stream_maps(
-            framed,
-            images,
-            [source],
-            folder,
-            dtype=config.cache_precision,
-            augment=_View(performer.preprocessing),
-            views=views,
-            progress=lambda done, _: advance(done),
-        )
-    return open_maps(folder)[source]
-
-
-def _frames(images: ImageSet, preprocessing: Preprocessing, folder: Path, progress: Progress) -> np.ndarray:
-    """Decode each photo once and keep what the network sees of it as bytes on disk."""
-    rows, cols = preprocessing.size_px
-    path, state = folder / f"{_FRAMES}.npy", folder / f"{_FRAMES}.json"
-    wanted = {"schema": SCHEMA, "images": images.fingerprint(), "preprocessing": preprocessing.to_dict()}
-    if not state.exists() or read_json(state) != wanted:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _check_space(folder, len(images) * rows * cols * 3)
-            path.unlink(missing_ok=True)
-            kept = RowFile(path, (len(images), rows, cols, 3), "uint8")
-            with (
-                ThreadPoolExecutor(4, thread_name_prefix="partlens-decode") as pool,
-                progress.task("reading photos", len(images)) as advance,
-            ):
-                for start in range(0, len(images), _READ_AT_ONCE):
-                    part = range(start, min(start + _READ_AT_ONCE, len(images)))
-                    kept.write(start, np.stack(list(pool.map(lambda i: _frame(images, i, preprocessing), part))))
-                    advance(part.stop)
-            kept.settle()
-            kept.close()
-        except StorageError:
-            raise
-        except OSError as error:
-            raise StorageError(
-                expected(f"to write frames in {folder}", error.strerror or str(error), "Free space")
-            ) from error
-        write_json(state, wanted)
-    frames: np.ndarray = np.load(path, mmap_mode="r")
-    return frames
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise StorageError(
-            expected(f"{needed / 1e9:.1f} GB free for frames in {folder}", f"{free / 1e9:.1f} GB", "Free space")
-        )
-
-
-def _frame(images: ImageSet, index: int, preprocessing: Preprocessing) -> np.ndarray:
-    return np.asarray(preprocessing.frame(images.read(index)))
-
-
-_Read = Callable[[Tensor, Tensor], Tensor]
-
-
-def _reader_of_maps(maps: np.ndarray, views: int) -> _Read:
-    def read(photos: Tensor, mirrored: Tensor) -> Tensor:
-        return _gathered(maps, (photos * views + mirrored.long()).numpy()).float()
-
-    return read
-
-
-def _reader_of_frames(frames: np.ndarray, preprocessing: Preprocessing) -> _Read:
-    def read(photos: Tensor, mirrored: Tensor) -> Tensor:
-        shown = _gathered(frames, photos.numpy())
-        shown[mirrored] = shown[mirrored].flip(2)
-        return preprocessing.of_bytes(shown)
-
-    return read
-
-
-def _gathered(array: np.ndarray, rows: np.ndarray) -> Tensor:
-    """Read rows in the file's order, which a memory map serves best, and put them back in the order asked."""
-    order = np.argsort(rows, kind="stable")
-    read = torch.from_numpy(np.asarray(array[rows[order]]))
-    return read[torch.from_numpy(np.argsort(order, kind="stable"))]
-
-
-def _prepared_batches(
-    read: _Read, photos: Tensor, mirrored: Tensor, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the photos of each batch and its input, read a little ahead of the network."""
-    parts = deque(zip(photos.split(batch_size), mirrored.split(batch_size), strict=True))
-    waiting: deque[tuple[Tensor, Future[Tensor]]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="partlens-batch") as pool:
-        while parts or waiting:
-            while parts and len(waiting) < _AHEAD:
-                part, flags = parts.popleft()
-                waiting.append((part, pool.submit(read, part, flags)))
-            part, future = waiting.popleft()
-            yield part, future.result()
-
-
-# Training
 
 
 def category_loss(scores: Float[Tensor, "image output"], labels: Int[Tensor, " image"], loss: str) -> Float[Tensor, ""]:
@@ -555,7 +169,7 @@ class _Run:
             self.close()
         self.late = late
         source = None if late else self.prepared.source
-        self.trained = _upper(self.prepared.module, source).to(self.device)
+        self.trained = upper(self.prepared.module, source).to(self.device)
         self.optimiser = torch.optim.SGD(
             _groups(self.trained, self.prepared.new_layers, self.config),
             lr=self.config.learning_rate,
@@ -568,16 +182,16 @@ class _Run:
         learned = {name: value.cpu() for name, value in self.trained.state_dict().items()}
         self.prepared.module.cpu().load_state_dict(learned, strict=False)
 
-    def phase(self, *, late: bool) -> _Read:
+    def phase(self, *, late: bool) -> Read:
         """Enter a phase, if it is not the present one, and open its cache, filling it first."""
         if late and not self.late:
             self.begin(late=True)
         source = None if self.late else self.prepared.source
         preprocessing = self.performer.preprocessing
         if source is None:
-            return _reader_of_frames(_frames(self.images, preprocessing, self.folder, self.progress), preprocessing)
-        maps = _maps(self.performer, source, self.images, self.config, self.cache, self.device, self.progress)
-        return _reader_of_maps(maps, 2 if self.config.mirror else 1)
+            return reader_of_frames(kept_frames(self.images, preprocessing, self.folder, self.progress), preprocessing)
+        maps = fixed_maps(self.performer, source, self.images, self.config, self.cache, self.device, self.progress)
+        return reader_of_maps(maps, 2 if self.config.mirror else 1)
 
     def restore(self) -> None:
         """Continue from a checkpoint if there is one.
@@ -610,7 +224,7 @@ class _Run:
         content = {"schema": SCHEMA, "fingerprint": self.fingerprint, "tensors": name, "history": self.history}
         write_json(self.folder / CHECKPOINT, content)
 
-    def epoch(self, number: int, read: _Read) -> dict[str, Any]:
+    def epoch(self, number: int, read: Read) -> dict[str, Any]:
         """Run one epoch and return its record."""
         photos, mirrored = epoch_photos(self.labels, self.outputs, self.config, number)
         rate = self.config.rate_of_epoch(number)
@@ -621,7 +235,7 @@ class _Run:
         _learning(self.trained)
         with random_state_kept():
             torch.manual_seed(self.config.seed * 7_919 + number)  # dropout draws from the global state
-            for part, batch in _prepared_batches(read, photos, mirrored, self.config.batch_size):
+            for part, batch in prepared_batches(read, photos, mirrored, self.config.batch_size):
                 loss, missed = self._step(batch.to(self.device), self.labels[part].to(self.device))
                 total += loss * len(part)
                 wrong += missed
@@ -671,7 +285,7 @@ def finetune(
 
     Args:
         performer: the network that was copied; it computes the maps that stay fixed and is left as it was.
-        prepared: from :func:`prepare_network`; its ``module`` is trained in place.
+        prepared: from :func:`~partlens.performer.finetune_network.prepare_network`; its ``module`` is trained in place.
         images: training photos. They are decoded once, to bytes on disk, and read batch by batch.
         labels: number of each photo's category, :data:`OTHER` for none.
         config: the training.
@@ -691,7 +305,7 @@ def finetune(
         RunError: ``folder`` holds a checkpoint of another configuration.
         StorageError: the disk is full; the last checkpoint stays.
     """
-    outputs = int(_run_blank(prepared.module, performer.preprocessing.size_px).shape[1])
+    outputs = int(run_blank(prepared.module, performer.preprocessing.size_px).shape[1])
     lowest = 0 if config.loss == "softmax" else OTHER
     if len(labels) != len(images) or not len(labels):
         raise InputError(expected(f"{len(images)} labels, one per photo", len(labels), "Give one label per photo"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
 from partlens.performer.borrowing import random_state_kept
-from partlens.performer.zoo import Preprocessing
+from partlens.performer.preprocessing import Preprocessing
 from partlens.progress import Progress
 from partlens.store import write_tensors
 from partlens.vocabulary import InputError, expected

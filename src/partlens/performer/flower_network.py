@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from partlens.performer.preprocessing import Preprocessing
 from partlens.vocabulary import InputTypeError, expected
-
-if TYPE_CHECKING:
-    from partlens.performer.zoo import Preprocessing
 
 SIDE_PX = 112
 _CELLS = 7
@@ -25,8 +22,6 @@ _STD = (0.25, 0.25, 0.25)
 
 def flower_preprocessing() -> Preprocessing:
     """Return how flowers become the input of both networks: squashed to 112 px, RGB, roughly centred."""
-    from partlens.performer.zoo import Preprocessing
-
     return Preprocessing(size_px=(SIDE_PX, SIDE_PX), resize="squash", resize_px=None, mean=_MEAN, std=_STD)
 
 

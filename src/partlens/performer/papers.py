@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from partlens.performer.zoo import PaperNet, Performer, module_of
+from partlens.performer.paper_networks import PaperNet
+from partlens.performer.zoo import Performer, module_of
 
 ETA_SHALLOW = 1.0e6
 ETA_DEEP = 1.5e5

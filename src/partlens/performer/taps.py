@@ -22,8 +22,8 @@ from partlens.performer.borrowing import borrowed
 from partlens.performer.receptive_field import receptive_fields
 from partlens.performer.surgery import is_activation
 from partlens.performer.tracing import Traced, trace
-from partlens.performer.zoo import Performer, first_line, module_of, unwrapped
-from partlens.vocabulary import InputError, InputTypeError, LayerError, expected, nearest
+from partlens.performer.zoo import Performer, module_of, unwrapped
+from partlens.vocabulary import InputError, InputTypeError, LayerError, expected, first_line, nearest
 
 __all__ = [
     "LayerInfo",

@@ -21,8 +21,8 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from partlens.performer.borrowing import borrowed
-from partlens.performer.zoo import first_line, unwrapped
-from partlens.vocabulary import LayerError, expected, nearest
+from partlens.performer.zoo import unwrapped
+from partlens.vocabulary import LayerError, expected, first_line, nearest
 
 _OUTPUT = "output"
 # Kept whole while tracing: torchvision's operators with loops or data-dependent shapes.

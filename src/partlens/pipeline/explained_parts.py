@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from partlens.artefacts.parts import PartsConfig, upsampled
 from partlens.artefacts.pictures import overlay, save_png
-from partlens.evaluation import class_outputs, grid_of
+from partlens.evaluation.fed_back import class_outputs
+from partlens.evaluation.places import grid_of
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import Explainer
 from partlens.performer.receptive_field import receptive_field

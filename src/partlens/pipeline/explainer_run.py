@@ -34,7 +34,7 @@ from partlens.pipeline.runs import (
     versions,
 )
 from partlens.progress import Progress
-from partlens.store import SCHEMA, content_hash, read_json, read_tensors, write_json, write_tensors
+from partlens.store import SCHEMA, content_hash, read_json, read_tensors, sole_writer, write_json, write_tensors
 from partlens.vocabulary import ImageError, InputError, RunError, expected
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
     from partlens.data.images import ImageSet
     from partlens.explainer.network import Explainer, ExplainerStructure
-    from partlens.explainer.training import Head, TrainingMaps
+    from partlens.explainer.training import Head
+    from partlens.explainer.training_maps import TrainingMaps
     from partlens.gallery import GalleryKind
     from partlens.performer.zoo import Performer
 
@@ -86,7 +87,7 @@ def _cached_maps(
     import numpy as np
     import torch
 
-    from partlens.explainer.training import TrainingMaps
+    from partlens.explainer.training_maps import TrainingMaps
     from partlens.explainer.views import view_windows, viewed_images
     from partlens.performer.activations import open_maps, stream_maps
 
@@ -249,7 +250,7 @@ def fit_explainer(
     settings = config if isinstance(config, ExplainerConfig) else ExplainerConfig.preset(preset, **dict(config or {}))
     performer = loaded(model)
     images, dropped = opened(data)
-    joint = several(category)
+    joint = several(category, images.category_counts())
     category = None if joint else _single(category)
     photos, others = rows_of(images, joint, "train") if joint else category_rows(images, category, "train")
     named = f" of {', '.join(joint) or category}" if joint or category else ""
@@ -282,60 +283,62 @@ def fit_explainer(
     if manifest is not None and manifest["status"] == "finished":
         show.say(f"{out} is finished already; nothing to do")
         return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
-    field = receptive_field(performer, tap)
-    if manifest is None:
-        manifest = {
-            "schema": SCHEMA,
-            "kind": "explainer",
-            "identity": identity,
-            "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            "command": command(),
-            "versions": versions(),
-            "performer": described(performer, spec(model)),
-            "data": {
-                "name": images.name,
-                "path": None if images.path is None else str(images.path),
-                "fingerprint": fingerprint,
-                "category": category or "",
-                "categories": list(joint),
-                "train_photos": len(photos),
-                "background_photos": len(others),
-                "unreadable": dropped,
-            },
-            "structure": structure.to_dict(),
-            "preset": preset if not isinstance(config, ExplainerConfig) else "custom",
-            "config": settings.to_dict(),
-            "seeds": seeds,
-            "receptive_field": {
-                "stride_px": list(field.stride_px),
-                "size_px": list(field.size_px),
-                "start_px": list(field.start_px),
-            },
-            "status": "running",
-            "seconds": 0.0,
-        }
+    with sole_writer(out, "run"):
+        field = receptive_field(performer, tap)
+        if manifest is None:
+            manifest = {
+                "schema": SCHEMA,
+                "kind": "explainer",
+                "identity": identity,
+                "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+                "command": command(),
+                "versions": versions(),
+                "performer": described(performer, spec(model)),
+                "data": {
+                    "name": images.name,
+                    "path": None if images.path is None else str(images.path),
+                    "fingerprint": fingerprint,
+                    "category": category or "",
+                    "categories": list(joint),
+                    "train_photos": len(photos),
+                    "background_photos": len(others),
+                    "unreadable": dropped,
+                },
+                "structure": structure.to_dict(),
+                "preset": preset if not isinstance(config, ExplainerConfig) else "custom",
+                "config": settings.to_dict(),
+                "seeds": seeds,
+                "receptive_field": {
+                    "stride_px": list(field.stride_px),
+                    "size_px": list(field.size_px),
+                    "start_px": list(field.start_px),
+                },
+                "status": "running",
+                "seconds": 0.0,
+            }
+            write_json(out / RUN, manifest)
+        show.say(
+            f"{performer.name} · {tap} → {', '.join(structure.targets)} · "
+            f"{len(photos)} photos{named}, {len(others)} others"
+        )
+        shares: list[float] = []
+        head = _head_of(performer, structure, settings, joint or ((category,) if category else ()))
+        folder_of_maps = out / "cache" if cache is None else Path(cache)
+        for number in range(seeds):
+            seeded = dataclasses.replace(settings, seed=settings.seed + number)
+            folder = out if number == 0 else out / "seeds" / str(seeded.seed)
+            maps = _cached_maps(performer, images, photos, others, structure, settings, folder_of_maps, where, show)
+            if joint:
+                labels = torch.tensor([joint.index(images.categories[i]) for i in photos])
+                maps = dataclasses.replace(maps, labels=labels)
+            shares.append(_fit_one(performer, structure, seeded, maps, folder, show, head, where))
+        if cache is None and not keep_cache:
+            shutil.rmtree(folder_of_maps)
+        seconds = round(float(manifest["seconds"]) + time.monotonic() - started, 1)
+        manifest |= {"status": "finished", "seconds": seconds, "p_by_seed": shares}
         write_json(out / RUN, manifest)
-    show.say(
-        f"{performer.name} · {tap} → {', '.join(structure.targets)} · {len(photos)} photos{named}, {len(others)} others"
-    )
-    shares: list[float] = []
-    head = _head_of(performer, structure, settings, joint or ((category,) if category else ()))
-    folder_of_maps = out / "cache" if cache is None else Path(cache)
-    for number in range(seeds):
-        seeded = dataclasses.replace(settings, seed=settings.seed + number)
-        folder = out if number == 0 else out / "seeds" / str(seeded.seed)
-        maps = _cached_maps(performer, images, photos, others, structure, settings, folder_of_maps, where, show)
-        if joint:
-            labels = torch.tensor([joint.index(images.categories[i]) for i in photos])
-            maps = dataclasses.replace(maps, labels=labels)
-        shares.append(_fit_one(performer, structure, seeded, maps, folder, show, head, where))
-    if cache is None and not keep_cache:
-        shutil.rmtree(folder_of_maps)
-    seconds = round(float(manifest["seconds"]) + time.monotonic() - started, 1)
-    manifest |= {"status": "finished", "seconds": seconds, "p_by_seed": shares}
-    write_json(out / RUN, manifest)
-    show.say(f"wrote {out / WEIGHTS} in {seconds:.0f} s; p = {shares[0]:.3f}")
-    return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
+        show.say(f"wrote {out / WEIGHTS} in {seconds:.0f} s; p = {shares[0]:.3f}")
+        return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
 
 
 def _fit_one(
@@ -444,7 +447,10 @@ def evaluate(
     """
     import torch
 
-    from partlens.evaluation import Categories, EvaluationRows, evaluate_explainer, own_columns, top_layer
+    from partlens.evaluation.explainer_evaluation import EvaluationRows, evaluate_explainer
+    from partlens.evaluation.fed_back import own_columns
+    from partlens.evaluation.places import top_layer
+    from partlens.evaluation.scoring import Categories
     from partlens.explainer.assembly import performer_head
     from partlens.gallery import write_gallery
     from partlens.performer.receptive_field import receptive_field

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from partlens.performer.finetune_config import FinetuneConfig
 from partlens.pipeline.runs import (
     RUN,
+    category_names,
     category_rows,
     command,
     described,
@@ -28,7 +29,7 @@ from partlens.pipeline.runs import (
     versions,
 )
 from partlens.progress import Progress
-from partlens.store import SCHEMA, content_hash, write_json, write_tensors
+from partlens.store import SCHEMA, content_hash, sole_writer, write_json, write_tensors
 from partlens.vocabulary import BACKGROUND, ImageError, InputError, RunError, expected, listed
 
 if TYPE_CHECKING:
@@ -50,12 +51,6 @@ class _Task:
     held: tuple[int, ...]
     train_labels: tuple[int, ...]
     held_labels: tuple[int, ...]
-
-
-def _names(given: str | Sequence[str]) -> tuple[str, ...]:
-    """Read names from a list or a text with commas, each once."""
-    names = given.split(",") if isinstance(given, str) else given
-    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 def _single(images: ImageSet, category: str, against: Sequence[str] | None) -> _Task:
@@ -84,7 +79,7 @@ def _single(images: ImageSet, category: str, against: Sequence[str] | None) -> _
 
 def _multi(images: ImageSet, categories: str | Sequence[str]) -> _Task:
     """Several categories, told apart on their own photos only."""
-    names = _names(categories)
+    names = category_names(categories, images.category_counts())
     if names == (ALL,):
         names = tuple(name for name in images.category_counts() if name not in {"", BACKGROUND})
     if len(names) < 2:
@@ -263,8 +258,10 @@ def train_performer(
     """
     import torch
 
-    from partlens.performer.finetune import category_scores, finetune, prepare_network
-    from partlens.performer.zoo import OUTPUT_LAYER, weights_sha256
+    from partlens.performer.finetune import category_scores, finetune
+    from partlens.performer.finetune_network import prepare_network
+    from partlens.performer.weights import OUTPUT_LAYER
+    from partlens.performer.zoo import weights_sha256
 
     show = progress or Progress.silent()
     started = time.monotonic()
@@ -278,12 +275,13 @@ def train_performer(
     if category is not None and settings.loss == "softmax":
         raise InputError(expected("the logistic loss for a single category", "softmax", "Choose loss logistic"))
     if categories is not None and against is not None:
-        raise InputError(expected("against with a single category only", listed(_names(against)), "Leave it out"))
-    others = None if against is None else _names(against)
+        named = listed(category_names(against))
+        raise InputError(expected("against with a single category only", named, "Leave it out"))
     where = device_of(device)
     performer = loaded(model)
     header = performer.preprocessing.to_metadata()  # refused before the work, where the header has no words for it
     images, dropped = opened(data)
+    others = None if against is None else category_names(against, images.category_counts())
     task = _single(images, category, others) if category is not None else _multi(images, categories or ())
     fingerprint = images.fingerprint()
     identity = content_hash(
@@ -301,69 +299,70 @@ def train_performer(
         return out
     prepared = prepare_network(performer, len(task.names), settings)
     work = out.with_suffix(".work")
-    manifest = prepare_folder(work, RUN, identity) or {
-        "schema": SCHEMA,
-        "kind": "performer",
-        "identity": identity,
-        "command": command(),
-        "versions": versions(),
-        "base": described(performer, spec(model)),
-        "data": {
-            "name": images.name,
-            "fingerprint": fingerprint,
-            "categories": list(task.names),
-            "against": None if others is None else list(others),
-            "train_photos": _counts(task.names, task.train_labels),
-            "held_photos": _counts(task.names, task.held_labels),
-            "unreadable": dropped,
-        },
-        "config": settings.to_dict(),
-        "new_layers": list(prepared.new_layers),
-        "seconds": 0.0,
-    }
-    write_json(work / RUN, manifest)
-    show.say(
-        f"{performer.name}: {listed(prepared.new_layers)} drawn anew; {settings.train_from or 'all layers'} trained on "
-        f"{len(task.train)} photos for {listed(task.names)}"
-    )
+    with sole_writer(work, "run"):
+        manifest = prepare_folder(work, RUN, identity) or {
+            "schema": SCHEMA,
+            "kind": "performer",
+            "identity": identity,
+            "command": command(),
+            "versions": versions(),
+            "base": described(performer, spec(model)),
+            "data": {
+                "name": images.name,
+                "fingerprint": fingerprint,
+                "categories": list(task.names),
+                "against": None if others is None else list(others),
+                "train_photos": _counts(task.names, task.train_labels),
+                "held_photos": _counts(task.names, task.held_labels),
+                "unreadable": dropped,
+            },
+            "config": settings.to_dict(),
+            "new_layers": list(prepared.new_layers),
+            "seconds": 0.0,
+        }
+        write_json(work / RUN, manifest)
+        show.say(
+            f"{performer.name}: {listed(prepared.new_layers)} drawn anew; {settings.train_from or 'all layers'} "
+            f"trained on {len(task.train)} photos for {listed(task.names)}"
+        )
 
-    def spent() -> float:
-        return round(float(manifest["seconds"]) + time.monotonic() - started, 1)
+        def spent() -> float:
+            return round(float(manifest["seconds"]) + time.monotonic() - started, 1)
 
-    trained = finetune(
-        performer,
-        prepared,
-        images.take(task.train),
-        torch.tensor(task.train_labels),
-        settings,
-        work,
-        cache=None if cache is None else Path(cache),
-        device=where,
-        report=lambda _record: write_json(work / RUN, {**manifest, "seconds": spent()}),
-        progress=show,
-    )
-    learned = dataclasses.replace(performer, module=trained.module, weights_sha256=weights_sha256(trained.module))
-    outputs = category_scores(learned, images.take(task.held), device=where, progress=show)
-    held = held_out_scores(outputs, torch.tensor(task.held_labels), task.names, settings.loss, settings.seed)
-    content = {
-        **manifest,
-        "weights_sha256": learned.weights_sha256,
-        "device": str(where),
-        "seconds": spent(),
-        "history": list(trained.history),
-        "held_out": held,
-    }
-    header |= {
-        "class_names": json.dumps(list(task.names)),
-        "architecture": performer.name.partition("@")[0],
-        OUTPUT_LAYER: prepared.output_layer,
-        _ENTRY: json.dumps(content, allow_nan=False),
-    }
-    write_tensors(out, trained.module.state_dict(), header)
-    if not keep_cache:
-        shutil.rmtree(work)
-    show.say(f"wrote {out}: {summary(content)}")
-    return out
+        trained = finetune(
+            performer,
+            prepared,
+            images.take(task.train),
+            torch.tensor(task.train_labels),
+            settings,
+            work,
+            cache=None if cache is None else Path(cache),
+            device=where,
+            report=lambda _record: write_json(work / RUN, {**manifest, "seconds": spent()}),
+            progress=show,
+        )
+        learned = dataclasses.replace(performer, module=trained.module, weights_sha256=weights_sha256(trained.module))
+        outputs = category_scores(learned, images.take(task.held), device=where, progress=show)
+        held = held_out_scores(outputs, torch.tensor(task.held_labels), task.names, settings.loss, settings.seed)
+        content = {
+            **manifest,
+            "weights_sha256": learned.weights_sha256,
+            "device": str(where),
+            "seconds": spent(),
+            "history": list(trained.history),
+            "held_out": held,
+        }
+        header |= {
+            "class_names": json.dumps(list(task.names)),
+            "architecture": performer.name.partition("@")[0],
+            OUTPUT_LAYER: prepared.output_layer,
+            _ENTRY: json.dumps(content, allow_nan=False),
+        }
+        write_tensors(out, trained.module.state_dict(), header)
+        if not keep_cache:
+            shutil.rmtree(work)
+        show.say(f"wrote {out}: {summary(content)}")
+        return out
 
 
 def _counts(names: Sequence[str], labels: Sequence[int]) -> dict[str, int]:

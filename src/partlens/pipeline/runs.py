@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,17 +113,36 @@ def category_rows(images: ImageSet, category: str | None, split: str) -> tuple[t
     return images.indices(category=category, split=split), images.indices(exclude_category=category, split=split)
 
 
-def several(category: str | Sequence[str] | None) -> tuple[str, ...]:
+def category_names(given: str | Sequence[str], known: Collection[str] = ()) -> tuple[str, ...]:
+    """Read names from a list, or from a text with commas, each once.
+
+    Args:
+        given: names.
+        known: categories of the photos: those that hold commas themselves stay whole.
+
+    Example:
+        >>> category_names("cat, tench, Tinca tinca,cat", {"cat", "tench, Tinca tinca"})
+        ('cat', 'tench, Tinca tinca')
+    """
+    if not isinstance(given, str):
+        return tuple(dict.fromkeys(name.strip() for name in given if name.strip()))
+    pieces, found, first = given.split(","), [], 0
+    while first < len(pieces):
+        ends = range(len(pieces), first, -1)
+        last = next((end for end in ends if ",".join(pieces[first:end]).strip() in known), first + 1)
+        found.append(",".join(pieces[first:last]))
+        first = last
+    return category_names(found)
+
+
+def several(category: str | Sequence[str] | None, known: Collection[str] = ()) -> tuple[str, ...]:
     """Return the categories of an explainer of several, in alphabetical order; empty for one category or none.
 
     Example:
         >>> several("fox,cat"), several("fox"), several(["fox"]), several(None)
         (('cat', 'fox'), (), (), ())
     """
-    if category is None:
-        return ()
-    names = [n.strip() for n in category.split(",")] if isinstance(category, str) else list(category)
-    unique = tuple(sorted(dict.fromkeys(n for n in names if n)))
+    unique = () if category is None else tuple(sorted(category_names(category, known)))
     return unique if len(unique) > 1 else ()
 
 
@@ -207,7 +226,7 @@ def prepare_folder(out: Path, manifest: str, identity: str) -> dict[str, Any] | 
     Raises:
         RunError: the folder holds other files, or a run of another configuration.
     """
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(path.suffix == ".lock" for path in out.iterdir()):
         return None
     if not any((out / name).exists() for name in (RUN, SELECTION)):
         raise RunError(

@@ -29,7 +29,7 @@ from partlens.pipeline.runs import (
     versions,
 )
 from partlens.progress import Progress
-from partlens.store import content_hash, file_sha256, read_json, read_tensors, write_json, write_tensors
+from partlens.store import content_hash, file_sha256, read_json, read_tensors, sole_writer, write_json, write_tensors
 from partlens.vocabulary import ImageError, InputError, RunError, expected, listed
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
     from partlens.data.images import ImageSet
     from partlens.performer.zoo import Performer
-    from partlens.selection.relevance import DescriptorConfig, FeatureIndex, Responses, Selection
+    from partlens.selection.descriptors import DescriptorConfig, FeatureIndex
+    from partlens.selection.relevance import Selection
+    from partlens.selection.responses import Responses
 
 SCHEMA_SELECTION = "partlens.selection/1"
 SELECTION_WEIGHTS = "selection.safetensors"
@@ -145,7 +147,7 @@ def select_features(
         RunError: ``out`` holds another run.
         StorageError: the disk is full; what was finished stays.
     """
-    from partlens.selection.relevance import DescriptorConfig
+    from partlens.selection.descriptors import DescriptorConfig
 
     started = time.monotonic()
     show = progress or Progress.silent()
@@ -179,63 +181,64 @@ def select_features(
     if manifest is not None and manifest["status"] == "finished":
         show.say(f"{out} holds this selection already; nothing to do")
         return SelectedFeatures(out, manifest)
-    if manifest is None:
-        manifest = {
-            "schema": SCHEMA_SELECTION,
-            "kind": "selection",
-            "identity": identity,
-            "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            "command": command(),
-            "versions": versions(),
-            "performer": described(performer, spec(model)),
-            "data": {
-                "name": images.name,
-                "path": None if images.path is None else str(images.path),
-                "fingerprint": fingerprint,
-                "split": split,
-                "photos": len(rows),
-                "unreadable": dropped,
-            },
-            "config": config,
-            "status": "running",
-            "seconds": 0.0,
+    with sole_writer(out, "selection"):
+        if manifest is None:
+            manifest = {
+                "schema": SCHEMA_SELECTION,
+                "kind": "selection",
+                "identity": identity,
+                "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+                "command": command(),
+                "versions": versions(),
+                "performer": described(performer, spec(model)),
+                "data": {
+                    "name": images.name,
+                    "path": None if images.path is None else str(images.path),
+                    "fingerprint": fingerprint,
+                    "split": split,
+                    "photos": len(rows),
+                    "unreadable": dropped,
+                },
+                "config": config,
+                "status": "running",
+                "seconds": 0.0,
+            }
+            write_json(out / SELECTION, manifest)
+        show.say(f"{performer.name} · {len(rows)} photos to fit on, {len(held)} held out")
+        responses = _responses(performer, images.take([*rows, *held]), settings, out / "cache-selection", show)
+        selection, outputs, result = _solved(performer, images, responses, rows, held, config)
+        show.say(
+            f"{result['features']} filters in {len(result['index']['layers'])} layers; "
+            f"{result['solution']['nonzeros_mean']:.1f} relevant per class"
+        )
+        classes = _class_records(selection, outputs, responses, result.pop("counts"))
+        _draw(performer, images.take(rows), responses, classes, out, config, show)
+        _add_keys(classes, responses, len(rows))
+        write_tensors(
+            out / SELECTION_WEIGHTS,
+            {"weights": selection.weights},
+            {"schema": SCHEMA_SELECTION},
+        )
+        if not keep_cache:
+            shutil.rmtree(out / "cache-selection")
+        seconds = round(float(manifest["seconds"]) + time.monotonic() - started, 1)
+        manifest |= {
+            **result,
+            "classes": classes,
+            "weights_sha256": file_sha256(out / SELECTION_WEIGHTS),
+            "status": "finished",
+            "seconds": seconds,
         }
         write_json(out / SELECTION, manifest)
-    show.say(f"{performer.name} · {len(rows)} photos to fit on, {len(held)} held out")
-    responses = _responses(performer, images.take([*rows, *held]), settings, out / "cache-selection", show)
-    selection, outputs, result = _solved(performer, images, responses, rows, held, config)
-    show.say(
-        f"{result['features']} filters in {len(result['index']['layers'])} layers; "
-        f"{result['solution']['nonzeros_mean']:.1f} relevant per class"
-    )
-    classes = _class_records(selection, outputs, responses, result.pop("counts"))
-    _draw(performer, images.take(rows), responses, classes, out, config, show)
-    _add_keys(classes, responses, len(rows))
-    write_tensors(
-        out / SELECTION_WEIGHTS,
-        {"weights": selection.weights},
-        {"schema": SCHEMA_SELECTION},
-    )
-    if not keep_cache:
-        shutil.rmtree(out / "cache-selection")
-    seconds = round(float(manifest["seconds"]) + time.monotonic() - started, 1)
-    manifest |= {
-        **result,
-        "classes": classes,
-        "weights_sha256": file_sha256(out / SELECTION_WEIGHTS),
-        "status": "finished",
-        "seconds": seconds,
-    }
-    write_json(out / SELECTION, manifest)
-    show.say(f"wrote {out / SELECTION} in {seconds:.0f} s")
-    return SelectedFeatures(out, manifest)
+        show.say(f"wrote {out / SELECTION} in {seconds:.0f} s")
+        return SelectedFeatures(out, manifest)
 
 
 def _responses(
     performer: Performer, images: ImageSet, descriptor: DescriptorConfig, folder: Path, show: Progress
 ) -> Responses:
     """Stream the photos once."""
-    from partlens.selection.relevance import stream_responses
+    from partlens.selection.responses import stream_responses
 
     with show.task("reading all layers", len(images)) as advance:
         return stream_responses(performer, images, descriptor, out=folder, progress=lambda done, _: advance(done))
@@ -254,7 +257,8 @@ def _solved(
     import torch
 
     from partlens.metrics.estimate import Estimate, proportion
-    from partlens.selection.relevance import label_matrix, readout, select_relevant
+    from partlens.selection.labels import label_matrix
+    from partlens.selection.relevance import readout, select_relevant
 
     fit, test = len(rows), len(held)
     logits = torch.from_numpy(np.array(responses.logits))
@@ -463,7 +467,7 @@ def load_selection(run: str | Path, model: str | nn.Module | Performer | None = 
     Raises:
         RunError: the selection is missing, unfinished or damaged, or the performer's weights are not those of the run.
     """
-    from partlens.selection.relevance import DescriptorConfig, FeatureIndex
+    from partlens.selection.descriptors import DescriptorConfig, FeatureIndex
 
     run = Path(run)
     if not (run / SELECTION).exists():

@@ -172,7 +172,7 @@ def blind() -> Performer:
     ).eval()  # fmt: skip
     nn.init.zeros_(module.conv.weight)
     nn.init.constant_(module.conv.bias, -1)
-    from partlens.performer.zoo import Preprocessing
+    from partlens.performer.preprocessing import Preprocessing
 
     return Performer(module, "blind", Preprocessing(size_px=SIZE, resize="squash"), weights_sha256(module))
 

@@ -18,7 +18,9 @@ from partlens.artefacts.explanation import (
 )
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
-from partlens.selection.relevance import DescriptorConfig, FeatureIndex, feature_index, image_descriptors
+from partlens.selection.descriptors import DescriptorConfig, FeatureIndex
+from partlens.selection.measured_layers import feature_index
+from partlens.selection.responses import image_descriptors
 from partlens.vocabulary import InputError
 
 CONFIG = DescriptorConfig()

@@ -12,8 +12,9 @@ from torch import nn
 from partlens.artefacts.interpretation import STRIP_PHOTOS, average_pictures, crop_of, strongest
 from partlens.data.images import ImageSet
 from partlens.performer.activations import stream_maps
+from partlens.performer.preprocessing import Preprocessing
 from partlens.performer.receptive_field import receptive_field
-from partlens.performer.zoo import Performer, Preprocessing, weights_sha256
+from partlens.performer.zoo import Performer, weights_sha256
 from partlens.vocabulary import ImageError, InputError
 
 SIDE = 40

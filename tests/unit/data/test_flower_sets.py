@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from partlens.data import flower_sets
+from partlens.data.flower_categories import DOUBLE_CATEGORIES, PARTS
 from partlens.data.flower_sets import FLOWER_SETS, FlowerSet, flower_set, make_flowers, open_flower_set
-from partlens.data.flowers import DOUBLE_CATEGORIES, PARTS, flower_labels, render_flower
+from partlens.data.flowers import flower_labels, render_flower
 from partlens.data.images import ImageSet
 from partlens.vocabulary import InputError, RunError
 

@@ -6,15 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
-from partlens.data.flowers import (
-    COLOURS,
-    PARTS,
-    PETAL_CATEGORIES,
-    STEM_CATEGORIES,
-    generated_flowers,
-    render_flower,
-)
-from partlens.data.images import split_of
+from partlens.data.flower_categories import COLOURS, PARTS, PETAL_CATEGORIES, STEM_CATEGORIES
+from partlens.data.flowers import generated_flowers, render_flower
+from partlens.data.splits import split_of
 from partlens.vocabulary import InputError
 
 

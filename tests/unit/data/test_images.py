@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from partlens.data.images import ImageSet, UnreadableImage, split_of
+from partlens.data.images import ImageSet, UnreadableImage
+from partlens.data.splits import split_of
 from partlens.vocabulary import ImageError, InputError
 
 DATA = Path(__file__).parents[4] / "shared" / "data" / "animal-part"

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from partlens.data.check import check_data
-from partlens.data.images import ImageSet, split_of
+from partlens.data.images import ImageSet
 from partlens.data.layouts import layout_of
 from partlens.data.readers.listing import Choice
+from partlens.data.splits import split_of
 from partlens.vocabulary import ImageError, InputError
 
 FILES = {

@@ -29,7 +29,8 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from partlens.performer.zoo import Performer, Preprocessing, weights_sha256
+from partlens.performer.preprocessing import Preprocessing
+from partlens.performer.zoo import Performer, weights_sha256
 
 
 def tiny():

@@ -14,16 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from partlens import evaluation
+import partlens
 from partlens.cli import main
 from partlens.data.flowers import generated_flowers
 from partlens.data.images import ImageSet
 from partlens.data.joined import join_data
-from partlens.experiments.explainer_jobs import _Measured, open_photos
-from partlens.experiments.explainer_tables import TablePlan, explainer_table, performers_of, prepare
+from partlens.evaluation import explainer_evaluation, scoring
+from partlens.experiments.explainer_jobs import open_photos
+from partlens.experiments.explainer_tables import TablePlan, build, explainer_table, performers_of, prepare
+from partlens.experiments.rival_measures import MeasuredLayer
+from partlens.experiments.study import Study
 from partlens.experiments.sweep import JobResult
-from partlens.experiments.table_blocks import Study, build
 from partlens.experiments.tables_page import table_lines, table_page
+from partlens.explainer.config import PRESETS
 from partlens.vocabulary import ImageError, InputError, RunError
 
 HERE = Path(__file__).parent
@@ -38,8 +41,8 @@ def _network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "bench_network.py").write_text(BENCH["NETWORK"])
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setattr(evaluation, "ROUNDS", 5)  # most of the time goes into intervals, which have tests of their own
-        patch.setattr(evaluation, "NULL_FILTERS", 16)
+        patch.setattr(scoring, "ROUNDS", 5)  # most of the time goes into intervals, which have tests of their own
+        patch.setattr(explainer_evaluation, "NULL_FILTERS", 16)
         yield
 
 
@@ -227,8 +230,46 @@ def test_a_failing_performer_is_named_and_the_command_ends_with_1(
 def test_a_job_with_other_settings_is_refused_before_anything_runs(flower_folder: Path, begun: Path) -> None:
     explainer_table(plan("instability", flower_folder), begun)
     changed = plan("instability", flower_folder, settings={"explainer": BENCH["SMALL"] | {"eta": 3.0}})
-    with pytest.raises(RunError, match="a result of these settings"):
+    seen = r"of these settings in .*got one of others \(explainer.eta: .* there, 3.0 here; fields.eta: .*, 3.0 here\)"
+    with pytest.raises(RunError, match=seen):
         explainer_table(changed, begun)
+
+
+def test_a_result_of_other_defaults_is_not_taken_for_this_one(
+    flower_folder: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The preset keeps its name when a later version changes what it stands for.
+    monkeypatch.setitem(PRESETS["partlens"], "teacher_variety", 0.125)
+    with pytest.raises(RunError, match=r"\(fields.teacher_variety: 0.5 there, 0.125 here\)"):
+        explainer_table(plan("instability", flower_folder), begun)
+    settings = {"train": {"epochs": 1}}
+    performers = {"trained": "train:partlens:flower-net@random:0"}
+    one = plan("p", flower_folder, performers=performers, settings=settings)
+    told = plan("p", flower_folder, performers=performers, settings={"train": {"epochs": 1, "momentum": 0.9}})
+    first, same = (prepare(p, begun).jobs[0] for p in (one, told))
+    assert first.settings["fields"] == same.settings["fields"]
+    assert first.settings["fields"]["momentum"] == 0.9
+
+
+def test_results_of_several_versions_say_so(flower_folder: Path, begun: Path) -> None:
+    found = explainer_table(plan("instability", flower_folder), begun)
+    assert found["jobs"][0]["partlens"] == partlens.__version__
+    assert not any("several versions" in remark for remark in found["remarks"])
+    file = begun / "jobs" / f"tiny-{RED}-s0" / "explainer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"partlens": "0.0.9"}))
+    found = explainer_table(plan("instability", flower_folder, seeds=2), begun)
+    assert f"Made by several versions of partlens: 0.0.9, {partlens.__version__}." in found["remarks"]
+
+
+def test_rivals_of_a_run_that_was_deleted_say_what_to_do(flower_folder: Path, begun: Path) -> None:
+    shutil.rmtree(begun / "jobs" / f"tiny-{RED}-s0" / "explainer")
+    rivals = {"methods": ["kmeans"], "units": [3]}
+    found = explainer_table(plan("rivals", flower_folder, settings={"rivals": rivals}), begun)
+    assert found["status"] == "incomplete"
+    (error,) = [job["error"] for job in found["jobs"] if job["kind"] == "rivals"]
+    assert "got only its result. Delete" in error
+    (begun / "jobs" / f"tiny-{RED}-s0" / "explainer.json").unlink()
+    assert explainer_table(plan("rivals", flower_folder, settings={"rivals": rivals}), begun)["status"] == "complete"
 
 
 def test_wrong_requests_have_one_clear_error(flower_folder: Path, tmp_path: Path) -> None:
@@ -236,6 +277,11 @@ def test_wrong_requests_have_one_clear_error(flower_folder: Path, tmp_path: Path
         plan("poems", flower_folder)
     with pytest.raises(InputError, match="Did you mean explainer"):
         plan("p", flower_folder, settings={"explaner": {}})
+    with pytest.raises(InputError, match="Did you mean epochs"):  # before anything runs
+        explainer_table(plan("p", flower_folder, settings={"explainer": {"epoch": 1}}), tmp_path)
+    with pytest.raises(InputError, match="Did you mean epochs"):
+        training = {"performers": {"t": "train:partlens:flower-net@random:0"}, "settings": {"train": {"epoch": 1}}}
+        explainer_table(plan("p", flower_folder, **training), tmp_path)
     with pytest.raises(InputError, match="at least 1 seed"):
         plan("p", flower_folder, seeds=0)
     with pytest.raises(InputError, match="labels that can name a folder"):
@@ -353,7 +399,7 @@ def test_rivals_are_read_as_the_explainer_is() -> None:
     maps[0, 0, 2, 0], maps[0, 0, 2, 4] = 1.0, 0.99
     found = {}
     for power in (None, 6.0):
-        measured = _Measured()
+        measured = MeasuredLayer()
         measured.add(maps, power)
         found[power] = measured.peaks((0.0, 0.0), (1.0, 1.0)).cells[0, 0].tolist()
     assert found[None] == [2, 0]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from partlens.data.images import ImageSet
 from partlens.experiments.digits import digit_performer, digit_preprocessing, digit_set, lenet, train_digits
-from partlens.experiments.feature_removal import curve_table, decided, feature_removal, table
+from partlens.experiments.feature_removal import decided, feature_removal
 from partlens.experiments.removal_plan import (
     RemovalConfig,
     divide,
@@ -25,8 +25,10 @@ from partlens.experiments.removal_plan import (
     ranked_features,
     ring_of,
 )
+from partlens.experiments.removal_tables import curve_table, table
 from partlens.performer.zoo import Performer, load_performer
-from partlens.selection.relevance import DescriptorConfig, FeatureIndex, feature_index
+from partlens.selection.descriptors import DescriptorConfig, FeatureIndex
+from partlens.selection.measured_layers import feature_index
 from partlens.store import read_tensors, write_tensors
 from partlens.vocabulary import ImageError, InputError, RunError
 

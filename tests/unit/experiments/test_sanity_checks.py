@@ -17,16 +17,9 @@ from torch import nn
 from partlens.data.flowers import flower_seed, render_flower
 from partlens.data.images import ImageSet
 from partlens.experiments.planted_cue import CLASSES, MARKED, cued_flowers
-from partlens.experiments.sanity_checks import (
-    SanityConfig,
-    check_classes,
-    check_layers,
-    fit_bench,
-    make_bench,
-    mean_of,
-    sanity_checks,
-    tables,
-)
+from partlens.experiments.sanity_bench import SanityConfig, fit_bench, make_bench, mean_of
+from partlens.experiments.sanity_checks import check_classes, check_layers, sanity_checks
+from partlens.experiments.sanity_tables import tables
 from partlens.metrics.likeness import energy_share, rank_correlation, ranks, top_overlap
 from partlens.performer.randomised import layers_from_top, randomised
 from partlens.performer.zoo import Performer, load_performer

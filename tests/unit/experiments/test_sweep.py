@@ -14,6 +14,8 @@ import pytest
 
 from partlens.experiments import sweep
 from partlens.experiments.sweep import Executor, run_job, run_sweep, worker_environment
+from partlens.progress import Progress
+from partlens.store import sole_writer
 from partlens.vocabulary import InputError, RunError
 
 BENCH = runpy.run_path(str(Path(__file__).with_name("sweep_bench.py")))
@@ -65,7 +67,9 @@ def test_a_failing_job_is_recorded_in_one_line_and_stops_nobody(tmp_path: Path) 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     run_sweep([job(size=1)], tmp_path)
-    with pytest.raises(RunError, match="a result of these settings in .*counted.json, got one of others"):
+    with pytest.raises(
+        RunError, match=r"a result of these settings in .*counted.json, got one of others \(size: 1 there, 2 here\)"
+    ):
         run_sweep([job(size=2)], tmp_path)
     # What only failed under other settings is no obstacle.
     run_sweep([job("fail", "tried", size=1)], tmp_path)
@@ -77,6 +81,20 @@ def test_places_do_not_change_what_a_job_is() -> None:
     there = BENCH["Job"]("m:f", "k", "net", "fox", 0, {"a": 1}, {"data": "/there"})
     other = BENCH["Job"]("m:f", "k", "net", "fox", 0, {"a": 2}, {"data": "/here"})
     assert here.identity == there.identity != other.identity
+
+
+def test_a_job_that_another_call_is_doing_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda _, message: said.append(message))
+    jobs = [job(seed=0), job(seed=1)]
+    with sole_writer(jobs[0].folder(tmp_path), "counted"):
+        for executor in (Executor(), Executor(workers=1)):
+            results = run_sweep(jobs, tmp_path, executor=executor, progress=Progress.silent())
+            assert [r.status for r in results] == ["missing", "finished"]
+            assert said.count("net-fox-s0/counted: another process is at it") == 1
+            said.clear()
+    assert [r.status for r in run_sweep(jobs, tmp_path)] == ["finished"] * 2
+    assert calls(tmp_path, "net-fox-s0") == 1
 
 
 def test_the_order_of_jobs_is_checked(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.evidence import decision_scores, evidence_maps, sharpened
 from partlens.explainer.network import Explainer, ExplainerStructure
 from partlens.explainer.objective import BatchFacts, Objective, ViewPair, evidence_cost
-from partlens.explainer.training import TrainingMaps, _norm_sample
+from partlens.explainer.training_maps import TrainingMaps, norm_sample
 from partlens.vocabulary import InputError
 
 SIDE = 6
@@ -186,7 +186,7 @@ def test_norms_of_several_categories_are_measured_on_photos_of_each() -> None:
     labels = torch.arange(3).repeat_interleave(300)
     maps, windows = np.zeros((900, 1, 2, 2), np.float16), torch.zeros(900, 1, 5)
     data = TrainingMaps(maps, (), windows, np.arange(0), labels=labels)
-    drawn = _norm_sample(data)
+    drawn = norm_sample(data)
     assert len(drawn) == 256
     assert torch.bincount(labels[drawn], minlength=3).min() > 80
-    assert _norm_sample(dataclasses.replace(data, labels=None)).tolist() == list(range(256))
+    assert norm_sample(dataclasses.replace(data, labels=None)).tolist() == list(range(256))

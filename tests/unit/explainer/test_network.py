@@ -15,9 +15,11 @@ from partlens.explainer.assembly import (
 )
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import BoxConvolution, NormLayer, dense_weights, parameter_groups
+from partlens.performer.paper_networks import PaperNet
 from partlens.performer.papers import paper_setting
+from partlens.performer.preprocessing import Preprocessing
 from partlens.performer.taps import forward_taps
-from partlens.performer.zoo import PaperNet, Performer, Preprocessing, weights_sha256
+from partlens.performer.zoo import Performer, weights_sha256
 
 
 def performer_of(module: nn.Module, side: int, tap: str | None = None) -> Performer:

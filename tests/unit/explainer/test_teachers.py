@@ -13,6 +13,7 @@ from torch import Tensor
 from partlens.explainer import teachers
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerStructure
+from partlens.explainer.starting import find_teachers
 from partlens.explainer.teachers import (
     BLUR_CELLS,
     LaterParts,
@@ -25,7 +26,7 @@ from partlens.explainer.teachers import (
     places_in_view,
     teacher_cost,
 )
-from partlens.explainer.training import TrainingMaps, find_teachers
+from partlens.explainer.training_maps import TrainingMaps
 from partlens.explainer.views import view_windows
 
 SIDE = 10

@@ -11,10 +11,13 @@ from partlens.explainer.assembly import build_explainer
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerStructure
 from partlens.explainer.seeding import part_candidates, seed_parts, voted_parts
-from partlens.explainer.training import TrainingMaps, train_explainer
+from partlens.explainer.training import CHECKPOINT_STATE, train_explainer
+from partlens.explainer.training_maps import TrainingMaps
 from partlens.explainer.views import view_windows, viewed_images
 from partlens.performer.surgery import cut
 from partlens.performer.zoo import Performer
+from partlens.store import read_json, read_tensors, write_tensors
+from partlens.vocabulary import RunError
 
 STRUCTURE = ExplainerStructure("relu2", ("relu3", "relu4"), 12, 12, (8, 8), None, "relu2")
 SMALL: dict[str, Any] = {
@@ -104,6 +107,27 @@ def test_warm_up_leaves_decoder_and_share_alone(tiny: Performer, maps: TrainingM
         if name.startswith(("decoder", "share_logit", "conv_ordin")):
             assert torch.equal(value, after[name]), name
     assert not torch.equal(before["conv_interp_2.weight"], after["conv_interp_2.weight"])
+
+
+def test_a_checkpoint_of_the_warm_up_leaves_the_decoder_out(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path
+) -> None:
+    seen: dict[str, bool] = {}
+
+    def look(record: dict[str, Any]) -> None:
+        saved = read_tensors(tmp_path / read_json(tmp_path / CHECKPOINT_STATE)["tensors"])
+        seen[record["phase"]] = any(name.startswith("network.decoder.") for name in saved)
+        if record["phase"] == "joint":
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_explainer(fresh(tiny), maps, tmp_path, report=look)
+    assert seen == {"warmup": False, "joint": True}
+    state = read_json(tmp_path / CHECKPOINT_STATE)
+    saved = read_tensors(tmp_path / state["tensors"])
+    write_tensors(tmp_path / state["tensors"], {k: v for k, v in saved.items() if "conv_interp_2" not in k})
+    with pytest.raises(RunError, match=r"a whole checkpoint in .*, got .*conv_interp_2"):
+        train_explainer(fresh(tiny), maps, tmp_path)
 
 
 def test_tensorboard_reads_every_term(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from partlens.performer.zoo import PaperNet
+from partlens.performer.paper_networks import PaperNet
 
 SHARED = Path(__file__).parents[4] / "shared"
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from partlens.data.images import ImageSet
 from partlens.performer.activations import MANIFEST, open_maps, stream_maps
+from partlens.performer.preprocessing import Preprocessing
 from partlens.performer.taps import forward_taps
-from partlens.performer.zoo import Performer, Preprocessing, load_performer
+from partlens.performer.zoo import Performer, load_performer
 from partlens.vocabulary import ImageError, InputError, LayerError, RunError, StorageError
 
 

@@ -19,19 +19,17 @@ from partlens.performer.finetune import (
     CHECKPOINT,
     _groups,
     _learning,
-    _reader_of_frames,
-    _reader_of_maps,
-    _upper,
     category_loss,
     category_scores,
-    epoch_photos,
     finetune,
-    fixed_before,
-    prepare_network,
     wrong_answers,
 )
 from partlens.performer.finetune_config import FinetuneConfig
-from partlens.performer.zoo import PaperNet, Performer, Preprocessing, weights_sha256
+from partlens.performer.finetune_network import fixed_before, prepare_network, upper
+from partlens.performer.finetune_photos import epoch_photos, reader_of_frames, reader_of_maps
+from partlens.performer.paper_networks import PaperNet
+from partlens.performer.preprocessing import Preprocessing
+from partlens.performer.zoo import Performer, weights_sha256
 from partlens.store import read_json
 from partlens.vocabulary import InputError, LayerError, RunError, StorageError, WeightsError
 
@@ -274,8 +272,8 @@ def test_cached_maps_are_the_networks_within_float16(
     result = trained(small, reds, tmp_path, epochs=1, epochs_all=1)
     module = result.module
     photos, mirrored = torch.tensor([5, 0, 3, 3]), torch.tensor([False, True, True, False])
-    maps = _reader_of_maps(open_maps(tmp_path / "maps")["flatten"], 2)(photos, mirrored)
-    frames = _reader_of_frames(np.load(tmp_path / "frames.npy", mmap_mode="r"), small.preprocessing)(photos, mirrored)
+    maps = reader_of_maps(open_maps(tmp_path / "maps")["flatten"], 2)(photos, mirrored)
+    frames = reader_of_frames(np.load(tmp_path / "frames.npy", mmap_mode="r"), small.preprocessing)(photos, mirrored)
     plain = small.preprocessing([reds[0].read(int(i)) for i in photos])
     assert torch.equal(frames[0], plain[0])
     assert torch.equal(frames[1], plain[1].flip(2))
@@ -285,7 +283,7 @@ def test_cached_maps_are_the_networks_within_float16(
             assert torch.allclose(part, stored, rtol=2**-10, atol=1e-5)
         # The head that learns from the cache is the network's own.
         start = prepare_network(small, 1, FinetuneConfig(**SMALL))
-        cached = _upper(start.module, "flatten")(maps)[0]
+        cached = upper(start.module, "flatten")(maps)[0]
         whole = start.module(frames)
     assert torch.allclose(cached, whole, rtol=5e-3, atol=1e-4)
     assert module.fc6.weight.shape == start.module.fc6.weight.shape

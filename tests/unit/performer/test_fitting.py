@@ -18,8 +18,9 @@ from partlens.performer.flower_network import (
     flower_preprocessing,
     without_norms,
 )
+from partlens.performer.preprocessing import Preprocessing
 from partlens.performer.taps import list_layers
-from partlens.performer.zoo import Preprocessing, load_performer, weights_sha256
+from partlens.performer.zoo import load_performer, weights_sha256
 from partlens.vocabulary import ImageError, InputError, InputTypeError, WeightsError
 
 SMALL = Preprocessing(size_px=(8, 8), resize="squash", channel_order="BGR", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))

@@ -9,10 +9,12 @@ import torch
 import torchvision
 from torch import nn
 
+from partlens.performer.paper_networks import PaperNet
 from partlens.performer.papers import known_networks, paper_setting
+from partlens.performer.preprocessing import Preprocessing
 from partlens.performer.surgery import default_targets
 from partlens.performer.taps import default_tap, list_layers
-from partlens.performer.zoo import PaperNet, Performer, Preprocessing
+from partlens.performer.zoo import Performer
 from partlens.vocabulary import InputTypeError
 
 PLAIN = ("alexnet-caffe", "vgg-m", "vgg-s", "vgg16")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from partlens.performer.paper_networks import PaperNet
 from partlens.performer.receptive_field import (
     ReceptiveField,
     cell_box_px,
@@ -15,7 +16,6 @@ from partlens.performer.receptive_field import (
     px_to_cell,
     receptive_field,
 )
-from partlens.performer.zoo import PaperNet
 from partlens.vocabulary import InputError, LayerError
 
 

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from partlens.performer.paper_networks import PaperNet
+from partlens.performer.preprocessing import Preprocessing
 from partlens.performer.receptive_field import receptive_field
 from partlens.performer.surgery import cut, cut_points, default_targets
 from partlens.performer.taps import borrowed, check_tap, default_tap, forward_taps, list_layers, read_taps
-from partlens.performer.zoo import PaperNet, Performer, Preprocessing, weights_sha256
+from partlens.performer.zoo import Performer, weights_sha256
 from partlens.vocabulary import InputError, InputTypeError, LayerError
 
 NETWORKS = {

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
 from partlens.explainer.assembly import explainer_structure
-from partlens.performer.zoo import Performer, Preprocessing, weights_sha256
+from partlens.performer.preprocessing import Preprocessing
+from partlens.performer.zoo import Performer, weights_sha256
 from partlens.rivals.interpretable_cnn import (
     InterpretableCNN,
     InterpretableConfig,

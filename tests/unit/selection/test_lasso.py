@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from partlens.selection import lasso
-from partlens.selection.lasso import (
-    OBJECTIVE_FLOOR,
-    GramAccumulator,
-    LassoSolution,
-    NotConvergedError,
-    mu_lasso,
-    mu_lasso_gram,
-)
+from partlens.selection import inner_products, lasso, lasso_input, working_sets
+from partlens.selection.inner_products import GramAccumulator
+from partlens.selection.lasso import LassoSolution, NotConvergedError, mu_lasso, mu_lasso_gram
+from partlens.selection.working_sets import OBJECTIVE_FLOOR
 from partlens.vocabulary import InputError, InputTypeError
 
 
@@ -134,7 +129,7 @@ def test_wild_scales(nonnegative) -> None:
 
 
 def test_many_nonzeros_are_found_and_working_sets_are_narrowed(monkeypatch) -> None:
-    monkeypatch.setattr(lasso, "_WIDE", 40)
+    monkeypatch.setattr(working_sets, "_WIDE", 40)
     rng = np.random.default_rng(4)
     x, labels = rng.standard_normal((120, 300)), np.eye(2)[rng.integers(0, 2, 120)]
     found = mu_lasso(x, labels, 3.0, nonnegative=False)
@@ -177,8 +172,9 @@ def test_a_memory_map_is_read_in_blocks_and_left_alone(tmp_path, monkeypatch) ->
     np.save(tmp_path / "x.npy", x.astype(np.float32))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     kept = mu_lasso(mapped, labels, 2.0, method="responses")
-    monkeypatch.setattr(lasso, "_KEPT_BYTES", 0)
-    monkeypatch.setattr(lasso, "_ROW_BLOCK", 16)
+    monkeypatch.setattr(inner_products, "KEPT_BYTES", 0)
+    for module in (lasso_input, inner_products, lasso):
+        monkeypatch.setattr(module, "ROW_BLOCK", 16)
     for source in (mapped, torch.from_numpy(np.array(mapped))):
         streamed = mu_lasso(source, labels, 2.0, method="responses")
         assert torch.allclose(streamed.weights, kept.weights, atol=1e-9)
@@ -200,8 +196,8 @@ def test_inputs_are_not_changed() -> None:
 
 @pytest.mark.parametrize("tile", [1024, 7])
 def test_the_gram_matrix_is_summed_batch_by_batch(tile, monkeypatch) -> None:
-    monkeypatch.setattr(lasso, "_TILE", tile)
-    monkeypatch.setattr(lasso, "_ROW_BLOCK", 64)  # batches of 10 wait until there are 32 rows
+    monkeypatch.setattr(inner_products, "_TILE", tile)
+    monkeypatch.setattr(inner_products, "ROW_BLOCK", 64)  # batches of 10 wait until there are 32 rows
     x, labels = design(75, 33, 3)
     sums = GramAccumulator(33, 3)
     buffer = np.empty((10, 33))
@@ -272,13 +268,13 @@ def test_bad_inputs_are_named() -> None:
     with pytest.raises(InputTypeError, match="real numbers"):
         mu_lasso(x.astype(complex), labels, 1.0)
     with pytest.raises(InputTypeError, match="torch tensor, got list"):
-        lasso._kind([[1.0]], "responses")
+        lasso_input.check_kind([[1.0]], "responses")
     with pytest.raises(InputTypeError, match="mu as a number, got bool"):
         lasso._check_options(True, 1e-6, 10, "raise")
 
 
 def test_bad_gram_forms_are_named(monkeypatch) -> None:
-    monkeypatch.setattr(lasso, "_ROW_BLOCK", 2)
+    monkeypatch.setattr(lasso_input, "ROW_BLOCK", 2)
     x, labels = design(20, 6, 2)
     gram, cross, energy = x.T @ x, x.T @ labels, labels.sum(0)
     with pytest.raises(InputError, match="square"):

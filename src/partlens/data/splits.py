@@ -1,0 +1,49 @@
+"""On which side an image falls, training or test, where nothing says so."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from partlens.vocabulary import ImageError, expected, listed
+
+TEST_SHARE = 0.25
+
+
+def split_of(photo: str) -> str:
+    """Return the side on which a photo falls where no split was given.
+
+    The first eight bytes of the SHA-256 of the name, read as a fraction of their range, decide: below 0.25
+    the photo is for testing. So the answer depends on the name alone, never on the order or number of the
+    images, and all crops of one photo stand on the same side.
+
+    Args:
+        photo: the photo group's name.
+
+    Returns:
+        ``"test"`` for about a quarter of all names, else ``"train"``.
+
+    Example:
+        >>> [split_of(name) for name in ("cat.jpg", "dog.jpg", "fox.jpg")]
+        ['test', 'train', 'train']
+    """
+    digest = hashlib.sha256(photo.encode("utf-8", "surrogatepass")).digest()
+    return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
+
+
+def filled_splits(splits: Sequence[str], photos: Sequence[str]) -> tuple[str, ...]:
+    """Give every image without a split that of its photo group, by name where no crop of it has one."""
+    given: dict[str, str] = {}
+    crossing: list[str] = []
+    for split, photo in zip(splits, photos, strict=True):
+        if split and given.setdefault(photo, split) != split:
+            crossing.append(photo)
+    if crossing:
+        raise ImageError(
+            expected(
+                "all crops of a photo in one split",
+                f"crops in several splits of {listed(list(dict.fromkeys(crossing)))}",
+                "Give every crop of a photo the same split, or leave out the photo groups",
+            )
+        )
+    return tuple(split or given.get(photo) or split_of(photo) for split, photo in zip(splits, photos, strict=True))
