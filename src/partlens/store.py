@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,9 @@ def sole_writer(folder: Path, name: str = "writing") -> Iterator[None]:
                 f"nobody else at work in {folder}", "another process", "Wait until it ends, or choose another folder"
             )
         ) from error
+    except NotImplementedError:
+        # The lock guards against a mistake; where the file system has none, work goes on, and says so.
+        warnings.warn(f"no file locks in {folder}: do not write to it from two processes at once", stacklevel=3)
     except OSError as error:
         raise StorageError(
             expected(f"to write in {folder}", error.strerror or str(error), "Choose another folder")

@@ -116,3 +116,13 @@ def test_a_folder_has_one_writer_at_a_time_and_a_killed_one_blocks_nobody(tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="to write in"), sole_writer(tmp_path / "file" / "below"):
         pass
+
+
+def test_without_file_locks_the_work_goes_on_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object, **__: object) -> None:
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", unsupported)
+    with pytest.warns(UserWarning, match="no file locks in .*run"), sole_writer(tmp_path / "run"):
+        pass
+    assert list((tmp_path / "run").iterdir()) == []
