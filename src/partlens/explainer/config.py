@@ -152,6 +152,8 @@ class ExplainerConfig:
             conv-interp-2, which learn in the warm-up to stand where their teacher does; 0 in the papers.
         teacher_sources: what teachers are chosen from: regions of the performer's ``later`` layer, parts that the
             ``tap``'s own features vote for (:mod:`partlens.explainer.seeding`), or ``both``.
+        teacher_match: give a filter the teacher at whose place its channel of the ordinary track answers most, so that
+            the part paraphrases the channel it is added to; off, teachers are dealt out in turns.
         teacher_weight: of the teachers' cost, per filter and in units of the filter loss.
         teacher_variety: what a teacher pays for moving like those already chosen, per unit of correlation.
         norm_momentum: weight of the past in the norm layers' running magnitudes (paper silent).
@@ -218,6 +220,7 @@ class ExplainerConfig:
     evidence_smooth_cells: int = 5
     teachers: int = 0
     teacher_sources: Literal["later", "tap", "both"] = "later"
+    teacher_match: bool = False
     teacher_weight: float = 100.0
     teacher_variety: float = 0.5
     norm_momentum: float = 0.95

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from partlens.explainer.network import Explainer
 from partlens.explainer.seeding import MOST_PHOTOS, VotedParts, seed_parts, voted_parts
-from partlens.explainer.teachers import LaterParts, Source, centroids, part_teachers
+from partlens.explainer.teachers import LaterParts, Source, centroids, matched_teachers, part_teachers
 from partlens.explainer.training_maps import (
     NORM_SAMPLE,
     TrainingMaps,
@@ -129,7 +129,13 @@ def find_teachers(explainer: Explainer, data: TrainingMaps) -> tuple[dict[str, T
         first, count = category * config.teachers, teachers.places.shape[1]
         places[own, first : first + count] = teachers.places
         share = _share(structure.channels_out, category, data.categories)
-        teacher_of[share] = first + torch.arange(len(share)) % count
+        turns = torch.arange(len(share)) % count
+        if config.teacher_match:
+            shown = own[:: max(1, len(own) // NORM_SAMPLE)][:NORM_SAMPLE]
+            with torch.no_grad():
+                ordinary = explainer.conv_ordin(gather(data.tap, data.rows(shown, torch.zeros_like(shown)))).relu()
+            turns = matched_teachers(ordinary[:, share], places[shown, first : first + count])
+        teacher_of[share] = first + turns
         found["teacher_movement"] += float(teachers.movement.mean()) / data.categories
         found["teacher_correlation"] += teachers.correlation / data.categories
     return {"teachers": places, "teacher_of": teacher_of}, found

@@ -40,6 +40,7 @@ _FIT_STEPS = 40
 _CODE_STEPS = 25
 _CODE_CELLS = 65_536
 _LITTLE = 1e-8
+_BUMP = 0.12  # of the side: about the width of a mask
 _STILL = 1e-6  # a thousandth of the side, squared
 
 
@@ -124,6 +125,47 @@ def places_in_photo(
     left, top, width, height, mirrored = (windows[:, None, k] for k in range(5))
     col = torch.where(mirrored > 0.5, 1 - places[..., 1], places[..., 1])
     return torch.stack([top + height * places[..., 0], left + width * col], -1)
+
+
+def matched_teachers(
+    maps: Float[Tensor, "photo filter row col"], places: Float[Tensor, "photo part 2"]
+) -> Int[Tensor, " filter"]:
+    """Give every filter the teacher at whose place its channel answers most, all teachers as many filters.
+
+    The interpretable track is added to the ordinary one channel by channel: a part in a channel that is active there
+    paraphrases it, in any other it is noise. A channel is compared with a bump at the teacher's place (Pearson's
+    correlation over all cells of all photos), and the sum over filters is made as large as it can be.
+
+    Args:
+        maps: of the ordinary track, after the ReLU.
+        places: rows and columns as shares, in the same photos.
+
+    Returns:
+        The teacher of each filter.
+
+    Source:
+        Ours.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    filters, (rows, cols) = maps.shape[1], maps.shape[2:]
+    grid = torch.stack(
+        torch.meshgrid(
+            (torch.arange(rows, device=maps.device) + 0.5) / rows,
+            (torch.arange(cols, device=maps.device) + 0.5) / cols,
+            indexing="ij",
+        ),
+        -1,
+    ).reshape(-1, 2)
+    far = (places[:, :, None] - grid).square().sum(-1)
+    bumps = (-far / (2 * _BUMP**2)).exp().transpose(1, 2).flatten(0, 1)
+    values = maps.flatten(2).transpose(1, 2).flatten(0, 1)
+    bumps, values = (v - v.mean(0) for v in (bumps, values))
+    alike = (values / values.norm(dim=0).clamp(min=1e-12)).T @ (bumps / bumps.norm(dim=0).clamp(min=1e-12))
+    parts = places.shape[1]
+    seats = torch.arange(filters) % parts  # as many for each, one more for the first
+    _, chosen = linear_sum_assignment(-alike[:, seats].cpu().numpy())
+    return seats[torch.from_numpy(chosen)]
 
 
 def _correlations(places: Float[Tensor, "photo part 2"]) -> Float[Tensor, "part part"]:

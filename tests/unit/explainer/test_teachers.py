@@ -18,6 +18,7 @@ from partlens.explainer.teachers import (
     BLUR_CELLS,
     LaterParts,
     centroids,
+    matched_teachers,
     nonnegative_parts,
     part_codes,
     part_teachers,
@@ -245,6 +246,36 @@ def test_teachers_come_from_where_they_are_sought() -> None:
     assert missed["later"][1] < 0.08 < missed["later"][0]
     assert missed["tap"][0] < 0.08 < missed["tap"][1]
     assert min(missed["both"]) < 0.08
+
+
+def test_filters_get_the_teacher_at_whose_place_their_channel_answers() -> None:
+    photos = Photos(photos=40)
+    where = torch.stack([photos.part, photos.other], 1)
+    kinds = torch.tensor([1, 0, 0, 1, 1, 0])
+    bumps = torch.stack([blob(photos.part), blob(photos.other)], 1)
+    channels = 0.2 * torch.rand(40, 6, SIDE, SIDE, generator=draws(9)) + bumps[:, kinds]
+    assert matched_teachers(channels, where).tolist() == kinds.tolist()
+    # A channel that answers to both goes to the teacher with a seat left; dead channels are seated, too.
+    channels[:, 2] += 3 * bumps.sum(1)
+    channels[:, 5] = 0
+    found = matched_teachers(channels, where)
+    assert found.bincount().tolist() == [3, 3]
+    assert found[[0, 1, 3, 4]].tolist() == kinds[[0, 1, 3, 4]].tolist()
+
+
+@pytest.mark.parametrize("match", [False, True])
+def test_teachers_are_matched_only_where_it_is_asked_for(match: bool) -> None:
+    photos = Photos(photos=40, views=3)
+    structure = ExplainerStructure("tap", ("upper",), 4, 4, (SIDE, SIDE), None, "tap")
+    seen = torch.stack([photos.shown(v) for v in range(3)], 1).flatten(0, 1)
+    config = ExplainerConfig(teachers=2, views=3, warmup_epochs=1, teacher_match=match, learning_rate_ordinary=0.0)
+    explainer = Explainer(structure, config, torch.nn.Identity(), generator=draws())
+    data = TrainingMaps(seen.numpy(), (seen.numpy(),), photos.windows, np.arange(0))
+    state, _ = find_teachers(explainer, data)
+    own = seen.unflatten(0, (40, 3))[:, 0]
+    wanted = matched_teachers(own.relu(), state["teachers"])
+    assert state["teacher_of"].tolist() == (wanted.tolist() if match else [0, 1, 0, 1])
+    assert wanted.tolist() != [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("sources", ["later", "both"])

@@ -59,8 +59,9 @@ class Killed(Exception):
         {"learning_rate_joint": 1e-4, "kernel": "box"},
         {"initialisation": "parts", "teachers": 0, "diversity_weight": 8.0, "equivariance_weight": 8.0},
         {"hidden_filters": 5, "normaliser": "running", "teacher_sources": "both", "candidates_per_filter": 1},
+        {"teacher_match": True},
     ],
-    ids=["default", "running", "full", "joint", "parts", "narrow"],
+    ids=["default", "running", "full", "joint", "parts", "narrow", "matched"],
 )
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_a_killed_run_continues_bit_equal(
