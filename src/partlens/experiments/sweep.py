@@ -18,10 +18,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partlens import __version__
 from partlens.progress import Progress
 from partlens.store import content_hash, read_json, sole_writer, write_json
 from partlens.vocabulary import AtWorkError, InputError, PartlensError, RunError, expected
@@ -192,7 +192,7 @@ def _do(job: Job, out: Path) -> str:
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "identity": job.identity,
-        "partlens": version("partlens"),
+        "partlens": __version__,
         "job": {
             "work": job.work,
             "kind": job.kind,
