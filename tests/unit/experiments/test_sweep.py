@@ -180,6 +180,9 @@ def test_a_killed_worker_of_a_cluster_loses_nothing(tmp_path: Path) -> None:
         jobs = [job("wait_once", "waits", seed=0), job(seed=1), job(seed=2)]
         results = run_sweep(jobs, out, executor=Executor(cluster=cluster.scheduler_address))
         killer.join()
+        with sole_writer(job(seed=3).folder(out), "counted"):  # as another call that is at it would
+            (held,) = run_sweep([job(seed=3)], out, executor=Executor(cluster=cluster.scheduler_address))
+    assert held.status == "missing"
     assert killed
     assert [r.status for r in results] == ["finished"] * 3
     assert [r.content["drawn"] for r in results[1:]] == [r.content["drawn"] for r in alone]
