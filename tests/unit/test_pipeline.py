@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from partlens.evaluation.explainer_evaluation import EvaluationRows
 from partlens.explainer.config import ExplainerConfig
 from partlens.performer.zoo import Performer
 from partlens.pipeline import evaluate, fit_explainer, layers, load_explainer, parts, report
+from partlens.pipeline.runs import run_folder
 from partlens.progress import Progress
-from partlens.store import sole_writer
-from partlens.vocabulary import AtWorkError
+from partlens.store import sole_writer, write_json
+from partlens.vocabulary import AtWorkError, RunError
 
 SMALL: dict[str, Any] = {
     "epochs": 2,
@@ -150,6 +152,19 @@ def test_two_fits_never_write_one_folder_or_one_cache(tiny: Performer, few_flowe
     with sole_writer(out, "run"), pytest.raises(AtWorkError, match="at work in .*run"):
         fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1)
     assert list(out.iterdir()) == []
+    # What another process leaves between the look at the folder and the lock counts.
+    with run_folder(out, "run.json", "mine") as manifest:
+        assert manifest is None
+
+    def other_run(folder: Path, name: str) -> AbstractContextManager[None]:
+        write_json(folder / "run.json", {"identity": "theirs", "status": "running"})
+        return sole_writer(folder, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("partlens.pipeline.runs.sole_writer", other_run)
+        with pytest.raises(RunError, match="another configuration"), run_folder(out, "run.json", "mine"):
+            pass
+    (out / "run.json").unlink()
     with sole_writer(cache, "maps"), pytest.raises(AtWorkError, match="at work in .*maps"):
         fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1, cache=cache)
     assert fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1, cache=cache).path == out

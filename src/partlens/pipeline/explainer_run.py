@@ -6,7 +6,6 @@ Torch is imported when a verb runs, not when this module is read, so that help t
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -18,23 +17,21 @@ from partlens.explainer.config import ExplainerConfig, Preset
 from partlens.pipeline.runs import (
     RUN,
     category_rows,
-    command,
-    described,
     device_of,
     loaded,
+    manifest_head,
     on_device,
     opened,
     performer_of,
     photos_of_run,
-    prepare_folder,
     rows_of,
+    run_folder,
     sampled,
     several,
-    spec,
     versions,
 )
 from partlens.progress import Progress
-from partlens.store import SCHEMA, content_hash, read_json, read_tensors, sole_writer, write_json, write_tensors
+from partlens.store import SCHEMA, content_hash, read_json, read_tensors, write_json, write_tensors
 from partlens.vocabulary import ImageError, InputError, RunError, expected
 
 if TYPE_CHECKING:
@@ -279,21 +276,15 @@ def fit_explainer(
             "background": len(others),
         }
     )
-    manifest = prepare_folder(out, RUN, identity)
-    if manifest is not None and manifest["status"] == "finished":
-        show.say(f"{out} is finished already; nothing to do")
-        return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
-    with sole_writer(out, "run"):
+    with run_folder(out, RUN, identity) as earlier:
+        manifest = earlier
+        if manifest is not None and manifest["status"] == "finished":
+            show.say(f"{out} is finished already; nothing to do")
+            return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
         field = receptive_field(performer, tap)
         if manifest is None:
             manifest = {
-                "schema": SCHEMA,
-                "kind": "explainer",
-                "identity": identity,
-                "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-                "command": command(),
-                "versions": versions(),
-                "performer": described(performer, spec(model)),
+                **manifest_head(SCHEMA, "explainer", identity, performer, model),
                 "data": {
                     "name": images.name,
                     "path": None if images.path is None else str(images.path),

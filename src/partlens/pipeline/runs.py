@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
 import platform
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partlens.progress import Progress
-from partlens.store import read_json
+from partlens.store import read_json, sole_writer
 from partlens.vocabulary import ImageError, InputError, RunError, expected, nearest
 
 if TYPE_CHECKING:
@@ -244,6 +246,39 @@ def prepare_folder(out: Path, manifest: str, identity: str) -> dict[str, Any] | 
             )
         )
     return found
+
+
+def manifest_head(
+    schema: str, kind: str, identity: str, performer: Performer, model: str | nn.Module | Performer
+) -> dict[str, Any]:
+    """Return what every manifest of a new run begins with: what it is, when, by which command, and of which network."""
+    return {
+        "schema": schema,
+        "kind": kind,
+        "identity": identity,
+        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "command": command(),
+        "versions": versions(),
+        "performer": described(performer, spec(model)),
+    }
+
+
+@contextlib.contextmanager
+def run_folder(out: Path, manifest: str, identity: str) -> Iterator[dict[str, Any] | None]:
+    """Hold a run directory while it is written, and give what :func:`prepare_folder` finds in it.
+
+    What was found before the folder was held may be out of date, so it is read again; a finished run is not held.
+
+    Raises:
+        AtWorkError: another process writes there.
+        RunError: see :func:`prepare_folder`.
+    """
+    found = prepare_folder(out, manifest, identity)
+    if found is not None and found.get("status") == "finished":
+        yield found
+        return
+    with sole_writer(out, Path(manifest).stem):
+        yield prepare_folder(out, manifest, identity)
 
 
 def performer_of(manifest: dict[str, Any], run: Path, model: str | nn.Module | Performer | None) -> Performer:

@@ -7,7 +7,6 @@ A selection lives in a run directory, beside the explainer of the same network i
 
 from __future__ import annotations
 
-import datetime as dt
 import math
 import re
 import shutil
@@ -19,17 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from partlens.pipeline.runs import (
     SELECTION,
-    command,
-    described,
     loaded,
+    manifest_head,
     opened,
     performer_of,
-    prepare_folder,
-    spec,
-    versions,
+    run_folder,
 )
 from partlens.progress import Progress
-from partlens.store import content_hash, file_sha256, read_json, read_tensors, sole_writer, write_json, write_tensors
+from partlens.store import content_hash, file_sha256, read_json, read_tensors, write_json, write_tensors
 from partlens.vocabulary import ImageError, InputError, RunError, expected, listed
 
 if TYPE_CHECKING:
@@ -177,20 +173,14 @@ def select_features(
             "config": config,
         }
     )
-    manifest = prepare_folder(out, SELECTION, identity)
-    if manifest is not None and manifest["status"] == "finished":
-        show.say(f"{out} holds this selection already; nothing to do")
-        return SelectedFeatures(out, manifest)
-    with sole_writer(out, "selection"):
+    with run_folder(out, SELECTION, identity) as earlier:
+        manifest = earlier
+        if manifest is not None and manifest["status"] == "finished":
+            show.say(f"{out} holds this selection already; nothing to do")
+            return SelectedFeatures(out, manifest)
         if manifest is None:
             manifest = {
-                "schema": SCHEMA_SELECTION,
-                "kind": "selection",
-                "identity": identity,
-                "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-                "command": command(),
-                "versions": versions(),
-                "performer": described(performer, spec(model)),
+                **manifest_head(SCHEMA_SELECTION, "selection", identity, performer, model),
                 "data": {
                     "name": images.name,
                     "path": None if images.path is None else str(images.path),

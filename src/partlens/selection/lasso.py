@@ -178,7 +178,7 @@ def mu_lasso(
     """Solve the μ-lasso for all classes: minimise ``||A w_j - l_j||²`` subject to ``||w_j||_1 <= μ``.
 
     Args:
-        responses: ``A``, ``[image, feature]``, any real type, a memory map too (`descriptors.descriptor`).
+        responses: ``A``, ``[image, feature]``, any real type, a memory map too (`Responses.descriptor`).
         labels: ``[image, class]``, any real type; one-hot in the papers, 1 for the images of the class. A column of
             zeros gives weights of zero.
         mu: ``μ``, above 0. The authors' demo: 10 for all data sets, 5 for an8Flower. Where `constraint_active` is
