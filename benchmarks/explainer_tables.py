@@ -1,4 +1,4 @@
-"""Write the tables of docs/tables.md, and of both defaults in docs/study.md, from the committed results of
+"""Write the tables of docs/tables.md, and of the three defaults in docs/study.md, from the committed results of
 `partlens reproduce`.
 
     uv run python benchmarks/explainer_tables.py
@@ -18,25 +18,29 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "tables.md"
 MARKER = "<!-- below: made by benchmarks/explainer_tables.py -->"
 STUDY = PAGE.parent / "study.md"
-STUDY_BEGIN, STUDY_END = "<!-- begin: both defaults -->", "<!-- end: both defaults -->"
+STUDY_BEGIN, STUDY_END = "<!-- begin: the three defaults -->", "<!-- end: the three defaults -->"
 RESULTS = HERE / "results" / "tables"
 NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "alexnet": "AlexNet"}
 DEFAULT_COLUMNS = (
     *("network", "category", "instability", "consistency", "correlation", "spread, cells", "centre null"),
-    *("instability − null, same photos", "agreement", "error increase, points", "p"),
+    *("instability − null, same photos", "agreement", "error increase, points", "p", "p of least objective"),
 )
+FORMER = ("candidates", "held")
+"""Presets that were the default before, the first first; results made with them say so in their names."""
 
 
-FORMER = "Made when `candidates` was the default; today it takes `--preset candidates`."
+def preset_of(path: Path) -> str:
+    """Which former default a result was made with; empty for the present one and for ``--preset paper``."""
+    return next((name for name in FORMER if f"-{name}-" in path.stem), "")
 
 
 def section(path: Path) -> list[str]:
     content = json.loads(path.read_text())
-    network = path.stem.split("-", 1)[0]
-    former = "-candidates-" in path.stem
-    which = ", candidates" if former else ", teachers from the tap" if "-teachers-from-tap-" in path.stem else ""
+    network, preset = path.stem.split("-", 1)[0], preset_of(path)
+    which = (f", {preset}" if preset else "") + (", teachers from the tap" if "-from-tap-" in path.stem else "")
+    note = f"Made when `{preset}` was the default; today it takes `--preset {preset}`."
     title = f"## {network}{which}: {TITLES[content['table']].lower()}"
-    lines = [title, "", "```", content["command"], "```", "", *([FORMER, ""] if former else [])]
+    lines = [title, "", "```", content["command"], "```", "", *([note, ""] if preset else [])]
     return [
         *lines,
         *(line.replace("### ", "**", 1) + "**" if line.startswith("### ") else line for line in table_lines(content)),
@@ -51,37 +55,42 @@ def evaluations(name: str) -> dict[str, Any]:
     return {j["category"]: j["scores"]["evaluation"] for j in jobs if j["kind"] == "explainer" and j["seed"] == 0}
 
 
-def both_defaults() -> list[str]:
-    """A row per network and category: the former default → the present one (in brackets, read as the former one is)."""
+def chained(found: list[dict[str, Any] | None], digits: int, *path: str) -> str:
+    """A score of each default, the first first; a dash where it was not run."""
+    shown = []
+    for evaluation in found:
+        value: Any = evaluation
+        for name in path:
+            value = None if value is None else value[name]
+        shown.append("–" if value is None else f"{value['value']:.{digits}f}")
+    return " → ".join(shown)
+
+
+def three_defaults() -> list[str]:
+    """A row per network and category: ``candidates`` → ``held`` → the present default."""
     lines = ["| " + " | ".join(DEFAULT_COLUMNS) + " |", "|---" * len(DEFAULT_COLUMNS) + "|"]
-
-    def pair(before: dict[str, Any] | None, now: float, digits: int, path: tuple[str, str]) -> str:
-        was = f"{before[path[0]][path[1]]['value']:.{digits}f} → " if before else ""
-        return f"{was}{now:.{digits}f}"
-
     for network, title in NETWORKS.items():
         for kind in ("instability", "cub-instability"):
-            former = evaluations(f"{network}-candidates-{kind}")
-            for category, found in evaluations(f"{network}-{kind}").items():
-                before = former.get(category)
-                alike = found["same_peak"]["largest"]["explainer"]
-                cells = [title, category.replace("_", " ")]
-                for score, digits in (("instability", 3), ("consistency", 2), ("filter_correlation", 2)):
-                    value = found["explainer"][score]["value"]
-                    shown = pair(before, value, digits, ("explainer", score))
-                    cells.append(f"{shown} ({alike[score]['value']:.{digits}f})")
-                spread = found["explainer"]["peak_spread_cells"]["value"]
-                cells.append(pair(before, spread, 1, ("explainer", "peak_spread_cells")))
-                cells.append(f"{found['nulls']['centre']['instability']['value']:.3f}")
-                apart = found["instability_minus_null"]["centre"]
+            runs = [evaluations(f"{network}-{name}") for name in (*(f"{p}-{kind}" for p in FORMER), kind)]
+            for category in dict.fromkeys(name for run in reversed(runs) for name in run):
+                found = [run.get(category) for run in runs]
+                last = [evaluation for evaluation in found if evaluation][-1]
+                apart = last["instability_minus_null"]["centre"]
                 low, high = apart["interval"]
-                cells.append(f"{apart['value']:.3f} [{low:.3f}, {high:.3f}]")
-                for score, digits in (("agreement_top1", 2), ("error_increase_points", 1)):
-                    cells.append(
-                        pair(before, found["reconstruction"][score]["value"], digits, ("reconstruction", score))
-                    )
-                was = f"{before['p']['value']:.2f} → " if before else ""
-                cells.append(f"{was}{found['p']['value']:.2f}")
+                cells = [
+                    title,
+                    category.replace("_", " "),
+                    chained(found, 3, "explainer", "instability"),
+                    chained(found, 2, "explainer", "consistency"),
+                    chained(found, 2, "explainer", "filter_correlation"),
+                    chained(found, 1, "explainer", "peak_spread_cells"),
+                    f"{last['nulls']['centre']['instability']['value']:.3f}",
+                    f"{apart['value']:.3f} [{low:.3f}, {high:.3f}]",
+                    chained(found, 2, "reconstruction", "agreement_top1"),
+                    chained(found, 1, "reconstruction", "error_increase_points"),
+                    chained(found, 2, "p"),
+                    chained(found, 2, "p_optimum"),
+                ]
                 lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -89,7 +98,7 @@ def both_defaults() -> list[str]:
 def main() -> None:
     before, rest = STUDY.read_text().split(STUDY_BEGIN)
     after = rest.split(STUDY_END)[1]
-    STUDY.write_text("\n".join([before + STUDY_BEGIN, "", *both_defaults(), "", STUDY_END + after]))
+    STUDY.write_text("\n".join([before + STUDY_BEGIN, "", *three_defaults(), "", STUDY_END + after]))
     head = PAGE.read_text().split(MARKER)[0].rstrip()
     found = sorted(RESULTS.glob("*.json"))
     body = "\n".join(line for path in found for line in section(path))

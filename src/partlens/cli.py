@@ -199,7 +199,7 @@ def _fit_explainer(arguments: Sequence[str]) -> None:
     parser.add_argument("--category", type=str | None, default=None, help="category to explain; default: all photos")
     parser.add_argument("--tap", type=str | None, default=None, help="layer to explain; default: see 'partlens layers'")
     parser.add_argument("--targets", type=list[str] | None, default=None, help="layers to reconstruct, e.g. [a, b]")
-    parser.add_argument("--preset", type=str, default="partlens", help="partlens, candidates or paper")
+    parser.add_argument("--preset", type=str, default="partlens", help="partlens, held, candidates or paper")
     parser.add_argument("--seeds", type=int, default=DEFAULT_SEEDS, help="explainers learned, for the spread of p")
     parser.add_argument("--background", type=int, default=MOST_BACKGROUND, help="most photos of other categories")
     parser.add_argument("--cache", type=str | None, default=None, help="folder for cached maps that runs may share")
@@ -532,7 +532,7 @@ def _reproduce(arguments: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="explainers of each performer and category")
     parser.add_argument("--tap", type=str | None, default=None, help="layer to explain; default: the preset's")
     parser.add_argument(
-        "--preset", type=str, default="partlens", help="partlens, candidates, or paper: its tap, targets and eta"
+        "--preset", type=str, default="partlens", help="partlens, held, candidates, or paper: its tap, targets and eta"
     )
     parser.add_argument("--background", type=str | None, default=None, help="photos that count as background")
     parser.add_argument("--workers", type=int, default=0, help="processes on this machine that do the jobs")

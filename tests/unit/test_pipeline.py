@@ -258,7 +258,7 @@ def test_measuring_on_the_training_photos_warns(run: Path, tiny: Performer, few_
         ({"category": "petal-rot"}, "Did you mean petal-red"),
         ({"seeds": 0}, "at least 1 seed, got 0"),
         ({"config": {"epoch": 2}}, "Did you mean epochs"),
-        ({"preset": "best"}, "preset partlens, candidates, paper, got best"),
+        ({"preset": "best"}, "preset partlens, held, candidates, paper, got best"),
         ({"targets": ["relu1"]}, "relu1"),
     ],
 )

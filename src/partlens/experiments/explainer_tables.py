@@ -58,8 +58,8 @@ class TablePlan:
         seeds: how many explainers of each category.
         first_seed: the seeds are this one and the next.
         tap: layer to explain; the preset's choice when left out.
-        preset: ``partlens``, ``candidates`` or ``paper``: with the last, tap, targets and eta are the papers', where
-            they studied the network.
+        preset: ``partlens``, ``held``, ``candidates`` or ``paper``: the last has the papers' tap, targets and eta,
+            where they studied the network.
         background: folder or table of photos that count as background, beside the data's own.
         settings: ``explainer`` (fields of its configuration), ``targets``, ``background`` (most photos of others),
             ``split`` (measured on), ``train`` (arguments of ``train_performer``), ``rivals`` (see

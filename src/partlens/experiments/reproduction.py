@@ -63,7 +63,7 @@ def reproduce(
         categories: which; those with landmarks when left out.
         seeds: explainers of each category.
         tap: layer to explain; the preset's choice when left out.
-        preset: ``partlens``, ``candidates`` or ``paper``.
+        preset: ``partlens``, ``held``, ``candidates`` or ``paper``.
         background: photos that count as background, beside those of ``data``.
         workers: processes that do jobs; 0 does them in this one.
         cluster: address of a dask scheduler whose workers see the same files.

@@ -2,8 +2,8 @@
 
 The defaults of the fields are the papers' values ("paper" preset). Where the papers are silent the docstring says so,
 and the value is our choice; what has been compared so far is in ``docs/study.md``. The ``partlens`` preset, which the
-verbs use, changes the fields listed in :data:`PARTLENS_CHANGES`, the ``candidates`` preset those in
-:data:`CANDIDATES_CHANGES`.
+verbs use, changes the fields listed in :data:`PARTLENS_CHANGES`; ``held`` and ``candidates``, which were the defaults
+before it, change those in :data:`HELD_CHANGES` and :data:`CANDIDATES_CHANGES`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from partlens.vocabulary import InputError, expected, nearest
 
-Preset = Literal["partlens", "candidates", "paper"]
+Preset = Literal["partlens", "held", "candidates", "paper"]
 
 
 _POSITIVE = (
@@ -38,6 +38,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "learning_rate_joint",
     "learning_rate_ordinary",
+    "decoder_step_max",
     "score_scale_nats",
     "eta",
     "filter_ratio",
@@ -71,20 +72,31 @@ _OURS: dict[str, Any] = {
     "precision": "bfloat16",
 }
 
-PARTLENS_CHANGES: dict[str, Any] = _OURS | {
+_TAUGHT: dict[str, Any] = _OURS | {
     "peak": "centroid",
     "teachers": 16,
     "hidden_filters": 256,
     "votes": 128,
     "standardise": True,
     "dropout": 0.3,
-    "learning_rate_joint": 0.0,
     "weight_decay": 0.05,
     "views": 6,
-    "epochs": 16,
     "warmup_epochs": 30,
 }
+
+PARTLENS_CHANGES: dict[str, Any] = _TAUGHT | {
+    "teacher_match": True,
+    "eta": 1e6,
+    "p_init": 0.4,
+    "learning_rate_decoder": 1e-3,
+    "decoder_step_max": 0.01,
+    "epochs": 30,
+}
 """What the ``partlens`` preset changes; what has been compared is in ``docs/study.md``."""
+
+HELD_CHANGES: dict[str, Any] = _TAUGHT | {"learning_rate_joint": 0.0, "epochs": 16}
+"""What the ``held`` preset changes: parts are taught in the warm-up and held from then on, so they say where and hardly
+how much, and decisions stay the performer's at a small p. It was the default before parts went on learning."""
 
 CANDIDATES_CHANGES: dict[str, Any] = _OURS | {
     "diversity_weight": 8.0,
@@ -103,7 +115,12 @@ CANDIDATES_CHANGES: dict[str, Any] = _OURS | {
 """What the ``candidates`` preset changes: parts are sought in the tap alone and stand at the largest cell. It was the
 default before there were teachers, and is better on AlexNet's birds (``docs/study.md``)."""
 
-PRESETS: dict[str, dict[str, Any]] = {"partlens": PARTLENS_CHANGES, "candidates": CANDIDATES_CHANGES, "paper": {}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "partlens": PARTLENS_CHANGES,
+    "held": HELD_CHANGES,
+    "candidates": CANDIDATES_CHANGES,
+    "paper": {},
+}
 """By name: what differs from the papers' values."""
 
 
@@ -149,7 +166,8 @@ class ExplainerConfig:
         evidence_power: evidence is raised to this power after it was scaled to a maximum of 1 in each photo.
         evidence_smooth_cells: side of the box (cells, odd) by which evidence is averaged first.
         teachers: part teachers (:mod:`partlens.explainer.teachers`) for each category, shared out among the filters of
-            conv-interp-2, which learn in the warm-up to stand where their teacher does; 0 in the papers.
+            conv-interp-2, which learn to stand where their teacher does: in the warm-up from nothing else, then, unless
+            the track is held, beside the reconstruction, which teaches them how strongly to answer; 0 in the papers.
         teacher_sources: what teachers are chosen from: regions of the performer's ``later`` layer, parts that the
             ``tap``'s own features vote for (:mod:`partlens.explainer.seeding`), or ``both``.
         teacher_match: give a filter the teacher at whose place its channel of the ordinary track answers most, so that
@@ -182,6 +200,9 @@ class ExplainerConfig:
             holds the track as the warm-up left it.
         learning_rate_ordinary: Adam, ordinary track; 0 holds the track at the perfect copy it starts as.
         learning_rate_decoder: Adam, decoder.
+        decoder_step_max: the decoder's rate is at most this share of the root mean square of its kernels, since Adam
+            moves every weight by about the rate: what suits a convolution destroys a wide fully connected layer
+            (AlexNet, VGG). 0 sets no limit.
         learning_rate_p: Adam, w_p.
         weight_decay: decoupled, of the interpretable track.
         batch_size: photos of the category in a step.
@@ -239,6 +260,7 @@ class ExplainerConfig:
     learning_rate_joint: float = 1e-3
     learning_rate_ordinary: float = 1e-4
     learning_rate_decoder: float = 1e-4
+    decoder_step_max: float = 0.0
     learning_rate_p: float = 3e-3
     weight_decay: float = 0.0
     batch_size: int = 32
@@ -325,7 +347,8 @@ class ExplainerConfig:
         """Return a preset with changes.
 
         Args:
-            name: ``partlens`` (ours), ``candidates`` (ours, from the tap alone) or ``paper``.
+            name: ``partlens`` (ours), ``held`` (ours, parts held after the warm-up), ``candidates`` (ours, from the tap
+                alone) or ``paper``.
             changes: fields to set after the preset.
 
         Example:

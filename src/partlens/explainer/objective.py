@@ -11,7 +11,7 @@ the softmax of its template scores (differentiable, and the same posterior the f
 - *evidence*: a part that matters stands where the performer's decision hangs on the maps
   (:mod:`partlens.explainer.evidence`).
 
-A fourth, of the warm-up only, acts on the map of conv-interp-2 itself: a filter stands where its *teacher* does
+A fourth acts on the map of conv-interp-2 itself: a filter stands where its *teacher* does
 (:mod:`partlens.explainer.teachers`).
 
 Without diversity, or teachers that differ, "every filter follows the same part" is an optimum of the filter loss.

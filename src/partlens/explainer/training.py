@@ -77,12 +77,22 @@ def _event_writer(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
 
-def _optimiser(explainer: Explainer, config: ExplainerConfig, *, warm: bool) -> torch.optim.AdamW:
+def decoder_rate(decoder: nn.Module, config: ExplainerConfig) -> float:
+    """Return the decoder's rate: the configured one, limited by the size of the kernels it starts with."""
+    kernels = [weight.detach() for weight in decoder.parameters() if weight.ndim > 1]
+    if not config.decoder_step_max or not kernels:
+        return config.learning_rate_decoder
+    squares = sum(float(kernel.square().sum()) for kernel in kernels)
+    size = math.sqrt(squares / sum(kernel.numel() for kernel in kernels))
+    return min(config.learning_rate_decoder, config.decoder_step_max * size)
+
+
+def _optimiser(explainer: Explainer, config: ExplainerConfig, of_decoder: float, *, warm: bool) -> torch.optim.AdamW:
     rates = {
         "interpretable": config.learning_rate if warm else config.learning_rate_joint,
         "ordinary": config.learning_rate_ordinary,
         "share": config.learning_rate_p,
-        "decoder": config.learning_rate_decoder,
+        "decoder": of_decoder,
     }
     for role, parameters in parameter_groups(explainer).items():
         for parameter in parameters:
@@ -126,7 +136,9 @@ class _Run:
         self.explainer, self.data, self.folder = explainer, data, folder
         self.device = torch.device("cpu")
         self.config = explainer.config
-        self.optimiser = _optimiser(explainer, self.config, warm=self.config.warmup_epochs > 0)
+        # Measured on the performer's copy, before a checkpoint is read, so that a killed run goes on at the same rate.
+        self.of_decoder = decoder_rate(explainer.decoder, self.config)
+        self.optimiser = _optimiser(explainer, self.config, self.of_decoder, warm=self.config.warmup_epochs > 0)
         photos = norm_sample(data)
         sample = data.rows(photos, torch.zeros_like(photos))
         norms = tuple(target_norm(t) for t in data.read(sample)[1])
@@ -188,7 +200,7 @@ class _Run:
             index, key = name.split(".", 1)
             moments.setdefault(int(index), {})[key] = value
         if len(state["history"]) > self.config.warmup_epochs:
-            self.optimiser = _optimiser(self.explainer, self.config, warm=False)
+            self.optimiser = _optimiser(self.explainer, self.config, self.of_decoder, warm=False)
         plain = self.optimiser.state_dict()
         self.optimiser.load_state_dict({"state": moments, "param_groups": plain["param_groups"]})
         self.objective.state = part("objective.")
@@ -230,7 +242,7 @@ class _Run:
         explainer.draws = epoch_generator(config.seed + 1, number) if warm else None
         if number == config.warmup_epochs + 1:
             # The joint objective has other units: moments of the warm-up would all but stop the interpretable track.
-            self.optimiser = _optimiser(explainer, config, warm=False)
+            self.optimiser = _optimiser(explainer, config, self.of_decoder, warm=False)
         explainer.train()
         explainer.decoder.eval()  # copies of the performer's norm and dropout layers stay as they are
         self.objective.epoch = max(1, number - config.warmup_epochs)
@@ -261,7 +273,8 @@ class _Run:
         if pair is not None:
             pair = ViewPair(pair.first, pair.second, pair.windows.to(device))
         labels = None if batch.labels is None else batch.labels.to(device)
-        taught = self._taught(rows[: batch.positives]) if warm else None
+        learns = warm or self.config.learning_rate_joint > 0  # a track that is held needs no teacher
+        taught = self._taught(rows[: batch.positives]) if learns else None
         evidence = None if evidence is None else evidence.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             if warm:

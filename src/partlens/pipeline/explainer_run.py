@@ -212,7 +212,7 @@ def fit_explainer(
             category whose photos excite it most. All photos as one category when left out.
         tap: the layer to explain; the model's default tap when left out.
         targets: layers to reconstruct; chosen after the tap when left out.
-        preset: ``partlens``, ``candidates`` or ``paper``.
+        preset: ``partlens``, ``held``, ``candidates`` or ``paper``.
         config: a whole configuration, or fields to change in the preset.
         seeds: explainers learned with different seeds; the first is the one that is kept, all of them give p's spread.
         background: most photos of other categories that are used.

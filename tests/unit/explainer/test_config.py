@@ -19,7 +19,7 @@ def test_paper_preset_is_the_papers() -> None:
     assert paper.gradient == "approximate"
 
 
-@pytest.mark.parametrize("name", ["partlens", "candidates"])
+@pytest.mark.parametrize("name", ["partlens", "held", "candidates"])
 def test_presets_differ_in_the_documented_fields_only(name: str) -> None:
     ours, paper = ExplainerConfig.preset(name).to_dict(), ExplainerConfig().to_dict()
     assert {k for k in ours if ours[k] != paper[k]} == set(PRESETS[name])
@@ -53,7 +53,7 @@ def test_wrong_fields_are_named(changes: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match="preset partlens, candidates, paper, got papers"):
+    with pytest.raises(ValueError, match="preset partlens, held, candidates, paper, got papers"):
         ExplainerConfig.preset("papers")
 
 

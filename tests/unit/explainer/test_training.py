@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from partlens.explainer.assembly import build_explainer
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerStructure
 from partlens.explainer.seeding import part_candidates, seed_parts, voted_parts
-from partlens.explainer.training import CHECKPOINT_STATE, train_explainer
+from partlens.explainer.training import CHECKPOINT_STATE, decoder_rate, train_explainer
 from partlens.explainer.training_maps import TrainingMaps
 from partlens.explainer.views import view_windows, viewed_images
 from partlens.performer.surgery import cut
@@ -59,9 +60,10 @@ class Killed(Exception):
         {"learning_rate_joint": 1e-4, "kernel": "box"},
         {"initialisation": "parts", "teachers": 0, "diversity_weight": 8.0, "equivariance_weight": 8.0},
         {"hidden_filters": 5, "normaliser": "running", "teacher_sources": "both", "candidates_per_filter": 1},
-        {"teacher_match": True},
+        {"teacher_match": False},
+        {"learning_rate_joint": 0.0},
     ],
-    ids=["default", "running", "full", "joint", "parts", "narrow", "matched"],
+    ids=["default", "running", "full", "joint", "parts", "narrow", "in turns", "held"],
 )
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_a_killed_run_continues_bit_equal(
@@ -246,3 +248,30 @@ def test_a_track_held_after_the_warm_up_stays_as_it_is(tiny: Performer, maps: Tr
     assert torch.equal(held.conv_interp_2.weight, longer.conv_interp_2.weight)
     assert not torch.equal(longer.conv_interp_2.weight, moved.conv_interp_2.weight)
     assert held.p.item() != longer.p.item()
+
+
+def test_teachers_go_on_while_the_track_learns_from_the_reconstruction(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path
+) -> None:
+    missed = {}
+    for ratio in (0.0, 10.0):
+        config = {"filter_ratio": ratio, "learning_rate_joint": 1e-2, "epochs": 8, "patience": 0}
+        history = train_explainer(fresh(tiny, **config), maps, tmp_path / str(ratio)).history
+        missed[ratio] = [record["teacher"] for record in history if record["phase"] == "joint"]
+    fell = {ratio: values[0] - values[-1] for ratio, values in missed.items()}
+    assert fell[10.0] > 2 * abs(fell[0.0]), fell
+    held = train_explainer(fresh(tiny, learning_rate_joint=0.0), maps, tmp_path / "held").history
+    assert ["teacher" in record for record in held] == [True] * 2 + [False] * 3
+
+
+def test_the_decoder_takes_no_step_that_is_large_beside_its_weights() -> None:
+    fine = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    with torch.no_grad():
+        for layer, size in zip(fine, (0.01, 0.02), strict=True):
+            layer.weight.fill_(size)
+            layer.bias.fill_(5.0)  # no kernel
+    config = ExplainerConfig(learning_rate_decoder=1e-3, decoder_step_max=0.01)
+    assert decoder_rate(fine, config) == pytest.approx(0.01 * (2.5e-4) ** 0.5)
+    for unlimited in (replace(config, decoder_step_max=0.0), replace(config, decoder_step_max=1.0)):
+        assert decoder_rate(fine, unlimited) == pytest.approx(1e-3)
+    assert decoder_rate(torch.nn.ReLU(), config) == pytest.approx(1e-3)
