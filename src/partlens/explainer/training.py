@@ -78,7 +78,11 @@ def _event_writer(folder: Path, step: int) -> Any:
 
 
 def decoder_rate(decoder: nn.Module, config: ExplainerConfig) -> float:
-    """Return the decoder's rate: the configured one, limited by the size of the kernels it starts with."""
+    """Return the decoder's rate: the configured one, at most ``decoder_step_max`` of the size of its kernels.
+
+    The size is the root mean square over all weights of two or more dimensions; biases and scales of norm layers do not
+    count. Source: ours.
+    """
     kernels = [weight.detach() for weight in decoder.parameters() if weight.ndim > 1]
     if not config.decoder_step_max or not kernels:
         return config.learning_rate_decoder
