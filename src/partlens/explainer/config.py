@@ -48,6 +48,7 @@ _NOT_NEGATIVE = (
     "evidence_weight",
     "teachers",
     "teacher_variety",
+    "teacher_modes",
     "dropout",
     "norm_floor",
     "hidden_filters",
@@ -174,6 +175,8 @@ class ExplainerConfig:
             the part paraphrases the channel it is added to; off, teachers are dealt out in turns.
         teacher_weight: of the teachers' cost, per filter and in units of the filter loss.
         teacher_variety: what a teacher pays for moving like those already chosen, per unit of correlation.
+        teacher_modes: ways in which all teachers move together (:func:`partlens.explainer.teachers.in_step`); 0 leaves
+            every teacher to itself.
         norm_momentum: weight of the past in the norm layers' running magnitudes (paper silent).
         norm_floor: magnitudes below this share of the layer's mean are raised to it, so that a dead channel does not
             divide by nearly nothing (paper silent).
@@ -244,6 +247,7 @@ class ExplainerConfig:
     teacher_match: bool = False
     teacher_weight: float = 100.0
     teacher_variety: float = 0.5
+    teacher_modes: int = 0
     norm_momentum: float = 0.95
     norm_floor: float = 0.1
     norm_positives_only: bool = True

@@ -125,6 +125,7 @@ def find_teachers(explainer: Explainer, data: TrainingMaps) -> tuple[dict[str, T
             data.windows[own, :views],
             config.teachers,
             config.teacher_variety,
+            config.teacher_modes,
         )
         first, count = category * config.teachers, teachers.places.shape[1]
         places[own, first : first + count] = teachers.places

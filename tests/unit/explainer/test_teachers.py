@@ -18,6 +18,7 @@ from partlens.explainer.teachers import (
     BLUR_CELLS,
     LaterParts,
     centroids,
+    in_step,
     matched_teachers,
     nonnegative_parts,
     part_codes,
@@ -160,6 +161,49 @@ def test_the_better_source_teaches() -> None:
     assert float(found.movement.max()) < 1e-4
     for place in (photos.part, photos.other):
         assert float((found.places - place[:, None]).abs().amax((0, 2)).min()) < 1e-5
+
+
+def moving_together(photos: int, parts: int, noise: float) -> tuple[Tensor, Tensor]:
+    """Places that follow one displacement of the object, each by its own share, and the same with noise."""
+    share = torch.rand(parts, 2, generator=draws(8)) + 0.5
+    truth = 0.5 + 0.1 * torch.randn(photos, 1, 1, generator=draws(5)) * share
+    return truth, truth + noise * torch.randn(truth.shape, generator=draws(6))
+
+
+def test_parts_in_step_lose_what_is_theirs_alone() -> None:
+    truth, seen = moving_together(80, 12, 0.04)
+    certain = torch.full((12,), 0.1)
+    kept = in_step(seen, certain, 1)
+    assert float((kept - truth).norm()) < 0.5 * float((seen - truth).norm())
+    # A projection: what has one mode stays as it is, as do places with as many modes as are kept.
+    assert torch.allclose(in_step(kept, certain, 1), kept, atol=1e-5)
+    assert torch.allclose(in_step(truth, certain, 1), truth, atol=1e-5)
+    assert torch.equal(in_step(seen, certain, 24), seen)
+
+
+def test_what_follows_no_crop_has_no_say_in_the_modes() -> None:
+    truth, seen = moving_together(80, 12, 0.01)
+    seen[:, 0] = 4 * torch.rand(80, 2, generator=draws(7))  # moves more than all others together
+    movement = torch.full((12,), 0.05)
+    alike = in_step(seen, movement, 1)
+    movement[0] = 1.0
+    weighted = in_step(seen, movement, 1)
+    missed = [float((places[:, 1:] - truth[:, 1:]).norm()) for places in (weighted, alike)]
+    assert missed[0] < 0.2 * missed[1]
+
+
+def test_a_part_with_ways_of_its_own_does_not_teach_in_step() -> None:
+    photos = Photos()
+    _, together = moving_together(30, 5, 0.01)
+
+    def seen(number: int) -> Tensor:
+        alone = places_in_view(photos.part[:, None], photos.windows[:, number])
+        shaken = 0.005 * torch.randn(together.shape, generator=draws(number + 10))
+        return torch.cat([alone, places_in_view(together, photos.windows[:, number]) + shaken], 1)
+
+    for modes, taken in ((0, True), (1, False)):
+        found = part_teachers([seen], photos.windows, 1, 0.0, modes)
+        assert (found.chosen == (0,)) is taken
 
 
 @pytest.mark.parametrize(
