@@ -397,6 +397,15 @@ def _percent(estimate: dict[str, Any] | None) -> str:
     return f"{100 * estimate['value']:.1f} %{interval}"
 
 
+def _place(found: dict[str, Any], filters: Sequence[int]) -> str:
+    """Say how far filters stand from their nearest landmark (share of the diagonal), and how well they foretell it."""
+    rows = [row for row in found["filters"] if row["filter"] in filters]
+    if any(row.get(name) is None for row in rows for name in ("distance_frac", "consistency")):
+        return "–"
+    far, follows = (sum(row[name] for row in rows) / len(rows) for name in ("distance_frac", "consistency"))
+    return f"{far:.2f}, {follows:.2f}"
+
+
 def _print_parts(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -410,6 +419,7 @@ def _print_parts(found: dict[str, Any]) -> None:
     headings = (
         "part",
         "filters",
+        "from landmark, R²",
         "adds (Shapley)",
         "same by integrated gradients",
         "as many filters by lot",
@@ -421,7 +431,9 @@ def _print_parts(found: dict[str, Any]) -> None:
         row = rows.get(part.ids, {})
         shown = (_percent(row.get(k)) for k in ("share", "integrated_share", "integrated_null"))
         ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
-        table.add_row(f"{part.name}{ids}", str(len(part.filters)), *shown, _shown(row.get("removal")))
+        table.add_row(
+            f"{part.name}{ids}", str(len(part.filters)), _place(found, part.filters), *shown, _shown(row.get("removal"))
+        )
     console = Console()
     if not console.is_terminal:
         console.width = 160  # in a file or a pipe nothing needs to be broken

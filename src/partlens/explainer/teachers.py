@@ -196,7 +196,7 @@ def in_step(
     moved = (places - mean).flatten(1) * scale
     if modes >= min(moved.shape):
         return places
-    kept = torch.linalg.svd(moved, full_matrices=False).Vh[:modes]
+    kept: Tensor = torch.linalg.svd(moved, full_matrices=False).Vh[:modes]
     return mean + (moved @ kept.T @ kept / scale).reshape(places.shape)
 
 

@@ -5,6 +5,7 @@ What counts as one part is its name: parts of the file with one name are joined 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,17 @@ class Strip:
         filters: how many it has.
         picture: crops around peaks, or ``None`` for a part without filters.
         shown: numbers of the filters in the picture, in order.
+        distance_frac: mean distance of its filters' peaks from their nearest landmark, as a share of the diagonal; NaN
+            without landmarks.
+        consistency: mean R² with which they foretell that landmark; likewise.
     """
 
     id: str
     filters: int
     picture: Embedded | None
     shown: tuple[int, ...]
+    distance_frac: float
+    consistency: float
 
 
 @dataclass(frozen=True)
@@ -134,20 +140,28 @@ class PartsData:
     checks: tuple[Check, ...]
 
 
-def _part(name: str, rows: list[Mapping[str, Any]], found: Mapping[str, Any], run: Path, pictures: Pictures) -> Part:
+def _strip(row: Mapping[str, Any], scores: Mapping[int, Mapping[str, Any]], run: Path, pictures: Pictures) -> Strip:
+    filters = [count(k) for k in items(row.get("filters"))]
+
+    def mean(name: str) -> float:
+        return sum(number(scores.get(k, {}).get(name)) for k in filters) / len(filters) if filters else math.nan
+
+    return Strip(
+        id=text(row.get("id")),
+        filters=len(filters),
+        picture=pictures.read(run, row.get("strip")),
+        shown=tuple(dict.fromkeys(count(s.get("filter")) for s in groups(row.get("shown")))),
+        distance_frac=mean("distance_frac"),
+        consistency=mean("consistency"),
+    )
+
+
+def _part(name: str, strips: tuple[Strip, ...], found: Mapping[str, Any]) -> Part:
     pairs = group(found.get("removal_pairs"))
     return Part(
         name=name,
-        filters=sum(len(items(row.get("filters"))) for row in rows),
-        strips=tuple(
-            Strip(
-                id=text(row.get("id")),
-                filters=len(items(row.get("filters"))),
-                picture=pictures.read(run, row.get("strip")),
-                shown=tuple(dict.fromkeys(count(s.get("filter")) for s in groups(row.get("shown")))),
-            )
-            for row in rows
-        ),
+        filters=sum(strip.filters for strip in strips),
+        strips=strips,
         share=measure(found.get("share")),
         share_of_score=measure(found.get("share_of_score")),
         integrated=measure(found.get("integrated_share")),
@@ -185,6 +199,7 @@ def collect_parts(run: Path, pictures: Pictures) -> PartsData | None:
     now = sorted(sorted(int(k) for row in rows for k in items(row.get("filters"))) for rows in full.values())
     fits = bool(found) and found.get("grouping") == now
     by_ids = {tuple(map(text, items(row.get("ids")))): row for row in groups(found.get("parts"))} if fits else {}
+    scores = {count(row.get("filter")): row for row in groups(content.get("filters"))}
     score, checks = group(found.get("score")), group(found.get("removal_check"))
     return PartsData(
         rule=text(content.get("rule")),
@@ -193,7 +208,11 @@ def collect_parts(run: Path, pictures: Pictures) -> PartsData | None:
         thresholds=group(content.get("thresholds")),
         null=group(content.get("null")),
         parts=tuple(
-            _part(name, rows, by_ids.get(tuple(text(r.get("id")) for r in rows), {}), run, pictures)
+            _part(
+                name,
+                tuple(_strip(row, scores, run, pictures) for row in rows),
+                by_ids.get(tuple(text(r.get("id")) for r in rows), {}),
+            )
             for name, rows in full.items()
         ),
         empty=tuple(name for name in named if name not in full),

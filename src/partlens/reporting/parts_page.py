@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from partlens.reporting import figures
 from partlens.reporting.notation import counted, number, percent
-from partlens.reporting.parts_data import Part, PartsData
+from partlens.reporting.parts_data import Part, PartsData, Strip
 from partlens.reporting.parts_figures import ShareRow, removal_chart, shares_chart
 from partlens.reporting.reading import Measure
 from partlens.reporting.selection_page import Shown, shown
@@ -26,7 +27,7 @@ _MEASURES = {
 class _Strip:
     """One found part for a person to name."""
 
-    title: str
+    caption: str
     picture: Shown | None
 
 
@@ -125,14 +126,24 @@ def parts_view(data: PartsData, explained: Sequence[tuple[str, str, str]]) -> Pa
         removal_figure=Figure("Loss of the score without a part (up) against what was foretold (right)", removal)
         if removal
         else None,
-        strips=tuple((part, _strips(part)) for part in data.parts),
+        strips=tuple((part, _strips(part, data.null)) for part in data.parts),
         checks=tuple((_MEASURES[c.name], c.correlation, c.slope, c.null) for c in data.checks),
         remarks=_remarks(data),
         explained=tuple(explained),
     )
 
 
-def _strips(part: Part) -> tuple[_Strip, ...]:
+def _stands(strip: Strip, null: Mapping[str, Any]) -> str:
+    """Say how near to its landmark a part is, and how well it foretells it: a name alone promises more."""
+    if math.isnan(strip.distance_frac):
+        return ""
+    chance = null.get("distance_frac_mean")
+    by_lot = f" (random peaks {percent(chance)})" if isinstance(chance, float) else ""
+    follows = "" if math.isnan(strip.consistency) else f", R² {number(strip.consistency)}"
+    return f"{percent(strip.distance_frac)} of the diagonal from the nearest landmark on average{by_lot}{follows}"
+
+
+def _strips(part: Part, null: Mapping[str, Any]) -> tuple[_Strip, ...]:
     made = []
     for strip in part.strips:
         if strip.picture is None:
@@ -140,7 +151,8 @@ def _strips(part: Part) -> tuple[_Strip, ...]:
         title = f"{'filter' if len(strip.shown) == 1 else 'filters'} {', '.join(map(str, strip.shown))}"
         if strip.id != part.name:
             title = f"{strip.id}: {title}"
-        made.append(_Strip(title, shown(strip.picture, f"What the part {part.name} looks at", title)))
+        picture = shown(strip.picture, f"What the part {part.name} looks at", title)
+        made.append(_Strip("; ".join(filter(None, (title, _stands(strip, null)))), picture))
     return tuple(made)
 
 

@@ -62,7 +62,7 @@ def run(tmp_path):
         "photos": 63,
         "split": "test",
         "thresholds": {"distance_max_frac": 0.2, "consistency_min": 0.045},
-        "null": {"kept": 0.01},
+        "null": {"kept": 0.01, "distance_frac_mean": 0.305},
         "stability": {
             "adjusted_rand": estimate(0.88),
             "kept": estimate(0.97),
@@ -73,6 +73,10 @@ def run(tmp_path):
             {"id": "head", "name": "face <b>", "filters": [0, 1], "strip": "parts/1.png", "shown": shown},
             {"id": "front_legs", "name": "front_legs", "filters": [], "strip": None, "shown": []},
             {"id": "other", "name": "other", "filters": [2, 3, 4], "strip": "parts/2.png", "shown": shown[:1]},
+        ],
+        "filters": [
+            {"filter": k, "distance_frac": far, "consistency": r2}
+            for k, (far, r2) in enumerate([(0.1, 0.8), (0.2, 0.6), (0.25, 0.1), (0.25, None), (0.25, 0.1)])
         ],
         "unplaced_names": [{"name": "tail", "filters": [9], "best_overlap": 0.1}],
         "contributions": {
@@ -115,11 +119,19 @@ def test_the_chapter_says_parts_shares_nulls_and_checks(run):
         "gradient × activation (the papers)",
         "0.910",
         "head: filters 4, 7",
+        "filters 4, 7; 15 % of the diagonal from the nearest landmark on average (random peaks 30 %), R² 0.700",
     ):
         assert words in text, words
+    # A filter whose R² nobody could measure leaves out the R², not the place.
+    assert re.search(r"25 % of the diagonal from the nearest landmark on average \(random peaks 30 %\)(?!,)", text)
     page = Page(render_page(collect_page(run)))
     assert {h[1:] for h in page.attributes("href") if h.startswith("#")} <= page.ids
     assert "<b>" not in re.sub(r"<style>.*?</style>", "", render_page(collect_page(run)), flags=re.DOTALL)
+
+
+def test_parts_without_landmarks_stand_nowhere_in_words(run):
+    changed(run, lambda c: c.update(rule="clusters", filters=[{"filter": 0, "agreement": 0.5}]))
+    assert "nearest landmark" not in text_of(run)
 
 
 def test_parts_that_were_joined_since_have_no_contributions(run):
