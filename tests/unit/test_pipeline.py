@@ -86,6 +86,7 @@ def test_fit_evaluate_report(run: Path, tiny: Performer, few_flowers: ImageSet) 
         for name in (
             "instability",
             "peak_spread_cells",
+            "instability_all",
             "dead_frac",
             "consistency",
             "filter_correlation",

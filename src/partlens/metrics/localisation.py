@@ -281,9 +281,14 @@ def border_share(peaks: Peaks) -> float:
 
 @dataclass(frozen=True)
 class LocalisationScores:
-    """Everything instability must not stand without, for one layer on one set of photos."""
+    """Everything instability must not stand without, for one layer on one set of photos.
+
+    ``instability_all`` is instability over all photos with the landmark, not the ``TOP_IMAGES`` that a filter answers
+    to most: which photos these are, and so how easy, depends on what makes it answer strongly.
+    """
 
     instability: Estimate
+    instability_all: Estimate
     peak_spread_cells: Estimate
     dead_frac: Estimate
     border_frac: Estimate
@@ -296,6 +301,7 @@ class LocalisationScores:
         """Return the JSON form, one ``{value, interval, n}`` per score."""
         names = (
             "instability",
+            "instability_all",
             "peak_spread_cells",
             "dead_frac",
             "border_frac",
@@ -345,12 +351,12 @@ def localisation_scores(
     annotated = int(has_landmark.sum())
     group = torch.arange(count) if photos is None else photos
 
-    def over_photos(statistic: object, n: int) -> Estimate:
-        estimate = bootstrap(statistic, count, generator=generator, rounds=rounds)  # type: ignore[arg-type]
+    def over_photos(statistic: object, n: int, draws: torch.Generator = generator) -> Estimate:
+        estimate = bootstrap(statistic, count, generator=draws, rounds=rounds)  # type: ignore[arg-type]
         return Estimate(estimate.value, estimate.interval, n)
 
-    def instability(index: Tensor) -> float:
-        return float(instability_per_filter(peaks.rows(index), landmarks_px[index], input_size_px).nanmean())
+    def instability(index: Tensor, top: int = TOP_IMAGES) -> float:
+        return float(instability_per_filter(peaks.rows(index), landmarks_px[index], input_size_px, top).nanmean())
 
     def consistency(index: Tensor) -> float:
         rows = peaks.rows(index)
@@ -370,6 +376,10 @@ def localisation_scores(
     }
     return LocalisationScores(
         instability=over_photos(instability, annotated),
+        # Draws of its own: whoever adds a score must not move the intervals of the others.
+        instability_all=over_photos(
+            lambda i: instability(i, count), annotated, torch.Generator().manual_seed(generator.initial_seed())
+        ),
         peak_spread_cells=over_photos(lambda i: float(spread_per_filter(peaks.rows(i)).median()), count),
         dead_frac=over_photos(lambda i: float(dead_filters(peaks.rows(i)).double().mean()), count),
         border_frac=over_photos(lambda i: border_share(peaks.rows(i)), count),

@@ -34,6 +34,7 @@ EVALUATION_SCHEMA = "partlens.evaluation/1"
 
 SCORES = (
     "instability",
+    "instability_all",
     "consistency",
     "peak_spread_cells",
     "border_frac",

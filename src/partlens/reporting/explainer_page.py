@@ -73,6 +73,8 @@ def _score_rows(evaluation: Evaluation) -> tuple[_Row, ...]:
     for key in SCORES:
         name, direction, words = wording.SCORE_WORDS[key]
         cells = tuple((subject, subject.scores[key]) for subject in evaluation.subjects)
+        if key == "instability_all" and not any(measure.defined for _, measure in cells):
+            continue  # evaluations of an earlier version do not have it
         counts = {count_of(measure) for _, measure in cells if measure.defined}
         # One count for the whole row is said once; different ones stand in their cells.
         common = counts.pop() if len(counts) == 1 else ""

@@ -32,6 +32,14 @@ SCORE_WORDS: Mapping[str, tuple[str, str, str]] = {
             "diagonal. A peak that never moves also scores low, so it is never read without the rows below it."
         ),
     ),
+    "instability_all": (
+        "… on all photos",
+        "lower is better",
+        (
+            "The published score takes, for each filter, the hundred photos that it answers to most. Which these are "
+            "depends on what makes it answer; here every photo counts."
+        ),
+    ),
     "consistency": (
         "Consistency",
         "higher is better",

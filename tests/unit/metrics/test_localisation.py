@@ -7,6 +7,7 @@ import torch
 
 from partlens.metrics.estimate import Estimate, bootstrap, proportion
 from partlens.metrics.localisation import (
+    LocalisationScores,
     Peaks,
     consistency_per_filter,
     dead_filters,
@@ -188,6 +189,36 @@ def test_the_constant_centre_wins_instability_and_nothing_else(generator: torch.
     assert kinds["centre"].consistency.value < 0.05
     assert math.isnan(kinds["centre"].filter_correlation.value)
     assert kinds["random"].filter_correlation.value == pytest.approx(0, abs=0.02)
+
+
+def test_instability_on_all_photos_is_not_had_by_the_choice_of_photos() -> None:
+    """A filter that answers most where it keeps its distance is stable on its hundred photos only."""
+    truth = torch.rand(160, 1, 2, dtype=torch.float64) * 224
+    beside = (truth + 16 - 8).flip(-1) / 16  # the cell one step from the landmark, always
+    astray = torch.rand(160, 1, 2) * 13
+    easy = (torch.arange(160) < 100)[:, None, None]
+    peaks = peaks_at(torch.where(easy, beside, astray), 1.0 + easy[..., 0].double())
+
+    def scored(images: int) -> LocalisationScores:
+        draws = torch.Generator().manual_seed(3)
+        found = localisation_scores(
+            peaks.rows(torch.arange(images)), truth[:images], SIZE, landmark_names=("head",), generator=draws, rounds=9
+        )
+        # The intervals of the other scores are those of a version without this one.
+        assert torch.equal(draws.get_state(), spent.get_state())
+        return found
+
+    spent = torch.Generator().manual_seed(3)
+    for _ in range(7):
+        bootstrap(lambda _: 0.0, 160, generator=spent, rounds=9)
+    every = scored(160)
+    assert every.instability.value == pytest.approx(0, abs=1e-12)
+    assert every.instability_all.value > 0.05
+    assert every.instability_all.interval[0] < every.instability_all.value < every.instability_all.interval[1]
+    spent = torch.Generator().manual_seed(3)
+    for _ in range(7):
+        bootstrap(lambda _: 0.0, 100, generator=spent, rounds=9)
+    assert scored(100).instability_all.value == pytest.approx(0, abs=1e-12)
 
 
 def test_scores_without_landmarks_are_undefined_and_counted(generator: torch.Generator) -> None:

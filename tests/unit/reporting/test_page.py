@@ -259,6 +259,17 @@ def test_the_score_table_holds_every_number(run):
     assert html.index("score-consistency") > html.index("score-instability")
 
 
+def test_instability_on_all_photos_stands_below_the_published_one(tmp_path):
+    measured = evaluation()
+    measured["explainer"]["instability_all"] = estimate(0.123)
+    html = render_page(collect_page(write_run(tmp_path / "run", measured=measured)))
+    assert len(re.findall(r'<tr role="row" class="score-', html)) == 8
+    row = re.search(r'class="score-instability_all">(.*?)</tr>', html, re.DOTALL)[1]
+    assert "on all photos" in row
+    assert "0.123" in row
+    assert html.index("score-instability_all") < html.index("score-consistency")
+
+
 def test_counts_that_differ_stand_in_their_cells(tmp_path):
     measured = evaluation()
     measured["nulls"]["random"]["instability"]["n"] = 40
