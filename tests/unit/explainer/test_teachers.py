@@ -322,6 +322,20 @@ def test_teachers_are_matched_only_where_it_is_asked_for(match: bool) -> None:
     assert wanted.tolist() != [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("modes", [0, 1])
+def test_teachers_move_in_step_only_where_it_is_asked_for(modes: int) -> None:
+    """The parts of these photos move independently: no mode holds two of them, four coordinates need four."""
+    photos = Photos(photos=40, views=3)
+    structure = ExplainerStructure("tap", ("upper",), 4, 4, (SIDE, SIDE), None, "tap")
+    seen = torch.stack([photos.shown(v) for v in range(3)], 1).flatten(0, 1)
+    config = ExplainerConfig(teachers=4, views=3, warmup_epochs=1, teacher_modes=modes)
+    explainer = Explainer(structure, config, torch.nn.Identity(), generator=draws())
+    data = TrainingMaps(seen.numpy(), (seen.numpy(),), photos.windows, np.arange(0))
+    places = find_teachers(explainer, data)[0]["teachers"]
+    rank = int(torch.linalg.matrix_rank((places - places.mean(0)).flatten(1), rtol=1e-3))
+    assert rank == 1 if modes else rank > 3
+
+
 @pytest.mark.parametrize("sources", ["later", "both"])
 def test_every_category_has_teachers_of_its_own(sources: Literal["later", "both"]) -> None:
     photos = Photos(photos=24, views=3)
