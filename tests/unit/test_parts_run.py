@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import partlens
-from partlens.cli import main
+from partlens.cli import _print_parts, main
 from partlens.data.images import ImageSet
 from partlens.performer.zoo import Performer, weights_sha256
 from partlens.pipeline.parts_file import named_parts, read_parts, with_edits
@@ -80,7 +81,9 @@ def test_every_filter_has_a_part_and_the_contributions_sum(
         assert set(found["stability"][name]) == {"value", "interval", "n", "unit"}
 
 
-def test_with_landmarks_nearest_stays_within_the_thresholds(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+def test_with_landmarks_nearest_stays_within_the_thresholds(
+    run: Path, tiny: Performer, few_flowers: ImageSet, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = partlens.parts(
         run, few_flowers, model=tiny, rule="landmarks", split="train", config={**QUICK, "photos_max": 40}
     )
@@ -96,6 +99,14 @@ def test_with_landmarks_nearest_stays_within_the_thresholds(run: Path, tiny: Per
     given = partlens.parts(run, few_flowers, model=tiny, rule="landmarks", split="train", config=loose)
     assert {row["part"] for row in given["filters"] if not row["dead"]} <= set(few_flowers.part_truth.landmarks)
     assert not given["thresholds"]["consistency_is_measured"]
+    capsys.readouterr()
+    _print_parts(given)
+    shown = capsys.readouterr().out
+    for part in given["parts"]:
+        if part["filters"]:
+            rows = [row for row in given["filters"] if row["filter"] in part["filters"]]
+            far, follows = (np.mean([row[name] for row in rows]) for name in ("distance_frac", "consistency"))
+            assert re.search(rf"{part['name']} +{len(rows)} +{far:.2f}, {follows:.2f}".replace("-", "[-]"), shown)
 
 
 def test_names_are_kept_when_parts_are_found_again(
