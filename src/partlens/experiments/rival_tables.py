@@ -18,6 +18,7 @@ from partlens.experiments.table_blocks import (
     column,
     defined,
     digits,
+    known_columns,
     present,
     pretty,
     row,
@@ -149,7 +150,7 @@ def rival_table(study: Study) -> dict[str, Any]:
                     )
                     for rival in names
                 ]
-        columns = [column(score, name, "", better) for score, (name, better) in (BESIDE | FAITHFUL).items()]
+        columns = known_columns(BESIDE | FAITHFUL, rows)
         lead = "Rivals are fitted on the tap's maps of the category's training photos; all are measured on the same "
         lead += "held-out photos, and every reconstruction of the tap goes through the performer's own upper layers."
         blocks.append({"key": f"rivals-{label}", "title": label, "lead": lead, "columns": columns, "rows": rows})

@@ -31,6 +31,7 @@ ROLES = {
 }
 BESIDE = {
     "instability": ("instability", "lower"),
+    "instability_all": ("… on all photos", "lower"),
     "peak_spread_cells": ("spread of peaks, cells", "0 is stuck"),
     "consistency": ("consistency", "higher"),
     "filter_correlation": ("correlation of filters", "lower"),
@@ -38,6 +39,8 @@ BESIDE = {
     "dead_frac": ("dead filters, share", "lower"),
 }
 """What never stands alone: score, its name, and which way is better."""
+SINCE = ("instability_all",)
+"""Scores that results of earlier versions lack; their column stands where at least one row has it."""
 
 
 def column(key: str, label: str, role: str = "", better: str = "") -> dict[str, str]:
@@ -122,6 +125,12 @@ def warnings_of(study: Study, kind: str) -> list[str]:
     return [f"{label}: {text}, in {', '.join(where)}." for (label, text), where in found.items()]
 
 
+def known_columns(scores: Mapping[str, tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Describe the columns of scores; those that only newer results have are left out where no row has them."""
+    unknown = {key for key in SINCE if not any(defined(r["cells"][key]) for r in rows if r["cells"].get(key))}
+    return [column(key, name, "", better) for key, (name, better) in scores.items() if key not in unknown]
+
+
 def beside_block(
     study: Study, kind: str, subjects: Mapping[str, str], title: str, lead: str, getter: Callable[[str, str], Getter]
 ) -> dict[str, Any]:
@@ -136,7 +145,7 @@ def beside_block(
         for label in present(study, kind)
         for subject, name in subjects.items()
     ]
-    columns = [column(score, name, "", better) for score, (name, better) in BESIDE.items()]
+    columns = known_columns(BESIDE, rows)
     return {"key": "beside", "title": title, "lead": lead, "columns": columns, "rows": rows}
 
 

@@ -25,6 +25,7 @@ from partlens.experiments.explainer_tables import TablePlan, build, explainer_ta
 from partlens.experiments.rival_measures import MeasuredLayer
 from partlens.experiments.study import Study
 from partlens.experiments.sweep import JobResult
+from partlens.experiments.table_blocks import known_columns
 from partlens.experiments.tables_page import table_lines, table_page
 from partlens.explainer.config import PRESETS
 from partlens.vocabulary import ImageError, InputError, RunError
@@ -116,6 +117,8 @@ def test_a_table_has_every_number_beside_its_nulls(finished: tuple[Path, dict[st
     assert any("did not study tiny" in remark for remark in found["remarks"])
     beside = block(found, "beside")
     assert {"peak_spread_cells", "consistency", "filter_correlation", "dead_frac"} <= set(beside["rows"][0]["cells"])
+    assert [c["key"] for c in beside["columns"]][:2] == ["instability", "instability_all"]
+    assert beside["rows"][0]["cells"]["instability_all"]["value"] > 0
     assert all(n["value"] is None or math.isfinite(n["value"]) for n in numbers(found["blocks"]))
 
     text = (out / "instability.html").read_text()
@@ -321,6 +324,16 @@ def study_of(table: str, scores: dict[str, Any], networks: dict[str, str | None]
         for category in categories
     ]
     return Study.of(table, results, networks, categories, "ILSVRC Animal-Part", 0)
+
+
+def test_a_score_that_only_newer_results_have_has_no_column_of_dashes() -> None:
+    known = {"value": 0.1, "interval": [0.0, 0.2], "n": 9, "unit": "photos"}
+    unknown = known | {"value": None}
+    rows = [{"cells": {"instability": known, "instability_all": cell}} for cell in (unknown, None)]
+    scores = {"instability": ("instability", "lower"), "instability_all": ("all", "lower"), "dead_frac": ("dead", "")}
+    assert [c["key"] for c in known_columns(scores, rows)] == ["instability", "dead_frac"]
+    rows.append({"cells": {"instability_all": known}})
+    assert [c["key"] for c in known_columns(scores, rows)] == list(scores)
 
 
 def test_worse_figures_are_called_worse(finished: tuple[Path, dict[str, Any]]) -> None:
