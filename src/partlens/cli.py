@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -397,20 +398,12 @@ def _percent(estimate: dict[str, Any] | None) -> str:
     return f"{100 * estimate['value']:.1f} %{interval}"
 
 
-def _place(found: dict[str, Any], filters: Sequence[int]) -> str:
-    """Say how far filters stand from their nearest landmark (share of the diagonal), and how well they foretell it."""
-    rows = [row for row in found["filters"] if row["filter"] in filters]
-    if any(row.get(name) is None for row in rows for name in ("distance_frac", "consistency")):
-        return "–"
-    far, follows = (sum(row[name] for row in rows) / len(rows) for name in ("distance_frac", "consistency"))
-    return f"{far:.2f}, {follows:.2f}"
-
-
 def _print_parts(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from partlens.pipeline.parts_file import grouping, named_parts
+    from partlens.reporting.parts_data import mean_place
 
     measured = found["contributions"]
     fits = measured is not None and measured["grouping"] == grouping(found)
@@ -427,13 +420,13 @@ def _print_parts(found: dict[str, Any]) -> None:
     )
     for heading in headings:
         table.add_column(heading, no_wrap=heading == "part")
+    by_filter = {row["filter"]: row for row in found["filters"]}
     for part in named_parts(found):
         row = rows.get(part.ids, {})
+        place = ", ".join("–" if math.isnan(v) else f"{v:.2f}" for v in mean_place(part.filters, by_filter))
         shown = (_percent(row.get(k)) for k in ("share", "integrated_share", "integrated_null"))
         ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
-        table.add_row(
-            f"{part.name}{ids}", str(len(part.filters)), _place(found, part.filters), *shown, _shown(row.get("removal"))
-        )
+        table.add_row(f"{part.name}{ids}", str(len(part.filters)), place, *shown, _shown(row.get("removal")))
     console = Console()
     if not console.is_terminal:
         console.width = 160  # in a file or a pipe nothing needs to be broken

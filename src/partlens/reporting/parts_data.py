@@ -6,7 +6,7 @@ What counts as one part is its name: parts of the file with one name are joined 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,19 +140,38 @@ class PartsData:
     checks: tuple[Check, ...]
 
 
-def _strip(row: Mapping[str, Any], scores: Mapping[int, Mapping[str, Any]], run: Path, pictures: Pictures) -> Strip:
+def mean_place(filters: Sequence[int], found: Mapping[int, Mapping[str, Any]]) -> tuple[float, float]:
+    """Return how far filters stand from their nearest landmark, as a share of the diagonal, and their R², on average.
+
+    Args:
+        filters: of a part.
+        found: what ``parts.json`` says of each filter, by its number.
+
+    Returns:
+        NaN for what is unknown of a filter or, without landmarks, of all.
+
+    Example:
+        >>> mean_place([0, 1], {0: {"distance_frac": 0.1, "consistency": 0.5}, 1: {"distance_frac": 0.2}})
+        (0.15000000000000002, nan)
+    """
+    rows = [found.get(k, {}) for k in filters]
+    far, follows = (
+        sum(number(row.get(name)) for row in rows) / len(rows) if rows else math.nan
+        for name in ("distance_frac", "consistency")
+    )
+    return far, follows
+
+
+def _strip(row: Mapping[str, Any], found: Mapping[int, Mapping[str, Any]], run: Path, pictures: Pictures) -> Strip:
     filters = [count(k) for k in items(row.get("filters"))]
-
-    def mean(name: str) -> float:
-        return sum(number(scores.get(k, {}).get(name)) for k in filters) / len(filters) if filters else math.nan
-
+    distance, consistency = mean_place(filters, found)
     return Strip(
         id=text(row.get("id")),
         filters=len(filters),
         picture=pictures.read(run, row.get("strip")),
         shown=tuple(dict.fromkeys(count(s.get("filter")) for s in groups(row.get("shown")))),
-        distance_frac=mean("distance_frac"),
-        consistency=mean("consistency"),
+        distance_frac=distance,
+        consistency=consistency,
     )
 
 
