@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ from partlens.artefacts.receptive_pictures import (
 )
 from partlens.artefacts.track_cam import concentration_frac, layer_grad_cam, random_grad_cam, track_grad_cam
 from partlens.data.images import ImageSet
+from partlens.evaluation.places import photo_numbers
 from partlens.explainer.network import Explainer
 from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.localisation import Peaks, dead_filters
@@ -233,6 +234,7 @@ def _attention(
     joined: _Joined,
     head: nn.Module,
     frames: _Frames,
+    photos_of: Int[Tensor, " image"],
     top: str,
     effort: _Effort,
     generator: torch.Generator,
@@ -245,13 +247,16 @@ def _attention(
     chosen = list(range(min(effort.attention, len(frames.rows))))
     maps: dict[str, list[Tensor]] = {name: [] for name in layers}
     classes: list[Tensor] = []
+    denied: list[bool] = []
     sides: dict[str, tuple[int, int]] = {}
     for start in range(0, len(chosen), _BATCH):
         part = chosen[start : start + _BATCH]
         batch = frames.batch(part)
         output, taps = forward_taps(performer, batch, list(dict.fromkeys([tap, top])))
-        of = class_scores(output).argmax(1).cpu()
+        scores = class_scores(output).cpu()
+        of = scores.argmax(1)
         classes.append(of)
+        denied += [scores.shape[1] == 1 and float(score) <= 0 for score in scores[:, 0]]
         sides |= {name: (int(taps[at].shape[2]), int(taps[at].shape[3])) for name, at in layers.items()}
         maps["interpretable"].append(track_grad_cam(joined.explainer, head, taps[tap].cpu(), of, size_px=size))
         maps["tap"].append(layer_grad_cam(performer, batch, tap, of))
@@ -273,28 +278,37 @@ def _attention(
             {
                 "key": frames.images.keys[frames.rows[index]],
                 "class": names[number] if names else str(number),
+                # A single output has one class to draw, whatever the answer was.
+                "denied": denied[position],
                 "file": f"gallery/photo-{index}.jpg",
                 "maps": files,
             }
         )
         _save_photo(folder / f"photo-{index}.jpg", frame)
 
-    def shares(of: Tensor) -> dict[str, Any]:
+    def shares(of: Tensor, photos: Tensor) -> dict[str, Any]:
         """Mean over photos of how concentrated the maps are; photos whose map is all zeros are counted apart."""
         values = concentration_frac(of).double()
         defined = values[~values.isnan()]
         if not len(defined):
             return {**Estimate.undefined().to_dict(), "empty": len(values)}
-        found = bootstrap(lambda i: float(defined[i].mean()), len(defined), generator=generator, rounds=300)
+        found = bootstrap(
+            lambda i: float(defined[i].mean()),
+            len(defined),
+            generator=generator,
+            rounds=300,
+            groups=photos[~values.isnan()],
+        )
         return {**found.to_dict(), "empty": len(values) - len(defined)}
 
     return {
         "layers": {"interpretable": f"conv-interp-2 at {tap}", "tap": tap, "top": top},
         "size_px": [size[1], size[0]],
         "photos": photos,
-        "concentration_frac": {name: shares(of) for name, of in joined_maps.items()},
+        "concentration_frac": {name: shares(of, photos_of[: len(chosen)]) for name, of in joined_maps.items()},
         "random_frac": {
-            name: shares(random_grad_cam(len(chosen), side, size, generator)) for name, side in sides.items()
+            name: shares(random_grad_cam(len(chosen), side, size, generator), torch.arange(len(chosen)))
+            for name, side in sides.items()
         },
     }
 
@@ -415,5 +429,7 @@ def write_gallery(
                 for layer in layers
             },
         }
-    content["attention"] = _attention(folder, joined, head, frames, top, effort, generator, more)
+    content["attention"] = _attention(
+        folder, joined, head, frames, photo_numbers(images, rows), top, effort, generator, more
+    )
     write_json(folder / "gallery.json", {**content, "layers": entries})

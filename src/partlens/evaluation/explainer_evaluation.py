@@ -63,7 +63,7 @@ class _Layer:
         if explainer.config.peak == "largest":
             self.cells.append(largest)
             return
-        centroid = explainer.places(maps.clamp(min=0))
+        centroid = explainer.places(maps.clamp(min=0))  # an empty map's is cell (0, 0), as its largest cell is
         self.cells.append(centroid if own else largest)
         self.otherwise.append(largest if own else centroid)
 
@@ -144,12 +144,20 @@ def _stream(
     return stage.fed_back()
 
 
-def _relative_error(per_photo: Tensor, sums: ReconstructionSums, generator: torch.Generator) -> Estimate:
+def _relative_error(
+    per_photo: Tensor, sums: ReconstructionSums, generator: torch.Generator, photos: Tensor
+) -> Estimate:
     """Share of the target's variance that is lost, with a bootstrap over photos of the numerator."""
     if not math.isfinite(sums.relative_error):
         return Estimate.undefined()
     mean_scatter = sums.scatter / sums.count
-    return bootstrap(lambda i: float(per_photo[i].mean()) / mean_scatter, sums.count, generator=generator, rounds=1000)
+    return bootstrap(
+        lambda i: float(per_photo[i].mean()) / mean_scatter,
+        sums.count,
+        generator=generator,
+        rounds=1000,
+        groups=photos,
+    )
 
 
 def warnings_for(scores: Mapping[str, Any], agreement: Estimate) -> list[str]:
@@ -158,6 +166,7 @@ def warnings_for(scores: Mapping[str, Any], agreement: Estimate) -> list[str]:
     checks = (
         ("filter_correlation", lambda v: v > 0.9, "every filter follows the same part"),
         ("dead_frac", lambda v: v >= 0.05, "many filters are dead"),
+        ("silent_frac", lambda v: v >= 0.05, "many maps are empty, whose peaks stand in the corner"),
         ("peak_spread_cells", lambda v: v < 1.0, "peaks barely move"),
         ("border_frac", lambda v: v > 0.5, "most peaks stand on the border"),
     )
@@ -286,23 +295,25 @@ def evaluate_explainer(
     nulls = {kind: scoring.scores(of, None, fixed=kind != "random") for kind, of in of_nulls.items()}
     explained = scoring.scores(peaks["explainer"], "explainer")
     differences = scoring.differences(of_nulls, peaks["explainer"], torch.Generator().manual_seed(seed))
-    agreement = agreement_top1(held.fed_outputs, held.outputs)
+    agreement = agreement_top1(held.fed_outputs, held.outputs, photos)
     reconstruction: dict[str, Any] = {
         "agreement_top1": agreement.to_dict(),
         "relative_error": {
-            name: _relative_error(torch.cat(stage.per_photo[name]), stage.sums[name], generator).to_dict()
+            name: _relative_error(torch.cat(stage.per_photo[name]), stage.sums[name], generator, photos).to_dict()
             for name in structure.targets
         },
     }
     held_others = None
     errors = None
+    all_photos = photos
     if others:
+        all_photos = photo_numbers(images, [*rows.held, *rows.held_others])
         held_others = _stream(stage, images, rows.held_others, advance)
         reconstruction["agreement_top1_background"] = agreement_top1(
-            held_others.fed_outputs, held_others.outputs
+            held_others.fed_outputs, held_others.outputs, all_photos[len(rows.held) :]
         ).to_dict()
     if wanted and (held_others is not None or categories is not None):
-        errors = own_errors(performer, wanted, held, held_others, labels, generator)
+        errors = own_errors(performer, wanted, held, held_others, labels, all_photos, generator)
         by = "performer"
     if errors is None and categories is None and others:
         assert train is not None
@@ -314,6 +325,7 @@ def evaluate_explainer(
             torch.cat([held.features, held_others.features]),
             torch.cat([held.fed_features, held_others.fed_features]),
             torch.cat([torch.ones(len(rows.held)), torch.zeros(len(rows.held_others))]).long(),
+            photos=all_photos,
             generator=generator,
         )
         by = "logistic head"
@@ -325,6 +337,7 @@ def evaluate_explainer(
             held.features,
             held.fed_features,
             categories.labels,
+            photos=photos,
             generator=generator,
         )
         by = "logistic head"
@@ -337,7 +350,7 @@ def evaluate_explainer(
         }
     optimum = Estimate.undefined()
     if explainer.config.objective == "reconstruction":
-        optimum = stage.curve.optimum(generator)
+        optimum = stage.curve.optimum(generator, photos)
     result = {
         "schema": SCHEMA,
         "photos": len(rows.held),

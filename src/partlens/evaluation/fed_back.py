@@ -54,9 +54,21 @@ def own_errors(
     held: FedBack,
     others: FedBack | None,
     labels: Tensor,
+    photos: Tensor,
     seed: torch.Generator,
 ) -> HeadErrors | None:
-    """Return errors by the performer's own outputs, where these are the categories; ``None`` where they are not."""
+    """Return errors by the performer's own outputs, where these are the categories; ``None`` where they are not.
+
+    Args:
+        performer: whose outputs they are.
+        names: of the categories.
+        held: held-out photos of the categories.
+        others: held-out photos of other categories, or nothing.
+        labels: of ``held``, an index into ``names``.
+        photos: an integer per row of ``held`` and, for a single category, of ``others`` behind it; equal for crops of
+            one photo.
+        seed: draws of the bootstrap.
+    """
     columns = own_columns(performer, names)
     if columns is None:
         return None
@@ -66,4 +78,4 @@ def own_errors(
         own = (torch.cat([own, others.outputs.argmax(1)]) == columns[0]).long()
         fed = (torch.cat([fed, others.fed_outputs.argmax(1)]) == columns[0]).long()
         truth = torch.cat([torch.ones(len(labels)), torch.zeros(len(others.outputs))]).long()
-    return decision_errors(own, fed, truth, generator=seed)
+    return decision_errors(own, fed, truth, photos=photos[: len(truth)], generator=seed)

@@ -126,11 +126,17 @@ class Scoring:
     def differences(self, nulls: Mapping[str, Peaks], own: Peaks, generator: torch.Generator) -> dict[str, Estimate]:
         """Return the explainer's instability minus each null's, on the same photos."""
 
-        def of_photos(part: Peaks, its: Mapping[str, Peaks], landmarks: Tensor) -> dict[str, Estimate]:
-            return dict(instability_differences(part, its, landmarks, self.size_px, generator=generator, rounds=ROUNDS))
+        def of_photos(
+            part: Peaks, its: Mapping[str, Peaks], landmarks: Tensor, photos: Tensor
+        ) -> dict[str, Estimate]:
+            return dict(
+                instability_differences(
+                    part, its, landmarks, self.size_px, photos=photos, generator=generator, rounds=ROUNDS
+                )
+            )
 
         if self.categories is None:
-            return of_photos(own, nulls, self.landmarks)
+            return of_photos(own, nulls, self.landmarks, self.photos)
         each, counts = [], []
         for number in range(len(self.categories.names)):
             index, chosen = self._images(number), self._filters("explainer", number)
@@ -138,7 +144,7 @@ class Scoring:
                 continue
             counts.append(len(chosen))
             its = {kind: of.rows(index) for kind, of in nulls.items()}
-            each.append(of_photos(own.rows(index).filters(chosen), its, self.landmarks[index]))
+            each.append(of_photos(own.rows(index).filters(chosen), its, self.landmarks[index], self.photos[index]))
         return {kind: _mean_of([found[kind] for found in each], counts) for kind in nulls}
 
     def table(self, of: Peaks, layer: str) -> list[dict[str, Any]]:

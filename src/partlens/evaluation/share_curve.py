@@ -49,13 +49,17 @@ class ShareCurve:
         if math.isnan(self.worst_rescaling):
             self.worst_rescaling = rescaling_error(explainer, maps)
 
-    def optimum(self, generator: torch.Generator, rounds: int = 1000) -> Estimate:
-        """Return the p at which these photos' objective is least, with a bootstrap over photos."""
+    def optimum(self, generator: torch.Generator, photos: Tensor, rounds: int = 1000) -> Estimate:
+        """Return the p at which these photos' objective is least, with a bootstrap over photos (an integer per row)."""
         weights = self.reconstruction_weight / torch.cat(self.norms).mean(0).clamp(min=1e-12)
         costs = (torch.cat(self.costs) * weights).sum(2)
         shares = torch.tensor(SHARES, dtype=torch.float64)
         return bootstrap(
-            lambda i: best_share(costs[i].mean(0), shares, self.eta), len(costs), generator=generator, rounds=rounds
+            lambda i: best_share(costs[i].mean(0), shares, self.eta),
+            len(costs),
+            generator=generator,
+            rounds=rounds,
+            groups=photos,
         )
 
 

@@ -156,6 +156,7 @@ def measure_rivals(
                     into.add(rival.maps(maps), bench.power)
                     into.wrong.append((fed - target).double().square().flatten(1).sum(1))
     held = list(rows["held"])
+    both = photo_numbers(images, [*held, *rows.get("held_others", ())])
     names, landmarks = landmarks_in_input(images, held, performer)
     groups, grid = photo_numbers(images, held), grid_of(receptive_field(performer, structure.tap))
     scatter = own.scatter / max(own.count, 1)
@@ -179,16 +180,19 @@ def measure_rivals(
                 len(held),
                 generator=generator,
                 rounds=1000,
+                groups=groups,
             )
         )
         scores |= {
             "variance_explained": explained.to_dict(),
             "agreement_top1": agreement_top1(
-                torch.cat(found.outputs["held"]), torch.cat(own_outputs["held"])
+                torch.cat(found.outputs["held"]), torch.cat(own_outputs["held"]), groups
             ).to_dict(),
         }
         if all(own_features.values()):
-            errors = _errors(performer, category, own_outputs, found.outputs, own_features, found.features, generator)
+            errors = _errors(
+                performer, category, own_outputs, found.outputs, own_features, found.features, both, generator
+            )
             scores["error_increase_points"] = errors.error_increase_points.to_dict()
         results[name] = scores
     return results
@@ -201,12 +205,14 @@ def _errors(
     fed_outputs: Mapping[str, Sequence[Tensor]],
     own_features: Mapping[str, Sequence[Tensor]],
     fed_features: Mapping[str, Sequence[Tensor]],
+    photos: Tensor,
     generator: torch.Generator,
 ) -> HeadErrors:
     """Return errors of category against background, as an evaluation does: by the performer's own output, or by a head.
 
     Outputs and fed features have the parts ``held`` and ``others``, the performer's features those of
-    :class:`~partlens.evaluation.explainer_evaluation.EvaluationRows`.
+    :class:`~partlens.evaluation.explainer_evaluation.EvaluationRows`; ``photos`` has an integer per row of ``held`` and
+    ``held_others``, equal for crops of one photo.
     """
     import torch
 
@@ -223,13 +229,14 @@ def _errors(
             (torch.cat([*found["held"], *found["others"]]).argmax(1) == columns[0]).long()
             for found in (own_outputs, fed_outputs)
         )
-        return decision_errors(own, fed, truth, generator=generator)
+        return decision_errors(own, fed, truth, photos=photos, generator=generator)
     return category_error_increase(
         torch.cat([*own_features["train"], *own_features["train_others"]]),
         labels(own_features["train"], own_features["train_others"]),
         torch.cat([*own_features["held"], *own_features["held_others"]]),
         torch.cat([*fed_features["held"], *fed_features["others"]]),
         truth,
+        photos=photos,
         generator=generator,
     )
 
@@ -313,10 +320,11 @@ def measure_interpretable(
     }
     if all(len(chosen) for chosen in rows.values()):
         own, other = torch.cat(logits["held"]), torch.cat(logits["others"])
-        wrong = proportion(torch.cat([own <= 0, other > 0]).double())
+        both = photo_numbers(images, [*held, *rows["held_others"]])
+        wrong = proportion(torch.cat([own <= 0, other > 0]).double(), groups=both)
         interval = (100 * wrong.interval[0], 100 * wrong.interval[1])
         same = {"held": features["held"], "others": features["held_others"]}
-        ordinary = _errors(performer, category, outputs, outputs, features, same, generator)
+        ordinary = _errors(performer, category, outputs, outputs, features, same, both, generator)
         found["error_percent"] = Estimate(100 * wrong.value, interval, wrong.n).to_dict()
         found["performer_error_percent"] = ordinary.performer_error_percent.to_dict()
     return found

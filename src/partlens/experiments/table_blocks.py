@@ -37,9 +37,10 @@ BESIDE = {
     "filter_correlation": ("correlation of filters", "lower"),
     "distinct_parts": ("distinct parts", ""),
     "dead_frac": ("dead filters, share", "lower"),
+    "silent_frac": ("empty maps, share", "lower"),
 }
 """What never stands alone: score, its name, and which way is better."""
-SINCE = ("instability_all",)
+SINCE = ("instability_all", "silent_frac")
 """Scores that results of earlier versions lack; their column stands where at least one row has it."""
 
 

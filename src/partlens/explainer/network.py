@@ -300,6 +300,19 @@ class Explainer(nn.Module):
         self.gain.copy_(self.norm_ordin.divisor)
         self.gain_started.fill_(value=True)
 
+    @torch.no_grad()
+    def restart_norm(self, maps: Float[Tensor, "image filter row col"]) -> None:
+        """Measure the interpretable track's magnitudes again on a sample; the gain, of the ordinary track, stays.
+
+        The warm-up changes the filters and passes no norm layer. With the magnitudes of before it, half of the channels
+        of ResNet-18's fox would enter the encoder's output six times too strong, and the decoder would learn from that.
+        """
+        draws, self.draws = self.draws, None
+        masked = self.pool(self.masked(self.interpret(maps)[1]))
+        self.draws = draws
+        self.norm_interp.started.fill_(value=False)
+        self.norm_interp.update(masked)
+
     def interpret(self, maps: Float[Tensor, "image filter row col"]) -> tuple[Tensor, Tensor]:
         """Return the maps of both interpretable layers, after the ReLU and before the mask."""
         if maps.shape[1] != self.structure.channels_in or tuple(maps.shape[2:]) != self.structure.side_cells:

@@ -85,6 +85,7 @@ class BatchFacts(NamedTuple):
 class _Group(NamedTuple):
     """Photos of one category in a batch and the filters that are theirs."""
 
+    category: int
     rows: Tensor
     filters: Tensor
     pair: ViewPair | None
@@ -236,7 +237,8 @@ class Objective:
 
         ``argmax_c mean over photos of c of sum_ij x_ij``, the means running over batches and so re-assigned with each.
         """
-        return self.state[f"activity.{layer}"].argmax(1)
+        # A category that no batch has shown yet excites no filter.
+        return self.state[f"activity.{layer}"].nan_to_num(nan=-1.0).argmax(1)
 
     @torch.no_grad()
     def _follow_activity(self, layer: str, maps: Tensor, labels: Tensor) -> None:
@@ -250,10 +252,9 @@ class Objective:
         seen = torch.bincount(labels, minlength=width)
         means.index_add_(1, labels, total.t())
         means = means / seen.clamp(min=1)
-        if past is None:
-            self.state[key] = means
-        else:
-            self.state[key] = torch.where(seen > 0, _ACTIVITY_MOMENTUM * past + (1 - _ACTIVITY_MOMENTUM) * means, past)
+        past = torch.full_like(means, math.nan) if past is None else past
+        mixed = torch.where(past.isnan(), means, _ACTIVITY_MOMENTUM * past + (1 - _ACTIVITY_MOMENTUM) * means)
+        self.state[key] = torch.where(seen > 0, mixed, past)
 
     def _groups(self, layer: str, maps: Tensor, batch: BatchFacts) -> list[_Group]:
         """Split a batch by category: which photos are positive for which filters."""
@@ -261,7 +262,7 @@ class Objective:
         if batch.labels is None:
             everything = torch.arange(maps.shape[1], device=maps.device)
             rows = torch.arange(positives, device=maps.device)
-            return [_Group(rows, everything, batch.pair, batch.evidence, batch.taught)]
+            return [_Group(0, rows, everything, batch.pair, batch.evidence, batch.taught)]
         self._follow_activity(layer, maps, batch.labels)
         assigned = self.assigned(layer)
         found = []
@@ -277,7 +278,7 @@ class Objective:
                 half = len(kept)
                 pair = ViewPair(slice(0, half), slice(half, 2 * half), pair.windows[kept])
             evidence, taught = (None if t is None else t[rows] for t in (batch.evidence, batch.taught))
-            found.append(_Group(rows, filters, pair, evidence, taught))
+            found.append(_Group(category, rows, filters, pair, evidence, taught))
         return found
 
     def _layer_cost(self, name: str, maps: Tensor, batch: BatchFacts) -> tuple[Tensor, dict[str, Tensor]]:
@@ -306,7 +307,7 @@ class Objective:
             extra, terms = self._beyond_the_papers(positive, group)
             if name == "2" and group.taught is not None:
                 own_maps = maps[group.rows][:, group.filters].float()
-                missed = teacher_cost(own_maps, group.taught[:, self.state["teacher_of"][group.filters]])
+                missed = teacher_cost(own_maps, group.taught[:, self.state["teacher_of"][group.filters, group.category]])
                 extra = extra + config.teacher_weight * missed
                 terms["teacher"] = missed.detach().mean()
             total = total.index_add(0, group.filters, loss + extra)

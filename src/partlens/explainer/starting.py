@@ -104,11 +104,12 @@ def find_teachers(explainer: Explainer, data: TrainingMaps) -> tuple[dict[str, T
 
     Returns:
         ``teachers``, places (photo, teacher, 2) in shares, NaN for photos of other categories, and ``teacher_of``, the
-        teacher of each filter of conv-interp-2; and what was found, for the log.
+        teacher of each filter of conv-interp-2 for each category (filter, category), since filters change category; and
+        what was found, for the log.
     """
     config, structure = explainer.config, explainer.structure
     places = torch.full((data.photos, config.teachers * data.categories, 2), math.nan)
-    teacher_of = torch.zeros(structure.channels_out, dtype=torch.long)
+    teacher_of = torch.zeros(structure.channels_out, data.categories, dtype=torch.long)
     found = {"teacher_movement": 0.0, "teacher_correlation": 0.0}
     for category in range(data.categories):
         generator = epoch_generator(config.seed, -1 - category)
@@ -129,14 +130,13 @@ def find_teachers(explainer: Explainer, data: TrainingMaps) -> tuple[dict[str, T
         )
         first, count = category * config.teachers, teachers.places.shape[1]
         places[own, first : first + count] = teachers.places
-        share = _share(structure.channels_out, category, data.categories)
-        turns = torch.arange(len(share)) % count
+        turns = torch.arange(structure.channels_out) % count
         if config.teacher_match:
             shown = own[:: max(1, len(own) // NORM_SAMPLE)][:NORM_SAMPLE]
             with torch.no_grad():
                 ordinary = explainer.conv_ordin(gather(data.tap, data.rows(shown, torch.zeros_like(shown)))).relu()
-            turns = matched_teachers(ordinary[:, share], places[shown, first : first + count])
-        teacher_of[share] = first + turns
+            turns = matched_teachers(ordinary, places[shown, first : first + count])
+        teacher_of[:, category] = first + turns
         found["teacher_movement"] += float(teachers.movement.mean()) / data.categories
         found["teacher_correlation"] += teachers.correlation / data.categories
     return {"teachers": places, "teacher_of": teacher_of}, found

@@ -101,7 +101,8 @@ def part_codes(
 
 def centroids(codes: Float[Tensor, "image part row col"], power: float = 2.0) -> Float[Tensor, "image part 2"]:
     """Return the centroid (row, col) of codes to a power as shares of the map's sides; its middle for an empty map."""
-    return (centroid_cells(codes, power) + 0.5) / torch.tensor(codes.shape[2:], device=codes.device)
+    shares = (centroid_cells(codes, power) + 0.5) / torch.tensor(codes.shape[2:], device=codes.device)
+    return torch.where(codes.amax((2, 3))[..., None] > 0, shares, 0.5)
 
 
 def places_in_view(

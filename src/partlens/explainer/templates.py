@@ -148,7 +148,9 @@ def centroid_cells(maps: Float[Tensor, "image filter row col"], power: float) ->
     """Return the centroid (row, col) of each map raised to a power: its largest cell for a large power.
 
     Where a map has one narrow peak, this is that peak to a part of a cell; where it answers in two places, it stands
-    between them instead of jumping. It does not depend on the map's scale. The middle for an empty map.
+    between them instead of jumping. It does not depend on the map's scale. An empty map peaks nowhere: it gets cell
+    (0, 0), as its largest cell does, so that filters which do not answer are never taken for filters that stay in the
+    middle.
 
     Args:
         maps: non-negative maps (after a ReLU).
@@ -163,8 +165,9 @@ def centroid_cells(maps: Float[Tensor, "image filter row col"], power: float) ->
     rows, cols = maps.shape[2:]
     flat = maps.flatten(2).float()
     largest = flat.amax(-1, keepdim=True)
-    weight = torch.where(largest > 0, flat / largest.clamp(min=torch.finfo(flat.dtype).tiny), 1.0).pow(power)
-    return weight @ cell_grid(rows, cols, weight) / weight.sum(-1, keepdim=True)
+    weight = (flat / largest.clamp(min=torch.finfo(flat.dtype).tiny)).pow(power)
+    places = weight @ cell_grid(rows, cols, weight) / weight.sum(-1, keepdim=True)
+    return torch.where(largest <= 0, 0.0, places)
 
 
 def mask_around(

@@ -58,6 +58,9 @@ class TrainingResult:
     history: tuple[dict[str, Any], ...]
     stopped: str
 
+_STATE = 2
+"""Of what a checkpoint holds: one of an older make is refused."""
+
 
 def _schedule(step: int, total: int) -> float:
     """Share of the learning rate: a short rise, then a cosine to 5 %."""
@@ -167,6 +170,7 @@ class _Run:
                 "background": len(data.background_rows),
                 "evidence": data.evidence is not None,
                 "categories": data.categories,
+                "state": _STATE,
                 "ordinary": sum(p.numel() for p in explainer.conv_ordin.parameters()),
             }
         )
@@ -247,6 +251,10 @@ class _Run:
         if number == config.warmup_epochs + 1:
             # The joint objective has other units: moments of the warm-up would all but stop the interpretable track.
             self.optimiser = _optimiser(explainer, config, self.of_decoder, warm=False)
+            if config.warmup_epochs:
+                photos = norm_sample(self.data)
+                maps = gather(self.data.tap, self.data.rows(photos, torch.zeros_like(photos)))
+                explainer.restart_norm(maps.to(self.device))
         explainer.train()
         explainer.decoder.eval()  # copies of the performer's norm and dropout layers stay as they are
         self.objective.epoch = max(1, number - config.warmup_epochs)

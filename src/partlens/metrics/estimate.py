@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from partlens.vocabulary import InputError, expected
@@ -49,28 +49,69 @@ def bootstrap(
     rounds: int = 100,
     unit: str = "photos",
     level: float = 0.95,
+    groups: Int[Tensor, " image"] | None = None,
 ) -> Estimate:
     """Estimate a statistic of a set of photos with a percentile bootstrap over the photos.
 
     Args:
         statistic: gets row indices (with repeats) and returns the value; called ``rounds + 1`` times.
-        count: number of photos.
+        count: number of rows.
         generator: source of the draws.
         rounds: bootstrap rounds; the interval's ends move by about ``1/sqrt(rounds)`` of its width.
         unit: what ``count`` counts.
         level: coverage of the interval.
+        groups: an integer per row, equal for crops of one photo: a photo is drawn with all its crops, since these are
+            not independent, and ``n`` counts photos. Every row on its own when left out.
 
     Returns:
         The value on all photos and the percentile interval; rounds where the statistic is ``nan`` are left out.
 
     Raises:
-        InputError: no photos.
+        InputError: no photos, or not a group for every row.
     """
     if count < 1:
         raise InputError(expected("at least 1 photo to measure on", count, "Add held-out photos"))
     value = statistic(torch.arange(count))
-    draws = [statistic(torch.randint(count, (count,), generator=generator)) for _ in range(rounds)]
-    return Estimate(value, percentile_interval(draws, level), count, unit)
+    draw, units = resampler(count, groups)
+    draws = [statistic(draw(generator)) for _ in range(rounds)]
+    return Estimate(value, percentile_interval(draws, level), units, unit)
+
+
+def resampler(
+    count: int, groups: Int[Tensor, " image"] | None = None
+) -> tuple[Callable[[torch.Generator], Int[Tensor, " row"]], int]:
+    """Return a function that draws rows with replacement, group by group, and the number of groups.
+
+    As many groups as there are are drawn, each with all its rows. Groups count in the order of their first rows, so that
+    groups of one row each draw the same rows as no groups do.
+
+    Args:
+        count: number of rows.
+        groups: an integer per row; every row on its own when left out.
+
+    Example:
+        >>> draw, units = resampler(4, torch.tensor([7, 7, 7, 2]))
+        >>> sorted(draw(torch.Generator().manual_seed(1)).tolist()), units
+        ([0, 0, 1, 1, 2, 2], 2)
+    """
+    if groups is None:
+        return lambda generator: torch.randint(count, (count,), generator=generator), count
+    if len(groups) != count:
+        raise InputError(expected(f"a group for each of {count} rows", len(groups), "Number the photos of all rows"))
+    inverse = groups.unique(return_inverse=True)[1]
+    sizes = inverse.bincount()
+    units = len(sizes)
+    by_group = inverse.argsort(stable=True)
+    starts = sizes.cumsum(0) - sizes
+    order = by_group[starts].argsort()  # groups by their first rows
+
+    def draw(generator: torch.Generator) -> Int[Tensor, " row"]:
+        drawn = order[torch.randint(units, (units,), generator=generator)]
+        length = sizes[drawn]
+        first = torch.repeat_interleave(starts[drawn] - (length.cumsum(0) - length), length)
+        return by_group[first + torch.arange(len(first))]
+
+    return draw, units
 
 
 def percentile_interval(draws: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -88,18 +129,31 @@ def percentile_interval(draws: Sequence[float], level: float = 0.95) -> tuple[fl
     return low, high
 
 
-def proportion(successes: Float[Tensor, " image"], *, z: float = 1.96) -> Estimate:
+def proportion(
+    successes: Float[Tensor, " image"], *, groups: Int[Tensor, " image"] | None = None, z: float = 1.96
+) -> Estimate:
     """Return the mean of zeros and ones with Wilson's score interval (95 %).
+
+    Args:
+        successes: a 0 or 1 per row.
+        groups: an integer per row, equal for crops of one photo. The interval is then as wide as if crops of one photo
+            always had the same answer: Wilson's for Kish's effective number ``(sum c)² / sum c²`` of photos with ``c``
+            crops each, which errs on the wide side. ``n`` counts photos.
+        z: quantile of the normal distribution.
 
     Example:
         >>> e = proportion(torch.tensor([1.0, 1.0, 1.0, 0.0]))
         >>> e.value, round(e.interval[0], 3), round(e.interval[1], 3)
         (0.75, 0.301, 0.954)
     """
-    n = successes.numel()
-    if n == 0:
+    if successes.numel() == 0:
         return Estimate.undefined()
+    if groups is not None and len(groups) != len(successes):
+        got = f"{len(groups)} for {len(successes)}"
+        raise InputError(expected("a group for every row", got, "Number the photos of all rows"))
+    crops = torch.ones(len(successes)) if groups is None else groups.unique(return_counts=True)[1].double()
+    n = float(crops.sum() ** 2 / crops.square().sum())
     share = float(successes.double().mean())
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Estimate(share, (max(0.0, centre - half), min(1.0, centre + half)), n)
+    return Estimate(share, (max(0.0, centre - half), min(1.0, centre + half)), len(crops))

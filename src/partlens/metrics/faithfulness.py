@@ -62,8 +62,22 @@ class ReconstructionSums:
         return self.squared_error / self.squared_norm if self.squared_norm > 0 else math.nan
 
 
-def agreement_top1(fed_back: Float[Tensor, "image output"], performer: Float[Tensor, "photo class"]) -> Estimate:
-    """Return the share of photos whose strongest class stays the same, with Wilson's interval."""
+def agreement_top1(
+    fed_back: Float[Tensor, "image output"],
+    performer: Float[Tensor, "photo class"],
+    photos: Int[Tensor, " image"] | None = None,
+) -> Estimate:
+    """Return the share of photos whose strongest class stays the same, with Wilson's interval.
+
+    Args:
+        fed_back: outputs when the reconstruction is fed back; two or more classes (a single logistic output goes
+            through :func:`~partlens.evaluation.fed_back.class_outputs` first).
+        performer: the performer's own.
+        photos: an integer per image, equal for crops of one photo.
+
+    Raises:
+        InputError: outputs of different shapes, or a single output, whose strongest class is always the same.
+    """
     if fed_back.shape != performer.shape:
         raise InputError(
             expected(
@@ -72,7 +86,10 @@ def agreement_top1(fed_back: Float[Tensor, "image output"], performer: Float[Ten
                 "Use one set of photos",
             )
         )
-    return proportion((fed_back.argmax(1) == performer.argmax(1)).double())
+    if performer.shape[1] < 2:
+        got = f"outputs of shape {tuple(performer.shape)}"
+        raise InputError(expected("outputs of at least 2 classes", got, "Pass class_outputs(outputs)"))
+    return proportion((fed_back.argmax(1) == performer.argmax(1)).double(), groups=photos)
 
 
 def accuracy_top1(outputs: Float[Tensor, "image output"], labels: Int[Tensor, " image"]) -> Estimate:
@@ -102,6 +119,7 @@ def category_error_increase(
     explainer_features: Float[Tensor, "image feature"],
     labels: Int[Tensor, " image"],
     *,
+    photos: Int[Tensor, " image"] | None = None,
     generator: torch.Generator,
     rounds: int = 1000,
 ) -> HeadErrors:
@@ -117,6 +135,7 @@ def category_error_increase(
         performer_features: performer's features of held-out photos.
         explainer_features: reconstructed features of the same photos.
         labels: of the held-out photos.
+        photos: an integer per held-out image, equal for crops of one photo.
         generator: draws of the bootstrap.
         rounds: bootstrap rounds.
 
@@ -140,7 +159,7 @@ def category_error_increase(
     head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced"))
     head.fit(train_features.double().numpy(), train_labels.numpy())
     own, fed = (torch.from_numpy(head.predict(x.double().numpy())) for x in (performer_features, explainer_features))
-    return decision_errors(own, fed, labels, generator=generator, rounds=rounds)
+    return decision_errors(own, fed, labels, photos=photos, generator=generator, rounds=rounds)
 
 
 def decision_errors(
@@ -148,6 +167,7 @@ def decision_errors(
     explainer: Int[Tensor, " image"],
     labels: Int[Tensor, " image"],
     *,
+    photos: Int[Tensor, " image"] | None = None,
     generator: torch.Generator,
     rounds: int = 1000,
 ) -> HeadErrors:
@@ -157,6 +177,7 @@ def decision_errors(
         performer: its decision on each photo.
         explainer: the decision when the reconstruction is fed back.
         labels: the truth.
+        photos: an integer per image, equal for crops of one photo, which are drawn together.
         generator: draws of the paired bootstrap over photos.
         rounds: bootstrap rounds.
 
@@ -171,8 +192,9 @@ def decision_errors(
         len(labels),
         generator=generator,
         rounds=rounds,
+        groups=photos,
     )
-    own, fed = (_percent(proportion(w)) for w in wrong)
+    own, fed = (_percent(proportion(w, groups=photos)) for w in wrong)
     return HeadErrors(own, fed, increase)
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.metrics.estimate import Estimate, bootstrap, percentile_interval
+from partlens.metrics.estimate import Estimate, bootstrap, percentile_interval, resampler
 from partlens.vocabulary import InputError, expected
 
 TOP_IMAGES = 100
@@ -99,6 +99,11 @@ def _check(peaks: Peaks, landmarks_px: Tensor) -> None:
 def dead_filters(peaks: Peaks) -> Bool[Tensor, " filter"]:
     """Return which filters answer nowhere: their peak is not above 0 on any image."""
     return peaks.scores.amax(0) <= 0
+
+
+def silent_share(peaks: Peaks) -> float:
+    """Return the share of pairs of a filter and an image where the map is empty; its peak is then cell (0, 0)."""
+    return float((peaks.scores <= 0).double().mean())
 
 
 def instability_per_filter(
@@ -284,13 +289,15 @@ class LocalisationScores:
     """Everything instability must not stand without, for one layer on one set of photos.
 
     ``instability_all`` is instability over all photos with the landmark, not the ``TOP_IMAGES`` that a filter answers
-    to most: which photos these are, and so how easy, depends on what makes it answer strongly.
+    to most: which photos these are, and so how easy, depends on what makes it answer strongly. ``silent_frac`` says how
+    many of the peaks are of empty maps, which stand in cell (0, 0).
     """
 
     instability: Estimate
     instability_all: Estimate
     peak_spread_cells: Estimate
     dead_frac: Estimate
+    silent_frac: Estimate
     border_frac: Estimate
     consistency: Estimate
     filter_correlation: Estimate
@@ -304,6 +311,7 @@ class LocalisationScores:
             "instability_all",
             "peak_spread_cells",
             "dead_frac",
+            "silent_frac",
             "border_frac",
             "consistency",
             "filter_correlation",
@@ -335,24 +343,24 @@ def localisation_scores(
         landmarks_px: x, y in the same frame; NaN where absent.
         input_size_px: rows and columns of the input.
         landmark_names: one per landmark.
-        photos: an integer per image, equal for crops of one photo.
+        photos: an integer per image, equal for crops of one photo, which the bootstrap draws together.
         generator: draws of the bootstrap over photos (95 % percentile intervals).
         rounds: bootstrap rounds.
         fixed_null: the peaks are a constant null model: correlation and distinct parts are undefined.
 
     Returns:
-        The scores; each interval ranges over photos.
+        The scores; each interval ranges over photos, and ``n`` counts photos, not crops.
     """
     count = peaks.scores.shape[0]
     live = ~dead_filters(peaks)
     has_landmark = (
         ~landmarks_px.isnan().any(-1).all(-1) if landmarks_px.shape[1] else torch.zeros(count, dtype=torch.bool)
     )
-    annotated = int(has_landmark.sum())
     group = torch.arange(count) if photos is None else photos
+    annotated, distinct = len(group[has_landmark].unique()), len(group.unique())
 
     def over_photos(statistic: object, n: int, draws: torch.Generator = generator) -> Estimate:
-        estimate = bootstrap(statistic, count, generator=draws, rounds=rounds)  # type: ignore[arg-type]
+        estimate = bootstrap(statistic, count, generator=draws, rounds=rounds, groups=group)  # type: ignore[arg-type]
         return Estimate(estimate.value, estimate.interval, n)
 
     def instability(index: Tensor, top: int = TOP_IMAGES) -> float:
@@ -380,12 +388,15 @@ def localisation_scores(
         instability_all=over_photos(
             lambda i: instability(i, count), annotated, torch.Generator().manual_seed(generator.initial_seed())
         ),
-        peak_spread_cells=over_photos(lambda i: float(spread_per_filter(peaks.rows(i)).median()), count),
-        dead_frac=over_photos(lambda i: float(dead_filters(peaks.rows(i)).double().mean()), count),
-        border_frac=over_photos(lambda i: border_share(peaks.rows(i)), count),
+        peak_spread_cells=over_photos(lambda i: float(spread_per_filter(peaks.rows(i)).median()), distinct),
+        dead_frac=over_photos(lambda i: float(dead_filters(peaks.rows(i)).double().mean()), distinct),
+        silent_frac=over_photos(
+            lambda i: silent_share(peaks.rows(i)), distinct, torch.Generator().manual_seed(generator.initial_seed())
+        ),
+        border_frac=over_photos(lambda i: border_share(peaks.rows(i)), distinct),
         consistency=over_photos(consistency, annotated),
-        filter_correlation=over_photos(correlation, count),
-        distinct_parts=over_photos(parts, count),
+        filter_correlation=over_photos(correlation, distinct),
+        distinct_parts=over_photos(parts, distinct),
         landmark_shares=shares,
     )
 
@@ -396,6 +407,7 @@ def instability_differences(
     landmarks_px: Float[Tensor, "image landmark 2"],
     input_size_px: tuple[int, int],
     *,
+    photos: Int[Tensor, " image"] | None = None,
     generator: torch.Generator,
     rounds: int = 100,
 ) -> dict[str, Estimate]:
@@ -409,18 +421,21 @@ def instability_differences(
         others: by name, peaks of what it is compared with, on the same images.
         landmarks_px: x, y in the same frame; NaN where absent.
         input_size_px: rows and columns of the input.
+        photos: an integer per image, equal for crops of one photo, which are drawn together.
         generator: draws of the bootstrap over photos (95 % percentile intervals).
         rounds: bootstrap rounds.
     """
     if not landmarks_px.shape[1]:
         return {name: Estimate.undefined() for name in others}
     count = peaks.scores.shape[0]
-    annotated = int((~landmarks_px.isnan().any(-1).all(-1)).sum())
+    group = torch.arange(count) if photos is None else photos
+    annotated = len(group[~landmarks_px.isnan().any(-1).all(-1)].unique())
 
     def instability(of: Peaks, index: Tensor) -> float:
         return float(instability_per_filter(of.rows(index), landmarks_px[index], input_size_px).nanmean())
 
-    indices = [torch.arange(count), *torch.randint(count, (rounds, count), generator=generator)]
+    draw, _ = resampler(count, group)
+    indices = [torch.arange(count), *(draw(generator) for _ in range(rounds))]
     own = [instability(peaks, index) for index in indices]  # once, whatever it is compared with
     found = {}
     for name, other in others.items():

@@ -154,6 +154,7 @@ def removal_agreement(
     predicted: Float[Tensor, "image part"],
     measured: Float[Tensor, "photo player"],
     *,
+    photos: Int[Tensor, " image"] | None = None,
     generator: torch.Generator,
     rounds: int = 1000,
 ) -> RemovalAgreement:
@@ -162,6 +163,7 @@ def removal_agreement(
     Args:
         predicted: what an additive measure says is lost, per photo and part.
         measured: what is lost.
+        photos: an integer per image, equal for crops of one photo, which are drawn together.
         generator: draws of the bootstrap over photos and of the null.
         rounds: bootstrap rounds, and random deals of the null.
 
@@ -175,13 +177,20 @@ def removal_agreement(
         got = f"{tuple(predicted.shape)} and {tuple(measured.shape)}"
         raise InputError(expected("two tables (image, part) of one shape", got, "Measure both on the same photos"))
     x, y = predicted.double(), measured.double()
-    count = x.shape[0]
-    correlation = bootstrap(lambda i: _line(x[i], y[i])[0], count, generator=generator, rounds=rounds)
-    slope = bootstrap(lambda i: _line(x[i], y[i])[1], count, generator=generator, rounds=rounds)
+    correlation, slope = (
+        bootstrap(
+            lambda i, which=which: _line(x[i], y[i])[which],  # type: ignore[misc]
+            len(x),
+            generator=generator,
+            rounds=rounds,
+            groups=photos,
+        )
+        for which in (0, 1)
+    )
     deals = [
         _line(x.gather(1, torch.rand(x.shape, generator=generator).argsort(1)), y)[0] for _ in range(min(rounds, 200))
     ]
     finite = [d for d in deals if math.isfinite(d)]
     return RemovalAgreement(
-        correlation, slope, _over_rounds(finite, count) if finite else Estimate.undefined(), x.numel()
+        correlation, slope, _over_rounds(finite, correlation.n) if finite else Estimate.undefined(), x.numel()
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from partlens.artefacts.parts import PartsConfig, upsampled
@@ -121,6 +122,20 @@ def probabilities(outputs: Tensor) -> Tensor:
     return values.sigmoid() if values.shape[1] == 1 else values.softmax(1)
 
 
+def answer_ranks(chance: Float[Tensor, " output"]) -> dict[int, int]:
+    """Return the rank of each output of one image, 1 for the most probable.
+
+    A single output is one of two answers: below a half the other one, "something else", comes first.
+
+    Example:
+        >>> answer_ranks(torch.tensor([0.2, 0.8])), answer_ranks(torch.tensor([0.2]))
+        ({1: 1, 0: 2}, {0: 2})
+    """
+    behind = int(len(chance) == 1 and float(chance[0]) < 0.5)
+    order = chance.argsort(descending=True, stable=True).tolist()
+    return {output: place + behind for place, output in enumerate(order, 1)}
+
+
 def explain_parts(opened: OpenedParts, batch: Tensor, classes: Sequence[str] | None) -> ExplainedParts:
     """Measure what each part adds to the score of the predicted class, or of named ones, on a batch of images."""
     structure = opened.explainer.structure
@@ -166,7 +181,7 @@ def part_records(
 ) -> list[dict[str, Any]]:
     """Write one image's heat maps and return its records for ``explanation.json``, one per class."""
     chance = probabilities(found.outputs)[i]
-    order = chance.argsort(descending=True, stable=True).tolist()
+    ranks = answer_ranks(chance)
     records = []
     for k, (shares, heat) in enumerate(zip(found.shares[i], found.heat[i], strict=True)):
         output = int(found.classes[i, k])
@@ -218,8 +233,7 @@ def part_records(
                 "class": output_name(opened.performer, output),
                 "output": output,
                 "probability": float(chance[output]),
-                # A single output is one of two answers: below a half the other one, "something else", comes first.
-                "rank": order.index(output) + 1 + int(len(order) == 1 and float(chance[output]) < 0.5),
+                "rank": ranks[output],
                 "score": {
                     "performer": float(found.outputs[i, output]),
                     "fed_back": float(shares.score[0]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -269,12 +270,18 @@ def _image_files(images: str | Path | Sequence[str | Path] | ImageSet) -> ImageS
 
 def _folder_names(names: Sequence[str]) -> list[str]:
     """Return a folder name for each image, the same names told apart by a number."""
-    taken: dict[str, int] = {}
+    plain = [re.sub(r"[^A-Za-z0-9._-]", "_", Path(name).stem) or "image" for name in names]
+    own = {name.casefold() for name in plain}  # some file systems take A and a for one name
+    taken: set[str] = set()
     result = []
-    for name in names:
-        plain = re.sub(r"[^A-Za-z0-9._-]", "_", Path(name).stem) or "image"
-        taken[plain] = taken.get(plain, 0) + 1
-        result.append(plain if taken[plain] == 1 else f"{plain}-{taken[plain]}")
+    for name in plain:
+        free = name
+        if name.casefold() in taken:
+            # A number that neither another image's own name has nor one given before.
+            numbered = (f"{name}-{number}" for number in itertools.count(2))
+            free = next(n for n in numbered if n.casefold() not in taken | own)
+        taken.add(free.casefold())
+        result.append(free)
     return result
 
 
@@ -333,17 +340,19 @@ def _selection_records(
     from partlens.artefacts.pictures import coloured, overlay, picture_of, save_png
     from partlens.metrics.likeness import rank_correlation
 
+    from partlens.pipeline.explained_parts import answer_ranks, probabilities
+
     assert one.selected is not None
     result, unfixed, i = one.selected, one.unfixed, one.position
     performer = opened_run.performer
-    probability = result.output[i].double().softmax(0)
-    ranked = probability.argsort(descending=True, stable=True).tolist()
-    rank_of = {output: r for r, output in enumerate(ranked, 1)}
+    probability = probabilities(torch.as_tensor(result.output[i])[None])[0]
+    rank_of = answer_ranks(probability)
+    strongest = min(rank_of, key=lambda output: rank_of[output])
     notes = []
     outputs = set(opened_run.outputs)
-    if not named and None not in outputs and ranked[0] not in outputs:
+    if not named and None not in outputs and strongest not in outputs:
         notes.append(
-            f"the prediction {output_name(performer, ranked[0])} has no photo in the selection; the most likely class "
+            f"the prediction {output_name(performer, strongest)} has no photo in the selection; the most likely class "
             "that has is explained"
         )
     if outputs == {None}:

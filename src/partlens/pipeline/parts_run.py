@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +207,7 @@ def _contributions(
     """Measure what each part adds to the performer's own answer to each photo, and whether its removal agrees."""
     import torch
 
+    from partlens.evaluation.fed_back import class_outputs
     from partlens.metrics.estimate import bootstrap
     from partlens.metrics.faithfulness import agreement_top1
     from partlens.metrics.parts import removal_agreement
@@ -231,14 +232,17 @@ def _contributions(
     count = len(rise)
 
     def mean(values: Tensor) -> dict[str, Any]:
-        return bootstrap(lambda i: float(values[i].mean()), count, generator=generator, rounds=_ROUNDS).to_dict()
+        return over_photos(lambda i: float(values[i].mean()))
+
+    def over_photos(statistic: Callable[[Tensor], float]) -> dict[str, Any]:
+        return bootstrap(statistic, count, generator=generator, rounds=_ROUNDS, groups=seen.photos).to_dict()
 
     def ratio(part: Tensor, whole: Tensor) -> dict[str, Any]:
         def share(i: Tensor) -> float:
             below = float(whole[i].sum())
             return float(part[i].sum()) / below if below > 0 else math.nan
 
-        return bootstrap(share, count, generator=generator, rounds=_ROUNDS).to_dict()
+        return over_photos(share)
 
     # The same deals of the filters serve every batch, so that a draw is one assignment over all photos.
     dealt = torch.cat([b.random for b in batches], 1).double().sum(1)
@@ -250,14 +254,18 @@ def _contributions(
     return {
         "grouping": grouping(content),
         "photos": count,
-        "score_of": "the performer's own answer to each photo",
+        "score_of": "the performer's own answer to each photo"
+        if seen.outputs.shape[1] > 1
+        else "the performer's only output, whatever the answer",
         "baseline": "both tracks silent (x_enc = 0)",
         "method": batches[0].method,
         "score": {
             "performer": mean(seen.outputs.gather(1, answers[:, None])[:, 0].double()),
             "fed_back": mean(joined("score")),
             "baseline": mean(joined("baseline")),
-            "agreement_top1": agreement_top1(torch.cat([b.fed_outputs for b in batches]), seen.outputs).to_dict(),
+            "agreement_top1": agreement_top1(
+                class_outputs(torch.cat([b.fed_outputs for b in batches])), class_outputs(seen.outputs), seen.photos
+            ).to_dict(),
         },
         "interpretable_share": ratio(shapley.sum(1), rise),
         "ordinary_share": ratio(joined("ordinary"), rise),
@@ -292,7 +300,7 @@ def _contributions(
             for p, part in enumerate(named)
         ],
         "removal_check": {
-            name: removal_agreement(predicted, removal, generator=generator).to_dict()
+            name: removal_agreement(predicted, removal, photos=seen.photos, generator=generator).to_dict()
             for name, predicted in (checks | {"part_size": by_size}).items()
         },
     }

@@ -106,7 +106,7 @@ def _multi(images: ImageSet, categories: str | Sequence[str]) -> _Task:
     return _Task(names, found["train"], found["test"], labels["train"], labels["test"])
 
 
-def held_out_scores(scores: Tensor, labels: Tensor, names: Sequence[str], loss: str, seed: int) -> dict[str, Any]:
+def held_out_scores(scores: Tensor, labels: Tensor, names: Sequence[str], loss: str, seed: int, photos: Tensor) -> dict[str, Any]:
     """Measure a trained network on photos it has not learned from.
 
     Args:
@@ -115,6 +115,7 @@ def held_out_scores(scores: Tensor, labels: Tensor, names: Sequence[str], loss: 
         names: of the categories.
         loss: ``logistic`` or ``softmax``; with several logistic outputs the single decisions are measured, too.
         seed: of the bootstrap.
+        photos: an integer per row, equal for crops of one photo.
 
     Returns:
         Each value ``{value, interval, n, unit}`` with an interval of 95 %, shares in 0 to 1:
@@ -136,9 +137,11 @@ def held_out_scores(scores: Tensor, labels: Tensor, names: Sequence[str], loss: 
     counts = torch.stack([(labels == value).sum() for value in labels.unique()])
     frequent = labels.unique()[counts.argmax()]
     found: dict[str, Any] = {
-        "error": proportion(wrong).to_dict(),
-        "baseline_error": proportion((labels != frequent).float()).to_dict(),
-        "missed": {name: proportion(wrong[labels == i]).to_dict() for i, name in enumerate(names)},
+        "error": proportion(wrong, groups=photos).to_dict(),
+        "baseline_error": proportion((labels != frequent).float(), groups=photos).to_dict(),
+        "missed": {
+            name: proportion(wrong[labels == i], groups=photos[labels == i]).to_dict() for i, name in enumerate(names)
+        },
     }
     generator = torch.Generator().manual_seed(seed)
     if len(names) == 1:
@@ -147,13 +150,15 @@ def held_out_scores(scores: Tensor, labels: Tensor, names: Sequence[str], loss: 
             chosen, own = wrong[rows], labels[rows] == 0
             return float((chosen[own].mean() + chosen[~own].mean()) / 2)
 
-        found["false_alarms"] = proportion(wrong[labels != 0]).to_dict()
-        found["balanced_error"] = bootstrap(balanced, len(labels), generator=generator, rounds=1000).to_dict()
+        found["false_alarms"] = proportion(wrong[labels != 0], groups=photos[labels != 0]).to_dict()
+        found["balanced_error"] = bootstrap(
+            balanced, len(labels), generator=generator, rounds=1000, groups=photos
+        ).to_dict()
     elif loss == "logistic":
         truth = labels[:, None] == torch.arange(len(names))
         decisions = ((scores > 0) != truth).float().mean(1)
         found["decision_error"] = bootstrap(
-            lambda rows: float(decisions[rows].mean()), len(labels), generator=generator, rounds=1000
+            lambda rows: float(decisions[rows].mean()), len(labels), generator=generator, rounds=1000, groups=photos
         ).to_dict()
         found["baseline_decision_error"] = 1 / len(names)
     return found
@@ -258,6 +263,7 @@ def train_performer(
     """
     import torch
 
+    from partlens.evaluation.places import photo_numbers
     from partlens.performer.finetune import category_scores, finetune
     from partlens.performer.finetune_network import prepare_network
     from partlens.performer.weights import OUTPUT_LAYER
@@ -343,7 +349,14 @@ def train_performer(
         )
         learned = dataclasses.replace(performer, module=trained.module, weights_sha256=weights_sha256(trained.module))
         outputs = category_scores(learned, images.take(task.held), device=where, progress=show)
-        held = held_out_scores(outputs, torch.tensor(task.held_labels), task.names, settings.loss, settings.seed)
+        held = held_out_scores(
+            outputs,
+            torch.tensor(task.held_labels),
+            task.names,
+            settings.loss,
+            settings.seed,
+            photo_numbers(images, task.held),
+        )
         content = {
             **manifest,
             "weights_sha256": learned.weights_sha256,

@@ -39,10 +39,13 @@ SCORES = (
     "peak_spread_cells",
     "border_frac",
     "dead_frac",
+    "silent_frac",
     "filter_correlation",
     "distinct_parts",
 )
 """Scores of one subject, in the order of the page; consistency stands beside instability."""
+SINCE = ("instability_all", "silent_frac")
+"""Scores that evaluations of earlier versions lack; their row stands where it has a value."""
 
 ATTENTION_LAYERS = ("interpretable", "tap", "top")
 """Whose Grad-CAM stands on the page: the explainer's part filters, the performer's tap and its top layer."""
@@ -487,7 +490,7 @@ def _attention(run: Path, value: Any) -> Attention | None:
     photos = tuple(
         AttentionPhoto(
             key=text(photo.get("key")),
-            label=text(photo.get("class")),
+            label=text(photo.get("class")) + (" (answer: no)" if photo.get("denied") is True else ""),
             uri=_data_uri(run, text(photo.get("file"))),
             maps={name: _data_uri(run, text(group(photo.get("maps")).get(name))) for name in ATTENTION_LAYERS},
         )

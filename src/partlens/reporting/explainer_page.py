@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 from partlens.reporting import figures, notation, wording
 from partlens.reporting.environment import count_of, pairs
-from partlens.reporting.explainer_data import SCORES, Evaluation, ExplainerData, GalleryFilter, Subject
+from partlens.reporting.explainer_data import SCORES, SINCE, Evaluation, ExplainerData, GalleryFilter, Subject
 from partlens.reporting.reading import Measure
 from partlens.reporting.views import Chapter, Figure, Origin, Remarks
 
@@ -73,8 +73,8 @@ def _score_rows(evaluation: Evaluation) -> tuple[_Row, ...]:
     for key in SCORES:
         name, direction, words = wording.SCORE_WORDS[key]
         cells = tuple((subject, subject.scores[key]) for subject in evaluation.subjects)
-        if key == "instability_all" and not any(measure.defined for _, measure in cells):
-            continue  # evaluations of an earlier version do not have it
+        if key in SINCE and not any(measure.defined for _, measure in cells):
+            continue
         counts = {count_of(measure) for _, measure in cells if measure.defined}
         # One count for the whole row is said once; different ones stand in their cells.
         common = counts.pop() if len(counts) == 1 else ""

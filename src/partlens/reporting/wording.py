@@ -59,6 +59,14 @@ SCORE_WORDS: Mapping[str, tuple[str, str, str]] = {
         "Share of peaks that lie in the outermost ring of cells, where masked filters hide.",
     ),
     "dead_frac": ("Dead filters", "lower is better", "Share of filters that answer to no photo at all."),
+    "silent_frac": (
+        "Empty maps",
+        "lower is better",
+        (
+            "Share of photos on which a filter does not answer at all, over all filters. It has no place there; what "
+            "counts is the first cell, the corner."
+        ),
+    ),
     "filter_correlation": (
         "Filter correlation",
         "lower is better",
@@ -72,7 +80,7 @@ SCORE_WORDS: Mapping[str, tuple[str, str, str]] = {
 }
 """Name, direction and explanation of each score."""
 
-PERCENT_SCORES = frozenset({"border_frac", "dead_frac"})
+PERCENT_SCORES = frozenset({"border_frac", "dead_frac", "silent_frac"})
 
 
 @dataclass(frozen=True)
