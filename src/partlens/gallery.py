@@ -31,7 +31,6 @@ from partlens.artefacts.receptive_pictures import (
 )
 from partlens.artefacts.track_cam import concentration_frac, layer_grad_cam, random_grad_cam, track_grad_cam
 from partlens.data.images import ImageSet
-from partlens.evaluation.places import photo_numbers
 from partlens.explainer.network import Explainer
 from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.localisation import Peaks, dead_filters
@@ -318,6 +317,7 @@ def write_gallery(
     performer: Performer,
     images: ImageSet,
     rows: Sequence[int],
+    photos: Int[Tensor, " image"],
     layers: Mapping[str, tuple[Peaks, Sequence[Mapping[str, Any]]]],
     receptive: ReceptiveField,
     *,
@@ -336,6 +336,7 @@ def write_gallery(
         performer: for the frame the network sees; borrowed.
         images: the data set.
         rows: the photos the peaks were measured on, in order.
+        photos: an integer per row, equal for crops of one photo.
         layers: ``explainer`` and ``performer`` with their peaks and filter tables.
         receptive: of the tap.
         explainer: whose part filters are shown; borrowed.
@@ -385,7 +386,7 @@ def write_gallery(
     pictures: dict[int, Image.Image] = {}
     for n, one in enumerate(shown):
         peaks, table = layers[one.layer]
-        photos = []
+        shown_on = []
         for index in one.photos:
             if index not in pictures:
                 pictures[index] = _small(frames.picture(index))
@@ -395,7 +396,7 @@ def write_gallery(
             if region.any():
                 _save_photo(run / name, region_picture(pictures[index], region))
             at = peaks.positions_px[index, one.filter]
-            photos.append(
+            shown_on.append(
                 {
                     "file": f"gallery/photo-{index}.jpg",
                     "region_file": name if region.any() else None,
@@ -408,7 +409,7 @@ def write_gallery(
             )
         known = {name: table[one.filter][name] for name in ("instability", "consistency", "landmark")}
         reads = None if fields is None else round(float(fields.effective_px[n]), 1)
-        entries[one.layer].append({"filter": one.filter, **known, "reads_px": reads, "photos": photos})
+        entries[one.layer].append({"filter": one.filter, **known, "reads_px": reads, "photos": shown_on})
     generator = torch.Generator().manual_seed(seed)
     if fields is not None:
         content["occlusion"] = {
@@ -429,7 +430,5 @@ def write_gallery(
                 for layer in layers
             },
         }
-    content["attention"] = _attention(
-        folder, joined, head, frames, photo_numbers(images, rows), top, effort, generator, more
-    )
+    content["attention"] = _attention(folder, joined, head, frames, photos, top, effort, generator, more)
     write_json(folder / "gallery.json", {**content, "layers": entries})

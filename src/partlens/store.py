@@ -42,7 +42,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        with temporary.open("rb") as written:
+        with temporary.open("rb+") as written:  # Windows flushes only what may be written to
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
@@ -150,10 +150,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Several entries of metadata stand in the file in no fixed order; a file that has to be the same byte for byte each
     time takes one.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda p: save_file(ready, str(p), metadata=dict(metadata or {})))
+
+    def save(temporary: Path) -> None:
+        try:
+            save_file(ready, str(temporary), metadata=dict(metadata or {}))
+        except SafetensorError as error:  # a full disk is none of Python's own errors there
+            raise OSError(str(error)) from error
+
+    write_atomically(path, save)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ def made(tiny: Performer, few_flowers: ImageSet) -> dict[str, Any]:
         "performer": tiny,
         "images": few_flowers,
         "rows": rows,
+        "photos": numbers,
         "layers": layers,
         "receptive": field,
         "explainer": explainer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ import partlens
 from partlens.cli import _print_parts, main
 from partlens.data.images import ImageSet
 from partlens.performer.zoo import Performer, weights_sha256
+from partlens.pipeline import part_shares as parts_run_shares
 from partlens.pipeline.parts_file import named_parts, read_parts, with_edits
 from partlens.store import read_json, read_tensors, write_json
 from partlens.vocabulary import ImageError, InputError, RunError
@@ -330,3 +332,51 @@ def test_a_single_output_below_zero_is_not_the_answer(
         says = "judge takes" in (folder / "explanation.html").read_text()
         assert says == (bias > 0)
     assert ranks == {50.0: 1, -50.0: 2}
+
+
+def test_what_a_single_output_says_is_kept_or_turned(
+    kept: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agreement of a logistic performer is of its signs, as in an evaluation."""
+    tiny.module.classes = torch.nn.Linear(16, 1)
+    judge = Performer(
+        tiny.module, "judge", tiny.preprocessing, weights_sha256(tiny.module), "relu2", class_names=(RED,)
+    )
+    run = tmp_path / "run"
+    partlens.fit_explainer(judge, few_flowers, out=run, category=RED, config=SMALL, seeds=1)
+    shares = parts_run_shares.part_shares
+
+    def turned(*args: Any, **kwargs: Any) -> Any:
+        found = shares(*args, **kwargs)
+        return dataclasses.replace(found, fed_outputs=-torch.ones_like(found.fed_outputs))
+
+    monkeypatch.setattr(parts_run_shares, "part_shares", turned)
+    content = partlens.parts(run, few_flowers, model=judge, rule="clusters", config=QUICK)["contributions"]
+    with torch.no_grad():
+        rows = few_flowers.indices(category=RED, split="test")
+        signs = judge.module(judge.preprocessing([few_flowers.read(i) for i in rows])) > 0
+    assert content["score"]["agreement_top1"]["value"] == pytest.approx(1 - float(signs.double().mean()))
+    assert content["score_of"] == "the performer's only output, whatever the answer"
+
+
+def test_a_landmark_may_be_called_other(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    truth = few_flowers.part_truth
+    assert truth is not None
+    named = dataclasses.replace(
+        few_flowers, part_truth=dataclasses.replace(truth, landmarks=("other", *truth.landmarks[1:]))
+    )
+    lenient = {**QUICK, "consistency_min": -1.0, "distance_max_frac": 1.0}
+    partlens.parts(run, named, model=tiny, rule="landmarks", config=lenient)
+    ids = [part["id"] for part in read_parts(run / "parts.json")["parts"]]
+    assert sorted(ids) == sorted({*ids})
+    assert {"other", "other (landmark)"} <= {*ids}
+    assert partlens.explain(run, few_flowers.take([0]), model=tiny)
+
+
+def test_one_prediction_is_measured_as_all_were(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    partlens.parts(
+        run, few_flowers, model=tiny, rule="clusters", config={**QUICK, "coalitions_max": 4, "order_pairs": 3}
+    )
+    (folder,) = partlens.explain(run, few_flowers.take([0]), model=tiny)
+    (one,) = read_json(folder / "explanation.json")["parts"]
+    assert one["method"] == "6 random orders, half of them the others reversed"

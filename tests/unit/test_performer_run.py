@@ -17,6 +17,7 @@ from torch import nn
 import partlens
 from partlens.cli import main
 from partlens.data.images import ImageSet
+from partlens.evaluation.places import photo_numbers
 from partlens.performer.paper_networks import PaperNet
 from partlens.performer.preprocessing import Preprocessing
 from partlens.performer.zoo import Performer, load_performer, weights_sha256
@@ -108,7 +109,7 @@ def test_loading_gives_the_same_outputs(small: Performer, tmp_path: Path) -> Non
     with torch.no_grad():
         scores = made.module(made.preprocessing([held.read(i) for i in range(len(held))]))
     labels = torch.tensor([made.class_names.index(c) for c in held.categories])
-    again = held_out_scores(scores, labels, made.class_names, "logistic", 0)
+    again = held_out_scores(scores, labels, made.class_names, "logistic", 0, photo_numbers(held, range(len(held))))
     assert again == found["held_out"]
     assert found["held_out"]["baseline_decision_error"] == pytest.approx(1 / 3)
     assert "single decisions" in summary(found)
@@ -287,17 +288,20 @@ def test_headers_that_do_not_fit_are_refused(small: Performer, tmp_path: Path) -
 
 def test_scores_by_hand() -> None:
     scores = torch.tensor([[1.0], [-1.0], [2.0], [-3.0], [-4.0]])
-    found = held_out_scores(scores, torch.tensor([0, 0, -1, -1, -1]), ("a",), "logistic", 0)
+    found = held_out_scores(scores, torch.tensor([0, 0, -1, -1, -1]), ("a",), "logistic", 0, torch.arange(5))
     assert found["error"]["value"] == pytest.approx(2 / 5)
     assert found["baseline_error"]["value"] == pytest.approx(2 / 5)
     assert found["missed"]["a"]["value"] == pytest.approx(1 / 2)
     assert found["false_alarms"]["value"] == pytest.approx(1 / 3)
     assert found["balanced_error"]["value"] == pytest.approx((1 / 2 + 1 / 3) / 2)
     several = torch.tensor([[3.0, 1.0], [-1.0, -2.0], [0.5, 0.7]])
-    found = held_out_scores(several, torch.tensor([0, 1, 1]), ("a", "b"), "logistic", 0)
+    found = held_out_scores(several, torch.tensor([0, 1, 1]), ("a", "b"), "logistic", 0, torch.tensor([4, 2, 2]))
     assert found["error"]["value"] == pytest.approx(1 / 3)
     assert found["decision_error"]["value"] == pytest.approx((1 + 1 + 1) / 6)
-    assert "decision_error" not in held_out_scores(several, torch.tensor([0, 1, 1]), ("a", "b"), "softmax", 0)
+    assert found["decision_error"]["n"] == found["error"]["n"] == 2  # two crops are one photo
+    assert "decision_error" not in held_out_scores(
+        several, torch.tensor([0, 1, 1]), ("a", "b"), "softmax", 0, torch.arange(3)
+    )
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

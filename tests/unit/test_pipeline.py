@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
 from collections import namedtuple
 from contextlib import AbstractContextManager
@@ -19,6 +21,7 @@ import partlens
 from partlens.data.images import ImageSet
 from partlens.evaluation.explainer_evaluation import EvaluationRows
 from partlens.explainer.config import ExplainerConfig
+from partlens.performer import papers
 from partlens.performer.zoo import Performer
 from partlens.pipeline import evaluate, fit_explainer, layers, load_explainer, parts, report
 from partlens.pipeline.runs import run_folder
@@ -422,3 +425,80 @@ def test_evidence_is_cached_once_and_guides_the_fit(tiny: Performer, few_flowers
     assert (tmp_path / "cache" / "evidence.safetensors").exists()
     assert all("evidence" in record for record in fitted.history)
     assert "evidence_at_peak" in fitted.history[0]
+
+
+def test_intervals_range_over_photos_not_crops(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    half = dataclasses.replace(
+        few_flowers, photos=tuple(f"{split}-{k // 2}" for k, split in enumerate(few_flowers.splits))
+    )
+    whole = evaluate(run, few_flowers, model=tiny, gallery="none")
+    pairs = evaluate(run, half, model=tiny, gallery="none")
+    held = [
+        k
+        for k, (c, s) in enumerate(zip(few_flowers.categories, few_flowers.splits, strict=True))
+        if c == RED and s == "test"
+    ]
+    photos = len({half.photos[k] for k in held})
+    assert photos < len(held) == pairs["photos"]
+    assert whole["explainer"]["dead_frac"]["n"] == len(held)
+    for found in (
+        pairs["explainer"]["dead_frac"],
+        pairs["explainer"]["silent_frac"],
+        pairs["nulls"]["random"]["border_frac"],
+        pairs["reconstruction"]["agreement_top1"],
+        pairs["p_optimum"],
+        *pairs["reconstruction"]["relative_error"].values(),
+    ):
+        assert found["n"] == photos
+    assert pairs["reconstruction"]["error_increase_points"]["n"] < whole["reconstruction"]["error_increase_points"]["n"]
+    content = parts(run, half, model=tiny, rule="clusters", config={"null_filters": 50, "rounds": 4})
+    assert content["contributions"]["interpretable_share"]["n"] == photos
+    assert content["contributions"]["score"]["agreement_top1"]["n"] == photos
+    assert content["contributions"]["removal_check"]["shapley"]["correlation"]["n"] == photos
+
+
+def test_photos_without_a_training_split_can_be_measured(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    elsewhere = dataclasses.replace(few_flowers, splits=("test",) * len(few_flowers))
+    found = evaluate(run, elsewhere, model=tiny, gallery="none")
+    assert found["photos"] == few_flowers.category_counts()[RED]
+    assert "error_increase_points" not in found["reconstruction"]
+
+
+def test_the_papers_preset_takes_what_the_papers_say_of_a_network(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = papers.PaperSetting("tiny", "relu2", ("relu3", "relu4"), 7.0e5, 8, 32, "read so")
+    monkeypatch.setattr(papers, "paper_setting", lambda _: known)
+    changes = {k: v for k, v in SMALL.items() if k not in ("views", "candidates_per_filter", "votes")}
+    made = fit_explainer(
+        tiny, few_flowers, out=tmp_path / "a", category=RED, preset="paper", config=changes, seeds=1
+    ).manifest
+    assert made["config"]["eta"] == 7.0e5
+    assert (made["structure"]["tap"], made["structure"]["targets"]) == ("relu2", ["relu3", "relu4"])
+    assert made["preset_note"] == "read so"
+    own = fit_explainer(
+        tiny,
+        few_flowers,
+        out=tmp_path / "b",
+        category=RED,
+        preset="paper",
+        config={**changes, "eta": 3.0},
+        targets=["relu4"],
+        seeds=1,
+    ).manifest
+    assert own["config"]["eta"] == 3.0
+    assert own["structure"]["targets"] == ["relu4"]
+    plain = fit_explainer(tiny, few_flowers, out=tmp_path / "c", category=RED, config=SMALL, seeds=1).manifest
+    assert plain["config"]["eta"] == ExplainerConfig().eta
+    assert plain["preset_note"] == ""
+
+
+def test_what_a_killed_write_left_is_no_other_run(tmp_path: Path) -> None:
+    left = tmp_path / ".run.json.abcd.tmp"
+    left.write_text("half")
+    with run_folder(tmp_path, "run.json", "one") as found:
+        assert found is None
+        assert left.exists()  # another kind of run may be writing it now
+    os.utime(left, (0, 0))
+    with run_folder(tmp_path, "run.json", "one"):
+        assert not left.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from PIL import Image
 import partlens
 from partlens.cli import main
 from partlens.data.images import ImageSet
-from partlens.performer.zoo import Performer
+from partlens.performer.zoo import Performer, weights_sha256
 from partlens.pipeline import load_selection, select_features
+from partlens.pipeline.explanation_run import _folder_names
 from partlens.store import read_json, read_tensors
 from partlens.vocabulary import ImageError, InputError, RunError
 
@@ -249,3 +251,34 @@ def test_held_out_photos_of_a_class_that_was_not_fitted_are_left_out(tiny: Perfo
     images = ImageSet.from_arrays(photos, categories=categories, splits=["train"] * 8 + ["test"] * 4)
     readout = select_features(tiny, images, out=tmp_path / "run", pictures=0).manifest["readout"]
     assert readout["accuracy"]["n"] == readout["shuffled"]["n"] == 2
+
+
+def test_folder_names_are_told_apart_whatever_the_file_system() -> None:
+    given = ["x/a.png", "y/a.png", "z/a-2.png", "z/A.png", "ö.png", "é.png", "a-2-2.png"]
+    found = _folder_names(given)
+    assert len({name.casefold() for name in found}) == len(given)
+    assert found[0] == "a"
+    assert found[2] == "a-2"  # its own name
+    assert found[4:6] == ["_", "_-2"]
+
+
+def test_photos_without_a_test_split_are_selected_from(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    train = dataclasses.replace(few_flowers, splits=("train",) * len(few_flowers))
+    found = partlens.select_features(tiny, train, out=tmp_path / "s", pictures=1)
+    assert found.manifest["readout"]["accuracy"]["value"] is None
+
+
+def test_a_single_output_of_a_selection_is_yes_or_no(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    """Softmax over one output would call everything the category."""
+    torch.manual_seed(0)
+    tiny.module.classes = torch.nn.Linear(16, 1)
+    torch.nn.init.constant_(tiny.module.classes.bias, -50.0)
+    judge = Performer(
+        tiny.module, "judge", tiny.preprocessing, weights_sha256(tiny.module), "relu2", class_names=("petal-red",)
+    )
+    run = tmp_path / "s"
+    partlens.select_features(judge, few_flowers, out=run, pictures=1)
+    (folder,) = partlens.explain(run, few_flowers.take([0]), model=judge, classes=["petal-red"])
+    (one,) = read_json(folder / "explanation.json")["explained"]
+    assert one["probability"] < 1e-6
+    assert one["rank"] == 2

@@ -126,3 +126,25 @@ def test_without_file_locks_the_work_goes_on_and_says_so(tmp_path: Path, monkeyp
     with pytest.warns(UserWarning, match="no file locks in .*run"), sole_writer(tmp_path / "run"):
         pass
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_tensors_on_a_full_disk_are_one_sentence(tmp_path: Path) -> None:
+    """The library that writes them has errors of its own; a limit on file sizes stands for the full disk."""
+    write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(3)})
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+import torch
+from partlens.store import write_tensors
+from partlens.vocabulary import StorageError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_tensors(Path({str(tmp_path)!r}) / "t.safetensors", {{"a": torch.ones(100000)}})
+except StorageError as error:
+    print("StorageError", error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert said.stdout.startswith("StorageError Expected to write")
+    assert torch.equal(read_tensors(tmp_path / "t.safetensors")["a"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]

@@ -132,7 +132,7 @@ def upsampled_activation(
         wanted = [chosen[c] for c in of.tolist()]
         taps = forward_taps(performer, part, list(dict.fromkeys(name for each in wanted for name, _ in each)))[1]
         ranks = max(map(len, wanted))
-        joined = torch.zeros(len(part), ranks, *part.shape[-2:])
+        joined = torch.zeros(len(part), ranks, *part.shape[-2:], device=next(iter(taps.values())).device)
         for name, maps in taps.items():
             spots = [
                 (image, rank, k)
@@ -294,8 +294,8 @@ def guided_cam(
         Selvaraju et al., ICCV 2017, section 3.2 (there the signal on the three colours is multiplied; its heat map is
         the same, since the CAM is one factor per pixel).
     """
-    guided = guided_map(performer, images, classes, batch_size=batch_size)
-    factor = cam(performer, images, classes, kind=kind, layer=layer, batch_size=batch_size)
+    guided = guided_map(performer, images, classes, batch_size=batch_size).cpu()
+    factor = cam(performer, images, classes, kind=kind, layer=layer, batch_size=batch_size).cpu()
     return _stretched(guided * factor)
 
 

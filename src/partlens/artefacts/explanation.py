@@ -265,7 +265,7 @@ def _signals(
             rule=config.rule,
             fix_strides=config.fix_strides,
             pooling=config.pooling,
-        ).float()
+        ).to(signals)
     return signals.view(explained, ranks, *batch.shape).permute(2, 0, 1, 3, 4, 5)
 
 

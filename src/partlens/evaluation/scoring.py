@@ -126,9 +126,7 @@ class Scoring:
     def differences(self, nulls: Mapping[str, Peaks], own: Peaks, generator: torch.Generator) -> dict[str, Estimate]:
         """Return the explainer's instability minus each null's, on the same photos."""
 
-        def of_photos(
-            part: Peaks, its: Mapping[str, Peaks], landmarks: Tensor, photos: Tensor
-        ) -> dict[str, Estimate]:
+        def of_photos(part: Peaks, its: Mapping[str, Peaks], landmarks: Tensor, photos: Tensor) -> dict[str, Estimate]:
             return dict(
                 instability_differences(
                     part, its, landmarks, self.size_px, photos=photos, generator=generator, rounds=ROUNDS

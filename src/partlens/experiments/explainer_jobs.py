@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from partlens.vocabulary import InputError, RunError, expected, nearest
 if TYPE_CHECKING:
     from partlens.data.images import ImageSet
     from partlens.experiments.sweep import Job
+    from partlens.performer.papers import PublishedChoice
     from partlens.performer.zoo import Performer
 
 MODULE = "partlens.experiments.explainer_jobs"
@@ -34,17 +33,36 @@ EXPLAINER, CLASSIFIED, RIVALS, TRAINING = "explainer", "explainer-cls", "rivals"
 # Photos
 
 
-@cache
+_OPENED: dict[tuple[str, str], ImageSet] = {}
+"""The photos opened last in this process, by path and fingerprint: the jobs of a sweep share them."""
+
+
 def open_photos(data: str) -> ImageSet:
-    """Return the readable photos of a data set; the same one again costs nothing."""
+    """Open the readable photos of a data set, and keep them for :func:`photos_of`."""
     from partlens.data.images import ImageSet
 
-    return opened(ImageSet.open(Path(data)))[0]
+    images = opened(ImageSet.open(Path(data)))[0]
+    _OPENED.clear()
+    _OPENED[data, images.fingerprint()] = images
+    return images
 
 
 def photos_of(job: Job) -> ImageSet:
-    """Return the photos of a job."""
-    return open_photos(job.places["data"])
+    """Return the photos of a job; those that this process has opened already cost nothing.
+
+    Raises:
+        RunError: the photos at the job's path are no longer those it was planned for.
+    """
+    place, wanted = str(job.places["data"]), str(job.settings["data"])
+    if (place, wanted) not in _OPENED:
+        found = open_photos(place).fingerprint()
+        if found != wanted:
+            raise RunError(
+                expected(
+                    f"the photos {wanted[:12]} at {place}", f"others ({found[:12]})", "Make the table again from these"
+                )
+            )
+    return _OPENED[place, wanted]
 
 
 def performer_spec(job: Job) -> str:
@@ -84,30 +102,15 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
 # An explainer
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What is tapped and reconstructed, and what the papers change for this network."""
-
-    tap: str | None
-    targets: tuple[str, ...] | None
-    changes: Mapping[str, Any]
-    note: str
-
-
-def choose_layers(performer: Performer, settings: Mapping[str, Any]) -> _Choice:
+def choose_layers(performer: Performer, settings: Mapping[str, Any]) -> PublishedChoice:
     """Find tap, targets and eta: the papers' with ``preset: paper``, ours otherwise; what is named comes first."""
+    from partlens.performer.papers import PublishedChoice, as_published
+
     named = settings.get("targets")
     tap, targets = settings.get("tap"), None if named is None else tuple(named)
     if settings["preset"] != "paper":
-        return _Choice(tap, targets, {}, "")
-    from partlens.performer.papers import paper_setting
-
-    setting = paper_setting(performer)
-    if setting is None:
-        return _Choice(tap, targets, {}, "the papers did not study this network; its default tap is used")
-    if tap is not None and tap != setting.tap:
-        return _Choice(tap, targets, {"eta": setting.eta}, f"the papers tap {setting.tap}")
-    return _Choice(setting.tap, targets or setting.targets, {"eta": setting.eta}, setting.note)
+        return PublishedChoice(tap, targets, None, "")
+    return as_published(performer, tap, targets)
 
 
 def explain(job: Job, folder: Path) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def explain(job: Job, folder: Path) -> dict[str, Any]:
         tap=chosen.tap,
         targets=chosen.targets,
         preset=settings["preset"],
-        config={**chosen.changes, **settings["explainer"], "seed": job.seed},
+        config={**settings["explainer"], "seed": job.seed},  # with the papers' preset their eta is set there
         seeds=1,
         background=settings["background"],
         device=job_device(),
@@ -205,7 +208,7 @@ def compare(job: Job, folder: Path) -> dict[str, Any]:
         raise InputError(expected(rule, strange[0], f"Did you mean {nearest(strange[0], fitters)[0]}?"))
     photos, others = category_rows(images, job.category, "train")
     rows = [*photos, *sampled(others, int(settings["background"]), job.seed)]
-    cached = folder / "rivals-maps"
+    cached = folder / job.kind / "maps"
     stream_maps(performer, images.take(rows), [structure.tap], cached)
     maps = open_maps(cached)[structure.tap]
     fitted: dict[str, Any] = {}
@@ -224,7 +227,8 @@ def compare(job: Job, folder: Path) -> dict[str, Any]:
         category=job.category,
         seed=job.seed,
     )
-    shutil.rmtree(cached)
+    del maps
+    shutil.rmtree(folder / job.kind)
     return {"rivals": measured, "peak": how.peak, "fit_photos": len(rows), "background": len(rows) - len(photos)}
 
 

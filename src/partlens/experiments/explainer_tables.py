@@ -35,13 +35,13 @@ from partlens.explainer.config import PRESETS, ExplainerConfig
 from partlens.performer.finetune_config import FinetuneConfig
 from partlens.pipeline.runs import command, spec, versions
 from partlens.progress import Progress
-from partlens.store import file_sha256, write_json
+from partlens.store import content_hash, file_sha256, write_json
 from partlens.vocabulary import BACKGROUND, ImageError, InputError, expected, listed, nearest
 
 SCHEMA = "partlens.explainer-table/1"
 Table = Literal["instability", "p", "errors", "interpretable-cnn", "rivals"]
 EXPLAINER_TABLES: tuple[str, ...] = get_args(Table)
-PHOTOS = "photos.json"
+PHOTOS = "photos"
 LOSSES = ("published", "released")
 _SETTINGS = ("explainer", "targets", "background", "split", "train", "rivals", "interpretable_cnn")
 
@@ -170,7 +170,9 @@ def prepare(plan: TablePlan, out: Path) -> Prepared:
         from partlens.data.joined import join_data
 
         # The papers measure some of a data set's own parts, and show its objects among other photos.
-        opened_as = (out / PHOTOS).resolve()  # workers may stand elsewhere
+        # A name of its own, so that two tables in one folder never read each other's; workers may stand elsewhere.
+        own = content_hash({"data": data, "background": background, "joined": joined})
+        opened_as = (out / f"{PHOTOS}-{own}.json").resolve()
         join_data(opened_as, data, background, category=joined, landmarks="paper")
     else:
         opened_as = Path(data)  # absolute
@@ -247,7 +249,8 @@ def _jobs_of(
         recipe["train"] = dict(plan.settings.get("train", {}))
         recipe["fields"] = _without_seed(FinetuneConfig.from_dict(recipe["train"]).to_dict())
         where = {**places, "base": located, "weights": str(file), "spec": f"{settings['model']}@{file}"}
-        training = Job(f"{MODULE}:train", TRAINING, label, category, plan.first_seed, recipe, where)
+        scratch = {"scratch": [str(file.with_suffix(".work"))]}
+        training = Job(f"{MODULE}:train", TRAINING, label, category, plan.first_seed, recipe, where | scratch)
         jobs.append(training)
         first = (training.key,)
         settings = {**settings, "train": recipe["train"]}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import threading
 import time
 import traceback
@@ -48,7 +49,8 @@ class Job:
         category: what is explained.
         seed: of every draw.
         settings: everything else that the result depends on, as plain values.
-        places: paths and the like, which the work needs and the result does not depend on.
+        places: paths and the like, which the work needs and the result does not depend on. ``scratch`` names folders
+            that are the job's own, beside ``KIND`` in its folder.
         after: keys of jobs whose results it needs.
     """
 
@@ -206,6 +208,7 @@ def _do(job: Job, out: Path) -> str:
         "error": "",
     }
     try:
+        _clear(job, out)
         module, _, name = job.work.partition(":")
         work: Callable[[Job, Path], Mapping[str, Any]] = getattr(importlib.import_module(module), name)
         record["content"] = dict(work(job, job.folder(out)))
@@ -221,8 +224,17 @@ def _do(job: Job, out: Path) -> str:
     return str(record["status"])
 
 
+def _clear(job: Job, out: Path) -> None:
+    """Remove what this job left where it failed under other settings, which would refuse these."""
+    path = job.result_file(out)
+    if path.exists() and read_json(path).get("identity") != job.identity:
+        for left in (job.folder(out) / job.kind, *map(Path, job.places.get("scratch", ()))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _record_failure(job: Job, out: Path, error: str) -> None:
-    """Write that a job failed which could not write it itself."""
+    """Write that a job failed which could not write it itself; what other settings left is cleared as it would."""
+    _clear(job, out)
     content = {"schema": SCHEMA, "identity": job.identity, "job": {"kind": job.kind}, "status": "failed", "content": {}}
     write_json(job.result_file(out), content | {"error": error, "seconds": 0.0})
 
@@ -274,15 +286,17 @@ def run_sweep(
 
 
 def _possible(ready: Sequence[Job], jobs: Sequence[Job], out: Path) -> list[Job]:
-    """Leave out jobs whose predecessor failed, and record that."""
+    """Leave out jobs whose predecessor failed, and record that, and those whose predecessor is another call's."""
     by_key = {job.key: job for job in jobs}
     left = []
     for job in ready:
-        failed = [key for key in job.after if read_result(by_key[key], out).status != "finished"]
+        found = {key: read_result(by_key[key], out).status for key in job.after}
+        failed = [key for key, status in found.items() if status == "failed"]
         if failed:
             _record_failure(job, out, f"{failed[0]}, which it needs, has no result")
-        else:
+        elif all(status == "finished" for status in found.values()):
             left.append(job)
+        # What is missing another call is at: so this one is left to it, too.
     return left
 
 

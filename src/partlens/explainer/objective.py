@@ -307,7 +307,9 @@ class Objective:
             extra, terms = self._beyond_the_papers(positive, group)
             if name == "2" and group.taught is not None:
                 own_maps = maps[group.rows][:, group.filters].float()
-                missed = teacher_cost(own_maps, group.taught[:, self.state["teacher_of"][group.filters, group.category]])
+                missed = teacher_cost(
+                    own_maps, group.taught[:, self.state["teacher_of"][group.filters, group.category]]
+                )
                 extra = extra + config.teacher_weight * missed
                 terms["teacher"] = missed.detach().mean()
             total = total.index_add(0, group.filters, loss + extra)

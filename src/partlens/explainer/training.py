@@ -58,6 +58,7 @@ class TrainingResult:
     history: tuple[dict[str, Any], ...]
     stopped: str
 
+
 _STATE = 2
 """Of what a checkpoint holds: one of an older make is refused."""
 
@@ -373,6 +374,9 @@ def train_explainer(
             state, found = find_teachers(explainer, data)
             run.objective.state |= state
             run.found |= found
+    else:
+        # A kill between two writes may have left it an epoch behind.
+        write_json(folder / HISTORY, {"schema": SCHEMA, "epochs": run.history})
     run.to(torch.device(device))
     total = config.warmup_epochs + config.epochs
     stopped = "finished"

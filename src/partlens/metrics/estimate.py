@@ -82,8 +82,8 @@ def resampler(
 ) -> tuple[Callable[[torch.Generator], Int[Tensor, " row"]], int]:
     """Return a function that draws rows with replacement, group by group, and the number of groups.
 
-    As many groups as there are are drawn, each with all its rows. Groups count in the order of their first rows, so that
-    groups of one row each draw the same rows as no groups do.
+    As many groups as there are are drawn, each with all its rows. Groups count in the order of their first rows, so
+    that groups of one row each draw the same rows as no groups do.
 
     Args:
         count: number of rows.
@@ -109,7 +109,8 @@ def resampler(
         drawn = order[torch.randint(units, (units,), generator=generator)]
         length = sizes[drawn]
         first = torch.repeat_interleave(starts[drawn] - (length.cumsum(0) - length), length)
-        return by_group[first + torch.arange(len(first))]
+        rows: Tensor = by_group[first + torch.arange(len(first))]
+        return rows
 
     return draw, units
 

@@ -186,3 +186,37 @@ def paper_setting(performer: Performer | nn.Module | str) -> PaperSetting | None
 def known_networks() -> Sequence[str]:
     """Return the names of the networks that have a setting."""
     return tuple(_SETTINGS)
+
+
+@dataclass(frozen=True)
+class PublishedChoice:
+    """What is tapped and reconstructed under the papers' preset, and what they say for this network.
+
+    Attributes:
+        tap: layer, ``None`` for the network's default.
+        targets: layers, ``None`` for those after the tap.
+        eta: the papers' weight of ``-log p`` for this network; ``None`` where they did not study it.
+        note: what a reader must know; empty where the papers say all.
+    """
+
+    tap: str | None
+    targets: tuple[str, ...] | None
+    eta: float | None
+    note: str
+
+
+def as_published(performer: Performer, tap: str | None, targets: Sequence[str] | None) -> PublishedChoice:
+    """Choose tap, targets and eta as the papers did; what is named comes first.
+
+    Args:
+        performer: the network.
+        tap: named by the user, or ``None``.
+        targets: named by the user, or ``None``.
+    """
+    named = None if targets is None else tuple(targets)
+    setting = paper_setting(performer)
+    if setting is None:
+        return PublishedChoice(tap, named, None, "the papers did not study this network; its default tap is used")
+    if tap is not None and tap != setting.tap:
+        return PublishedChoice(tap, named, setting.eta, f"the papers tap {setting.tap}")
+    return PublishedChoice(setting.tap, named or setting.targets, setting.eta, setting.note)

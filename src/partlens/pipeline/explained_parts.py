@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -85,7 +85,11 @@ def load_parts(run: str | Path, model: str | nn.Module | Performer | None = None
     count = explainer.structure.channels_out
     config, notes = PartsConfig(), []
     if (run / PARTS).exists():
-        parts = named_parts(read_parts(run / PARTS))
+        content = read_parts(run / PARTS)
+        parts = named_parts(content)
+        stored = content.get("config")
+        if isinstance(stored, Mapping):  # one prediction is measured as all were
+            config = PartsConfig(**{k: v for k, v in stored.items() if k in PartsConfig.__dataclass_fields__})
     else:
         parts = (NamedPart(_WHOLE_TRACK, (), tuple(range(count))),)
         notes.append(f"the filters have no parts yet: partlens parts {run.name} finds them, then explain again")

@@ -212,11 +212,13 @@ def fit_explainer(
             category whose photos excite it most. All photos as one category when left out.
         tap: the layer to explain; the model's default tap when left out.
         targets: layers to reconstruct; chosen after the tap when left out.
-        preset: ``partlens``, ``held``, ``candidates`` or ``paper``.
+        preset: ``partlens``, ``held``, ``candidates`` or ``paper``, which also takes tap, targets and eta from the
+            papers where the network is theirs and these are not named.
         config: a whole configuration, or fields to change in the preset.
         seeds: explainers learned with different seeds; the first is the one that is kept, all of them give p's spread.
         background: most photos of other categories that are used.
-        cache: folder for the cached maps, kept afterwards; runs that differ in the configuration only may share it.
+        cache: folder for the cached maps, kept afterwards; runs of the same photos, layers, ``views`` and ``seed`` may
+            share it, one after the other.
             ``cache`` in the run directory when left out.
         keep_cache: keep the run directory's cached maps, too.
         device: where maps are computed and the explainer learns: ``cpu``, ``cuda``, ``cuda:1``. Not part of what makes
@@ -235,6 +237,7 @@ def fit_explainer(
     import torch
 
     from partlens.explainer.assembly import explainer_structure
+    from partlens.performer.papers import as_published
     from partlens.performer.receptive_field import receptive_field
     from partlens.performer.taps import check_tap, default_tap
 
@@ -244,8 +247,14 @@ def fit_explainer(
     where = device_of(device)
     if seeds < 1:
         raise InputError(expected("at least 1 seed", seeds, "Set --seeds to 1 or more"))
-    settings = config if isinstance(config, ExplainerConfig) else ExplainerConfig.preset(preset, **dict(config or {}))
     performer = loaded(model)
+    changes = {} if isinstance(config, ExplainerConfig) else dict(config or {})
+    note = ""
+    if preset == "paper" and not isinstance(config, ExplainerConfig):
+        chosen = as_published(performer, tap, targets)
+        tap, targets, note = chosen.tap, chosen.targets, chosen.note
+        changes = ({} if chosen.eta is None else {"eta": chosen.eta}) | changes
+    settings = config if isinstance(config, ExplainerConfig) else ExplainerConfig.preset(preset, **changes)
     images, dropped = opened(data)
     joint = several(category, images.category_counts())
     category = None if joint else _single(category)
@@ -297,6 +306,7 @@ def fit_explainer(
                 },
                 "structure": structure.to_dict(),
                 "preset": preset if not isinstance(config, ExplainerConfig) else "custom",
+                "preset_note": note,
                 "config": settings.to_dict(),
                 "seeds": seeds,
                 "receptive_field": {
@@ -312,6 +322,8 @@ def fit_explainer(
             f"{performer.name} · {tap} → {', '.join(structure.targets)} · "
             f"{len(photos)} photos{named}, {len(others)} others"
         )
+        if note:
+            show.say(f"preset paper: {note}")
         shares: list[float] = []
         head = _head_of(performer, structure, settings, joint or ((category,) if category else ()))
         folder_of_maps = out / "cache" if cache is None else Path(cache)
@@ -323,6 +335,7 @@ def fit_explainer(
                 labels = torch.tensor([joint.index(images.categories[i]) for i in photos])
                 maps = dataclasses.replace(maps, labels=labels)
             shares.append(_fit_one(performer, structure, seeded, maps, folder, show, head, where))
+        del maps  # some systems remove no file that is mapped
         if cache is None and not keep_cache:
             shutil.rmtree(folder_of_maps)
         seconds = round(float(manifest["seconds"]) + time.monotonic() - started, 1)
@@ -440,7 +453,7 @@ def evaluate(
 
     from partlens.evaluation.explainer_evaluation import EvaluationRows, evaluate_explainer
     from partlens.evaluation.fed_back import own_columns
-    from partlens.evaluation.places import top_layer
+    from partlens.evaluation.places import photo_numbers, top_layer
     from partlens.evaluation.scoring import Categories
     from partlens.explainer.assembly import performer_head
     from partlens.gallery import write_gallery
@@ -466,7 +479,8 @@ def evaluate(
                 "Add photos, or name another split (--split)",
             )
         )
-    train, train_others = rows_in("train")
+    # Other photos than the fit's may have no training split; the error of a head is then left out.
+    train, train_others = rows_in("train") if joint or "train" in images.splits else ((), ())
     most = 3 * max(len(train), len(held))
     rows = EvaluationRows(held, sampled(held_others, most, seed), train, sampled(train_others, most, seed))
     shares = [float(p) for p in manifest["p_by_seed"]]
@@ -507,6 +521,7 @@ def evaluate(
             performer,
             images,
             rows.held,
+            photo_numbers(images, rows.held),
             {
                 "explainer": (peaks["explainer"], result["filters"]["explainer"]),
                 "performer": (peaks[tap], result["filters"]["performer"]),

@@ -339,13 +339,12 @@ def _selection_records(
     """Draw one image's relevant filters; return a record per class, and notes."""
     from partlens.artefacts.pictures import coloured, overlay, picture_of, save_png
     from partlens.metrics.likeness import rank_correlation
-
     from partlens.pipeline.explained_parts import answer_ranks, probabilities
 
     assert one.selected is not None
     result, unfixed, i = one.selected, one.unfixed, one.position
     performer = opened_run.performer
-    probability = probabilities(torch.as_tensor(result.output[i])[None])[0]
+    probability = probabilities(result.output[i][None])[0]
     rank_of = answer_ranks(probability)
     strongest = min(rank_of, key=lambda output: rank_of[output])
     notes = []

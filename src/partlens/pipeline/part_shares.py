@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.artefacts.contributions import (
+    MOST_PLAYERS,
     class_score,
     filter_contributions,
     part_contributions,
@@ -98,7 +99,7 @@ def part_shares(
     both = tracks(explainer, maps)
     score = class_score(explainer, head, classes)
     single = filter_contributions(score, both, tolerance=config.remainder_max)
-    exact = 2 ** (count + 1) <= config.coalitions_max
+    exact = 2 ** (count + 1) <= config.coalitions_max and count < MOST_PLAYERS
     if exact:
         grouped = part_contributions(score, both, part_of, count)
         method = "exact"

@@ -139,10 +139,12 @@ def by_landmarks(seen: SeenPhotos, performer: Performer, how: PartsConfig, gener
     index = torch.arange(len(labels))
     mean, deviation = distances.mean_frac[index, nearest], distances.deviation_frac[index, nearest]
     own = consistency[index, nearest]
+    # A landmark may be called as the filters are that follow none.
+    ids = [f"{name} (landmark)" if name == OTHER_ID else name for name in seen.names]
     filters = [
         {
             "filter": k,
-            "part": seen.names[int(labels[k])] if int(labels[k]) >= 0 else OTHER_ID,
+            "part": ids[int(labels[k])] if int(labels[k]) >= 0 else OTHER_ID,
             "nearest": seen.names[int(nearest[k])],
             "distance_frac": round(float(mean[k]), 5),
             "distance_deviation_frac": round(float(deviation[k]), 5),
@@ -153,7 +155,7 @@ def by_landmarks(seen: SeenPhotos, performer: Performer, how: PartsConfig, gener
     ]
     order = sorted(range(len(seen.names)), key=lambda k: (-int((labels == k).sum()), k))
     records = [
-        _record(seen, performer, seen.names[k], labels == k, {"distance_frac": mean, "consistency": own})
+        _record(seen, performer, ids[k], labels == k, {"distance_frac": mean, "consistency": own})
         for k in order
         if bool(usable[k])
     ]

@@ -106,7 +106,9 @@ def _multi(images: ImageSet, categories: str | Sequence[str]) -> _Task:
     return _Task(names, found["train"], found["test"], labels["train"], labels["test"])
 
 
-def held_out_scores(scores: Tensor, labels: Tensor, names: Sequence[str], loss: str, seed: int, photos: Tensor) -> dict[str, Any]:
+def held_out_scores(
+    scores: Tensor, labels: Tensor, names: Sequence[str], loss: str, seed: int, photos: Tensor
+) -> dict[str, Any]:
     """Measure a trained network on photos it has not learned from.
 
     Args:
@@ -372,10 +374,10 @@ def train_performer(
             _ENTRY: json.dumps(content, allow_nan=False),
         }
         write_tensors(out, trained.module.state_dict(), header)
-        if not keep_cache:
-            shutil.rmtree(work)
-        show.say(f"wrote {out}: {summary(content)}")
-        return out
+    if not keep_cache:  # not while its lock is held, whose file some systems do not remove
+        shutil.rmtree(work)
+    show.say(f"wrote {out}: {summary(content)}")
+    return out
 
 
 def _counts(names: Sequence[str], labels: Sequence[int]) -> dict[str, int]:

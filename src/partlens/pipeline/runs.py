@@ -7,6 +7,7 @@ import datetime as dt
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 RUN = "run.json"
 SELECTION = "selection.json"
+_OURS = (".lock", ".tmp")
+_OLD_SECONDS = 3600.0
 
 
 def versions() -> dict[str, str]:
@@ -228,7 +231,7 @@ def prepare_folder(out: Path, manifest: str, identity: str) -> dict[str, Any] | 
     Raises:
         RunError: the folder holds other files, or a run of another configuration.
     """
-    if not out.exists() or all(path.suffix == ".lock" for path in out.iterdir()):
+    if not out.exists() or all(path.name.startswith(".") and path.suffix in _OURS for path in out.iterdir()):
         return None
     if not any((out / name).exists() for name in (RUN, SELECTION)):
         raise RunError(
@@ -278,6 +281,10 @@ def run_folder(out: Path, manifest: str, identity: str) -> Iterator[dict[str, An
         yield found
         return
     with sole_writer(out, Path(manifest).stem):
+        for leftover in out.glob(".*.tmp"):
+            # What a killed write left. Another kind of run may be writing here now, but not for an hour.
+            if time.time() - leftover.stat().st_mtime > _OLD_SECONDS:
+                leftover.unlink(missing_ok=True)
         yield prepare_folder(out, manifest, identity)
 
 

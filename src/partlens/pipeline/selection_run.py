@@ -95,7 +95,7 @@ def _split_rows(images: ImageSet, split: str) -> tuple[list[int], list[int]]:
                 f"at least 2 photos in the split {split}", len(rows), "Add photos, or name another split (--split)"
             )
         )
-    held = list(images.indices(split="test")) if split != "test" else []
+    held = list(images.indices(split="test")) if split != "test" and "test" in images.splits else []
     return rows, held
 
 

@@ -20,7 +20,7 @@ from partlens.data.flowers import generated_flowers
 from partlens.data.images import ImageSet
 from partlens.data.joined import join_data
 from partlens.evaluation import explainer_evaluation, scoring
-from partlens.experiments.explainer_jobs import open_photos
+from partlens.experiments.explainer_jobs import open_photos, photos_of
 from partlens.experiments.explainer_tables import TablePlan, build, explainer_table, performers_of, prepare
 from partlens.experiments.rival_measures import MeasuredLayer
 from partlens.experiments.study import Study
@@ -176,7 +176,7 @@ def test_rivals_are_measured_beside_the_explainer(flower_folder: Path, begun: Pa
     assert nmf["error_increase_points"]["n"] == explainer["error_increase_points"]["n"]
     assert rows["null: centre"]["instability"]["value"] is not None
     assert "variance_explained" not in rows["null: centre"]
-    assert not (begun / "jobs" / f"tiny-{RED}-s0" / "rivals-maps").exists()
+    assert not (begun / "jobs" / f"tiny-{RED}-s0" / "rivals").exists()
     page = Page((begun / "rivals.html").read_text())
     assert "best rival" in page.text
 
@@ -313,7 +313,7 @@ def test_background_from_elsewhere_and_one_name_for_all(flower_folder: Path, tmp
     assert truth.landmarks == own.landmarks
     assert (truth.positions_px[3] == own.positions_px[3]).all() or own.positions_px[3] != own.positions_px[3]
     assert (truth.positions_px[len(plain) :] != truth.positions_px[len(plain) :]).all()
-    assert both.fingerprint() == open_photos.__wrapped__(str(tmp_path / "both.json")).fingerprint()
+    assert both.fingerprint() == open_photos(str(tmp_path / "both.json")).fingerprint()
 
 
 def study_of(table: str, scores: dict[str, Any], networks: dict[str, str | None], categories: tuple[str, ...]) -> Study:
@@ -401,10 +401,22 @@ def test_a_sweep_writes_down_how_its_photos_are_opened(
     monkeypatch.chdir(tmp_path)
     prepared = prepare(plan("p", flower_folder, background=str(others)), Path("out"))
     (where,) = {job.places["data"] for job in prepared.jobs}
-    assert where == str(tmp_path.resolve() / "out" / "photos.json")
+    assert Path(where).parent == tmp_path.resolve() / "out"
     images = ImageSet.open(where)
     assert images.fingerprint() == prepared.data["fingerprint"]
     assert images.category_counts()["background"] == 1
+    # A second table of other photos leaves the first one's alone, and a job refuses photos that are not its own.
+    more = tmp_path / "more"
+    more.mkdir()
+    for index in range(2):
+        ImageSet.open(flower_folder).read(index).save(more / f"{index}.png")
+    second = prepare(plan("p", flower_folder, background=str(more)), Path("out"))
+    for made in (prepared, second):
+        own = [photos_of(job).fingerprint() for job in made.jobs]
+        assert own == [made.data["fingerprint"]] * len(made.jobs)
+    ImageSet.open(flower_folder).read(3).save(others / "b.png")
+    with pytest.raises(RunError, match="Make the table again from these"):
+        photos_of(prepared.jobs[0])
 
 
 def test_rivals_are_read_as_the_explainer_is() -> None:

@@ -187,3 +187,29 @@ def test_a_killed_worker_of_a_cluster_loses_nothing(tmp_path: Path) -> None:
     assert [r.status for r in results] == ["finished"] * 3
     assert [r.content["drawn"] for r in results[1:]] == [r.content["drawn"] for r in alone]
     assert str(killed[0]) not in (out / "jobs" / "net-fox-s0" / "calls").read_text()
+
+
+def test_what_waits_for_a_job_of_another_call_is_left_to_it_too(tmp_path: Path) -> None:
+    first = job(seed=0)
+    later = BENCH["Job"]("bench_jobs:count", "later", "net", "fox", 0, after=(first.key,))
+    with sole_writer(first.folder(tmp_path), first.kind):
+        assert [r.status for r in run_sweep([first, later], tmp_path)] == ["missing", "missing"]
+    assert not later.result_file(tmp_path).exists()
+    assert [r.status for r in run_sweep([first, later], tmp_path)] == ["finished"] * 2
+
+
+def test_what_a_failed_job_left_does_not_stand_in_the_way_of_other_settings(tmp_path: Path) -> None:
+    scratch = tmp_path / "elsewhere"
+    failed = BENCH["Job"]("bench_jobs:fail", "tried", "net", "fox", 0, {"size": 1}, {"scratch": [str(scratch)]})
+    run_sweep([failed], tmp_path)
+    own, other = failed.folder(tmp_path) / "tried", failed.folder(tmp_path) / "explainer"
+    for folder in (own, other, scratch):
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text("{}")
+    run_sweep([failed], tmp_path)  # the same settings go on with it
+    assert own.exists()
+    changed = BENCH["Job"]("bench_jobs:count", "tried", "net", "fox", 0, {"size": 2}, {"scratch": [str(scratch)]})
+    assert run_sweep([changed], tmp_path)[0].status == "finished"
+    assert not own.exists()
+    assert not scratch.exists()
+    assert (other / "run.json").exists()

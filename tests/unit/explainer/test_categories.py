@@ -190,3 +190,13 @@ def test_norms_of_several_categories_are_measured_on_photos_of_each() -> None:
     assert len(drawn) == 256
     assert torch.bincount(labels[drawn], minlength=3).min() > 80
     assert norm_sample(dataclasses.replace(data, labels=None)).tolist() == list(range(256))
+
+
+def test_a_category_that_comes_late_is_measured_from_its_first_batch_on() -> None:
+    objective = Objective(explainer_with().config, explainer_with(), (1.0,), categories=2)
+    only = torch.tensor([0, 0, 0, 0])
+    objective._follow_activity("2", maps_of_two(only), only)
+    assert objective.assigned("2").tolist() == [0, 0, 0, 0]
+    both = torch.tensor([0, 0, 1, 1])
+    objective._follow_activity("2", maps_of_two(both), both)
+    assert objective.assigned("2").tolist() == [0, 0, 1, 1]

@@ -313,3 +313,47 @@ def test_parts_stand_where_the_configuration_says(tiny: Performer) -> None:
     assert float(largest.masked(maps).sum()) == pytest.approx(12)
     without = build_explainer(tiny, structure, ExplainerConfig(peak="centroid", mask=False))
     assert torch.equal(without.masked(maps), maps)
+
+
+def test_only_the_category_moves_the_norm_layers(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    own, others = torch.rand(6, 12, 8, 8), 100 * torch.rand(5, 12, 8, 8)
+    seen = {}
+    for name, maps, positives in (("own", own, None), ("both", torch.cat([own, others]), 6), ("all", None, None)):
+        explainer = build_explainer(tiny, structure, ExplainerConfig()).train()
+        explainer(torch.cat([own, others]) if maps is None else maps, positives)
+        seen[name] = (explainer.norm_interp.magnitude.clone(), explainer.norm_ordin.magnitude.clone())
+    for own_norm, both, everything in zip(seen["own"], seen["both"], seen["all"], strict=True):
+        assert torch.allclose(own_norm, both, rtol=1e-5)
+        assert bool((everything > 5 * own_norm).any())
+
+
+def test_the_mixture_is_in_units_of_the_interpretable_track(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    explainer = build_explainer(tiny, structure, ExplainerConfig(norm_floor=0.0)).eval()
+    for norm, size in ((explainer.norm_interp, 8.0), (explainer.norm_ordin, 2.0)):
+        norm.magnitude.fill_(size)
+        norm.started.fill_(value=True)
+    interp, ordin = torch.rand(2, 12, 8, 8), torch.rand(2, 12, 8, 8)
+    # p x_interp / 8 + (1 - p) x_ordin / 2 enters the decoder; times 8 it has the size of x_interp.
+    with torch.no_grad():
+        wanted = 8 * (explainer.p * interp / 8 + (1 - explainer.p) * ordin / 2)
+        assert torch.allclose(explainer.mixed_maps(interp, ordin), wanted, atol=1e-6)
+
+
+def test_the_norm_of_the_track_is_measured_again_and_the_gain_kept(tiny: Performer) -> None:
+    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
+    explainer = build_explainer(tiny, structure, ExplainerConfig(dropout=0.5))
+    maps = torch.rand(16, 12, 8, 8)
+    explainer.start_norms(maps)
+    gain, ordinary = explainer.gain.clone(), explainer.norm_ordin.magnitude.clone()
+    with torch.no_grad():
+        explainer.conv_interp_2.weight.mul_(5)
+    explainer.draws = torch.Generator().manual_seed(0)
+    explainer.restart_norm(maps)
+    assert explainer.draws is not None
+    explainer.draws = None
+    actual = explainer.pool(explainer.masked(explainer.interpret(maps)[1])).sum((2, 3)).mean(0)
+    assert torch.allclose(explainer.norm_interp.magnitude, actual, rtol=1e-5)
+    assert torch.equal(explainer.gain, gain)
+    assert torch.equal(explainer.norm_ordin.magnitude, ordinary)

@@ -178,3 +178,33 @@ def test_shuffled_templates_no_longer_ask_for_one_place() -> None:
         pulls[kind] = float((gradient[~near].mean() - gradient[near].mean()) / gradient.std())
     assert pulls["peaks"] > 0.2
     assert abs(pulls["shuffled"]) < pulls["peaks"] / 4
+
+
+def at_the_target(**changes: object) -> tuple[Explainer, torch.Tensor, Objective]:
+    """An objective whose reconstruction pulls at nothing, its filter weights measured before."""
+    explainer = explainer_with(eta=0.0, filter_ratio=1.0, **changes)
+    objective, maps = objective_of(explainer), torch.rand(12, 6, 8, 8)
+    with torch.no_grad():
+        target = explainer.decoder(maps)
+    objective.joint(explainer(maps), (target,), BatchFacts(12))  # step 0 measures the gradients
+    explainer.eval()
+    return explainer, maps, objective
+
+
+@pytest.mark.parametrize("mix", [True, False])
+def test_the_filter_loss_pulls_at_p_through_the_mixture_only(mix: bool) -> None:
+    explainer, maps, objective = at_the_target(filter_mix=mix)
+    output = explainer(maps)
+    loss, _ = objective.joint(output, tuple(r.detach() for r in output.reconstructions), BatchFacts(12))
+    (pull,) = torch.autograd.grad(loss, explainer.share_logit, allow_unused=True)
+    assert (pull is not None and float(pull.abs()) > 0) is mix
+
+
+def test_the_filter_loss_of_the_first_layer_moves_it_by_itself() -> None:
+    explainer, maps, objective = at_the_target()
+    objective.state["pull.2"] = torch.zeros_like(objective.state["pull.2"])  # no weight for the second layer's
+    output = explainer(maps)
+    loss, _ = objective.joint(output, tuple(r.detach() for r in output.reconstructions), BatchFacts(12))
+    first, second = torch.autograd.grad(loss, [explainer.conv_interp_1.weight, explainer.conv_interp_2.weight])
+    assert float(first.abs().max()) > 0
+    assert float(second.abs().max()) == 0

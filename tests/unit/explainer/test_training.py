@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from partlens.explainer import objective, training
 from partlens.explainer.assembly import build_explainer
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerStructure
+from partlens.explainer.objective import Objective
 from partlens.explainer.seeding import part_candidates, seed_parts, voted_parts
 from partlens.explainer.training import CHECKPOINT_STATE, decoder_rate, train_explainer
 from partlens.explainer.training_maps import TrainingMaps
@@ -275,3 +277,102 @@ def test_the_decoder_takes_no_step_that_is_large_beside_its_weights() -> None:
     for unlimited in (replace(config, decoder_step_max=0.0), replace(config, decoder_step_max=1.0)):
         assert decoder_rate(fine, unlimited) == pytest.approx(1e-3)
     assert decoder_rate(torch.nn.ReLU(), config) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("preset", ["partlens", "held", "paper"])
+def test_the_decoder_never_learns_from_magnitudes_of_before_the_warm_up(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    config = ExplainerConfig.preset(preset, **{**SMALL, "warmup_epochs": 6 * (preset != "paper"), "epochs": 1})
+    explainer = build_explainer(tiny, STRUCTURE, config)
+    ratios: list[float] = []
+    forward = Explainer.forward
+
+    def watched(self: Explainer, batch: torch.Tensor, positives: int | None = None) -> Any:
+        if not ratios:
+            rows = torch.from_numpy(maps.tap[: 20 * 3 : 3].astype(np.float32))
+            with torch.no_grad():
+                actual = self.pool(self.masked(self.interpret(rows)[1])).sum((2, 3)).mean(0)
+            live = actual > 0.05 * actual.mean()
+            ratios.extend((self.norm_interp.magnitude[live] / actual[live]).tolist())
+        return forward(self, batch, positives)
+
+    monkeypatch.setattr(Explainer, "forward", watched)
+    train_explainer(explainer, maps, tmp_path)
+    assert ratios == pytest.approx([1.0] * len(ratios), rel=1e-3)
+    assert len(ratios) > 6
+
+
+def test_epochs_of_the_joint_phase_weaken_the_filter_loss(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The papers' λ_f falls as 1/N with the epoch N."""
+    seen: list[tuple[int, float]] = []
+    weights = Objective.filter_weights
+
+    def watched(self: Objective, layer: str) -> torch.Tensor:
+        pull, push = self.state[f"pull.{layer}"], self.state[f"push.{layer}"]
+        found = weights(self, layer)
+        top = int(push.argmax())
+        seen.append((self.epoch, float(found[top] * push[top] / pull[top])))
+        return found
+
+    monkeypatch.setattr(Objective, "filter_weights", watched)
+    config = ExplainerConfig.preset("paper", **{**SMALL, "warmup_epochs": 1, "epochs": 3})
+    train_explainer(build_explainer(tiny, STRUCTURE, config), maps, tmp_path)
+    by_epoch = {n: {round(v * 300 * n, 3) for e, v in seen if e == n} for n in (1, 2, 3)}
+    assert by_epoch == {1: {1.0}, 2: {1.0}, 3: {1.0}}
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_the_background_moves_the_norm_layers_only_where_it_is_asked_to(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: bool
+) -> None:
+    asked: list[tuple[int, int | None]] = []
+    forward = Explainer.forward
+
+    def watched(self: Explainer, batch: torch.Tensor, positives: int | None = None) -> Any:
+        asked.append((len(batch), positives))
+        return forward(self, batch, positives)
+
+    monkeypatch.setattr(Explainer, "forward", watched)
+    train_explainer(fresh(tiny, norm_positives_only=only), maps, tmp_path)
+    assert asked
+    assert all((p is not None and p < n) if only else p is None for n, p in asked)
+
+
+def test_a_history_that_is_behind_the_checkpoint_is_mended(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = training.write_json
+
+    def killed(path: Path, content: Any) -> None:
+        if path.name == "history.json" and len(content["epochs"]) == 5:
+            raise Killed
+        write(path, content)
+
+    monkeypatch.setattr(training, "write_json", killed)
+    with pytest.raises(Killed):
+        train_explainer(fresh(tiny), maps, tmp_path)
+    monkeypatch.undo()
+    assert len(read_json(tmp_path / "history.json")["epochs"]) == 4
+    train_explainer(fresh(tiny), maps, tmp_path)
+    assert len(read_json(tmp_path / "history.json")["epochs"]) == 5
+
+
+def test_every_filter_learns_from_a_teacher_of_its_category(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filters change category; the teacher changes with them."""
+    taught: list[torch.Tensor] = []
+    cost = objective.teacher_cost
+
+    def watched(own: torch.Tensor, places: torch.Tensor, *rest: Any) -> torch.Tensor:
+        taught.append((~places.isnan()).all(-1).any(0))
+        return cost(own, places, *rest)
+
+    monkeypatch.setattr(objective, "teacher_cost", watched)
+    several = replace(maps, labels=torch.arange(20) % 2)
+    train_explainer(fresh(tiny, teachers=2, warmup_epochs=3), several, tmp_path)
+    assert len(taught) > 6
+    assert float(torch.cat(taught).double().mean()) > 0.95

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
+from partlens.evaluation.fed_back import class_outputs
 from partlens.metrics.faithfulness import (
     ReconstructionSums,
     accuracy_top1,
     agreement_top1,
     category_error_increase,
 )
+from partlens.vocabulary import InputError
 
 
 def test_relative_error_in_batches_equals_the_whole() -> None:
@@ -69,3 +71,10 @@ def test_error_increase_needs_both_classes(generator: torch.Generator) -> None:
     one = torch.ones(5, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"or several categories, among the training photos, got labels \[1\]"):
         category_error_increase(torch.rand(5, 2), one, torch.rand(5, 2), torch.rand(5, 2), one, generator=generator)
+
+
+def test_agreement_of_a_single_output_has_to_be_read_as_yes_or_no() -> None:
+    own, fed = torch.tensor([[3.0], [-2.0], [1.0], [4.0]]), torch.tensor([[-3.0], [-2.0], [1.0], [-4.0]])
+    with pytest.raises(InputError, match=r"outputs of at least 2 classes, got outputs of shape \(4, 1\)"):
+        agreement_top1(fed, own)
+    assert agreement_top1(class_outputs(fed), class_outputs(own)).value == 0.5

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from partlens.metrics.estimate import Estimate, bootstrap, proportion
+from partlens.explainer.templates import centroid_cells
+from partlens.metrics.estimate import Estimate, bootstrap, proportion, resampler
 from partlens.metrics.localisation import (
     LocalisationScores,
     Peaks,
@@ -19,12 +21,15 @@ from partlens.metrics.localisation import (
     mean_pairwise,
     null_peaks,
     peak_correlation,
+    peaks_from_cells,
     peaks_from_maps,
+    silent_share,
     spread_per_filter,
 )
 
 SIZE = (224, 224)
 GRID = ((8.0, 8.0), (16.0, 16.0))
+from partlens.vocabulary import InputError
 
 
 def peaks_at(cells: torch.Tensor, scores: torch.Tensor | None = None) -> Peaks:
@@ -310,3 +315,94 @@ def test_a_difference_without_landmarks_is_undefined() -> None:
     ).values()
     assert math.isnan(found.value)
     assert found.n == 0
+
+
+@pytest.mark.parametrize("crops", [1, 2, 4])
+def test_crops_of_one_photo_make_no_interval_narrower(crops: int) -> None:
+    """A photo is drawn with all its crops: shown several times it says no more than once."""
+    generator = torch.Generator().manual_seed(3)
+    cells = torch.randint(0, 14, (40, 20, 2), generator=generator)
+    strength = torch.rand(40, 20, generator=generator)
+    landmarks = torch.rand(40, 2, 2, generator=generator) * 224
+    landmarks[:7, 0] = torch.nan
+    whole = {}
+    for times in (1, crops):
+        peaks = peaks_from_cells(
+            cells.repeat_interleave(times, 0), strength.repeat_interleave(times, 0), (14, 14), (8.0, 8.0), (16.0, 16.0)
+        )
+        photos = torch.arange(40).repeat_interleave(times) + 100
+        scores = localisation_scores(
+            peaks,
+            landmarks.repeat_interleave(times, 0),
+            (224, 224),
+            landmark_names=("head", "tail"),
+            photos=photos,
+            generator=torch.Generator().manual_seed(0),
+        )
+        other = replace(peaks, positions_px=peaks.positions_px.flip(1))
+        difference = instability_differences(
+            peaks,
+            {"other": other},
+            landmarks.repeat_interleave(times, 0),
+            (224, 224),
+            photos=photos,
+            generator=torch.Generator().manual_seed(0),
+        )["other"]
+        whole[times] = (scores.instability_all, scores.consistency, scores.filter_correlation, difference)
+    for once, more in zip(whole[1], whole[crops], strict=True):
+        assert once.n == more.n == 40
+        width = [e.interval[1] - e.interval[0] for e in (once, more)]
+        assert width[1] > 0.8 * width[0]
+
+
+def test_groups_are_drawn_whole_and_single_ones_as_rows_are() -> None:
+    draw, units = resampler(7, torch.tensor([5, 5, 1, 9, 9, 9, 1]))
+    assert units == 3
+    members = {0: 2, 2: 2, 3: 3}
+    seen = set()
+    for seed in range(20):
+        rows = draw(torch.Generator().manual_seed(seed))
+        counts = rows.bincount(minlength=7).tolist()
+        assert counts[0] == counts[1]
+        assert counts[2] == counts[6]
+        assert counts[3] == counts[4] == counts[5]
+        assert sum(counts[k] for k in members) == 3
+        seen.add(tuple(counts))
+    assert len(seen) > 5
+    alone = resampler(7, torch.tensor([30, 20, 10, 0, 4, 8, 2]))[0]
+    plain = resampler(7)[0]
+    for seed in range(3):
+        same = [f(torch.Generator().manual_seed(seed)).tolist() for f in (alone, plain)]
+        assert same[0] == same[1]
+    with pytest.raises(InputError, match="a group for each of 7 rows, got 2"):
+        resampler(7, torch.tensor([1, 2]))
+
+
+def test_a_share_is_as_sure_as_its_photos_are_many() -> None:
+    right = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    once = proportion(right)
+    many = proportion(right.repeat_interleave(4), groups=torch.arange(7).repeat_interleave(4))
+    assert many.value == once.value
+    assert many.interval == pytest.approx(once.interval)
+    assert many.n == once.n == 7
+    # Photos of 1, 1 and 4 crops weigh as 36/18 = 2 photos.
+    uneven = proportion(torch.ones(6), groups=torch.tensor([0, 1, 2, 2, 2, 2]))
+    assert uneven.interval == pytest.approx(proportion(torch.ones(2)).interval)
+    assert uneven.n == 3
+
+
+def test_an_empty_map_stands_in_the_corner_and_is_counted() -> None:
+    scores = torch.ones(10, 4)
+    scores[:5, 0] = 0
+    scores[:, 1] = 0
+    peaks = peaks_from_cells(torch.full((10, 4, 2), 3), scores, (8, 8), (0.0, 0.0), (4.0, 4.0))
+    assert silent_share(peaks) == pytest.approx(15 / 40)
+    found = localisation_scores(
+        peaks, torch.rand(10, 1, 2), (32, 32), landmark_names=("a",), generator=torch.Generator().manual_seed(0)
+    )
+    assert found.silent_frac.value == pytest.approx(15 / 40)
+    assert found.dead_frac.value == pytest.approx(1 / 4)
+    maps = torch.zeros(1, 2, 6, 6)
+    maps[0, 1, 4, 2] = 2.0
+    assert centroid_cells(maps, 6.0).tolist() == [[[0, 0], [4, 2]]]
+    assert bool(centroid_cells(maps * torch.nan, 6.0).isnan().all())
