@@ -247,6 +247,12 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--split", type=str, default="test", help="split of the photos to measure on")
     parser.add_argument("--seed", type=int, default=0, help="of the nulls and the intervals")
     parser.add_argument("--gallery", type=str, default="quick", help="pictures of filters: quick, full or none")
+    parser.add_argument(
+        "--fields", type=str, default="occlusion", help="what filters read: by occlusion, or the analytic round field"
+    )
+    parser.add_argument(
+        "--occlusion", type=dict[str, Any] | None, default=None, help="changes, such as --occlusion.stride_px 9"
+    )
     parser.add_argument("--json", action="store_true", help="print the evaluation as JSON")
     options = parser.parse_args(list(arguments))
     from partlens.pipeline import evaluate
@@ -259,6 +265,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
         split=options.split,
         seed=options.seed,
         gallery=options.gallery,
+        fields=options.fields,
+        occlusion=options.occlusion,
         progress=Progress.terminal(),
     )
     if options.json:

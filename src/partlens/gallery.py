@@ -7,8 +7,9 @@ comes from, by Grad-CAM of both networks (`partlens.artefacts.track_cam`).
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from partlens.artefacts.backprop import class_scores
+from partlens.artefacts.parts import upsampled
 from partlens.artefacts.pictures import overlay
 from partlens.artefacts.receptive_pictures import (
     OcclusionConfig,
@@ -28,17 +30,18 @@ from partlens.artefacts.receptive_pictures import (
     occlusion_receptive_fields,
     region_picture,
     regions,
+    round_fields,
 )
 from partlens.artefacts.track_cam import concentration_frac, layer_grad_cam, random_grad_cam, track_grad_cam
 from partlens.data.images import ImageSet
 from partlens.explainer.network import Explainer
 from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.localisation import Peaks, dead_filters
-from partlens.performer.receptive_field import ReceptiveField
+from partlens.performer.receptive_field import ReceptiveField, cell_centre_px
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
 from partlens.store import SCHEMA, write_atomically, write_json
-from partlens.vocabulary import InputError, expected
+from partlens.vocabulary import InputError, expected, nearest
 
 FILTERS = 12
 PHOTOS = 6
@@ -47,6 +50,8 @@ _REGION_CELLS = 4.5
 _BATCH = 32
 
 GalleryKind = Literal["quick", "full", "none"]
+FieldKind = Literal["occlusion", "analytic"]
+"""What a filter reads: found by covering pieces of photos, or the round field that it has in theory."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,12 @@ class _Shown:
     photos: tuple[int, ...]
 
 
+def _grid(receptive: ReceptiveField) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return centre (row, col) of cell (0, 0) and the stride, in input pixels."""
+    x, y = cell_centre_px(receptive, [0, 0]).tolist()
+    return (y, x), (float(receptive.stride_px[0]), float(receptive.stride_px[1]))
+
+
 def _covered_pool(shown: Sequence[_Shown], count: int) -> list[int]:
     """Return the photos that most of the shown filters answer to, the first of equals first."""
     votes: dict[int, int] = {}
@@ -181,20 +192,71 @@ class _Frames:
         return self.performer.preprocessing([self.images.read(self.rows[i]) for i in indices])
 
 
-def _regions(
+def theoretical_px(receptive: ReceptiveField) -> dict[str, tuple[int, int]]:
+    """Return how many rows and columns a filter of either network can read in theory."""
+    rows, cols = receptive.size_px
+    # The track's two convolutions of 3x3 cells each reach one cell further on every side.
+    wider = (rows + 4 * receptive.stride_px[0], cols + 4 * receptive.stride_px[1])
+    return {"explainer": wider, "performer": (rows, cols)}
+
+
+def occlusion_settings(
+    gallery: GalleryKind, size_px: tuple[int, int], changes: OcclusionConfig | Mapping[str, Any] | None
+) -> OcclusionConfig:
+    """Return how photos are covered: as the gallery says, scaled to the input, with changes in pixels of the input.
+
+    Raises:
+        InputError: a field that does not exist, or a value out of range.
+    """
+    if isinstance(changes, OcclusionConfig):
+        return changes
+    config = EFFORTS[gallery].occlusion.scaled(size_px)
+    known = config.__dict__
+    for name in changes or {}:
+        if name not in known:
+            near = nearest(name, known)[0]
+            raise InputError(expected(f"fields of occlusion among {', '.join(known)}", name, f"Did you mean {near}?"))
+    return replace(config, **(changes or {}))
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """What the shown filters read, by (position in shown, photo) where a photo is meant.
+
+    Attributes:
+        reads_px: side of each filter's field; NaN where nothing was found.
+        fields: how it was found by covering; ``None`` for analytic fields.
+        regions: where they look on their photos.
+        maps: their maps there.
+    """
+
+    reads_px: Float[Tensor, " shown"]
+    fields: OcclusionFields | None
+    regions: dict[tuple[int, int], np.ndarray]
+    maps: dict[tuple[int, int], Float[Tensor, "row col"]]
+
+
+def _looked(
     joined: _Joined,
     frames: _Frames,
     shown: Sequence[_Shown],
     pool: Sequence[int],
     receptive: ReceptiveField,
     config: OcclusionConfig,
+    kind: FieldKind,
     advance: Callable[[int], None],
-) -> tuple[OcclusionFields, dict[tuple[int, int], np.ndarray]]:
-    """Find the fields of the shown filters and their regions on their photos, by (position in shown, photo)."""
+) -> _Looked:
+    """Find the fields of the shown filters, and their maps and regions on their photos."""
     numbers = [one.joined for one in shown]
-    fields = occlusion_receptive_fields(
-        joined, frames.batch(pool), receptive, numbers, config=config, batch_size=_BATCH, advance=advance
-    )
+    if kind == "analytic":
+        sides = {layer: math.sqrt(rows * cols) for layer, (rows, cols) in theoretical_px(receptive).items()}
+        reads, found = torch.tensor([sides[one.layer] for one in shown]), None
+        fields = round_fields(frames.performer.preprocessing.size_px, reads)
+    else:
+        found = occlusion_receptive_fields(
+            joined, frames.batch(pool), receptive, numbers, config=config, batch_size=_BATCH, advance=advance
+        )
+        reads, fields = found.effective_px, found.fields
     photos = sorted({photo for one in shown for photo in one.photos})
     pieces = []
     for start in range(0, len(photos), _BATCH):
@@ -206,16 +268,22 @@ def _regions(
     pairs = [(n, photo) for n, one in enumerate(shown) for photo in one.photos]
     of = torch.tensor([n for n, _ in pairs])
     where = torch.tensor([photos.index(photo) for _, photo in pairs])
-    found = regions(
-        maps[where, of],
-        fields.fields,
+    own = maps[where, of]
+    drawn = regions(
+        own,
+        fields,
         of,
         thresholds[of],
         receptive,
         gain=config.gain,
         region_share=config.region_share,
     )
-    return fields, {pair: region.numpy() for pair, region in zip(pairs, found, strict=True)}
+    return _Looked(
+        reads,
+        found,
+        {pair: region.numpy() for pair, region in zip(pairs, drawn, strict=True)},
+        dict(zip(pairs, own, strict=True)),
+    )
 
 
 def _median_side(sides: Float[Tensor, " filter"], generator: torch.Generator) -> dict[str, Any]:
@@ -325,6 +393,8 @@ def write_gallery(
     head: nn.Module,
     top: str,
     gallery: GalleryKind = "quick",
+    fields: FieldKind = "occlusion",
+    occlusion: OcclusionConfig | Mapping[str, Any] | None = None,
     filters: int = FILTERS,
     seed: int = 0,
     advance: Callable[[float], None] = lambda _: None,
@@ -345,17 +415,22 @@ def write_gallery(
         gallery: ``quick`` covers 8 photos at 121 places each (224 px, about 1,000 forward passes) and joins Grad-CAM
             of 24 photos; ``full`` does as the released code does, 24 photos at 484 places and Grad-CAM of 100 photos;
             ``none`` writes no gallery.
+        fields: ``occlusion`` finds what a filter reads by covering; ``analytic`` lays the round field that it has in
+            theory at each active cell, as the papers' appendix does, and covers nothing.
+        occlusion: a whole configuration, or fields to change in the gallery's, in pixels of the input.
         filters: shown of each network.
         seed: of the intervals and of the null.
         advance: called with the share that is done, from 0 to 1.
 
     Raises:
-        InputError: another kind of gallery.
+        InputError: another kind of gallery or of fields, or settings of the occlusion that do not exist.
     """
     if gallery not in ("quick", "full", "none"):
         raise InputError(expected("gallery to be quick, full or none", f"{gallery!r}", "Choose quick"))
+    if fields not in ("occlusion", "analytic"):
+        raise InputError(expected("fields to be occlusion or analytic", f"{fields!r}", "Choose occlusion"))
     folder = run / "gallery"
-    for kind in ("photo-*.jpg", "region-*.jpg", "attention-*.jpg", "gallery.json"):
+    for kind in ("photo-*.jpg", "region-*.jpg", "map-*.jpg", "attention-*.jpg", "gallery.json"):
         for earlier in folder.glob(kind):
             earlier.unlink()
     if gallery == "none":
@@ -369,9 +444,9 @@ def write_gallery(
         for k in chosen_filters(peaks, table, filters)
         for best in [peaks.scores[:, k].argsort(descending=True, stable=True)[:PHOTOS]]
     ]
-    config = effort.occlusion.scaled(size)
+    config = occlusion_settings(gallery, size, occlusion)
     places = len(occluder_places(size, config.occluder_px, config.stride_px))
-    pool = _covered_pool(shown, effort.covered)
+    pool = _covered_pool(shown, effort.covered) if fields == "occlusion" else []
     total = len(pool) * (1 + places) + len({p for one in shown for p in one.photos}) + min(effort.attention, len(rows))
     done = 0
 
@@ -380,8 +455,9 @@ def write_gallery(
         done += count
         advance(min(1.0, done / total))
 
-    content: dict[str, Any] = {"schema": SCHEMA, "kind": gallery}
-    fields, found = _regions(joined, frames, shown, pool, receptive, config, more) if shown else (None, {})
+    content: dict[str, Any] = {"schema": SCHEMA, "kind": gallery, "fields": fields}
+    looked = _looked(joined, frames, shown, pool, receptive, config, fields, more) if shown else None
+    start, stride = _grid(receptive)
     entries: dict[str, list[dict[str, Any]]] = {layer: [] for layer in layers}
     pictures: dict[int, Image.Image] = {}
     for n, one in enumerate(shown):
@@ -391,15 +467,20 @@ def write_gallery(
             if index not in pictures:
                 pictures[index] = _small(frames.picture(index))
                 _save_photo(folder / f"photo-{index}.jpg", pictures[index])
-            region = found[n, index]
+            assert looked is not None
+            region = looked.regions[n, index]
             name = f"gallery/region-{one.layer}-{one.filter}-{index}.jpg"
             if region.any():
                 _save_photo(run / name, region_picture(pictures[index], region))
+            heat = upsampled(looked.maps[n, index][None, None], start, stride, size)[0, 0].clamp(min=0)
+            drawn = f"gallery/map-{one.layer}-{one.filter}-{index}.jpg"
+            _save_photo(run / drawn, overlay(pictures[index], (heat / (float(heat.max()) or 1.0)).numpy()))
             at = peaks.positions_px[index, one.filter]
             shown_on.append(
                 {
                     "file": f"gallery/photo-{index}.jpg",
                     "region_file": name if region.any() else None,
+                    "map_file": drawn,
                     "key": images.keys[rows[index]],
                     "score": round(float(peaks.scores[index, one.filter]), 4),
                     "peak_px": [round(float(v), 1) for v in at],
@@ -408,24 +489,24 @@ def write_gallery(
                 }
             )
         known = {name: table[one.filter][name] for name in ("instability", "consistency", "landmark")}
-        reads = None if fields is None else round(float(fields.effective_px[n]), 1)
+        reads = None if looked is None or bool(looked.reads_px[n].isnan()) else round(float(looked.reads_px[n]), 1)
         entries[one.layer].append({"filter": one.filter, **known, "reads_px": reads, "photos": shown_on})
     generator = torch.Generator().manual_seed(seed)
-    if fields is not None:
+    theory = {layer: list(sides) for layer, sides in theoretical_px(receptive).items()}
+    if looked is not None and looked.fields is None:
+        content["analytic"] = {"theoretical_px": theory}
+    elif looked is not None and looked.fields is not None:
         content["occlusion"] = {
             "occluder_px": config.occluder_px,
             "stride_px": config.stride_px,
             "places": places,
-            "photos": len(fields.images.unique()),
-            "photos_per_filter": int(fields.images.shape[1]),
-            # The track's two convolutions of 3x3 cells each reach one cell further on every side.
-            "theoretical_px": {
-                "explainer": [n + 4 * step for n, step in zip(receptive.size_px, receptive.stride_px, strict=True)],
-                "performer": list(receptive.size_px),
-            },
+            "photos": len(looked.fields.images.unique()),
+            "photos_per_filter": int(looked.fields.images.shape[1]),
+            "settings": dict(config.__dict__),
+            "theoretical_px": theory,
             "reads_px": {
                 layer: _median_side(
-                    fields.effective_px[[n for n, one in enumerate(shown) if one.layer == layer]], generator
+                    looked.reads_px[[n for n, one in enumerate(shown) if one.layer == layer]], generator
                 )
                 for layer in layers
             },

@@ -203,3 +203,36 @@ def test_a_layer_without_live_filters_leaves_attention_alone(made: dict[str, Any
 def test_other_kinds_are_refused(made: dict[str, Any], tmp_path: Path, kind: GalleryKind) -> None:
     with pytest.raises(InputError, match="quick, full or none"):
         write_gallery(tmp_path, **made, gallery=kind)
+
+
+def test_feature_maps_peak_where_the_filter_does(made: dict[str, Any], tmp_path: Path) -> None:
+    content = written(tmp_path, made)
+    found = []
+    for one in content["layers"]["performer"]:
+        for photo in one["photos"]:
+            plain = np.asarray(Image.open(tmp_path / photo["file"]).convert("RGB")).astype(int)
+            drawn = np.asarray(Image.open(tmp_path / photo["map_file"]).convert("RGB")).astype(int)
+            brighter = (drawn - plain).max(2)
+            row, col = np.unravel_index(brighter.argmax(), brighter.shape)
+            found.append(math.dist((col, row), photo["peak_px"]))
+    assert np.median(found) < 8  # two cells of 4 px
+    assert content["fields"] == "occlusion"
+
+
+def test_fields_may_be_the_theory_and_settings_may_be_changed(made: dict[str, Any], tmp_path: Path) -> None:
+    analytic = written(tmp_path, made, fields="analytic")
+    assert "occlusion" not in analytic
+    assert analytic["analytic"]["theoretical_px"] == {"explainer": [23, 23], "performer": [7, 7]}
+    assert {one["reads_px"] for one in analytic["layers"]["performer"]} == {7.0}
+    covered = {}
+    for fields in ("analytic", "occlusion"):
+        photo = written(tmp_path, made, fields=fields)["layers"]["explainer"][0]["photos"][0]
+        covered[fields] = Image.open(tmp_path / photo["region_file"]).tobytes()
+    assert covered["analytic"] != covered["occlusion"]
+    changed = written(tmp_path, made, occlusion={"occluder_px": 9, "stride_px": 6})["occlusion"]
+    assert (changed["settings"]["occluder_px"], changed["settings"]["stride_px"]) == (9, 6)
+    assert changed["places"] == math.ceil((32 - 9 + 1) / 6) ** 2
+    with pytest.raises(InputError, match="Did you mean stride_px"):
+        written(tmp_path, made, occlusion={"stride": 6})
+    with pytest.raises(InputError, match="fields to be occlusion or analytic, got 'round'"):
+        written(tmp_path, made, fields="round")

@@ -362,9 +362,8 @@ def test_what_a_single_output_says_is_kept_or_turned(
 def test_a_landmark_may_be_called_other(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
     truth = few_flowers.part_truth
     assert truth is not None
-    named = dataclasses.replace(
-        few_flowers, part_truth=dataclasses.replace(truth, landmarks=("other", *truth.landmarks[1:]))
-    )
+    renamed = dataclasses.replace(truth, landmarks=("other", *truth.landmarks[1:]))
+    named = dataclasses.replace(few_flowers, _truth=renamed.for_keys)
     lenient = {**QUICK, "consistency_min": -1.0, "distance_max_frac": 1.0}
     partlens.parts(run, named, model=tiny, rule="landmarks", config=lenient)
     ids = [part["id"] for part in read_parts(run / "parts.json")["parts"]]

@@ -39,11 +39,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from partlens.artefacts.receptive_pictures import OcclusionConfig
     from partlens.data.images import ImageSet
     from partlens.explainer.network import Explainer, ExplainerStructure
     from partlens.explainer.training import Head
     from partlens.explainer.training_maps import TrainingMaps
-    from partlens.gallery import GalleryKind
+    from partlens.gallery import FieldKind, GalleryKind
     from partlens.performer.zoo import Performer
 
 WEIGHTS = "explainer.safetensors"
@@ -428,6 +429,8 @@ def evaluate(
     split: str = "test",
     seed: int = 0,
     gallery: GalleryKind = "quick",
+    fields: FieldKind = "occlusion",
+    occlusion: OcclusionConfig | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a finished run on photos that were not used in the fit, and write ``evaluation.json`` and the gallery.
@@ -439,6 +442,8 @@ def evaluate(
         split: which photos to measure on.
         seed: of the nulls and the bootstrap intervals.
         gallery: ``quick`` or ``full`` pictures of filters (`partlens.gallery.write_gallery`), or ``none``.
+        fields: what filters read: found by ``occlusion``, or ``analytic``, the round field in theory.
+        occlusion: fields of :class:`~partlens.artefacts.receptive_pictures.OcclusionConfig` to change in the gallery's.
         progress: how to show progress; silent when left out.
 
     Returns:
@@ -531,6 +536,8 @@ def evaluate(
             head=performer_head(performer, explainer.structure),
             top=top_layer(performer),
             gallery=gallery,
+            fields=fields,
+            occlusion=occlusion,
             seed=seed,
             advance=lambda share: advance(round(100 * share)),
         )

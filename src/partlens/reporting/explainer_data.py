@@ -148,6 +148,7 @@ class Picture:
             itself shows what the filter reads.
         size_px: width and height that the coordinates refer to.
         uri: the picture as a ``data:`` address; ``None`` where the file is missing or is no picture.
+        map_uri: the same photo with the filter's feature map over it.
     """
 
     key: str
@@ -156,11 +157,12 @@ class Picture:
     box_px: tuple[float, float, float, float] | None
     size_px: tuple[float, float]
     uri: str | None
+    map_uri: str | None = None
 
 
 @dataclass(frozen=True)
 class GalleryFilter:
-    """One filter with the photos that it answers to most; ``reads_px`` is the side of what it reads, by occlusion."""
+    """One filter with the photos that it answers to most; ``reads_px`` is the side of what it reads."""
 
     filter: int
     instability: float
@@ -177,7 +179,7 @@ class Reading:
     Attributes:
         occluder_px: side of the square that covered pieces of photos.
         stride_px: step between its places.
-        places: number of places on a photo.
+        places: number of places on a photo; 0 where nothing was covered and the fields are the round ones in theory.
         photos: photos that were covered.
         photos_per_filter: of these, how many each filter used.
         median_px: side of what the shown filters read, by ``explainer`` and ``performer``.
@@ -446,6 +448,7 @@ def _picture(run: Path, value: Any) -> Picture:
         box_px=(box[0], box[1], box[2], box[3]) if box and usable and region is None else None,
         size_px=(size[0], size[1]) if size and usable else (1.0, 1.0),
         uri=region or _data_uri(run, text(photo.get("file"))),
+        map_uri=_data_uri(run, text(photo.get("map_file"))),
     )
 
 
@@ -518,7 +521,7 @@ def _gallery(run: Path) -> Gallery | None:
     gallery = Gallery(
         _gallery_filters(run, layers.get("explainer")),
         _gallery_filters(run, layers.get("performer")),
-        _reading(content.get("occlusion")),
+        _reading(content.get("occlusion") or content.get("analytic")),
         _attention(run, content.get("attention")),
     )
     return gallery if gallery.explainer or gallery.performer or gallery.attention else None

@@ -45,6 +45,7 @@ class _Drawn:
     number: int
     scores: str
     photos: tuple[str, ...]
+    maps: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,14 @@ def _drawn_filter(kind: str, one: GalleryFilter | None) -> _Drawn | None:
         if math.isfinite(picture.score):
             label += f", score {notation.number(picture.score)}"
         photos.append(figures.photo_with_region(picture.uri, picture.size_px, picture.box_px, picture.peak_px, label))
-    return _Drawn(one.filter, "; ".join(scores), tuple(photos))
+    maps = tuple(
+        figures.photo_with_region(
+            picture.map_uri, picture.size_px, None, None, f"{picture.key}: feature map of {kind} filter {one.filter}"
+        )
+        for picture in one.pictures
+        if picture.map_uri is not None
+    )
+    return _Drawn(one.filter, "; ".join(scores), tuple(photos), maps)
 
 
 def _gallery_rows(data: ExplainerData) -> tuple[tuple[_Drawn | None, _Drawn | None], ...]:
@@ -175,6 +183,13 @@ def _reading_words(data: ExplainerData) -> tuple[str, str]:
     reading = data.gallery.reading if data.gallery else None
     if reading is None:
         return "", ""
+    if not reading.places:
+        sides = [
+            f"{whose} {max(reading.theoretical_px[key]):.0f} px"
+            for key, whose in (("explainer", "the explainer's"), ("performer", "the performer's"))
+            if key in reading.theoretical_px
+        ]
+        return "", f"Nothing was covered: round fields as wide as filters could read in theory, {', '.join(sides)}."
     said = []
     for key, whose in (("explainer", "the explainer's"), ("performer", "the performer's")):
         median, theory = reading.median_px.get(key, Measure()), reading.theoretical_px.get(key)

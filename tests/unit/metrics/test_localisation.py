@@ -26,10 +26,10 @@ from partlens.metrics.localisation import (
     silent_share,
     spread_per_filter,
 )
+from partlens.vocabulary import InputError
 
 SIZE = (224, 224)
 GRID = ((8.0, 8.0), (16.0, 16.0))
-from partlens.vocabulary import InputError
 
 
 def peaks_at(cells: torch.Tensor, scores: torch.Tensor | None = None) -> Peaks:
