@@ -367,6 +367,11 @@ def test_an_explainer_of_several_categories_shares_its_filters_out(
     assert result["reconstruction"]["performer_error_percent"]["n"] == held
     found = parts(path, few_flowers, model=flower_judge, config={"photos_max": 12, "rounds": 2, "random_parts": 2})
     assert found["photos"] == min(12, held)
+    # Every filter has the category that the evaluation gives it, and a part of that category.
+    evaluated = {row["filter"]: row["category"] for row in result["filters"]["explainer"]}
+    assert {row["filter"]: row["category"] for row in found["filters"]} == evaluated
+    assert all(part["id"].startswith(f"{part['category']}: ") for part in found["parts"])
+    assert {k: part["category"] for part in found["parts"] for k in part["filters"]} == evaluated
     page = report(path).read_text()
     assert "petal-blue, petal-red" in page
     assert "a filter belongs to the one whose photos excite it most" in page
@@ -428,8 +433,9 @@ def test_evidence_is_cached_once_and_guides_the_fit(tiny: Performer, few_flowers
 
 
 def test_intervals_range_over_photos_not_crops(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    kinds = list(zip(few_flowers.categories, few_flowers.splits, strict=True))
     half = dataclasses.replace(
-        few_flowers, photos=tuple(f"{split}-{k // 2}" for k, split in enumerate(few_flowers.splits))
+        few_flowers, photos=tuple(f"{kind}-{kinds[:k].count(kind) // 2}" for k, kind in enumerate(kinds))
     )
     whole = evaluate(run, few_flowers, model=tiny, gallery="none")
     pairs = evaluate(run, half, model=tiny, gallery="none")
@@ -489,7 +495,7 @@ def test_the_papers_preset_takes_what_the_papers_say_of_a_network(
     assert own["config"]["eta"] == 3.0
     assert own["structure"]["targets"] == ["relu4"]
     plain = fit_explainer(tiny, few_flowers, out=tmp_path / "c", category=RED, config=SMALL, seeds=1).manifest
-    assert plain["config"]["eta"] == ExplainerConfig().eta
+    assert plain["config"]["eta"] == ExplainerConfig.preset("partlens").eta
     assert plain["preset_note"] == ""
 
 

@@ -155,11 +155,11 @@ def by_landmarks(seen: SeenPhotos, performer: Performer, how: PartsConfig, gener
     ]
     order = sorted(range(len(seen.names)), key=lambda k: (-int((labels == k).sum()), k))
     records = [
-        _record(seen, performer, ids[k], labels == k, {"distance_frac": mean, "consistency": own})
+        record_of(seen, performer, ids[k], labels == k, {"distance_frac": mean, "consistency": own})
         for k in order
         if bool(usable[k])
     ]
-    records.append(_record(seen, performer, OTHER_ID, labels == OTHER, {"distance_frac": mean, "consistency": own}))
+    records.append(record_of(seen, performer, OTHER_ID, labels == OTHER, {"distance_frac": mean, "consistency": own}))
     level = torch.tensor([1 - how.null_level, how.null_level], dtype=torch.float64)
     nearest_null = null_distances.mean_frac[row, null_nearest]
     return AssignedParts(
@@ -226,8 +226,8 @@ def by_clusters(seen: SeenPhotos, performer: Performer, how: PartsConfig, genera
         }
         for k in range(len(labels))
     ]
-    records = [_record(seen, performer, n, labels == k, {"agreement": agreement}) for k, n in enumerate(names)]
-    records.append(_record(seen, performer, OTHER_ID, labels == OTHER, {"agreement": agreement}))
+    records = [record_of(seen, performer, n, labels == k, {"agreement": agreement}) for k, n in enumerate(names)]
+    records.append(record_of(seen, performer, OTHER_ID, labels == OTHER, {"agreement": agreement}))
     shuffled = _silhouettes_of_chance(seen, live, groups.count, how, generator) if groups.count else []
     low, high = (
         torch.quantile(torch.tensor(shuffled), torch.tensor([0.025, 0.975])).tolist() if shuffled else (math.nan,) * 2
@@ -278,7 +278,7 @@ def _rounded(value: Tensor) -> float:
     return round(float(value), 5)
 
 
-def _record(
+def record_of(
     seen: SeenPhotos, performer: Performer, name: str, inside: Tensor, scores: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Describe one part: its filters, where they peak, and its mean scores."""

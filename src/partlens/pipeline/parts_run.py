@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partlens.pipeline.explainer_run import load_explainer
+from partlens.pipeline.parts_categories import SharedFilters, by_category, rule_of_all
 from partlens.pipeline.parts_file import (
     PARTS,
     SCHEMA_PARTS,
@@ -101,8 +102,14 @@ def parts(
     field = receptive_field(performer, explainer.structure.tap)
     seen = _observed(explainer, performer, head, images, rows, field, show)
     generator = torch.Generator().manual_seed(how.seed)
-    chosen = chosen_rule(how.rule, seen)
-    found = (by_landmarks if chosen == "landmarks" else by_clusters)(seen, performer, how, generator)
+    joint = tuple(manifest["data"].get("categories") or ())
+    shared = _shared(explainer, performer, images, rows, joint, show) if joint else None
+    chosen = chosen_rule(how.rule, seen) if shared is None else rule_of_all(how.rule, seen, shared)
+    by_rule = by_landmarks if chosen == "landmarks" else by_clusters
+    if shared is None:
+        found = by_rule(seen, performer, how, generator)
+    else:
+        found = by_category(by_rule, shared, seen, performer, how, generator)
     stability = assignment_stability(
         found.assign, seen.photos, generator=generator, rounds=how.rounds, matched=found.matched
     )
@@ -117,6 +124,7 @@ def parts(
         "photos": len(rows),
         "split": split,
         "category": manifest["data"]["category"],
+        "categories": list(joint),
         "landmarks": {n: int((~seen.landmarks[:, k].isnan().any(-1)).sum()) for k, n in enumerate(seen.names)},
         "data": {"name": images.name, "same_as_fit": images.fingerprint() == manifest["data"]["fingerprint"]},
         "stability": stability.to_dict(),
@@ -131,7 +139,7 @@ def parts(
     for row in unplaced:
         show.say(f"the name {row['name']!r} fits no part found now; it is kept under unplaced_names")
     content["contributions"] = _contributions(explainer, head, seen, content, how, show)
-    _draw_strips(run, content["parts"], explainer, performer, images, rows, seen.peaks, field, show)
+    _draw_strips(run, content["parts"], explainer, performer, images, rows, seen.peaks, field, shared, show)
     write_json(file, content)
     show.say(f"wrote {file} ({len(rows)} photos of the split {split})")
     return content
@@ -150,6 +158,35 @@ def _photos(
         rule = f"at least 2 photos{f' of {category}' if category else ''} in the split {split}"
         raise ImageError(expected(rule, len(rows), "Add photos, or name another split (--split)"))
     return images, rows, manifest
+
+
+def _shared(
+    explainer: Explainer,
+    performer: Performer,
+    images: ImageSet,
+    rows: Sequence[int],
+    categories: tuple[str, ...],
+    show: Progress,
+) -> SharedFilters:
+    """Find the category of each filter, as an evaluation does: whose training photos excite it most on average."""
+    import torch
+
+    from partlens.performer.taps import forward_taps
+
+    train = [category_rows(images, name, "train")[0] for name in categories]
+    means, done = [], 0
+    with show.task("finding the filters' categories", sum(map(len, train))) as advance, torch.no_grad():
+        for own in train:
+            total = torch.zeros(explainer.structure.channels_out, dtype=torch.float64)
+            for first in range(0, len(own), _BATCH):
+                batch = performer.preprocessing([images.read(i) for i in own[first : first + _BATCH]])
+                tapped = forward_taps(performer, batch, [explainer.structure.tap])[1][explainer.structure.tap].cpu()
+                total += explainer.interpret(tapped)[1].double().sum((0, 2, 3))
+                done += len(batch)
+                advance(done)
+            means.append(total / max(len(own), 1))
+    labels = torch.tensor([categories.index(images.categories[i]) for i in rows])
+    return SharedFilters(categories, labels, torch.stack(means).argmax(0))
 
 
 def _observed(
@@ -318,6 +355,7 @@ def _draw_strips(
     rows: Sequence[int],
     peaks: Peaks,
     field: ReceptiveField,
+    shared: SharedFilters | None,
     show: Progress,
 ) -> None:
     """Draw for each part what its most active filters peak at, and note file and filters in its record."""
@@ -338,6 +376,8 @@ def _draw_strips(
             used: set[int] = set()
             for k in active:
                 order = peaks.scores[:, k].argsort(descending=True, stable=True).tolist()
+                if shared is not None:
+                    order = [i for i in order if shared.labels[i] == shared.assigned[k]]
                 # Each photo once in a strip, while there are others.
                 chosen = [*(i for i in order if i not in used), *(i for i in order if i in used)][:_STRIP_PHOTOS]
                 used.update(chosen)

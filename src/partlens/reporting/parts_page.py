@@ -61,6 +61,8 @@ def _row(part: Part, measure: Measure, null: Measure | None) -> ShareRow:
 def _found_by(data: PartsData) -> str:
     """Say how the parts were found."""
     photos = f"{counted(data.photos, 'photos')} of the split {data.split}"
+    if "by_category" in data.thresholds:
+        photos += ", each filter on those of its own category"
     if data.rule == "landmarks":
         near, follows = (data.thresholds.get(k) for k in ("distance_max_frac", "consistency_min"))
         said = f"Each filter has the landmark that its peak is nearest to on average over {photos}"
