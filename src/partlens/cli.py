@@ -548,6 +548,9 @@ def _reproduce(arguments: Sequence[str]) -> None:
         "--preset", type=str, default="partlens", help="partlens, held, candidates, or paper: its tap, targets and eta"
     )
     parser.add_argument("--background", type=str | None, default=None, help="photos that count as background")
+    parser.add_argument(
+        "--joint", action="store_true", help="all categories in one performer and explainer: the papers' multi-category"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes on this machine that do the jobs")
     parser.add_argument("--cluster", type=str | None, default=None, help="address of a dask scheduler; same files")
     options = parser.parse_args(list(arguments))
@@ -566,6 +569,7 @@ def _reproduce(arguments: Sequence[str]) -> None:
         tap=options.tap,
         preset=options.preset,
         background=options.background,
+        joint=options.joint,
         workers=options.workers,
         cluster=options.cluster,
         progress=Progress.terminal(),

@@ -81,16 +81,18 @@ def job_device() -> str:
 
 
 def train(job: Job, folder: Path) -> dict[str, Any]:
-    """Train a performer on one category, by the recipe of ``train-performer``."""
+    """Train a performer on one category, or on several together, by the recipe of ``train-performer``."""
     from partlens.pipeline.performer_run import train_performer
 
     out = Path(job.places["weights"])
     out.parent.mkdir(parents=True, exist_ok=True)
+    joint = job.settings.get("joint")
     train_performer(
         job.places["base"],
         photos_of(job),
         out=out,
-        category=job.category,
+        category=None if joint else job.category,
+        categories=joint,
         config={"seed": job.seed, **job.settings["train"]},
         device=job_device(),
     )
@@ -125,7 +127,7 @@ def explain(job: Job, folder: Path) -> dict[str, Any]:
         spec,
         images,
         out=run,
-        category=job.category,
+        category=settings.get("joint") or job.category,
         tap=chosen.tap,
         targets=chosen.targets,
         preset=settings["preset"],

@@ -43,6 +43,7 @@ Table = Literal["instability", "p", "errors", "interpretable-cnn", "rivals"]
 EXPLAINER_TABLES: tuple[str, ...] = get_args(Table)
 PHOTOS = "photos"
 LOSSES = ("published", "released")
+_JOINT_TABLES = ("instability", "p", "errors")
 _SETTINGS = ("explainer", "targets", "background", "split", "train", "rivals", "interpretable_cnn")
 
 
@@ -64,6 +65,7 @@ class TablePlan:
         settings: ``explainer`` (fields of its configuration), ``targets``, ``background`` (most photos of others),
             ``split`` (measured on), ``train`` (arguments of ``train_performer``), ``rivals`` (see
             :data:`~partlens.experiments.explainer_jobs.RIVAL_SETTINGS`), ``interpretable_cnn``.
+        joint: all categories in one performer and one explainer, as in the papers' multi-category rows.
     """
 
     table: str
@@ -76,6 +78,7 @@ class TablePlan:
     preset: str = "partlens"
     background: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    joint: bool = False
 
     def __post_init__(self) -> None:
         """Check every field once."""
@@ -85,6 +88,11 @@ class TablePlan:
             raise InputError(expected("at least one performer", "none", "Give --performers LABEL=MODEL"))
         if self.seeds < 1:
             raise InputError(expected("at least 1 seed", self.seeds, "Set --seeds to 1 or more"))
+        if self.joint and self.table not in _JOINT_TABLES:
+            rule = f"a table among {', '.join(_JOINT_TABLES)} of several categories together"
+            raise InputError(expected(rule, self.table, "Leave --joint out"))
+        if self.joint and len(self.categories) == 1:
+            raise InputError(expected("two categories or more together", self.categories[0], "Leave --joint out"))
         if self.preset not in PRESETS:
             raise InputError(expected(f"preset {', '.join(PRESETS)}", self.preset, "Choose one of them"))
         for name in self.settings:
@@ -190,6 +198,9 @@ def prepare(plan: TablePlan, out: Path) -> Prepared:
                 f"categories with landmarks in {plan.data}", "none", "Add landmarks.csv, or name --categories without"
             )
         )
+    together = tuple(sorted(categories)) if plan.joint else ()
+    if plan.joint and len(together) < 2:
+        raise ImageError(expected(f"two categories with landmarks in {plan.data}", listed(together), "Add photos"))
     fingerprint = images.fingerprint()
     common = {
         "preset": plan.preset,
@@ -200,11 +211,12 @@ def prepare(plan: TablePlan, out: Path) -> Prepared:
         "split": plan.settings.get("split", "test"),
         "data": fingerprint,
         "joined": joined,
+        **({"joint": list(together)} if together else {}),
     }
     places = {"data": str(opened_as)}
     jobs: list[Job] = []
     for label, text in plan.performers.items():
-        for category in categories:
+        for category in (_joint_label(together),) if together else categories:
             jobs += _jobs_of(plan, out, label, text, category, common, places)
     facts = {
         "name": images.name,
@@ -216,9 +228,29 @@ def prepare(plan: TablePlan, out: Path) -> Prepared:
         "published_as": published_data(known, layout),
         "photos": len(images),
         "categories": list(categories),
+        "setting": _setting_of(plan),
         "without_landmarks": [name for name in categories if name not in annotated],
     }
     return Prepared(plan, categories, tuple(jobs), facts)
+
+
+def _joint_label(names: Sequence[str]) -> str:
+    """Name several categories together, short enough for a folder.
+
+    Example:
+        >>> _joint_label(["cat", "fox"]), _joint_label([f"animal-{k}" for k in range(30)])
+        ('cat+fox', '30-categories')
+    """
+    joined = "+".join(names)
+    return joined if len(joined) <= 60 else f"{len(names)}-categories"
+
+
+def _setting_of(plan: TablePlan) -> str:
+    """Return what the papers call a plan's setting: one category against the rest, or several with either loss."""
+    if not plan.joint:
+        return "single"
+    softmax = dict(plan.settings.get("train", {})).get("loss") == "softmax"
+    return "multi softmax" if softmax else "multi"
 
 
 def _without_seed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,7 +277,9 @@ def _jobs_of(
     where = {**places, "spec": located}
     if text.startswith(TRAINED):
         file = out / "performers" / f"{label}-{category}.safetensors"
-        recipe = {key: settings[key] for key in ("model", "weights", "data", "joined")}
+        recipe: dict[str, Any] = {
+            key: settings[key] for key in ("model", "weights", "data", "joined", "joint") if key in settings
+        }
         recipe["train"] = dict(plan.settings.get("train", {}))
         recipe["fields"] = _without_seed(FinetuneConfig.from_dict(recipe["train"]).to_dict())
         where = {**places, "base": located, "weights": str(file), "spec": f"{settings['model']}@{file}"}
@@ -336,9 +370,10 @@ def explainer_table(
         plan.table,
         results,
         {label: published_network(text) for label, text in plan.performers.items()},
-        prepared.categories,
+        (prepared.jobs[0].category,) if plan.joint else prepared.categories,
         str(prepared.data["published_as"]),
         plan.first_seed,
+        str(prepared.data["setting"]),
     )
     built = build(study)
     missing = [result for result in results if result.status != "finished"]

@@ -41,7 +41,7 @@ def share_table(study: Study) -> dict[str, Any]:
             p = t_cell([float(cell["value"]) for cell in study.cells(label, category, EXPLAINER, share)])
         theirs = {}
         for data, key in ((VOC, "voc"), (CUB, "cub")):
-            rows = published("p", network=network, data=data) if network else ()
+            rows = study.rows("p", network, None, data)
             name = category if category is None or category in (rows[0].values if rows else ()) else ""
             value = None if not rows or name == "" else rows[0].average if name is None else rows[0].values[name]
             theirs[key] = printed(value, rows[0].source) if rows else undefined("published")
@@ -80,7 +80,7 @@ def share_table(study: Study) -> dict[str, Any]:
     known = {name for name in study.networks.values() if name}
     lines += [
         (f"{r.network}, printed", "null", printed(r.average, r.source))
-        for r in published("p", data=VOC)
+        for r in published("p", data=VOC, setting=study.setting)
         if r.network in known or not known
     ]
     charts = [chart("p", "with its interval", lines)]
@@ -146,7 +146,7 @@ def error_table(study: Study) -> dict[str, Any]:
         network = study.networks[label]
         data = CUB if study.data == CUB else VOC
         for key, subject in theirs.items():
-            rows = published("error_percent", network=network, subject=subject, data=data) if network else ()
+            rows = study.rows("error_percent", network, subject, data)
             whole = category is None and rows
             found[key] = printed(rows[0].average, rows[0].source) if whole else undefined("published")
         return found
@@ -164,7 +164,9 @@ def error_table(study: Study) -> dict[str, Any]:
     ]
     main = {
         "key": "errors",
-        "title": "Errors, category against background, in per cent",
+        "title": "Errors, category against background, in per cent"
+        if study.setting == "single"
+        else "Errors, several categories told apart, in per cent",
         "lead": "By the performer's own output where it knows the category, else by a logistic head on its "
         "features. Explainer + cls learned from the classification loss instead of the reconstruction. Printed figures "
         "are averages over other categories.",

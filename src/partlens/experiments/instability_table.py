@@ -42,8 +42,10 @@ def _printed_explainers(study: Study) -> dict[str, Any]:
         }
         rows.append(row(f"{label}, here", cells, strong=True))
     for data in (VOC, CUB):
-        for explainer in published("instability", subject="explainer", data=data):
-            of = published("instability", network=explainer.network, subject="performer", data=data)
+        for explainer in published("instability", subject="explainer", data=data, setting=study.setting):
+            of = published(
+                "instability", network=explainer.network, subject="performer", data=data, setting=study.setting
+            )
             performer = next(r for r in of if r.source == explainer.source)
             cells = {
                 "performer": printed(performer.average, performer.source),
@@ -212,4 +214,10 @@ def instability_table(study: Study) -> dict[str, Any]:
         verdicts += _performer_verdicts(study, label, EXPLAINER)
         verdicts += stability_verdicts(study, label, EXPLAINER, "explainer", "explainer")
         verdicts.append(_ratio_verdict(study, label))
-    return table([main, beside, _printed_explainers(study)], charts, verdicts, study, published("instability"))
+    return table(
+        [main, beside, _printed_explainers(study)],
+        charts,
+        verdicts,
+        study,
+        published("instability", setting=study.setting),
+    )

@@ -38,6 +38,7 @@ def reproduce(
     tap: str | None = None,
     preset: str = "partlens",
     background: str | Path | None = None,
+    joint: bool = False,
     workers: int = 0,
     cluster: str | None = None,
     progress: Progress | None = None,
@@ -65,6 +66,7 @@ def reproduce(
         tap: layer to explain; the preset's choice when left out.
         preset: ``partlens``, ``held``, ``candidates`` or ``paper``.
         background: photos that count as background, beside those of ``data``.
+        joint: all categories in one performer and one explainer, for ``instability``, ``p`` and ``errors``.
         workers: processes that do jobs; 0 does them in this one.
         cluster: address of a dask scheduler whose workers see the same files.
         progress: how to show progress; silent when left out.
@@ -93,6 +95,7 @@ def reproduce(
             preset,
             None if background is None else str(background),
             dict(config or {}),
+            joint,
         )
         return explainer_table(plan, out, executor=Executor(workers, cluster), progress=progress)
     if table == "flowers":

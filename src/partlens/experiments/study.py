@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from partlens.experiments.published import Measure, Subject, published
+from partlens.experiments.published import Measure, PublishedRow, Subject, published
 from partlens.experiments.sweep import JobResult
 from partlens.experiments.table_sums import Cell, mean_cell, printed, seeds_cell, undefined
 
@@ -73,6 +73,8 @@ class Study:
         categories: in their order.
         data: the papers' name of the data set.
         seed: of the intervals.
+        setting: the papers': ``single``, ``multi`` or ``multi softmax``; of several categories together the label is
+            the only category.
     """
 
     table: str
@@ -81,6 +83,7 @@ class Study:
     categories: tuple[str, ...]
     data: str
     seed: int
+    setting: str = "single"
 
     @staticmethod
     def of(
@@ -90,6 +93,7 @@ class Study:
         categories: tuple[str, ...],
         data: str,
         seed: int,
+        setting: str = "single",
     ) -> Study:
         """Take in what finished."""
         scores = {
@@ -97,7 +101,7 @@ class Study:
             for r in results
             if r.status == "finished"
         }
-        return Study(table, scores, networks, categories, data, seed)
+        return Study(table, scores, networks, categories, data, seed, setting)
 
     def found(self, performer: str, category: str, kind: str) -> list[Content]:
         """Return the results of all seeds."""
@@ -135,10 +139,18 @@ class Study:
         """Return a category's number over its seeds."""
         return seeds_cell(self.cells(performer, category, kind, get))
 
+    def rows(
+        self, measure: Measure, network: str | None, subject: Subject | None, data: str
+    ) -> tuple[PublishedRow, ...]:
+        """Return the printed rows of a network in this study's setting; none for a network the papers did not study."""
+        if network is None:
+            return ()
+        return published(measure, network=network, subject=subject, data=data, setting=self.setting)
+
     def printed(self, performer: str, measure: Measure, subject: Subject, category: str | None = None) -> Cell:
         """Return the papers' figure for the same network and data: of a category, or of the mean over ours."""
         network = self.networks.get(performer)
-        rows = published(measure, network=network, subject=subject, data=self.data) if network else ()
+        rows = self.rows(measure, network, subject, self.data)
         for row in rows:
             if category is not None:
                 if category in row.values:

@@ -448,7 +448,15 @@ def load_performer(
         return _finish(loaded, label, preprocessing)
     made = _load_factory(source, name, spec)
     if isinstance(made, Performer):
-        return dataclasses.replace(made, preprocessing=preprocessing) if preprocessing is not None else made
+        own = made.preprocessing if preprocessing is None else preprocessing
+        if wanted is None:
+            return dataclasses.replace(made, preprocessing=own)
+        # The factory's network with other weights; what their header says of inputs and outputs goes with them.
+        written = Preprocessing.from_metadata(read_weights(Path(wanted))[1])
+        filled = load_performer(made.module, written if preprocessing is None and written else own, Path(wanted))
+        filled.module.eval()
+        names = filled.class_names or made.class_names
+        return dataclasses.replace(filled, name=label, default_tap=made.default_tap, class_names=names)
     performer = load_performer(made, preprocessing, Path(wanted) if wanted else None)
     performer.module.eval()
     return dataclasses.replace(performer, name=label)

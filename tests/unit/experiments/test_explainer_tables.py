@@ -33,7 +33,7 @@ from partlens.vocabulary import ImageError, InputError, RunError
 HERE = Path(__file__).parent
 BENCH = runpy.run_path(str(HERE / "sweep_bench.py"))
 Page = runpy.run_path(str(HERE.parent / "reporting" / "page_reader.py"))["Page"]
-RED = "petal-red"
+RED, BLUE = "petal-red", "petal-blue"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -429,3 +429,52 @@ def test_rivals_are_read_as_the_explainer_is() -> None:
         found[power] = measured.peaks((0.0, 0.0), (1.0, 1.0)).cells[0, 0].tolist()
     assert found[None] == [2, 0]
     assert found[6.0] == pytest.approx([2, 2], abs=0.1)
+
+
+def test_categories_together_stand_beside_the_multi_category_figures(flower_folder: Path, tmp_path: Path) -> None:
+    joint = plan("instability", flower_folder, categories=(RED, BLUE), joint=True)
+    content = explainer_table(joint, tmp_path / "out")
+    assert content["status"] == "complete"
+    (job,) = content["jobs"]
+    assert job["category"] == f"{BLUE}+{RED}"
+    evaluation = job["scores"]["evaluation"]
+    assert set(evaluation["explainer"]["by_category"]) <= {RED, BLUE}
+    assert content["data"]["setting"] == "multi"
+    assert {row["setting"] for row in content["published"]} == {"multi"}
+    main = content["blocks"][0]["rows"][0]["cells"]
+    assert main["explainer"]["value"] == pytest.approx(evaluation["explainer"]["instability"]["value"])
+    # Alone they are other jobs: one does not stand for the other.
+    single = prepare(plan("instability", flower_folder, categories=(RED, BLUE)), tmp_path / "out")
+    assert "joint" not in single.jobs[0].settings
+    assert {job.category for job in single.jobs} == {RED, BLUE}
+
+
+def test_a_performer_of_several_categories_is_trained_once(flower_folder: Path, tmp_path: Path) -> None:
+    given = plan("errors", flower_folder, categories=(RED, BLUE), joint=True)
+    made = dataclasses.replace(
+        given,
+        performers={"tiny": f"train:{given.performers['tiny']}"},
+        settings={**given.settings, "train": {"epochs": 1, "loss": "softmax"}},
+    )
+    content = explainer_table(made, tmp_path / "out")
+    assert content["status"] == "complete"
+    assert [job["kind"] for job in content["jobs"]] == ["performer", "explainer", "explainer-cls"]
+    assert content["data"]["setting"] == "multi softmax"
+    for job in content["jobs"][1:]:
+        assert job["scores"]["evaluation"]["reconstruction"]["errors_by"] == "performer"
+
+
+def test_what_cannot_be_done_together_says_so(flower_folder: Path) -> None:
+    with pytest.raises(InputError, match="a table among instability, p, errors of several categories together"):
+        plan("rivals", flower_folder, joint=True)
+    with pytest.raises(InputError, match="two categories or more together, got petal-red. Leave --joint out"):
+        plan("p", flower_folder, categories=(RED,), joint=True)
+
+
+def test_the_printed_figures_are_of_the_same_setting() -> None:
+    networks: dict[str, str | None] = {"a": "VGG-M"}
+    for setting, value in (("single", 0.141), ("multi", 0.135), ("multi softmax", 0.137)):
+        study = Study("instability", {}, networks, ("x",), "VOC Part", 0, setting)
+        found = study.rows("instability", "VGG-M", "performer", "VOC Part")
+        assert found[0].average == value
+        assert {row.setting for row in found} == {setting}

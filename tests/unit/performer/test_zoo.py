@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from partlens.performer.paper_networks import PaperNet
 from partlens.performer.preprocessing import Preprocessing
 from partlens.performer.weights import with_outputs
 from partlens.performer.zoo import Performer, load_performer, weights_sha256
+from partlens.store import write_tensors
 from partlens.vocabulary import InputError, InputTypeError, LayerError, WeightsError
 
 
@@ -262,3 +265,43 @@ def test_real_weights_recognise_photos(shared, name: str, least: float) -> None:
         scores = performer.module(performer.preprocessing([Image.open(root / r["image"]) for r in rows]))
     hits = (scores.argmax(1) == torch.tensor([int(r["class_index"]) for r in rows])).float().mean()
     assert float(hits) > least
+
+
+def test_weights_go_into_the_performer_that_a_factory_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were ignored once: what was explained was the network as the factory drew it."""
+    (tmp_path / "given_network.py").write_text(
+        """
+import torch
+from torch import nn
+
+from partlens.performer.preprocessing import Preprocessing
+from partlens.performer.zoo import Performer, weights_sha256
+
+
+def made():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    prepare = Preprocessing(size_px=(24, 24), resize="squash", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    return Performer(module, "given", prepare, weights_sha256(module), "1", class_names=("a", "b"))
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plain = load_performer("given_network:made")
+    other = {name: value + 1 for name, value in plain.module.state_dict().items()}
+    write_tensors(tmp_path / "w.safetensors", other)
+    filled = load_performer(f"given_network:made@{tmp_path / 'w.safetensors'}")
+    for name, value in filled.module.state_dict().items():
+        assert torch.equal(value, other[name])
+    assert filled.weights_sha256 != plain.weights_sha256
+    assert filled.name == "given_network:made@w.safetensors"
+    assert (filled.default_tap, filled.class_names) == ("1", ("a", "b"))
+    assert filled.preprocessing == plain.preprocessing
+    assert not filled.module.training
+    # What stands in the header of a trained file comes first.
+    header = {"class_names": '["x", "y"]', **dataclasses.replace(plain.preprocessing, size_px=(32, 32)).to_metadata()}
+    write_tensors(tmp_path / "t.safetensors", other, header)
+    trained = load_performer(f"given_network:made@{tmp_path / 't.safetensors'}")
+    assert trained.class_names == ("x", "y")
+    assert trained.preprocessing.size_px == (32, 32)
+    with pytest.raises(WeightsError):
+        load_performer("given_network:made@nowhere.safetensors")
