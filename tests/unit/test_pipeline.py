@@ -23,7 +23,7 @@ from partlens.evaluation.explainer_evaluation import EvaluationRows
 from partlens.explainer.config import ExplainerConfig
 from partlens.performer import papers
 from partlens.performer.zoo import Performer
-from partlens.pipeline import evaluate, fit_explainer, layers, load_explainer, parts, report
+from partlens.pipeline import evaluate, explainer_run, fit_explainer, layers, load_explainer, parts, report
 from partlens.pipeline.runs import run_folder
 from partlens.progress import Progress
 from partlens.store import sole_writer, write_json
@@ -508,3 +508,14 @@ def test_what_a_killed_write_left_is_no_other_run(tmp_path: Path) -> None:
     os.utime(left, (0, 0))
     with run_folder(tmp_path, "run.json", "one"):
         assert not left.exists()
+
+
+def test_what_an_earlier_revision_made_is_not_taken_for_this_ones(
+    run: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explainer_run, "REVISION", 1)
+    old = fit_explainer(tiny, few_flowers, out=tmp_path / "old", category=RED, config=SMALL, seeds=1).path
+    monkeypatch.undo()
+    with pytest.raises(RunError, match="one of another configuration"):
+        fit_explainer(tiny, few_flowers, out=old, category=RED, config=SMALL, seeds=1)
+    assert evaluate(old, few_flowers, model=tiny, gallery="none")["photos"]  # it can still be measured

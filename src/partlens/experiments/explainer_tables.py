@@ -31,7 +31,7 @@ from partlens.experiments.published import DIFFERENCES, published_data, publishe
 from partlens.experiments.rival_tables import interpretable_table, rival_table
 from partlens.experiments.study import Study
 from partlens.experiments.sweep import Executor, Job, JobResult, run_sweep
-from partlens.explainer.config import PRESETS, ExplainerConfig
+from partlens.explainer.config import PRESETS, REVISION, ExplainerConfig
 from partlens.performer.finetune_config import FinetuneConfig
 from partlens.pipeline.runs import command, spec, versions
 from partlens.progress import Progress
@@ -292,7 +292,7 @@ def _jobs_of(
     def explained(changes: Mapping[str, Any]) -> dict[str, Any]:
         # A preset is only a name: with its fields noted, a result is not taken for one of other defaults.
         fields = ExplainerConfig.preset(plan.preset, **changes).to_dict()
-        return {**settings, "explainer": dict(changes), "fields": _without_seed(fields)}
+        return {**settings, "explainer": dict(changes), "fields": _without_seed(fields), "revision": REVISION}
 
     for seed in range(plan.first_seed, plan.first_seed + plan.seeds):
         own = explained(settings["explainer"])

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.config import REVISION, ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerOutput, parameter_groups
 from partlens.explainer.objective import BatchFacts, Objective, ViewPair, target_norm
 from partlens.explainer.starting import find_teachers, start_explainer
@@ -57,10 +57,6 @@ class TrainingResult:
 
     history: tuple[dict[str, Any], ...]
     stopped: str
-
-
-_STATE = 2
-"""Of what a checkpoint holds: one of an older make is refused."""
 
 
 def _schedule(step: int, total: int) -> float:
@@ -171,7 +167,7 @@ class _Run:
                 "background": len(data.background_rows),
                 "evidence": data.evidence is not None,
                 "categories": data.categories,
-                "state": _STATE,
+                "revision": REVISION,
                 "ordinary": sum(p.numel() for p in explainer.conv_ordin.parameters()),
             }
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partlens.explainer.config import ExplainerConfig, Preset
+from partlens.explainer.config import REVISION, ExplainerConfig, Preset
 from partlens.pipeline.runs import (
     RUN,
     category_rows,
@@ -282,6 +282,7 @@ def fit_explainer(
             "category": list(joint) if joint else category,
             "structure": structure.to_dict(),
             "config": settings.to_dict(),
+            "revision": REVISION,
             "seeds": seeds,
             "background": len(others),
         }
