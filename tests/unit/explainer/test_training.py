@@ -372,7 +372,14 @@ def test_every_filter_learns_from_a_teacher_of_its_category(
         return cost(own, places, *rest)
 
     monkeypatch.setattr(objective, "teacher_cost", watched)
-    several = replace(maps, labels=torch.arange(20) % 2)
+    tap = maps.tap.copy()
+    for photo in range(20):  # half of the channels answer to either category, so that both have filters
+        tap[photo * 3 : photo * 3 + 3, (6 * (photo % 2)) : (6 * (photo % 2)) + 6] *= 6
+    several = replace(maps, tap=tap, labels=torch.arange(20) % 2)
     train_explainer(fresh(tiny, teachers=2, warmup_epochs=3), several, tmp_path)
-    assert len(taught) > 6
-    assert float(torch.cat(taught).double().mean()) > 0.95
+    shares = [float(found.double().mean()) for found in taught]
+    sizes = [len(found) for found in taught]
+    assert min(sizes) > 0
+    assert len(taught) > 12  # both categories in nearly every batch
+    assert min(shares) > 0.7
+    assert sum(shares) / len(shares) > 0.95
