@@ -179,11 +179,12 @@ class Reading:
     Attributes:
         occluder_px: side of the square that covered pieces of photos.
         stride_px: step between its places.
-        places: number of places on a photo; 0 where nothing was covered and the fields are the round ones in theory.
+        places: number of places on a photo.
         photos: photos that were covered.
         photos_per_filter: of these, how many each filter used.
         median_px: side of what the shown filters read, by ``explainer`` and ``performer``.
         theoretical_px: side of what they could read, likewise.
+        covered: photos were covered; else the fields are the round ones in theory, and nothing but their side is known.
     """
 
     occluder_px: int
@@ -193,6 +194,7 @@ class Reading:
     photos_per_filter: int
     median_px: Mapping[str, Measure]
     theoretical_px: Mapping[str, tuple[float, float]]
+    covered: bool
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,8 @@ class Gallery:
     @property
     def uris(self) -> tuple[str, ...]:
         """Every picture's address."""
-        found = [picture.uri for one in (*self.explainer, *self.performer) for picture in one.pictures]
+        pictures = [picture for one in (*self.explainer, *self.performer) for picture in one.pictures]
+        found = [uri for picture in pictures for uri in (picture.uri, picture.map_uri)]
         for photo in self.attention.photos if self.attention else ():
             found += [photo.uri, *photo.maps.values()]
         return tuple(uri for uri in found if uri)
@@ -470,7 +473,7 @@ def _measures(value: Any) -> dict[str, Measure]:
     return {text(k): measure(v) for k, v in group(value).items()}
 
 
-def _reading(value: Any) -> Reading | None:
+def _reading(value: Any, *, covered: bool) -> Reading | None:
     found = group(value)
     if not found:
         return None
@@ -483,6 +486,7 @@ def _reading(value: Any) -> Reading | None:
         photos_per_filter=count(found.get("photos_per_filter")),
         median_px=_measures(found.get("reads_px")),
         theoretical_px={name: (side[0], side[1]) for name, side in sides.items() if side},
+        covered=covered,
     )
 
 
@@ -521,7 +525,7 @@ def _gallery(run: Path) -> Gallery | None:
     gallery = Gallery(
         _gallery_filters(run, layers.get("explainer")),
         _gallery_filters(run, layers.get("performer")),
-        _reading(content.get("occlusion") or content.get("analytic")),
+        _reading(content.get("occlusion"), covered=True) or _reading(content.get("analytic"), covered=False),
         _attention(run, content.get("attention")),
     )
     return gallery if gallery.explainer or gallery.performer or gallery.attention else None

@@ -183,7 +183,7 @@ def _reading_words(data: ExplainerData) -> tuple[str, str]:
     reading = data.gallery.reading if data.gallery else None
     if reading is None:
         return "", ""
-    if not reading.places:
+    if not reading.covered:
         sides = [
             f"{whose} {max(reading.theoretical_px[key]):.0f} px"
             for key, whose in (("explainer", "the explainer's"), ("performer", "the performer's"))

@@ -108,3 +108,31 @@ def test_every_picture_counts_towards_the_pages_size(run):
     gallery = collect_page(run).explainer.gallery
     assert len(gallery.uris) == 2 * 2 + 4
     assert all(uri.startswith("data:image/jpeg") for uri in gallery.uris)
+
+
+def test_feature_maps_stand_under_the_photos_where_there_are_any(run):
+    before = collect_page(run)
+    assert "feature map" not in render_page(before)
+    plain = len(before.explainer.gallery.uris)
+
+    def with_maps(content):
+        for one in content["layers"]["explainer"]:
+            for photo in one["photos"]:
+                photo["map_file"] = photo["file"]
+
+    data = collect_page(changed(run, with_maps))
+    html = render_page(data)
+    assert "below each stands its feature map, bright where it answers" in html
+    rows = re.findall(r'<div class="photos feature-maps">(.*?)</div>', html, re.DOTALL)
+    assert len(rows) == len(data.explainer.gallery.explainer)
+    assert "feature map of explainer filter" in rows[0]
+    assert len(data.explainer.gallery.uris) == plain + sum(len(o.pictures) for o in data.explainer.gallery.explainer)
+
+
+def test_round_fields_are_said_to_be_the_theory(run):
+    def analytic(content):
+        content["analytic"] = {"theoretical_px": content.pop("occlusion")["theoretical_px"]}
+
+    text = Page(render_page(collect_page(changed(run, analytic)))).text
+    assert "Nothing was covered: round fields as wide as filters could read in theory" in text
+    assert "the explainer's 275 px, the performer's 211 px" in text
