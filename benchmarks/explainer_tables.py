@@ -1,4 +1,4 @@
-"""Write the tables of docs/tables.md, and of the three defaults in docs/study.md, from the committed results of
+"""Write the tables of docs/tables.md, and of the defaults in docs/study.md, from the committed results of
 `partlens reproduce`.
 
     uv run python benchmarks/explainer_tables.py
@@ -18,27 +18,31 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "tables.md"
 MARKER = "<!-- below: made by benchmarks/explainer_tables.py -->"
 STUDY = PAGE.parent / "study.md"
-STUDY_BEGIN, STUDY_END = "<!-- begin: the three defaults -->", "<!-- end: the three defaults -->"
+STUDY_BEGIN, STUDY_END = "<!-- begin: the defaults -->", "<!-- end: the defaults -->"
 RESULTS = HERE / "results" / "tables"
 NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "alexnet": "AlexNet"}
 DEFAULT_COLUMNS = (
     *("network", "category", "instability", "consistency", "correlation", "spread, cells", "centre null"),
     *("instability − null, same photos", "agreement", "error increase, points", "p", "p of least objective"),
 )
-FORMER = ("candidates", "held")
-"""Presets that were the default before, the first first; results made with them say so in their names."""
+FORMER = ("candidates", "held", "revision1")
+"""What was the default before, the first first: two presets, and the present one as the code before its second revision
+had it. Results made with them say so in their names."""
+FIRST = "Made before the norm layer was measured again after the warm-up; today's code gives other figures."
 
 
 def preset_of(path: Path) -> str:
-    """Which former default a result was made with; empty for the present one and for ``--preset paper``."""
+    """Which former default a result was made with; empty for the present one and where nothing changed."""
     return next((name for name in FORMER if f"-{name}-" in path.stem), "")
 
 
 def section(path: Path) -> list[str]:
     content = json.loads(path.read_text())
     network, preset = path.stem.split("-", 1)[0], preset_of(path)
-    which = (f", {preset}" if preset else "") + (", teachers from the tap" if "-from-tap-" in path.stem else "")
-    note = f"Made when `{preset}` was the default; today it takes `--preset {preset}`."
+    shown = "revision 1" if preset == "revision1" else preset
+    which = (f", {shown}" if preset else "") + (", teachers from the tap" if "-from-tap-" in path.stem else "")
+    takes = f"Made when `{preset}` was the default; today it takes `--preset {preset}`."
+    note = FIRST if preset == "revision1" else takes
     title = f"## {network}{which}: {TITLES[content['table']].lower()}"
     lines = [title, "", "```", content["command"], "```", "", *([note, ""] if preset else [])]
     return [
@@ -66,8 +70,8 @@ def chained(found: list[dict[str, Any] | None], digits: int, *path: str) -> str:
     return " → ".join(shown)
 
 
-def three_defaults() -> list[str]:
-    """A row per network and category: ``candidates`` → ``held`` → the present default."""
+def the_defaults() -> list[str]:
+    """A row per network and category: ``candidates`` → ``held`` → revision 1 → the present default."""
     lines = ["| " + " | ".join(DEFAULT_COLUMNS) + " |", "|---" * len(DEFAULT_COLUMNS) + "|"]
     for network, title in NETWORKS.items():
         for kind in ("instability", "cub-instability"):
@@ -98,7 +102,7 @@ def three_defaults() -> list[str]:
 def main() -> None:
     before, rest = STUDY.read_text().split(STUDY_BEGIN)
     after = rest.split(STUDY_END)[1]
-    STUDY.write_text("\n".join([before + STUDY_BEGIN, "", *three_defaults(), "", STUDY_END + after]))
+    STUDY.write_text("\n".join([before + STUDY_BEGIN, "", *the_defaults(), "", STUDY_END + after]))
     head = PAGE.read_text().split(MARKER)[0].rstrip()
     found = sorted(RESULTS.glob("*.json"))
     body = "\n".join(line for path in found for line in section(path))

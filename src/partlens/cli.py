@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from partlens import __version__
 from partlens.vocabulary import PartlensError, RunError, expected, listed
@@ -96,14 +96,20 @@ def _layers(arguments: Sequence[str]) -> None:
         filters, rows, cols = layer.shape
         mark = "→" if layer.is_default else ""
         table.add_row(mark, layer.name, layer.kind, str(filters), f"{rows}x{cols}", stride, field)
-    Console().print(table)
-    sys.stdout.write("→ is the layer that fit-explainer taps when --tap is left out\n")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # in a file or a pipe nothing needs to be cut
+    console.print(table)
+    if any(layer.is_default for layer in found):
+        sys.stdout.write("→ is the layer that fit-explainer taps when --tap is left out\n")
+    else:
+        sys.stdout.write("no layer here suits fit-explainer without --tap\n")
 
 
 def _data(arguments: Sequence[str]) -> None:
     parser = _parser("data")
     parser.add_argument(
-        "task", type=str, choices=["check", "join"], help="check: what it holds and what is wrong; join: several as one"
+        "task", type=Literal["check", "join"], help="check: what it holds and what is wrong; join: several as one"
     )
     parser.add_argument("data", type=str, help="check: folder or table; join: the JSON file to write")
     parser.add_argument("--whole-photos", action="store_true", help="check: do not cut photos to the objects' boxes")
@@ -207,9 +213,13 @@ def _fit_explainer(arguments: Sequence[str]) -> None:
     parser.add_argument("--keep-cache", action="store_true", help="keep the cached maps")
     parser.add_argument("--device", type=str, default="cpu", help="cpu, or cuda, where maps and explainer are computed")
     parser.add_class_arguments(ExplainerConfig, "explainer")
-    preset = ExplainerConfig.preset(_preset_of(arguments))
-    parser.set_defaults({f"explainer.{name}": value for name, value in preset.to_dict().items()})
-    options = parser.parse_args(list(arguments))
+    options = _with_preset(parser, arguments, "explainer", ExplainerConfig)
+    changes = vars(options.explainer)
+    if options.preset == "paper":
+        # The papers' eta depends on the network: it is passed on only where somebody gave one.
+        parser.set_defaults({"explainer.eta": math.nan})
+        if math.isnan(parser.parse_args(list(arguments)).explainer.eta):
+            del changes["eta"]
     run = fit_explainer(
         options.model,
         options.data,
@@ -218,7 +228,7 @@ def _fit_explainer(arguments: Sequence[str]) -> None:
         tap=options.tap,
         targets=options.targets,
         preset=options.preset,
-        config=vars(options.explainer),
+        config=changes,
         seeds=options.seeds,
         background=options.background,
         cache=options.cache,
@@ -229,14 +239,25 @@ def _fit_explainer(arguments: Sequence[str]) -> None:
     sys.stdout.write(f"{run.path}\n")
 
 
-def _preset_of(arguments: Sequence[str]) -> Any:
-    """Find the preset before parsing, since it decides the defaults of the other options."""
+def _preset_in(arguments: Sequence[str]) -> Any:
+    """Find the preset in the arguments, for a help text with its defaults."""
     for index, argument in enumerate(arguments):
         if argument.startswith("--preset="):
             return argument.removeprefix("--preset=")
         if argument == "--preset" and index + 1 < len(arguments):
             return arguments[index + 1]
     return "partlens"
+
+
+def _with_preset(parser: Any, arguments: Sequence[str], group: str, config: Any) -> Any:
+    """Parse twice: the preset, from the command line or a file of options, decides the defaults of the others."""
+
+    def parsed(preset: str) -> Any:
+        values = config.preset(preset).to_dict()
+        parser.set_defaults({f"{group}.{name}": value for name, value in values.items()})
+        return parser.parse_args(list(arguments))
+
+    return parsed(parsed(_preset_in(arguments)).preset)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -474,9 +495,7 @@ def _explain(arguments: Sequence[str]) -> None:
     parser.add_argument("--style", type=str, default="glow", help="colours: glow, or jet as in the authors' figures")
     parser.add_argument("--out", type=str | None, default=None, help="folder; default: RUN/explanations")
     parser.add_class_arguments(ExplanationConfig, "how")
-    preset = ExplanationConfig.preset(_preset_of(arguments))
-    parser.set_defaults({f"how.{name}": value for name, value in preset.to_dict().items()})
-    options = parser.parse_args(list(arguments))
+    options = _with_preset(parser, arguments, "how", ExplanationConfig)
     folders = explain(
         options.run,
         options.images,

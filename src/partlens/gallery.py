@@ -41,7 +41,7 @@ from partlens.performer.receptive_field import ReceptiveField, cell_centre_px
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
 from partlens.store import SCHEMA, write_atomically, write_json
-from partlens.vocabulary import InputError, expected, nearest
+from partlens.vocabulary import InputError, StorageError, expected, nearest
 
 FILTERS = 12
 PHOTOS = 6
@@ -217,6 +217,25 @@ def occlusion_settings(
             near = nearest(name, known)[0]
             raise InputError(expected(f"fields of occlusion among {', '.join(known)}", name, f"Did you mean {near}?"))
     return replace(config, **(changes or {}))
+
+
+def check_gallery(
+    gallery: GalleryKind,
+    fields: FieldKind,
+    size_px: tuple[int, int],
+    occlusion: OcclusionConfig | Mapping[str, Any] | None,
+) -> None:
+    """Refuse what no gallery can be made of, before anything is measured.
+
+    Raises:
+        InputError: see :func:`write_gallery`.
+    """
+    if gallery not in ("quick", "full", "none"):
+        raise InputError(expected("gallery to be quick, full or none", f"{gallery!r}", "Choose quick"))
+    if fields not in ("occlusion", "analytic"):
+        raise InputError(expected("fields to be occlusion or analytic", f"{fields!r}", "Choose occlusion"))
+    if gallery != "none":
+        occlusion_settings(gallery, size_px, occlusion)
 
 
 @dataclass(frozen=True)
@@ -425,18 +444,20 @@ def write_gallery(
     Raises:
         InputError: another kind of gallery or of fields, or settings of the occlusion that do not exist.
     """
-    if gallery not in ("quick", "full", "none"):
-        raise InputError(expected("gallery to be quick, full or none", f"{gallery!r}", "Choose quick"))
-    if fields not in ("occlusion", "analytic"):
-        raise InputError(expected("fields to be occlusion or analytic", f"{fields!r}", "Choose occlusion"))
+    size = performer.preprocessing.size_px
+    check_gallery(gallery, fields, size, occlusion)
     folder = run / "gallery"
-    for kind in ("photo-*.jpg", "region-*.jpg", "map-*.jpg", "attention-*.jpg", "gallery.json"):
-        for earlier in folder.glob(kind):
-            earlier.unlink()
+    try:
+        for kind in ("photo-*.jpg", "region-*.jpg", "map-*.jpg", "attention-*.jpg", "gallery.json"):
+            for earlier in folder.glob(kind):
+                earlier.unlink()
+    except OSError as error:
+        raise StorageError(
+            expected(f"to write in {folder}", error.strerror or str(error), "Make the run directory writable")
+        ) from error
     if gallery == "none":
         return
     effort = EFFORTS[gallery]
-    size = performer.preprocessing.size_px
     frames, joined = _Frames(performer, images, rows), _Joined(performer, explainer.eval())
     shown = [
         _Shown(layer, k, joined.first[layer] + k, tuple(best.tolist()))

@@ -116,8 +116,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "Delete the file and run the command again") -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        path: the file.
+        remedy: what to do about one that cannot be read.
 
     Raises:
         RunError: the file is missing or is not a JSON object.
@@ -127,13 +131,13 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise RunError(expected(f"a file {path}", "nothing there", "Give the folder of a finished run")) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(expected(f"JSON in {path}", str(error), "Delete the file and run the command again")) from error
+        raise RunError(expected(f"JSON in {path}", str(error), remedy)) from error
     if not isinstance(content, dict):
         raise RunError(
             expected(
                 f"a JSON object in {path}",
                 type(content).__name__,
-                "Delete the file and run the command again",
+                remedy,
             )
         )
     return content

@@ -119,3 +119,33 @@ def test_the_preset_decides_the_defaults_of_options(capsys: pytest.CaptureFixtur
         text = " ".join(capsys.readouterr().out.split())
         assert f"default: {peak})" in text
     assert main(["fit-explainer", "--preset", "best", "--help"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "teachers", "eta"),
+    [
+        ([], 16, 1e6),
+        (["--preset", "paper"], 0, None),  # the papers' eta depends on the network, which fit_explainer knows
+        (["--preset", "paper", "--explainer.eta", "1.5e5"], 0, 1.5e5),
+        (["--config", "CONFIG"], 0, None),
+        (["--config", "CONFIG", "--explainer.eta", "3"], 0, 3.0),
+    ],
+)
+def test_a_preset_decides_from_wherever_it_comes(
+    arguments: list[str], teachers: int, eta: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+
+    def fit(*_: object, **kwargs: object) -> object:
+        given.update(kwargs)
+        return type("Fitted", (), {"path": tmp_path})()
+
+    monkeypatch.setattr("partlens.pipeline.fit_explainer", fit)
+    (tmp_path / "options.yaml").write_text("preset: paper\nseeds: 1\n")
+    named = [str(tmp_path / "options.yaml") if a == "CONFIG" else a for a in arguments]
+    assert main(["fit-explainer", "torchvision:resnet18", "photos", "--out", "x", *named]) == 0
+    assert given["preset"] == ("partlens" if not arguments else "paper")
+    config = given["config"]
+    assert isinstance(config, dict)
+    assert config["teachers"] == teachers
+    assert config.get("eta") == eta

@@ -379,3 +379,11 @@ def test_one_prediction_is_measured_as_all_were(run: Path, tiny: Performer, few_
     (folder,) = partlens.explain(run, few_flowers.take([0]), model=tiny)
     (one,) = read_json(folder / "explanation.json")["parts"]
     assert one["method"] == "6 random orders, half of them the others reversed"
+
+
+def test_settings_and_edits_that_are_wrong_say_what_to_do(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    with pytest.raises(InputError, match="a field of PartsConfig, got round. Did you mean rounds"):
+        partlens.parts(run, few_flowers, model=tiny, config={"round": 3})
+    (run / "parts.json").write_text('{"parts": [,]}')
+    with pytest.raises(RunError, match="JSON in .*line 1 column 12.* Correct it there, or take back the last edit"):
+        partlens.parts(run, few_flowers, model=tiny, config=QUICK)

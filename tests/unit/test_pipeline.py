@@ -18,16 +18,19 @@ from PIL import Image
 from torch import nn
 
 import partlens
+from partlens.artefacts.parts import PartsConfig
+from partlens.artefacts.receptive_pictures import OcclusionConfig
 from partlens.data.images import ImageSet
 from partlens.evaluation.explainer_evaluation import EvaluationRows
 from partlens.explainer.config import ExplainerConfig
 from partlens.performer import papers
+from partlens.performer.finetune_config import FinetuneConfig
 from partlens.performer.zoo import Performer
 from partlens.pipeline import evaluate, explainer_run, fit_explainer, layers, load_explainer, parts, report
 from partlens.pipeline.runs import run_folder
 from partlens.progress import Progress
 from partlens.store import sole_writer, write_json
-from partlens.vocabulary import AtWorkError, RunError
+from partlens.vocabulary import AtWorkError, InputError, LayerError, RunError
 
 SMALL: dict[str, Any] = {
     "epochs": 2,
@@ -519,3 +522,94 @@ def test_what_an_earlier_revision_made_is_not_taken_for_this_ones(
     with pytest.raises(RunError, match="one of another configuration"):
         fit_explainer(tiny, few_flowers, out=old, category=RED, config=SMALL, seeds=1)
     assert evaluate(old, few_flowers, model=tiny, gallery="none")["photos"]  # it can still be measured
+
+
+class _Answers(nn.Module):
+    """A network that answers in another form."""
+
+    def __init__(self, inner: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.inner, self.kind = inner, kind
+
+    def forward(self, x: torch.Tensor) -> Any:
+        scores = self.inner(x)
+        return {"dict": {"logits": scores}, "flat": scores[:, 0], "maps": scores[:, :, None, None]}[self.kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "got"), [("dict", "dict"), ("flat", r"shape \(1,\)"), ("maps", r"shape \(1, 5, 1, 1\)")]
+)
+def test_a_network_that_answers_otherwise_is_refused_before_the_work(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, kind: str, got: str
+) -> None:
+    module = _Answers(tiny.module, kind).eval()
+    odd = Performer(module, "odd", tiny.preprocessing, "odd-weights", "inner.relu2")
+    with pytest.raises(LayerError, match=rf"scores \(image, output\) from odd, got {got}. Wrap the network"):
+        fit_explainer(odd, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_of_one_channel_is_told_how_to_wrap_it(
+    few_flowers: ImageSet, tiny: Performer, tmp_path: Path
+) -> None:
+    grey = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 30 * 30, 2)).eval()
+    performer = Performer(grey, "grey", tiny.preprocessing, "grey-weights", "1")
+    with pytest.raises(LayerError, match=r"grey to take images of shape \(1, 3, 32, 32\).* net\(x.mean\(1, keepdim"):
+        fit_explainer(performer, few_flowers, out=tmp_path / "run", config=SMALL, seeds=1)
+
+
+class _Functional(nn.Module):
+    """Activations as functions, which no hook can read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.pool = nn.MaxPool2d(2)
+        self.fc1, self.fc2 = nn.Linear(8 * 8 * 8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(torch.relu(self.conv2(torch.relu(self.conv1(x)))))
+        return self.fc2(torch.relu(self.fc1(torch.flatten(x, 1))))
+
+
+def test_targets_that_are_chosen_can_be_read(few_flowers: ImageSet, tiny: Performer, tmp_path: Path) -> None:
+    performer = Performer(_Functional().eval(), "functional", tiny.preprocessing, "f-weights", "pool")
+    small = {**SMALL, "epochs": 1}
+    run = fit_explainer(performer, few_flowers, out=tmp_path / "run", category=RED, config=small, seeds=1)
+    assert {*run.manifest["structure"]["targets"]} <= {"fc1", "fc2"}
+    assert evaluate(run.path, few_flowers, model=performer, gallery="none")["photos"] > 1
+    with pytest.raises(LayerError, match="at least one target, got none"):
+        fit_explainer(performer, few_flowers, out=tmp_path / "no", category=RED, config=small, seeds=1, targets=[])
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "message"),
+    [
+        (ExplainerConfig(), "mask", "false", "mask to be true or false, got 'false'"),
+        (ExplainerConfig(), "epochs", True, "epochs to be a whole number, got True"),
+        (ExplainerConfig(), "eta", "much", "eta to be a number, got 'much'"),
+        (ExplainerConfig(), "kernel", "round", "kernel to be one of full, box, got 'round'"),
+        (PartsConfig(), "rounds", 1.5, "rounds to be a whole number, got 1.5"),
+        (PartsConfig(), "consistency_min", "a", "consistency_min to be a number or nothing, got 'a'"),
+        (OcclusionConfig(), "images", "x", "images to be a whole number, got 'x'"),
+        (FinetuneConfig(), "epochs", "3", "epochs to be .*a whole number.*, got '3'"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused(config: Any, name: str, value: object, message: str) -> None:
+    """The checks of the tests themselves would refuse such a call first: the field is changed behind their back."""
+    object.__setattr__(config, name, value)
+    with pytest.raises(InputError, match=message):
+        config.__post_init__()
+
+
+def test_a_file_is_no_run_directory_and_pictures_are_checked_first(
+    run: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="a folder at .*file, got a file"):
+        fit_explainer(tiny, few_flowers, out=tmp_path / "file", category=RED, config=SMALL, seeds=1)
+    with pytest.raises(InputError, match="background of at least 0, got -1"):
+        fit_explainer(tiny, few_flowers, out=tmp_path / "b", category=RED, config=SMALL, seeds=1, background=-1)
+    with pytest.raises(InputError, match="Did you mean images"):
+        evaluate(run, few_flowers, model=tiny, occlusion={"image": 3})
+    assert not (run / "evaluation.json").exists()

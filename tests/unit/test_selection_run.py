@@ -17,6 +17,7 @@ from partlens.data.images import ImageSet
 from partlens.performer.zoo import Performer, weights_sha256
 from partlens.pipeline import load_selection, select_features
 from partlens.pipeline.explanation_run import _folder_names
+from partlens.progress import Progress
 from partlens.store import read_json, read_tensors
 from partlens.vocabulary import ImageError, InputError, RunError
 
@@ -253,13 +254,51 @@ def test_held_out_photos_of_a_class_that_was_not_fitted_are_left_out(tiny: Perfo
     assert readout["accuracy"]["n"] == readout["shuffled"]["n"] == 2
 
 
-def test_folder_names_are_told_apart_whatever_the_file_system() -> None:
+def test_folder_names_are_told_apart_whatever_the_file_system(tmp_path: Path) -> None:
     given = ["x/a.png", "y/a.png", "z/a-2.png", "z/A.png", "ö.png", "é.png", "a-2-2.png"]
-    found = _folder_names(given)
+    found = _folder_names(given, tmp_path)
     assert len({name.casefold() for name in found}) == len(given)
     assert found[0] == "a"
     assert found[2] == "a-2"  # its own name
-    assert found[4:6] == ["_", "_-2"]
+    assert found[4:6] == ["ö", "é"]
+
+
+def test_an_explanation_of_another_file_of_the_same_name_is_kept(
+    selected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    for number, name in enumerate(("x", "y")):
+        (tmp_path / name).mkdir()
+        few_flowers.read(number).save(tmp_path / name / "flower.png")
+    files = [tmp_path / name / "flower.png" for name in ("x", "y")]
+    folders = [partlens.explain(selected, file, model=tiny, count=1)[0] for file in (*files, files[0])]
+    assert [f.name for f in folders] == ["flower", "flower-2", "flower"]  # the same one again is renewed
+    for folder, file in zip(folders, files, strict=False):
+        assert read_json(folder / "explanation.json")["image"]["path"] == str(file)
+
+
+def test_a_folder_is_explained_without_what_cannot_be_read(
+    selected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda _, message: said.append(message))
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    few_flowers.read(0).save(folder / "good.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    found = partlens.explain(selected, folder, model=tiny, count=1, out=tmp_path / "out")
+    assert [f.name for f in found] == ["good"]
+    assert any("bad.png is left out" in line for line in said)
+    with pytest.raises(ImageError):  # a file that was named has to be there
+        partlens.explain(selected, folder / "bad.png", model=tiny)
+
+
+@pytest.mark.parametrize("changes", [{"mu": -1.0}, {"mu": float("nan")}, {"top_photos": 0}, {"pictures": -1}])
+def test_what_is_refused_leaves_no_folder(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, changes: dict[str, float]
+) -> None:
+    with pytest.raises(InputError, match=next(iter(changes))):
+        select_features(tiny, few_flowers, out=tmp_path / "new", **changes)
+    assert not (tmp_path / "new").exists()
 
 
 def test_photos_without_a_test_split_are_selected_from(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:

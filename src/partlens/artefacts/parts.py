@@ -14,6 +14,7 @@ that say how far an assignment can be trusted are in :mod:`partlens.metrics.part
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.vocabulary import InputError, expected
+from partlens.vocabulary import InputError, check_types, expected, nearest
 
 OTHER = -1
 """The label of a filter without a part."""
@@ -74,6 +75,7 @@ class PartsConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no assignment can be made with."""
+        check_types(self)
         if self.rule not in _RULES:
             raise InputError(expected("rule landmarks, clusters or auto", self.rule, "Choose one of them"))
         if not 2 <= self.clusters_min <= self.clusters_max:
@@ -100,6 +102,20 @@ class PartsConfig:
             if getattr(self, name) < least:
                 rule = f"{name} of at least {least}"
                 raise InputError(expected(rule, getattr(self, name), "Leave it out for the default"))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PartsConfig:
+        """Build a configuration from plain values.
+
+        Raises:
+            InputError: a field that does not exist, or a value of the wrong kind.
+        """
+        known = list(cls.__dataclass_fields__)
+        for name in values:
+            if name not in known:
+                near = nearest(name, known)[0]
+                raise InputError(expected("a field of PartsConfig", name, f"Did you mean {near}?"))
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for a file."""

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from partlens.performer.receptive_field import ReceptiveField, cell_centre_px
-from partlens.vocabulary import InputError, expected
+from partlens.vocabulary import InputError, check_types, expected
 
 MapOf = Callable[[Tensor], Tensor]
 Alignment = Literal["photo", "occluded"]
@@ -69,6 +69,7 @@ class OcclusionConfig:
     region_share: float = 0.5
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("occluder_px", "stride_px", "strongest", "images"):
             if getattr(self, name) < 1:
                 raise InputError(expected(f"{name} of at least 1", getattr(self, name), "Leave it out for the default"))

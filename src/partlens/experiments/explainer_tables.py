@@ -99,6 +99,14 @@ class TablePlan:
             if name not in _SETTINGS:
                 near = nearest(name, _SETTINGS)[0]
                 raise InputError(expected(f"settings among {', '.join(_SETTINGS)}", name, f"Did you mean {near}?"))
+        for name, value in self.settings.items():
+            counted = name == "background"
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if counted and not fits:
+                raise InputError(expected("settings.background of at least 0", repr(value), "Give a whole number"))
+            if name in ("explainer", "train", "rivals", "interpretable_cnn") and not isinstance(value, Mapping):
+                raise InputError(expected(f"settings.{name} to be a mapping of fields", repr(value), "Write {...}"))
+        ExplainerConfig.preset(self.preset, **self.settings.get("explainer", {}))
         for label, text in self.performers.items():
             if not label or set(label) & set("/\\ ") or label.startswith("."):
                 raise InputError(expected("labels that can name a folder", repr(label), "Leave out / and spaces"))

@@ -59,6 +59,8 @@ def explainer_structure(
         LayerError: the layer is unknown, its maps are 1x1, not maps, or not after a ReLU, or a shortcut goes around.
     """
     chosen = tuple(default_targets(performer, tap) if targets is None else targets)
+    if not chosen:
+        raise LayerError(expected("at least one target", "none", "Name a layer after the tap, or leave targets out"))
     _, maps = forward_taps(performer, batch, [tap])
     tapped = maps[tap]
     if tapped.dim() != 4:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from partlens.vocabulary import InputError, expected, nearest
+from partlens.vocabulary import InputError, check_types, expected, nearest
 
 Preset = Literal["partlens", "held", "candidates", "paper"]
 
@@ -285,16 +285,13 @@ class ExplainerConfig:
 
     def __post_init__(self) -> None:
         """Check every field once."""
+        check_types(self)
         for name in _POSITIVE + _NOT_NEGATIVE:
             value = getattr(self, name)
             low_enough = value > 0 if name in _POSITIVE else value >= 0
             if not (math.isfinite(value) and low_enough):
                 rule = "positive" if name in _POSITIVE else "at least 0"
                 raise InputError(expected(f"{name} {rule} and finite", value, f"Set {name} to a usable value"))
-        for name, kind in get_type_hints(type(self)).items():
-            value, known = getattr(self, name), get_args(kind)
-            if get_origin(kind) is Literal and value not in known:
-                raise InputError(expected(f"{name} {' or '.join(known)}", value, "Choose one of them"))
         if self.batch_size < 2:
             raise InputError(expected("batch_size at least 2", self.batch_size, "The filter loss compares photos"))
         for name in ("p_init", "norm_momentum", "crop_area_min"):

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from partlens.vocabulary import InputError, expected, nearest
+from partlens.vocabulary import InputError, check_types, expected, nearest
 
 Loss = Literal["logistic", "softmax"]
 NewLayers = Literal["auto", "last", "fully-connected"]
@@ -80,6 +80,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Check every field once."""
+        check_types(self)
         for name, options in _CHOICES.items():
             if (value := getattr(self, name)) not in options:
                 raise InputError(expected(f"{name} to be one of {', '.join(options)}", value, f"Choose {options[0]}"))

@@ -96,7 +96,8 @@ def _refuse_bypass(traced: Traced, source: str, source_node: fx.Node, target: st
     cuts = traced.cut_nodes()
     before = [n for n in cuts if traced.index(n) < here][-2:]
     after = [n for n in cuts if traced.index(n) > here][:2]
-    near = list(dict.fromkeys(traced.label(n) for n in before + after))
+    readable = _readable(traced)
+    near = list(dict.fromkeys(traced.label(n) for n in before + after if n in readable))
     return LayerError(
         expected(
             f"a layer through which everything that {target} reads must pass",
@@ -221,8 +222,15 @@ def _assemble(parts: dict[str, Any], graph: fx.Graph, module: nn.Module) -> nn.M
     return made.eval()
 
 
+def _readable(traced: Traced) -> set[fx.Node]:
+    """Return the nodes that a module gives: what a function gives (``F.relu(x)``, ``a + b``) no hook can read."""
+    ends = {node for name, node in traced.containers.items() if name}
+    return {node for node in traced.names if node.op == "call_module"} | ends
+
+
 def _later(traced: Traced, start: fx.Node) -> list[str]:
-    later = [n for n in traced.cut_nodes() if traced.index(n) > traced.index(start)]
+    readable = _readable(traced)
+    later = [n for n in traced.cut_nodes() if traced.index(n) > traced.index(start) and n in readable]
     return list(dict.fromkeys(traced.label(n) for n in later)) or ["output"]
 
 
@@ -283,12 +291,13 @@ def default_targets(
     cuts = traced.cut_nodes()
     if start not in cuts:
         raise _refuse_bypass(traced, source, start, "the output")
-    hidden = _hidden_layers(traced, start)
+    readable = _readable(traced)
+    hidden = [node for node in _hidden_layers(traced, start) if node in readable]
     if len(hidden) >= 2:
         return tuple(traced.label(node) for node in hidden[:2])
     size = input_size or (performer.preprocessing.size_px if isinstance(performer, Performer) else (224, 224))
     shapes = traced.shapes(size)
-    later = [n for n in cuts if traced.index(n) > traced.index(start) and not is_size(n)]
+    later = [n for n in cuts if traced.index(n) > traced.index(start) and not is_size(n) and n in readable]
     maps = [n for n in later if isinstance(s := shapes.get(n), torch.Size) and len(s) == 4 and s[2] * s[3] > 1]
     for choice in (
         [n for n in maps if traced.is_block(n)],

@@ -45,7 +45,7 @@ from partlens.performer.weights import (
     seeded,
     with_outputs,
 )
-from partlens.vocabulary import InputError, InputTypeError, WeightsError, expected, nearest
+from partlens.vocabulary import InputError, InputTypeError, WeightsError, expected, first_line, nearest
 
 _CAFFE_MEAN_BGR = (104.0, 117.0, 123.0)
 
@@ -378,7 +378,11 @@ def _load_factory(package: str, name: str, spec: str) -> nn.Module | Performer:
                 "Check the spelling, and that Python can import the package (PYTHONPATH)",
             )
         ) from error
-    made = found() if callable(found) and not isinstance(found, nn.Module) else found
+    try:
+        made = found() if callable(found) and not isinstance(found, nn.Module) else found
+    except Exception as error:  # a user's code may raise anything
+        got = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(expected(f"{spec} to build a network", got, "Correct it; --debug shows where")) from error
     if not isinstance(made, (nn.Module, Performer)):
         raise InputTypeError(
             expected(

@@ -17,6 +17,7 @@ from partlens.explainer.config import REVISION, ExplainerConfig, Preset
 from partlens.pipeline.runs import (
     RUN,
     category_rows,
+    check_answer,
     device_of,
     loaded,
     manifest_head,
@@ -32,7 +33,7 @@ from partlens.pipeline.runs import (
 )
 from partlens.progress import Progress
 from partlens.store import SCHEMA, content_hash, read_json, read_tensors, write_json, write_tensors
-from partlens.vocabulary import ImageError, InputError, RunError, expected
+from partlens.vocabulary import ImageError, InputError, RunError, expected, listed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,6 +180,11 @@ def _head_of(
     return Head(performer_head(performer, structure), tuple(known.index(name) for name in categories))
 
 
+def _say_dropped(dropped: Sequence[Mapping[str, str]], show: Progress) -> None:
+    if dropped:
+        show.say(f"{len(dropped)} photos could not be read and are left out: {listed([d['key'] for d in dropped])}")
+
+
 def _example_batch(performer: Performer, images: ImageSet, row: int) -> Any:
     return performer.preprocessing([images.read(row)])
 
@@ -246,6 +252,8 @@ def fit_explainer(
     show = progress or Progress.silent()
     out = Path(out)
     where = device_of(device)
+    if background < 0:
+        raise InputError(expected("background of at least 0", background, "Set --background to 0 or more"))
     if seeds < 1:
         raise InputError(expected("at least 1 seed", seeds, "Set --seeds to 1 or more"))
     performer = loaded(model)
@@ -272,7 +280,9 @@ def fit_explainer(
     others = tuple(sampled(others, background, settings.seed))
     tap = tap or performer.default_tap or default_tap(performer)
     check_tap(performer, tap)
-    structure = explainer_structure(performer, _example_batch(performer, images, photos[0]), tap, targets)
+    example = _example_batch(performer, images, photos[0])
+    check_answer(performer, example, scores=True)
+    structure = explainer_structure(performer, example, tap, targets)
     fingerprint = images.fingerprint()
     identity = content_hash(
         {
@@ -326,6 +336,7 @@ def fit_explainer(
         )
         if note:
             show.say(f"preset paper: {note}")
+        _say_dropped(dropped, show)
         shares: list[float] = []
         head = _head_of(performer, structure, settings, joint or ((category,) if category else ()))
         folder_of_maps = out / "cache" if cache is None else Path(cache)
@@ -462,12 +473,13 @@ def evaluate(
     from partlens.evaluation.places import photo_numbers, top_layer
     from partlens.evaluation.scoring import Categories
     from partlens.explainer.assembly import performer_head
-    from partlens.gallery import write_gallery
+    from partlens.gallery import check_gallery, write_gallery
     from partlens.performer.receptive_field import receptive_field
 
     show = progress or Progress.silent()
     run = Path(run)
     explainer, performer = load_explainer(run, model)
+    check_gallery(gallery, fields, performer.preprocessing.size_px, occlusion)
     manifest = read_json(run / RUN)
     images, dropped = photos_of_run(run, manifest, data, "measure")
     category = manifest["data"]["category"] or None

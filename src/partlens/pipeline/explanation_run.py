@@ -76,9 +76,11 @@ def explain(
         raise InputError(expected("at least 1 class to explain", count, "Set --count to 1 or more"))
     how = config if isinstance(config, ExplanationConfig) else ExplanationConfig.preset(**dict(config or {}))
     stage = _opened(Path(run), model, classes, count, how, style)
-    found = _image_files(images)
+    found, left_out = _image_files(images)
+    for line in left_out:
+        show.say(line)
     target = Path(out) if out is not None else Path(run) / "explanations"
-    names = _folder_names(found.keys)
+    names = _folder_names(found.keys, target)
     folders = []
     with show.task("explaining", len(found)) as advance:
         for first in range(0, len(found), _BATCH):
@@ -253,33 +255,53 @@ def _answers(performer: Performer, output: Tensor) -> list[dict[str, Any]]:
     return [{"name": output_name(performer, o), "output": o, "probability": float(chance[o])} for o in top]
 
 
-def _image_files(images: str | Path | Sequence[str | Path] | ImageSet) -> ImageSet:
-    """Return the images to explain; folders mean the files in them."""
+def _image_files(images: str | Path | Sequence[str | Path] | ImageSet) -> tuple[ImageSet, list[str]]:
+    """Return the images to explain, and what is left out: folders mean the readable files in them."""
     from partlens.data.images import ImageSet
 
     if isinstance(images, ImageSet):
-        return images
+        return images, []
+    left_out: list[str] = []
     given = [images] if isinstance(images, (str, Path)) else list(images)
     files: list[Path] = []
     for path in map(Path, given):
-        files += [path / key for key in ImageSet.from_folder(path).keys] if path.is_dir() else [path]
+        if not path.is_dir():
+            files.append(path)  # one that was named has to be there
+            continue
+        readable, dropped = ImageSet.from_folder(path).readable()
+        files += [path / key for key in readable.keys]
+        left_out += [f"{path / one.key} is left out: {one.reason}" for one in dropped]
     if not files:
         raise ImageError(expected("at least 1 image to explain", 0, "Name image files or a folder"))
-    return ImageSet.from_files(files)
+    return ImageSet.from_files(files), left_out
 
 
-def _folder_names(names: Sequence[str]) -> list[str]:
-    """Return a folder name for each image, the same names told apart by a number."""
-    plain = [re.sub(r"[^A-Za-z0-9._-]", "_", Path(name).stem) or "image" for name in names]
+def _explains(folder: Path, name: str) -> bool:
+    """Whether a folder is free for an image: none is there, or it holds an explanation of the same one."""
+    file = folder / "explanation.json"
+    if not file.is_file():
+        return True
+    try:
+        return bool(read_json(file)["image"]["path"] == name)
+    except (RunError, KeyError, TypeError):
+        return False
+
+
+def _folder_names(names: Sequence[str], target: Path) -> list[str]:
+    """Return a folder name for each image, the same names told apart by a number.
+
+    A folder that holds the explanation of another image, from an earlier call, is left alone.
+    """
+    plain = [re.sub(r"[^\w.-]", "_", Path(name).stem) or "image" for name in names]
     own = {name.casefold() for name in plain}  # some file systems take A and a for one name
     taken: set[str] = set()
     result = []
-    for name in plain:
+    for name, whole in zip(plain, names, strict=True):
         free = name
-        if name.casefold() in taken:
+        if name.casefold() in taken or not _explains(target / name, whole):
             # A number that neither another image's own name has nor one given before.
             numbered = (f"{name}-{number}" for number in itertools.count(2))
-            free = next(n for n in numbered if n.casefold() not in taken | own)
+            free = next(n for n in numbered if n.casefold() not in taken | own and _explains(target / n, whole))
         taken.add(free.casefold())
         result.append(free)
     return result

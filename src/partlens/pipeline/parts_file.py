@@ -49,7 +49,7 @@ def read_parts(path: Path) -> dict[str, Any]:
         RunError: the file is missing, of another version, or an edit is wrong: a part without id or name, an id twice,
             a filter that does not exist, stands in two parts or in none.
     """
-    content = read_json(path)
+    content = read_json(path, "Correct it there, or take back the last edit")
     again = "Correct the file, or delete it and run partlens parts again"
     if content.get("schema") != SCHEMA_PARTS:
         raise _refuse(path, f'schema "{SCHEMA_PARTS}"', content.get("schema"), "Use the partlens version that wrote it")

@@ -95,7 +95,7 @@ def parts(
     from partlens.performer.receptive_field import receptive_field
 
     changes = {} if rule is None else {"rule": rule}
-    how = config if isinstance(config, PartsConfig) else PartsConfig(**{**dict(config or {}), **changes})
+    how = config if isinstance(config, PartsConfig) else PartsConfig.from_dict({**dict(config or {}), **changes})
     explainer, performer = load_explainer(run, model)
     images, rows, manifest = _photos(run, data, split, how)
     head = performer_head(performer, explainer.structure)

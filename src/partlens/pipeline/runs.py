@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.progress import Progress
 from partlens.store import read_json, sole_writer
-from partlens.vocabulary import ImageError, InputError, RunError, expected, nearest
+from partlens.vocabulary import ImageError, InputError, LayerError, RunError, expected, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +89,35 @@ def photos_of_run(
         rule = f"photos to {purpose} {run} on, which was not fitted to a folder or table"
         raise RunError(expected(rule, "none", "Give them again (data=)"))
     return opened(where)
+
+
+def check_answer(performer: Performer, example: torch.Tensor, *, scores: bool) -> None:
+    """Run one image through a network before any work is done, and refuse what could not be used afterwards.
+
+    Args:
+        performer: the network.
+        example: one preprocessed image.
+        scores: its answer has to be a tensor (image, output), since the reconstruction is judged by it.
+
+    Raises:
+        LayerError: it does not take the image, or answers otherwise.
+    """
+    import torch
+
+    from partlens.performer.borrowing import borrowed
+
+    weight = next((p for p in performer.module.parameters() if p.is_floating_point()), None)
+    with torch.no_grad(), borrowed(performer.module, copy_weights=False) as network:
+        try:
+            answer = network(example if weight is None else example.to(weight))
+        except RuntimeError as error:
+            rule = f"{performer.name} to take images of shape {tuple(example.shape)}"
+            remedy = "Correct its preprocessing; wrap a network of one channel: net(x.mean(1, keepdim=True))"
+            raise LayerError(expected(rule, str(error).splitlines()[0].rstrip("."), remedy)) from error
+    if scores and not (isinstance(answer, torch.Tensor) and answer.ndim == 2):
+        got = f"shape {tuple(answer.shape)}" if isinstance(answer, torch.Tensor) else type(answer).__name__
+        remedy = "Wrap the network so that it returns the scores alone"
+        raise LayerError(expected(f"scores (image, output) from {performer.name}", got, remedy))
 
 
 def layers(model: str | nn.Module | Performer) -> list[LayerInfo]:
@@ -231,6 +260,8 @@ def prepare_folder(out: Path, manifest: str, identity: str) -> dict[str, Any] | 
     Raises:
         RunError: the folder holds other files, or a run of another configuration.
     """
+    if out.exists() and not out.is_dir():
+        raise RunError(expected(f"a folder at {out}", "a file", "Choose another --out"))
     if not out.exists() or all(path.name.startswith(".") and path.suffix in _OURS for path in out.iterdir()):
         return None
     if not any((out / name).exists() for name in (RUN, SELECTION)):

@@ -151,6 +151,11 @@ def select_features(
     settings = descriptor if isinstance(descriptor, DescriptorConfig) else DescriptorConfig(**dict(descriptor or {}))
     if labels not in ("data", "predictions"):
         raise InputError(expected("labels data or predictions", labels, "Choose one of them (--labels)"))
+    if not (math.isfinite(mu) and mu > 0):
+        raise InputError(expected("mu above 0", mu, f"Leave it out for {DEFAULT_MU:g}"))
+    for name, value, least in (("top_photos", top_photos, 1), ("pictures", pictures, 0)):
+        if value < least:
+            raise InputError(expected(f"{name} of at least {least}", value, "Leave it out for the default"))
     performer = loaded(model)
     images, dropped = opened(data)
     rows, held = _split_rows(images, split)
@@ -259,7 +264,11 @@ def _solved(
     names, outputs = known.classes, known.outputs
     if len(names) < 2:
         raise ImageError(
-            expected("at least 2 classes", listed(names), "Add photos of another class, or use --labels data")
+            expected(
+                "at least 2 classes",
+                f"{len(names)} ({listed(names)})",
+                "Add photos of another class, or use --labels data",
+            )
         )
     x = torch.from_numpy(np.array(responses.descriptor))
     selection = select_relevant(
