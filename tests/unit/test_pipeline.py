@@ -537,7 +537,7 @@ class _Answers(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "got"), [("dict", "dict"), ("flat", r"shape \(1,\)"), ("maps", r"shape \(1, 5, 1, 1\)")]
+    ("kind", "got"), [("dict", "dict"), ("flat", r"shape \(1,\)"), ("maps", r"shape \(1, \d+, 1, 1\)")]
 )
 def test_a_network_that_answers_otherwise_is_refused_before_the_work(
     tiny: Performer, few_flowers: ImageSet, tmp_path: Path, kind: str, got: str

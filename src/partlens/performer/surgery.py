@@ -298,6 +298,8 @@ def default_targets(
     size = input_size or (performer.preprocessing.size_px if isinstance(performer, Performer) else (224, 224))
     shapes = traced.shapes(size)
     later = [n for n in cuts if traced.index(n) > traced.index(start) and not is_size(n) and n in readable]
+    # The output itself leaves nothing to judge the reconstruction by, where there is anything else.
+    later = [n for n in later if n is not traced.result] or later
     maps = [n for n in later if isinstance(s := shapes.get(n), torch.Size) and len(s) == 4 and s[2] * s[3] > 1]
     for choice in (
         [n for n in maps if traced.is_block(n)],
