@@ -365,7 +365,7 @@ def test_a_landmark_may_be_called_other(run: Path, tiny: Performer, few_flowers:
     renamed = dataclasses.replace(truth, landmarks=("other", *truth.landmarks[1:]))
     named = dataclasses.replace(few_flowers, _truth=renamed.for_keys)
     lenient = {**QUICK, "consistency_min": -1.0, "distance_max_frac": 1.0}
-    partlens.parts(run, named, model=tiny, rule="landmarks", config=lenient)
+    partlens.parts(run, named, model=tiny, rule="landmarks", split="train", config=lenient)
     ids = [part["id"] for part in read_parts(run / "parts.json")["parts"]]
     assert sorted(ids) == sorted({*ids})
     assert {"other", "other (landmark)"} <= {*ids}

@@ -92,7 +92,7 @@ def resampler(
     Example:
         >>> draw, units = resampler(4, torch.tensor([7, 7, 7, 2]))
         >>> sorted(draw(torch.Generator().manual_seed(1)).tolist()), units
-        ([0, 0, 1, 1, 2, 2], 2)
+        ([3, 3], 2)
     """
     if groups is None:
         return lambda generator: torch.randint(count, (count,), generator=generator), count

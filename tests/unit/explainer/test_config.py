@@ -59,7 +59,10 @@ def test_unknown_preset() -> None:
 
 @pytest.mark.parametrize(
     ("field", "message"),
-    [("teacher_sources", "teacher_sources later or tap or both, got x"), ("kernel", "kernel full or box, got x")],
+    [
+        ("teacher_sources", "teacher_sources to be one of later, tap, both, got 'x'"),
+        ("kernel", "kernel to be one of full, box, got 'x'"),
+    ],
 )
 def test_unknown_choices_are_refused(field: str, message: str) -> None:
     """In a process of its own: here the tests' own type checks would come first."""
