@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from partlens.data.images import ImageSet
-from partlens.evaluation.places import grid_of, landmarks_in_input, photo_numbers
+from partlens.evaluation.places import landmarks_in_input, photo_numbers
 from partlens.explainer.evidence import evidence_maps, sharpened
 from partlens.metrics.localisation import (
     Peaks,
@@ -41,7 +41,7 @@ from partlens.metrics.localisation import (
     peaks_from_maps,
     spread_per_filter,
 )
-from partlens.performer.receptive_field import receptive_field
+from partlens.performer.receptive_field import grid_of, receptive_field
 from partlens.performer.surgery import cut
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import load_performer

@@ -37,11 +37,11 @@ from partlens.data.images import ImageSet
 from partlens.explainer.network import Explainer
 from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.localisation import Peaks, dead_filters
-from partlens.performer.receptive_field import ReceptiveField, cell_centre_px
+from partlens.performer.receptive_field import ReceptiveField, grid_of
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
 from partlens.store import SCHEMA, write_atomically, write_json
-from partlens.vocabulary import InputError, StorageError, expected, nearest
+from partlens.vocabulary import InputError, StorageError, check_names, expected
 
 FILTERS = 12
 PHOTOS = 6
@@ -145,12 +145,6 @@ class _Shown:
     photos: tuple[int, ...]
 
 
-def _grid(receptive: ReceptiveField) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return centre (row, col) of cell (0, 0) and the stride, in input pixels."""
-    x, y = cell_centre_px(receptive, [0, 0]).tolist()
-    return (y, x), (float(receptive.stride_px[0]), float(receptive.stride_px[1]))
-
-
 def _covered_pool(shown: Sequence[_Shown], count: int) -> list[int]:
     """Return the photos that most of the shown filters answer to, the first of equals first."""
     votes: dict[int, int] = {}
@@ -211,11 +205,7 @@ def occlusion_settings(
     if isinstance(changes, OcclusionConfig):
         return changes
     config = EFFORTS[gallery].occlusion.scaled(size_px)
-    known = config.__dict__
-    for name in changes or {}:
-        if name not in known:
-            near = nearest(name, known)[0]
-            raise InputError(expected(f"fields of occlusion among {', '.join(known)}", name, f"Did you mean {near}?"))
+    check_names(config, changes or {})
     return replace(config, **(changes or {}))
 
 
@@ -478,7 +468,7 @@ def write_gallery(
 
     content: dict[str, Any] = {"schema": SCHEMA, "kind": gallery, "fields": fields}
     looked = _looked(joined, frames, shown, pool, receptive, config, fields, more) if shown else None
-    start, stride = _grid(receptive)
+    start, stride = grid_of(receptive)
     entries: dict[str, list[dict[str, Any]]] = {layer: [] for layer in layers}
     pictures: dict[int, Image.Image] = {}
     for n, one in enumerate(shown):

@@ -111,6 +111,20 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def check_names(config: Any, names: Iterable[str]) -> None:
+    """Refuse names that are no fields of a dataclass.
+
+    Raises:
+        InputError: names the class, the name, and the fields most like it.
+    """
+    known = list(config.__dataclass_fields__)
+    for name in names:
+        if name not in known:
+            kind = (config if isinstance(config, type) else type(config)).__name__
+            rule = f"a field of {kind}"
+            raise InputError(expected(rule, name, f"Did you mean {' or '.join(nearest(name, known))}?"))
+
+
 def check_types(config: Any) -> None:
     """Refuse fields of a dataclass whose values are of another kind than annotated, before anything is done with them.
 

@@ -15,12 +15,12 @@ from PIL import Image
 
 from partlens import gallery as module
 from partlens.data.images import ImageSet
-from partlens.evaluation.places import filter_table, grid_of, landmarks_in_input, photo_numbers
+from partlens.evaluation.places import filter_table, landmarks_in_input, photo_numbers
 from partlens.explainer.assembly import build_explainer, explainer_structure, performer_head
 from partlens.explainer.config import ExplainerConfig
 from partlens.gallery import GalleryKind, write_gallery
 from partlens.metrics.localisation import peaks_from_cells
-from partlens.performer.receptive_field import receptive_field
+from partlens.performer.receptive_field import grid_of, receptive_field
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer, weights_sha256
 from partlens.vocabulary import InputError

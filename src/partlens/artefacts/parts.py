@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.vocabulary import InputError, check_types, expected, nearest
+from partlens.vocabulary import InputError, check_names, check_types, expected
 
 OTHER = -1
 """The label of a filter without a part."""
@@ -110,11 +110,7 @@ class PartsConfig:
         Raises:
             InputError: a field that does not exist, or a value of the wrong kind.
         """
-        known = list(cls.__dataclass_fields__)
-        for name in values:
-            if name not in known:
-                near = nearest(name, known)[0]
-                raise InputError(expected("a field of PartsConfig", name, f"Did you mean {near}?"))
+        check_names(cls, values)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
 from partlens.evaluation.fed_back import FedBack, class_outputs, own_columns, own_errors
-from partlens.evaluation.places import grid_of, landmarks_in_input, photo_numbers, top_layer
+from partlens.evaluation.places import landmarks_in_input, photo_numbers, top_layer
 from partlens.evaluation.scoring import Categories, Scoring
 from partlens.evaluation.share_curve import ShareCurve, share_estimate
 from partlens.explainer.assembly import performer_head
@@ -21,7 +21,7 @@ from partlens.explainer.network import Explainer
 from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1, category_error_increase
 from partlens.metrics.localisation import Peaks, null_peaks, peaks_from_cells
-from partlens.performer.receptive_field import ReceptiveField, receptive_field
+from partlens.performer.receptive_field import ReceptiveField, grid_of, receptive_field
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
 

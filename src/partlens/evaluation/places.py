@@ -19,15 +19,8 @@ from partlens.metrics.localisation import (
     instability_per_filter,
     spread_per_filter,
 )
-from partlens.performer.receptive_field import ReceptiveField, cell_centre_px
 from partlens.performer.taps import list_layers
 from partlens.performer.zoo import Performer
-
-
-def grid_of(receptive: ReceptiveField) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return centre (row, col) of cell (0, 0) and the stride, in input pixels."""
-    x, y = cell_centre_px(receptive, [0, 0]).tolist()
-    return (y, x), (float(receptive.stride_px[0]), float(receptive.stride_px[1]))
 
 
 def top_layer(performer: Performer) -> str:

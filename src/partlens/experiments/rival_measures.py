@@ -119,11 +119,11 @@ def measure_rivals(
     import torch
 
     from partlens.evaluation.fed_back import class_outputs
-    from partlens.evaluation.places import grid_of, landmarks_in_input, photo_numbers
+    from partlens.evaluation.places import landmarks_in_input, photo_numbers
     from partlens.metrics.estimate import Estimate, bootstrap
     from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1
     from partlens.metrics.localisation import localisation_scores
-    from partlens.performer.receptive_field import receptive_field
+    from partlens.performer.receptive_field import grid_of, receptive_field
     from partlens.performer.taps import forward_taps
 
     performer, structure = bench.performer, bench.structure
@@ -255,11 +255,11 @@ def measure_interpretable(
 
     from partlens.evaluation.explainer_evaluation import NULL_FILTERS
     from partlens.evaluation.fed_back import class_outputs
-    from partlens.evaluation.places import grid_of, landmarks_in_input, photo_numbers, top_layer
+    from partlens.evaluation.places import landmarks_in_input, photo_numbers, top_layer
     from partlens.explainer.assembly import performer_head
     from partlens.metrics.estimate import Estimate, proportion
     from partlens.metrics.localisation import localisation_scores, null_peaks
-    from partlens.performer.receptive_field import receptive_field
+    from partlens.performer.receptive_field import grid_of, receptive_field
     from partlens.performer.taps import forward_taps
 
     top, last = top_layer(performer), structure.targets[-1]

@@ -9,10 +9,10 @@ before it, change those in :data:`HELD_CHANGES` and :data:`CANDIDATES_CHANGES`.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from partlens.vocabulary import InputError, check_types, expected, nearest
+from partlens.vocabulary import InputError, check_names, check_types, expected
 
 Preset = Literal["partlens", "held", "candidates", "paper"]
 
@@ -337,16 +337,7 @@ class ExplainerConfig:
         Raises:
             InputError: a field that does not exist.
         """
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise InputError(
-                    expected(
-                        "a field of ExplainerConfig",
-                        name,
-                        f"Did you mean {' or '.join(nearest(name, known))}?",
-                    )
-                )
+        check_names(cls, values)
         return cls(**values)
 
     @classmethod
@@ -364,6 +355,5 @@ class ExplainerConfig:
         """
         if name not in PRESETS:
             raise InputError(expected(f"preset {', '.join(PRESETS)}", name, "Choose one of them"))
-        known = {f.name for f in fields(cls)}
-        cls.from_dict({k: v for k, v in changes.items() if k not in known})
+        check_names(cls, changes)
         return replace(cls(), **{**PRESETS[name], **changes})

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from partlens.vocabulary import InputError, check_types, expected, nearest
+from partlens.vocabulary import InputError, check_names, check_types, expected
 
 Loss = Literal["logistic", "softmax"]
 NewLayers = Literal["auto", "last", "fully-connected"]
@@ -133,10 +133,5 @@ class FinetuneConfig:
         Raises:
             InputError: a field that does not exist, or a value out of its range.
         """
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise InputError(
-                    expected("a field of FinetuneConfig", name, f"Did you mean {' or '.join(nearest(name, known))}?")
-                )
+        check_names(cls, values)
         return cls(**values)

@@ -538,3 +538,9 @@ def px_to_cell(field: ReceptiveField, xy: Any, map_size: tuple[int, int] | None 
     if map_size is not None:
         cells = np.clip(cells, 0, np.array(map_size) - 1)
     return cells
+
+
+def grid_of(receptive: ReceptiveField) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return centre (row, col) of cell (0, 0) and the stride, in input pixels."""
+    x, y = cell_centre_px(receptive, [0, 0]).tolist()
+    return (y, x), (float(receptive.stride_px[0]), float(receptive.stride_px[1]))

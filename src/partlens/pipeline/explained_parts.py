@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from partlens.artefacts.parts import PartsConfig, upsampled
 from partlens.artefacts.pictures import overlay, save_png
 from partlens.evaluation.fed_back import class_outputs
-from partlens.evaluation.places import grid_of
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import Explainer
-from partlens.performer.receptive_field import receptive_field
+from partlens.performer.receptive_field import grid_of, receptive_field
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
 from partlens.pipeline.explainer_run import load_explainer

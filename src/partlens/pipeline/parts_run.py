@@ -200,8 +200,9 @@ def _observed(
 ) -> SeenPhotos:
     import torch
 
-    from partlens.evaluation.places import grid_of, landmarks_in_input, photo_numbers
+    from partlens.evaluation.places import landmarks_in_input, photo_numbers
     from partlens.metrics.localisation import peaks_from_cells
+    from partlens.performer.receptive_field import grid_of
     from partlens.performer.taps import forward_taps
 
     structure = explainer.structure
