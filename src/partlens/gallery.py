@@ -34,10 +34,10 @@ from partlens.artefacts.receptive_pictures import (
 )
 from partlens.artefacts.track_cam import concentration_frac, layer_grad_cam, random_grad_cam, track_grad_cam
 from partlens.data.images import ImageSet
-from partlens.explainer.network import Explainer
+from partlens.explainer.network import TRACK_REACH_CELLS, Explainer
 from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.localisation import Peaks, dead_filters
-from partlens.performer.receptive_field import ReceptiveField, grid_of
+from partlens.performer.receptive_field import ReceptiveField, grid_of, widened
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
 from partlens.store import SCHEMA, write_atomically, write_json
@@ -188,10 +188,7 @@ class _Frames:
 
 def theoretical_px(receptive: ReceptiveField) -> dict[str, tuple[int, int]]:
     """Return how many rows and columns a filter of either network can read in theory."""
-    rows, cols = receptive.size_px
-    # The track's two convolutions of 3x3 cells each reach one cell further on every side.
-    wider = (rows + 4 * receptive.stride_px[0], cols + 4 * receptive.stride_px[1])
-    return {"explainer": wider, "performer": (rows, cols)}
+    return {"explainer": widened(receptive, TRACK_REACH_CELLS).size_px, "performer": receptive.size_px}
 
 
 def occlusion_settings(

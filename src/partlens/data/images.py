@@ -446,6 +446,28 @@ class ImageSet:
             path=None,
         )
 
+    def with_parts(self, truth: PartTruth) -> ImageSet:
+        """Return the same images with other annotated parts.
+
+        Args:
+            truth: by the images' names; images that it lacks have no known parts.
+
+        Raises:
+            ImageError: no image of the set is in it.
+
+        Example:
+            >>> import numpy as np
+            >>> position, unknown = np.array([[[4.0, 5.0]]]), np.full((1, 1, 2), np.nan)
+            >>> truth = PartTruth(("head",), ("000001",), position, unknown, unknown[:, 0])
+            >>> photos = ImageSet.from_arrays(np.zeros((2, 8, 8, 3), np.uint8)).with_parts(truth)
+            >>> photos.part_truth.count()
+            {'head': 1}
+        """
+        if not set(self.keys) & set(truth.keys):
+            names = f"{listed(truth.keys)} for {listed(self.keys)}"
+            raise ImageError(expected("parts of at least one of the images", names, "Use the images' own names"))
+        return self._replaced(_truth=truth.for_keys)
+
     def _replaced(self, **changes: Any) -> ImageSet:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return ImageSet(**{**values, **changes})

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
 from partlens.evaluation.fed_back import FedBack, class_outputs, own_columns, own_errors
+from partlens.evaluation.part_regions import PartRegions, RegionPass
 from partlens.evaluation.places import landmarks_in_input, photo_numbers, top_layer
 from partlens.evaluation.scoring import Categories, Scoring
 from partlens.evaluation.share_curve import ShareCurve, share_estimate
 from partlens.explainer.assembly import performer_head
-from partlens.explainer.network import Explainer
+from partlens.explainer.network import TRACK_REACH_CELLS, Explainer
 from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1, category_error_increase
 from partlens.metrics.localisation import Peaks, null_peaks, peaks_from_cells
-from partlens.performer.receptive_field import ReceptiveField, grid_of, receptive_field
+from partlens.performer.receptive_field import ReceptiveField, grid_of, receptive_field, widened
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer
 
@@ -88,6 +89,7 @@ class _Pass:
     sums: dict[str, ReconstructionSums]
     per_photo: dict[str, list[Tensor]]
     curve: ShareCurve
+    regions: RegionPass | None
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -109,6 +111,8 @@ class _Pass:
             for name, layer in self.layers.items():
                 ours = name == "explainer"
                 layer.add(output.interp2 if ours else maps[name], self.explainer, own=ours)
+                if self.regions is not None:
+                    self.regions.add(name, output.interp2 if ours else maps[name])
             for name, value in zip(structure.targets, output.reconstructions, strict=True):
                 self.sums[name].add(value, maps[name])
                 self.per_photo[name].append((value - maps[name]).double().square().flatten(1).sum(1))
@@ -246,6 +250,7 @@ def evaluate_explainer(
     structure = explainer.structure
     top = top_layer(performer)
     names = list(dict.fromkeys(["explainer", structure.tap, top]))
+    regions = PartRegions.of(images, rows.held, performer.preprocessing)
     stage = _Pass(
         performer,
         explainer.eval(),
@@ -254,6 +259,7 @@ def evaluate_explainer(
         {name: ReconstructionSums() for name in structure.targets},
         {name: [] for name in structure.targets},
         ShareCurve(explainer.config.eta, explainer.config.reconstruction_weight),
+        None if regions is None else RegionPass(regions, names, categories),
     )
     generator = torch.Generator().manual_seed(seed)
     held = _stream(stage, images, rows.held, advance, localise=True)
@@ -379,6 +385,14 @@ def evaluate_explainer(
             "largest": {"explainer": found["explainer"]},
             "centroid": {"tap": found[structure.tap], "top": found[top]},
         }
+    if stage.regions is not None:
+        result["part_interpretability"] = stage.regions.scores(
+            {**fields, "explainer": widened(tap_field, TRACK_REACH_CELLS)},
+            assigned,
+            photos,
+            {"explainer": "explainer", "tap": structure.tap, "top": top},
+            seed,
+        )
     if categories is not None:
         result["filter_categories"] = {
             name: int((assigned["explainer"] == number).sum()) for number, name in enumerate(categories.names)

@@ -34,7 +34,7 @@ class Categories:
     train_labels: Int[Tensor, " photo"]
 
 
-def _mean_of(values: Sequence[Estimate], weights: Sequence[int]) -> Estimate:
+def mean_of(values: Sequence[Estimate], weights: Sequence[int]) -> Estimate:
     """Return a weighted mean of independent estimates; each end of the interval adds up in squares."""
     usable = [(v, w) for v, w in zip(values, weights, strict=True) if w > 0 and not math.isnan(v.value)]
     total = sum(w for _, w in usable)
@@ -49,7 +49,7 @@ def _mean_of(values: Sequence[Estimate], weights: Sequence[int]) -> Estimate:
 def joined_scores(scores: Sequence[LocalisationScores], filters: Sequence[int]) -> LocalisationScores:
     """Return the mean over filters of scores that were measured per category, each on its own photos."""
     names = [f.name for f in dataclasses.fields(LocalisationScores) if f.name != "landmark_shares"]
-    joined = {name: _mean_of([getattr(s, name) for s in scores], list(filters)) for name in names}
+    joined = {name: mean_of([getattr(s, name) for s in scores], list(filters)) for name in names}
     shares: dict[str, float] = {}
     for landmark in dict.fromkeys(name for s in scores for name in s.landmark_shares):
         parts = [(s.landmark_shares[landmark], n) for s, n in zip(scores, filters, strict=True)]
@@ -143,7 +143,7 @@ class Scoring:
             counts.append(len(chosen))
             its = {kind: of.rows(index) for kind, of in nulls.items()}
             each.append(of_photos(own.rows(index).filters(chosen), its, self.landmarks[index], self.photos[index]))
-        return {kind: _mean_of([found[kind] for found in each], counts) for kind in nulls}
+        return {kind: mean_of([found[kind] for found in each], counts) for kind in nulls}
 
     def table(self, of: Peaks, layer: str) -> list[dict[str, Any]]:
         """Return a record per filter of a layer."""

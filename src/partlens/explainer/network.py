@@ -31,6 +31,9 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.templates import centroid_cells, mask_around, mask_at_peak, peak_cells, peak_masks
 from partlens.vocabulary import InputError, LayerError, expected
 
+TRACK_REACH_CELLS = 2
+"""How many cells of the tap further a filter of the interpretable track reads on every side: two 3x3 convolutions."""
+
 
 class NormLayer(nn.Module):
     """Divide each channel by its average magnitude: ``x_k / alpha_k``, ``alpha_k = E_x[sum_ij max(x_ijk, 0)]``.

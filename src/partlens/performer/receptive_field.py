@@ -544,3 +544,16 @@ def grid_of(receptive: ReceptiveField) -> tuple[tuple[float, float], tuple[float
     """Return centre (row, col) of cell (0, 0) and the stride, in input pixels."""
     x, y = cell_centre_px(receptive, [0, 0]).tolist()
     return (y, x), (float(receptive.stride_px[0]), float(receptive.stride_px[1]))
+
+
+def widened(receptive: ReceptiveField, cells: int) -> ReceptiveField:
+    """Return what cells see that read ``cells`` more of the given map's cells on every side.
+
+    Example:
+        >>> widened(ReceptiveField((16, 16), (100, 100), (-10, -10)), 2)
+        ReceptiveField(stride_px=(16, 16), size_px=(164, 164), start_px=(-42, -42), gated=False)
+    """
+    by = [cells * stride for stride in receptive.stride_px]
+    size = receptive.size_px[0] + 2 * by[0], receptive.size_px[1] + 2 * by[1]
+    start = receptive.start_px[0] - by[0], receptive.start_px[1] - by[1]
+    return replace(receptive, size_px=size, start_px=start)

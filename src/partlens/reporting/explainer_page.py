@@ -9,7 +9,9 @@ from itertools import zip_longest
 
 from partlens.reporting import figures, notation, wording
 from partlens.reporting.environment import count_of, pairs
-from partlens.reporting.explainer_data import SCORES, SINCE, Evaluation, ExplainerData, GalleryFilter, Subject
+from partlens.reporting.evaluation_data import SCORES, SINCE, Evaluation, Subject
+from partlens.reporting.explainer_data import ExplainerData
+from partlens.reporting.gallery_data import GalleryFilter
 from partlens.reporting.reading import Measure
 from partlens.reporting.views import Chapter, Figure, Origin, Remarks
 
@@ -81,6 +83,26 @@ def _score_rows(evaluation: Evaluation) -> tuple[_Row, ...]:
         common = counts.pop() if len(counts) == 1 else ""
         rows.append(_Row(key, name, direction, words, key in wording.PERCENT_SCORES, cells, common))
     return tuple(rows)
+
+
+def _region_rows(evaluation: Evaluation) -> tuple[tuple[str, str, tuple[Measure, ...]], ...]:
+    """Return, for each way of laying cells into the photo, its name, what to think of it, and a row of scores."""
+    unknown = Measure()
+    return tuple(
+        (
+            wording.region_name(one),
+            wording.region_words(one),
+            (
+                one.layers.get("explainer", unknown),
+                one.other_photo.get("explainer", unknown),
+                one.layers.get("tap", unknown),
+                one.layers.get("top", unknown),
+                one.random,
+                one.centre,
+            ),
+        )
+        for one in evaluation.regions
+    )
 
 
 def _score_figures(evaluation: Evaluation) -> tuple[Figure, ...]:
@@ -286,6 +308,7 @@ class ExplainerView:
     measured_on: str
     landmarks: str
     score_rows: tuple[_Row, ...]
+    region_rows: tuple[tuple[str, str, tuple[Measure, ...]], ...]
     score_figures: tuple[Figure, ...]
     filter_figure: Figure | None
     dead_left_out: int
@@ -311,6 +334,7 @@ def explainer_view(data: ExplainerData) -> ExplainerView:
         measured_on=wording.photos_measured(data, evaluation) if evaluation else "",
         landmarks=_landmarks(evaluation.landmarks) if evaluation else "",
         score_rows=_score_rows(evaluation) if evaluation else (),
+        region_rows=_region_rows(evaluation) if evaluation else (),
         score_figures=_score_figures(evaluation) if evaluation else (),
         filter_figure=_filter_figure(evaluation) if evaluation else None,
         dead_left_out=sum(f.dead for f in evaluation.explainer_filters) if evaluation else 0,

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from partlens.reporting.explainer_data import Evaluation, ExplainerData
+from partlens.reporting.evaluation_data import Evaluation, RegionScore
+from partlens.reporting.explainer_data import ExplainerData
 from partlens.reporting.notation import SPLITS, counted, number, percent, percent_digits, short_name
 from partlens.reporting.reading import Measure
 
@@ -211,6 +212,32 @@ def _against_nulls(evaluation: Evaluation, score: str, *, lower_is_better: bool)
     if not clauses:
         return f"{number(measure.value)}; its nulls were not measured.", found
     return f"{number(measure.value)} is {_joined(clauses, 'but')}.", found
+
+
+_REGION_NAMES = {
+    "round": "round field in theory, as in print",
+    "part_sized": "disc as large as the median part",
+    "scaled": "the map scaled up",
+}
+
+
+def region_name(score: RegionScore) -> str:
+    """Say what a valid cell stands for."""
+    radius = "" if math.isnan(score.radius_px) else f", radius {score.radius_px:.0f} px"
+    return f"{_REGION_NAMES[score.reading]}{radius}"
+
+
+def region_words(score: RegionScore) -> str:
+    """Say what a part interpretability is worth beside regions that know nothing of the photo."""
+    own = score.layers.get("explainer", Measure())
+    if not own.defined or not score.centre.defined:
+        return "Not defined."
+    if score.centre.value >= own.value:
+        return "Says nothing here: one region that never leaves the centre meets parts as often, or more often."
+    other = score.other_photo.get("explainer", Measure())
+    if compare(own, other, lower_is_better=False) != "better":
+        return "Level with the same filters' regions of other photos."
+    return "Above the same filters' regions of other photos, and above the centre."
 
 
 def _collapse(evaluation: Evaluation) -> list[Verdict]:

@@ -1,0 +1,290 @@
+"""Part interpretability of an evaluation's layers, where the photos say which region each part covers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from partlens.data.annotations import PartTruth
+from partlens.data.images import ImageSet
+from partlens.evaluation.scoring import Categories, mean_of
+from partlens.metrics.estimate import Estimate
+from partlens.metrics.part_regions import (
+    VALID_SHARE,
+    CellsOn,
+    ValidCells,
+    cell_cover,
+    meets_parts,
+    part_interpretability,
+    random_cells,
+    round_cover,
+    same_cell,
+)
+from partlens.performer.preprocessing import Preprocessing
+from partlens.performer.receptive_field import ReceptiveField, grid_of
+
+POINTS_PER_SIDE = 56
+"""Regions are compared at about this many points along the input's shorter side: 4 px apart at 224 px."""
+NULL_FILTERS = 256
+
+
+def _raster(size_px: tuple[int, int]) -> Float[Tensor, "point 2"]:
+    """Return x, y of the points at which regions are compared: centres of equal squares that cover the input."""
+    step = max(1, min(size_px) // POINTS_PER_SIDE)
+    rows, cols = (torch.arange(step / 2, side, step, dtype=torch.float64) for side in size_px)
+    grid = torch.meshgrid(rows, cols, indexing="ij")
+    return torch.stack([grid[1].flatten(), grid[0].flatten()], 1)
+
+
+def _of_masks(masks: Mapping[str, np.ndarray], names: Sequence[str], at: np.ndarray) -> Bool[Tensor, "part point"]:
+    found = torch.zeros(len(names), len(at), dtype=torch.bool)
+    for number, name in enumerate(names):
+        if name not in masks:
+            continue
+        rows, cols = masks[name].shape
+        x, y = np.floor(at).astype(np.int64).T
+        inside = (x >= 0) & (y >= 0) & (x < cols) & (y < rows)
+        found[number, torch.from_numpy(inside)] = torch.from_numpy(masks[name][y[inside], x[inside]])
+    return found
+
+
+def _of_boxes(truth: PartTruth, row: int, at: np.ndarray) -> Bool[Tensor, "part point"]:
+    # Comparisons with NaN are false: a part whose place or size is not known is absent.
+    away = np.abs(at[None] - truth.positions_px[row][:, None])
+    return torch.from_numpy((away <= truth.sizes_px[row][:, None] / 2).all(-1))
+
+
+@dataclass(frozen=True)
+class PartRegions:
+    """Which points of the input belong to each part of each photo.
+
+    Attributes:
+        kind: ``masks``, or ``boxes`` where there are no masks.
+        names: of the parts.
+        parts: per photo, a row of points per part; no point where the part is absent or cropped away.
+        points_px: x, y of the points.
+        size_px: rows and columns of the input.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    parts: tuple[Bool[Tensor, "part point"], ...]
+    points_px: Float[Tensor, "point 2"]
+    size_px: tuple[int, int]
+
+    @classmethod
+    def of(cls, images: ImageSet, rows: Sequence[int], preprocessing: Preprocessing) -> PartRegions | None:
+        """Return the regions of some photos' parts; ``None`` where nothing is known but points."""
+        truth = images.part_truth
+        if truth is None:
+            return None
+        points = _raster(preprocessing.size_px)
+        of = truth.for_keys([images.keys[i] for i in rows])
+        if truth.masks is None and not np.isfinite(of.sizes_px).any():
+            return None
+        annotated = set(truth.keys)
+        found = []
+        for number, row in enumerate(rows):
+            at = preprocessing.to_image_px(points.numpy(), images.size_px(row))
+            key = images.keys[row]
+            if truth.masks is None:
+                found.append(_of_boxes(of, number, at))
+            else:
+                found.append(_of_masks(truth.masks(key) if key in annotated else {}, truth.landmarks, at))
+        return cls(
+            "boxes" if truth.masks is None else "masks",
+            tuple(truth.landmarks),
+            tuple(found),
+            points,
+            preprocessing.size_px,
+        )
+
+    @property
+    def present(self) -> Bool[Tensor, "photo part"]:
+        """Which part is on which photo."""
+        return torch.stack([part.any(1) for part in self.parts])
+
+    @property
+    def median_radius_px(self) -> float:
+        """Radius of the disc as large as half of the parts are at most; 0 where there is none."""
+        sizes = torch.stack([part.sum(1) for part in self.parts])
+        share = float(sizes[sizes > 0].double().median()) / len(self.points_px) if bool((sizes > 0).any()) else 0.0
+        return math.sqrt(share * self.size_px[0] * self.size_px[1] / math.pi)
+
+
+class RegionPass:
+    """Valid cells of some layers, collected while photos stream by, and then their part interpretability.
+
+    Where filters belong to categories, a filter's valid cells are those on the photos of its own.
+
+    Args:
+        regions: of the photos, in the order in which they stream.
+        layers: whose maps will come.
+        categories: where filters are shared among several.
+        share: of a filter's cells that are valid.
+    """
+
+    def __init__(
+        self,
+        regions: PartRegions,
+        layers: Sequence[str],
+        categories: Categories | None,
+        share: float = VALID_SHARE,
+    ) -> None:
+        self.regions, self._share = regions, share
+        labels = torch.zeros(len(regions.parts), dtype=torch.int64) if categories is None else categories.labels
+        count = 1 if categories is None else len(categories.names)
+        self._rows = [(labels == number).nonzero()[:, 0] for number in range(count)]
+        self._labels = labels
+        self._cells = {
+            name: [ValidCells(len(rows), share) if len(rows) else None for rows in self._rows] for name in layers
+        }
+        self._seen = dict.fromkeys(layers, 0)
+        self._filters: dict[str, int] = {}
+
+    def add(self, layer: str, maps: Float[Tensor, "image filter row col"]) -> None:
+        """Take a layer's maps of the next photos."""
+        start = self._seen[layer]
+        labels = self._labels[start : start + len(maps)]
+        self._seen[layer] = start + len(maps)
+        self._filters[layer] = maps.shape[1]
+        for number, cells in enumerate(self._cells[layer]):
+            if cells is not None and bool((labels == number).any()):
+                cells.add(maps[labels == number])
+
+    def scores(
+        self,
+        fields: Mapping[str, ReceptiveField],
+        assigned: Mapping[str, Int[Tensor, " filter"]],
+        photos: Int[Tensor, " photo"],
+        roles: Mapping[str, str],
+        seed: int,
+    ) -> dict[str, Any]:
+        """Return the part interpretability of every layer, beside what regions that know nothing would have.
+
+        Args:
+            fields: what each layer's cells see, in theory; ``explainer`` among them.
+            assigned: per layer, the category of each filter; empty where there is one.
+            photos: an integer per photo, equal for crops of one.
+            roles: the layer of each role; the explainer's is called ``explainer``.
+            seed: of nulls and bootstrap.
+        """
+        in_theory = {role: _radius(fields[name].size_px) for role, name in roles.items()}
+        like_parts = dict.fromkeys(roles, self.regions.median_radius_px)
+        centre = torch.tensor([[self.regions.size_px[1] / 2, self.regions.size_px[0] / 2]])
+        found: dict[str, Any] = {
+            "regions": self.regions.kind,
+            "photos": dict(zip(self.regions.names, self.regions.present.sum(0).tolist(), strict=True)),
+        }
+        readings: dict[str, dict[str, float] | None] = {"round": in_theory, "part_sized": like_parts, "scaled": None}
+        for reading, radius_px in readings.items():
+            covers, scores = {}, {}
+            for role, name in roles.items():
+                radius = None if radius_px is None else radius_px[role]
+                covers[role] = self._cover(_centres(fields[name], self._side(name)), fields[name], radius)
+            for kind, shuffled in (("layers", False), ("other_photo", True)):
+                scores[kind] = {
+                    role: self._score(name, covers[role], assigned.get(name), photos, seed, shuffled=shuffled)
+                    for role, name in roles.items()
+                }
+            middle = self._cover(centre, fields["explainer"], None if radius_px is None else radius_px["explainer"])
+            found[reading] = {
+                "radius_px": None if radius_px is None else {role: round(r, 1) for role, r in radius_px.items()},
+                **scores,
+                "random": self._null(covers["explainer"], assigned, photos, seed),
+                "centre": self._null(middle, assigned, photos, seed, fixed=True),
+            }
+        return found
+
+    def _side(self, layer: str) -> tuple[int, int]:
+        return next(cells.side_cells for cells in self._cells[layer] if cells is not None)
+
+    def _cover(self, centres: Tensor, receptive: ReceptiveField, radius: float | None) -> Bool[Tensor, "cell point"]:
+        points = self.regions.points_px
+        if radius is None:
+            return cell_cover(centres, points, (float(receptive.stride_px[0]), float(receptive.stride_px[1])))
+        return round_cover(centres, points, radius)
+
+    def _of_category(
+        self,
+        number: int,
+        cells: CellsOn,
+        filters: int,
+        cover: Tensor,
+        photos: Tensor,
+        seed: int,
+        chosen: Tensor | None,
+        *,
+        shuffled: bool = False,
+    ) -> Estimate:
+        rows = self._rows[number]
+        truth = [self.regions.parts[i] for i in rows]
+        draws = torch.Generator().manual_seed(seed)
+        order = _strangers(photos[rows], draws) if shuffled else None
+        met = meets_parts(cells, filters, truth, cover, photos=order)
+        met = met if chosen is None else met[:, chosen]
+        return part_interpretability(met, self.regions.present[rows], photos=photos[rows], generator=draws)
+
+    def _score(
+        self, layer: str, cover: Tensor, assigned: Tensor | None, photos: Tensor, seed: int, *, shuffled: bool
+    ) -> dict[str, Any]:
+        found, weights = [], []
+        for number, cells in enumerate(self._cells[layer]):
+            chosen = None if assigned is None else (assigned == number).nonzero()[:, 0]
+            weight = self._filters[layer] if chosen is None else len(chosen)
+            if cells is None or not weight:
+                continue
+            weights.append(weight)
+            found.append(
+                self._of_category(
+                    number, cells.on, self._filters[layer], cover, photos, seed, chosen, shuffled=shuffled
+                )
+            )
+        return (found[0] if len(self._rows) == 1 else mean_of(found, weights)).to_dict()
+
+    def _null(
+        self, cover: Tensor, assigned: Mapping[str, Tensor], photos: Tensor, seed: int, *, fixed: bool = False
+    ) -> dict[str, Any]:
+        """Score the same region everywhere, or random cells; categories weigh as the explainer's filters do."""
+        found, weights = [], []
+        own = assigned.get("explainer")
+        for number, rows in enumerate(self._rows):
+            weight = 1 if own is None else int((own == number).sum())
+            if not len(rows) or not weight:
+                continue
+            draws = torch.Generator().manual_seed(seed)
+            filters = 1 if fixed else NULL_FILTERS
+            random = random_cells(len(rows), math.prod(self._side("explainer")), filters, draws, self._share)
+            weights.append(weight)
+            cells = same_cell if fixed else random
+            found.append(self._of_category(number, cells, filters, cover, photos, seed, None))
+        return (found[0] if len(self._rows) == 1 else mean_of(found, weights)).to_dict()
+
+
+def _radius(size_px: tuple[int, int]) -> float:
+    return math.sqrt(size_px[0] * size_px[1]) / 2
+
+
+def _centres(receptive: ReceptiveField, side: tuple[int, int]) -> Float[Tensor, "cell 2"]:
+    """Return x, y of every cell's centre in the input, row by row."""
+    start, stride = grid_of(receptive)
+    rows, cols = (torch.arange(count, dtype=torch.float64) for count in side)
+    grid = torch.meshgrid(start[0] + rows * stride[0], start[1] + cols * stride[1], indexing="ij")
+    return torch.stack([grid[1].flatten(), grid[0].flatten()], 1)
+
+
+def _strangers(photos: Int[Tensor, " row"], generator: torch.Generator) -> list[int]:
+    """Return, for each row, a row of another photo (its own where there is no other), each row once."""
+    _, numbers, crops = photos.unique(return_inverse=True, return_counts=True)
+    order = torch.randperm(len(crops), generator=generator)[numbers].argsort(stable=True)  # crops of one stand together
+    most = int(crops.max())
+    found = torch.empty_like(order)
+    found[order] = order.roll(-most)
+    return [int(row) for row in found]
