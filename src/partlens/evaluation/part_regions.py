@@ -33,6 +33,9 @@ from partlens.performer.receptive_field import ReceptiveField, grid_of
 POINTS_PER_SIDE = 56
 """Regions are compared at about this many points along the input's shorter side: 4 px apart at 224 px."""
 NULL_FILTERS = 256
+READINGS = ("round", "part_sized", "scaled")
+"""What a valid cell stands for: its round receptive field in theory (as in print), a disc as large as the median part
+(ours), or its own rectangle of the map."""
 
 
 def _raster(size_px: tuple[int, int]) -> Float[Tensor, "point 2"]:
@@ -170,12 +173,13 @@ class RegionPass:
         """Return the part interpretability of every layer, beside what regions that know nothing would have.
 
         Args:
-            fields: what each layer's cells see, in theory; ``explainer`` among them.
+            fields: what each layer's cells see, in theory.
             assigned: per layer, the category of each filter; empty where there is one.
             photos: an integer per photo, equal for crops of one.
-            roles: the layer of each role; the explainer's is called ``explainer``.
+            roles: the layer of each role; the nulls have the cells and discs of the first.
             seed: of nulls and bootstrap.
         """
+        main, own = next(iter(roles.items()))
         in_theory = {role: _radius(fields[name].size_px) for role, name in roles.items()}
         like_parts = dict.fromkeys(roles, self.regions.median_radius_px)
         centre = torch.tensor([[self.regions.size_px[1] / 2, self.regions.size_px[0] / 2]])
@@ -194,12 +198,12 @@ class RegionPass:
                     role: self._score(name, covers[role], assigned.get(name), photos, seed, shuffled=shuffled)
                     for role, name in roles.items()
                 }
-            middle = self._cover(centre, fields["explainer"], None if radius_px is None else radius_px["explainer"])
+            middle = self._cover(centre, fields[own], None if radius_px is None else radius_px[main])
             found[reading] = {
                 "radius_px": None if radius_px is None else {role: round(r, 1) for role, r in radius_px.items()},
                 **scores,
-                "random": self._null(covers["explainer"], assigned, photos, seed),
-                "centre": self._null(middle, assigned, photos, seed, fixed=True),
+                "random": self._null(own, covers[main], assigned.get(own), photos, seed),
+                "centre": self._null(own, middle, assigned.get(own), photos, seed, fixed=True),
             }
         return found
 
@@ -250,18 +254,17 @@ class RegionPass:
         return (found[0] if len(self._rows) == 1 else mean_of(found, weights)).to_dict()
 
     def _null(
-        self, cover: Tensor, assigned: Mapping[str, Tensor], photos: Tensor, seed: int, *, fixed: bool = False
+        self, layer: str, cover: Tensor, assigned: Tensor | None, photos: Tensor, seed: int, *, fixed: bool = False
     ) -> dict[str, Any]:
-        """Score the same region everywhere, or random cells; categories weigh as the explainer's filters do."""
+        """Score the same region everywhere, or random cells; categories weigh as the layer's filters do."""
         found, weights = [], []
-        own = assigned.get("explainer")
         for number, rows in enumerate(self._rows):
-            weight = 1 if own is None else int((own == number).sum())
+            weight = 1 if assigned is None else int((assigned == number).sum())
             if not len(rows) or not weight:
                 continue
             draws = torch.Generator().manual_seed(seed)
             filters = 1 if fixed else NULL_FILTERS
-            random = random_cells(len(rows), math.prod(self._side("explainer")), filters, draws, self._share)
+            random = random_cells(len(rows), math.prod(self._side(layer)), filters, draws, self._share)
             weights.append(weight)
             cells = same_cell if fixed else random
             found.append(self._of_category(number, cells, filters, cover, photos, seed, None))

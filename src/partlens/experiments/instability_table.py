@@ -8,6 +8,7 @@ from typing import Any
 
 from partlens.experiments.explainer_jobs import EXPLAINER
 from partlens.experiments.published import ANIMALS, CUB, VOC, Measure, Subject, published
+from partlens.experiments.region_block import region_block
 from partlens.experiments.study import Study, as_printed, localisation
 from partlens.experiments.table_blocks import (
     BESIDE,
@@ -197,6 +198,12 @@ def instability_table(study: Study) -> dict[str, Any]:
         "Means over categories and seeds, on the same photos.",
         localisation,
     )
+    layers = {key: SUBJECTS[key] for key in ("explainer", "top", "tap")}
+    printed_regions: dict[Subject, str] = {
+        "performer": "performer, printed",
+        "interpretable": "interpretable CNN, printed",
+    }
+    regions = region_block(study, EXPLAINER, layers, printed_of=printed_regions)
     charts, verdicts = [], []
     for label in present(study, EXPLAINER):
         # Consistency needs ten photos of a landmark; instability does not stand alone where there are fewer.
@@ -215,7 +222,7 @@ def instability_table(study: Study) -> dict[str, Any]:
         verdicts += stability_verdicts(study, label, EXPLAINER, "explainer", "explainer")
         verdicts.append(_ratio_verdict(study, label))
     return table(
-        [main, beside, _printed_explainers(study)],
+        [main, beside, regions, _printed_explainers(study)],
         charts,
         verdicts,
         study,

@@ -239,7 +239,7 @@ _CVPR_7_MULTI = (  # data, setting, network, ordinary, interpretable
     (VOC, "multi softmax", "VGG-16", "89.71", "91.60"),
 )
 
-# Part interpretability (share of filters whose regions meet a part with IoU > 0.2)
+# Part interpretability: the mean over filters of max_k P(IoU of region and part k > 0.2)
 
 _CVPR_1 = (
     ("AlexNet", ".348", ".654"),

@@ -119,6 +119,7 @@ def measure_rivals(
     import torch
 
     from partlens.evaluation.fed_back import class_outputs
+    from partlens.evaluation.part_regions import READINGS, PartRegions, RegionPass
     from partlens.evaluation.places import landmarks_in_input, photo_numbers
     from partlens.metrics.estimate import Estimate, bootstrap
     from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1
@@ -129,6 +130,8 @@ def measure_rivals(
     performer, structure = bench.performer, bench.structure
     last = structure.targets[-1]
     measured = {name: MeasuredLayer() for name in rivals}
+    regions = PartRegions.of(images, rows["held"], performer.preprocessing)
+    met = None if regions is None else RegionPass(regions, list(rivals), None)
     own = ReconstructionSums()  # for the scatter of the target over photos
     own_outputs: dict[str, list[Tensor]] = {"held": [], "others": []}
     own_features: dict[str, list[Tensor]] = {name: [] for name in ("held", "held_others", "train", "train_others")}
@@ -153,12 +156,18 @@ def measure_rivals(
                     into.outputs[side].append(class_outputs(bench.head(fed)[0]))
                     if part != "held":
                         continue
-                    into.add(rival.maps(maps), bench.power)
+                    units = rival.maps(maps)
+                    into.add(units, bench.power)
+                    if met is not None:
+                        met.add(name, units)
                     into.wrong.append((fed - target).double().square().flatten(1).sum(1))
     held = list(rows["held"])
     both = photo_numbers(images, [*held, *rows.get("held_others", ())])
     names, landmarks = landmarks_in_input(images, held, performer)
-    groups, grid = photo_numbers(images, held), grid_of(receptive_field(performer, structure.tap))
+    tap_field = receptive_field(performer, structure.tap)
+    groups, grid = photo_numbers(images, held), grid_of(tap_field)
+    fields, roles = dict.fromkeys(rivals, tap_field), {name: name for name in rivals}
+    interpretability = None if met is None else met.scores(fields, {}, groups, roles, seed)
     scatter = own.scatter / max(own.count, 1)
     results: dict[str, dict[str, Any]] = {}
     for name, found in measured.items():
@@ -194,6 +203,10 @@ def measure_rivals(
                 performer, category, own_outputs, found.outputs, own_features, found.features, both, generator
             )
             scores["error_increase_points"] = errors.error_increase_points.to_dict()
+        if interpretability is not None:
+            scores["part_interpretability"] = {
+                reading: interpretability[reading]["layers"][name] for reading in READINGS
+            }
         results[name] = scores
     return results
 
@@ -255,15 +268,18 @@ def measure_interpretable(
 
     from partlens.evaluation.explainer_evaluation import NULL_FILTERS
     from partlens.evaluation.fed_back import class_outputs
+    from partlens.evaluation.part_regions import PartRegions, RegionPass
     from partlens.evaluation.places import landmarks_in_input, photo_numbers, top_layer
     from partlens.explainer.assembly import performer_head
     from partlens.metrics.estimate import Estimate, proportion
     from partlens.metrics.localisation import localisation_scores, null_peaks
-    from partlens.performer.receptive_field import grid_of, receptive_field
+    from partlens.performer.receptive_field import grid_of, receptive_field, widened
     from partlens.performer.taps import forward_taps
 
     top, last = top_layer(performer), structure.targets[-1]
     layers = {"interpretable": MeasuredLayer(), "top": MeasuredLayer()}
+    regions = PartRegions.of(images, rows["held"], performer.preprocessing)
+    met = None if regions is None else RegionPass(regions, list(layers), None)
     head = performer_head(performer, structure)
     logits: dict[str, list[Tensor]] = {"held": [], "others": []}
     outputs: dict[str, list[Tensor]] = {"held": [], "others": []}
@@ -281,14 +297,19 @@ def measure_interpretable(
                 with torch.no_grad():
                     outputs[side].append(class_outputs(head(target)[0]))
             if part == "held":
-                layers["interpretable"].add(network.maps(tapped))
-                layers["top"].add(taps[top].cpu().float())
+                for name, maps in (("interpretable", network.maps(tapped)), ("top", taps[top].cpu().float())):
+                    layers[name].add(maps)
+                    if met is not None:
+                        met.add(name, maps)
     held = list(rows["held"])
     names, landmarks = landmarks_in_input(images, held, performer)
     groups, size = photo_numbers(images, held), performer.preprocessing.size_px
     generator = torch.Generator().manual_seed(seed)
-    grid = grid_of(receptive_field(performer, structure.tap))
-    grids = {"interpretable": grid, "top": grid_of(receptive_field(performer, top))}
+    # The inserted convolution of 3x3 cells reaches one cell further on every side.
+    fields = {"interpretable": widened(receptive_field(performer, structure.tap), 1)}
+    fields["top"] = receptive_field(performer, top)
+    grids = {name: grid_of(of) for name, of in fields.items()}
+    grid = grids["interpretable"]
 
     def scores(of: Peaks, *, fixed: bool = False) -> dict[str, Any]:
         found = localisation_scores(
@@ -318,6 +339,8 @@ def measure_interpretable(
         "performer": {"top": measured["top"], "top_layer": top},
         "nulls": nulls,
     }
+    if met is not None:
+        found["part_interpretability"] = met.scores(fields, {}, groups, {name: name for name in layers}, seed)
     if all(len(chosen) for chosen in rows.values()):
         own, other = torch.cat(logits["held"]), torch.cat(logits["others"])
         both = photo_numbers(images, [*held, *rows["held_others"]])

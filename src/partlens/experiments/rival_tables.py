@@ -8,6 +8,7 @@ from typing import Any
 from partlens.experiments.explainer_jobs import EXPLAINER, RIVALS
 from partlens.experiments.instability_table import stability_verdicts
 from partlens.experiments.published import RERUN_OF_RELEASED_CODE, Subject, published
+from partlens.experiments.region_block import region_block
 from partlens.experiments.study import Content, Getter, Study, fidelity, localisation
 from partlens.experiments.table_blocks import (
     BESIDE,
@@ -97,6 +98,13 @@ def interpretable_table(study: Study) -> dict[str, Any]:
                 study, kind, subjects, f"What instability cannot see: {name}", "On the same photos.", localisation
             )
             blocks.append(block | {"key": f"beside-{kind}"})
+            layers = {"interpretable": "interpretable CNN", "top": "ordinary, top layer"}
+            printed_of: dict[Subject, str] = {
+                "performer": "ordinary, printed",
+                "interpretable": "interpretable, printed",
+            }
+            regions = region_block(study, kind, layers, printed_of=printed_of)
+            blocks.append(regions | {"title": f"{regions['title']}: {name}"})
     built = table(blocks, charts, verdicts, study, published("instability", subject="interpretable", setting=None))
     again = RERUN_OF_RELEASED_CODE
     built["remarks"].append(
@@ -126,9 +134,11 @@ def _variance_explained(content: Content) -> Cell | None:
 def rival_table(study: Study) -> dict[str, Any]:
     """Return how rivals on the same maps compare with the explainer."""
     blocks, charts, verdicts = [], [], []
+    everyone: list[str] = []
     for label in present(study, RIVALS):
         contents = [content for (p, _, _, kind), content in study.scores.items() if (p, kind) == (label, RIVALS)]
         names = list(dict.fromkeys(name for content in contents for name in content["rivals"]))
+        everyone += [name for name in names if name not in everyone]
         of_explainer: dict[str, Getter] = {
             "variance_explained": _variance_explained,
             "agreement_top1": fidelity("reconstruction", "agreement_top1"),
@@ -166,6 +176,8 @@ def rival_table(study: Study) -> dict[str, Any]:
             shown = [(name, role, cell) for name, role, cell in lines if cell is not None and defined(cell)]
             charts.append(chart(f"{label}: {title}", f"{better} is better", shown))
         verdicts += _rival_verdicts(label, rows, names)
+    layers = {key: SUBJECTS[key] for key in ("explainer", "top", "tap")}
+    blocks.append(region_block(study, EXPLAINER, layers, rivals=(RIVALS, everyone)))
     return table(blocks, charts, verdicts, study, ())
 
 

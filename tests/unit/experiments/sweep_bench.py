@@ -106,12 +106,13 @@ def write_flowers(images: ImageSet, folder: Path) -> Path:
     ):
         rows, parts = csv.writer(table), csv.writer(marks)
         rows.writerow(["image", "category", "split"])
-        parts.writerow(["image", "landmark", "x", "y"])
+        parts.writerow(["image", "landmark", "x", "y", "width", "height"])
         for index, (category, split) in enumerate(zip(images.categories, images.splits, strict=True)):
             name = f"{index:03d}.png"
             images.read(index).save(folder / name)
             rows.writerow([name, category, split])
-            for landmark, (x, y) in zip(truth.landmarks, truth.positions_px[index], strict=True):
-                if np.isfinite(x):
-                    parts.writerow([name, landmark, float(x), float(y)])
+            places, sizes = truth.positions_px[index].tolist(), truth.sizes_px[index].tolist()
+            for landmark, place, size in zip(truth.landmarks, places, sizes, strict=True):
+                if np.isfinite(place[0]):
+                    parts.writerow([name, landmark, *place, *size])
     return folder

@@ -22,12 +22,14 @@ from partlens.data.joined import join_data
 from partlens.evaluation import explainer_evaluation, scoring
 from partlens.experiments.explainer_jobs import open_photos, photos_of
 from partlens.experiments.explainer_tables import TablePlan, build, explainer_table, performers_of, prepare
+from partlens.experiments.region_block import region_block
 from partlens.experiments.rival_measures import MeasuredLayer
 from partlens.experiments.study import Study
 from partlens.experiments.sweep import JobResult
 from partlens.experiments.table_blocks import known_columns
 from partlens.experiments.tables_page import table_lines, table_page
 from partlens.explainer.config import PRESETS
+from partlens.metrics import part_regions
 from partlens.vocabulary import ImageError, InputError, RunError
 
 HERE = Path(__file__).parent
@@ -44,6 +46,7 @@ def _network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.syspath_prepend(folder)
         patch.setattr(scoring, "ROUNDS", 5)  # most of the time goes into intervals, which have tests of their own
         patch.setattr(explainer_evaluation, "NULL_FILTERS", 16)
+        patch.setattr(part_regions, "FEWEST_PHOTOS", 2)
         yield
 
 
@@ -120,6 +123,18 @@ def test_a_table_has_every_number_beside_its_nulls(finished: tuple[Path, dict[st
     assert [c["key"] for c in beside["columns"]][:2] == ["instability", "instability_all"]
     assert beside["rows"][0]["cells"]["instability_all"]["value"] > 0
     assert all(n["value"] is None or math.isfinite(n["value"]) for n in numbers(found["blocks"]))
+    regions = {row["label"]: row["cells"] for row in block(found, "regions-explainer")["rows"]}
+    assert list(regions)[:2] == ["explainer", "… explainer: its regions on other photos"]
+    assert {"performer, top layer", "performer, tap", "null: random cells", "null: centre"} < set(regions)
+    for reading in ("round", "part_sized", "scaled"):
+        each = [job["scores"]["evaluation"]["part_interpretability"][reading] for job in found["jobs"]]
+        for label, of in (
+            ("explainer", [one["layers"]["explainer"] for one in each]),
+            ("… explainer: its regions on other photos", [one["other_photo"]["explainer"] for one in each]),
+            ("performer, tap", [one["layers"]["tap"] for one in each]),
+            ("null: centre", [one["centre"] for one in each]),
+        ):
+            assert regions[label][reading]["value"] == pytest.approx(sum(n["value"] for n in of) / 2)
 
     text = (out / "instability.html").read_text()
     page = Page(text)
@@ -176,6 +191,12 @@ def test_rivals_are_measured_beside_the_explainer(flower_folder: Path, begun: Pa
     assert nmf["error_increase_points"]["n"] == explainer["error_increase_points"]["n"]
     assert rows["null: centre"]["instability"]["value"] is not None
     assert "variance_explained" not in rows["null: centre"]
+    regions = {row["label"]: row["cells"] for row in block(found, "regions-explainer")["rows"]}
+    (job,) = (job for job in found["jobs"] if job["kind"] == "rivals")
+    for rival in ("NMF, 3 units", "k-means, 3 units"):
+        own = job["scores"]["rivals"][rival]["part_interpretability"]
+        assert regions[rival]["part_sized"]["value"] == own["part_sized"]["value"]
+        assert 0 <= own["round"]["value"] <= 1
     assert not (begun / "jobs" / f"tiny-{RED}-s0" / "rivals").exists()
     page = Page((begun / "rivals.html").read_text())
     assert "best rival" in page.text
@@ -207,6 +228,11 @@ def test_interpretable_cnns_of_both_losses(flower_folder: Path, tmp_path: Path) 
         assert cells["error"]["n"] == cells["own_error"]["n"]
     methods = [job["scores"]["config"]["method"] for job in found["jobs"]]
     assert methods == ["published", "released"]
+    for job in found["jobs"]:
+        of = job["scores"]["evaluation"]["part_interpretability"]
+        rows = {row["label"]: row["cells"] for row in block(found, f"regions-{job['kind']}")["rows"]}
+        assert rows["interpretable CNN"]["round"]["value"] == of["round"]["layers"]["interpretable"]["value"]
+        assert rows["null: random cells"]["round"]["value"] == of["round"]["random"]["value"]
     Page((tmp_path / "interpretable-cnn.html").read_text())
 
 
@@ -334,6 +360,25 @@ def test_a_score_that_only_newer_results_have_has_no_column_of_dashes() -> None:
     assert [c["key"] for c in known_columns(scores, rows)] == ["instability", "dead_frac"]
     rows.append({"cells": {"instability_all": known}})
     assert [c["key"] for c in known_columns(scores, rows)] == list(scores)
+
+
+def test_part_interpretability_stands_beside_print_and_only_where_it_was_measured() -> None:
+    cell = {"value": 0.4, "interval": [0.3, 0.5], "n": 20, "unit": "photos"}
+    one = {"layers": {"explainer": cell}, "other_photo": {"explainer": cell}, "random": cell, "centre": cell}
+    scores = {"evaluation": {"part_interpretability": {"round": one}}}
+    printed = {"performer": "performer, printed"}
+    study = study_of("instability", scores, {"alexnet": "AlexNet"}, ("fox",))
+    found = region_block(study, "explainer", {"explainer": "explainer", "top": "top"}, printed_of=printed)
+    rows = {row["label"]: row["cells"]["round"]["value"] for row in found["rows"]}
+    assert rows == {
+        "explainer": 0.4,
+        "… explainer: its regions on other photos": 0.4,
+        "null: random cells": 0.4,
+        "null: centre": 0.4,
+        "performer, printed, single, VOC Part": 0.348,
+    }
+    bare = study_of("instability", {"evaluation": {}}, {"alexnet": "AlexNet"}, ("fox",))
+    assert region_block(bare, "explainer", {"explainer": "explainer"}, printed_of=printed)["rows"] == []
 
 
 def test_worse_figures_are_called_worse(finished: tuple[Path, dict[str, Any]]) -> None:
