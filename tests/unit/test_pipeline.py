@@ -26,7 +26,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.performer import papers
 from partlens.performer.finetune_config import FinetuneConfig
 from partlens.performer.zoo import Performer
-from partlens.pipeline import evaluate, explainer_run, fit_explainer, layers, load_explainer, parts, report
+from partlens.pipeline import evaluate, explainer_run, fit_explainer, layers, load_explainer, parts, report, runs
 from partlens.pipeline.runs import run_folder
 from partlens.progress import Progress
 from partlens.store import sole_writer, write_json
@@ -251,6 +251,39 @@ def test_photos_without_landmarks_still_give_fidelity(tiny: Performer, tmp_path:
     assert scores["explainer"]["instability"]["value"] is None
     assert scores["explainer"]["peak_spread_cells"]["value"] is not None
     report(tmp_path / "run")
+
+
+def test_photos_of_the_fit_are_known_under_other_names(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    """Training photos in another folder, called test photos there, are no held-out photos."""
+    pixels = [np.asarray(few_flowers.read(i)) for i in range(len(few_flowers))]
+    photos = ImageSet.from_arrays(pixels, few_flowers.categories, few_flowers.splits)
+    run = fit_explainer(tiny, photos, out=tmp_path / "run", category=RED, config=SMALL, seeds=1).path
+    train, test = (photos.indices(category=RED, split=split) for split in ("train", "test"))
+    chosen = [pixels[i] for i in (*train[:3], *test[:4])]
+    others = ImageSet.from_arrays(chosen, [RED] * 7, ["test"] * 7)
+    found = evaluate(run, others, model=tiny, gallery="none")
+    assert "3 of the 7 photos were used in the fit: the scores flatter" in found["warnings"]
+    strangers = ImageSet.from_arrays(chosen[3:], [RED] * 4, ["test"] * 4)
+    for held in (strangers, photos):
+        found = evaluate(run, held, model=tiny, gallery="none")
+        assert not any("used in the fit" in text for text in found["warnings"])
+    (run / "photos.json").unlink()  # a run of an earlier version
+    assert evaluate(run, others, model=tiny, gallery="none")["photos"] == 7
+
+
+def test_another_crop_of_a_training_photo_is_that_photo(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Crops:
+        names: tuple[str, ...]
+
+        def take(self, rows: Any) -> Any:
+            return Crops(tuple(self.names[i] for i in rows))
+
+        def digests(self) -> tuple[str, ...]:
+            return self.names
+
+    runs.write_photos(tmp_path, Crops(("9:ab@(0, 0, 5, 5)+0.0", "9:cd@(0, 0, 5, 5)+0.0")), [0])
+    assert runs.photos_seen(tmp_path, Crops(("9:ab@(1, 2, 3, 4)+0.1", "9:cd@(0, 0, 5, 5)+0.0", "9:ab")), [0, 1, 2]) == 2
 
 
 def test_measuring_on_the_training_photos_warns(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:

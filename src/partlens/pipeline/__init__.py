@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from partlens.pipeline.evaluation_run import evaluate
 from partlens.pipeline.explainer_run import (
     DEFAULT_SEEDS,
     MOST_BACKGROUND,
     FittedExplainer,
-    evaluate,
     fit_explainer,
     load_explainer,
 )

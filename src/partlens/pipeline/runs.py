@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import hashlib
 import platform
 import shlex
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partlens.progress import Progress
-from partlens.store import read_json, sole_writer
+from partlens.store import SCHEMA, read_json, sole_writer, write_json
 from partlens.vocabulary import ImageError, InputError, LayerError, RunError, expected, nearest
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from partlens.performer.zoo import Performer
 
 RUN = "run.json"
+PHOTOS = "photos.json"
 SELECTION = "selection.json"
 _OURS = (".lock", ".tmp")
 _OLD_SECONDS = 3600.0
@@ -206,6 +208,25 @@ def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
         return list(rows)
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return [rows[int(i)] for i in drawn]
+
+
+def _marks(images: ImageSet, rows: Sequence[int]) -> list[str]:
+    """Return a text per photo that is equal for equal files, whatever is cut out of them."""
+    whole = (digest.partition("@")[0] for digest in images.take(rows).digests())
+    return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in whole]
+
+
+def write_photos(run: Path, images: ImageSet, rows: Sequence[int]) -> None:
+    """Keep which photos a fit used, by their content, so that they are known again under other names."""
+    write_json(run / PHOTOS, {"schema": SCHEMA, "photos": sorted(set(_marks(images, rows)))})
+
+
+def photos_seen(run: Path, images: ImageSet, rows: Sequence[int]) -> int:
+    """Return how many photos, or photos that they are cut from, the run's fit used; 0 for runs that did not keep it."""
+    if not (run / PHOTOS).exists():
+        return 0
+    used = set(read_json(run / PHOTOS)["photos"])
+    return sum(mark in used for mark in _marks(images, rows))
 
 
 def device_of(name: str) -> torch.device:
