@@ -13,12 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from partlens import gallery as module
 from partlens.data.images import ImageSet
 from partlens.evaluation.places import filter_table, landmarks_in_input, photo_numbers
 from partlens.explainer.assembly import build_explainer, explainer_structure, performer_head
 from partlens.explainer.config import ExplainerConfig
-from partlens.gallery import GalleryKind, write_gallery
+from partlens.gallery import GalleryKind, attention, common, filters, write_gallery
 from partlens.metrics.localisation import peaks_from_cells
 from partlens.performer.receptive_field import grid_of, receptive_field
 from partlens.performer.taps import forward_taps
@@ -113,13 +112,14 @@ def test_the_work_is_what_is_stated_and_shared_by_filters(
     made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run: list[int] = []
-    forward = module.forward_taps
+    forward = common.forward_taps
 
     def counted(performer: Performer, batch: torch.Tensor, names: list[str]) -> Any:
         run.append(len(batch))
         return forward(performer, batch, names)
 
-    monkeypatch.setattr(module, "forward_taps", counted)
+    monkeypatch.setattr(common, "forward_taps", counted)
+    monkeypatch.setattr(attention, "forward_taps", counted)
     done: list[float] = []
     content = written(tmp_path, made, advance=done.append)
     photos = {p["key"] for layer in content["layers"].values() for f in layer for p in f["photos"]}
@@ -138,18 +138,18 @@ def test_each_networks_filters_are_looked_up_in_its_own_maps(
     made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    find = module.occlusion_receptive_fields
+    find = filters.occlusion_receptive_fields
 
-    def noted(map_of: Any, batch: torch.Tensor, receptive: Any, filters: list[int], **settings: Any) -> Any:
-        asked.extend(filters)
+    def noted(map_of: Any, batch: torch.Tensor, receptive: Any, numbers: list[int], **settings: Any) -> Any:
+        asked.extend(numbers)
         joined = map_of(batch[:2])
         tapped = forward_taps(made["performer"], batch[:2], ["relu2"])[1]["relu2"]
         with torch.no_grad():
             masked = made["explainer"].masked(made["explainer"].interpret(tapped)[1])
         torch.testing.assert_close(joined, torch.cat([masked, tapped], 1), atol=1e-5, rtol=1e-4)
-        return find(map_of, batch, receptive, filters, **settings)
+        return find(map_of, batch, receptive, numbers, **settings)
 
-    monkeypatch.setattr(module, "occlusion_receptive_fields", noted)
+    monkeypatch.setattr(filters, "occlusion_receptive_fields", noted)
     layers = written(tmp_path, made)["layers"]
     ours, theirs = ([one["filter"] for one in layers[name]] for name in ("explainer", "performer"))
     assert asked == ours + [12 + k for k in theirs]
