@@ -1,5 +1,6 @@
-"""Write the tables of docs/tables.md, and of the defaults in docs/study.md, from the committed results of
-`partlens reproduce`.
+"""Write the tables of docs/tables.md and docs/tables-earlier.md, and of the defaults in docs/study.md.
+
+They are of the committed results of `partlens reproduce`.
 
     uv run python benchmarks/explainer_tables.py
 
@@ -16,6 +17,7 @@ from partlens.experiments.tables_page import TITLES, table_lines
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "tables.md"
+EARLIER = PAGE.parent / "tables-earlier.md"
 MARKER = "<!-- below: made by benchmarks/explainer_tables.py -->"
 STUDY = PAGE.parent / "study.md"
 STUDY_BEGIN, STUDY_END = "<!-- begin: the defaults -->", "<!-- end: the defaults -->"
@@ -40,10 +42,13 @@ def section(path: Path) -> list[str]:
     content = json.loads(path.read_text())
     network, preset = path.stem.split("-", 1)[0], preset_of(path)
     shown = "revision 1" if preset == "revision1" else preset
-    which = (f", {shown}" if preset else "") + (", teachers from the tap" if "-from-tap-" in path.stem else "")
+    said = {"-cub-": "birds", "-from-tap-": "teachers from the tap", "-paper-preset-": "--preset paper"}
+    which = "".join(
+        f", {words}" for words in (shown, *(text for part, text in said.items() if part in path.stem)) if words
+    )
     takes = f"Made when `{preset}` was the default; today it takes `--preset {preset}`."
     note = FIRST if preset == "revision1" else takes
-    title = f"## {network}{which}: {TITLES[content['table']].lower()}"
+    title = f"## {NETWORKS[network]}{which}: {TITLES[content['table']].lower()}"
     lines = [title, "", "```", content["command"], "```", "", *([note, ""] if preset else [])]
     return [
         *lines,
@@ -103,11 +108,15 @@ def main() -> None:
     before, rest = STUDY.read_text().split(STUDY_BEGIN)
     after = rest.split(STUDY_END)[1]
     STUDY.write_text("\n".join([before + STUDY_BEGIN, "", *the_defaults(), "", STUDY_END + after]))
-    head = PAGE.read_text().split(MARKER)[0].rstrip()
-    found = sorted(RESULTS.glob("*.json"))
-    body = "\n".join(line for path in found for line in section(path))
-    PAGE.write_text(f"{head}\n\n{MARKER}\n\n{body.rstrip()}\n")
-    print(f"wrote {PAGE.name} from {len(found)} results")
+    results = sorted(RESULTS.glob("*.json"))
+    for page, found in (
+        (PAGE, [path for path in results if not preset_of(path)]),
+        (EARLIER, [path for path in results if preset_of(path)]),
+    ):
+        head = page.read_text().split(MARKER)[0].rstrip()
+        body = "\n".join(line for path in found for line in section(path))
+        page.write_text(f"{head}\n\n{MARKER}\n\n{body.rstrip()}\n")
+        print(f"wrote {page.name} from {len(found)} results")
 
 
 if __name__ == "__main__":

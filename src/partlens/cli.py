@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from partlens import __version__
+from partlens.printed import print_parts, print_scores
 from partlens.vocabulary import PartlensError, RunError, expected, listed
 
 _SUMMARY = {
@@ -294,52 +295,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         shown = {name: value for name, value in result.items() if name != "filters"}
         sys.stdout.write(json.dumps(shown, indent=2, allow_nan=False) + "\n")
     else:
-        _print_scores(result)
-
-
-def _shown(estimate: dict[str, Any] | None) -> str:
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    low, high = estimate["interval"]
-    interval = "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
-    return f"{estimate['value']:.3g}{interval}"
-
-
-def _print_scores(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = {
-        "explainer": result["explainer"],
-        "performer tap": result["performer"]["tap"],
-        result["performer"]["top_layer"]: result["performer"]["top"],
-        "random": result["nulls"]["random"],
-        "centre": result["nulls"]["centre"],
-        "corner": result["nulls"]["corner"],
-    }
-    table = Table(box=None)
-    for heading in ("score", *columns):
-        table.add_column(heading, no_wrap=heading == "score")
-    for name in result["explainer"]:
-        if name not in {"landmark_shares", "by_category"}:
-            table.add_row(name, *(_shown(column[name]) for column in columns.values()))
-    fidelity = Table("fidelity", "value", "n", box=None)
-    for name in ("p", "p_optimum"):
-        fidelity.add_row(name, _shown(result[name]), f"{result[name]['n']} {result[name]['unit']}")
-    for name, estimate in result["reconstruction"].items():
-        if isinstance(estimate, str):
-            fidelity.add_row(name.replace("_", " "), estimate, "")
-            continue
-        parts = estimate.items() if "value" not in estimate else [("", estimate)]
-        for part, value in parts:
-            fidelity.add_row(f"{name} {part}".strip(), _shown(value), f"{value['n']} {value['unit']}")
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # in a file or a pipe nothing needs to be broken
-    console.print(table)
-    console.print(fidelity)
-    for warning in result["warnings"]:
-        console.print(f"warning: {warning}", markup=False)
+        print_scores(result)
 
 
 def _select_features(arguments: Sequence[str]) -> None:
@@ -416,68 +372,7 @@ def _parts(arguments: Sequence[str]) -> None:
     if options.json:
         sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     else:
-        _print_parts(found)
-
-
-def _percent(estimate: dict[str, Any] | None) -> str:
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    low, high = estimate["interval"]
-    interval = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{100 * estimate['value']:.1f} %{interval}"
-
-
-def _print_parts(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from partlens.pipeline.parts_file import grouping, named_parts
-    from partlens.reporting.parts_data import mean_place
-
-    measured = found["contributions"]
-    fits = measured is not None and measured["grouping"] == grouping(found)
-    rows = {tuple(row["ids"]): row for row in measured["parts"]} if fits else {}
-    table = Table(box=None)
-    headings = (
-        "part",
-        "filters",
-        "from landmark, R²",
-        "adds (Shapley)",
-        "same by integrated gradients",
-        "as many filters by lot",
-        "removed",
-    )
-    for heading in headings:
-        table.add_column(heading, no_wrap=heading == "part")
-    by_filter = {row["filter"]: row for row in found["filters"]}
-    for part in named_parts(found):
-        row = rows.get(part.ids, {})
-        place = ", ".join("–" if math.isnan(v) else f"{v:.2f}" for v in mean_place(part.filters, by_filter))
-        shown = (_percent(row.get(k)) for k in ("share", "integrated_share", "integrated_null"))
-        ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
-        table.add_row(f"{part.name}{ids}", str(len(part.filters)), place, *shown, _shown(row.get("removal")))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # in a file or a pipe nothing needs to be broken
-    console.print(table)
-    stability = found["stability"]
-    console.print(
-        f"by {found['rule']} on {found['photos']} photos; on halves of them {_percent(stability['kept'])} of the "
-        f"filters keep their part (by lot {_percent(stability['null_kept'])}), adjusted Rand index "
-        f"{_shown(stability['adjusted_rand'])}"
-    )
-    if not fits:
-        console.print("parts were joined or filters moved: run partlens parts again to measure what they add")
-        return
-    check = measured["removal_check"]
-    console.print(
-        f"the parts together add {_percent(measured['interpretable_share'])} of the score; foretold and measured loss "
-        f"correlate by {_shown(check['shapley']['correlation'])} (Shapley), "
-        f"{_shown(check['gradient_activation']['correlation'])} (gradient × activation), "
-        f"{_shown(check['part_size']['correlation'])} (number of filters alone)"
-    )
-    for row in found["unplaced_names"]:
-        console.print(f"the name {row['name']!r} fits no part found now", markup=False)
+        print_parts(found)
 
 
 def _explain(arguments: Sequence[str]) -> None:

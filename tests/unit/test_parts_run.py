@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 import partlens
-from partlens.cli import _print_parts, main
+from partlens.cli import main
 from partlens.data.images import ImageSet
 from partlens.performer.zoo import Performer, weights_sha256
 from partlens.pipeline import part_shares as parts_run_shares
 from partlens.pipeline.parts_file import named_parts, read_parts, with_edits
+from partlens.printed import print_parts
 from partlens.store import read_json, read_tensors, write_json
 from partlens.vocabulary import ImageError, InputError, RunError
 
@@ -102,7 +103,7 @@ def test_with_landmarks_nearest_stays_within_the_thresholds(
     assert {row["part"] for row in given["filters"] if not row["dead"]} <= set(few_flowers.part_truth.landmarks)
     assert not given["thresholds"]["consistency_is_measured"]
     capsys.readouterr()
-    _print_parts(given)
+    print_parts(given)
     shown = capsys.readouterr().out
     for part in given["parts"]:
         if part["filters"]:
