@@ -85,23 +85,18 @@ def _score_rows(evaluation: Evaluation) -> tuple[_Row, ...]:
     return tuple(rows)
 
 
-def _region_rows(evaluation: Evaluation) -> tuple[tuple[str, str, tuple[Measure, ...]], ...]:
-    """Return, for each way of laying cells into the photo, its name, what to think of it, and a row of scores."""
-    unknown = Measure()
-    return tuple(
-        (
-            wording.region_name(one),
-            wording.region_words(one),
-            (
-                one.layers.get("explainer", unknown),
-                one.other_photo.get("explainer", unknown),
-                one.layers.get("tap", unknown),
-                one.layers.get("top", unknown),
-                one.random,
-                one.centre,
-            ),
-        )
-        for one in evaluation.regions
+def _region_rows(data: ExplainerData, evaluation: Evaluation) -> tuple[tuple[str, tuple[Measure, ...]], ...]:
+    """Return a row for whatever has regions, with a score for each way of laying cells into the photo."""
+    unknown, scores = Measure(), evaluation.regions
+    if not scores:
+        return ()
+    return (
+        ("explainer", tuple(one.layers.get("explainer", unknown) for one in scores)),
+        ("… on other photos", tuple(one.other_photo.get("explainer", unknown) for one in scores)),
+        (f"performer, {data.tap}", tuple(one.layers.get("tap", unknown) for one in scores)),
+        (f"performer, {data.top_layer}", tuple(one.layers.get("top", unknown) for one in scores)),
+        ("null: random cells", tuple(one.random for one in scores)),
+        ("null: centre", tuple(one.centre for one in scores)),
     )
 
 
@@ -308,7 +303,8 @@ class ExplainerView:
     measured_on: str
     landmarks: str
     score_rows: tuple[_Row, ...]
-    region_rows: tuple[tuple[str, str, tuple[Measure, ...]], ...]
+    region_columns: tuple[tuple[str, str], ...]
+    region_rows: tuple[tuple[str, tuple[Measure, ...]], ...]
     score_figures: tuple[Figure, ...]
     filter_figure: Figure | None
     dead_left_out: int
@@ -334,7 +330,10 @@ def explainer_view(data: ExplainerData) -> ExplainerView:
         measured_on=wording.photos_measured(data, evaluation) if evaluation else "",
         landmarks=_landmarks(evaluation.landmarks) if evaluation else "",
         score_rows=_score_rows(evaluation) if evaluation else (),
-        region_rows=_region_rows(evaluation) if evaluation else (),
+        region_columns=tuple((wording.region_name(one), wording.region_words(one)) for one in evaluation.regions)
+        if evaluation
+        else (),
+        region_rows=_region_rows(data, evaluation) if evaluation else (),
         score_figures=_score_figures(evaluation) if evaluation else (),
         filter_figure=_filter_figure(evaluation) if evaluation else None,
         dead_left_out=sum(f.dead for f in evaluation.explainer_filters) if evaluation else 0,
