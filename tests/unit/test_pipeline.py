@@ -535,6 +535,27 @@ def test_the_papers_preset_takes_what_the_papers_say_of_a_network(
     assert plain["preset_note"] == ""
 
 
+def test_in_a_shared_folder_one_of_two_can_be_begun_again(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    """An explainer of another configuration may go without the selection beside it, and leaves nothing behind."""
+    out, alone = tmp_path / "shared", tmp_path / "alone"
+    given: dict[str, Any] = {"category": RED, "seeds": 2}
+    fit_explainer(tiny, few_flowers, out=out, config=SMALL, **given)
+    for name in ("selection", "evaluation"):
+        write_json(out / f"{name}.json", {"identity": "of a selection"})
+    other = SMALL | {"epochs": 3}
+    with pytest.raises(RunError, match=r"delete run\.json in it\.$"):
+        fit_explainer(tiny, few_flowers, out=out, config=other, **given)
+    (out / "run.json").unlink()
+    again = fit_explainer(tiny, few_flowers, out=out, config=other, **given).manifest["p_by_seed"]
+    assert again == fit_explainer(tiny, few_flowers, out=alone, config=other, **given).manifest["p_by_seed"]
+    assert (out / "selection.json").exists()
+    assert not (out / "evaluation.json").exists()
+    with pytest.raises(RunError, match=r"delete this one\.$"):
+        fit_explainer(tiny, few_flowers, out=alone, config=SMALL, **given)
+
+
 def test_what_a_killed_write_left_is_no_other_run(tmp_path: Path) -> None:
     left = tmp_path / ".run.json.abcd.tmp"
     left.write_text("half")

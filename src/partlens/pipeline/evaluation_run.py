@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partlens.pipeline.explainer_run import load_explainer
-from partlens.pipeline.runs import RUN, category_rows, photos_of_run, photos_seen, rows_of, sampled, versions
+from partlens.pipeline.runs import (
+    EVALUATION,
+    RUN,
+    category_rows,
+    photos_of_run,
+    photos_seen,
+    rows_of,
+    sampled,
+    versions,
+)
 from partlens.progress import Progress
 from partlens.store import read_json, write_json
 from partlens.vocabulary import ImageError, expected
@@ -22,8 +31,6 @@ if TYPE_CHECKING:
     from partlens.data.images import ImageSet
     from partlens.gallery import FieldKind, GalleryKind
     from partlens.performer.zoo import Performer
-
-EVALUATION = "evaluation.json"
 
 
 def evaluate(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.explainer.config import REVISION, ExplainerConfig, Preset
 from partlens.pipeline.runs import (
+    EVALUATION,
     RUN,
     category_rows,
     check_answer,
@@ -300,6 +301,8 @@ def fit_explainer(
             return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
         field = receptive_field(performer, tap)
         if manifest is None:
+            for stale in (out / WEIGHTS, out / EVALUATION, *out.glob(f"seeds/*/{WEIGHTS}")):
+                stale.unlink(missing_ok=True)  # of a run whose run.json was deleted
             manifest = {
                 **manifest_head(SCHEMA, "explainer", identity, performer, model),
                 "data": {

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 RUN = "run.json"
 PHOTOS = "photos.json"
+EVALUATION = "evaluation.json"
 SELECTION = "selection.json"
 _OURS = (".lock", ".tmp")
 _OLD_SECONDS = 3600.0
@@ -293,11 +294,12 @@ def prepare_folder(out: Path, manifest: str, identity: str) -> dict[str, Any] | 
         return None
     found = read_json(out / manifest)
     if found.get("identity") != identity:
+        shared = (out / RUN).exists() and (out / SELECTION).exists()
         raise RunError(
             expected(
                 f"a run of this model, data and configuration in {out}",
                 "one of another configuration",
-                "Choose another --out folder, or delete this one",
+                f"Choose another --out folder, or delete {f'{manifest} in it' if shared else 'this one'}",
             )
         )
     return found
