@@ -45,6 +45,30 @@ ALONE: dict[str, Any] = {
     "learning_rate": 1e-3,
     "learning_rate_joint": 1e-4,
 }
+# The present default in fewer epochs and views.
+NOW: dict[str, Any] = {"warmup_epochs": 12, "epochs": 8, "views": 5}
+NOW_BACKGROUND = 400
+NOW_VARIANTS: dict[str, dict[str, Any]] = {
+    "now": {},
+    "now, seed 1": {"seed": 1},
+    "now, seed 2": {"seed": 2},
+    "now, approximate gradient": {"gradient": "approximate"},
+    "now, maps scaled to 2 nats": {"score_scale_nats": 2.0},
+    "now, maps scaled to 32 nats": {"score_scale_nats": 32.0},
+    "now, filter loss ten times weaker": {"filter_ratio": 1.0},
+    "now, filter loss ten times stronger": {"filter_ratio": 100.0},
+    "now, filter loss fades (1 / epoch)": {"filter_decay": 1.0},
+    "now, equivariance 8": {"equivariance_weight": 8.0},
+    "now, diversity 8 above 0.25": {"diversity_weight": 8.0, "diversity_target": 0.25},
+    "now, teachers more various (1.5)": {"teacher_variety": 1.5},
+    "now, no teachers, from the identity": {"teachers": 0, "teacher_match": False, "initialisation": "identity"},
+    "now, largest cells": {"peak": "largest"},
+    "now, without mask": {"mask": False},
+    "now, shuffled templates": {"templates": "shuffled"},
+    "now, no dropout": {"dropout": 0.0},
+    "now, 1,500 background photos": {"background": 1500},
+    "now, tap layer2": {"tap": "layer2"},
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "partlens (default)": ("partlens", {}),
     "candidates": ("candidates", {}),
@@ -86,6 +110,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "… with shuffled templates": ("candidates", {**ALONE, "templates": "shuffled"}),
     "… without filter loss": ("candidates", {**ALONE, "warmup_epochs": 0, "epochs": 12, "filter_ratio": 0.0}),
     "short, eta 1e6, p from 0.3": ("candidates", {**SHORT, "eta": 1e6, "p_init": 0.3}),
+    **{name: ("partlens", {**NOW, **changes}) for name, changes in NOW_VARIANTS.items()},
 }
 COLUMNS = {
     "instability": ("explainer", "instability"),
@@ -100,11 +125,13 @@ COLUMNS = {
     "background": ("reconstruction", "agreement_top1_background"),
     "error +points": ("reconstruction", "error_increase_points"),
 }
+# Of the variants of the present default also: how much of the last target is lost.
+LOST = ("reconstruction", "relative_error", "last")
 
 
 def pick(scores: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     for name in path:
-        scores = scores[name]
+        scores = list(scores.values())[-1] if name == "last" else scores[name]
     return scores
 
 
@@ -117,18 +144,28 @@ def study(model: str, data: str, category: str, work: Path, wanted: list[str]) -
         if wanted and name not in wanted and name not in finished:
             continue
         run = Path(finished.get(name, work / name.replace(" ", "-").replace(",", "").replace("/", "-per-")))
-        shared = work / f"cache-{preset}"  # presets differ in their views
-        arguments: dict[str, Any] = {"out": run, "category": category, "tap": "layer3", "preset": preset, "seeds": 1}
+        if name in known and not wanted and not run.exists():
+            continue  # committed, and not in this work folder
+        now = name in NOW_VARIANTS
+        fields = {key: value for key, value in changes.items() if key not in ("tap", "background")}
+        tap, background = changes.get("tap", "layer3"), changes.get("background", NOW_BACKGROUND if now else 1500)
+        # Presets differ in their views; what else decides the cached maps stands in its name, too.
+        which = f"now-{tap}-{background}-{fields.get('seed', 0)}" if now else preset
+        arguments: dict[str, Any] = {"out": run, "category": category, "tap": tap, "preset": preset, "seeds": 1}
         if name not in finished:
             show = Progress.terminal()
-            partlens.fit_explainer(model, data, config=changes, cache=shared, progress=show, **arguments)
+            arguments |= {"cache": work / f"cache-{which}", "background": background, "progress": show}
+            partlens.fit_explainer(model, data, config=fields, **arguments)
         scores = partlens.evaluate(run, gallery="none")
         manifest = json.loads((run / "run.json").read_text())
         known[name] = {
             "preset": preset,
             "changes": changes,
             "seconds": manifest["seconds"],
-            "scores": {column: pick(scores, path) for column, path in COLUMNS.items()},
+            "scores": {
+                **{column: pick(scores, path) for column, path in COLUMNS.items()},
+                "lost": pick(scores, LOST),
+            },
             "warnings": scores["warnings"],
         }
         nulls = {kind: scores["nulls"][kind]["instability"] for kind in ("random", "centre", "corner")}
@@ -159,15 +196,19 @@ def table() -> str:
         landmarks = ", ".join(f"{name} {count}" for name, count in content["landmarks"].items())
         lines += [
             f"\n### {content['category']}: {content['held_out_photos']} held-out photos ({landmarks})\n",
-            f"Instability of the nulls on the same photos: {nulls}.\n",
-            "| variant | " + " | ".join(COLUMNS) + " |",
-            "|---" * (len(COLUMNS) + 1) + "|",
+            f"Instability of the nulls on the same photos: {nulls}.",
         ]
-        for layer, label in (("tap", "*performer, layer3*"), ("top", "*performer, layer4*")):
-            cells = [content["performer"][layer].get(c) for c in COLUMNS]
-            lines.append(f"| {label} | " + " | ".join(shown(c) for c in cells) + " |")
-        for name, variant in content["variants"].items():
-            lines.append(f"| {name} | " + " | ".join(shown(variant["scores"][c]) for c in COLUMNS) + " |")
+        now = {name: content["variants"][name] for name in NOW_VARIANTS if name in content["variants"]}
+        before = {name: one for name, one in content["variants"].items() if name not in now}
+        for variants, columns in ((now, [*COLUMNS, "lost"]), (before, list(COLUMNS))):
+            if not variants:
+                continue
+            lines += ["\n| variant | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+            for layer, label in (("tap", "*performer, layer3*"), ("top", "*performer, layer4*")):
+                cells = [content["performer"][layer].get(c) for c in columns]
+                lines.append(f"| {label} | " + " | ".join(shown(c) for c in cells) + " |")
+            for name, variant in variants.items():
+                lines.append(f"| {name} | " + " | ".join(shown(variant["scores"][c]) for c in columns) + " |")
     return "\n".join(lines) + "\n"
 
 
