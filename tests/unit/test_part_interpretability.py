@@ -22,6 +22,7 @@ from partlens.pipeline import evaluate, fit_explainer, report
 from partlens.reporting.evaluation_data import RegionScore
 from partlens.reporting.reading import Measure
 from partlens.reporting.wording import region_words
+from partlens.vocabulary import ImageError
 
 FIELD = ReceptiveField((16, 16), (30, 30), (-7, -7))
 ROLES = {"explainer": "explainer"}
@@ -54,6 +55,18 @@ def test_masks_go_through_the_performers_own_preprocessing() -> None:
         own = regions.parts[0][0].reshape(rows, cols)
         assert float((seen == own).double().mean()) > 0.98
         assert 0.1 < float(own.double().mean()) < 0.9
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    images, _ = of_arrays({"head": np.ones((60, 40), dtype=bool)})
+    with pytest.raises(ImageError, match="a mask of head as large as 000000, 60x40 px, got 40x60"):
+        PartRegions.of(images, [0], Preprocessing(size_px=(56, 56), resize="squash"))
+
+
+def test_parts_for_other_images_are_refused() -> None:
+    images, truth = of_arrays(None)
+    with pytest.raises(ImageError, match="parts of at least one of the images, got b for 000000"):
+        images.with_parts(dataclasses.replace(truth, keys=("b",)))
 
 
 def test_boxes_stand_in_for_masks_and_what_is_unknown_is_absent() -> None:

@@ -29,6 +29,7 @@ from partlens.metrics.part_regions import (
 )
 from partlens.performer.preprocessing import Preprocessing
 from partlens.performer.receptive_field import ReceptiveField, grid_of
+from partlens.vocabulary import ImageError, expected
 
 POINTS_PER_SIDE = 56
 """Regions are compared at about this many points along the input's shorter side: 4 px apart at 224 px."""
@@ -46,12 +47,18 @@ def _raster(size_px: tuple[int, int]) -> Float[Tensor, "point 2"]:
     return torch.stack([grid[1].flatten(), grid[0].flatten()], 1)
 
 
-def _of_masks(masks: Mapping[str, np.ndarray], names: Sequence[str], at: np.ndarray) -> Bool[Tensor, "part point"]:
+def _of_masks(
+    masks: Mapping[str, np.ndarray], names: Sequence[str], at: np.ndarray, key: str, size_px: tuple[int, int]
+) -> Bool[Tensor, "part point"]:
     found = torch.zeros(len(names), len(at), dtype=torch.bool)
     for number, name in enumerate(names):
         if name not in masks:
             continue
-        rows, cols = masks[name].shape
+        cols, rows = size_px
+        if masks[name].shape != (rows, cols):
+            got = "x".join(str(side) for side in reversed(masks[name].shape))
+            remedy = "Give masks of the image's own size"
+            raise ImageError(expected(f"a mask of {name} as large as {key}, {cols}x{rows} px", got, remedy))
         x, y = np.floor(at).astype(np.int64).T
         inside = (x >= 0) & (y >= 0) & (x < cols) & (y < rows)
         found[number, torch.from_numpy(inside)] = torch.from_numpy(masks[name][y[inside], x[inside]])
@@ -84,7 +91,11 @@ class PartRegions:
 
     @classmethod
     def of(cls, images: ImageSet, rows: Sequence[int], preprocessing: Preprocessing) -> PartRegions | None:
-        """Return the regions of some photos' parts; ``None`` where nothing is known but points."""
+        """Return the regions of some photos' parts; ``None`` where nothing is known but points.
+
+        Raises:
+            ImageError: a mask that is not as large as its image.
+        """
         truth = images.part_truth
         if truth is None:
             return None
@@ -95,12 +106,13 @@ class PartRegions:
         annotated = set(truth.keys)
         found = []
         for number, row in enumerate(rows):
-            at = preprocessing.to_image_px(points.numpy(), images.size_px(row))
-            key = images.keys[row]
+            size_px, key = images.size_px(row), images.keys[row]
+            at = preprocessing.to_image_px(points.numpy(), size_px)
             if truth.masks is None:
                 found.append(_of_boxes(of, number, at))
             else:
-                found.append(_of_masks(truth.masks(key) if key in annotated else {}, truth.landmarks, at))
+                masks = truth.masks(key) if key in annotated else {}
+                found.append(_of_masks(masks, truth.landmarks, at, key, size_px))
         return cls(
             "boxes" if truth.masks is None else "masks",
             tuple(truth.landmarks),

@@ -54,7 +54,7 @@ class ValidCells:
         self._seen = 0
         self._values = torch.empty(0, 0)
         self._places = torch.empty(0, 0, dtype=torch.int64)
-        self._sorted: tuple[Tensor, Tensor, Tensor] | None = None
+        self._on: CellsOn | None = None
 
     def add(self, maps: Float[Tensor, "image filter row col"]) -> None:
         """Take the maps of the next photos.
@@ -80,7 +80,7 @@ class ValidCells:
         self._values, chosen = flat.topk(min(keep, flat.shape[1]), dim=1)
         self._places = places.gather(1, chosen)
         self._seen += images
-        self._sorted = None
+        self._on = None
 
     def on(self, photo: int) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"]]:
         """Return the filter and the cell (row by row) of every valid cell on a photo.
@@ -91,15 +91,24 @@ class ValidCells:
         if self._seen != self.photos:
             got = f"{self._seen} so far"
             raise InputError(expected(f"the maps of all {self.photos} photos", got, "Add the other photos first"))
-        if self._sorted is None:
-            live = (self._values > 0).flatten()
-            filters = torch.arange(len(self._values)).repeat_interleave(self._values.shape[1])[live]
-            places = self._places.flatten()[live].cpu()
-            order = places.argsort(stable=True)
-            self._sorted = filters[order], places[order], torch.arange(self.photos + 1) * math.prod(self.side_cells)
-        filters, places, starts = self._sorted
+        if self._on is None:
+            live = (self._values > 0).flatten().cpu()
+            of = torch.arange(len(self._values)).repeat_interleave(self._values.shape[1])[live]
+            self._on = _by_photo(of, self._places.flatten().cpu()[live], self.photos, math.prod(self.side_cells))
+        return self._on(photo)
+
+
+def _by_photo(of: Int[Tensor, " entry"], places: Int[Tensor, " entry"], photos: int, cells: int) -> CellsOn:
+    """Return a look-up of filters and cells by photo; ``places`` count the cells of all photos in a row."""
+    order = places.argsort(stable=True)
+    of, places = of[order], places[order]
+    starts = torch.arange(photos + 1) * cells
+
+    def on(photo: int) -> tuple[Tensor, Tensor]:
         first, last = torch.searchsorted(places, starts[photo : photo + 2]).tolist()
-        return filters[first:last], places[first:last] - starts[photo]
+        return of[first:last], places[first:last] - starts[photo]
+
+    return on
 
 
 def random_cells(
@@ -117,13 +126,8 @@ def random_cells(
     keep = max(1, math.floor(share * photos * cells))
     drawn = torch.randint(photos * cells, (filters, keep), generator=generator)
     of = torch.arange(filters)[:, None].expand(-1, keep)
-    of, place = torch.stack([of.flatten(), drawn.flatten()]).unique(dim=1)
-
-    def on(photo: int) -> tuple[Tensor, Tensor]:
-        here = place // cells == photo
-        return of[here], place[here] % cells
-
-    return on
+    of, places = torch.stack([of.flatten(), drawn.flatten()]).unique(dim=1)
+    return _by_photo(of, places, photos, cells)
 
 
 def same_cell(photo: int) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"]]:  # noqa: ARG001 - the same everywhere
