@@ -132,8 +132,8 @@ def test_a_followed_part_stands_out_and_categories_are_measured_apart() -> None:
     names = Categories(("fox", "cat"), labels, labels)
     assigned = {"explainer": torch.tensor([1, 0])}
     both = RegionPass(regions, ["explainer"], names, 1 / 16)
-    for start in range(0, 48, 10):
-        both.add("explainer", maps[start : start + 10])
+    for start in range(0, 48, 16):  # photos of both categories in one batch
+        both.add("explainer", maps[start : start + 16])
     joint = both.scores({"explainer": FIELD}, assigned, photos, ROLES, seed=0)
     apart = []
     for number, filters in ((0, 1), (1, 0)):
