@@ -22,7 +22,7 @@ from partlens.store import write_json
 RESULT = Path(__file__).parent / "results" / "part-interpretability.json"
 STUDY = Path(__file__).parents[1] / "docs" / "study.md"
 BEGIN, END = "<!-- begin: part interpretability -->", "<!-- end: part interpretability -->"
-READINGS = {"round": "round field in theory, as in print", "part_sized": "disc like the median part"}
+READINGS = {"round": "field in theory", "part_sized": "part-sized disc"}
 
 
 def measured(run: Path) -> dict[str, Any]:
