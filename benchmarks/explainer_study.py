@@ -61,7 +61,12 @@ NOW_VARIANTS: dict[str, dict[str, Any]] = {
     "now, equivariance 8": {"equivariance_weight": 8.0},
     "now, diversity 8 above 0.25": {"diversity_weight": 8.0, "diversity_target": 0.25},
     "now, teachers more various (1.5)": {"teacher_variety": 1.5},
-    "now, no teachers, from the identity": {"teachers": 0, "teacher_match": False, "initialisation": "identity"},
+    "now, no teachers, from the identity": {
+        "teachers": 0,
+        "teacher_match": False,
+        "initialisation": "identity",
+        "hidden_filters": 0,
+    },
     "now, largest cells": {"peak": "largest"},
     "now, without mask": {"mask": False},
     "now, shuffled templates": {"templates": "shuffled"},
@@ -138,7 +143,8 @@ def pick(scores: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 def study(model: str, data: str, category: str, work: Path, wanted: list[str]) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     results = HERE / f"explainer_study.{category}.json"
-    known = json.loads(results.read_text())["variants"] if results.exists() else {}
+    before = json.loads(results.read_text()) if results.exists() else {}
+    known = before.get("variants", {})
     finished = dict(w.split("=", 1) for w in wanted if "=" in w)
     for name, (preset, changes) in VARIANTS.items():
         if wanted and name not in wanted and name not in finished:
@@ -173,6 +179,8 @@ def study(model: str, data: str, category: str, work: Path, wanted: list[str]) -
             layer: {c: scores["performer"][layer][p[1]] for c, p in COLUMNS.items() if p[0] == "explainer"}
             for layer in ("tap", "top")
         }
+        if "tap" in changes:
+            own = before.get("performer", own)  # the table's rows are of layer3
         content = {
             "category": category,
             "model": manifest["performer"]["name"],

@@ -304,7 +304,7 @@ class ExplainerConfig:
         if self.hidden_filters and self.initialisation == "identity":
             raise InputError(
                 expected(
-                    "as many filters in conv-interp-1 as at the tap to start from the identity",
+                    "hidden_filters 0 (as many as the tap has) to start from the identity",
                     self.hidden_filters,
                     "Set hidden_filters to 0",
                 )
