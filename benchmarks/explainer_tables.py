@@ -42,7 +42,12 @@ def section(path: Path) -> list[str]:
     content = json.loads(path.read_text())
     network, preset = path.stem.split("-", 1)[0], preset_of(path)
     shown = "revision 1" if preset == "revision1" else preset
-    said = {"-cub-": "birds", "-from-tap-": "teachers from the tap", "-paper-preset-": "--preset paper"}
+    said = {
+        "-cub-": "birds",
+        "-joint-": "fox and giant panda together",
+        "-from-tap-": "teachers from the tap",
+        "-paper-preset-": "--preset paper",
+    }
     which = "".join(
         f", {words}" for words in (shown, *(text for part, text in said.items() if part in path.stem)) if words
     )

@@ -271,6 +271,21 @@ def test_photos_of_the_fit_are_known_under_other_names(tiny: Performer, few_flow
     assert evaluate(run, others, model=tiny, gallery="none")["photos"] == 7
 
 
+def test_a_run_killed_before_it_kept_its_photos_goes_on(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(explainer_run, "write_photos", killed)
+        fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1)
+    fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1)
+    assert len(json.loads((out / "photos.json").read_text())["photos"]) == len(few_flowers.indices(split="train"))
+
+
 def test_another_crop_of_a_training_photo_is_that_photo(tmp_path: Path) -> None:
     @dataclasses.dataclass
     class Crops:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from partlens.explainer.config import REVISION, ExplainerConfig, Preset
 from partlens.pipeline.runs import (
     EVALUATION,
+    PHOTOS,
     RUN,
     category_rows,
     check_answer,
@@ -301,7 +302,7 @@ def fit_explainer(
             return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
         field = receptive_field(performer, tap)
         if manifest is None:
-            for stale in (out / WEIGHTS, out / EVALUATION, *out.glob(f"seeds/*/{WEIGHTS}")):
+            for stale in (out / WEIGHTS, out / EVALUATION, out / PHOTOS, *out.glob(f"seeds/*/{WEIGHTS}")):
                 stale.unlink(missing_ok=True)  # of a run whose run.json was deleted
             manifest = {
                 **manifest_head(SCHEMA, "explainer", identity, performer, model),
@@ -328,8 +329,9 @@ def fit_explainer(
                 "status": "running",
                 "seconds": 0.0,
             }
-            write_photos(out, images, [*photos, *others])
             write_json(out / RUN, manifest)
+        if not (out / PHOTOS).exists():
+            write_photos(out, images, [*photos, *others])
         show.say(
             f"{performer.name} · {tap} → {', '.join(structure.targets)} · "
             f"{len(photos)} photos{named}, {len(others)} others"
