@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from partlens.vocabulary import REGION_READINGS
 
-def _shown(estimate: dict[str, Any] | None) -> str:
+
+def _shown(estimate: dict[str, Any] | None, digits: str = ".3g", factor: float = 1.0, unit: str = "") -> str:
     if estimate is None or estimate["value"] is None:
         return "–"
-    low, high = estimate["interval"]
-    interval = "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
-    return f"{estimate['value']:.3g}{interval}"
+    ends = [format(factor * end, digits) for end in estimate["interval"] if end is not None]
+    interval = f" [{', '.join(ends)}]" if len(ends) == 2 else ""
+    return f"{factor * estimate['value']:{digits}}{unit}{interval}"
+
+
+def _percent(estimate: dict[str, Any] | None) -> str:
+    return _shown(estimate, ".1f", 100, " %")
 
 
 def _regions(found: dict[str, Any]) -> Any:
@@ -19,7 +25,7 @@ def _regions(found: dict[str, Any]) -> Any:
 
     headings = ("explainer", "its regions on other photos", "performer tap", "top layer", "random", "centre")
     table = Table(f"parts met ({found['regions']})", *headings, box=None)
-    for reading in ("round", "part_sized", "scaled"):
+    for reading in REGION_READINGS:
         score = found[reading]
         layers, other = score["layers"], score["other_photo"]["explainer"]
         cells = (layers["explainer"], other, layers["tap"], layers["top"], score["random"], score["centre"])
@@ -66,14 +72,6 @@ def print_scores(result: dict[str, Any]) -> None:
         console.print(_regions(regions))
     for warning in result["warnings"]:
         console.print(f"warning: {warning}", markup=False)
-
-
-def _percent(estimate: dict[str, Any] | None) -> str:
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    low, high = estimate["interval"]
-    interval = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{100 * estimate['value']:.1f} %{interval}"
 
 
 def print_parts(found: dict[str, Any]) -> None:

@@ -549,7 +549,7 @@ class ImageSet:
         """
         return tuple(parallel(self._source.digest, self._rows, workers))
 
-    def fingerprint(self, workers: int | None = None) -> str:
+    def fingerprint(self, workers: int | None = None, *, contents: Sequence[str] | None = None) -> str:
         """Hash keys, categories, splits, photo groups, and the size and content of every image.
 
         Two sets have the same fingerprint when they list the same images in the same order, wherever the
@@ -557,6 +557,7 @@ class ImageSet:
 
         Args:
             workers: threads that read the files; one per core, at most 8, when left out.
+            contents: what :meth:`digests` gave, where it was called already; no file is then read again.
 
         Returns:
             64 hexadecimal digits (SHA-256).
@@ -565,7 +566,7 @@ class ImageSet:
             ImageError: a file is missing; the text names it.
         """
         digest = hashlib.sha256()
-        contents = self.digests(workers)
+        contents = self.digests(workers) if contents is None else contents
         for *texts, content in zip(self.keys, self.categories, self.splits, self.photos, contents, strict=True):
             for text in (*texts, content):
                 encoded = text.encode("utf-8", "surrogatepass")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,14 +29,11 @@ from partlens.metrics.part_regions import (
 )
 from partlens.performer.preprocessing import Preprocessing
 from partlens.performer.receptive_field import ReceptiveField, grid_of
-from partlens.vocabulary import ImageError, expected
+from partlens.vocabulary import REGION_READINGS, ImageError, expected
 
 POINTS_PER_SIDE = 56
 """Regions are compared at about this many points along the input's shorter side: 4 px apart at 224 px."""
 NULL_FILTERS = 256
-READINGS = ("round", "part_sized", "scaled")
-"""What a valid cell stands for: its round receptive field in theory (as in print), a disc as large as the median part
-(ours), or its own rectangle of the map."""
 
 
 def _raster(size_px: tuple[int, int]) -> Float[Tensor, "point 2"]:
@@ -153,7 +150,7 @@ class RegionPass:
         categories: Categories | None,
         share: float = VALID_SHARE,
     ) -> None:
-        self.regions, self._share = regions, share
+        self.regions, self._share, self._present = regions, share, regions.present
         labels = torch.zeros(len(regions.parts), dtype=torch.int64) if categories is None else categories.labels
         count = 1 if categories is None else len(categories.names)
         self._rows = [(labels == number).nonzero()[:, 0] for number in range(count)]
@@ -197,10 +194,9 @@ class RegionPass:
         centre = torch.tensor([[self.regions.size_px[1] / 2, self.regions.size_px[0] / 2]])
         found: dict[str, Any] = {
             "regions": self.regions.kind,
-            "photos": dict(zip(self.regions.names, self.regions.present.sum(0).tolist(), strict=True)),
+            "photos": dict(zip(self.regions.names, self._present.sum(0).tolist(), strict=True)),
         }
-        readings: dict[str, dict[str, float] | None] = {"round": in_theory, "part_sized": like_parts, "scaled": None}
-        for reading, radius_px in readings.items():
+        for reading, radius_px in zip(REGION_READINGS, (in_theory, like_parts, None), strict=True):
             covers, scores = {}, {}
             for role, name in roles.items():
                 radius = None if radius_px is None else radius_px[role]
@@ -246,7 +242,7 @@ class RegionPass:
         order = _strangers(photos[rows], draws) if shuffled else None
         met = meets_parts(cells, filters, truth, cover, photos=order)
         met = met if chosen is None else met[:, chosen]
-        return part_interpretability(met, self.regions.present[rows], photos=photos[rows], generator=draws)
+        return part_interpretability(met, self._present[rows], photos=photos[rows], generator=draws)
 
     def _score(
         self, layer: str, cover: Tensor, assigned: Tensor | None, photos: Tensor, seed: int, *, shuffled: bool
@@ -274,11 +270,11 @@ class RegionPass:
             weight = 1 if assigned is None else int((assigned == number).sum())
             if not len(rows) or not weight:
                 continue
-            draws = torch.Generator().manual_seed(seed)
-            filters = 1 if fixed else NULL_FILTERS
-            random = random_cells(len(rows), math.prod(self._side(layer)), filters, draws, self._share)
+            filters, cells = 1, cast("CellsOn", same_cell)
+            if not fixed:
+                draws, count = torch.Generator().manual_seed(seed), math.prod(self._side(layer))
+                filters, cells = NULL_FILTERS, random_cells(len(rows), count, NULL_FILTERS, draws, self._share)
             weights.append(weight)
-            cells = same_cell if fixed else random
             found.append(self._of_category(number, cells, filters, cover, photos, seed, None))
         return (found[0] if len(self._rows) == 1 else mean_of(found, weights)).to_dict()
 

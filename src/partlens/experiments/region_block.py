@@ -9,12 +9,8 @@ from partlens.experiments.published import Subject, published
 from partlens.experiments.study import Content, Getter, Study
 from partlens.experiments.table_blocks import column, defined, present, row
 from partlens.experiments.table_sums import Cell, printed
+from partlens.vocabulary import REGION_READINGS
 
-READINGS = {
-    "round": "round field in theory, as in print",
-    "part_sized": "disc as large as the median part",
-    "scaled": "the map scaled up",
-}
 OTHER_PHOTO = "other photo"
 _NULLS = {"random": "null: random cells", "centre": "null: centre"}
 
@@ -69,7 +65,7 @@ def region_block(
         own = [
             row(
                 name,
-                {reading: study.mean(label, kind, _of(subject, reading, main)) for reading in READINGS},
+                {reading: study.mean(label, kind, _of(subject, reading, main)) for reading in REGION_READINGS},
                 strong=subject == main,
                 group=label,
             )
@@ -77,7 +73,7 @@ def region_block(
         ]
         if rivals is not None:
             own += [
-                row(name, {r: study.mean(label, rivals[0], _of_rival(name, r)) for r in READINGS}, group=label)
+                row(name, {r: study.mean(label, rivals[0], _of_rival(name, r)) for r in REGION_READINGS}, group=label)
                 for name in rivals[1]
             ]
         own = [line for line in own if any(defined(cell) for cell in line["cells"].values())]
@@ -92,5 +88,5 @@ def region_block(
     lead = "Share of photos on which a filter's region overlaps a part by more than 0.2 of their union, for the part "
     lead += "that it meets most often; mean over filters. Higher is better, if what knows nothing has less: a region "
     lead += "that never leaves the centre, or the same filters' regions laid on other photos. Print has masks of parts."
-    columns = [column(key, name, "", "higher") for key, name in READINGS.items()]
+    columns = [column(key, name, "", "higher") for key, name in REGION_READINGS.items()]
     return {"key": f"regions-{kind}", "title": "Part interpretability", "lead": lead, "columns": columns, "rows": rows}

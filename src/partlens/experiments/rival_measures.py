@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from partlens.vocabulary import REGION_READINGS
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -119,7 +121,7 @@ def measure_rivals(
     import torch
 
     from partlens.evaluation.fed_back import class_outputs
-    from partlens.evaluation.part_regions import READINGS, PartRegions, RegionPass
+    from partlens.evaluation.part_regions import PartRegions, RegionPass
     from partlens.evaluation.places import landmarks_in_input, photo_numbers
     from partlens.metrics.estimate import Estimate, bootstrap
     from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1
@@ -205,7 +207,7 @@ def measure_rivals(
             scores["error_increase_points"] = errors.error_increase_points.to_dict()
         if interpretability is not None:
             scores["part_interpretability"] = {
-                reading: interpretability[reading]["layers"][name] for reading in READINGS
+                reading: interpretability[reading]["layers"][name] for reading in REGION_READINGS
             }
         results[name] = scores
     return results

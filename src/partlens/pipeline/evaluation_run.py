@@ -131,7 +131,7 @@ def evaluate(
     same = images.fingerprint() == manifest["data"]["fingerprint"]
     if split == "train" and same:
         result["warnings"].append("these are the photos of the fit: the scores say nothing about others")
-    elif not same and (seen := photos_seen(run, images, held)):
+    elif not same and (seen := photos_seen(run, images.take(held).digests())):
         result["warnings"].append(f"{seen} of the {len(held)} photos were used in the fit: the scores flatter")
     result |= {"data": {"name": images.name, "same_as_fit": same, "unreadable": dropped}, "versions": versions()}
     tap = explainer.structure.tap

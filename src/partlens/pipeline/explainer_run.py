@@ -281,7 +281,8 @@ def fit_explainer(
     example = _example_batch(performer, images, photos[0])
     check_answer(performer, example, scores=True)
     structure = explainer_structure(performer, example, tap, targets)
-    fingerprint = images.fingerprint()
+    contents = images.digests()
+    fingerprint = images.fingerprint(contents=contents)
     identity = content_hash(
         {
             "performer": performer.weights_sha256,
@@ -331,7 +332,7 @@ def fit_explainer(
             }
             write_json(out / RUN, manifest)
         if not (out / PHOTOS).exists():
-            write_photos(out, images, [*photos, *others])
+            write_photos(out, (contents[i] for i in (*photos, *others)))
         show.say(
             f"{performer.name} · {tap} → {', '.join(structure.targets)} · "
             f"{len(photos)} photos{named}, {len(others)} others"

@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,23 +211,23 @@ def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
     return [rows[int(i)] for i in drawn]
 
 
-def _marks(images: ImageSet, rows: Sequence[int]) -> list[str]:
+def _marks(contents: Iterable[str]) -> list[str]:
     """Return a text per photo that is equal for equal files, whatever is cut out of them."""
-    whole = (digest.partition("@")[0] for digest in images.take(rows).digests())
+    whole = (digest.partition("@")[0] for digest in contents)
     return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in whole]
 
 
-def write_photos(run: Path, images: ImageSet, rows: Sequence[int]) -> None:
-    """Keep which photos a fit used, by their content, so that they are known again under other names."""
-    write_json(run / PHOTOS, {"schema": SCHEMA, "photos": sorted(set(_marks(images, rows)))})
+def write_photos(run: Path, contents: Iterable[str]) -> None:
+    """Keep which photos a fit used, by what their set's ``digests`` say, so that they are known under other names."""
+    write_json(run / PHOTOS, {"schema": SCHEMA, "photos": sorted(set(_marks(contents)))})
 
 
-def photos_seen(run: Path, images: ImageSet, rows: Sequence[int]) -> int:
+def photos_seen(run: Path, contents: Iterable[str]) -> int:
     """Return how many photos, or photos that they are cut from, the run's fit used; 0 for runs that did not keep it."""
     if not (run / PHOTOS).exists():
         return 0
     used = set(read_json(run / PHOTOS)["photos"])
-    return sum(mark in used for mark in _marks(images, rows))
+    return sum(mark in used for mark in _marks(contents))
 
 
 def device_of(name: str) -> torch.device:

@@ -13,7 +13,7 @@ from typing import Any
 
 from partlens.reporting.reading import Measure, count, group, groups, measure, number, text, texts
 from partlens.store import read_json
-from partlens.vocabulary import RunError, expected
+from partlens.vocabulary import REGION_READINGS, RunError, expected
 
 EVALUATION_SCHEMA = "partlens.evaluation/1"
 
@@ -31,9 +31,6 @@ SCORES = (
 """Scores of one subject, in the order of the page; consistency stands beside instability."""
 SINCE = ("instability_all", "silent_frac")
 """Scores that evaluations of earlier versions lack; their row stands where it has a value."""
-
-READINGS = ("round", "part_sized", "scaled")
-"""How a filter's valid cells are laid into the photo for part interpretability, the printed way first."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +196,7 @@ def _regions(value: Any) -> tuple[RegionScore, ...]:
             measure(one.get("random")),
             measure(one.get("centre")),
         )
-        for reading in READINGS
+        for reading in REGION_READINGS
         if (one := group(found.get(reading)))
     )
 

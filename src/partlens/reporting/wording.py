@@ -14,6 +14,7 @@ from partlens.reporting.evaluation_data import Evaluation, RegionScore
 from partlens.reporting.explainer_data import ExplainerData
 from partlens.reporting.notation import SPLITS, counted, number, percent, percent_digits, short_name
 from partlens.reporting.reading import Measure
+from partlens.vocabulary import REGION_READINGS
 
 State = Literal["good", "caution", "warning", "unknown"]
 
@@ -214,17 +215,10 @@ def _against_nulls(evaluation: Evaluation, score: str, *, lower_is_better: bool)
     return f"{number(measure.value)} is {_joined(clauses, 'but')}.", found
 
 
-_REGION_NAMES = {
-    "round": "round field in theory, as in print",
-    "part_sized": "disc as large as the median part",
-    "scaled": "the map scaled up",
-}
-
-
 def region_name(score: RegionScore) -> str:
     """Say what a valid cell stands for."""
     radius = "" if math.isnan(score.radius_px) else f", radius {score.radius_px:.0f} px"
-    return f"{_REGION_NAMES[score.reading]}{radius}"
+    return f"{REGION_READINGS[score.reading]}{radius}"
 
 
 def region_words(score: RegionScore) -> str:
