@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import partlens
-from partlens.demonstration import train_flower_network
-from partlens.performer.flower_network import flower_network
+from partlens.network.flower_network import flower_network
+from partlens.verbs.demo import train_flower_network
 
 
 def main(out: Path = Path("runs/own-network"), flowers: int = 240, **config: int) -> dict[str, float]:

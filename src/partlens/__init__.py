@@ -19,81 +19,60 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from partlens.artefacts.backprop import guided_backprop
-    from partlens.artefacts.explanation import ExplanationConfig
-    from partlens.artefacts.parts import PartsConfig
+    from partlens.attribution.backprop import guided_backprop
+    from partlens.attribution.explanation import ExplanationConfig
     from partlens.data.annotations import PartTruth
     from partlens.data.check import check_data
-    from partlens.data.flower_sets import flower_set, make_flowers
     from partlens.data.flowers import generated_flowers, render_flower
     from partlens.data.images import ImageSet
-    from partlens.demonstration import demo
-    from partlens.experiments.reproduction import reproduce
+    from partlens.errors import PartlensError
     from partlens.explainer.config import ExplainerConfig
     from partlens.explainer.filter_loss import filter_loss
     from partlens.explainer.network import Explainer
-    from partlens.performer.finetune_config import FinetuneConfig
-    from partlens.performer.papers import PaperSetting, paper_setting
-    from partlens.performer.preprocessing import Preprocessing
-    from partlens.performer.zoo import Performer, load_performer
-    from partlens.pipeline import (
-        FittedExplainer,
-        SelectedFeatures,
-        evaluate,
-        explain,
-        fit_explainer,
-        layers,
-        load_explainer,
-        load_selection,
-        parts,
-        read_training,
-        report,
-        select_features,
-        train_performer,
-    )
+    from partlens.network.preprocessing import Preprocessing
+    from partlens.network.zoo import Performer, load_performer
+    from partlens.object_parts.assignment import PartsConfig
     from partlens.selection.descriptors import DescriptorConfig
     from partlens.selection.lasso import LassoSolution, mu_lasso
-    from partlens.vocabulary import PartlensError
+    from partlens.verbs.demo import demo
+    from partlens.verbs.evaluate import evaluate
+    from partlens.verbs.explain import explain
+    from partlens.verbs.fit_explainer import FittedExplainer, fit_explainer, load_explainer
+    from partlens.verbs.parts import parts
+    from partlens.verbs.runs import layers, report
+    from partlens.verbs.select_features import SelectedFeatures, load_selection, select_features
 
 _HOMES = {
     "DescriptorConfig": "partlens.selection.descriptors",
     "Explainer": "partlens.explainer.network",
     "ExplainerConfig": "partlens.explainer.config",
-    "ExplanationConfig": "partlens.artefacts.explanation",
-    "FinetuneConfig": "partlens.performer.finetune_config",
-    "FittedExplainer": "partlens.pipeline",
+    "ExplanationConfig": "partlens.attribution.explanation",
+    "FittedExplainer": "partlens.verbs.fit_explainer",
     "ImageSet": "partlens.data.images",
     "LassoSolution": "partlens.selection.lasso",
-    "PaperSetting": "partlens.performer.papers",
     "PartTruth": "partlens.data.annotations",
-    "PartlensError": "partlens.vocabulary",
-    "PartsConfig": "partlens.artefacts.parts",
-    "Performer": "partlens.performer.zoo",
-    "Preprocessing": "partlens.performer.preprocessing",
-    "SelectedFeatures": "partlens.pipeline",
+    "PartlensError": "partlens.errors",
+    "PartsConfig": "partlens.object_parts.assignment",
+    "Performer": "partlens.network.zoo",
+    "Preprocessing": "partlens.network.preprocessing",
+    "SelectedFeatures": "partlens.verbs.select_features",
     "check_data": "partlens.data.check",
-    "demo": "partlens.demonstration",
-    "evaluate": "partlens.pipeline",
-    "explain": "partlens.pipeline",
+    "demo": "partlens.verbs.demo",
+    "evaluate": "partlens.verbs.evaluate",
+    "explain": "partlens.verbs.explain",
     "filter_loss": "partlens.explainer.filter_loss",
-    "fit_explainer": "partlens.pipeline",
-    "flower_set": "partlens.data.flower_sets",
+    "fit_explainer": "partlens.verbs.fit_explainer",
     "generated_flowers": "partlens.data.flowers",
-    "guided_backprop": "partlens.artefacts.backprop",
-    "layers": "partlens.pipeline",
-    "load_explainer": "partlens.pipeline",
-    "load_performer": "partlens.performer.zoo",
-    "load_selection": "partlens.pipeline",
-    "make_flowers": "partlens.data.flower_sets",
+    "guided_backprop": "partlens.attribution.backprop",
+    "layers": "partlens.verbs.runs",
+    "load_explainer": "partlens.verbs.fit_explainer",
+    "load_performer": "partlens.network.zoo",
+    "load_selection": "partlens.verbs.select_features",
     "mu_lasso": "partlens.selection.lasso",
-    "paper_setting": "partlens.performer.papers",
-    "parts": "partlens.pipeline",
-    "read_training": "partlens.pipeline",
+    "parts": "partlens.verbs.parts",
     "render_flower": "partlens.data.flowers",
-    "report": "partlens.pipeline",
-    "reproduce": "partlens.experiments.reproduction",
-    "select_features": "partlens.pipeline",
-    "train_performer": "partlens.pipeline",
+    "report": "partlens.verbs.runs",
+    "select_features": "partlens.verbs.select_features",
 }
 
 __all__ = [
@@ -101,11 +80,9 @@ __all__ = [
     "Explainer",
     "ExplainerConfig",
     "ExplanationConfig",
-    "FinetuneConfig",
     "FittedExplainer",
     "ImageSet",
     "LassoSolution",
-    "PaperSetting",
     "PartTruth",
     "PartlensError",
     "PartsConfig",
@@ -119,23 +96,17 @@ __all__ = [
     "explain",
     "filter_loss",
     "fit_explainer",
-    "flower_set",
     "generated_flowers",
     "guided_backprop",
     "layers",
     "load_explainer",
     "load_performer",
     "load_selection",
-    "make_flowers",
     "mu_lasso",
-    "paper_setting",
     "parts",
-    "read_training",
     "render_flower",
     "report",
-    "reproduce",
     "select_features",
-    "train_performer",
 ]
 
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from partlens.reporting import collect_page, render_page, write_explanation_page
+from partlens.page import collect_page, render_page, write_explanation_page
 
 HERE = Path(__file__).parent
-MADE = runpy.run_path(str(HERE.parent / "unit" / "reporting" / "made_runs.py"))
+MADE = runpy.run_path(str(HERE.parent / "page" / "made_runs.py"))
 
 
 def estimate(value, half=0.01, n=63, unit="photos"):

@@ -10,7 +10,7 @@ from partlens.data.flower_categories import PARTS, PETAL_CATEGORIES, STEM_CATEGO
 from partlens.data.flowers import render_flower
 from partlens.data.images import ImageSet
 from partlens.data.splits import split_of
-from partlens.vocabulary import ImageError
+from partlens.errors import ImageError
 
 names = st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=12, unique=True)
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from partlens.artefacts.backprop import backward_signals, guided_backprop
-from partlens.artefacts.rules import strided_gradient
+from partlens.attribution.backprop import backward_signals, guided_backprop
+from partlens.attribution.rules import strided_gradient
 
 
 class _Guided(torch.autograd.Function):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partlens.artefacts.receptive_pictures import (
+from partlens.attribution.receptive_pictures import (
     Alignment,
     OcclusionConfig,
     activation_thresholds,
@@ -17,7 +17,7 @@ from partlens.artefacts.receptive_pictures import (
     regions,
     smoothed,
 )
-from partlens.performer.receptive_field import ReceptiveField
+from partlens.network.receptive_field import ReceptiveField
 
 SIZE = (24, 28)
 FIELD = ReceptiveField(stride_px=(4, 4), size_px=(7, 7), start_px=(-2, -2))  # centres at 1.5 + 4 i

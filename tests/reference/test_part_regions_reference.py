@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from partlens.errors import InputError
 from partlens.metrics.part_regions import (
     VALID_SHARE,
     ValidCells,
@@ -22,7 +23,6 @@ from partlens.metrics.part_regions import (
     round_cover,
     same_cell,
 )
-from partlens.vocabulary import InputError
 
 STRIDE = 4.0
 SIDE = 5

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from partlens.vocabulary import ImageError, expected, listed, nearest
+from partlens.errors import ImageError, expected, listed, nearest
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from partlens.data.annotations import PartTruth, UnusedPart
-from partlens.data.image_tables import IMAGE_TABLE
 from partlens.data.images import ImageSet, UnreadableImage
-from partlens.data.layouts import LAYOUTS, layout_of
-from partlens.data.readers.listing import Choice, Crop, Landmarks, LeftOut
-from partlens.vocabulary import listed
+from partlens.data.listing import Choice, Crop, Landmarks, LeftOut
+from partlens.data.tables import IMAGE_TABLE
+from partlens.errors import listed
+from partlens_papers.data.layouts import LAYOUTS, layout_of
 
 FEW = 20
 """Fewer images than this in one category and split are worth a warning."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from partlens.data.flower_canvas import Colour
-from partlens.vocabulary import InputError, expected, listed, nearest
+from partlens.errors import InputError, expected, listed, nearest
 
 PARTS = ("stem", "leaf", "petal", "centre")
 COLOURS: dict[str, Colour] = {

@@ -3,7 +3,7 @@
 A stand-in for an8Flower (Oramas et al., ICLR 2019: in its set single-6c the colour of one part is the class,
 in double-12c the colour and the part that bears it), drawn here so that nothing need be downloaded;
 ``PETAL_CATEGORIES`` play the first part, ``DOUBLE_CATEGORIES`` the second (:mod:`partlens.data.flower_categories`;
-:mod:`partlens.data.flower_sets` makes the two sets of them). The six class colours also stand on the centre
+:mod:`partlens_papers.flowers.sets` makes the two sets of them). The six class colours also stand on the centre
 of the blossom, on blossoms out of focus, on fallen petals, lights and backgrounds, drawn without regard to the
 class: a network has to find the part, not the colour.
 """
@@ -25,7 +25,7 @@ from partlens.data.flower_light import Light, develop, draw_light
 from partlens.data.flower_plant import plant
 from partlens.data.images import ImageSet
 from partlens.data.splits import split_of
-from partlens.vocabulary import InputError, expected
+from partlens.errors import InputError, expected
 
 MINIMUM_SIZE_PX = 32
 

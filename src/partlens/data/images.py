@@ -19,13 +19,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from partlens.data.annotations import PartTruth
-from partlens.data.image_folders import categories_and_splits, image_files
-from partlens.data.image_tables import CATEGORY_COLUMNS, IMAGE_TABLE, read_table
-from partlens.data.readers.cuts import Cuts, CutTruth
-from partlens.data.readers.listing import Crop, Landmarks, LeftOut, Listing
-from partlens.data.sources import Arrays, ByteArray, Chained, Files, Generated, Source, as_bytes, parallel
+from partlens.data.cuts import Cuts, CutTruth
+from partlens.data.files import Arrays, ByteArray, Chained, Files, Generated, Source, as_bytes, parallel
+from partlens.data.folders import categories_and_splits, image_files
+from partlens.data.listing import Crop, Landmarks, LeftOut, Listing
 from partlens.data.splits import filled_splits
-from partlens.vocabulary import ImageError, InputError, expected, listed, nearest
+from partlens.data.tables import CATEGORY_COLUMNS, IMAGE_TABLE, read_table
+from partlens.errors import ImageError, InputError, expected, listed, nearest
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,10 @@ class ImageSet:
     ) -> ImageSet:
         """Open a table, a data set in its own layout, a folder of images or a joined set, whichever ``path`` is.
 
-        A ``.json`` file joins several sets (:mod:`partlens.data.joined`); a ``.csv`` or ``.parquet`` file is read
+        A ``.json`` file joins several sets (:mod:`partlens_papers.data.joined`); a ``.csv`` or ``.parquet`` file is
+        read
         by :meth:`from_table`; a folder that holds ``images.csv`` by that table; a folder in one of
-        :data:`partlens.data.layouts.LAYOUTS` (CUB-200-2011, ILSVRC Animal-Part, Pascal-Part) by its reader and
+        :data:`partlens_papers.data.layouts.LAYOUTS` (CUB-200-2011, ILSVRC Animal-Part, Pascal-Part) by its reader and
         :meth:`from_listing`; any other folder by :meth:`from_folder`.
         ``landmarks.csv`` in the folder (beside ``images.csv``) becomes :attr:`part_truth`.
 
@@ -163,7 +164,7 @@ class ImageSet:
         since boxes and parts were measured on the pixels as stored.
 
         Args:
-            listing: from a reader of :data:`partlens.data.layouts.LAYOUTS`.
+            listing: from a reader of :data:`partlens_papers.data.layouts.LAYOUTS`.
             margin_frac: share of the box's width and height to add on each side, 0 or more; the photo ends it.
 
         Raises:
@@ -195,7 +196,7 @@ class ImageSet:
         ``""``. When the first sub-folders are called ``train`` and ``test`` (or ``val``, ``valid``,
         ``validation``, which count as test where there is no ``test``), they give the split, and the next
         level gives the categories. Hidden files and files with other endings than
-        :data:`~partlens.data.image_folders.SUFFIXES` are passed over.
+        :data:`~partlens.data.folders.SUFFIXES` are passed over.
 
         Raises:
             ImageError: the folder does not exist or holds no image.

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from partlens.data.annotations import LANDMARK_TABLE, PartTruth, read_landmark_table
-from partlens.data.image_tables import IMAGE_TABLE
+from partlens.data.files import Files, parallel
 from partlens.data.images import ImageSet
-from partlens.data.joined import open_joined
-from partlens.data.layouts import layout_of
-from partlens.data.readers.listing import Choice, Crop, Landmarks
-from partlens.data.sources import Files, parallel
-from partlens.vocabulary import ImageError, InputError, expected, nearest
+from partlens.data.listing import Choice, Crop, Landmarks
+from partlens.data.tables import IMAGE_TABLE
+from partlens.errors import ImageError, InputError, expected, nearest
+from partlens_papers.data.joined import open_joined
+from partlens_papers.data.layouts import layout_of
 
 
 def open_images(path: Path | str, crop: Crop, margin_frac: float, landmarks: Landmarks) -> ImageSet:

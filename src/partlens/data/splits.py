@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from partlens.vocabulary import ImageError, expected, listed
+from partlens.errors import ImageError, expected, listed
 
 TEST_SHARE = 0.25
 

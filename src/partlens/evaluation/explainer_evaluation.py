@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
+from partlens.estimate import Estimate, bootstrap
 from partlens.evaluation.fed_back import FedBack, class_outputs, own_columns, own_errors
 from partlens.evaluation.part_regions import PartRegions, RegionPass
 from partlens.evaluation.places import landmarks_in_input, photo_numbers, top_layer
@@ -19,12 +20,11 @@ from partlens.evaluation.scoring import Categories, Scoring
 from partlens.evaluation.share_curve import ShareCurve, share_estimate
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import TRACK_REACH_CELLS, Explainer
-from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1, category_error_increase
 from partlens.metrics.localisation import Peaks, null_peaks, peaks_from_cells
-from partlens.performer.receptive_field import ReceptiveField, grid_of, receptive_field, widened
-from partlens.performer.taps import forward_taps
-from partlens.performer.zoo import Performer
+from partlens.network.receptive_field import ReceptiveField, grid_of, receptive_field, widened
+from partlens.network.taps import forward_taps
+from partlens.network.zoo import Performer
 
 SCHEMA = "partlens.evaluation/1"
 BATCH = 32

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from partlens.metrics.faithfulness import HeadErrors, decision_errors
-from partlens.performer.zoo import Performer
+from partlens.network.zoo import Performer
 
 
 @dataclass(frozen=True)

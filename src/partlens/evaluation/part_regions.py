@@ -14,8 +14,9 @@ from torch import Tensor
 
 from partlens.data.annotations import PartTruth
 from partlens.data.images import ImageSet
+from partlens.errors import REGION_READINGS, ImageError, expected
+from partlens.estimate import Estimate
 from partlens.evaluation.scoring import Categories, mean_of
-from partlens.metrics.estimate import Estimate
 from partlens.metrics.part_regions import (
     VALID_SHARE,
     CellsOn,
@@ -27,9 +28,8 @@ from partlens.metrics.part_regions import (
     round_cover,
     same_cell,
 )
-from partlens.performer.preprocessing import Preprocessing
-from partlens.performer.receptive_field import ReceptiveField, grid_of
-from partlens.vocabulary import REGION_READINGS, ImageError, expected
+from partlens.network.preprocessing import Preprocessing
+from partlens.network.receptive_field import ReceptiveField, grid_of
 
 POINTS_PER_SIDE = 56
 """Regions are compared at about this many points along the input's shorter side: 4 px apart at 224 px."""

@@ -19,8 +19,8 @@ from partlens.metrics.localisation import (
     instability_per_filter,
     spread_per_filter,
 )
-from partlens.performer.taps import list_layers
-from partlens.performer.zoo import Performer
+from partlens.network.taps import list_layers
+from partlens.network.zoo import Performer
 
 
 def top_layer(performer: Performer) -> str:

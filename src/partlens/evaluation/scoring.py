@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from partlens.estimate import Estimate
 from partlens.evaluation.places import filter_table
-from partlens.metrics.estimate import Estimate
 from partlens.metrics.localisation import LocalisationScores, Peaks, instability_differences, localisation_scores
 
 ROUNDS = 100

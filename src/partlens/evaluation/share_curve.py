@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from partlens.estimate import Estimate, bootstrap
 from partlens.explainer.network import Explainer
-from partlens.metrics.estimate import Estimate, bootstrap
 from partlens.metrics.faithfulness import best_share
 
 SHARES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 0.95)

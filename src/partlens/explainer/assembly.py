@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from partlens.errors import LayerError, expected
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerStructure, dense_weights
-from partlens.performer.borrowing import random_state_kept
-from partlens.performer.surgery import cut, cut_points, default_targets
-from partlens.performer.taps import forward_taps
-from partlens.performer.zoo import Performer
-from partlens.vocabulary import LayerError, expected
+from partlens.network.borrowed import random_state_kept
+from partlens.network.surgery import cut, cut_points, default_targets
+from partlens.network.taps import forward_taps
+from partlens.network.zoo import Performer
 
 _FOLLOWS_POOLING = (nn.Linear, nn.ReLU, nn.Dropout, nn.Flatten, nn.Identity, nn.AdaptiveAvgPool2d)
 

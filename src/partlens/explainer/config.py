@@ -12,7 +12,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from partlens.vocabulary import InputError, check_names, check_types, expected
+from partlens.errors import InputError, check_names, check_types, expected
 
 Preset = Literal["partlens", "held", "candidates", "paper"]
 

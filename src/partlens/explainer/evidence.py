@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from partlens.vocabulary import InputError, expected
+from partlens.errors import InputError, expected
 
 
 def decision_scores(outputs: Float[Tensor, "image output"]) -> Float[Tensor, " image"]:

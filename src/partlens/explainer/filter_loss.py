@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from partlens.errors import InputError, expected
 from partlens.explainer.templates import peak_cells, template_log_prior
-from partlens.vocabulary import InputError, expected
 
 GradientRule = Literal["exact", "approximate"]
 

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.templates import centroid_cells, mask_around, mask_at_peak, peak_cells, peak_masks
-from partlens.vocabulary import InputError, LayerError, expected
 
 TRACK_REACH_CELLS = 2
 """How many cells of the tap further a filter of the interpretable track reads on every side: two 3x3 convolutions."""

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from partlens.errors import ImageError, expected
 from partlens.explainer.network import BoxConvolution, Explainer
 from partlens.explainer.teachers import places_in_view
 from partlens.explainer.templates import mask_at_peak, peak_cells, peak_masks
-from partlens.vocabulary import ImageError, expected
 
 CLUSTERS = (6, 8, 12, 16)
 ROUNDS = 12

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from partlens.errors import ImageError, expected
 from partlens.explainer.templates import cell_grid, centroid_cells
-from partlens.vocabulary import ImageError, expected
 
 PARTS = (3, 4, 5, 6, 8, 10, 12, 16)
 ROUNDS = 3
@@ -71,7 +71,8 @@ def nonnegative_parts(
 ) -> Float[Tensor, "part filter"]:
     """Factorise cells into ``count`` non-negative directions by some multiplicative steps (Lee & Seung 2001).
 
-    Only candidates are wanted, so the number of steps is fixed; :func:`partlens.rivals.factors.fit_nmf` is the rival,
+    Only candidates are wanted, so the number of steps is fixed; :func:`partlens_papers.rivals.factors.fit_nmf` is the
+    rival,
     which goes on until nothing changes.
     """
     scale = float(cells.mean()) + _LITTLE

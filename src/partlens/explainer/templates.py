@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from partlens.vocabulary import InputError, expected
+from partlens.errors import InputError, expected
 
 BETA = 4.0
 """Fall-off of a template per side length (CVPR 2018, Sec. 3.1)."""

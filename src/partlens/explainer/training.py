@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partlens.errors import ImageError, InputError, RunError, expected, listed
 from partlens.explainer.config import REVISION, ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerOutput, parameter_groups
-from partlens.explainer.objective import BatchFacts, Objective, ViewPair, target_norm
 from partlens.explainer.starting import find_teachers, start_explainer
 from partlens.explainer.teachers import places_in_view
+from partlens.explainer.terms import BatchFacts, Objective, ViewPair, target_norm
 from partlens.explainer.training_maps import (
     Batch,
     TrainingMaps,
@@ -33,8 +34,7 @@ from partlens.explainer.training_maps import (
     norm_sample,
     read_evidence,
 )
-from partlens.store import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
-from partlens.vocabulary import ImageError, InputError, RunError, expected, listed
+from partlens.records import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
 
 CHECKPOINT_STATE = "checkpoint.json"
 HISTORY = "history.json"

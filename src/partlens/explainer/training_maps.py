@@ -16,7 +16,7 @@ from torch import Tensor
 
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.evidence import sharpened
-from partlens.explainer.objective import ViewPair
+from partlens.explainer.terms import ViewPair
 
 NORM_SAMPLE = 256
 """Photos that norms and target norms are measured on, at most."""

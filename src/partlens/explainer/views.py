@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.performer.zoo import Performer
-from partlens.vocabulary import InputError, expected
+from partlens.errors import InputError, expected
+from partlens.network.zoo import Performer
 
 _ASPECT = 0.2
 

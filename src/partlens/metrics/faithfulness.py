@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from partlens.metrics.estimate import Estimate, bootstrap, proportion
-from partlens.vocabulary import InputError, expected
+from partlens.errors import InputError, expected
+from partlens.estimate import Estimate, bootstrap, proportion
 
 
 @dataclass

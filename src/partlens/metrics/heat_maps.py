@@ -1,7 +1,7 @@
 """How well heat maps show a known region: overlap over thresholds, recall per part, pointing, insertion and deletion.
 
 Every score is one value per image, so that means, folds and bootstrap intervals can be taken afterwards
-(:mod:`partlens.metrics.estimate`). Beside a method's scores belong those of the null maps at the end of this module:
+(:mod:`partlens.estimate`). Beside a method's scores belong those of the null maps at the end of this module:
 a random map, a box in the centre and an edge detector know nothing of the network.
 
 A heat map has values from 0 to 1, higher where the image speaks more for the class. What is 0 is never part of an
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.vocabulary import InputError, expected
+from partlens.errors import InputError, expected
 
 # The middles of 20 equal intervals: their mean is the midpoint rule for the area between 0 and 1.
 THRESHOLDS = tuple((2 * step + 1) / 40 for step in range(20))

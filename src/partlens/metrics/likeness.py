@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from partlens.vocabulary import InputError, expected
+from partlens.errors import InputError, expected
 
 TOP_SHARE = 0.1
 

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.metrics.estimate import Estimate, bootstrap, percentile_interval, resampler
-from partlens.vocabulary import InputError, expected
+from partlens.errors import InputError, expected
+from partlens.estimate import Estimate, bootstrap, percentile_interval, resampler
 
 TOP_IMAGES = 100
 """Images with the highest peaks that enter location instability (CVPR 2018, Sec. 5.2.2)."""

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.metrics.estimate import Estimate, bootstrap
-from partlens.vocabulary import InputError, expected
+from partlens.errors import InputError, expected
+from partlens.estimate import Estimate, bootstrap
 
 VALID_SHARE = 0.005
 """Share of a filter's cells on all photos that are valid: ``p(x > T) = 0.005``."""

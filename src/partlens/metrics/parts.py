@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from partlens.metrics.estimate import Estimate, bootstrap
-from partlens.vocabulary import InputError, expected
+from partlens.errors import InputError, expected
+from partlens.estimate import Estimate, bootstrap
 
 _FEWEST_PHOTOS = 4
 

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from partlens.vocabulary import InputError, LayerError, expected, listed, nearest
+from partlens.errors import InputError, LayerError, expected, listed, nearest
 
 Layers = Literal["outputs", "activations", "convolutions"] | tuple[str, ...]
 Energy = Literal["squared", "norm"]

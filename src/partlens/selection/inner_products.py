@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from partlens.errors import InputError, expected
 from partlens.selection.lasso_input import ROW_BLOCK, Array, check_matrix, check_same_images, refuse_bad, to_double
-from partlens.vocabulary import InputError, expected
 
 _TILE = 1024  # features of one tile of the Gram matrix
 KEPT_BYTES = 2 << 30  # responses up to this size are kept in float64

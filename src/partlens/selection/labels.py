@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.performer.zoo import Performer
-from partlens.vocabulary import ImageError, InputError, expected, listed
+from partlens.errors import ImageError, InputError, expected, listed
+from partlens.network.zoo import Performer
 
 LabelSource = Literal["data", "predictions"]
 

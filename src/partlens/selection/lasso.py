@@ -35,6 +35,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from partlens.errors import InputError, InputTypeError, PartlensError, expected, listed
 from partlens.selection.inner_products import (
     KEPT_BYTES,
     FromGram,
@@ -53,7 +54,6 @@ from partlens.selection.lasso_input import (
     to_double,
 )
 from partlens.selection.working_sets import ENTER, OBJECTIVE_FLOOR, solve_group
-from partlens.vocabulary import InputError, InputTypeError, PartlensError, expected, listed
 
 Method = Literal["auto", "responses", "gram"]
 OnFailure = Literal["raise", "return"]

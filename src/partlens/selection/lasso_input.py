@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from partlens.vocabulary import InputError, InputTypeError, expected
+from partlens.errors import InputError, InputTypeError, expected
 
 Array = Tensor | npt.NDArray[Any]
 ROW_BLOCK = 2048  # images converted to float64 at a time

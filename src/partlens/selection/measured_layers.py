@@ -1,6 +1,6 @@
 """Which layers of a network a descriptor measures, and how many channels each has.
 
-The layers are found in the network's graph (:mod:`partlens.performer.tracing`); a network without one is run on a blank
+The layers are found in the network's graph (:mod:`partlens.network.tracing`); a network without one is run on a blank
 image, and its modules are seen.
 """
 
@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from partlens.performer.borrowing import borrowed
-from partlens.performer.surgery import ACTIVATIONS, is_activation
-from partlens.performer.taps import forward_taps
-from partlens.performer.tracing import Traced, trace
-from partlens.performer.zoo import Performer, module_of
+from partlens.errors import LayerError, expected, first_line
+from partlens.network.borrowed import borrowed
+from partlens.network.surgery import ACTIVATIONS, is_activation
+from partlens.network.taps import forward_taps
+from partlens.network.tracing import Traced, trace
+from partlens.network.zoo import Performer, module_of
 from partlens.selection.descriptors import DescriptorConfig, FeatureIndex, channels_only
-from partlens.vocabulary import LayerError, expected, first_line
 
 # Modules that hand on what they got: at test time, or in another shape. Their channels would be counted twice.
 _SAME_VALUES = (

@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from partlens.errors import InputError, expected, nearest
 from partlens.selection.descriptors import FeatureIndex
 from partlens.selection.labels import LabelMatrix
 from partlens.selection.lasso import LassoSolution, OnFailure, mu_lasso
 from partlens.selection.responses import Responses
-from partlens.vocabulary import InputError, expected, nearest
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.performer.activations import RowFile, batches
-from partlens.performer.taps import forward_taps
-from partlens.performer.zoo import Performer
+from partlens.errors import ImageError, InputError, LayerError, RunError, StorageError, expected
+from partlens.network.stream import RowFile, batches
+from partlens.network.taps import forward_taps
+from partlens.network.zoo import Performer
+from partlens.records import SCHEMA, read_json, write_json
 from partlens.selection.descriptors import DescriptorConfig, FeatureIndex, energy, energy_and_peak, normalised
 from partlens.selection.measured_layers import feature_index
-from partlens.store import SCHEMA, read_json, write_json
-from partlens.vocabulary import ImageError, InputError, LayerError, RunError, StorageError, expected
 
 RESPONSES = "responses.json"
 Progress = Callable[[int, int], None]

@@ -1,0 +1,5 @@
+"""The papers' experiments on top of partlens: data sets, networks, rivals, and tables beside the printed ones."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

@@ -1,0 +1,35 @@
+"""The command line of the papers' experiments, generated like the product's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from partlens.cli import Command, run
+
+COMMANDS: dict[str, Command] = {
+    "train-performer": Command(
+        "partlens_papers.networks.train_performer:train_performer",
+        "train a copy of a network for one category of photos or several, as the papers did",
+    ),
+    "make-flowers": Command(
+        "partlens_papers.flowers.sets:make_flowers",
+        "write a set of the flower benchmark: images, masks, landmarks, folds",
+    ),
+    "reproduce": Command(
+        "partlens_papers.reproduction:reproduce",
+        "make a table of the papers, beside the printed figures",
+        "partlens_papers.reproduction:print_result",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    about = "Make the papers' tables from data, beside the printed figures."
+    return run("partlens-papers", about, COMMANDS, sys.argv[1:] if arguments is None else arguments)
+
+
+def program() -> None:
+    """Entry point of the installed command."""
+    raise SystemExit(main())

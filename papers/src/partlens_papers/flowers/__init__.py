@@ -1,0 +1,1 @@
+"""The flower benchmark (an8Flower, Oramas et al., ICLR 2019): sets, networks, methods, scores."""

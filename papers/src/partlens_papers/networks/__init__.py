@@ -1,0 +1,1 @@
+"""The papers' networks, where they tapped them, and how they trained them."""

@@ -1,0 +1,409 @@
+"""The verb train-performer: a network for categories of photos, as the explainer papers made theirs.
+
+Torch is imported when the verb runs, not when this module is read, so that help texts answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partlens.errors import BACKGROUND, ImageError, InputError, RunError, expected, listed
+from partlens.progress import Progress
+from partlens.records import SCHEMA, content_hash, sole_writer, write_json, write_tensors
+from partlens.verbs.runs import (
+    RUN,
+    category_names,
+    category_rows,
+    command,
+    described,
+    device_of,
+    loaded,
+    opened,
+    prepare_folder,
+    spec,
+    versions,
+)
+from partlens_papers.networks.finetune_config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from partlens.data.images import ImageSet
+    from partlens.network.zoo import Performer
+
+ALL = "all"
+_ENTRY = "training"
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Which photos teach what: rows of the image set and their labels, for training and held out."""
+
+    names: tuple[str, ...]
+    train: tuple[int, ...]
+    held: tuple[int, ...]
+    train_labels: tuple[int, ...]
+    held_labels: tuple[int, ...]
+
+
+def _single(images: ImageSet, category: str, against: Sequence[str] | None) -> _Task:
+    """One category against all other photos, or against those of some categories."""
+    rows: list[tuple[int, ...]] = []
+    labels: list[tuple[int, ...]] = []
+    wanted = None if against is None else set(against)
+    for name in against or ():
+        category_rows(images, name, "train")  # refuses an unknown name with the nearest one
+    if wanted is not None and category in wanted:
+        raise InputError(expected("other categories than the one to learn (against)", category, "Leave it out"))
+    for split in ("train", "test"):
+        photos, others = category_rows(images, category, split)
+        others = tuple(i for i in others if wanted is None or images.categories[i] in wanted)
+        for what, found in ((f"photos of {category}", photos), ("photos of other categories", others)):
+            if not found:
+                raise ImageError(
+                    expected(f"{what} in the split {split}", "none", "Add such photos, or rows with that split")
+                )
+        own = set(photos)
+        # In the set's order, so that the tasks of several categories read the same rows and can share their cache.
+        rows.append(tuple(sorted((*photos, *others))))
+        labels.append(tuple(0 if row in own else -1 for row in rows[-1]))
+    return _Task((category,), rows[0], rows[1], labels[0], labels[1])
+
+
+def _multi(images: ImageSet, categories: str | Sequence[str]) -> _Task:
+    """Several categories, told apart on their own photos only."""
+    names = category_names(categories, images.category_counts())
+    if names == (ALL,):
+        names = tuple(name for name in images.category_counts() if name not in {"", BACKGROUND})
+    if len(names) < 2:
+        raise InputError(
+            expected(
+                "at least two categories to tell apart",
+                listed(names) or "none",
+                "Give category= (--category) to learn one against all other photos",
+            )
+        )
+    number = {name: index for index, name in enumerate(names)}
+    found: dict[str, tuple[int, ...]] = {}
+    for split in ("train", "test"):
+        rows: list[int] = []
+        for name in names:
+            photos = category_rows(images, name, split)[0]
+            if not photos:
+                raise ImageError(
+                    expected(f"photos of {name} in the split {split}", "none", "Add such photos, or leave it out")
+                )
+            rows += photos
+        found[split] = tuple(sorted(rows))
+    labels = {split: tuple(number[images.categories[i]] for i in rows) for split, rows in found.items()}
+    return _Task(names, found["train"], found["test"], labels["train"], labels["test"])
+
+
+def held_out_scores(
+    scores: Tensor, labels: Tensor, names: Sequence[str], loss: str, seed: int, photos: Tensor
+) -> dict[str, Any]:
+    """Measure a trained network on photos it has not learned from.
+
+    Args:
+        scores: outputs, (image, output).
+        labels: number of each photo's category, -1 for none.
+        names: of the categories.
+        loss: ``logistic`` or ``softmax``; with several logistic outputs the single decisions are measured, too.
+        seed: of the bootstrap.
+        photos: an integer per row, equal for crops of one photo.
+
+    Returns:
+        Each value ``{value, interval, n, unit}`` with an interval of 95 %, shares in 0 to 1:
+
+        - ``error``: wrong answers (Wilson): the sign with one output, the largest output with several;
+          ``baseline_error``: of always answering the more frequent class of these photos;
+        - ``missed``: by category, its photos that got another answer;
+        - one output: ``false_alarms``: other photos taken for the category; ``balanced_error``: mean of both shares,
+          0.5 for any constant answer (bootstrap over photos);
+        - several logistic outputs: ``decision_error``: single yes-no answers that are wrong (bootstrap over photos);
+          ``baseline_decision_error``: of always answering no.
+    """
+    import torch
+
+    from partlens.estimate import bootstrap, proportion
+    from partlens_papers.networks.finetune import wrong_answers
+
+    wrong = wrong_answers(scores, labels).float()
+    counts = torch.stack([(labels == value).sum() for value in labels.unique()])
+    frequent = labels.unique()[counts.argmax()]
+    found: dict[str, Any] = {
+        "error": proportion(wrong, groups=photos).to_dict(),
+        "baseline_error": proportion((labels != frequent).float(), groups=photos).to_dict(),
+        "missed": {
+            name: proportion(wrong[labels == i], groups=photos[labels == i]).to_dict() for i, name in enumerate(names)
+        },
+    }
+    generator = torch.Generator().manual_seed(seed)
+    if len(names) == 1:
+
+        def balanced(rows: Tensor) -> float:
+            chosen, own = wrong[rows], labels[rows] == 0
+            return float((chosen[own].mean() + chosen[~own].mean()) / 2)
+
+        found["false_alarms"] = proportion(wrong[labels != 0], groups=photos[labels != 0]).to_dict()
+        found["balanced_error"] = bootstrap(
+            balanced, len(labels), generator=generator, rounds=1000, groups=photos
+        ).to_dict()
+    elif loss == "logistic":
+        truth = labels[:, None] == torch.arange(len(names))
+        decisions = ((scores > 0) != truth).float().mean(1)
+        found["decision_error"] = bootstrap(
+            lambda rows: float(decisions[rows].mean()), len(labels), generator=generator, rounds=1000, groups=photos
+        ).to_dict()
+        found["baseline_decision_error"] = 1 / len(names)
+    return found
+
+
+def read_training(path: str | Path) -> dict[str, Any]:
+    """Read what stands in the header of a file that :func:`train_performer` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Class names, loss, settings, base weights, data, history and held-out scores.
+
+    Raises:
+        RunError: the file is missing, or was not written by ``train_performer``.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as handle:
+            text = dict(handle.metadata() or {}).get(_ENTRY)
+        content = None if text is None else json.loads(text)
+    except FileNotFoundError as error:
+        raise RunError(expected(f"a file {path}", "nothing there", "Check the path")) from error
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise RunError(expected(f"a trained performer in {path}", str(error), "Train it again")) from error
+    if not isinstance(content, dict):
+        raise RunError(expected(f"a file of train-performer at {path}", "another file", "Choose another path"))
+    return content
+
+
+def _finished(out: Path, identity: str) -> bool:
+    """Whether the file is there already; refuses one of another configuration."""
+    if not out.exists():
+        return False
+    if read_training(out).get("identity") != identity:
+        raise RunError(
+            expected(
+                f"a performer of this network, data and configuration in {out}",
+                "one of another",
+                "Choose another --out file, or delete this one",
+            )
+        )
+    return True
+
+
+def train_performer(
+    model: str | nn.Module | Performer,
+    data: str | Path | ImageSet,
+    *,
+    out: str | Path,
+    category: str | None = None,
+    categories: str | Sequence[str] | None = None,
+    against: str | Sequence[str] | None = None,
+    config: FinetuneConfig | Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    cache: str | Path | None = None,
+    keep_cache: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Train a copy of a network for one category or several, and write one file that loads as a performer.
+
+    Fully connected layers of AlexNet and VGG are drawn anew, of other networks the last layer; a file that holds the
+    convolutions only (``partlens_papers.performers:alexnet_caffe@convs.safetensors``) is completed in this way.
+    Training reads the split
+    ``train``, the scores are of the split ``test``; all crops of one photo stand on the same side. Run again with the
+    same arguments, it goes on where it was stopped; a finished file is left as it is.
+
+    Args:
+        model: the network with the given weights; see :func:`partlens.layers`. It is not changed.
+        data: a folder, a table or an :class:`~partlens.data.images.ImageSet`.
+        out: the file, ``NAME.safetensors``; ``NAME.work`` beside it holds caches and checkpoints while it runs.
+        category: one category against other photos: one output, logistic loss.
+        categories: several, told apart on their own photos: a list, a text with commas, or ``all`` (every category but
+            ``background``): one output each.
+        against: categories whose photos count as others of ``category``, as a list or a text with commas; all when left
+            out. The papers' negatives are ``background``.
+        config: a whole configuration, or fields of :class:`~partlens_papers.networks.finetune_config.FinetuneConfig`.
+        device: ``cpu`` or ``cuda``.
+        cache: folder for the maps of the fixed layers (``train_from``), kept afterwards; calls on the same photos, one
+            after the other, may share it. Inside ``NAME.work`` when left out.
+        keep_cache: keep ``NAME.work``.
+        progress: how to show progress; silent when left out.
+
+    Returns:
+        The file. Load it as ``NETWORK@FILE`` (``torchvision:resnet18@FILE``), or with
+        ``load_performer(module, weights=FILE)``; :func:`read_training` gives what its header says.
+
+    Raises:
+        ImageError: an unknown category, or no photos of it or of others in a split.
+        InputError: neither or both of ``category`` and ``categories``, fewer than two categories, a loss that is not
+            finite, or a setting out of range.
+        LayerError: ``train_from`` is unknown or comes after a new layer.
+        RunError: ``out`` or its folder belongs to another configuration.
+        StorageError: the disk is full; the last checkpoint stays.
+
+    Source:
+        CVPR 2018 (arXiv 1710.00935), Sec. 5: convolutions from given weights, fully connected layers re-initialised,
+        logistic loss; the explainer papers studied these networks. Where the released code differs, and where we do,
+        stands in :class:`~partlens_papers.networks.finetune_config.FinetuneConfig`. The authors' split leaks (several
+        crops of one photo); ours is by photo.
+    """
+    import torch
+
+    from partlens.evaluation.places import photo_numbers
+    from partlens.network.weights import OUTPUT_LAYER
+    from partlens.network.zoo import weights_sha256
+    from partlens_papers.networks.finetune import category_scores, finetune
+    from partlens_papers.networks.finetune_network import prepare_network
+
+    show = progress or Progress.silent()
+    started = time.monotonic()
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise InputError(expected("a file NAME.safetensors", str(out), "Add the suffix"))
+    if (category is None) == (categories is None):
+        got = "neither" if category is None else "both"
+        raise InputError(expected("either a category or several categories", got, "Give --category or --categories"))
+    settings = config if isinstance(config, FinetuneConfig) else FinetuneConfig.from_dict(dict(config or {}))
+    if category is not None and settings.loss == "softmax":
+        raise InputError(expected("the logistic loss for a single category", "softmax", "Choose loss logistic"))
+    if categories is not None and against is not None:
+        named = listed(category_names(against))
+        raise InputError(expected("against with a single category only", named, "Leave it out"))
+    where = device_of(device)
+    performer = loaded(model)
+    header = performer.preprocessing.to_metadata()  # refused before the work, where the header has no words for it
+    images, dropped = opened(data)
+    others = None if against is None else category_names(against, images.category_counts())
+    task = _single(images, category, others) if category is not None else _multi(images, categories or ())
+    fingerprint = images.fingerprint()
+    identity = content_hash(
+        {
+            "performer": performer.weights_sha256,
+            "preprocessing": performer.preprocessing.to_dict(),
+            "data": fingerprint,
+            "names": task.names,
+            "labels": content_hash({"train": task.train, "labels": task.train_labels}),
+            "config": settings.to_dict(),
+        }
+    )
+    if _finished(out, identity):
+        show.say(f"{out} is finished already; nothing to do")
+        return out
+    prepared = prepare_network(performer, len(task.names), settings)
+    work = out.with_suffix(".work")
+    with sole_writer(work, "run"):
+        manifest = prepare_folder(work, RUN, identity) or {
+            "schema": SCHEMA,
+            "kind": "performer",
+            "identity": identity,
+            "command": command(),
+            "versions": versions(),
+            "base": described(performer, spec(model)),
+            "data": {
+                "name": images.name,
+                "fingerprint": fingerprint,
+                "categories": list(task.names),
+                "against": None if others is None else list(others),
+                "train_photos": _counts(task.names, task.train_labels),
+                "held_photos": _counts(task.names, task.held_labels),
+                "unreadable": dropped,
+            },
+            "config": settings.to_dict(),
+            "new_layers": list(prepared.new_layers),
+            "seconds": 0.0,
+        }
+        write_json(work / RUN, manifest)
+        show.say(
+            f"{performer.name}: {listed(prepared.new_layers)} drawn anew; {settings.train_from or 'all layers'} "
+            f"trained on {len(task.train)} photos for {listed(task.names)}"
+        )
+
+        def spent() -> float:
+            return round(float(manifest["seconds"]) + time.monotonic() - started, 1)
+
+        trained = finetune(
+            performer,
+            prepared,
+            images.take(task.train),
+            torch.tensor(task.train_labels),
+            settings,
+            work,
+            cache=None if cache is None else Path(cache),
+            device=where,
+            report=lambda _record: write_json(work / RUN, {**manifest, "seconds": spent()}),
+            progress=show,
+        )
+        learned = dataclasses.replace(performer, module=trained.module, weights_sha256=weights_sha256(trained.module))
+        outputs = category_scores(learned, images.take(task.held), device=where, progress=show)
+        held = held_out_scores(
+            outputs,
+            torch.tensor(task.held_labels),
+            task.names,
+            settings.loss,
+            settings.seed,
+            photo_numbers(images, task.held),
+        )
+        content = {
+            **manifest,
+            "weights_sha256": learned.weights_sha256,
+            "device": str(where),
+            "seconds": spent(),
+            "history": list(trained.history),
+            "held_out": held,
+        }
+        header |= {
+            "class_names": json.dumps(list(task.names)),
+            "architecture": performer.name.partition("@")[0],
+            OUTPUT_LAYER: prepared.output_layer,
+            _ENTRY: json.dumps(content, allow_nan=False),
+        }
+        write_tensors(out, trained.module.state_dict(), header)
+    if not keep_cache:  # not while its lock is held, whose file some systems do not remove
+        shutil.rmtree(work)
+    show.say(f"wrote {out}: {summary(content)}")
+    return out
+
+
+def _counts(names: Sequence[str], labels: Sequence[int]) -> dict[str, int]:
+    """Count photos by category; others stand under an empty name."""
+    counts = {name: labels.count(i) for i, name in enumerate(names)}
+    return counts | ({"": others} if (others := labels.count(-1)) else {})
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    """Say in one line how a trained network does on held-out photos.
+
+    Args:
+        content: from :func:`read_training`.
+    """
+
+    def shown(name: str) -> str:
+        estimate = content["held_out"][name]
+        low, high = estimate["interval"]
+        return f"{100 * estimate['value']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+    held = content["held_out"]
+    text = f"held-out error {shown('error')}, n = {held['error']['n']}; always the more frequent class: "
+    text += f"{100 * held['baseline_error']['value']:.1f} %"
+    if "balanced_error" in held:
+        text += f"; balanced {shown('balanced_error')} (50 %)"
+    if "decision_error" in held:
+        text += f"; single decisions {shown('decision_error')} ({100 * held['baseline_decision_error']:.1f} %)"
+    return text

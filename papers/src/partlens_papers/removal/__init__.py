@@ -1,0 +1,1 @@
+"""Feature removal (Oramas et al., ICLR 2019): the network without its relevant features."""

@@ -1,0 +1,1 @@
+"""Sanity checks of explanations: randomised weights, randomised labels, a planted cue."""

@@ -1,0 +1,426 @@
+"""Checks that an explanation depends on what it claims to explain.
+
+``classes``: another class gives other features and another map. ``layers``: with the model's layers randomised from the
+top and the μ-lasso fitted again, the map falls apart. ``cue``: a mark planted in the background, which the model had to
+learn, lights up, and does not in a model that never saw it. ``labels``: features found for shuffled labels tell nothing
+and their removal costs no more than that of random ones.
+
+Plain guided backpropagation from the class score and the plain gradient are measured beside ours in each: guided
+backpropagation is known to change little with class and weights (arXiv 1805.07039, 1810.03292), so what ours has of
+both comes from which features are chosen.
+
+Source: Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018 (cascading randomisation, shuffled labels);
+that explanations depend on the class is claimed in Oramas et al., ICLR 2019. The planted cue is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partlens.errors import InputError, RunError, expected
+from partlens.progress import Progress
+from partlens.records import content_hash, read_json, write_json
+from partlens.verbs.runs import command, described, loaded, opened, spec, versions
+from partlens_papers.removal.feature_removal import feature_removal
+from partlens_papers.removal.plan import RemovalConfig
+from partlens_papers.sanity.bench import (
+    Bench,
+    Fit,
+    SanityConfig,
+    explained,
+    fit_bench,
+    make_bench,
+    mean_of,
+    score_maps,
+)
+from partlens_papers.sanity.planted_cue import MARKED, cued_flowers
+from partlens_papers.sanity.sanity_tables import ALIKE
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from partlens.data.images import ImageSet
+    from partlens.network.zoo import Performer
+    from partlens_papers.flowers.sets import FlowerSet
+
+SCHEMA = "partlens.sanity/1"
+RESULT = "sanity.json"
+CHECKS = ("classes", "layers", "cue", "labels")
+
+
+# Another class
+
+
+def check_classes(bench: Bench, fit: Fit) -> dict[str, Any]:
+    """Explain the two most likely classes of each photo and compare.
+
+    Returns:
+        ``{photos, features: {jaccard: Estimate}, ours, guided, gradient: {correlation: Estimate, below: Estimate}}``:
+        the mean Jaccard index of the two sets of shown features (1: the same features), Spearman's correlation of the
+        two maps, and the share of photos whose maps correlate by less than :data:`ALIKE`.
+    """
+    import torch
+
+    from partlens.estimate import proportion
+    from partlens.metrics.likeness import rank_correlation
+
+    found = explained(bench, fit, None)
+    first, second = ([{f for f in row if f >= 0} for row in found.features[:, which].tolist()] for which in range(2))
+    jaccard = torch.tensor(
+        [len(a & b) / len(a | b) if a | b else torch.nan for a, b in zip(first, second, strict=True)]
+    )
+    result: dict[str, Any] = {"photos": len(bench.test), "features": {"jaccard": mean_of(jaccard, bench.config)}}
+    pairs = {"ours": (found.combined[:, 0], found.combined[:, 1])}
+    for rule in ("guided", "gradient"):
+        pairs[rule] = (score_maps(bench, found.classes[:, 0], rule), score_maps(bench, found.classes[:, 1], rule))
+    for method, (one, other) in pairs.items():
+        alike = rank_correlation(one, other)
+        result[method] = {
+            "correlation": mean_of(alike, bench.config),
+            "below": proportion((alike[~alike.isnan()] < ALIKE).double()).to_dict(),
+        }
+    return result
+
+
+# Randomised layers
+
+
+def check_layers(bench: Bench, fit: Fit, folder: Path, advance: Callable[..., None]) -> dict[str, Any]:
+    """Randomise the layers one after the other from the top, fit again, and compare the maps with the intact ones.
+
+    The class of each photo is the one the intact model holds most likely; it stays the explained class.
+
+    Returns:
+        ``{photos, floor: {method: {correlation, overlap}}, stages: [{layers: number randomised, down_to, accuracy,
+        readout, methods: {method: {correlation, overlap}}}]}``, all Estimates. The floor is the likeness of maps of
+        different photos on the intact model: what maps share that have nothing to do with one another.
+    """
+    import torch
+
+    from partlens.metrics.likeness import rank_correlation, top_overlap
+    from partlens_papers.networks.randomised import layers_from_top, randomised
+
+    original = explained(bench, fit, None)
+    classes = original.classes[:, :1]
+    maps = {"ours": original.combined[:, 0]}
+    for rule in ("guided", "gradient"):
+        maps[rule] = score_maps(bench, classes[:, 0], rule)
+    floor = {
+        method: {
+            "correlation": mean_of(rank_correlation(own, own.roll(1, 0)), bench.config),
+            "overlap": mean_of(top_overlap(own, own.roll(1, 0)), bench.config),
+        }
+        for method, own in maps.items()
+    }
+    units = layers_from_top(bench.performer)
+    steps = len(units) if bench.config.steps is None else min(bench.config.steps, len(units))
+    counts = torch.linspace(len(units), 1, steps).round().long().unique().tolist()
+    stages = []
+    for number, count in enumerate(counts):
+        path = folder / f"stage-{count:03d}.json"
+        if not path.exists():
+            other = randomised(bench.performer, units[:count], bench.config.seed)
+            again = fit_bench(bench, other)
+            now = {"ours": explained(bench, again, classes, other).combined[:, 0]}
+            for rule in ("guided", "gradient"):
+                now[rule] = score_maps(bench, classes[:, 0], rule, other)
+            write_json(
+                path,
+                {
+                    "layers": count,
+                    "down_to": units[count - 1],
+                    "accuracy": again.accuracy.to_dict(),
+                    "readout": again.readout.to_dict(),
+                    "methods": {
+                        method: {
+                            "correlation": mean_of(rank_correlation(maps[method], each), bench.config),
+                            "overlap": mean_of(top_overlap(maps[method], each), bench.config),
+                        }
+                        for method, each in now.items()
+                    },
+                },
+            )
+        stages.append(read_json(path))
+        advance((number + 1) / len(counts), f"{number + 1} of {len(counts)}")
+    return {"photos": len(bench.test), "floor": floor, "stages": stages}
+
+
+# A planted cue
+
+
+def _trained(images: ImageSet, path: Path, config: SanityConfig, show: Progress) -> Performer:
+    """Train the flower benchmark's network on a set, or load it."""
+    from partlens.network.fitting import save_classifier, train_classifier
+    from partlens.network.flower_network import flower_preprocessing
+    from partlens.network.zoo import load_performer
+    from partlens_papers.flowers.network import benchmark_network, without_norms
+
+    if not path.exists():
+        fitted = train_classifier(
+            lambda outputs: benchmark_network(outputs, normed=True),
+            images,
+            flower_preprocessing(),
+            epochs=config.epochs,
+            weight_decay=1e-2,
+            channels_last=True,
+            seed=config.seed,
+            progress=show,
+        )
+        network = without_norms(fitted.network)  # type: ignore[arg-type]  # built above
+        save_classifier(path, network, flower_preprocessing(), fitted.class_names)
+    return load_performer(f"partlens_papers.performers:flower_net@{path}")
+
+
+def check_cue(folder: Path, config: SanityConfig, show: Progress) -> dict[str, Any]:
+    """Train one network that needs a mark in the background and one that never saw it; look for the mark in the maps.
+
+    Both are asked about the same held-out flowers with the mark. The network that needs it is asked why it sees the
+    marked class, the other one (trained on the same flowers without marks, where the sixth class cannot be told) for
+    the class it holds most likely.
+
+    Returns:
+        ``{photos, accuracy: {with_cue, without_cue: Estimate}, area_share, cued, control: {method: {energy_share, lift
+        (energy share over area share), pointing, iou_auc: Estimate}}}``. ``accuracy`` is that of the marked class in
+        the network that needs the mark, with marks and on the same flowers without.
+    """
+    import torch
+
+    from partlens.estimate import proportion
+    from partlens.metrics.heat_maps import iou_auc, pointing_game
+    from partlens.metrics.likeness import energy_share
+
+    flowers = cued_flowers(config.images_per_class, config.seed)
+    marked, plain = flowers.images, cued_flowers(config.images_per_class, config.seed, cue=False).images
+    result: dict[str, Any] = {}
+    decided: dict[str, dict[str, Any]] = {}
+    for name, images in (("cued", marked), ("control", plain)):
+        performer = _trained(images, folder / f"{name}.safetensors", config, show)
+        bench = make_bench(performer, images, config)
+        fit = fit_bench(bench)
+        column = bench.classes.index(MARKED)
+        rows = marked.indices(category=MARKED, split="test")[: config.photos]
+        seen = dataclasses.replace(bench, images=marked, test=rows)
+        classes = torch.full((len(rows), 1), column) if name == "cued" else explained(seen, fit, None).classes[:, :1]
+        regions = torch.from_numpy(flowers.regions(rows))
+        area = regions.double().mean((1, 2))
+        maps = {"ours": explained(seen, fit, classes).combined[:, 0]}
+        for rule in ("guided", "gradient"):
+            maps[rule] = score_maps(seen, classes[:, 0], rule)
+        result[name] = {
+            method: {
+                "energy_share": mean_of(energy_share(each, regions), config),
+                "lift": mean_of(energy_share(each, regions) / area, config),
+                "pointing": mean_of(pointing_game(each, regions), config),
+                "iou_auc": mean_of(iou_auc(each, regions), config),
+            }
+            for method, each in maps.items()
+        }
+        if name == "cued":
+            output = bench.outputs[column]
+            for which, source in (("with_cue", marked), ("without_cue", plain)):
+                batch = performer.preprocessing([source.read(row) for row in rows])
+                with torch.no_grad():
+                    right = performer.module(batch).argmax(1) == output
+                decided[which] = proportion(right.double()).to_dict()
+            result |= {"photos": len(rows), "accuracy": decided, "area_share": float(area.mean())}
+    return result
+
+
+# Shuffled labels
+
+
+def check_labels(bench: Bench, fit: Fit, folder: Path, show: Progress, flowers: FlowerSet | None) -> dict[str, Any]:
+    """Fit shuffled labels: read-out, removal and maps against those of the real ones.
+
+    Returns:
+        ``{readout: {real, shuffled: Estimate, chance}, features: {jaccard}, maps: {correlation}, region: {real,
+        shuffled: energy share in the region that decides the class, area_share} or null, removal: {real, shuffled:
+        against random, drops along the curve}}``.
+    """
+    import torch
+
+    from partlens.metrics.likeness import energy_share, rank_correlation
+
+    config = bench.config
+    null = fit_bench(bench, shuffled=True)
+    real = explained(bench, fit, None)
+    classes = real.classes[:, :1]
+    false = explained(bench, null, classes)
+    sets = [
+        ({f for f in a if f >= 0}, {f for f in b if f >= 0})
+        for a, b in zip(real.features[:, 0].tolist(), false.features[:, 0].tolist(), strict=True)
+    ]
+    jaccard = torch.tensor([len(a & b) / len(a | b) if a | b else torch.nan for a, b in sets])
+    region: dict[str, Any] | None = None
+    if flowers is not None:
+        where = torch.from_numpy(flowers.regions(bench.test))
+        region = {
+            "real": mean_of(energy_share(real.combined[:, 0], where), config),
+            "shuffled": mean_of(energy_share(false.combined[:, 0], where), config),
+            "area_share": float(where.double().mean()),
+        }
+    removal = {}
+    rows = [row for row, label in enumerate(bench.labels) if label >= 0]
+    for name in ("real", "shuffled"):
+        found = feature_removal(
+            bench.performer,
+            bench.images.take(rows),
+            folder / f"removal-{name}",
+            config=RemovalConfig(
+                mu=config.mu,
+                descriptor=config.descriptor,
+                shuffled=name == "shuffled",
+                photos_per_class=config.removal_photos,
+                others=1,
+                rounds=config.rounds,
+                seed=config.seed,
+            ),
+            progress=show,
+        )
+        removal[name] = {
+            "features": found["conditions"]["ours"]["features"],
+            "readout": found["readout"]["accuracy"],
+            "intact": found["intact"]["accuracy"],
+            "drop": {n: c["drop"] for n, c in found["conditions"].items()},
+            "against_random": found["against"]["random"],
+        }
+    return {
+        "readout": {
+            "real": fit.readout.to_dict(),
+            "shuffled": null.readout.to_dict(),
+            "chance": 1 / len(bench.classes),
+        },
+        "features": {"jaccard": mean_of(jaccard, config)},
+        "maps": {"correlation": mean_of(rank_correlation(real.combined[:, 0], false.combined[:, 0]), config)},
+        "region": region,
+        "removal": removal,
+    }
+
+
+# All together
+
+
+def sanity_checks(
+    out: str | Path,
+    *,
+    model: str | nn.Module | Performer | None = None,
+    data: str | Path | ImageSet | None = None,
+    checks: Sequence[str] = CHECKS,
+    config: SanityConfig | Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run the checks; interrupted, it goes on with the next one.
+
+    Args:
+        out: folder for ``sanity.json``, one JSON file per check, and the networks trained here.
+        model: the performer of all checks but ``cue``; the flower benchmark's network, trained here, when left out.
+        data: its photos; the generated flowers of six classes when left out. Categories have to be outputs of the
+            model.
+        checks: which of :data:`CHECKS`.
+        config: how much, or fields to change.
+        progress: how to show progress; silent when left out.
+
+    Returns:
+        The content of ``sanity.json``: ``{schema, versions, command, performer, data, config, checks: {name: what
+        check_classes, check_layers, check_cue, check_labels return}, seconds}``.
+
+    Raises:
+        InputError: an unknown check, a model without data or data without a model, categories that are no outputs.
+        ImageError: too few photos.
+        RunError: ``out`` holds other checks.
+    """
+    started = time.monotonic()
+    show = progress or Progress.silent()
+    how = config if isinstance(config, SanityConfig) else SanityConfig(**dict(config or {}))
+    out = Path(out)
+    unknown = [name for name in checks if name not in CHECKS]
+    if unknown or not checks:
+        raise InputError(expected(f"checks among {', '.join(CHECKS)}", unknown, "Choose among them"))
+    if (model is None) != (data is None):
+        raise InputError(
+            expected("a model with its data, or neither", "one of them", "Give both, or none for generated flowers")
+        )
+    performer, images, flowers = _subject(model, data, out, how, show)
+    identity = content_hash(
+        {
+            "performer": performer.weights_sha256,
+            "preprocessing": performer.preprocessing.to_dict(),
+            "data": images.fingerprint(),
+            "config": how.to_dict(),
+        }
+    )
+    seconds = 0.0
+    if (out / RESULT).exists():
+        earlier = read_json(out / RESULT)
+        if earlier.get("identity") != identity:
+            raise RunError(
+                expected(
+                    f"checks of this model, data and configuration in {out}",
+                    "others",
+                    "Choose another --out folder, or delete this one",
+                )
+            )
+        seconds = float(earlier["seconds"])
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "identity": identity,
+        "versions": versions(),
+        "command": command(),
+        "performer": described(performer, spec(model) if model is not None else None),
+        "data": {"name": images.name, "fingerprint": images.fingerprint()},
+        "config": how.to_dict(),
+        "checks": {},
+        "seconds": seconds,
+    }
+    write_json(out / RESULT, manifest)
+    bench: Bench | None = None
+    fit: Fit | None = None
+    for name in checks:
+        path = out / f"{name}.json"
+        if not path.exists():
+            show.say(f"sanity check: {name}")
+            if name != "cue" and (bench is None or fit is None):
+                bench = make_bench(performer, images, how)
+                fit = fit_bench(bench)
+            if name == "cue":
+                found = check_cue(out / "cue", how, show)
+            elif name == "classes":
+                found = check_classes(bench, fit)  # type: ignore[arg-type]  # made above
+            elif name == "layers":
+                with show.task("randomising layers", 1) as advance:
+                    found = check_layers(bench, fit, out / "stages", advance)  # type: ignore[arg-type]  # made above
+            else:
+                found = check_labels(bench, fit, out, show, flowers)  # type: ignore[arg-type]  # made above
+            write_json(path, found)
+        manifest["checks"][name] = read_json(path)
+    for name in CHECKS:
+        if name not in manifest["checks"] and (out / f"{name}.json").exists():
+            manifest["checks"][name] = read_json(out / f"{name}.json")
+    manifest["seconds"] = round(seconds + time.monotonic() - started, 1)
+    write_json(out / RESULT, manifest)
+    return read_json(out / RESULT)
+
+
+def _subject(
+    model: str | nn.Module | Performer | None,
+    data: str | Path | ImageSet | None,
+    out: Path,
+    config: SanityConfig,
+    show: Progress,
+) -> tuple[Performer, ImageSet, FlowerSet | None]:
+    """Return the network, its photos, and the flowers with their regions where the photos are such."""
+    from partlens.network.flower_network import SIDE_PX
+    from partlens_papers.flowers.sets import FLOWER_SETS, flower_set
+
+    if data is not None and data not in FLOWER_SETS:
+        assert model is not None
+        return loaded(model), opened(data)[0], None
+    flowers = flower_set(str(data or FLOWER_SETS[0]), config.images_per_class, config.seed, SIDE_PX)
+    performer = (
+        loaded(model) if model is not None else _trained(flowers.images, out / "flowers.safetensors", config, show)
+    )
+    return performer, flowers.images, flowers

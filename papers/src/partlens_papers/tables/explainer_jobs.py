@@ -1,0 +1,278 @@
+"""The jobs of the explainer tables: train a performer, explain it, measure its rivals, train an interpretable CNN.
+
+Each function takes a :class:`~partlens_papers.tables.sweep.Job` and its folder, keeps everything it makes there, goes
+on
+where it was stopped, and returns plain values.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partlens.errors import InputError, RunError, expected, nearest
+from partlens.records import read_json
+from partlens.verbs.runs import RUN, category_rows, loaded, opened, sampled
+from partlens_papers.tables.rival_measures import RivalBench, measure_interpretable, measure_rivals
+
+if TYPE_CHECKING:
+    from partlens.data.images import ImageSet
+    from partlens.network.zoo import Performer
+    from partlens_papers.networks.settings import PublishedChoice
+    from partlens_papers.tables.sweep import Job
+
+MODULE = "partlens_papers.tables.explainer_jobs"
+TRAINED = "train:"
+"""Prefix of a performer that is trained on each category before it is explained."""
+
+EXPLAINER, CLASSIFIED, RIVALS, TRAINING = "explainer", "explainer-cls", "rivals", "performer"
+"""Kinds of jobs; those of interpretable CNNs are called ``icnn-published`` and ``icnn-released``."""
+
+
+# Photos
+
+
+_OPENED: dict[tuple[str, str], ImageSet] = {}
+"""The photos opened last in this process, by path and fingerprint: the jobs of a sweep share them."""
+
+
+def open_photos(data: str) -> ImageSet:
+    """Open the readable photos of a data set, and keep them for :func:`photos_of`."""
+    from partlens.data.images import ImageSet
+
+    images = opened(ImageSet.open(Path(data)))[0]
+    _OPENED.clear()
+    _OPENED[data, images.fingerprint()] = images
+    return images
+
+
+def photos_of(job: Job) -> ImageSet:
+    """Return the photos of a job; those that this process has opened already cost nothing.
+
+    Raises:
+        RunError: the photos at the job's path are no longer those it was planned for.
+    """
+    place, wanted = str(job.places["data"]), str(job.settings["data"])
+    if (place, wanted) not in _OPENED:
+        found = open_photos(place).fingerprint()
+        if found != wanted:
+            raise RunError(
+                expected(
+                    f"the photos {wanted[:12]} at {place}", f"others ({found[:12]})", "Make the table again from these"
+                )
+            )
+    return _OPENED[place, wanted]
+
+
+def performer_spec(job: Job) -> str:
+    """Return how to load a job's performer, with an absolute path."""
+    return str(job.places["spec"])
+
+
+def job_device() -> str:
+    """Return where a job's networks are trained: the GPU that its process sees, or the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# Training a performer
+
+
+def train(job: Job, folder: Path) -> dict[str, Any]:
+    """Train a performer on one category, or on several together, by the recipe of ``train-performer``."""
+    from partlens_papers.networks.train_performer import train_performer
+
+    out = Path(job.places["weights"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    joint = job.settings.get("joint")
+    train_performer(
+        job.places["base"],
+        photos_of(job),
+        out=out,
+        category=None if joint else job.category,
+        categories=joint,
+        config={"seed": job.seed, **job.settings["train"]},
+        device=job_device(),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = loaded(performer_spec(job))
+    return {"weights_sha256": trained.weights_sha256, "notes": list(trained.notes)}
+
+
+# An explainer
+
+
+def choose_layers(performer: Performer, settings: Mapping[str, Any]) -> PublishedChoice:
+    """Find tap, targets and eta: the papers' with ``preset: paper``, ours otherwise; what is named comes first."""
+    from partlens_papers.networks.settings import PublishedChoice, as_published
+
+    named = settings.get("targets")
+    tap, targets = settings.get("tap"), None if named is None else tuple(named)
+    if settings["preset"] != "paper":
+        return PublishedChoice(tap, targets, None, "")
+    return as_published(performer, tap, targets)
+
+
+def explain(job: Job, folder: Path) -> dict[str, Any]:
+    """Fit an explainer with one seed and measure it on held-out photos."""
+    from partlens.verbs.evaluate import evaluate
+    from partlens.verbs.fit_explainer import fit_explainer
+
+    settings, images = job.settings, photos_of(job)
+    spec = performer_spec(job)
+    chosen = choose_layers(loaded(spec), settings)
+    run = folder / job.kind
+    fitted = fit_explainer(
+        spec,
+        images,
+        out=run,
+        category=settings.get("joint") or job.category,
+        tap=chosen.tap,
+        targets=chosen.targets,
+        preset=settings["preset"],
+        config={**({} if chosen.eta is None else {"eta": chosen.eta}), **settings["explainer"], "seed": job.seed},
+        seeds=1,
+        background=settings["background"],
+        device=job_device(),
+    )
+    found = evaluate(run, images, split=settings["split"], seed=job.seed, gallery="none")
+    manifest = fitted.manifest
+    return {
+        "network": manifest["performer"]["name"],
+        "weights_sha256": manifest["performer"]["weights_sha256"],
+        "structure": manifest["structure"],
+        "epochs": len(fitted.history),
+        "device": job_device(),
+        "note": chosen.note,
+        "photos": {"train": manifest["data"]["train_photos"], "background": manifest["data"]["background_photos"]},
+        "evaluation": {name: value for name, value in found.items() if name != "filters"},
+    }
+
+
+# Rivals
+
+
+RIVAL_SETTINGS: dict[str, Any] = {
+    "methods": ["nmf", "kmeans", "topk-sae"],
+    "units": [32, "filters"],
+    "background": 0,
+    "options": {},
+}
+"""Rivals that are fitted, with how many units (``filters``: as many as the explainer has), on how many photos of the
+background beside the category's (concept methods are fitted on the category alone), and options by method."""
+
+RIVAL_NAMES = {"nmf": "NMF", "kmeans": "k-means", "topk-sae": "TopK SAE"}
+
+
+def _fitters() -> dict[str, Any]:
+    from partlens_papers.rivals.factors import fit_kmeans, fit_nmf
+    from partlens_papers.rivals.sparse import fit_topk_sae
+
+    return {"nmf": fit_nmf, "kmeans": fit_kmeans, "topk-sae": fit_topk_sae}
+
+
+def _evaluation_rows(images: ImageSet, category: str, split: str, seed: int) -> dict[str, list[int]]:
+    """Return the photos that :func:`partlens.evaluate` takes for the same category, split and seed."""
+    held, held_others = category_rows(images, category, split)
+    train_rows, train_others = category_rows(images, category, "train")
+    most = 3 * max(len(train_rows), len(held))
+    return {
+        "held": list(held),
+        "held_others": sampled(held_others, most, seed),
+        "train": list(train_rows),
+        "train_others": sampled(train_others, most, seed),
+    }
+
+
+def compare(job: Job, folder: Path) -> dict[str, Any]:
+    """Fit the rivals on the tap's maps of the explainer's training photos and measure them beside it."""
+    from partlens.explainer.config import ExplainerConfig
+    from partlens.explainer.network import ExplainerStructure
+    from partlens.network.stream import open_maps, stream_maps
+
+    settings = RIVAL_SETTINGS | dict(job.settings["rivals"])
+    images, performer = photos_of(job), loaded(performer_spec(job))
+    run = folder / EXPLAINER / RUN
+    if not run.is_file():
+        remedy = f"Delete {folder / EXPLAINER}.json as well, and the explainer is fitted again"
+        raise RunError(expected(f"the explainer's run at {run.parent}", "only its result", remedy))
+    manifest = read_json(run)
+    values, how = manifest["structure"], ExplainerConfig.from_dict(manifest["config"])
+    structure = ExplainerStructure(
+        **{**values, "targets": tuple(values["targets"]), "side_cells": tuple(values["side_cells"])}
+    )
+    power = how.peak_power if how.peak == "centroid" else None  # rivals are read as the explainer is
+    fitters = _fitters()
+    strange = [name for name in settings["methods"] if name not in fitters]
+    if strange:
+        rule = f"rivals among {', '.join(fitters)}"
+        raise InputError(expected(rule, strange[0], f"Did you mean {nearest(strange[0], fitters)[0]}?"))
+    photos, others = category_rows(images, job.category, "train")
+    rows = [*photos, *sampled(others, int(settings["background"]), job.seed)]
+    cached = folder / job.kind / "maps"
+    stream_maps(performer, images.take(rows), [structure.tap], cached)
+    maps = open_maps(cached)[structure.tap]
+    fitted: dict[str, Any] = {}
+    for method in settings["methods"]:
+        for units in settings["units"]:
+            count = structure.channels_out if units == "filters" else int(units)
+            options = settings["options"].get(method, {})
+            name = f"{RIVAL_NAMES[method]}, {count} units"
+            fitted[name] = fitters[method](maps, count, seed=job.seed, **options)
+    split = job.settings["split"]
+    measured = measure_rivals(
+        RivalBench.of(performer, structure, power),
+        fitted,
+        images,
+        _evaluation_rows(images, job.category, split, job.seed),
+        category=job.category,
+        seed=job.seed,
+    )
+    del maps
+    shutil.rmtree(folder / job.kind)
+    return {"rivals": measured, "peak": how.peak, "fit_photos": len(rows), "background": len(rows) - len(photos)}
+
+
+# Interpretable CNNs
+
+
+def interpret(job: Job, folder: Path) -> dict[str, Any]:
+    """Train an interpretable CNN on one category and measure it beside the performer and the nulls.
+
+    The layers below the tap stay as they are, see :mod:`partlens_papers.rivals.interpretable_cnn`.
+    """
+    from partlens.explainer.assembly import explainer_structure
+    from partlens.network.taps import default_tap
+    from partlens.records import write_tensors
+    from partlens_papers.rivals.interpretable_cnn import InterpretableConfig, build_interpretable_cnn
+    from partlens_papers.rivals.interpretable_training import labelled_maps, train_interpretable_cnn
+
+    settings, images, performer = job.settings, photos_of(job), loaded(performer_spec(job))
+    chosen = choose_layers(performer, settings)
+    tap = chosen.tap or performer.default_tap or default_tap(performer)
+    photos, others = category_rows(images, job.category, "train")
+    example = performer.preprocessing([images.read(photos[0])])
+    structure = explainer_structure(performer, example, tap, chosen.targets)
+    config = InterpretableConfig(**{"method": settings["loss"], "seed": job.seed, **settings["icnn"]})
+    run = folder / job.kind
+    rows = [*photos, *sampled(others, settings["background"], job.seed)]
+    maps = labelled_maps(performer, images.take(rows), [job.category], structure.tap, run / "maps")
+    network = build_interpretable_cnn(performer, structure, config, 1)
+    history = train_interpretable_cnn(network, maps, run).history
+    write_tensors(run / "network.safetensors", network.state_dict())
+    held = _evaluation_rows(images, job.category, settings["split"], job.seed)
+    found = measure_interpretable(network, performer, structure, images, held, job.category, job.seed)
+    del maps
+    shutil.rmtree(run / "maps")
+    return {
+        "network": performer.name,
+        "weights_sha256": performer.weights_sha256,
+        "structure": structure.to_dict(),
+        "config": config.to_dict(),
+        "epochs": len(history),
+        "note": chosen.note,
+        "evaluation": found,
+    }

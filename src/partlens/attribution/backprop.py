@@ -1,0 +1,488 @@
+"""Where in one image a filter or a score gets its value from: guided backpropagation and deconvnet.
+
+`guided_backprop` answers for one filter or score, `backward_signals` for any mixture of filters of any layers in one
+pass. Both change only how signals run backwards (`partlens.attribution.rules`); the network is borrowed and its forward
+pass is its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from partlens.attribution.rules import POOLINGS, RULES, STRIDES, Pooling, Rule, Strides, rewritten
+from partlens.errors import InputError, InputTypeError, LayerError, expected, first_line
+from partlens.network.borrowed import borrowed
+from partlens.network.taps import read_taps
+from partlens.network.zoo import Performer, module_of
+
+__all__ = ["Pooling", "Rule", "Start", "Strides", "backward_signals", "combined", "guided_backprop", "heat_map"]
+
+Start = Literal["activation", "ones", "peak"]
+_STARTS: tuple[Start, ...] = ("activation", "ones", "peak")
+
+_Round = Sequence[tuple[Tensor, Tensor]]  # outputs and the signals that start at them
+
+
+class _ReadEnough(BaseException):
+    """Every layer that was asked for has been read; the rest of the forward pass is not needed."""
+
+
+def _choice(name: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise InputError(expected(f"{name} to be one of {', '.join(options)}", value, f"Choose {options[0]}"))
+
+
+def _settings(rule: Rule, fix_strides: bool | Strides, pooling: Pooling) -> Strides | None:
+    """Refuse unknown settings; return how strides are treated."""
+    _choice("rule", rule, RULES)
+    _choice("pooling", pooling, POOLINGS)
+    if isinstance(fix_strides, bool):
+        return "nearest" if fix_strides else None
+    _choice("fix_strides", fix_strides, STRIDES)
+    return fix_strides
+
+
+def _checked(module: nn.Module, images: Tensor, batch_size: int | None) -> Tensor:
+    """Return the images in the network's type and place, after refusing what cannot be used."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = str(images.dtype) if isinstance(images, Tensor) else type(images).__name__
+        raise InputTypeError(
+            expected("a floating-point tensor of images", kind, "Use performer.preprocessing to make the batch")
+        )
+    if images.ndim != 4 or len(images) == 0:
+        raise InputError(
+            expected(
+                "a batch of at least one image with axes image, channel, row, col",
+                f"shape {tuple(images.shape)}",
+                "Add the missing axis or image",
+            )
+        )
+    if batch_size is not None and batch_size < 1:
+        raise InputError(expected("a batch_size of at least 1", batch_size, "Use None for all images at once"))
+    for path, child in module.named_modules():
+        compiled = isinstance(getattr(child, "_orig_mod", None), nn.Module) or child._compiled_call_impl is not None  # noqa: SLF001
+        if compiled or isinstance(child, torch.jit.ScriptModule):
+            raise InputTypeError(
+                expected(
+                    "a network in Python, whose operations can be recorded",
+                    f"a compiled or scripted part, {path or 'the whole'} ({type(child).__name__})",
+                    "Hand over the plain module that was compiled",
+                )
+            )
+    for name, held in (*module.named_parameters(), *module.named_buffers()):
+        if held.is_inference():
+            raise InputTypeError(
+                expected(
+                    "weights that autograd can use",
+                    f"{name}, made inside torch.inference_mode",
+                    "Load the network outside inference_mode (calling partlens inside it is allowed)",
+                )
+            )
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return images.to(device=weight.device, dtype=weight.dtype) if weight is not None else images
+
+
+@contextlib.contextmanager
+def _recorded(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Run the network forward with gradients on, as far as the layers need it.
+
+    Yields:
+        The leaf that stands for the images, and the layers' outputs by name; the scores under ``""``.
+    """
+    # The snapshot of `borrowed` puts these back: the owner's backward hooks must not act on our signals.
+    for child in network.modules():
+        child._backward_hooks.clear()  # noqa: SLF001
+        child._backward_pre_hooks.clear()  # noqa: SLF001
+    with torch.enable_grad():
+        leaf = batch.detach().clone().requires_grad_()
+        outputs: Any = None
+        with read_taps(network, layers) as taps:
+            watched = network.modules() if layers else ()
+            stops = [m.register_forward_hook(lambda *_: _leave(taps.complete)) for m in watched]
+            try:
+                # A copy, because a network may write into its input, which is forbidden on a leaf.
+                outputs = network(leaf.clone())
+            except _ReadEnough:
+                pass
+            finally:
+                for stop in stops:
+                    stop.remove()
+            found = {name: taps[name] for name in layers}
+        if not layers:
+            found[""] = class_scores(outputs)
+        for name, value in found.items():
+            if not value.requires_grad:
+                raise LayerError(
+                    expected(
+                        f"{name or 'the scores'} to depend on the images through recorded operations",
+                        "a network that runs it without gradients",
+                        "Remove no_grad, inference_mode or detach from its forward",
+                    )
+                )
+            _check_finite(value, f"the values of {name or 'the scores'}")
+        yield leaf, found
+
+
+def _leave(enough: bool) -> None:
+    if enough:
+        raise _ReadEnough
+
+
+def class_scores(output: Any) -> Tensor:
+    """Choose the scores in what a network returns: its tensor, ``logits``, or the first with two axes."""
+    if isinstance(output, Mapping):
+        entries = {str(k): v for k, v in output.items()}
+    elif isinstance(output, (list, tuple)):
+        entries = {str(i): v for i, v in enumerate(output)}
+        entries |= dict(zip(getattr(output, "_fields", ()), output, strict=False))
+    else:
+        entries = {"logits": output}
+    ordered = [entries.get("logits"), *entries.values()]
+    for value in ordered:
+        if isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point():
+            return value
+    raise LayerError(
+        expected(
+            "scores with axes image, output",
+            f"{type(output).__name__} {tuple(output.shape) if isinstance(output, Tensor) else ''}".strip(),
+            "Name a layer and filters instead",
+        )
+    )
+
+
+def _maps(name: str, output: Tensor) -> Tensor:
+    """Return a layer's output as maps; fully connected layers have maps of one cell."""
+    if output.ndim == 2:
+        return output[..., None, None]
+    if output.ndim != 4:
+        raise LayerError(
+            expected(
+                f"{name} to give maps (image, filter, row, col) or one value a filter",
+                f"shape {tuple(output.shape)}",
+                "Choose another layer",
+            )
+        )
+    return output
+
+
+def _run(leaf: Tensor, rounds: Sequence[_Round]) -> Tensor:
+    """Send the starts of every round to the images, one backward pass each, on one record."""
+    signals = []
+    for number, starts in enumerate(rounds):
+        if not starts:
+            signals.append(torch.zeros_like(leaf))
+            continue
+        try:
+            (signal,) = torch.autograd.grad(
+                [output for output, _ in starts],
+                [leaf],
+                [start for _, start in starts],
+                retain_graph=number + 1 < len(rounds),
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise LayerError(
+                expected(
+                    "a network whose gradient can be computed",
+                    f"one that overwrites a value it needs ({first_line(error)})",
+                    "Replace the in-place operation after an activation (x += y) by x = x + y",
+                )
+            ) from error
+        if signal is None:
+            raise LayerError(
+                expected(
+                    "a layer that depends on the images",
+                    "one that no recorded operation connects with them",
+                    "Choose another layer, or remove detach from the network's forward",
+                )
+            )
+        signals.append(signal)
+    result = torch.stack(signals)
+    _check_finite(result, "the signals")
+    return result
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(
+            expected(
+                f"{what} to be finite",
+                "NaN or infinity",
+                "Check the weights and the images; half precision overflows, so use float32 weights",
+            )
+        )
+
+
+def backward_signals(
+    model: nn.Module | Performer,
+    images: Float[Tensor, "image channel row col"],
+    starts: Sequence[Mapping[str, Float[Tensor, "image _"]]],
+    rule: Rule = "guided",
+    fix_strides: bool | Strides = True,
+    *,
+    pooling: Pooling = "route",
+    batch_size: int | None = None,
+) -> Float[Tensor, "round image channel row col"]:
+    """Send weighted activation maps of several layers back to the images.
+
+    The signal that starts at layer ``l`` is ``weights[l][n, k] · a_l[n, k]``, with ``a_l`` the layer's activation
+    maps. Everything in one round starts together: images do not mix, so each image may have its own layer and filter
+    in the same backward pass. There is one forward pass, as far as the deepest layer, and one backward pass a round.
+
+    Args:
+        model: the network; borrowed.
+        images: preprocessed, moved to the network's device and type.
+        starts: one mapping a round, from layer name to a weight for every image and filter (mostly 0).
+        rule: at activations, see `partlens.attribution.rules.rewritten`.
+        fix_strides: whether strided convolutions leave no lattice, see `guided_backprop`.
+        pooling: how signals pass poolings, see `partlens.attribution.rules.rewritten`.
+        batch_size: images at a time; all at once when ``None``. It bounds memory and changes nothing else.
+
+    Returns:
+        Signals on the images, in the network's type and on its device.
+
+    Raises:
+        LayerError: an unknown layer, one without maps, one that does not depend on the images, or an operation that
+            cannot be looked into.
+        InputError: weights of the wrong shape, an empty batch or list of rounds, signals that are not finite.
+        InputTypeError: images that are not floating point, a compiled or scripted network.
+
+    Source:
+        Oramas et al., ICLR 2019, section 3 and its released code: the start is the activation map of the filter.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        >>> second_filter = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+        >>> tuple(backward_signals(network, torch.rand(1, 3, 8, 8), [{"1": second_filter}]).shape)
+        (1, 1, 3, 8, 8)
+    """
+    module = module_of(model)
+    strides = _settings(rule, fix_strides, pooling)
+    ready = _checked(module, images, batch_size)
+    if not starts or not any(starts):
+        raise InputError(expected("at least one round with a layer", "none", "Give a mapping from layer to weights"))
+    # A layer without any weight in a round would only send zeros down from there.
+    wanted = [{name: w for name, w in each.items() if bool(w.any())} for each in starts]
+    layers = list(dict.fromkeys(name for each in starts for name in each))
+    pieces = []
+    with torch.inference_mode(mode=False), borrowed(module, copy_weights=False) as network:
+        for first in range(0, len(ready), batch_size or len(ready)):
+            part = slice(first, first + (batch_size or len(ready)))
+            with _recorded(network, ready[part], layers) as (leaf, found):
+                maps = {name: _maps(name, output) for name, output in found.items()}
+                for each in starts:
+                    for name, weights in each.items():
+                        if tuple(weights.shape) != (len(ready), maps[name].shape[1]):
+                            raise InputError(
+                                expected(
+                                    f"weights of {len(ready)} images and {maps[name].shape[1]} filters for {name}",
+                                    f"shape {tuple(weights.shape)}",
+                                    "Give every image and filter a weight",
+                                )
+                            )
+                rounds = [
+                    [(maps[name], weights[part].to(maps[name])[..., None, None] * maps[name].detach())
+                     for name, weights in each.items()]
+                    for each in wanted
+                ]  # fmt: skip
+                with rewritten(list(found.values()), rule, strides, pooling):
+                    pieces.append(_run(leaf, rounds))
+        return torch.cat(pieces, dim=1)
+
+
+def _targets(scores: Tensor, target: int | Tensor | None, part: slice) -> Tensor:
+    """Return the output to explain for every image of one part."""
+    if target is None:
+        return scores.detach().argmax(dim=1)
+    chosen = target[part] if isinstance(target, Tensor) else torch.full((len(scores),), target)
+    if chosen.min() < 0 or chosen.max() >= scores.shape[1]:
+        raise InputError(
+            expected(f"targets from 0 to {scores.shape[1] - 1}", f"{chosen.tolist()}", "Name an existing output")
+        )
+    return chosen.to(scores.device)
+
+
+def _started(maps: Tensor, chosen: int, start: Start) -> Tensor:
+    """Return the signal that starts at one filter, all others exactly 0."""
+    signal = torch.zeros_like(maps)
+    own = maps.detach()[:, chosen]
+    if start == "activation":
+        signal[:, chosen] = own
+    elif start == "ones":
+        signal[:, chosen] = 1
+    else:
+        peak = own.flatten(1).argmax(dim=1, keepdim=True)
+        signal[:, chosen] = torch.zeros_like(own).flatten(1).scatter(1, peak, 1.0).reshape(own.shape)
+    return signal
+
+
+def guided_backprop(
+    model: nn.Module | Performer,
+    images: Float[Tensor, "image channel row col"],
+    target: int | Int[Tensor, " image"] | None = None,
+    layer: str | None = None,
+    filters: int | Sequence[int] | None = None,
+    rule: Rule = "guided",
+    fix_strides: bool | Strides = True,
+    *,
+    start: Start = "activation",
+    pooling: Pooling = "route",
+    batch_size: int | None = None,
+) -> Float[Tensor, ...]:
+    """Show where in each image a score or a filter gets its value from.
+
+    Args:
+        model: the network; borrowed. Any spelling of its activations is seen.
+        images: preprocessed, moved to the network's device and type.
+        target: the output to explain, one for all images or one each; the highest score when ``None``. The signal
+            starts with 1 at that score. Only without ``layer``.
+        layer: a tap (`partlens.network.taps`), to explain filters instead of a score.
+        filters: one filter of ``layer``, or several. Fully connected layers have maps of one cell.
+        rule: ``"guided"``, ``"deconvnet"`` or ``"gradient"``, see `partlens.attribution.rules.rewritten`.
+        fix_strides: whether strided convolutions leave no lattice (`partlens.attribution.rules.strided_gradient`):
+            ``True`` or ``"nearest"`` as the authors do, which moves structures by about half a stride in every
+            strided layer; ``"aligned"``, linear between the true places of the windows, which does not; ``False``
+            for the true gradient. With strides of 1 the result is the same bit for bit.
+        start: the signal at the filter's output: ``"activation"``, its map itself (the authors' choice);
+            ``"ones"``; or ``"peak"``, 1 at its highest cell, the first of equals.
+        pooling: how signals pass poolings, see `partlens.attribution.rules.rewritten`.
+        batch_size: images at a time; all at once when ``None``. It bounds memory and changes nothing else.
+
+    Returns:
+        Signals on the images with axes image, channel, row, col; with several filters image, filter, channel, row,
+        col. In the network's type and on its device; positive where more of the pixel raises the value.
+
+    Raises:
+        LayerError: an unknown layer, one without maps, one that does not depend on the images, or an operation that
+            cannot be looked into (a compiled part, an ``autograd.Function``).
+        InputError: a filter or target that does not exist, both a target and a layer, signals that are not finite.
+        InputTypeError: images that are not floating point, a compiled or scripted network.
+
+    Source:
+        Springenberg et al., arXiv 1412.6806 (guided); Zeiler and Fergus, arXiv 1311.2901 (deconvnet); Oramas et al.,
+        ICLR 2019, released code (start at the activation map, strides).
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> tuple(guided_backprop(network, images, target=1).shape)
+        (2, 3, 8, 8)
+        >>> tuple(guided_backprop(network, images, layer="1", filters=[0, 2]).shape)
+        (2, 2, 3, 8, 8)
+    """
+    module = module_of(model)
+    strides = _settings(rule, fix_strides, pooling)
+    _choice("start", start, _STARTS)
+    ready = _checked(module, images, batch_size)
+    wanted = _wanted(layer, filters, target, len(ready))
+    pieces = []
+    with torch.inference_mode(mode=False), borrowed(module, copy_weights=False) as network:
+        for first in range(0, len(ready), batch_size or len(ready)):
+            part = slice(first, first + (batch_size or len(ready)))
+            with _recorded(network, ready[part], [layer] if layer is not None else []) as (leaf, found):
+                if layer is None:
+                    scores = found[""]
+                    chosen = _targets(scores, target, part)
+                    origin, starts = scores, [torch.zeros_like(scores).scatter(1, chosen[:, None], 1.0)]
+                else:
+                    origin = _maps(layer, found[layer])
+                    _check_filters(layer, wanted, origin.shape[1])
+                    starts = [_started(origin, k, start) for k in wanted]
+                with rewritten([origin], rule, strides, pooling):
+                    pieces.append(_run(leaf, [[(origin, signal)] for signal in starts]))
+        signals = torch.cat(pieces, dim=1)
+        return signals.transpose(0, 1) if isinstance(filters, Sequence) else signals[0]
+
+
+def _wanted(
+    layer: str | None, filters: int | Sequence[int] | None, target: int | Tensor | None, images: int
+) -> list[int]:
+    """Return the filters as a list, after refusing contradictory requests."""
+    if layer is None and filters is not None:
+        raise InputError(expected("a layer for the filters", "none", "Name the layer, or leave filters out"))
+    if layer is not None and target is not None:
+        raise InputError(
+            expected("either a target or a layer", f"both ({layer})", "Leave the target out to explain filters")
+        )
+    if layer is not None and filters is None:
+        raise InputError(expected(f"the filters of {layer} to explain", "none", "Give filters=7 or filters=[3, 7, 12]"))
+    if isinstance(target, Tensor) and tuple(target.shape) != (images,):
+        raise InputError(
+            expected(f"one target for each of {images} images", f"shape {tuple(target.shape)}", "Give one per image")
+        )
+    if filters is None:
+        return []
+    wanted = [int(k) for k in filters] if isinstance(filters, Sequence) else [int(filters)]
+    if not wanted:
+        raise InputError(expected("at least one filter", "an empty sequence", "Give filters=[3, 7, 12]"))
+    return wanted
+
+
+def _check_filters(layer: str, wanted: Sequence[int], count: int) -> None:
+    for k in wanted:
+        if not 0 <= k < count:
+            raise InputError(expected(f"filters of {layer} from 0 to {count - 1}", k, "Name an existing filter"))
+
+
+def heat_map(signal: Float[Tensor, "*any channel row col"]) -> Float[Tensor, "*any row col"]:
+    """Turn a signal on the image into a map from 0 to 1.
+
+    ``h = ‖max(g, 0)‖₂`` over the colour channels, 0 where the channels' sum is exactly 0, then
+    ``(h - min h) / (max h - min h)`` for each map by itself.
+
+    Args:
+        signal: ``g``, from `guided_backprop` or `backward_signals`.
+
+    Returns:
+        Maps from 0 to 1; a constant map (where the original divides 0 by 0) is all zeros.
+
+    Raises:
+        InputError: values that are not finite.
+
+    Source:
+        Oramas et al., ICLR 2019, released code (normalizeHeatmap).
+
+    Example:
+        >>> heat_map(torch.tensor([[[0.0, 3.0]], [[0.0, 4.0]]])).tolist()
+        [[0.0, 1.0]]
+    """
+    _check_finite(signal, "the signals")
+    exact = signal if signal.dtype == torch.float64 else signal.float()
+    largest = exact.abs().amax(dim=(-3, -2, -1), keepdim=True)
+    # Scaled first: the square of a small value would vanish.
+    height = (exact.clamp(min=0) / largest.where(largest > 0, 1)).norm(dim=-3)
+    height = height.where(exact.sum(dim=-3) != 0, 0)
+    low = height.amin(dim=(-2, -1), keepdim=True)
+    span = height.amax(dim=(-2, -1), keepdim=True) - low
+    scaled = (height - low) / span.where(span > 0, 1)
+    bounded: Tensor = scaled.clamp(0, 1).to(signal.dtype)
+    return bounded
+
+
+def combined(maps: Float[Tensor, "*any map row col"]) -> Float[Tensor, "*any row col"]:
+    """Join the heat maps of several filters: the highest value at each pixel.
+
+    Args:
+        maps: from `heat_map`, 0 to 1.
+
+    Returns:
+        One map, at least as high everywhere as each part.
+
+    Source:
+        Oramas et al., ICLR 2019, released code ("combined" in its figure 8).
+
+    Example:
+        >>> combined(torch.tensor([[[0.0, 1.0]], [[0.5, 0.2]]])).tolist()
+        [[0.5, 1.0]]
+    """
+    if maps.shape[-3] == 0:
+        raise InputError(expected("at least one map to combine", "none", "Give a map of zeros where nothing is found"))
+    return maps.amax(dim=-3)

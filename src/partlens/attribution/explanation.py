@@ -1,0 +1,293 @@
+"""Explanation of one prediction: the relevant features that contributed most, and where each of them acted.
+
+The descriptor ``x`` of the image (:mod:`partlens.selection.descriptors`) and the weights ``w`` of the explained class
+give each feature's contribution ``r = w * x``, elementwise. The features with the largest positive contributions are
+propagated back to the image, each from the activation map of its own channel alone, by guided backpropagation with
+strides resampled (:mod:`partlens.attribution.backprop`); the maps are scaled to [0, 1] each and joined by their
+pixelwise
+maximum (Oramas et al. 2019; the order of the steps is that of the authors' code, which shows three features).
+
+All images, all explained classes and all features of one rank travel in one backward pass: images do not touch each
+other in a network in eval mode, so each may start from another layer and channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from partlens.attribution.backprop import backward_signals, heat_map
+from partlens.errors import InputError, expected
+from partlens.network.zoo import Performer
+from partlens.selection.descriptors import DescriptorConfig, FeatureIndex
+from partlens.selection.responses import image_descriptors
+
+Combine = Literal["max", "sum"]
+
+PARTLENS_CHANGES: dict[str, Any] = {"fix_strides": "aligned", "pooling": "resample", "smooth_frac": 0.05}
+"""What the ``partlens`` preset changes, as the flower benchmark showed (``docs/heat-maps.md``)."""
+
+
+@dataclass(frozen=True)
+class ExplanationConfig:
+    """How a prediction is explained; the defaults of the fields are those of the authors' code.
+
+    Attributes:
+        features: relevant features shown per class, those with the largest contribution (authors: 3).
+        rule: of rectifiers in the backward pass, ``guided``, ``deconvnet`` or ``gradient``.
+        fix_strides: resample the signal in strided convolutions: ``True`` or ``nearest`` as the authors do, ``aligned``
+            without the shift of half a stride, ``False`` not at all.
+        pooling: ``route`` (authors' default), ``overwrite`` or ``resample``; see
+            :func:`partlens.attribution.backprop.guided_backprop`.
+        combine: ``max`` joins the maps by their pixelwise maximum (authors); ``sum`` adds them weighted by their share
+            of the contribution.
+        smooth_frac: standard deviation of a Gaussian that the maps are smoothed with before they are scaled, as a share
+            of the input's shorter side; 0 in the paper.
+    """
+
+    features: int = 3
+    rule: Literal["guided", "deconvnet", "gradient"] = "guided"
+    fix_strides: bool | Literal["nearest", "aligned"] = True
+    pooling: Literal["route", "overwrite", "resample"] = "route"
+    combine: Combine = "max"
+    smooth_frac: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every field once."""
+        if self.features < 1:
+            raise InputError(expected("at least 1 feature to show", self.features, "Set features to 1 or more"))
+        if not 0 <= self.smooth_frac <= 0.5:
+            raise InputError(
+                expected("smooth_frac from 0 to 0.5", self.smooth_frac, "Set smooth_frac to 0 to switch it off")
+            )
+        if self.combine not in ("max", "sum"):
+            raise InputError(expected("combine max or sum", self.combine, "Choose one of them"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def preset(cls, name: str = "partlens", **changes: Any) -> ExplanationConfig:
+        """Return a preset with changes: ``partlens`` (ours, :data:`PARTLENS_CHANGES`) or ``paper``."""
+        presets: dict[str, dict[str, Any]] = {"paper": {}, "partlens": PARTLENS_CHANGES}
+        if name not in presets:
+            raise InputError(expected("preset partlens or paper", name, "Choose one of them"))
+        return cls(**{**presets[name], **changes})
+
+
+@dataclass(frozen=True)
+class Explanations:
+    """Explanations of a batch.
+
+    Attributes:
+        classes: ``[image, explained]`` the classes that were explained, as columns of the weights.
+        features: ``[image, explained, rank]`` chosen features, largest contribution first; -1 where fewer contribute.
+        responses: their entries of the descriptor ``x``.
+        contributions: their ``w * x``; 0 where there is none.
+        scores: ``[image, explained]`` the whole of ``w . x``.
+        positive: ``[image, explained]`` the sum of all positive contributions, which shares refer to.
+        signals: ``[image, explained, rank, channel, row, col]`` on the input, before the heat map.
+        maps: ``[image, explained, rank, row, col]`` in [0, 1]; zeros where there is no feature.
+        combined: ``[image, explained, row, col]`` in [0, 1].
+        output: the performer's output, ``[image, output]``.
+    """
+
+    classes: Int[Tensor, "image explained"]
+    features: Int[Tensor, "image explained rank"]
+    responses: Float[Tensor, "image explained rank"]
+    contributions: Float[Tensor, "image explained rank"]
+    scores: Float[Tensor, "image explained"]
+    positive: Float[Tensor, "image explained"]
+    signals: Float[Tensor, "image explained rank channel row col"]
+    maps: Float[Tensor, "image explained rank row col"]
+    combined: Float[Tensor, "image explained row col"]
+    output: Float[Tensor, "image output"]
+
+
+def contributions(
+    descriptor: Float[Tensor, "image feature"],
+    weights: Float[Tensor, "feature class"],
+    classes: Int[Tensor, "image explained"],
+) -> Float[Tensor, "image explained feature"]:
+    """Return what each feature adds to the score of each explained class: ``w * x``, elementwise.
+
+    The authors divide by the sum of ``w``, which changes no order and no share.
+    """
+    return weights.T.to(descriptor.dtype)[classes] * descriptor[:, None, :]
+
+
+def smoothed(maps: Float[Tensor, "*batch row col"], sigma_px: float) -> Float[Tensor, "*batch row col"]:
+    """Smooth maps with a Gaussian, renormalised at the border; the maps as they are for a sigma of 0."""
+    if sigma_px <= 0:
+        return maps
+    reach = max(1, round(3 * sigma_px))
+    steps = torch.arange(-reach, reach + 1, dtype=maps.dtype, device=maps.device)
+    kernel = torch.exp(-(steps**2) / (2 * sigma_px**2))
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    ones = torch.ones_like(flat[:1])
+
+    def blur(values: Tensor) -> Tensor:
+        rows = F.conv2d(values, kernel.view(1, 1, -1, 1), padding=(reach, 0))
+        return F.conv2d(rows, kernel.view(1, 1, 1, -1), padding=(0, reach))
+
+    return (blur(flat) / blur(ones)).reshape(maps.shape)
+
+
+def scaled(maps: Float[Tensor, "*batch row col"]) -> Float[Tensor, "*batch row col"]:
+    """Scale each map to [0, 1] by its own range; a constant map becomes zeros."""
+    low = maps.amin(dim=(-2, -1), keepdim=True)
+    span = maps.amax(dim=(-2, -1), keepdim=True) - low
+    return torch.where(span > 0, (maps - low) / torch.where(span > 0, span, torch.ones_like(span)), 0.0)
+
+
+def combine_maps(
+    maps: Float[Tensor, "image explained rank row col"],
+    shares: Float[Tensor, "image explained rank"],
+    how: Combine,
+) -> Float[Tensor, "image explained row col"]:
+    """Join the maps of the features: their pixelwise maximum, or their sum weighted by contribution, scaled again."""
+    if how == "max":
+        return maps.amax(dim=2)
+    return scaled((maps * shares[..., None, None]).sum(dim=2))
+
+
+def _rounds(
+    features: Int[Tensor, "image explained rank"], index: FeatureIndex
+) -> list[dict[str, Float[Tensor, "image filter"]]]:
+    """Return one start per explained class and rank: by layer, a one for each image's channel."""
+    images, explained, ranks = features.shape
+    rounds = []
+    for column in range(explained):
+        for rank in range(ranks):
+            start: dict[str, Tensor] = {}
+            for image, feature in enumerate(features[:, column, rank].tolist()):
+                if feature < 0:
+                    continue
+                layer, channel = index.place(feature)
+                if layer not in start:
+                    start[layer] = torch.zeros(images, index.channels[index.layers.index(layer)])
+                start[layer][image, channel] = 1.0
+            rounds.append(start)
+    return rounds
+
+
+def explain_batch(
+    performer: Performer,
+    batch: Float[Tensor, "image channel row col"],
+    weights: Float[Tensor, "feature class"],
+    index: FeatureIndex,
+    descriptor: DescriptorConfig,
+    classes: Int[Tensor, "image explained"] | None = None,
+    config: ExplanationConfig | None = None,
+    *,
+    choose: Any = None,
+) -> Explanations:
+    """Explain a batch of images.
+
+    Args:
+        performer: the network; left as it was.
+        batch: its input.
+        weights: relevance of each feature for each class, as the μ-lasso gave them.
+        index: which layer and channel each feature is.
+        descriptor: how the descriptor is made; the one the weights were fitted with.
+        classes: columns of ``weights`` to explain, per image.
+        config: how to explain.
+        choose: instead of ``classes``: called with the performer's output ``[image, output]`` and the scores
+            ``[image, class]``, returns the classes.
+
+    Returns:
+        Chosen features, their contributions, and the maps.
+
+    Raises:
+        InputError: no classes, or weights that do not fit the index.
+    """
+    config = config or ExplanationConfig()
+    if weights.shape[0] != index.size:
+        raise InputError(
+            expected(f"weights of {index.size} features", f"{weights.shape[0]}", "Use the weights' own feature index")
+        )
+    x, output = image_descriptors(performer, batch, index, descriptor)
+    if classes is None:
+        if choose is None:
+            raise InputError(expected("classes to explain", "none", "Give classes= or choose="))
+        classes = choose(output, x.double() @ weights.double())
+    assert classes is not None
+    parts = contributions(x.double(), weights.double(), classes)
+    positive = parts.clamp(min=0)
+    most = min(config.features, index.size)
+    # A stable order makes ties deterministic: the earlier feature wins.
+    order = positive.argsort(dim=2, descending=True, stable=True)[..., :most]
+    chosen = positive.gather(2, order)
+    features = torch.where(chosen > 0, order, -1)
+    signals = _signals(performer, batch, features, index, config)
+    maps = heat_map(signals)
+    if config.smooth_frac > 0:
+        maps = scaled(smoothed(maps, config.smooth_frac * min(batch.shape[-2:])))
+    total = positive.sum(2)
+    shares = chosen / total.clamp(min=1e-30)[..., None]
+    return Explanations(
+        classes=classes,
+        features=features,
+        responses=x.gather(1, order.flatten(1)).view(order.shape).to(torch.float64) * (chosen > 0),
+        contributions=chosen,
+        scores=parts.sum(2),
+        positive=total,
+        signals=signals,
+        maps=maps,
+        combined=combine_maps(maps, shares.to(maps.dtype), config.combine),
+        output=output,
+    )
+
+
+def _signals(
+    performer: Performer,
+    batch: Tensor,
+    features: Int[Tensor, "image explained rank"],
+    index: FeatureIndex,
+    config: ExplanationConfig,
+) -> Float[Tensor, "image explained rank channel row col"]:
+    """Propagate every chosen feature back; classes without one get zeros."""
+    _, explained, ranks = features.shape
+    rounds = _rounds(features, index)
+    signals = torch.zeros(len(rounds), *batch.shape, dtype=torch.float32)
+    live = [i for i, start in enumerate(rounds) if start]
+    if live:
+        signals[live] = backward_signals(
+            performer,
+            batch,
+            [rounds[i] for i in live],
+            rule=config.rule,
+            fix_strides=config.fix_strides,
+            pooling=config.pooling,
+        ).to(signals)
+    return signals.view(explained, ranks, *batch.shape).permute(2, 0, 1, 3, 4, 5)
+
+
+def choose_top(outputs: Sequence[int | None], count: int) -> Any:
+    """Return a chooser of the classes the performer holds most likely.
+
+    Args:
+        outputs: the performer's output of each class of the weights, ``None`` for classes that are no output.
+        count: classes per image, the most likely first.
+
+    Returns:
+        A function for ``explain_batch(choose=...)``. Where no class is an output of the performer, the largest scores
+        ``w . x`` decide.
+    """
+    known = [(column, output) for column, output in enumerate(outputs) if output is not None]
+
+    def choose(output: Tensor, scores: Tensor) -> Tensor:
+        if not known:
+            return scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+        columns = torch.tensor([column for column, _ in known])
+        values = output[:, torch.tensor([o for _, o in known])]
+        return columns[values.argsort(dim=1, descending=True, stable=True)[:, : min(count, len(known))]]
+
+    return choose

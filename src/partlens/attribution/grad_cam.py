@@ -1,0 +1,235 @@
+"""Grad-CAM of the explainer's part filters beside that of the performer's own filters, for the same class.
+
+For maps ``A_k`` and the class score ``s`` (before the softmax), Grad-CAM is ``max(Σ_k w_k A_k, 0)`` with ``w_k`` the
+mean of ``∂s/∂A_k`` over cells, enlarged bilinearly to the input. For the performer, ``A`` are the maps of a layer. For
+the explainer, ``A`` are the masked maps of conv-interp-2, and the score is what the performer's last layers say of the
+reconstruction; the ordinary track runs along as it is.
+
+Source: Selvaraju et al., ICCV 2017, equations 1 and 2; of both networks: ICLR 2020 submission, Fig. 5 and App. D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from partlens.attribution.backprop import class_scores
+from partlens.errors import InputError, LayerError, expected
+from partlens.explainer.network import Explainer
+from partlens.network.borrowed import borrowed
+from partlens.network.taps import read_taps
+from partlens.network.zoo import Performer, module_of
+
+BATCH = 32
+
+
+def grad_cam(
+    maps: Float[Tensor, "image filter row col"],
+    gradients: Float[Tensor, "image filter row col"],
+    size_px: tuple[int, int],
+) -> Float[Tensor, "image height width"]:
+    """Join maps by the means of their gradients: ``max(Σ_k mean(G_k) A_k, 0)``, enlarged bilinearly.
+
+    Args:
+        maps: of a layer.
+        gradients: of the class score with regard to the maps.
+        size_px: rows and columns of the input.
+
+    Returns:
+        Non-negative maps in units of the score, cell middles on their places, borders repeated.
+
+    Example:
+        >>> maps = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+        >>> grad_cam(maps, torch.full_like(maps, 2.0), (2, 2))[0].tolist()
+        [[2.0, 0.0], [0.0, 0.0]]
+    """
+    weights = gradients.mean((2, 3), keepdim=True)
+    joined = (weights * maps).sum(1, keepdim=True).clamp(min=0)
+    return F.interpolate(joined, size=size_px, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _picked(scores: Tensor, classes: Tensor) -> Tensor:
+    """Return the sum of each image's class score; images do not mix, so its gradient is that of each image's own."""
+    if int(classes.min()) < 0 or int(classes.max()) >= scores.shape[1]:
+        raise InputError(
+            expected(f"classes from 0 to {scores.shape[1] - 1}", f"{classes.tolist()}", "Name existing classes")
+        )
+    return scores.gather(1, classes.to(scores.device)[:, None]).sum()
+
+
+def _check(images: int, classes: Tensor, batch_size: int) -> None:
+    if not images or len(classes) != images:
+        raise InputError(
+            expected("one class for each of at least 1 image", f"{images} images, {len(classes)} classes", "Give both")
+        )
+    if batch_size < 1:
+        raise InputError(expected("a batch_size of at least 1", batch_size, f"Leave it out for {BATCH}"))
+
+
+def track_grad_cam(
+    explainer: Explainer,
+    head: nn.Module,
+    tap_maps: Float[Tensor, "image filter row col"],
+    classes: Int[Tensor, " image"],
+    *,
+    size_px: tuple[int, int],
+    batch_size: int = BATCH,
+) -> Float[Tensor, "image height width"]:
+    """Return Grad-CAM of the interpretable track.
+
+    Args:
+        explainer: borrowed: modes, weights and gradients stay as they are.
+        head: the performer's layers after the last target (`partlens.explainer.assembly.performer_head`); borrowed.
+        tap_maps: the performer's maps at the tap.
+        classes: output to explain, per image.
+        size_px: rows and columns of the performer's input.
+        batch_size: images at a time.
+
+    Returns:
+        Maps as `grad_cam` returns them; all zeros where no part filter raises the class score.
+
+    Raises:
+        InputError: maps of another size than the fit's, a class that does not exist, no image.
+    """
+    _check(len(tap_maps), classes, batch_size)
+    pieces = []
+    with torch.inference_mode(mode=False), borrowed(explainer, copy_weights=False), borrowed(head, copy_weights=False):
+        for part, of in zip(tap_maps.split(batch_size), classes.split(batch_size), strict=True):
+            with torch.no_grad():
+                tracks = explainer.normed_tracks(part)
+                masked = explainer.masked(tracks.interp2)
+                ordinary = (1 - explainer.p) * tracks.ordinary
+            with torch.enable_grad():
+                leaf = masked.detach().clone().requires_grad_()
+                encoded = explainer.p.detach() * explainer.norm_interp(explainer.pool(leaf)) + ordinary
+                output = head(explainer.decode(encoded)[-1])
+                score = _picked(class_scores(output), of)
+                (gradient,) = torch.autograd.grad(score, leaf)
+            pieces.append(grad_cam(masked.detach(), gradient, size_px))
+    return torch.cat(pieces)
+
+
+def layer_grad_cam(
+    performer: Performer | nn.Module,
+    batch: Float[Tensor, "image channel row col"],
+    layer: str,
+    classes: Int[Tensor, " image"],
+    *,
+    batch_size: int = BATCH,
+) -> Float[Tensor, "image height width"]:
+    """Return Grad-CAM of one layer of the performer.
+
+    `partlens_papers.flowers.baselines.cam` asks the package grad-cam for the same and stretches it to 0 … 1; this one
+    needs
+    no package, takes any tap and keeps the units of the score.
+
+    Args:
+        performer: the network; borrowed.
+        batch: preprocessed images.
+        layer: tap whose maps are joined.
+        classes: output to explain, per image.
+        batch_size: images at a time.
+
+    Returns:
+        Maps as `grad_cam` returns them.
+
+    Raises:
+        LayerError: an unknown layer, one without maps or without influence on the scores, or one whose maps a later
+            operation overwrites.
+        InputError: a class that does not exist, no image.
+    """
+    _check(len(batch), classes, batch_size)
+    module = module_of(performer)
+    size_px = (int(batch.shape[2]), int(batch.shape[3]))
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    pieces = []
+    with torch.inference_mode(mode=False), borrowed(module, copy_weights=False) as network:
+        for child in network.modules():
+            if getattr(child, "inplace", False):
+                child.inplace = False  # type: ignore[assignment]  # borrowed puts it back
+        for part, of in zip(batch.split(batch_size), classes.split(batch_size), strict=True):
+            images = part.detach().clone()
+            images = images if weight is None else images.to(device=weight.device, dtype=weight.dtype)
+            written: list[int] = []
+
+            def keep(value: Tensor, written: list[int] = written) -> Tensor:
+                """Keep the tensor itself, which the gradient is asked for, and count how often it was written to."""
+                written.append(value._version)  # noqa: SLF001
+                return value
+
+            with torch.enable_grad(), read_taps(network, [layer], reduce=keep) as taps:
+                # An input that wants a gradient has everything recorded, also where all weights are frozen; a copy of
+                # it, because a network may write into its input.
+                output = network(images.requires_grad_().clone())
+                maps = taps[layer]
+                if maps.ndim != 4:
+                    raise LayerError(
+                        expected(f"maps at {layer}", f"shape {tuple(maps.shape)}", "Choose a layer that has maps")
+                    )
+                if maps._version != written[-1]:  # noqa: SLF001
+                    raise LayerError(
+                        expected(
+                            f"maps at {layer} that stay as they were",
+                            "a network that overwrites them",
+                            "Choose the layer after, or replace x += y by x = x + y in the network's forward",
+                        )
+                    )
+                score = _picked(class_scores(output), of)
+                connected = maps.requires_grad and score.requires_grad
+                gradient = torch.autograd.grad(score, [maps], allow_unused=True)[0] if connected else None
+            if gradient is None:
+                raise LayerError(
+                    expected(f"scores that depend on {layer}", "a layer with no way to them", "Choose another layer")
+                )
+            pieces.append(grad_cam(maps.detach().float().cpu(), gradient.float().cpu(), size_px))
+    return torch.cat(pieces)
+
+
+def concentration_frac(maps: Float[Tensor, "image row col"], energy: float = 0.5) -> Float[Tensor, " image"]:
+    """Return the smallest share of a map's pixels that holds half of its sum; lower is more concentrated.
+
+    Args:
+        maps: non-negative.
+        energy: the share of the sum that is asked for, in (0, 1).
+
+    Returns:
+        Shares from ``1 / (row · col)`` (one pixel holds it) to ``energy`` (a flat map); ``nan`` for a map of zeros.
+
+    Raises:
+        InputError: negative values, or an ``energy`` outside (0, 1).
+
+    Example:
+        >>> maps = torch.zeros(3, 2, 2)
+        >>> maps[0, 0, 0], maps[1] = 1.0, 1.0
+        >>> concentration_frac(maps).tolist()
+        [0.25, 0.5, nan]
+    """
+    if not 0 < energy < 1:
+        raise InputError(expected("an energy between 0 and 1", energy, "Leave it out for one half"))
+    flat = maps.flatten(1).double()
+    if flat.numel() and float(flat.min()) < 0:
+        raise InputError(expected("maps without negative values", float(flat.min()), "Clamp them at 0 first"))
+    ordered = flat.sort(dim=1, descending=True).values
+    total = ordered.sum(1, keepdim=True)
+    # The tolerance keeps rounding of the running sum from costing a flat map one pixel more.
+    needed = (ordered.cumsum(1) < total * energy * (1 - 1e-9)).sum(1) + 1
+    return torch.where(total[:, 0] > 0, needed.double() / flat.shape[1], torch.nan).float()
+
+
+def random_grad_cam(
+    images: int, side_cells: Sequence[int], size_px: tuple[int, int], generator: torch.Generator
+) -> Float[Tensor, "image height width"]:
+    """Return the null: cells drawn evenly from 0 … 1, enlarged as `grad_cam` enlarges.
+
+    Args:
+        images: number of maps.
+        side_cells: rows and columns of the layer's maps, since a coarse grid is less concentrated by itself.
+        size_px: rows and columns of the input.
+        generator: source of the draws.
+    """
+    drawn = torch.rand(images, 1, *side_cells, generator=generator)
+    return F.interpolate(drawn, size=size_px, mode="bilinear", align_corners=False)[:, 0]

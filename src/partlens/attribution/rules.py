@@ -1,0 +1,397 @@
+"""Change how a recorded forward pass runs backwards: the rule at activations, strides, pooling.
+
+PyTorch records every differentiable operation of a forward pass as a node of a graph, whatever its spelling in the
+network's code: ``nn.ReLU``, in-place, used twice, ``F.relu``, ``x.relu_()`` and ``x.clamp(min=0)`` all leave the same
+kind of node. The rules hang on those nodes, by hooks that are gone when the block ends. So the network's modules are
+never touched, the forward pass is the network's own bit for bit, and no spelling of an activation is missed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from partlens.errors import LayerError, expected
+
+Rule = Literal["guided", "deconvnet", "gradient"]
+Pooling = Literal["route", "overwrite", "resample"]
+Strides = Literal["nearest", "aligned"]
+
+RULES: tuple[Rule, ...] = ("guided", "deconvnet", "gradient")
+POOLINGS: tuple[Pooling, ...] = ("route", "overwrite", "resample")
+STRIDES: tuple[Strides, ...] = ("nearest", "aligned")
+
+# Activations by the name of their node. Gates (sigmoid, hard sigmoid, softmax) and odd or symmetric squashing
+# functions (tanh, softsign, hardtanh around 0, shrinkage) are not rectifiers: they keep their true derivative.
+_ACTIVATIONS = frozenset(
+    {
+        "ReluBackward",
+        "ThresholdBackward",
+        "LeakyReluBackward",
+        "PreluKernelBackward",
+        "RreluWithNoiseBackward",
+        "EluBackward",
+        "CeluBackward",
+        "GeluBackward",
+        "SiluBackward",
+        "MishBackward",
+        "SoftplusBackward",
+        "HardswishBackward",
+    }
+)
+_CLAMPS = {"HardtanhBackward": "min_val", "ClampBackward": "min", "ClampMinBackward": "min"}
+_MAXIMA = frozenset({"MaximumBackward", "FmaxBackward"})
+_MAX_POOLS = {"MaxPool2DWithIndicesBackward": 2, "MaxPool3DWithIndicesBackward": 3}
+_MEAN_POOLS = {"AvgPool2DBackward": 2, "AvgPool3DBackward": 3}
+_HARMLESS = frozenset({"BackwardHookFunctionBackward"})  # the identity that full backward hooks put into the graph
+
+_Grads = tuple[Tensor | None, ...]
+_Replacement = Callable[[_Grads, _Grads], _Grads]
+
+
+def _kind(node: Any) -> str:
+    """Name of the operation without the overload's number: ``ReluBackward0`` gives ``ReluBackward``."""
+    return re.sub(r"\d+$", "", str(node.name()).rpartition("::")[2])
+
+
+def _nodes(tensors: Sequence[Tensor]) -> list[Any]:
+    """Every node of the graph behind some tensors, once each."""
+    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(waiting)
+    found = []
+    while waiting:
+        node = waiting.pop()
+        found.append(node)
+        for behind, _ in node.next_functions:
+            if behind is not None and behind not in seen:
+                seen.add(behind)
+                waiting.append(behind)
+    return found
+
+
+def _is_zero(bound: Any) -> bool:
+    if isinstance(bound, Tensor):
+        return not bound.requires_grad and not bool(bound.any())
+    return bound is not None and float(bound) == 0
+
+
+def _is_activation(node: Any, kind: str) -> bool:
+    """Whether a node is a rectifying activation: one by name, or a clamp or maximum at zero."""
+    if kind in _ACTIVATIONS:
+        return True
+    if kind in _CLAMPS:
+        return _is_zero(getattr(node, "_saved_" + _CLAMPS[kind]))
+    if kind in _MAXIMA:
+        constants = [i for i, (behind, _) in enumerate(node.next_functions) if behind is None]
+        # The node keeps its operands only where it needs them for a derivative.
+        return len(constants) == 1 and _is_zero(node._saved_other if constants[0] else node._saved_self)  # noqa: SLF001
+    return False
+
+
+def _positive_in(grads: _Grads) -> _Grads:
+    """Keep the positive part of what arrives."""
+    return tuple(g.clamp(min=0) if g is not None else None for g in grads)
+
+
+def _positive_through(grads_in: _Grads, grads_out: _Grads) -> _Grads:
+    """Hand on the positive part of what arrived, whatever the forward values were."""
+    arrived = grads_out[0]
+    # The operand that varies: the first, or the second of a maximum whose first is the constant zero.
+    place = next((i for i, g in enumerate(grads_in) if g is not None), None)
+    if arrived is None or place is None:
+        return grads_in
+    shape = grads_in[place].shape  # type: ignore[union-attr]  # not None by the line above
+    return (*grads_in[:place], arrived.clamp(min=0).sum_to_size(shape), *grads_in[place + 1 :])
+
+
+def stretched(signal: Tensor, size: Sequence[int], stride: Sequence[int], strides: Strides = "nearest") -> Tensor:
+    """Resize a signal from a strided operation's output to what it would be with stride 1, its total kept.
+
+    Args:
+        signal: what arrives from above, axes image, filter, then one to three axes of space.
+        size: cells wanted along each axis of space.
+        stride: of the operation along each axis of space; only ``"aligned"`` reads it.
+        strides: ``"nearest"``, the authors' way: cell ``j`` takes the value of cell ``floor((j + 0.5) · n / size)``,
+            as MATLAB's ``imresize`` does and PyTorch calls ``nearest-exact``. ``"aligned"``: cell ``j`` lies at ``j /
+            stride`` between the windows that were really computed, and takes its value by linear interpolation.
+
+    Returns:
+        The signal at that size, divided by the mean number of repeats, so that branches with different numbers of
+        strided convolutions (one beside a strided pooling, say) still add in the proportions of the true gradient.
+    """
+    cells = signal.shape[2:]
+    repeats = 1.0
+    for wanted, have in zip(size, cells, strict=True):
+        repeats *= wanted / have
+    if strides == "nearest":
+        return F.interpolate(signal, size=tuple(size), mode="nearest-exact") / repeats
+    spanned = tuple((have - 1) * step + 1 for have, step in zip(cells, stride, strict=True))
+    mode = ("linear", "bilinear", "trilinear")[len(cells) - 1]
+    between = F.interpolate(signal, size=spanned, mode=mode, align_corners=True)
+    for axis, (wanted, have) in enumerate(zip(size, spanned, strict=True), start=2):
+        # Cells that no strided window reached take the last window's value; with ceil_mode one may lie outside.
+        kept = torch.arange(wanted, device=signal.device).clamp(max=have - 1)
+        between = between.index_select(axis, kept)
+    return between / repeats
+
+
+def strided_gradient(
+    signal: Float[Tensor, "image filter ..."],
+    weight: Float[Tensor, "filter slice ..."],
+    input_size: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    strides: Strides = "nearest",
+) -> Float[Tensor, "image channel ..."]:
+    """Data gradient of a strided convolution without the lattice that its stride leaves.
+
+    ``S = H + 2·padding - dilation·(kernel - 1)`` cells is what the convolution would give with stride 1. The signal
+    is resized to ``S`` (`stretched`), then goes through the ordinary stride-1 data gradient with the same weights.
+
+    Args:
+        signal: what arrives at the convolution's output; one to three axes of space.
+        weight: the convolution's weights.
+        input_size: H, cells of the convolution's input along each axis of space.
+        stride: of the convolution, per axis.
+        padding: zeros added at each side, per axis.
+        dilation: per axis.
+        groups: of the convolution.
+        strides: how the signal is resized.
+
+    Returns:
+        The signal at the convolution's input, exactly of ``input_size``.
+
+    Raises:
+        LayerError: the sizes do not belong to one convolution.
+
+    Source:
+        Oramas et al., ICLR 2019, the released code, which computes ``S`` from the *network's* input and is therefore
+        right for a first layer without padding only. Here it is computed from each layer's own input. The division
+        in `stretched` is ours; in a chain it changes a factor alone.
+
+    Example:
+        >>> ones = torch.ones(1, 1, 3, 3)
+        >>> pointwise = torch.ones(1, 1, 1, 1)
+        >>> grad = strided_gradient(ones, pointwise, (6, 6), stride=(2, 2), padding=(0, 0), dilation=(1, 1))
+        >>> grad.unique().tolist()
+        [0.25]
+    """
+    size = [
+        cells + 2 * pad - gap * (kernel - 1)
+        for cells, pad, gap, kernel in zip(input_size, padding, dilation, weight.shape[2:], strict=True)
+    ]
+    back: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(size) - 1]
+    dense = stretched(signal, size, stride, strides)
+    result = back(dense, weight, padding=tuple(padding), dilation=tuple(dilation), groups=groups)
+    if tuple(result.shape[2:]) != tuple(input_size):
+        raise LayerError(
+            expected(
+                f"a signal of the convolution's input size {tuple(input_size)}",
+                f"{tuple(result.shape[2:])}",
+                "Use fix_strides=False and report the layer",
+            )
+        )
+    return result
+
+
+def _axes(value: Any, count: int) -> tuple[int, ...]:
+    values = tuple(int(v) for v in value)
+    return values * count if len(values) == 1 else values
+
+
+def _convolution(node: Any, strides: Strides) -> _Replacement | None:
+    """Return what replaces the data gradient of a strided convolution."""
+    if node._saved_transposed or max(node._saved_stride) == 1:  # noqa: SLF001
+        return None
+    weight = node._saved_weight.detach()  # noqa: SLF001
+    count = weight.ndim - 2
+    stride, padding = _axes(node._saved_stride, count), _axes(node._saved_padding, count)  # noqa: SLF001
+    dilation, groups = _axes(node._saved_dilation, count), int(node._saved_groups)  # noqa: SLF001
+
+    def replace(grads_in: _Grads, grads_out: _Grads) -> _Grads:
+        ordinary, arrived = grads_in[0], grads_out[0]
+        if ordinary is None or arrived is None:
+            return grads_in
+        fixed = strided_gradient(
+            arrived,
+            weight,
+            ordinary.shape[2:],
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            strides=strides,
+        )
+        return (fixed, *grads_in[1:])
+
+    return replace
+
+
+def _scattered(signal: Tensor, indices: Tensor, size: Sequence[int], *, add: bool) -> Tensor:
+    """Bring a signal to the cells that ``indices`` name, adding up or letting the last window win."""
+    flat, where = signal.flatten(2), indices.flatten(2)
+    cells = 1
+    for length in size:
+        cells *= length
+    if add:
+        spread = flat.new_zeros(*flat.shape[:2], cells).scatter_add(2, where, flat)
+    else:
+        order = torch.arange(flat.shape[2], device=flat.device).expand_as(where)
+        nobody = torch.full((*flat.shape[:2], cells), -1, dtype=torch.long, device=flat.device)
+        last = nobody.scatter_reduce(2, where, order, "amax")
+        spread = torch.where(last >= 0, flat.gather(2, last.clamp(min=0)), flat.new_zeros(()))
+    return spread.reshape(*signal.shape[:2], *size)
+
+
+def _window(node: Any, count: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Kernel, stride and padding of a pooling, per axis."""
+    kernel = _axes(node._saved_kernel_size, count)  # noqa: SLF001
+    return kernel, _axes(node._saved_stride or kernel, count), _axes(node._saved_padding, count)  # noqa: SLF001
+
+
+def _with_images(maps: Tensor, count: int) -> Tensor:
+    """Add the image axis where a network pools one image's maps without it."""
+    return maps if maps.ndim == count + 2 else maps[None]
+
+
+def _max_pool(node: Any, count: int, pooling: Pooling, strides: Strides) -> _Replacement | None:
+    """Return what replaces the backward pass of a max pooling."""
+    kernel, stride, padding = _window(node, count)
+    if pooling == "resample" and max(stride) == 1:
+        return None
+    dilation = _axes(node._saved_dilation, count)  # noqa: SLF001
+    given, indices = node._saved_self.detach(), node._saved_result1  # noqa: SLF001
+
+    def replace(grads_in: _Grads, grads_out: _Grads) -> _Grads:
+        arrived = grads_out[0]
+        if grads_in[0] is None or arrived is None:
+            return grads_in
+        seen, arrived = _with_images(given, count), _with_images(arrived, count)
+        if pooling == "overwrite":
+            signal = _scattered(arrived, _with_images(indices, count), seen.shape[2:], add=False)
+        else:
+            pool: Callable[..., Any] = F.max_pool2d if count == 2 else F.max_pool3d
+            dense, places = pool(seen, kernel, 1, padding, dilation, return_indices=True)
+            signal = stretched(arrived, dense.shape[2:], stride, strides)
+            signal = _scattered(signal, places, seen.shape[2:], add=True)
+        return (signal.reshape(given.shape), *grads_in[1:])
+
+    return replace
+
+
+def _mean_pool(node: Any, count: int, strides: Strides) -> _Replacement | None:
+    """Return what replaces the backward pass of a strided average pooling."""
+    kernel, stride, padding = _window(node, count)
+    if max(stride) == 1:
+        return None
+    shape = node._saved_self.shape  # noqa: SLF001
+    counted, divisor = bool(node._saved_count_include_pad), node._saved_divisor_override  # noqa: SLF001
+
+    def replace(grads_in: _Grads, grads_out: _Grads) -> _Grads:
+        arrived = grads_out[0]
+        if grads_in[0] is None or arrived is None:
+            return grads_in
+        pool: Callable[..., Tensor] = F.avg_pool2d if count == 2 else F.avg_pool3d
+        with torch.enable_grad():
+            blank = _with_images(arrived.new_zeros(shape), count).requires_grad_()
+            dense = pool(
+                blank, kernel, 1, padding, ceil_mode=False, count_include_pad=counted, divisor_override=divisor
+            )
+        signal = stretched(_with_images(arrived, count), dense.shape[2:], stride, strides)
+        return (torch.autograd.grad(dense, blank, signal)[0].reshape(shape), *grads_in[1:])
+
+    return replace
+
+
+def _refuse(kind: str) -> Callable[[_Grads], None]:
+    """Stop a signal that would pass an operation which cannot be looked into."""
+
+    def stop(_grads: _Grads) -> None:
+        raise LayerError(
+            expected(
+                "operations that autograd records one by one",
+                f"{kind}, whose inside (an activation, a stride) cannot be seen",
+                "Hand over the plain module, without torch.compile, TorchScript, re-entrant checkpoints or "
+                "autograd.Function, or ask for rule gradient with fix_strides=False",
+            )
+        )
+
+    return stop
+
+
+def _opaque(node: Any, kind: str) -> bool:
+    return kind not in _HARMLESS and (
+        isinstance(node, BackwardCFunction)
+        or kind in {"DifferentiableGraphBackward", "CppNode"}
+        or ("Conv" in kind and kind != "ConvolutionBackward")
+    )
+
+
+@contextlib.contextmanager
+def rewritten(
+    tensors: Sequence[Tensor], rule: Rule = "guided", strides: Strides | None = "nearest", pooling: Pooling = "route"
+) -> Iterator[None]:
+    """Run backward passes through a recorded graph by other rules while the block lasts.
+
+    With ``x`` an activation's input, ``f`` the activation and ``dy`` the signal that arrives at its output:
+
+    ===========  ===================================  ==================================
+    rule         ReLU                                 any other rectifying activation
+    ===========  ===================================  ==================================
+    guided       ``dx = dy · [x > 0] · [dy > 0]``     ``dx = f'(x) · max(dy, 0)``
+    deconvnet    ``dx = dy · [dy > 0]``               the same
+    gradient     ``dx = dy · [x > 0]``                ``dx = f'(x) · dy``
+    ===========  ===================================  ==================================
+
+    Rectifying are ReLU and clamps or maxima at zero (ReLU6), threshold, leaky and parametric ReLU, ELU, SELU, CELU,
+    GELU, SiLU, Mish, softplus and hardswish. Gates (sigmoid, softmax) and functions symmetric about zero (tanh)
+    keep their true derivative under every rule; so does an activation spelt as a product with a mask, which no
+    record tells from a gate.
+
+    Args:
+        tensors: where signals will start; everything behind them is covered.
+        rule: at activations.
+        strides: how strided convolutions (`strided_gradient`) and resampled poolings resize a signal; ``None`` for
+            the true gradient of convolutions. Transposed convolutions are left as they are.
+        pooling: ``"route"``, the true gradient (overlapping windows add up); ``"overwrite"``, the authors' variant
+            for max pooling (a later window in reading order replaces an earlier one); ``"resample"``, strided max
+            and average pooling treated like strided convolutions.
+
+    Raises:
+        LayerError: during the backward pass, when a signal reaches an operation that cannot be looked into.
+    """
+    handles = []
+    try:
+        for node in _nodes(tensors):
+            kind = _kind(node)
+            replace: _Replacement | None = None
+            if rule != "gradient" and _is_activation(node, kind):
+                if rule == "guided":
+                    handles.append(node.register_prehook(_positive_in))
+                else:
+                    replace = _positive_through
+            elif strides and kind == "ConvolutionBackward":
+                replace = _convolution(node, strides)
+            elif pooling != "route" and kind in _MAX_POOLS:
+                replace = _max_pool(node, _MAX_POOLS[kind], pooling, strides or "nearest")
+            elif pooling == "resample" and kind in _MEAN_POOLS:
+                replace = _mean_pool(node, _MEAN_POOLS[kind], strides or "nearest")
+            elif (rule != "gradient" or strides) and _opaque(node, kind):
+                handles.append(node.register_prehook(_refuse(kind)))
+            if replace is not None:
+                handles.append(node.register_hook(replace))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,270 @@
+"""Where pixels come from: files, arrays or a function that draws; every image as 8-bit RGB."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from partlens.errors import ImageError, InputError, expected
+from partlens.records import file_sha256
+
+Result = TypeVar("Result")
+ByteArray = npt.NDArray[np.uint8]
+
+_EXIF_ORIENTATION = 0x0112
+
+
+class Source(Protocol):
+    """Where pixels come from; rows are counted from 0 in the order in which the source was made."""
+
+    def read(self, row: int) -> Image.Image:
+        """Return an image as 8-bit RGB."""
+        ...
+
+    def size_px(self, row: int) -> tuple[int, int]:
+        """Return width and height as :meth:`read` gives them."""
+        ...
+
+    def digest(self, row: int) -> str:
+        """Return a text that is equal for equal content."""
+        ...
+
+    def may_fail(self) -> bool:
+        """Return whether some image may be unreadable."""
+        ...
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Bring 16-bit, 32-bit integer and float pixels to 8 bits (mode L).
+
+    16-bit modes are divided by 257. The 32-bit modes do not say what white is, so the values do: within 0–1
+    (float only), 0–255 or 0–65535 that range is used, and any other range is stretched from its minimum to
+    its maximum.
+    """
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("its pixels hold nan or infinity")
+    low, high = float(values.min()), float(values.max())
+    if image.mode.startswith("I;16"):
+        scaled = values / 257
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        scaled = values * 255
+    elif low >= 0 and high <= 255:
+        scaled = values
+    elif low >= 0 and high <= 65535:
+        scaled = values / 257
+    else:
+        scaled = (values - low) * (255 / max(high - low, 1e-30))  # one value alone becomes black
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Turn any of Pillow's modes into RGB, transparent pixels composited on white."""
+    if image.mode in {"I", "F"} or image.mode.startswith("I;"):
+        image = _to_8_bit(image)
+    elif image.has_transparency_data or image.mode in {"La", "RGBa"}:
+        if image.mode in {"La", "RGBa"}:
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+        opaque = image.convert("RGBA")
+        white = Image.new("RGBA", opaque.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, opaque)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; a damaged EXIF block leaves the image as stored."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 -- the parser raises anything on damaged metadata; the pixels are fine
+        return image
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files, each opened when it is read."""
+
+    paths: tuple[Path, ...]
+    turn: bool = True  # apply the EXIF orientation
+
+    def _failed(self, row: int, error: Exception) -> ImageError:
+        path = self.paths[row]
+        if isinstance(error, FileNotFoundError):
+            return ImageError(expected(f"an image file {path}", "nothing there", "Correct the table or the folder"))
+        reason = f"{type(error).__name__}: {error}".replace(str(path), path.name)
+        return ImageError(
+            expected(
+                f"an image that can be decoded at {path}",
+                reason,
+                "Replace the file or drop it with readable()",
+            )
+        )
+
+    def read(self, row: int) -> Image.Image:
+        """Return an image as 8-bit RGB."""
+        try:
+            with Image.open(self.paths[row]) as image:
+                image.load()
+                return _to_rgb(_upright(image) if self.turn else image)
+        except Exception as error:
+            raise self._failed(row, error) from error
+
+    def size_px(self, row: int) -> tuple[int, int]:
+        """Return width and height as :meth:`read` gives them."""
+        try:
+            with Image.open(self.paths[row]) as image:
+                turned = self.turn and image.getexif().get(_EXIF_ORIENTATION, 1) in {5, 6, 7, 8}
+                return (image.height, image.width) if turned else (image.width, image.height)
+        except Exception as error:
+            raise self._failed(row, error) from error
+
+    def digest(self, row: int) -> str:
+        """Return a text that is equal for equal content."""
+        try:
+            return f"{self.paths[row].stat().st_size}:{file_sha256(self.paths[row])}"
+        except OSError as error:
+            raise self._failed(row, error) from error
+
+    def may_fail(self) -> bool:
+        """Return whether some image may be unreadable."""
+        return True
+
+
+def as_bytes(image: npt.NDArray[Any], where: str) -> ByteArray:
+    """Check one array and bring it to uint8 ``[row, col]`` or ``[row, col, 3]``."""
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
+        remedy = "Give colours in the last axis (or leave that axis out for grey)"
+        if image.ndim == 3 and image.shape[0] in {1, 3}:
+            remedy = "Move the colours to the last axis, as with images.transpose(0, 2, 3, 1)"
+        raise ImageError(expected(f"shape [row, col, 3] for {where}", str(image.shape), remedy))
+    if image.dtype == np.uint8:
+        return image
+    if not np.issubdtype(image.dtype, np.floating):
+        raise ImageError(
+            expected(
+                f"uint8 (0–255) or float (0–1) values for {where}",
+                str(image.dtype),
+                'Convert them, as with images.astype("uint8")',
+            )
+        )
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):  # also catches nan, which neither min nor max lets pass
+        unknown = int(np.count_nonzero(np.isnan(image)))
+        got = f"{unknown} nan values" if unknown else f"values from {low:g} to {high:g}"
+        raise ImageError(
+            expected(f"float values from 0 to 1 for {where}", got, "Scale the images, or give them as uint8")
+        )
+    scaled: ByteArray = np.rint(image * 255).astype(np.uint8)
+    return scaled
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Arrays in memory."""
+
+    images: Sequence[ByteArray]
+
+    def read(self, row: int) -> Image.Image:
+        """Return an image as 8-bit RGB."""
+        return Image.fromarray(self.images[row]).convert("RGB")
+
+    def size_px(self, row: int) -> tuple[int, int]:
+        """Return width and height as :meth:`read` gives them."""
+        height, width = self.images[row].shape[:2]
+        return width, height
+
+    def digest(self, row: int) -> str:
+        """Return a text that is equal for equal content."""
+        image = np.ascontiguousarray(self.images[row])
+        return f"{image.shape}:{hashlib.sha256(image.tobytes()).hexdigest()}"
+
+    def may_fail(self) -> bool:
+        """Return whether some image may be unreadable."""
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """A function that draws; a recipe stands for the content of all it draws."""
+
+    draw: Callable[[int], ByteArray]
+    recipe: str
+
+    def read(self, row: int) -> Image.Image:
+        """Return an image as 8-bit RGB."""
+        image = self.draw(row)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ImageError(
+                expected(
+                    "uint8 arrays [row, col, 3] from the generator",
+                    f"{image.dtype} {image.shape}",
+                    "Change the function that draws",
+                )
+            )
+        return Image.fromarray(image)
+
+    def size_px(self, row: int) -> tuple[int, int]:
+        """Return width and height as :meth:`read` gives them."""
+        return self.read(row).size
+
+    def digest(self, row: int) -> str:
+        """Return a text that is equal for equal content."""
+        if self.recipe:
+            return f"{self.recipe}#{row}"
+        return Arrays([self.draw(row)]).digest(0)
+
+    def may_fail(self) -> bool:
+        """Return whether some image may be unreadable."""
+        return not self.recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Chained:
+    """Several sources one after the other, of each the given rows."""
+
+    parts: tuple[tuple[Source, tuple[int, ...]], ...]
+
+    def _place(self, row: int) -> tuple[Source, int]:
+        for source, rows in self.parts:
+            if row < len(rows):
+                return source, rows[row]
+            row -= len(rows)
+        raise IndexError(row)
+
+    def read(self, row: int) -> Image.Image:
+        """Return an image as 8-bit RGB."""
+        source, place = self._place(row)
+        return source.read(place)
+
+    def size_px(self, row: int) -> tuple[int, int]:
+        """Return width and height as :meth:`read` gives them."""
+        source, place = self._place(row)
+        return source.size_px(place)
+
+    def digest(self, row: int) -> str:
+        """Return a text that is equal for equal content."""
+        source, place = self._place(row)
+        return source.digest(place)
+
+    def may_fail(self) -> bool:
+        """Return whether some image may be unreadable."""
+        return any(source.may_fail() for source, _ in self.parts)
+
+
+def parallel(work: Callable[[int], Result], rows: Iterable[int], workers: int | None) -> Iterator[Result]:
+    """Map over rows in a thread pool, results in order (decoding and hashing release the lock)."""
+    count = workers or min(8, os.cpu_count() or 1)
+    if count < 1:
+        raise InputError(expected("workers >= 1", workers, "Leave workers out to use every core"))
+    with ThreadPoolExecutor(count) as pool:
+        yield from pool.map(work, rows)

@@ -1,0 +1,183 @@
+"""Borrow a network: use it, and hand it back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from partlens.errors import InputError, expected
+from partlens.network.zoo import unwrapped
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_DICTIONARIES = ("_parameters", "_buffers", "_modules", *_HOOKS)
+# Plain attributes that code around a network switches: modes, in-place flags, batch statistics.
+_FLAGS = ("training", "inplace", "track_running_stats", "momentum", "ceil_mode", "_is_full_backward_hook")
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the random state of Python, NumPy and torch (CPU, CUDA) as it was."""
+    python = random.getstate()
+    numpy = np.random.get_state()  # noqa: NPY002 - the legacy global state is what must be kept
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _restore_mapping(target: MutableMapping[Any, Any], saved: tuple[tuple[Any, Any], ...]) -> None:
+    """Give a dictionary back its entries, by identity and in order."""
+    if len(target) == len(saved) and all(
+        a[0] == b[0] and a[1] is b[1] for a, b in zip(target.items(), saved, strict=True)
+    ):
+        return
+    target.clear()
+    target.update(saved)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bitwise equality, also for NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return bool(torch.equal(a, b)) or bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124
+
+
+class _Snapshot:
+    """All of a network's state that code around it could disturb."""
+
+    def __init__(self, module: nn.Module, *, copy_weights: bool) -> None:
+        self.module = module
+        self.copied = copy_weights
+        self.modules = list(module.modules())
+        self.dictionaries: list[tuple[MutableMapping[Any, Any], tuple[tuple[Any, Any], ...]]] = []
+        # Most of a network's dictionaries are empty (hooks); a look at their length is all they need.
+        self.empty: list[MutableMapping[Any, Any]] = []
+        self.flags: list[tuple[nn.Module, str, Any]] = []
+        for each in self.modules:
+            content = each.__dict__
+            for name in _DICTIONARIES:
+                mapping = content.get(name)
+                if mapping:
+                    self.dictionaries.append((mapping, tuple(mapping.items())))
+                elif mapping is not None:
+                    self.empty.append(mapping)
+            for name in _FLAGS:
+                if name in content:
+                    self.flags.append((each, name, content[name]))
+        self.parameters = [
+            (
+                p,
+                p.data,
+                p.data.clone() if copy_weights else None,
+                p.requires_grad,
+                p.grad,
+                p._version,  # noqa: SLF001
+            )
+            for p in module.parameters()
+        ]
+        self.buffers = [(b, b.data, b.detach().clone()) for b in module.buffers()]
+        for p, *_ in self.parameters:
+            p.grad = None  # gradients made while borrowed must not be added to the owner's
+
+    def restore(self) -> list[str]:
+        """Put everything back; return the names of weights that were changed and could not be put back."""
+        self.module.train(self.flags[0][2] if self.flags else self.module.training)
+        for mapping, saved in self.dictionaries:
+            _restore_mapping(mapping, saved)
+        for mapping in self.empty:
+            if mapping:
+                mapping.clear()
+        for owner, name, value in self.flags:
+            owner.__dict__[name] = value
+        lost = []
+        with torch.no_grad():
+            for p, data, copied, requires_grad, grad, version in self.parameters:
+                if p.data_ptr() != data.data_ptr() or p.dtype != data.dtype or p.shape != data.shape:
+                    p.data = data
+                if copied is not None and not _same(p.data, copied):
+                    p.data.copy_(copied)
+                elif copied is None and p._version != version:  # noqa: SLF001
+                    lost.append(p)
+                p.requires_grad_(requires_grad)
+                p.grad = grad
+            for b, data, before in self.buffers:
+                if b.data_ptr() != data.data_ptr() or b.dtype != data.dtype or b.shape != data.shape:
+                    b.data = data
+                if not _same(b.data, before):
+                    b.data.copy_(before)
+        if not lost:
+            return []
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        return [names.get(id(p), "?") for p in lost]
+
+
+@contextlib.contextmanager
+def borrowed(module: nn.Module, *, copy_weights: bool = True) -> Iterator[nn.Module]:
+    """Use a network in eval mode and hand it back bit for bit as it was, after an exception too.
+
+    Kept: weights, buffers, ``requires_grad``, ``.grad`` (the same objects with the same values), train/eval
+    mode and in-place flags of every submodule, hooks, the submodules themselves, the device, and the global
+    random state of torch, NumPy and Python. Inside the block ``.grad`` is ``None``, so that a backward pass
+    cannot add to the owner's gradients.
+
+    Args:
+        module: the network; ``DataParallel`` is unwrapped.
+        copy_weights: keep a copy of the weights to restore from. Without it (cheaper for one forward pass,
+            which does not write weights) a changed weight cannot be restored and is an error.
+
+    Yields:
+        The unwrapped network in eval mode.
+
+    Raises:
+        InputTypeError: not a readable network.
+        InputError: the network changed its own weights and ``copy_weights`` was off.
+
+    Example:
+        >>> layer = nn.Sequential(nn.BatchNorm2d(3)).train()
+        >>> with borrowed(layer) as network:
+        ...     network.training
+        False
+        >>> layer.training
+        True
+    """
+    inner = unwrapped(module)
+    with random_state_kept():
+        snapshot = _Snapshot(inner, copy_weights=copy_weights)
+        lost: list[str] = []
+        try:
+            inner.eval()
+            yield inner
+        finally:
+            lost = snapshot.restore()
+    if lost:
+        raise InputError(
+            expected(
+                "a network that leaves its weights alone in eval mode",
+                f"{type(inner).__name__}, which changed {lost[0]}",
+                "Wrap it so that its forward pass does not write weights",
+            )
+        )

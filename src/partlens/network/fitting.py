@@ -1,0 +1,165 @@
+"""Train a small classifier on an image set, and keep it as a file that names its input and its classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, UInt8
+from torch import Tensor, nn
+
+from partlens.data.images import ImageSet
+from partlens.errors import InputError, expected
+from partlens.network.borrowed import random_state_kept
+from partlens.network.preprocessing import Preprocessing
+from partlens.progress import Progress
+from partlens.records import write_tensors
+
+_READ_AT_ONCE = 256
+_HELD_BATCH = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A trained classifier.
+
+    Attributes:
+        network: in eval mode.
+        class_names: what its outputs mean: the categories in alphabetical order.
+        right: for each held-out image, whether the largest output is its category's.
+    """
+
+    network: nn.Module
+    class_names: tuple[str, ...]
+    right: Bool[Tensor, " image"]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the held-out images that are classified rightly, 0 to 1."""
+        return float(self.right.float().mean())
+
+
+def frames(images: ImageSet, rows: tuple[int, ...], preprocessing: Preprocessing) -> UInt8[Tensor, "image row col 3"]:
+    """Read images as bytes at the size of the network's input, a quarter of the memory of the input itself."""
+    read = [
+        np.stack([np.asarray(preprocessing.frame(images.read(i))) for i in rows[start : start + _READ_AT_ONCE]])
+        for start in range(0, len(rows), _READ_AT_ONCE)
+    ]
+    return torch.from_numpy(np.concatenate(read))
+
+
+def train_classifier(
+    build: Callable[[int], nn.Module],
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    *,
+    epochs: int,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 1e-3,
+    mirror: bool = True,
+    channels_last: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Train a network to tell the categories of an image set apart.
+
+    AdamW with one cycle of the learning rate (up for three tenths of the steps, then down) and cross-entropy. The same
+    seed gives the same weights on the same machine and library versions.
+
+    Args:
+        build: makes the untrained network for a number of outputs; it is called under the seed.
+        images: with categories, and the splits ``train`` and ``test``.
+        preprocessing: of the network.
+        epochs: passes over the training images, at least 1.
+        batch_size: images per step.
+        learning_rate: its largest value.
+        weight_decay: AdamW's.
+        mirror: turn every other batch left to right.
+        channels_last: lay tensors out as CPUs like them; faster, other rounding.
+        seed: of the weights and the order.
+        progress: how to show progress.
+
+    Returns:
+        The network, its class names, and which held-out images it gets right.
+
+    Raises:
+        InputError: no epochs, or fewer than two categories.
+        ImageError: no image in the split ``train`` or ``test``.
+    """
+    names = tuple(sorted(images.category_counts()))
+    if epochs < 1:
+        raise InputError(expected("epochs >= 1", epochs, "Train for at least one epoch"))
+    if len(names) < 2:
+        raise InputError(expected("at least two categories", ", ".join(names), "Add images of another category"))
+    show = progress or Progress.silent()
+    number = {name: index for index, name in enumerate(names)}
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def load(split: str) -> tuple[Tensor, Tensor]:
+        rows = images.indices(split=split)
+        return frames(images, rows, preprocessing), torch.tensor([number[images.categories[i]] for i in rows])
+
+    def ready(part: Tensor) -> Tensor:
+        return preprocessing.of_bytes(part).contiguous(memory_format=layout)
+
+    with random_state_kept():
+        torch.manual_seed(seed)
+        network = build(len(names)).to(memory_format=layout)
+        with show.task("reading images", 2) as advance:
+            pictures, labels = load("train")
+            advance(1)
+            held, held_labels = load("test")
+            advance(2)
+        optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        steps = epochs * ((len(labels) + batch_size - 1) // batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=learning_rate, total_steps=steps)
+        network.train()
+        with show.task("training the network", epochs) as advance:
+            for epoch in range(epochs):
+                for rows in torch.randperm(len(labels)).split(batch_size):
+                    batch = ready(pictures[rows])
+                    batch = batch.flip(3) if mirror and float(torch.rand(())) < 0.5 else batch
+                    loss = F.cross_entropy(network(batch), labels[rows])
+                    optimiser.zero_grad()
+                    loss.backward()
+                    optimiser.step()
+                    schedule.step()
+                advance(epoch + 1, f"loss {float(loss.detach()):.2f}")
+        network = network.to(memory_format=torch.contiguous_format).eval()
+        right = right_answers(network, held, held_labels, preprocessing)
+    return Fitted(network, names, right)
+
+
+@torch.no_grad()
+def right_answers(
+    network: nn.Module, pictures: UInt8[Tensor, "image row col 3"], labels: Tensor, preprocessing: Preprocessing
+) -> Bool[Tensor, " image"]:
+    """Say for each image whether the network's largest output is its label."""
+    outputs = [network(preprocessing.of_bytes(part)).argmax(1) for part in pictures.split(_HELD_BATCH)]
+    return torch.cat(outputs) == labels
+
+
+def save_classifier(
+    path: Path, network: nn.Module, preprocessing: Preprocessing, class_names: tuple[str, ...] = ()
+) -> None:
+    """Write a network's weights with what :func:`~partlens.network.zoo.load_performer` has to know beside them.
+
+    Args:
+        path: ends in ``.safetensors``.
+        network: its state dict is written.
+        preprocessing: goes into the header as ``input`` and ``input_size``.
+        class_names: go into the header as a JSON list.
+
+    Raises:
+        StorageError: the file could not be written.
+    """
+    metadata = preprocessing.to_metadata()
+    if class_names:
+        metadata["class_names"] = json.dumps(list(class_names))
+    write_tensors(path, network.state_dict(), metadata)

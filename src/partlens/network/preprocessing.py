@@ -1,0 +1,306 @@
+"""How an image file becomes a network's input, and where its pixels go.
+
+Pixel coordinates are continuous throughout: pixel ``i`` covers ``[i, i + 1)`` and its middle is ``i + 0.5``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from partlens.errors import InputError, WeightsError, expected, listed
+
+Resize = Literal["squash", "crop"]
+ChannelOrder = Literal["RGB", "BGR"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image file becomes the network's input.
+
+    The value at a pixel of channel ``c`` is ``(scale · v - mean[c]) / std[c]`` with ``v`` in 0-255.
+
+    Args:
+        size_px: rows and columns of the input.
+        resize: ``"squash"`` stretches the whole image to ``size_px`` (the explainer papers do this with
+            object crops); ``"crop"`` scales the shorter side to ``resize_px`` and takes the middle.
+        resize_px: shorter side before the crop, in pixels; ``None`` with ``"squash"``, where it is not used.
+        channel_order: order of the channels of the input; ``mean`` and ``std`` stand in this order, so that
+            Caffe's ``104 117 123`` are blue, green, red.
+        scale: factor on the byte values, 1/255 or 1.
+        mean: per channel, after scaling.
+        std: per channel, after scaling; above 0.
+        interpolation: Pillow's filter, which smooths when it shrinks.
+
+    Raises:
+        InputError: a size below 1, a ``std`` of 0, or a ``resize_px`` that is missing or smaller than the
+            crop.
+
+    Example:
+        >>> prepare = Preprocessing(size_px=(8, 8), resize="squash")
+        >>> tuple(prepare([Image.new("RGB", (20, 10))]).shape)
+        (1, 3, 8, 8)
+        >>> prepare.to_input_px((10, 5), image_size=(20, 10)).tolist()
+        [4.0, 4.0]
+    """
+
+    size_px: tuple[int, int] = (224, 224)
+    resize: Resize = "crop"
+    resize_px: int | None = None
+    channel_order: ChannelOrder = "RGB"
+    scale: float = 1 / 255
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: Interpolation = "bilinear"
+
+    def __post_init__(self) -> None:
+        if len(self.size_px) != 2 or min(self.size_px) < 1:
+            raise InputError(expected("size_px as (rows, columns) of at least 1", self.size_px, "Correct the size"))
+        for name, value, options in (
+            ("resize", self.resize, ("squash", "crop")),
+            ("channel_order", self.channel_order, ("RGB", "BGR")),
+            ("interpolation", self.interpolation, tuple(_FILTERS)),
+        ):
+            if value not in options:
+                raise InputError(expected(f"{name} to be one of {', '.join(options)}", value, f"Choose {options[0]}"))
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
+            raise InputError(
+                expected(
+                    "three means and three positive standard deviations",
+                    f"mean {self.mean}, std {self.std}",
+                    "Give one value per channel",
+                )
+            )
+        if self.resize == "crop" and self.resize_px is None:
+            object.__setattr__(self, "resize_px", max(self.size_px))
+        if self.resize == "crop" and cast("int", self.resize_px) < max(self.size_px):
+            raise InputError(
+                expected(
+                    f"resize_px of at least {max(self.size_px)} px, the crop's longer side",
+                    self.resize_px,
+                    "Raise resize_px or choose resize squash",
+                )
+            )
+
+    def _scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after scaling, before the crop (torchvision's rounding)."""
+        rows, cols = self.size_px
+        if self.resize == "squash":
+            return cols, rows
+        short = cast("int", self.resize_px)
+        if width <= height:
+            return short, int(short * height / width)
+        return int(short * width / height), short
+
+    def box_in_input(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Say where the whole original image lies in the input's coordinates.
+
+        Args:
+            width: of the original image, pixels.
+            height: of the original image, pixels.
+
+        Returns:
+            ``x0, y0, x1, y1`` in input pixels; what was cropped away lies outside the input (``x0`` below 0).
+
+        Raises:
+            InputError: a side below 1 pixel.
+        """
+        if width < 1 or height < 1:
+            raise InputError(expected("an image of at least 1x1 px", f"{width}x{height}", "Check the image file"))
+        rows, cols = self.size_px
+        wide, high = self._scaled_size(width, height)
+        left, top = round((wide - cols) / 2.0), round((high - rows) / 2.0)
+        return float(-left), float(-top), float(wide - left), float(high - top)
+
+    def to_input_px(self, xy: Any, image_size: tuple[int, int]) -> np.ndarray:
+        """Map points of the original image to the input.
+
+        Args:
+            xy: points ``[..., 2]`` as (x, y) in continuous pixels of the original image.
+            image_size: width and height of the original image.
+
+        Returns:
+            Float64 array ``[..., 2]`` in input pixels.
+        """
+        x0, y0, x1, y1 = self.box_in_input(*image_size)
+        factor = np.array([(x1 - x0) / image_size[0], (y1 - y0) / image_size[1]])
+        mapped: np.ndarray = np.asarray(xy, dtype=np.float64) * factor + np.array([x0, y0])
+        return mapped
+
+    def to_image_px(self, xy: Any, image_size: tuple[int, int]) -> np.ndarray:
+        """Map points of the input back to the original image: the inverse of `to_input_px`.
+
+        Args:
+            xy: points ``[..., 2]`` as (x, y) in continuous pixels of the input.
+            image_size: width and height of the original image.
+
+        Returns:
+            Float64 array ``[..., 2]`` in pixels of the original image.
+        """
+        x0, y0, x1, y1 = self.box_in_input(*image_size)
+        factor = np.array([(x1 - x0) / image_size[0], (y1 - y0) / image_size[1]])
+        mapped: np.ndarray = (np.asarray(xy, dtype=np.float64) - np.array([x0, y0])) / factor
+        return mapped
+
+    def frame(self, image: Image.Image) -> Image.Image:
+        """Return what the network sees of an image, as an RGB image of the input's size."""
+        rows, cols = self.size_px
+        scaled = image.convert("RGB").resize(self._scaled_size(*image.size), _FILTERS[self.interpolation])
+        x0, y0, _, _ = self.box_in_input(*image.size)
+        left, top = int(-x0), int(-y0)
+        return scaled.crop((left, top, left + cols, top + rows))
+
+    def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "image 3 row col"]:
+        """Turn images into one float32 batch on the CPU.
+
+        Args:
+            images: Pillow images of any mode and size.
+
+        Returns:
+            Batch in the order of ``images``; an empty sequence gives a batch of length 0.
+        """
+        rows, cols = self.size_px
+        batch = np.empty((len(images), rows, cols, 3), dtype=np.float32)
+        for index, image in enumerate(images):
+            batch[index] = np.asarray(self.frame(image), dtype=np.float32)
+        return self._normalised(batch)
+
+    def of_bytes(self, frames: UInt8[Tensor, "image row col 3"]) -> Float[Tensor, "image 3 row col"]:
+        """Turn what `frame` gave, kept as bytes, into a float32 batch on the CPU.
+
+        Args:
+            frames: RGB, of the input's size.
+
+        Returns:
+            The same batch, bit for bit, as calling this object with the images.
+        """
+        return self._normalised(frames.numpy().astype(np.float32))
+
+    def _normalised(self, batch: np.ndarray) -> Tensor:
+        """Scale and centre float32 RGB values ``[image, row, col, 3]``, in place."""
+        if self.channel_order == "BGR":
+            batch = batch[..., ::-1]
+        batch *= np.float32(self.scale)
+        batch -= np.array(self.mean, dtype=np.float32)
+        batch /= np.array(self.std, dtype=np.float32)
+        return torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a manifest; `from_dict` reads them back."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Preprocessing:
+        """Build from plain values.
+
+        Raises:
+            InputError: a field that does not exist, or a value that is not allowed.
+
+        Example:
+            >>> Preprocessing.from_dict(Preprocessing().to_dict()) == Preprocessing()
+            True
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(content) - known):
+            raise InputError(
+                expected(
+                    f"preprocessing fields among {', '.join(sorted(known))}",
+                    listed(unknown),
+                    "Remove the others",
+                )
+            )
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+        return cls(**values)
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the entries of a safetensors header that `from_metadata` reads back.
+
+        Raises:
+            InputError: a ``scale`` other than 1 and 1/255, which the header has no words for.
+
+        Example:
+            >>> Preprocessing.from_metadata(Preprocessing().to_metadata()) == Preprocessing()
+            True
+        """
+        spans = {1.0: "0-255", 1 / 255: "0-1"}
+        if self.scale not in spans:
+            raise InputError(expected("a scale of 1 or 1/255", self.scale, "Move the factor into mean and std"))
+        mean, std = (" ".join(repr(float(value)) for value in values) for values in (self.mean, self.std))
+        crop = f", crop {self.resize_px}" if self.resize == "crop" else ""
+        shrunk = "" if self.interpolation == "bilinear" else f", {self.interpolation}"
+        return {
+            "input": f"{self.channel_order}, {spans[self.scale]}, mean {mean}, std {std}{crop}{shrunk}",
+            "input_size": f"{self.size_px[0]}x{self.size_px[1]}",
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Preprocessing | None:
+        """Read the ``input`` and ``input_size`` entries of a safetensors header.
+
+        Args:
+            metadata: the header, e.g. ``{"input": "BGR, 0-255, mean 104 117 123, std 1", "input_size":
+                "227x227"}``.
+
+        Returns:
+            The preprocessing, ``None`` without ``input``. A header that names a size alone gets the whole image
+            squashed to it, so that an image of that size goes in as it is and nothing of an object's crop is cut
+            away; ``crop 256`` in the header asks for torchvision's way instead (shorter side 256, centre crop).
+
+        Raises:
+            WeightsError: the entry is there but cannot be understood.
+        """
+        text = metadata.get("input")
+        if text is None:
+            return None
+        sizes = re.search(r"(\d+)\s*x\s*(\d+)", metadata.get("input_size", "")) or re.search(r"(\d+)\s*x\s*(\d+)", text)
+        order = re.search(r"\b(RGB|BGR)\b", text)
+        span = re.search(r"\b0-(1|255)\b", text)
+        crop = re.search(r"\bcrop (\d+)\b", text)
+        mean, std = _numbers(text, "mean"), _numbers(text, "std")
+        if order is None or span is None or mean is None:
+            raise WeightsError(
+                expected(
+                    'metadata such as "RGB, 0-1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, 224x224"',
+                    text,
+                    "Correct the header or give the preprocessing yourself",
+                )
+            )
+        size = (int(sizes[1]), int(sizes[2])) if sizes else (224, 224)
+        unit = span[1] == "1"
+        return cls(
+            size_px=size,
+            resize="squash" if crop is None else "crop",
+            resize_px=None if crop is None else int(crop[1]),
+            channel_order=cast("ChannelOrder", order[1]),
+            scale=1 / 255 if unit else 1.0,
+            mean=mean,
+            std=std or (1.0, 1.0, 1.0),
+            interpolation="bicubic" if re.search(r"\bbicubic\b", text) else "bilinear",
+        )
+
+
+def _numbers(text: str, word: str) -> tuple[float, float, float] | None:
+    """Read one or three numbers after a word."""
+    found = re.search(rf"\b{word}((?:\s+[-+.\deE]+)+)", text)
+    if found is None:
+        return None
+    values = [float(v) for v in found[1].split()]
+    if len(values) == 1:
+        values *= 3
+    return (values[0], values[1], values[2]) if len(values) == 3 else None

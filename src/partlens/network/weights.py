@@ -1,0 +1,193 @@
+"""Weights: read from a file without running its code, checked, and filled into a network; or drawn from a seed."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from partlens.errors import InputError, LayerError, WeightsError, expected, first_line, listed
+
+OUTPUT_LAYER = "output_layer"
+"""Entry of a safetensors header: which layer was replaced to change the number of outputs."""
+
+_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a weights file: float32 tensors by name and the header, without running code from the file."""
+    if not path.is_file():
+        raise WeightsError(expected(f"a weights file {path}", "nothing there", "Check the path after @"))
+    metadata: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt") as handle:
+                metadata = dict(handle.metadata() or {})
+                content: Any = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise WeightsError(
+                expected(f"safetensors in {path.name}", str(error), "Download or convert the file again")
+            ) from error
+    else:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise WeightsError(
+                expected(
+                    f"only tensors in {path.name}",
+                    "a pickle that would run code when opened, or that is damaged",
+                    "Convert its state dict to safetensors where you trust the file: "
+                    "safetensors.torch.save_file(module.state_dict(), 'weights.safetensors')",
+                )
+            ) from error
+        except Exception as error:  # the unpickler raises whatever a text or a damaged file leads to
+            raise WeightsError(
+                expected(f"PyTorch weights in {path.name}", first_line(error), "Save the state dict again")
+            ) from error
+        for wrapper in ("state_dict", "model_state_dict", "model"):
+            if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+                content = content[wrapper]
+                break
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise WeightsError(
+            expected(
+                f"a state dict (names and tensors) in {path.name}",
+                type(content).__name__,
+                "Save module.state_dict() as safetensors",
+            )
+        )
+    weights = {str(name): value for name, value in content.items()}
+    if weights and all(name.startswith("module.") for name in weights):  # saved from DataParallel
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return {n: v.float() if v.is_floating_point() else v for n, v in weights.items()}, metadata
+
+
+def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that are not numbers."""
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise WeightsError(
+                expected(
+                    f"finite weights in {where}",
+                    f"{bad} NaN or infinite values in {name}",
+                    "Use weights from a run that did not diverge",
+                )
+            )
+
+
+def load_into(
+    module: nn.Module, weights: Mapping[str, Tensor], where: str, may_lack: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Fill a network strictly; return the names that were absent and allowed to be."""
+    own = module.state_dict()
+    # Batch counters are bookkeeping that old files lack; everything else must be there.
+    missing = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
+    absent = tuple(n for n in missing if n.startswith(may_lack)) if may_lack else ()
+    missing = [n for n in missing if n not in absent]
+    surplus = [n for n in weights if n not in own]
+    if missing or surplus:
+        parts = ([f"missing {listed(missing, 4)}"] if missing else []) + (
+            [f"unexpected {listed(surplus, 4)}"] if surplus else []
+        )
+        raise WeightsError(
+            expected(
+                f"the {len(own)} tensors of {type(module).__name__} in {where}",
+                "; ".join(parts),
+                "Give the weights of this network, or rename them to its layer names",
+            )
+        )
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            raise WeightsError(
+                expected(
+                    f"{name} of shape {tuple(own[name].shape)} in {where}",
+                    str(tuple(value.shape)),
+                    "Give the weights of this network",
+                )
+            )
+    check_finite(weights, where)
+    module.load_state_dict(dict(weights), strict=False)
+    return absent
+
+
+def with_outputs(module: nn.Module, layer: str, outputs: int) -> None:
+    """Put a new last layer with another number of outputs into a network, in place.
+
+    Args:
+        module: the network, changed.
+        layer: its last layer with weights, by name: a linear layer or a convolution.
+        outputs: of the new layer, whose weights stand at torch's random start.
+
+    Raises:
+        LayerError: the layer is missing or of another kind.
+    """
+    owner, _, name = layer.rpartition(".")
+    old = dict(module.named_modules()).get(layer)
+    new: nn.Module
+    if isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features, outputs, bias=old.bias is not None)
+    elif isinstance(old, nn.Conv2d) and old.groups == 1 and not isinstance(old.padding, str):
+        new = nn.Conv2d(
+            old.in_channels,
+            outputs,
+            cast("tuple[int, int]", old.kernel_size),
+            cast("tuple[int, int]", old.stride),
+            cast("tuple[int, int]", old.padding),
+            cast("tuple[int, int]", old.dilation),
+            bias=old.bias is not None,
+        )
+    else:
+        got = "none of that name" if old is None else type(old).__name__
+        raise LayerError(
+            expected(f"{layer} to be a linear layer or a convolution without groups", got, "Use another network")
+        )
+    new.to(device=old.weight.device, dtype=old.weight.dtype).train(old.training)
+    setattr(module.get_submodule(owner), name, new)
+
+
+def output_count(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> int | None:
+    """Number of classes in a file whose only difference is the size of the last layer."""
+    different = [n for n, v in weights.items() if n in own and own[n].shape != v.shape]
+    owners = {n.rpartition(".")[0] for n in different}
+    if len(owners) != 1 or not different:
+        return None
+    shapes = {weights[n].shape[0] for n in different if weights[n].ndim}
+    return shapes.pop() if len(shapes) == 1 else None
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a network from a seed, leaving the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build()
+
+
+def seed_of(weights: str, spec: str) -> int:
+    """Read SEED of ``random:SEED``."""
+    text = weights.partition(":")[2]
+    if not text.isdigit():
+        raise InputError(expected("a seed such as random:0", spec, "Write a whole number after random:"))
+    return int(text)
+
+
+def is_file(weights: str) -> bool:
+    """Say whether a text names a file, rather than published or random weights."""
+    return "/" in weights or "\\" in weights or weights.lower().endswith(_FILE_SUFFIXES)
+
+
+def no_download(name: str, error: Exception) -> WeightsError:
+    """Build the error of a failed download, with the remedy."""
+    return WeightsError(
+        expected(
+            f"to download the weights of {name}",
+            f"{type(error).__name__}: {first_line(error)}",
+            f"Fetch them on a connected machine and give {name.partition('@')[0]}@weights.safetensors",
+        )
+    )

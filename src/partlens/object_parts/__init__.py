@@ -1,0 +1,1 @@
+"""Parts of filters, and what each of them contributes to a prediction."""

@@ -1,0 +1,404 @@
+"""Which part each filter of the last interpretable layer holds: the nearest landmark, or a group found without any.
+
+The papers assign filters to head, neck, torso and other by hand (ICLR 2020, Fig. 5 and App. D). Here are two rules
+that need no hand, and a person names or joins what they give:
+
+- *landmarks*: the landmark that the filter's peak is nearest to on average, unless it is far from all of them or its
+  peak does not predict that landmark's position better than a random peak would;
+- *clusters*: filters that move together over the photos and answer to similar features of the performer.
+
+A filter that fits nowhere, or is dead, belongs to "other" (:data:`OTHER`). Everything here takes tensors; the scores
+that say how far an assignment can be trusted are in :mod:`partlens.metrics.parts`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from partlens.errors import InputError, check_names, check_types, expected
+
+OTHER = -1
+"""The label of a filter without a part."""
+
+Rule = Literal["auto", "landmarks", "clusters"]
+_RULES = ("auto", "landmarks", "clusters")
+
+
+@dataclass(frozen=True)
+class PartsConfig:
+    """How filters are assigned to parts.
+
+    Attributes:
+        rule: ``landmarks``, ``clusters``, or ``auto``: landmarks where the photos have them.
+        distance_max_frac: with landmarks, the largest mean distance to the nearest one, as a share of the input's
+            diagonal; beyond it a filter is "other". ``null.distance_frac_p05`` in ``parts.json`` says what random
+            peaks reach.
+        consistency_min: with landmarks, the least cross-validated R² with which the peak predicts the nearest
+            landmark; by default what 95 % of the random peaks stay below on the same photos.
+        null_filters: random-peak filters drawn to measure the nulls.
+        null_level: share of the random-peak filters that the measured thresholds refuse.
+        clusters_min: fewest groups tried.
+        clusters_max: most groups tried; the number with the highest silhouette is taken.
+        place_weight: weight of moving together against answering to the same features (0 to 1).
+        rounds: halvings of the photos that measure stability.
+        photos_max: most photos used; drawn by seed where there are more.
+        random_parts: random deals of the filters, the null of the contributions.
+        coalitions_max: up to this many coalitions Shapley values are exact; beyond they are estimated.
+        order_pairs: pairs of random orders for the estimate.
+        remainder_max: remainder of the integrated gradients that is accepted, as a share of the score's rise; on
+            ResNet-18's layer 3, 0.02 took 24 steps and left the parts' sums 3 % off those of 400 steps.
+        seed: of every draw.
+    """
+
+    rule: str = "auto"
+    distance_max_frac: float = 0.2
+    consistency_min: float | None = None
+    null_filters: int = 1000
+    null_level: float = 0.95
+    clusters_min: int = 3
+    clusters_max: int = 8
+    place_weight: float = 0.5
+    rounds: int = 50
+    photos_max: int = 300
+    random_parts: int = 20
+    coalitions_max: int = 256
+    order_pairs: int = 16
+    remainder_max: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no assignment can be made with."""
+        check_types(self)
+        if self.rule not in _RULES:
+            raise InputError(expected("rule landmarks, clusters or auto", self.rule, "Choose one of them"))
+        if not 2 <= self.clusters_min <= self.clusters_max:
+            got = f"{self.clusters_min} to {self.clusters_max}"
+            raise InputError(expected("2 or more groups, the fewest first", got, "Leave them out for 3 to 8"))
+        for name, low, high in (
+            ("distance_max_frac", 0.0, 1.0),
+            ("null_level", 0.0, 1.0),
+            ("place_weight", 0.0, 1.0),
+            ("remainder_max", 1e-6, 0.999),
+            ("consistency_min", -1.0, 1.0),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(expected(f"{name} from {low:g} to {high:g}", value, "Leave it out for the default"))
+        for name, least in (
+            ("null_filters", 20),
+            ("rounds", 2),
+            ("photos_max", 2),
+            ("random_parts", 2),
+            ("coalitions_max", 4),
+            ("order_pairs", 2),
+        ):
+            if getattr(self, name) < least:
+                rule = f"{name} of at least {least}"
+                raise InputError(expected(rule, getattr(self, name), "Leave it out for the default"))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PartsConfig:
+        """Build a configuration from plain values.
+
+        Raises:
+            InputError: a field that does not exist, or a value of the wrong kind.
+        """
+        check_names(cls, values)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for a file."""
+        return asdict(self)
+
+
+# --- with landmarks ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LandmarkDistances:
+    """How far each filter's peak lies from each landmark, over the photos that show the landmark.
+
+    Attributes:
+        mean_frac: mean distance as a share of the input's diagonal; NaN where no photo shows the landmark.
+        deviation_frac: its standard deviation (N - 1); NaN for fewer than two photos.
+        photos: photos that show each landmark.
+    """
+
+    mean_frac: Float[Tensor, "filter landmark"]
+    deviation_frac: Float[Tensor, "filter landmark"]
+    photos: Int[Tensor, " landmark"]
+
+
+def landmark_distances(
+    positions_px: Float[Tensor, "image filter 2"],
+    landmarks_px: Float[Tensor, "photo landmark 2"],
+    diagonal_px: float,
+) -> LandmarkDistances:
+    """Measure the distance of every filter's peak to every landmark.
+
+    Args:
+        positions_px: x, y of the peaks in the network's input.
+        landmarks_px: x, y in the same frame; NaN where absent.
+        diagonal_px: of the input; above 0.
+
+    Raises:
+        InputError: peaks and landmarks of different numbers of images.
+    """
+    if positions_px.shape[0] != landmarks_px.shape[0]:
+        rule = f"landmarks of {positions_px.shape[0]} images like the peaks"
+        raise InputError(expected(rule, int(landmarks_px.shape[0]), "Select the same photos for both"))
+    truth = landmarks_px.double()
+    shown = ~truth.isnan().any(-1)  # [image, landmark]
+    apart = (positions_px.double()[:, :, None] - truth.nan_to_num(0.0)[:, None]).norm(dim=-1) / diagonal_px
+    seen = shown[:, None].double()
+    count = shown.sum(0)
+    mean = (apart * seen).sum(0) / count
+    variance = ((apart - mean.nan_to_num(0.0)) ** 2 * seen).sum(0) / (count - 1)
+    deviation = torch.where(count > 1, variance.sqrt(), math.nan)
+    return LandmarkDistances(torch.where(count > 0, mean, math.nan), deviation, count)
+
+
+def nearest_landmark(
+    mean_frac: Float[Tensor, "filter landmark"], usable: Bool[Tensor, " landmark"]
+) -> Int[Tensor, " filter"]:
+    """Return the usable landmark with the smallest mean distance.
+
+    Raises:
+        InputError: no landmark is usable.
+    """
+    if not bool(usable.any()):
+        raise InputError(expected("a landmark that enough photos show", "none", "Use rule clusters"))
+    return torch.where(usable, mean_frac.nan_to_num(math.inf), math.inf).argmin(1)
+
+
+def parts_by_landmark(
+    distances: LandmarkDistances,
+    consistency: Float[Tensor, "filter landmark"],
+    live: Bool[Tensor, " filter"],
+    *,
+    distance_max_frac: float,
+    consistency_min: float,
+) -> Int[Tensor, " filter"]:
+    """Assign each filter to its nearest landmark, or to :data:`OTHER`.
+
+    Args:
+        distances: from :func:`landmark_distances`.
+        consistency: cross-validated R² with which the peak predicts each landmark; NaN where undefined, and such a
+            landmark is no candidate.
+        live: filters that answer to any photo.
+        distance_max_frac: a filter whose nearest landmark is farther than this is "other".
+        consistency_min: a filter that predicts its nearest landmark no better than this is "other".
+
+    Example:
+        >>> d = torch.tensor([[0.1, 0.3], [0.1, 0.3], [0.4, 0.3]])
+        >>> near = LandmarkDistances(d, d, torch.tensor([20, 20]))
+        >>> r2 = torch.tensor([[0.6, 0.1], [0.0, 0.5], [0.6, 0.6]])
+        >>> rule = {"distance_max_frac": 0.2, "consistency_min": 0.05}
+        >>> parts_by_landmark(near, r2, torch.tensor([True, True, True]), **rule).tolist()
+        [0, -1, -1]
+    """
+    usable = ~consistency.isnan().all(0)
+    nearest = nearest_landmark(distances.mean_frac, usable)
+    row = torch.arange(len(nearest))
+    near = distances.mean_frac[row, nearest] <= distance_max_frac
+    follows = consistency[row, nearest] > consistency_min
+    return torch.where(live & near & follows, nearest, OTHER)
+
+
+# --- without landmarks ------------------------------------------------------------------------------------------------
+
+
+def peak_features(
+    maps: Float[Tensor, "image channel row col"], cells: Float[Tensor, "image filter 2"]
+) -> Float[Tensor, "filter channel"]:
+    """Return the mean over photos of the performer's features in the cell where each filter peaks.
+
+    Args:
+        maps: of the tap.
+        cells: row, col of the peaks on the same grid; places between cells are read at the nearest cell.
+    """
+    nearest = cells.round().long()
+    index = nearest[..., 0] * maps.shape[3] + nearest[..., 1]  # [image, filter]
+    total = maps.new_zeros(cells.shape[1], maps.shape[1], dtype=torch.float64)
+    for one, place in zip(maps.flatten(2), index, strict=True):  # photo by photo: all at once would be image x filter
+        total += one[:, place].T
+    return total / maps.shape[0]
+
+
+def _unit(rows: Tensor) -> Tensor:
+    norm = rows.norm(dim=1, keepdim=True)
+    return torch.where(norm > 1e-9, rows / norm.clamp(min=1e-9), 0.0)
+
+
+def place_vectors(cells: Float[Tensor, "image filter 2"]) -> Float[Tensor, "filter value"]:
+    """Return each filter's peak positions over the photos, centred and of length 1.
+
+    Rows and columns are centred each by its own mean, so that the product of two vectors is the correlation of two
+    filters' movements over both axes; a peak that never moves gives zeros.
+    """
+    moved = (cells - cells.mean(0)).double()
+    return _unit(moved.permute(1, 0, 2).flatten(1))
+
+
+def filter_vectors(
+    cells: Float[Tensor, "image filter 2"],
+    features: Float[Tensor, "filter channel"],
+    *,
+    place_weight: float = 0.5,
+) -> Float[Tensor, "filter value"]:
+    """Return one vector per filter whose squared distance is ``2 w (1 - corr) + 2 (1 - w) (1 - cos)``.
+
+    ``corr`` is the correlation of the peaks' movements (:func:`place_vectors`), ``cos`` the cosine of the features at
+    the peaks, less their mean over the filters: features after a ReLU all point one way, only what differs tells
+    parts apart.
+
+    Args:
+        cells: row, col of the peaks.
+        features: from :func:`peak_features`.
+        place_weight: ``w``, from 0 to 1.
+    """
+    place = place_vectors(cells)
+    content = _unit((features - features.mean(0)).double())
+    return torch.cat([math.sqrt(place_weight) * place, math.sqrt(1 - place_weight) * content], 1)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Groups of filters.
+
+    Attributes:
+        labels: group of each filter by size, the largest 0; :data:`OTHER` without one.
+        silhouette: mean silhouette of the groups (-1 to 1, higher is more distinct) by number of groups tried.
+        count: number of groups with the highest silhouette.
+    """
+
+    labels: Int[Tensor, " filter"]
+    silhouette: dict[int, float]
+    count: int
+
+
+def by_size(labels: Int[Tensor, " filter"]) -> Int[Tensor, " filter"]:
+    """Number groups anew by size, the largest 0; of equals the one with the first filter. :data:`OTHER` stays.
+
+    Example:
+        >>> by_size(torch.tensor([3, 7, 7, -1])).tolist()
+        [1, 0, 0, -1]
+    """
+    found, counts = labels[labels >= 0].unique(return_counts=True)
+    first = torch.tensor([int((labels == k).nonzero()[0]) for k in found.tolist()], dtype=torch.long)
+    order = sorted(range(len(found)), key=lambda i: (-int(counts[i]), int(first[i])))
+    result = torch.full_like(labels, OTHER)
+    for new, old in enumerate(order):
+        result[labels == found[old]] = new
+    return result
+
+
+def clustered(
+    vectors: Float[Tensor, "filter value"], live: Bool[Tensor, " filter"], *, fewest: int = 3, most: int = 8
+) -> Clusters:
+    """Group the live filters by Ward's agglomerative clustering; the number of groups is that of the best silhouette.
+
+    Args:
+        vectors: from :func:`filter_vectors`.
+        live: filters that answer to any photo; the others get :data:`OTHER`.
+        fewest: fewest groups tried, 2 or more.
+        most: most groups tried; fewer where there are not enough filters.
+
+    Returns:
+        The groups; without any where fewer than ``fewest + 1`` filters are alive.
+    """
+    from sklearn.cluster import AgglomerativeClustering
+    from sklearn.metrics import silhouette_score
+
+    labels = torch.full((vectors.shape[0],), OTHER, dtype=torch.long)
+    rows = vectors[live].numpy()
+    tried: dict[int, tuple[float, Any]] = {}
+    for count in range(fewest, min(most, len(rows) - 1) + 1):
+        found = AgglomerativeClustering(n_clusters=count, linkage="ward").fit_predict(rows)
+        tried[count] = (float(silhouette_score(rows, found)), found)
+    if not tried:
+        return Clusters(labels, {}, 0)
+    best = max(tried, key=lambda count: tried[count][0])
+    labels[live] = torch.from_numpy(tried[best][1]).long()
+    return Clusters(by_size(labels), {count: score for count, (score, _) in tried.items()}, best)
+
+
+def agreement_with_group(
+    place: Float[Tensor, "filter value"], labels: Int[Tensor, " filter"]
+) -> Float[Tensor, " filter"]:
+    """Return the mean correlation of each filter's movements with those of the others in its group.
+
+    Args:
+        place: from :func:`place_vectors`.
+        labels: group of each filter.
+
+    Returns:
+        From -1 to 1; NaN for a filter without a group, and for one that is alone in its group.
+    """
+    result = torch.full((len(labels),), math.nan, dtype=torch.float64)
+    for label in labels[labels >= 0].unique().tolist():
+        inside = labels == label
+        size = int(inside.sum())
+        if size > 1:
+            own = place[inside]
+            result[inside] = (own @ own.sum(0) - own.square().sum(1)) / (size - 1)
+    return result
+
+
+def agreement_thresholds(
+    place: Float[Tensor, "filter value"],
+    labels: Int[Tensor, " filter"],
+    null_place: Float[Tensor, "drawn value"],
+    level: float,
+) -> Float[Tensor, " filter"]:
+    """Return for each filter the agreement with its group that a random peak reaches with probability ``1 - level``.
+
+    Args:
+        place: from :func:`place_vectors`.
+        labels: group of each filter.
+        null_place: the same vectors of random peaks on as many photos.
+        level: quantile of the random peaks' mean correlation with the group's filters.
+
+    Returns:
+        NaN for a filter without a group.
+    """
+    result = torch.full((len(labels),), math.nan, dtype=torch.float64)
+    for label in labels[labels >= 0].unique().tolist():
+        inside = labels == label
+        result[inside] = torch.quantile(null_place @ place[inside].mean(0), level)
+    return result
+
+
+# --- where in the photo -----------------------------------------------------------------------------------------------
+
+
+def upsampled(
+    maps: Float[Tensor, "image part row col"],
+    start_px: tuple[float, float],
+    stride_px: tuple[float, float],
+    size_px: tuple[int, int],
+) -> Float[Tensor, "image part input_row input_col"]:
+    """Bring maps to the input's size, each cell's value at the middle of its receptive field, bilinear in between.
+
+    Args:
+        maps: on the tap's grid.
+        start_px: row, col of the middle of cell (0, 0)'s receptive field.
+        stride_px: distance of neighbouring cells in rows and columns.
+        size_px: rows and columns of the input; beyond the outermost cells their value stays.
+    """
+    grids = []
+    for axis in (0, 1):
+        middle = torch.arange(size_px[axis], dtype=maps.dtype) + 0.5
+        cell = (middle - start_px[axis]) / stride_px[axis]
+        grids.append(2 * cell / max(maps.shape[2 + axis] - 1, 1) - 1)
+    grid = torch.stack(torch.meshgrid(*grids, indexing="ij")[::-1], -1)
+    return torch.nn.functional.grid_sample(
+        maps, grid.expand(maps.shape[0], *grid.shape), mode="bilinear", padding_mode="border", align_corners=True
+    )

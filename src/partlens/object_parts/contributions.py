@@ -1,0 +1,380 @@
+"""What each part filter adds to one prediction, through the reconstruction that is fed back to the performer.
+
+The encoder's output is a sum of per-filter terms, ``x_enc = z + o`` with the interpretable track
+``z = p · norm(masked maps)`` and the ordinary track ``o = (1 - p) · norm(maps)``. The class score is ``S(x_enc)``, the
+performer's upper layers on the decoded features. Three ways to share ``S`` among the filters:
+
+- *integrated gradients* along the straight line from nothing (``x_enc = 0``): ``c_k = <z_k, ∫ dS/dx_k(t x_enc) dt>``.
+  The contributions of all filters and of the ordinary track sum to ``S(x_enc) - S(0)``. Through ReLUs the integrand is
+  piecewise constant, where higher orders gain nothing: the integral is the mean over the middles of equal steps, whose
+  number is tripled (the earlier middles serve again) until the sum is met, and the remainder is returned.
+- *Shapley values* of parts (groups of filters) and the ordinary track: the mean gain of a part over all orders in which
+  the players may join. They sum to ``S(x_enc) - S(0)`` exactly; beyond eleven parts they are estimated from random
+  orders, with a standard error.
+- *gradient × activation* at ``x_enc``, the papers' measure (ICLR 2020, Sec. 5), which sums to nothing in particular.
+
+Sources: Zhang et al. (ICLR 2020); Sundararajan, Taly & Yan 2017 (integrated gradients); Shapley 1953. The papers give
+percentages of parts without saying what they sum to; the two measures that sum are ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from partlens.errors import InputError, expected
+from partlens.explainer.network import Explainer
+
+MOST_PLAYERS = 12
+_STEPS = (8, 24, 72, 216)
+_CHUNK = 64
+
+Score = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """The two tracks of a batch at the encoder's output, and the maps they come from.
+
+    Attributes:
+        interpretable: ``z``, ``[image, filter, row, col]``.
+        ordinary: ``o``, of the same shape.
+        maps: the last interpretable layer before the mask, at the tap's size.
+    """
+
+    interpretable: Float[Tensor, "image filter row col"]
+    ordinary: Float[Tensor, "image filter row col"]
+    maps: Float[Tensor, "image filter cell_row cell_col"]
+
+
+@dataclass(frozen=True)
+class FilterContributions:
+    """Contributions of every filter to one score per image.
+
+    Attributes:
+        filters: ``[image, filter]`` integrated gradients of the interpretable track's filters.
+        ordinary: ``[image]`` of the ordinary track as a whole.
+        gradient_activation: ``[image, filter]`` gradient × activation at the whole encoding.
+        score: ``[image]`` S of the whole encoding.
+        baseline: ``[image]`` S of nothing.
+        remainder: ``[image]`` what the sums miss: score - baseline - filters - ordinary.
+        steps: number of steps along the line that was needed.
+    """
+
+    filters: Float[Tensor, "image filter"]
+    ordinary: Float[Tensor, " image"]
+    gradient_activation: Float[Tensor, "image filter"]
+    score: Float[Tensor, " image"]
+    baseline: Float[Tensor, " image"]
+    remainder: Float[Tensor, " image"]
+    steps: int
+
+
+@dataclass(frozen=True)
+class PartContributions:
+    """Shapley values of parts and of the ordinary track.
+
+    Attributes:
+        parts: ``[image, part]``.
+        ordinary: ``[image]``.
+        score: ``[image]`` S of the whole encoding.
+        baseline: ``[image]`` S of nothing; parts and ordinary track sum to score - baseline.
+        removal: ``[image, part]`` how much the score falls when the part alone is taken away.
+        standard_error: ``[image, part]`` of ``parts``; 0 where they are exact.
+        ordinary_standard_error: ``[image]`` of ``ordinary``.
+    """
+
+    parts: Float[Tensor, "image part"]
+    ordinary: Float[Tensor, " image"]
+    score: Float[Tensor, " image"]
+    baseline: Float[Tensor, " image"]
+    removal: Float[Tensor, "image part"]
+    standard_error: Float[Tensor, "image part"]
+    ordinary_standard_error: Float[Tensor, " image"]
+
+
+def tracks(explainer: Explainer, maps: Float[Tensor, "image filter row col"]) -> Tracks:
+    """Run the encoder on the performer's maps at the tap and keep its two tracks apart."""
+    with torch.no_grad():
+        found = explainer.normed_tracks(maps)
+        p = explainer.p
+        return Tracks(p * found.interpretable, (1 - p) * found.ordinary, found.interp2)
+
+
+def class_score(explainer: Explainer, head: nn.Module, classes: Int[Tensor, " image"]) -> Score:
+    """Return ``S``: encoder outputs of the images, in order, to the performer's scores of the given classes.
+
+    Args:
+        explainer: in eval mode.
+        head: the performer from the last target to its output (:func:`partlens.explainer.assembly.performer_head`).
+        classes: the performer's output whose score is shared, one per image.
+    """
+
+    def score(encoded: Tensor) -> Tensor:
+        output = head(explainer.decode(encoded)[-1])
+        output = output[0] if isinstance(output, tuple) else output
+        rows = classes if len(classes) == len(output) else classes.repeat(len(output) // len(classes))
+        chosen: Tensor = output.gather(1, rows[:, None])[:, 0]
+        return chosen
+
+    return score
+
+
+def _gradient(score: Score, encoded: Tensor) -> Tensor:
+    leaf = encoded.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(score(leaf).sum(), leaf)
+    return gradient
+
+
+def filter_contributions(score: Score, parts: Tracks, *, tolerance: float = 0.005) -> FilterContributions:
+    """Share a score among filters by integrated gradients.
+
+    Args:
+        score: ``S``, from :func:`class_score`.
+        parts: the tracks of the images.
+        tolerance: remainder that is accepted, as a share of the mean of ``|score - baseline|``. Where the most steps
+            (216) do not meet it, the remainder is larger and says so.
+
+    Example:
+        >>> z, o = torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
+        >>> linear = lambda x: x.sum((1, 2, 3)) + x[:, 0, 0, 0]
+        >>> filter_contributions(linear, Tracks(z, o, z)).filters.tolist()
+        [[2.0, 1.0]]
+    """
+    if not 0 < tolerance < 1:
+        raise InputError(expected("a tolerance between 0 and 1", tolerance, "Choose 0.005"))
+    whole = parts.interpretable + parts.ordinary
+    with torch.no_grad():
+        full, nothing = score(whole), score(torch.zeros_like(whole))
+    wanted = tolerance * float((full - nothing).abs().mean().clamp(min=1e-12))
+    total, order = torch.zeros_like(whole), 0
+    for steps in _STEPS:
+        # The middles of `steps` equal steps; those of a third as many are among them and are not computed again.
+        new = [k for k in range(steps) if not order or k % 3 != 1]
+        for k in new:
+            total += _gradient(score, whole * ((k + 0.5) / steps))
+        order = steps
+        mean = total / steps
+        filters = (mean * parts.interpretable).sum((2, 3))
+        ordinary = (mean * parts.ordinary).sum((1, 2, 3))
+        remainder = full - nothing - filters.sum(1) - ordinary
+        if float(remainder.abs().mean()) <= wanted:
+            break
+    return FilterContributions(
+        filters=filters,
+        ordinary=ordinary,
+        gradient_activation=(_gradient(score, whole) * parts.interpretable).sum((2, 3)),
+        score=full,
+        baseline=nothing,
+        remainder=remainder,
+        steps=order,
+    )
+
+
+def _checked_parts(parts: Tracks, part_of: Tensor, count: int) -> None:
+    if part_of.shape[0] != parts.interpretable.shape[1] or int(part_of.min()) < 0 or int(part_of.max()) >= count:
+        raise InputError(
+            expected(
+                f"a part from 0 to {count - 1} for each of {parts.interpretable.shape[1]} filters",
+                f"{tuple(part_of.shape)} from {int(part_of.min())} to {int(part_of.max())}",
+                "Number the parts from 0",
+            )
+        )
+
+
+def _coalition_values(
+    score: Score, parts: Tracks, part_of: Tensor, count: int, coalitions: Sequence[tuple[int, ...]]
+) -> Float[Tensor, "coalition image"]:
+    """Return S of each coalition: zeros and ones for the parts and, last, the ordinary track."""
+    images = parts.interpretable.shape[0]
+    members = torch.nn.functional.one_hot(part_of, count).T.to(parts.interpretable.dtype)  # [part, filter]
+    values = torch.empty(len(coalitions), images, dtype=torch.float64)
+    per_pass = max(1, _CHUNK // images)
+    with torch.no_grad():
+        for first in range(0, len(coalitions), per_pass):
+            chunk = torch.tensor(coalitions[first : first + per_pass], dtype=parts.interpretable.dtype)
+            keep = chunk[:, :count] @ members  # [coalition, filter]
+            encoded = keep[:, None, :, None, None] * parts.interpretable + (
+                chunk[:, count, None, None, None, None] * parts.ordinary
+            )
+            values[first : first + len(chunk)] = score(encoded.flatten(0, 1)).double().view(len(chunk), images)
+    return values
+
+
+def part_contributions(score: Score, parts: Tracks, part_of: Int[Tensor, " filter"], count: int) -> PartContributions:
+    """Share a score among parts by exact Shapley values.
+
+    Args:
+        score: ``S``, from :func:`class_score`; called with whole copies of the batch, one after the other.
+        parts: the tracks of the images.
+        part_of: the part of each filter, from 0 to ``count - 1``.
+        count: number of parts; with the ordinary track there are ``count + 1`` players and ``2 ** (count + 1)``
+            coalitions, each one pass through the decoder.
+
+    Raises:
+        InputError: more parts than can be enumerated, or a part out of range.
+    """
+    players = count + 1
+    if not 1 <= count < MOST_PLAYERS:
+        remedy = "Join parts, or estimate with sampled_part_contributions"
+        raise InputError(expected(f"1 to {MOST_PLAYERS - 1} parts", count, remedy))
+    _checked_parts(parts, part_of, count)
+    coalitions = list(itertools.product((0, 1), repeat=players))
+    values = _coalition_values(score, parts, part_of, count, coalitions)
+    cube = values.view(*([2] * players), parts.interpretable.shape[0])
+    shares = []
+    for player in range(players):
+        others = [p for p in range(players) if p != player]
+        gain = cube.select(player, 1) - cube.select(player, 0)
+        size = torch.zeros([2] * len(others), dtype=torch.long)
+        for axis in range(len(others)):
+            size += torch.tensor([0, 1]).view([-1 if a == axis else 1 for a in range(len(others))])
+        # A coalition of s other players precedes this one in s! (n - 1 - s)! of the n! orders.
+        weight = torch.tensor(
+            [math.factorial(s) * math.factorial(players - 1 - s) / math.factorial(players) for s in range(players)],
+            dtype=torch.float64,
+        )[size]
+        shares.append((gain * weight[..., None]).flatten(0, -2).sum(0) if others else gain)
+    full = cube[tuple([1] * players)]
+    removal = torch.stack([full - cube[tuple(0 if a == p else 1 for a in range(players))] for p in range(count)], dim=1)
+    exact = torch.zeros_like(removal)
+    return PartContributions(
+        parts=torch.stack(shares[:count], dim=1),
+        ordinary=shares[count],
+        score=full,
+        baseline=cube[tuple([0] * players)],
+        removal=removal,
+        standard_error=exact,
+        ordinary_standard_error=exact[:, 0],
+    )
+
+
+def sampled_part_contributions(
+    score: Score,
+    parts: Tracks,
+    part_of: Int[Tensor, " filter"],
+    count: int,
+    *,
+    pairs: int = 32,
+    generator: torch.Generator,
+) -> PartContributions:
+    """Estimate Shapley values of parts from random orders in which the players join, for any number of parts.
+
+    Each order is used forwards and backwards (antithetic pairs: a part that joins early in one joins late in the
+    other), so the pairs are independent of each other and their spread gives the standard error: the sample standard
+    deviation over pairs (N - 1) over the root of their number. In every order the gains sum to
+    ``score - baseline``, so the estimates do, too. ``removal`` is exact.
+
+    Args:
+        score: ``S``, from :func:`class_score`.
+        parts: the tracks of the images.
+        part_of: the part of each filter, from 0 to ``count - 1``.
+        count: number of parts, 1 or more.
+        pairs: pairs of orders, 2 or more; at most ``2 · pairs · count`` passes through the decoder, coalitions that
+            occur twice are computed once.
+        generator: draws the orders.
+
+    Raises:
+        InputError: no part, fewer than 2 pairs, or a part out of range.
+    """
+    if count < 1 or pairs < 2:
+        raise InputError(expected("at least 1 part and 2 pairs of orders", f"{count} and {pairs}", "Raise them"))
+    _checked_parts(parts, part_of, count)
+    players = count + 1
+    drawn = [torch.randperm(players, generator=generator).tolist() for _ in range(pairs)]
+    place: dict[tuple[int, ...], int] = {}
+
+    def numbered(members: set[int]) -> int:
+        coalition = tuple(int(p in members) for p in range(players))
+        return place.setdefault(coalition, len(place))
+
+    everyone = set(range(players))
+    nobody, full = numbered(set()), numbered(everyone)
+    without = [numbered(everyone - {p}) for p in range(count)]
+    # before[order, player] and after[order, player]: the coalition a player joins, and the one with it.
+    before = torch.empty(2 * pairs, players, dtype=torch.long)
+    after = torch.empty(2 * pairs, players, dtype=torch.long)
+    for row, order in enumerate(o for one in drawn for o in (one, one[::-1])):
+        for position, player in enumerate(order):
+            before[row, player] = numbered(set(order[:position]))
+            after[row, player] = numbered(set(order[: position + 1]))
+    values = _coalition_values(score, parts, part_of, count, list(place))
+    gains = (values[after] - values[before]).unflatten(0, (pairs, 2)).mean(1)  # [pair, player, image]
+    mean, error = gains.mean(0).T, (gains.std(0) / math.sqrt(pairs)).T
+    return PartContributions(
+        parts=mean[:, :count],
+        ordinary=mean[:, count],
+        score=values[full],
+        baseline=values[nobody],
+        removal=(values[full] - values[without]).T,
+        standard_error=error[:, :count],
+        ordinary_standard_error=error[:, count],
+    )
+
+
+def sums_by_part(
+    filters: Float[Tensor, "image filter"], part_of: Int[Tensor, " filter"], count: int
+) -> Float[Tensor, "image part"]:
+    """Add up what the filters of each part contribute.
+
+    Example:
+        >>> sums_by_part(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([0, 1, 0]), 2).tolist()
+        [[5.0, 2.0]]
+    """
+    return filters.new_zeros(filters.shape[0], count).index_add_(1, part_of, filters)
+
+
+def shares_of_random_parts(
+    filters: Float[Tensor, "image filter"],
+    part_of: Int[Tensor, " filter"],
+    count: int,
+    *,
+    draws: int = 20,
+    generator: torch.Generator,
+) -> Float[Tensor, "draw image part"]:
+    """Return each part's sum when the filters are dealt to the parts at random, the sizes kept: the null of a share.
+
+    A part with many filters adds much whatever it is; a part is of interest where it adds more or less than as many
+    filters drawn by lot. No pass through a network is needed, as each filter keeps its own contribution.
+
+    Args:
+        filters: contributions that are known per filter (integrated gradients).
+        part_of: the part of each filter.
+        count: number of parts.
+        draws: number of random deals; the same deal serves all images.
+        generator: draws them.
+    """
+    dealt = torch.stack([part_of[torch.randperm(len(part_of), generator=generator)] for _ in range(draws)])
+    members = torch.nn.functional.one_hot(dealt, count).to(filters.dtype)  # [draw, filter, part]
+    return torch.einsum("if,dfp->dip", filters, members)
+
+
+def part_heat_maps(
+    masked: Float[Tensor, "image filter row col"],
+    filters: Float[Tensor, "image filter"],
+    part_of: Int[Tensor, " filter"],
+    count: int,
+) -> Float[Tensor, "image part row col"]:
+    """Return where the contribution of each part comes from.
+
+    Each filter's contribution is spread over the cells in proportion to its masked map ``m``:
+    ``heat_P(cell) = sum over f in P of c_f · m_f(cell) / sum of m_f``. The cells of a part sum to its contribution;
+    a filter that is silent on an image has no contribution to spread.
+
+    Args:
+        masked: conv-interp-2 after ReLU and mask, at the tap's size; not negative.
+        filters: contribution ``c_f`` of each filter on each image, of either sign.
+        part_of: the part of each filter.
+        count: number of parts.
+    """
+    total = masked.sum((2, 3))
+    weight = torch.where(total > 0, filters / total.clamp(min=torch.finfo(masked.dtype).tiny), 0.0)
+    members = torch.nn.functional.one_hot(part_of, count).to(masked.dtype)
+    return torch.einsum("ifrc,if,fp->iprc", masked, weight.to(masked.dtype), members)

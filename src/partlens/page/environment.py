@@ -1,0 +1,43 @@
+"""How templates are filled: every text is escaped, an unknown name is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from partlens.page import notation
+from partlens.page.reading import Measure
+
+
+def count_of(measure: Measure) -> str:
+    """Say how many units a number was measured on."""
+    return f"n = {measure.n:,} {measure.unit}"
+
+
+def pairs(values: Mapping[str, Any], keys: Iterable[str] | None = None) -> list[tuple[str, str]]:
+    """Return a mapping of a manifest as (key, written value)."""
+    chosen = values if keys is None else [k for k in keys if k in values]
+    return [(str(k), notation.plain(values[k])) for k in chosen]
+
+
+@cache
+def environment() -> Environment:
+    """Return the templates of this package with the filters they use."""
+    made = Environment(
+        loader=PackageLoader("partlens.page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(
+        number=notation.number,
+        plain=notation.plain,
+        counted=notation.counted,
+        rate=notation.rate,
+        count_of=count_of,
+    )
+    return made

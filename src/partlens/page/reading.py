@@ -1,0 +1,240 @@
+"""Read JSON that may lack anything, and the pictures that a page carries inside itself.
+
+Values of the wrong kind count as missing: a number becomes ``nan``, a text empty, a list or a mapping empty. Pictures
+that a file names have to be there; what is named and missing or damaged is an error that says what to run again.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from partlens.errors import RunError, expected
+
+LONGEST_PX = 1400
+"""Longer side of an embedded picture; larger files are made smaller for the page and stay as they are in the run."""
+
+LOSSLESS_BYTES = 24_000
+"""Files up to this size are embedded byte for byte; larger ones as JPEG, so that many pictures make no huge page."""
+
+JPEG_QUALITY = 88
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number with its interval and count.
+
+    Attributes:
+        value: the measurement; ``nan`` where undefined or not measured.
+        low: lower end of the 95 % interval; ``nan`` where undefined.
+        high: upper end.
+        n: how many units it was measured on; 0 where it was not measured.
+        unit: what ``n`` counts.
+    """
+
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 0
+    unit: str = "photos"
+
+    @property
+    def defined(self) -> bool:
+        """Whether there is a value."""
+        return math.isfinite(self.value)
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether both ends of the interval are defined."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A picture as a page carries it.
+
+    Attributes:
+        uri: the whole picture as a ``data:`` address.
+        width_px: width in the file, before it was made smaller for the page.
+        height_px: height likewise.
+    """
+
+    uri: str
+    width_px: int
+    height_px: int
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def group(value: Any) -> Mapping[str, Any]:
+    """Return a mapping as it is, anything else as an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def items(value: Any) -> list[Any]:
+    """Return a list as it is, anything else as an empty one."""
+    return list(value) if isinstance(value, list) else []
+
+
+def groups(value: Any) -> list[Mapping[str, Any]]:
+    """Return a list of mappings; elements of another kind are empty."""
+    return [group(v) for v in items(value)]
+
+
+def text(value: Any) -> str:
+    """Return a text; nothing for ``None``."""
+    return "" if value is None else str(value)
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """Return a list of texts."""
+    return tuple(text(v) for v in items(value))
+
+
+def number(value: Any) -> float:
+    """Return a finite number, or ``nan``.
+
+    Example:
+        >>> number(3), number(True), number("3")
+        (3.0, nan, nan)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def count(value: Any) -> int:
+    """Return a whole number; 0 where there is none."""
+    found = number(value)
+    return int(found) if math.isfinite(found) else 0
+
+
+def index_of(value: Any) -> int | None:
+    """Return a position from 0 on, or ``None`` where there is none.
+
+    Example:
+        >>> index_of(0), index_of(-1), index_of(None)
+        (0, None, None)
+    """
+    found = number(value)
+    return int(found) if math.isfinite(found) and found >= 0 else None
+
+
+def numbers(value: Any, length: int) -> tuple[float, ...] | None:
+    """Return exactly ``length`` finite numbers, or ``None``."""
+    found = tuple(number(v) for v in items(value))
+    return found if len(found) == length and all(map(math.isfinite, found)) else None
+
+
+def measure(value: Any) -> Measure:
+    """Return an estimate ``{value, interval, n, unit}``; a lone number counts as one without interval."""
+    if not isinstance(value, Mapping):
+        return Measure(number(value))
+    ends = [number(v) for v in items(value.get("interval"))]
+    low, high = ends if len(ends) == 2 else (math.nan, math.nan)
+    return Measure(number(value.get("value")), low, high, count(value.get("n")), text(value.get("unit")) or "photos")
+
+
+def named_reasons(value: Any) -> tuple[tuple[str, str], ...]:
+    """Return (key, reason) of each photo that could not be read."""
+    return tuple((text(row.get("key")), text(row.get("reason"))) for row in groups(value))
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+class Pictures:
+    """The pictures of one page, read from one folder and counted.
+
+    Args:
+        root: no picture is read from outside this folder, nor from outside those admitted later.
+        remedy: what to do where a picture is missing or damaged.
+        limit_bytes: how many characters of ``data:`` addresses the page may hold.
+    """
+
+    def __init__(self, root: Path, remedy: str, limit_bytes: int) -> None:
+        self.root = root.resolve()
+        self.remedy = remedy
+        self.limit_bytes = limit_bytes
+        self.spent_bytes = 0
+        self._roots = {self.root}
+        self._kept: dict[Path, Embedded] = {}
+
+    def admit(self, root: Path) -> None:
+        """Allow pictures of another folder too."""
+        self._roots.add(root.resolve())
+
+    def path(self, folder: Path, name: str) -> Path:
+        """Return a picture's path.
+
+        Raises:
+            RunError: it is missing, or lies outside the root.
+        """
+        path = (folder / name).resolve()
+        if not any(path.is_relative_to(root) for root in self._roots):
+            raise RunError(expected(f"a picture inside {self.root}", name, self.remedy))
+        if not path.is_file():
+            raise RunError(expected(f"a picture {path}", "nothing there", self.remedy))
+        return path
+
+    def read(self, folder: Path, name: Any) -> Embedded | None:
+        """Return a picture, ``None`` where none is named.
+
+        Raises:
+            RunError: it is missing, damaged, no PNG or JPEG, or lies outside the root.
+        """
+        if not isinstance(name, str) or not name:
+            return None
+        path = self.path(folder, name)
+        if path not in self._kept:
+            self._kept[path] = _embedded(path, self.remedy)
+        picture = self._kept[path]
+        self.spent_bytes += len(picture.uri)
+        return picture
+
+    def fit(self, folder: Path, names: Iterable[Any]) -> bool:
+        """Tell whether more pictures have room; each is read for it, as what counts is their size on the page.
+
+        Raises:
+            RunError: as :meth:`read`.
+        """
+        before = self.spent_bytes
+        for name in names:
+            self.read(folder, name)
+        fits, self.spent_bytes = self.spent_bytes <= self.limit_bytes, before
+        return fits
+
+
+def _embedded(path: Path, remedy: str) -> Embedded:
+    # Pillow is loaded only where a page has such pictures.
+    from PIL import Image
+
+    content = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+            kind = "image/png" if image.format == "PNG" else "image/jpeg"
+            image.load()
+            width, height = image.size
+            loaded = image.copy()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RunError(expected(f"a PNG or JPEG picture in {path}", str(error), remedy)) from error
+    if max(width, height) > LONGEST_PX or len(content) > LOSSLESS_BYTES:
+        content, kind = _smaller(loaded)
+    return Embedded(f"data:{kind};base64,{base64.b64encode(content).decode()}", width, height)
+
+
+def _smaller(shown: Any) -> tuple[bytes, str]:
+    """Return a picture's bytes for the page: no side above the limit; JPEG, or PNG where it is transparent."""
+    shown.thumbnail((LONGEST_PX, LONGEST_PX))
+    buffer = io.BytesIO()
+    if shown.mode in {"RGBA", "LA", "PA"} or "transparency" in shown.info:
+        shown.save(buffer, "PNG", optimize=True)
+        return buffer.getvalue(), "image/png"
+    shown.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue(), "image/jpeg"

@@ -1,0 +1,329 @@
+"""Files: typed records in JSON, safetensors and text, each written whole or not at all.
+
+A :class:`Record` is one kind of file: it writes, reads, validates and documents itself. :class:`Settings` are checked
+the
+same way. Both refuse a wrong value with one sentence that names the field.
+
+Nothing is pickled. A write goes to a temporary file in the same folder, is flushed to the disk and then renamed over
+the target, so that a kill or a full disk leaves the previous version untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from partlens.errors import AtWorkError, InputError, RunError, StorageError, expected, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA = "partlens/1"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file and move it into place in one step.
+
+    Args:
+        path: the final file; its folder is made when missing.
+        write: gets the temporary path and must leave a complete file there.
+
+    Raises:
+        StorageError: the file could not be written; ``path`` keeps its previous content.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with temporary.open("rb+") as written:  # Windows flushes only what may be written to
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(
+            expected(f"to write {path}", error.strerror or str(error), "Free space or choose another --out folder")
+        ) from error
+    finally:
+        if temporary is not None and temporary.exists():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path, name: str = "writing") -> Iterator[None]:
+    """Keep other processes from writing the same thing in a folder meanwhile.
+
+    The lock goes when its process ends, however it ends; the file that a killed one leaves behind locks nothing.
+
+    Args:
+        folder: made when missing.
+        name: of what is written there; things of other names may be written at the same time.
+
+    Raises:
+        AtWorkError: another process, or another thread of this one, is at it.
+        StorageError: the folder cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / f".{name}.lock", timeout=0, thread_local=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise AtWorkError(
+            expected(
+                f"nobody else at work in {folder}", "another process", "Wait until it ends, or choose another folder"
+            )
+        ) from error
+    except NotImplementedError:
+        # The lock guards against a mistake; where the file system has none, work goes on, and says so.
+        warnings.warn(f"no file locks in {folder}: do not write to it from two processes at once", stacklevel=3)
+    except OSError as error:
+        raise StorageError(
+            expected(f"to write in {folder}", error.strerror or str(error), "Choose another folder")
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # whoever finds it later can lock it all the same
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def plain(value: Any) -> Any:
+    """Turn paths, tuples and non-finite floats into what strict JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, BaseModel):
+        return json.loads(value.model_dump_json())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping as strict JSON; undefined numbers (``nan``) become ``null``."""
+    text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, remedy: str = "Delete the file and run the command again") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+        remedy: what to do about one that cannot be read.
+
+    Raises:
+        RunError: the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(expected(f"a file {path}", "nothing there", "Give the folder of a finished run")) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(expected(f"JSON in {path}", str(error), remedy)) from error
+    if not isinstance(content, dict):
+        raise RunError(
+            expected(
+                f"a JSON object in {path}",
+                type(content).__name__,
+                remedy,
+            )
+        )
+    return content
+
+
+def _fault(error: ValidationError, kind: type[BaseModel]) -> tuple[str, str, str]:
+    """Return of the first wrong field: what is expected, what came, and what to do."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(step) for step in first["loc"])
+    if first["type"] == "extra_forbidden":
+        options = " or ".join(nearest(str(first["loc"][-1]), kind.model_fields))
+        return f"a field of {kind.__name__}", place, f"Did you mean {options}?"
+    if first["type"] == "missing":
+        return f"the field {place} of {kind.__name__}", "nothing", f"Give {place}"
+    rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{place or kind.__name__} to be {rule}", repr(first["input"]), f"Correct {place or 'it'}"
+
+
+class Value(BaseModel):
+    """Frozen, typed values that refuse what they do not know.
+
+    Raises:
+        InputError: a field that is unknown, missing, or of another kind or range; the text names it.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, ser_json_inf_nan="null", arbitrary_types_allowed=True
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(expected(*_fault(error, type(self)))) from error
+
+    # Without this mark pydantic would build values inside records through __init__, where a file's kinds are not known.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+class Settings(Value):
+    """How something is done: every field with its default, range and source."""
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """Return the same with some fields changed, checked like new ones."""
+        return type(self)(**{**dict(self), **changes})
+
+
+class Record(Value):
+    """One kind of file of a run.
+
+    Class attributes:
+        FILE: its name in the run directory.
+        SCHEMA: name and number of its layout; raised where a reader of before would err.
+        AGAIN: what makes a file of this kind anew, for texts.
+    """
+
+    FILE: ClassVar[str]
+    SCHEMA: ClassVar[str]
+    AGAIN: ClassVar[str]
+
+    def write(self, folder: Path) -> Path:
+        """Write the file whole or not at all, and return its path.
+
+        Raises:
+            StorageError: it could not be written; an earlier one is untouched.
+        """
+        path = folder / self.FILE
+        content = {"schema": self.SCHEMA, **json.loads(self.model_dump_json())}
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+        return path
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the file.
+
+        Raises:
+            RunError: it is missing, damaged, or of another version of partlens; the text names file and field.
+        """
+        path = folder / cls.FILE
+        content = read_json(path, cls.AGAIN)
+        if (schema := content.pop("schema", None)) != cls.SCHEMA:
+            raise RunError(expected(f"schema {cls.SCHEMA} in {path}", schema or "none", cls.AGAIN))
+        try:
+            return cls.model_validate_json(json.dumps(content))
+        except ValidationError as error:
+            rule, got, _ = _fault(error, cls)
+            raise RunError(expected(f"{rule} in {path}", got, cls.AGAIN)) from error
+
+    @classmethod
+    def read_if_there(cls, folder: Path) -> Self | None:
+        """Read the file, ``None`` where there is none; errors as :meth:`read`."""
+        return cls.read(folder) if (folder / cls.FILE).exists() else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors as safetensors (contiguous copies on the CPU; shared storage is split).
+
+    Several entries of metadata stand in the file in no fixed order; a file that has to be the same byte for byte each
+    time takes one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+    def save(temporary: Path) -> None:
+        try:
+            save_file(ready, str(temporary), metadata=dict(metadata or {}))
+        except SafetensorError as error:  # a full disk is none of Python's own errors there
+            raise OSError(str(error)) from error
+
+    write_atomically(path, save)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file onto the CPU.
+
+    Raises:
+        RunError: the file is missing or is not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(str(path))
+    except FileNotFoundError as error:
+        raise RunError(expected(f"a file {path}", "nothing there", "Give the folder of a finished run")) from error
+    except SafetensorError as error:
+        raise RunError(expected(f"safetensors in {path}", str(error), "Delete it and run the command again")) from error
+    return tensors
+
+
+def read_checkpoint(state_file: Path, fingerprint: str, remedy: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Read the checkpoint of a training: its state, and the tensors of the file that the state names.
+
+    Args:
+        state_file: JSON with ``fingerprint`` and ``tensors``, a file beside it.
+        fingerprint: of the configuration that wants to go on.
+        remedy: what to do when the checkpoint is another's.
+
+    Returns:
+        State and tensors; ``None`` where there is no checkpoint yet.
+
+    Raises:
+        RunError: the checkpoint belongs to another configuration, or cannot be read.
+    """
+    if not state_file.exists():
+        return None
+    state = read_json(state_file)
+    if state.get("fingerprint") != fingerprint:
+        raise RunError(expected(f"a checkpoint of this configuration in {state_file.parent}", "one of another", remedy))
+    return state, read_tensors(state_file.parent / state["tensors"])
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """Hash a mapping by its canonical JSON, so that equal configurations have equal hashes.
+
+    Example:
+        >>> content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
+        True
+    """
+    canonical = json.dumps(plain(content), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,301 @@
+"""The parts behind one prediction: what the verb explain says and draws of an explainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from partlens.attribution.pictures import overlay, save_png
+from partlens.errors import InputError, expected, nearest
+from partlens.evaluation.fed_back import class_outputs
+from partlens.explainer.assembly import performer_head
+from partlens.explainer.network import Explainer
+from partlens.network.receptive_field import grid_of, receptive_field
+from partlens.network.taps import forward_taps
+from partlens.network.zoo import Performer
+from partlens.object_parts.assignment import PartsConfig, upsampled
+from partlens.verbs.fit_explainer import load_explainer
+from partlens.verbs.part_shares import PartShares, part_labels, part_shares
+from partlens.verbs.parts_file import PARTS, NamedPart, named_parts, read_parts
+from partlens.verbs.select_features import output_name
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TOP_FILTERS = 5
+_WHOLE_TRACK = "all filters"
+
+
+@dataclass(frozen=True)
+class OpenedParts:
+    """An explainer read back, with the parts of its filters.
+
+    Attributes:
+        path: the run directory.
+        explainer: in eval mode.
+        performer: the network it explains.
+        head: the performer from the last target on.
+        parts: what counts as one part; all filters together where the run has no ``parts.json``.
+        config: how contributions are measured.
+        notes: what a reader has to know.
+    """
+
+    path: Path
+    explainer: Explainer
+    performer: Performer
+    head: nn.Module
+    parts: tuple[NamedPart, ...]
+    config: PartsConfig
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExplainedParts:
+    """The parts of a batch of images.
+
+    Attributes:
+        classes: the explained outputs (image, explained class).
+        outputs: the performer's outputs (image, class).
+        shares: ``shares[i][k]`` of the k-th explained class of image i; a batch of that image alone.
+        heat: ``heat[i][k, p]`` of part p, at the input's size.
+    """
+
+    classes: Tensor
+    outputs: Tensor
+    shares: tuple[tuple[PartShares, ...], ...]
+    heat: tuple[Tensor, ...]
+
+
+def load_parts(run: str | Path, model: str | nn.Module | Performer | None = None) -> OpenedParts:
+    """Open the explainer of a run and the parts of its filters.
+
+    Raises:
+        RunError: the explainer is unfinished, the performer another one, or ``parts.json`` was edited wrongly.
+    """
+    run = Path(run)
+    explainer, performer = load_explainer(run, model)
+    count = explainer.structure.channels_out
+    config, notes = PartsConfig(), []
+    if (run / PARTS).exists():
+        content = read_parts(run / PARTS)
+        parts = named_parts(content)
+        stored = content.get("config")
+        if isinstance(stored, Mapping):  # one prediction is measured as all were
+            config = PartsConfig(**{k: v for k, v in stored.items() if k in PartsConfig.__dataclass_fields__})
+    else:
+        parts = (NamedPart(_WHOLE_TRACK, (), tuple(range(count))),)
+        notes.append(f"the filters have no parts yet: partlens parts {run.name} finds them, then explain again")
+    head = performer_head(performer, explainer.structure)
+    return OpenedParts(run, explainer, performer, head, parts, config, tuple(notes))
+
+
+def output_called(performer: Performer, outputs: int, name: str) -> int:
+    """Return the performer's output with a name or number.
+
+    Raises:
+        InputError: it has none of that name.
+    """
+    names = [output_name(performer, k) for k in range(outputs)]
+    if name in names:
+        return names.index(name)
+    if name.isdigit() and int(name) < outputs:
+        return int(name)
+    rule = f"a class of {performer.name}"
+    raise InputError(expected(rule, name, f"Nearest: {', '.join(nearest(name, names))}"))
+
+
+def output_count(opened: OpenedParts) -> int:
+    """Return how many outputs the performer has."""
+    structure = opened.explainer.structure
+    blank = torch.zeros(1, structure.channels_in, *structure.side_cells)
+    with torch.no_grad():
+        return int(opened.head(opened.explainer(blank).reconstructions[-1])[0].shape[1])
+
+
+def probabilities(outputs: Tensor) -> Tensor:
+    """Return probabilities of outputs (image, class): softmax, or the logistic function for a single output."""
+    values = outputs.double()
+    return values.sigmoid() if values.shape[1] == 1 else values.softmax(1)
+
+
+def answer_ranks(chance: Float[Tensor, " output"]) -> dict[int, int]:
+    """Return the rank of each output of one image, 1 for the most probable.
+
+    A single output is one of two answers: below a half the other one, "something else", comes first.
+
+    Example:
+        >>> answer_ranks(torch.tensor([0.2, 0.8])), answer_ranks(torch.tensor([0.2]))
+        ({1: 1, 0: 2}, {0: 2})
+    """
+    behind = int(len(chance) == 1 and float(chance[0]) < 0.5)
+    order = chance.argsort(descending=True, stable=True).tolist()
+    return {output: place + behind for place, output in enumerate(order, 1)}
+
+
+def explain_parts(opened: OpenedParts, batch: Tensor, classes: Sequence[str] | None) -> ExplainedParts:
+    """Measure what each part adds to the score of the predicted class, or of named ones, on a batch of images."""
+    structure = opened.explainer.structure
+    _, taps = forward_taps(opened.performer, batch, [structure.tap, structure.targets[-1]])
+    with torch.no_grad():
+        outputs = opened.head(taps[structure.targets[-1]].cpu())[0]
+    if classes is None:
+        wanted = outputs.argmax(1)[:, None]
+    else:
+        named = [output_called(opened.performer, outputs.shape[1], name) for name in classes]
+        wanted = torch.tensor([named] * len(outputs))
+    part_of = part_labels(opened.parts, structure.channels_out)
+    maps = taps[structure.tap].cpu()
+    # Image by image: the integral stops where its remainder is small, which must not depend on the other images.
+    shares = tuple(
+        tuple(
+            part_shares(
+                opened.explainer,
+                opened.head,
+                maps[i : i + 1],
+                wanted[i, k : k + 1],
+                part_of,
+                len(opened.parts),
+                opened.config,
+            )
+            for k in range(wanted.shape[1])
+        )
+        for i in range(len(maps))
+    )
+    start, stride = grid_of(receptive_field(opened.performer, structure.tap))
+    size = opened.performer.preprocessing.size_px
+    heat = tuple(upsampled(torch.cat([s.heat for s in of_image]), start, stride, size) for of_image in shares)
+    return ExplainedParts(wanted, outputs, shares, heat)
+
+
+def _percentages(values: Tensor, whole: float) -> list[float]:
+    """Return shares of a whole; NaN where the whole is not positive, since a share would then mean nothing."""
+    return [float(v) / whole if whole > 0 else math.nan for v in values]
+
+
+def part_records(
+    opened: OpenedParts, found: ExplainedParts, i: int, folder: Path, shown: Image.Image, style: Literal["glow", "jet"]
+) -> list[dict[str, Any]]:
+    """Write one image's heat maps and return its records for ``explanation.json``, one per class."""
+    chance = probabilities(found.outputs)[i]
+    ranks = answer_ranks(chance)
+    records = []
+    for k, (shares, heat) in enumerate(zip(found.shares[i], found.heat[i], strict=True)):
+        output = int(found.classes[i, k])
+        rise = float(shares.score[0] - shares.baseline[0])
+        of_parts = _percentages(shares.shapley[0], float(shares.shapley[0].sum()))
+        of_score = _percentages(shares.shapley[0], rise)
+        of_integrated = _percentages(shares.integrated[0], float(shares.integrated[0].sum()))
+        null = shares.random[:, 0].double() / float(shares.integrated[0].sum())
+        known = float(shares.integrated[0].sum()) > 0 and len(opened.parts) > 1
+        ends = torch.quantile(null, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+        rows = []
+        for p, part in enumerate(opened.parts):
+            # A part that speaks against the class is drawn where it does so.
+            signed = heat[p] if float(shares.integrated[0, p]) >= 0 else -heat[p]
+            top = float(signed.max())
+            file = f"part-{k + 1}-{p + 1}.png"
+            save_png(
+                folder / file, overlay(shown, (signed.clamp(min=0) / top if top > 0 else 0 * signed).numpy(), style)
+            )
+            own = shares.filters[0, list(part.filters)]
+            strongest = own.abs().argsort(descending=True, stable=True)[:TOP_FILTERS].tolist()
+            rows.append(
+                {
+                    "name": part.name,
+                    "n": len(part.filters),
+                    "shapley": float(shares.shapley[0, p]),
+                    "standard_error": float(shares.standard_error[0, p]),
+                    "share": of_parts[p],
+                    "share_of_score": of_score[p],
+                    "integrated_gradients": float(shares.integrated[0, p]),
+                    "integrated_share": of_integrated[p],
+                    "integrated_null": {
+                        "value": float(null[:, p].mean()) if known else None,
+                        "interval": [float(e) for e in ends[:, p]] if known else [None, None],
+                        "n": len(null),
+                        "unit": "draws",
+                    },
+                    "gradient_activation": float(shares.gradient_activation[0, p]),
+                    "removal": float(shares.removal[0, p]),
+                    "heat": file,
+                    "top_filters": [
+                        {"filter": part.filters[f], "integrated_gradients": float(own[f])} for f in strongest
+                    ],
+                }
+            )
+        ordinary = float(shares.ordinary[0])
+        records.append(
+            {
+                "class": output_name(opened.performer, output),
+                "output": output,
+                "probability": float(chance[output]),
+                "rank": ranks[output],
+                "score": {
+                    "performer": float(found.outputs[i, output]),
+                    "fed_back": float(shares.score[0]),
+                    "baseline": float(shares.baseline[0]),
+                    "same_answer": bool(
+                        class_outputs(shares.fed_outputs[:1]).argmax()
+                        == class_outputs(found.outputs[i : i + 1]).argmax()
+                    ),
+                },
+                "baseline": "both tracks silent (x_enc = 0)",
+                "method": shares.method,
+                "ordinary": {
+                    "shapley": ordinary,
+                    "standard_error": float(shares.ordinary_standard_error[0]),
+                    "share_of_score": ordinary / rise if rise > 0 else math.nan,
+                    "integrated_gradients": float(shares.integrated_ordinary[0]),
+                },
+                "interpretable_share": float(shares.shapley[0].sum()) / rise if rise > 0 else math.nan,
+                "remainder": {
+                    "shapley": rise - float(shares.shapley[0].sum()) - ordinary,
+                    "integrated_gradients": float(shares.remainder[0]),
+                },
+                "parts": rows,
+                "headline": headline([part.name for part in opened.parts], shares.shapley[0].tolist()),
+            }
+        )
+    return records
+
+
+def headline(names: Sequence[str], values: Sequence[float]) -> str:
+    """Say what each part adds, as the papers' figure does: as a share of what all of them add.
+
+    Where parts pull against each other so far that their sum is less than half of what they add and take, a share of
+    the sum would mean nothing; the values themselves are said then.
+
+    Args:
+        names: of the parts.
+        values: Shapley values, in units of the score.
+
+    Example:
+        >>> headline(["head", "neck"], [0.128, 0.872])
+        'head 12.8 %, neck 87.2 %'
+        >>> headline(["head", "neck"], [0.5, -0.4])
+        'head +0.50, neck −0.40 of the score (they pull against each other, so shares would mean nothing)'
+    """
+    total = sum(values)
+    if total > 0.5 * sum(map(abs, values)):
+        shares = [f"{name} {100 * value / total + 0.0:.1f} %" for name, value in zip(names, values, strict=True)]
+        return ", ".join(shares).replace("-0.0 %", "0.0 %").replace(" -", " −")
+    said = ", ".join(f"{name} {value:+.2f}" for name, value in zip(names, values, strict=True)).replace(" -", " −")
+    return f"{said} of the score (they pull against each other, so shares would mean nothing)"
+
+
+def part_tensors(found: ExplainedParts, i: int) -> dict[str, Tensor]:
+    """Return one image's arrays for ``arrays.safetensors``."""
+    return {
+        "part_classes": found.classes[i],
+        "part_heat": found.heat[i],
+        "part_shapley": torch.cat([s.shapley for s in found.shares[i]]),
+        "part_integrated": torch.cat([s.integrated for s in found.shares[i]]),
+        "part_filters": torch.cat([s.filters for s in found.shares[i]]),
+    }

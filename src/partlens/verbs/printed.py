@@ -1,0 +1,169 @@
+"""What the verbs print for a person: scores beside their nulls, parts and what they add."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from partlens.errors import REGION_READINGS
+
+
+def _shown(estimate: dict[str, Any] | None, digits: str = ".3g", factor: float = 1.0, unit: str = "") -> str:
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    ends = [format(factor * end, digits) for end in estimate["interval"] if end is not None]
+    interval = f" [{', '.join(ends)}]" if len(ends) == 2 else ""
+    return f"{factor * estimate['value']:{digits}}{unit}{interval}"
+
+
+def _percent(estimate: dict[str, Any] | None) -> str:
+    return _shown(estimate, ".1f", 100, " %")
+
+
+def _regions(found: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    headings = ("explainer", "its regions on other photos", "performer tap", "top layer", "random", "centre")
+    table = Table(f"parts met ({found['regions']})", *headings, box=None)
+    for reading in REGION_READINGS:
+        score = found[reading]
+        layers, other = score["layers"], score["other_photo"]["explainer"]
+        cells = (layers["explainer"], other, layers["tap"], layers["top"], score["random"], score["centre"])
+        table.add_row(reading.replace("_", "-"), *map(_shown, cells))
+    return table
+
+
+def print_scores(result: dict[str, Any]) -> None:
+    """Print an evaluation."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = {
+        "explainer": result["explainer"],
+        "performer tap": result["performer"]["tap"],
+        result["performer"]["top_layer"]: result["performer"]["top"],
+        "random": result["nulls"]["random"],
+        "centre": result["nulls"]["centre"],
+        "corner": result["nulls"]["corner"],
+    }
+    table = Table(box=None)
+    for heading in ("score", *columns):
+        table.add_column(heading, no_wrap=heading == "score")
+    for name in result["explainer"]:
+        if name not in {"landmark_shares", "by_category"}:
+            table.add_row(name, *(_shown(column[name]) for column in columns.values()))
+    fidelity = Table("fidelity", "value", "n", box=None)
+    for name in ("p", "p_optimum"):
+        fidelity.add_row(name, _shown(result[name]), f"{result[name]['n']} {result[name]['unit']}")
+    for name, estimate in result["reconstruction"].items():
+        if isinstance(estimate, str):
+            fidelity.add_row(name.replace("_", " "), estimate, "")
+            continue
+        parts = estimate.items() if "value" not in estimate else [("", estimate)]
+        for part, value in parts:
+            fidelity.add_row(f"{name} {part}".strip(), _shown(value), f"{value['n']} {value['unit']}")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # in a file or a pipe nothing needs to be broken
+    console.print(table)
+    console.print(fidelity)
+    regions = result.get("part_interpretability")
+    if regions:
+        console.print(_regions(regions))
+    for warning in result["warnings"]:
+        console.print(f"warning: {warning}", markup=False)
+
+
+def print_parts(found: dict[str, Any]) -> None:
+    """Print the parts of a run's filters, and what each adds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from partlens.page.parts_data import mean_place
+    from partlens.verbs.parts_file import grouping, named_parts
+
+    measured = found["contributions"]
+    fits = measured is not None and measured["grouping"] == grouping(found)
+    rows = {tuple(row["ids"]): row for row in measured["parts"]} if fits else {}
+    table = Table(box=None)
+    headings = (
+        "part",
+        "filters",
+        "from landmark, R²",
+        "adds (Shapley)",
+        "same by integrated gradients",
+        "as many filters by lot",
+        "removed",
+    )
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading == "part")
+    by_filter = {row["filter"]: row for row in found["filters"]}
+    for part in named_parts(found):
+        row = rows.get(part.ids, {})
+        place = ", ".join("–" if math.isnan(v) else f"{v:.2f}" for v in mean_place(part.filters, by_filter))
+        shown = (_percent(row.get(k)) for k in ("share", "integrated_share", "integrated_null"))
+        ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
+        table.add_row(f"{part.name}{ids}", str(len(part.filters)), place, *shown, _shown(row.get("removal")))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # in a file or a pipe nothing needs to be broken
+    console.print(table)
+    stability = found["stability"]
+    console.print(
+        f"by {found['rule']} on {found['photos']} photos; on halves of them {_percent(stability['kept'])} of the "
+        f"filters keep their part (by lot {_percent(stability['null_kept'])}), adjusted Rand index "
+        f"{_shown(stability['adjusted_rand'])}"
+    )
+    if not fits:
+        console.print("parts were joined or filters moved: run partlens parts again to measure what they add")
+        return
+    check = measured["removal_check"]
+    console.print(
+        f"the parts together add {_percent(measured['interpretable_share'])} of the score; foretold and measured loss "
+        f"correlate by {_shown(check['shapley']['correlation'])} (Shapley), "
+        f"{_shown(check['gradient_activation']['correlation'])} (gradient × activation), "
+        f"{_shown(check['part_size']['correlation'])} (number of filters alone)"
+    )
+    for row in found["unplaced_names"]:
+        console.print(f"the name {row['name']!r} fits no part found now", markup=False)
+
+
+def print_path(result: Any) -> None:
+    """Print where the result lies."""
+    sys.stdout.write(f"{result.path}\n")
+
+
+def print_paths(result: Sequence[Any]) -> None:
+    """Print one folder a line."""
+    sys.stdout.write("".join(f"{folder}\n" for folder in result))
+
+
+def print_check(result: Any) -> None:
+    """Print what a data set holds."""
+    sys.stdout.write("\n".join(result.lines()) + "\n")
+
+
+def print_layers(found: Sequence[Any]) -> None:
+    """Print the layers of a model, the default tap marked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", box=None)
+    for heading in ("layer", "kind", "filters", "cells", "stride px", "receptive field px"):
+        table.add_column(heading, no_wrap=heading in {"layer", "kind"})
+    for layer in found:
+        field = "whole image" if layer.receptive_field_px is None else str(layer.receptive_field_px)
+        stride = "–" if layer.stride_px is None else str(layer.stride_px)
+        filters, rows, cols = layer.shape
+        mark = "→" if layer.is_default else ""
+        table.add_row(mark, layer.name, layer.kind, str(filters), f"{rows}x{cols}", stride, field)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # in a file or a pipe nothing needs to be cut
+    console.print(table)
+    if any(layer.is_default for layer in found):
+        sys.stdout.write("→ is the layer that fit-explainer taps when --tap is left out\n")
+    else:
+        sys.stdout.write("no layer here suits fit-explainer without --tap\n")

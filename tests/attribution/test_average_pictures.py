@@ -1,0 +1,175 @@
+"""Crops at peaks, their averages, and the random control (T23, T24)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from partlens.attribution.average_pictures import STRIP_PHOTOS, average_pictures, crop_of, strongest
+from partlens.data.images import ImageSet
+from partlens.errors import ImageError, InputError
+from partlens.network.preprocessing import Preprocessing
+from partlens.network.receptive_field import receptive_field
+from partlens.network.stream import stream_maps
+from partlens.network.zoo import Performer, weights_sha256
+
+SIDE = 40
+
+
+def _performer(module: nn.Module) -> Performer:
+    preprocessing = Preprocessing(size_px=(SIDE, SIDE), resize="squash", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return Performer(module.eval(), "pattern", preprocessing, weights_sha256(module))
+
+
+def _pattern_network(pattern: np.ndarray) -> nn.Module:
+    """One filter that answers to a pattern, centred so that flat colour gives nothing."""
+    conv = nn.Conv2d(3, 1, pattern.shape[0], bias=False)
+    kernel = torch.from_numpy(pattern - pattern.mean()).float().permute(2, 0, 1)
+    conv.weight = nn.Parameter(kernel[None])
+    return nn.Sequential(OrderedDict(conv=conv, relu=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
+
+
+@pytest.fixture
+def pattern() -> np.ndarray:
+    return np.random.default_rng(1).random((9, 9, 3))
+
+
+@pytest.fixture
+def planted(pattern: np.ndarray) -> tuple[ImageSet, np.ndarray]:
+    """Noise with the pattern somewhere in every photo, and where."""
+    rng = np.random.default_rng(0)
+    photos = rng.random((120, SIDE, SIDE, 3)) * 0.6 + 0.2
+    corners = rng.integers(0, SIDE - 9, size=(120, 2))
+    for photo, (row, col) in zip(photos, corners, strict=True):
+        photo[row : row + 9, col : col + 9] = 0.75 * pattern + 0.25 * photo[row : row + 9, col : col + 9]
+    return ImageSet.from_arrays((photos * 255).astype(np.uint8)), corners
+
+
+def test_T23_the_peak_is_the_middle_of_the_crop_and_the_crop_is_the_receptive_field() -> None:
+    # One bright pixel; a filter that sums 5x5 pixels after a stride-2 layer peaks where it stands.
+    network = nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(3, 1, 3, stride=2, padding=1, bias=False),
+            relu=nn.ReLU(),
+            conv2=nn.Conv2d(1, 1, 3, padding=1, bias=False),
+            relu2=nn.ReLU(),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+        )
+    )
+    kernel = torch.tensor([[1.0, 2.0, 1.0], [2.0, 5.0, 2.0], [1.0, 2.0, 1.0]])
+    for conv in (network.conv, network.conv2):
+        conv.weight = nn.Parameter(kernel.expand_as(conv.weight).clone())
+    performer = _performer(network)
+    photo = np.zeros((1, SIDE, SIDE, 3), np.uint8)
+    photo[0, 20, 16] = 255
+    images = ImageSet.from_arrays(photo)
+    result = stream_maps(performer, images, ["relu2"], None)
+    (picture,) = average_pictures(performer, images, [("relu2", 0)], result.peak["relu2"], result.peak_cell["relu2"])
+    size = receptive_field(performer, "relu2").size_px
+    assert picture.average.shape[:2] == size == (7, 7)
+    assert picture.receptive_field_px == size
+    brightest = np.unravel_index(picture.average.sum(axis=2).argmax(), size)
+    assert brightest == (3, 3)
+    # The analytic field is what moves the cell: brute force over the gradient.
+    image = torch.rand(1, 3, SIDE, SIDE, requires_grad=True)
+    maps = network.relu2(network.conv2(network.relu(network.conv(image))))
+    maps[0, 0, 10, 8].backward()
+    rows, cols = torch.nonzero(image.grad[0].abs().sum(0), as_tuple=True)
+    assert (int(rows.max() - rows.min()) + 1, int(cols.max() - cols.min()) + 1) == size
+
+
+def test_T24_the_average_shows_the_planted_pattern_and_random_crops_do_not(
+    pattern: np.ndarray, planted: tuple[ImageSet, np.ndarray]
+) -> None:
+    images, corners = planted
+    performer = _performer(_pattern_network(pattern))
+    result = stream_maps(performer, images, ["relu"], None)
+    (picture,) = average_pictures(performer, images, [("relu", 0)], result.peak["relu"], result.peak_cell["relu"])
+    assert len(picture.rows) == 100
+    found = result.peak_cell["relu"][list(picture.rows), 0]
+    assert (found == corners[list(picture.rows)]).all(axis=1).mean() > 0.9
+
+    def likeness(average: np.ndarray) -> float:
+        return float(np.corrcoef(average.ravel(), pattern.ravel())[0, 1])
+
+    assert likeness(picture.average) > 0.8
+    assert abs(likeness(picture.control)) < 0.35
+    assert picture.contrast > 3 * picture.control_contrast
+    assert picture.crops.shape == (STRIP_PHOTOS, 9, 9, 3)
+
+
+def test_padding_is_left_out_of_the_mean() -> None:
+    # A white photo stays white at the border: padding would make it grey.
+    network = _pattern_network(np.random.default_rng(2).random((9, 9, 3)))
+    network.conv.padding = (4, 4)
+    performer = _performer(network)
+    white = ImageSet.from_arrays(np.full((3, SIDE, SIDE, 3), 255, np.uint8))
+    cells = np.zeros((3, 1, 2), np.int32)  # the upper left corner: most of the crop is outside
+    (picture,) = average_pictures(performer, white, [("relu", 0)], np.ones((3, 1), np.float32), cells)
+    assert picture.valid_frac.min() == 0
+    assert picture.valid_frac[4:, 4:].min() == 1
+    assert np.allclose(picture.average[picture.valid_frac > 0], 1)
+    assert np.allclose(picture.average[picture.valid_frac == 0], 0.5)
+
+
+def test_fully_connected_layers_average_whole_photos() -> None:
+    network = nn.Sequential(
+        OrderedDict(conv=nn.Conv2d(3, 2, 3), relu=nn.ReLU(), flatten=nn.Flatten(), fc=nn.Linear(2 * 38 * 38, 4))
+    )
+    performer = _performer(network)
+    rng = np.random.default_rng(0)
+    images = ImageSet.from_arrays(rng.integers(0, 256, (5, SIDE, SIDE, 3), dtype=np.uint8))
+    result = stream_maps(performer, images, ["fc"], None)
+    (picture,) = average_pictures(
+        performer, images, [("fc", 1)], result.peak["fc"][:, 1:2], result.peak_cell["fc"][:, 1:2], top_photos=5
+    )
+    assert picture.receptive_field_px is None
+    whole = np.mean([np.asarray(images.read(i), np.float32) / 255 for i in range(5)], axis=0)
+    assert np.allclose(picture.average, whole, atol=1e-6)
+    assert np.allclose(picture.control, whole, atol=1e-6)
+
+
+def test_equal_peaks_keep_the_order_of_the_photos() -> None:
+    assert strongest(np.array([[1.0, 0.0], [1.0, 2.0], [1.0, 2.0]]), 2).tolist() == [[0, 1], [1, 2]]
+
+
+def test_scaled_pictures_have_the_wanted_side(pattern: np.ndarray, planted: tuple[ImageSet, np.ndarray]) -> None:
+    images, _ = planted
+    performer = _performer(_pattern_network(pattern))
+    result = stream_maps(performer, images, ["relu"], None)
+    arguments = (performer, images, [("relu", 0)], result.peak["relu"], result.peak_cell["relu"])
+    (small,) = average_pictures(*arguments, most_px=6)
+    assert small.average.shape == (6, 6, 3)
+    assert small.receptive_field_px == (9, 9)
+
+
+def test_random_control_follows_the_seed(pattern: np.ndarray, planted: tuple[ImageSet, np.ndarray]) -> None:
+    images, _ = planted
+    performer = _performer(_pattern_network(pattern))
+    result = stream_maps(performer, images, ["relu"], None)
+    arguments = (performer, images, [("relu", 0)], result.peak["relu"], result.peak_cell["relu"])
+    first, again, other = (average_pictures(*arguments, seed=s)[0].control for s in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_bad_input_says_what_is_wrong(tiny: Performer, few_flowers: ImageSet) -> None:
+    one = np.ones((1, 1), np.float32)
+    with pytest.raises(InputError, match=r"Expected peaks of shape \(80, 1\), got \(1, 1\)"):
+        average_pictures(tiny, few_flowers, [("relu2", 0)], one, np.zeros((1, 1, 2), np.int32))
+    with pytest.raises(ImageError, match="Expected at least 1 photo for the pictures, got 0"):
+        average_pictures(tiny, few_flowers, [("relu2", 0)], one[:0], np.zeros((0, 1, 2), np.int32), rows=())
+
+
+def test_a_field_larger_than_the_input_is_cut_to_it(tiny: Performer) -> None:
+    crop, field = crop_of(tiny, ["relu4"], largest_frac=1.0)["relu4"]
+    assert field is not None
+    assert field.size_px[0] > 32
+    assert crop.side_px == (32, 32)
+    assert not crop.whole
+    assert crop_of(tiny, ["relu4"])["relu4"][0].side_px == (16, 16)

@@ -1,0 +1,164 @@
+"""Explanations of predictions: which features are chosen, and what their maps look like (T9, T10, T11, T15)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from partlens.attribution.backprop import backward_signals, heat_map
+from partlens.attribution.explanation import (
+    ExplanationConfig,
+    choose_top,
+    combine_maps,
+    contributions,
+    explain_batch,
+    scaled,
+    smoothed,
+)
+from partlens.errors import InputError
+from partlens.network.taps import forward_taps
+from partlens.network.zoo import Performer
+from partlens.selection.descriptors import DescriptorConfig, FeatureIndex
+from partlens.selection.measured_layers import feature_index
+from partlens.selection.responses import image_descriptors
+
+CONFIG = DescriptorConfig()
+
+
+@pytest.fixture
+def index(tiny: Performer) -> FeatureIndex:
+    return feature_index(tiny, CONFIG)
+
+
+@pytest.fixture
+def batch(generator: torch.Generator) -> Tensor:
+    return torch.randn(5, 3, 32, 32, generator=generator)
+
+
+@pytest.fixture
+def weights(index: FeatureIndex, generator: torch.Generator) -> Tensor:
+    dense = torch.rand(index.size, 4, generator=generator, dtype=torch.float64)
+    return dense * (torch.rand(index.size, 4, generator=generator) < 0.3)
+
+
+def test_T9_the_features_with_the_largest_contributions_are_chosen(
+    tiny: Performer, index: FeatureIndex, batch: Tensor, weights: Tensor
+) -> None:
+    classes = torch.tensor([[0, 1]] * 5)
+    found = explain_batch(tiny, batch, weights, index, CONFIG, classes)
+    x, _ = image_descriptors(tiny, batch, index, CONFIG)
+    for image in range(5):
+        for column, name in enumerate((0, 1)):
+            r = [(float(x[image, f]) * float(weights[f, name]), f) for f in range(index.size)]
+            best = sorted(r, key=lambda entry: (-entry[0], entry[1]))[:3]
+            assert found.features[image, column].tolist() == [f for _, f in best]
+            assert found.contributions[image, column].tolist() == pytest.approx([c for c, _ in best])
+            assert float(found.scores[image, column]) == pytest.approx(sum(c for c, _ in r))
+            assert (weights[found.features[image, column], name] > 0).all()
+    assert not torch.equal(found.features[:, 0], found.features[:, 1])
+
+
+def test_T11_each_map_starts_from_one_channel_with_its_own_activation(
+    tiny: Performer, index: FeatureIndex, batch: Tensor, weights: Tensor
+) -> None:
+    found = explain_batch(tiny, batch, weights, index, CONFIG, torch.zeros(5, 1, dtype=torch.long))
+    layer, channel = index.place(int(found.features[2, 0, 1]))
+    _, taps = forward_taps(tiny, batch[2:3], [layer])
+    start = torch.zeros(1, taps[layer].shape[1])
+    start[0, channel] = 1
+    alone = backward_signals(tiny, batch[2:3], [{layer: start}])
+    assert torch.allclose(found.signals[2, 0, 1], alone[0, 0], atol=1e-6)
+    assert torch.allclose(found.maps[2, 0, 1], heat_map(alone)[0, 0], atol=1e-5)
+
+
+def test_T15_maps_stay_in_range_and_the_combination_is_their_maximum(
+    tiny: Performer, index: FeatureIndex, batch: Tensor, weights: Tensor
+) -> None:
+    found = explain_batch(tiny, batch, weights, index, CONFIG, torch.tensor([[0, 2]] * 5))
+    assert float(found.maps.min()) >= 0
+    assert float(found.maps.max()) <= 1
+    assert torch.equal(found.combined, found.maps.amax(2))
+    assert (found.combined[:, :, None] >= found.maps).all()
+
+
+def test_a_class_without_relevant_features_has_an_empty_map(
+    tiny: Performer, index: FeatureIndex, batch: Tensor
+) -> None:
+    weights = torch.zeros(index.size, 2, dtype=torch.float64)
+    weights[3, 1] = 1.0
+    found = explain_batch(tiny, batch, weights, index, CONFIG, torch.tensor([[0, 1]] * 5))
+    assert (found.features[:, 0] == -1).all()
+    assert float(found.combined[:, 0].abs().max()) == 0
+    assert (found.features[:, 1, 0] == 3).all()
+    assert (found.features[:, 1, 1:] == -1).all()
+    assert bool(torch.isfinite(found.maps).all())
+
+
+def test_a_batch_equals_its_images_one_by_one(
+    tiny: Performer, index: FeatureIndex, batch: Tensor, weights: Tensor
+) -> None:
+    classes = torch.arange(5)[:, None] % 4
+    whole = explain_batch(tiny, batch, weights, index, CONFIG, classes)
+    for i in range(5):
+        single = explain_batch(tiny, batch[i : i + 1], weights, index, CONFIG, classes[i : i + 1])
+        assert torch.equal(single.features[0], whole.features[i])
+        assert torch.allclose(single.combined[0], whole.combined[i], atol=1e-5)
+
+
+def test_the_most_likely_classes_are_chosen_in_order() -> None:
+    output = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.8, 0.1, 0.1, 0.7]])
+    chosen = choose_top([3, 1, 0], 2)(output, torch.zeros(2, 3))
+    assert chosen.tolist() == [[1, 0], [2, 0]]
+    scores = torch.tensor([[0.0, 2.0, 1.0]])
+    assert choose_top([None, None, None], 2)(output[:1], scores).tolist() == [[1, 2]]
+
+
+def test_the_sum_weighs_maps_by_their_share() -> None:
+    maps = torch.zeros(1, 1, 2, 2, 2)
+    maps[0, 0, 0, 0, 0] = 1
+    maps[0, 0, 1, 1, 1] = 1
+    joined = combine_maps(maps, torch.tensor([[[0.8, 0.2]]]), "sum")[0, 0]
+    assert joined.flatten().tolist() == pytest.approx([1.0, 0.0, 0.0, 0.25])
+
+
+def test_smoothing_keeps_flat_maps_flat_and_spreads_a_point() -> None:
+    flat = torch.full((1, 9, 11), 0.7)
+    assert torch.allclose(smoothed(flat, 2.0), flat, atol=1e-6)
+    point = torch.zeros(1, 21, 21)
+    point[0, 10, 10] = 1
+    spread = smoothed(point, 2.0)[0]
+    ratio = float(spread[10, 12] / spread[10, 10])
+    assert ratio == pytest.approx(torch.exp(torch.tensor(-0.5)).item(), rel=1e-3)
+    assert torch.equal(smoothed(point, 0.0), point)
+
+
+def test_constant_maps_are_scaled_to_zero() -> None:
+    maps = torch.stack([torch.full((3, 3), 5.0), torch.arange(9.0).view(3, 3)])
+    assert scaled(maps)[0].abs().max() == 0
+    assert float(scaled(maps)[1].max()) == 1
+
+
+def test_contributions_are_elementwise() -> None:
+    x = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    w = torch.tensor([[3.0, 0.0], [0.5, 1.0]], dtype=torch.float64)
+    assert contributions(x, w, torch.tensor([[0, 1]])).tolist() == [[[3.0, 1.0], [0.0, 2.0]]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": 0}, "Expected at least 1 feature to show, got 0"),
+        ({"smooth_frac": -1.0}, "Expected smooth_frac from 0 to 0.5, got -1.0"),
+    ],
+)
+def test_bad_configuration(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ExplanationConfig(**changes)
+    with pytest.raises(InputError, match="Expected preset partlens or paper, got mine"):
+        ExplanationConfig.preset("mine")
+
+
+def test_weights_of_another_index(tiny: Performer, index: FeatureIndex, batch: Tensor) -> None:
+    with pytest.raises(InputError, match=f"Expected weights of {index.size} features, got 7"):
+        explain_batch(tiny, batch, torch.zeros(7, 2), index, CONFIG, torch.zeros(5, 1, dtype=torch.long))

@@ -1,0 +1,417 @@
+"""Image sets from folders, tables, arrays and generators, and what reading does to every kind of file."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from partlens.data.images import ImageSet, UnreadableImage
+from partlens.data.splits import split_of
+from partlens.errors import ImageError, InputError
+
+DATA = Path(__file__).parents[3] / "shared" / "data" / "animal-part"
+
+
+def save(path: Path, colour=(200, 30, 40), size=(6, 4)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def table(path: Path, columns: dict[str, list[str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+def pixels(images: ImageSet, index: int = 0) -> np.ndarray:
+    return np.asarray(images.read(index))
+
+
+# Folders
+
+
+def test_sub_folders_are_categories(tmp_path):
+    for name in ("fox/b.png", "cat/deep/a.JPG", "cat/c.webp", "cat/.hidden.png", ".git/x.png"):
+        save(tmp_path / name)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    images = ImageSet.open(tmp_path)
+    assert images.keys == ("cat/c.webp", "cat/deep/a.JPG", "fox/b.png")
+    assert images.categories == ("cat", "cat", "fox")
+    assert images.category_counts() == {"cat": 2, "fox": 1}
+    assert images.photos == images.keys
+    assert images.splits == tuple(split_of(key) for key in images.keys)
+    assert (images.root, images.name, images.part_truth) == (tmp_path, tmp_path.name, None)
+
+
+def test_a_loose_image_means_no_categories(tmp_path):
+    save(tmp_path / "fox/b.png")
+    save(tmp_path / "a.png")
+    assert ImageSet.open(tmp_path).categories == ("", "")
+
+
+@pytest.mark.parametrize(("second", "split"), [("test", "test"), ("val", "test")])
+def test_train_and_test_folders_are_splits(tmp_path, second, split):
+    save(tmp_path / "train/cat/a.png")
+    save(tmp_path / f"{second}/fox/a.png")
+    images = ImageSet.from_folder(tmp_path)
+    by_key = dict(zip(images.keys, zip(images.categories, images.splits, strict=True), strict=True))
+    assert by_key == {"train/cat/a.png": ("cat", "train"), f"{second}/fox/a.png": ("fox", split)}
+
+
+def test_a_circle_of_links_ends(tmp_path):
+    save(tmp_path / "cat/a.png")
+    (tmp_path / "cat" / "again").symlink_to(tmp_path, target_is_directory=True)
+    assert ImageSet.open(tmp_path).keys == ("cat/a.png",)
+
+
+def test_missing_paths_and_empty_folders(tmp_path):
+    with pytest.raises(ImageError, match="nothing there"):
+        ImageSet.open(tmp_path / "none")
+    with pytest.raises(ImageError, match=r"images in .*, got none.*\.jpg"):
+        ImageSet.open(tmp_path)
+    with pytest.raises(ImageError, match="got a file"):
+        ImageSet.from_folder(save(tmp_path / "a.png"))
+    with pytest.raises(ImageError, match=r"ending in \.csv or \.parquet, got 'a\.png'"):
+        ImageSet.open(tmp_path / "a.png")
+
+
+# Tables
+
+
+def test_a_table_gives_categories_splits_and_photos(tmp_path):
+    save(tmp_path / "x/1.png", colour=(1, 2, 3))
+    path = table(
+        tmp_path / "list.csv",
+        {
+            "image": ["x/1.png", "x/2.png", "x/3.png", "x/4.png"],
+            "class": ["cat", "", "fox", "fox"],
+            "split": ["held", "", "extra", ""],
+            "photo": ["p", "p", "q", ""],
+            "other": ["1", "2", "3", "4"],
+        },
+    )
+    images = ImageSet.open(path)
+    assert images.categories == ("cat", "", "fox", "fox")
+    assert images.photos == ("p", "p", "q", "x/4.png")
+    assert images.splits == ("held", "held", "extra", split_of("x/4.png"))
+    assert images.name == "list"
+    assert pixels(images)[0, 0].tolist() == [1, 2, 3]
+
+
+def test_a_parquet_table_and_another_root(tmp_path):
+    save(tmp_path / "photos/1.png")
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"image": ["1.png"], "label": [7], "split": pa.array([None], pa.string())}), path)
+    images = ImageSet.from_table(path, root=tmp_path / "photos")
+    assert (images.categories, images.splits) == (("7",), (split_of("1.png"),))
+    assert images.read(0).size == (6, 4)
+
+
+def test_a_folder_with_a_table_and_landmarks(tmp_path):
+    save(tmp_path / "a.png", size=(30, 20))
+    save(tmp_path / "b.png")
+    table(tmp_path / "images.csv", {"image": ["b.png", "a.png"], "category": ["fox", "cat"]})
+    table(
+        tmp_path / "landmarks.csv",
+        {"image": ["a.png", "gone.png"], "landmark": ["head"] * 2, "x": [3, 1], "y": [4, 1]},
+    )
+    images = ImageSet.open(tmp_path)
+    assert images.categories == ("fox", "cat")
+    truth = images.part_truth
+    assert truth is not None
+    assert truth.keys == images.keys
+    np.testing.assert_array_equal(truth.positions_px[:, 0], [[np.nan, np.nan], [3, 4]])
+    np.testing.assert_array_equal(truth.image_size_px, [[np.nan, np.nan], [30, 20]])
+    chosen = images.select("cat").part_truth
+    assert chosen is not None
+    assert chosen.positions_px.tolist() == [[[3, 4]]]
+
+
+def test_landmarks_of_other_images_are_refused(tmp_path):
+    save(tmp_path / "a.png")
+    table(tmp_path / "landmarks.csv", {"image": ["b/a.png"], "landmark": ["head"], "x": [3], "y": [4]})
+    with pytest.raises(ImageError, match=r"got only others, such as 'b/a.png'. Write names like 'a.png'"):
+        ImageSet.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ({"file": ["a"], "class": ["b"]}, r"a column 'image' in .*, got the columns file, class"),
+        ({"image": []}, r"at least one image"),
+        ({"image": ["a", "b", "a"]}, r"every image once in list, got a more than once"),
+        ({"image": ["a", ""]}, r"a path in every row of .*, got none in row 3"),
+        (
+            {"image": ["a", "b"], "split": ["train", "test"], "photo": ["p", "p"]},
+            r"crops in several splits of p",
+        ),
+    ],
+)
+def test_bad_tables(tmp_path, columns, text):
+    with pytest.raises(ImageError, match=text):
+        ImageSet.open(table(tmp_path / "list.csv", columns))
+
+
+def test_ragged_and_broken_tables(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("image,category\na.png,cat,small\n")
+    with pytest.raises(ImageError, match=r"2 cells in row 2 of .*, got 3"):
+        ImageSet.open(path)
+    (tmp_path / "list.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ImageError, match="a table at"):
+        ImageSet.open(tmp_path / "list.parquet")
+
+
+# Arrays and generators
+
+
+def test_arrays_keep_their_bytes(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
+    images = ImageSet.from_arrays(array, categories=["a", "b", "a"], splits=["train", "test", "train"])
+    assert images.keys == ("000000", "000001", "000002")
+    assert images.splits == ("train", "test", "train")
+    np.testing.assert_array_equal(pixels(images, 1), array[1])
+    assert images.size_px(1) == (7, 5)
+    assert images.readable() == (images, ())
+
+
+def test_floats_and_grey_and_lists_of_sizes():
+    images = ImageSet.from_arrays(
+        [np.full((2, 3), 0.5), np.full((4, 4, 1), 1, np.float32), np.zeros((1, 1, 3), np.uint8)]
+    )
+    assert [images.read(index).size for index in range(3)] == [(3, 2), (4, 4), (1, 1)]
+    assert pixels(images, 0)[0, 0].tolist() == [128, 128, 128]
+    assert pixels(images, 1)[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("array", "text"),
+    [
+        (np.zeros((2, 3, 8, 8), np.uint8), r"got \(3, 8, 8\). Move the colours to the last axis"),
+        (np.zeros((2, 8, 8, 4), np.uint8), r"shape \[row, col, 3\] for image 0, got \(8, 8, 4\)"),
+        (np.zeros((8, 8), np.uint8), r"\[image, row, col, 3\] for the images, got \(8, 8\)"),
+        (np.zeros((1, 8, 8, 3), np.int64), r"uint8 .* for image 0, got int64"),
+        (np.full((1, 8, 8, 3), 200.0), r"from 0 to 1 for image 0, got values from 200 to 200"),
+        (np.full((1, 8, 8, 3), np.nan), r"from 0 to 1 for image 0, got 192 nan values"),
+        (np.zeros((0, 8, 8, 3), np.uint8), r"at least one image"),
+        (np.zeros((1, 0, 8, 3), np.uint8), r"got \(0, 8, 3\)"),
+    ],
+)
+def test_bad_arrays(array, text):
+    with pytest.raises(ImageError, match=text):
+        ImageSet.from_arrays(array)
+
+
+def test_lists_of_another_length_are_refused():
+    with pytest.raises(ImageError, match="2 categories, one for each image, got 1"):
+        ImageSet.from_arrays(np.zeros((2, 4, 4, 3), np.uint8), categories=["a"])
+
+
+def test_generated_images_and_their_failures():
+    def draw(index):
+        if index == 1:
+            raise RuntimeError("no paint")
+        return np.full((4, 4, 3), index, np.uint8)
+
+    images = ImageSet.from_generator(draw, ["a", "b", "c"])
+    assert images.take([2]).read(0).getpixel((0, 0)) == (2, 2, 2)
+    assert images.take([0, 2]).take([1]).read(0).getpixel((0, 0)) == (2, 2, 2)
+    good, bad = images.readable()
+    assert good.keys == ("a", "c")
+    assert bad == (UnreadableImage("b", "no paint"),)
+    with pytest.raises(ImageError, match=r"uint8 arrays \[row, col, 3\] from the generator, got float64 \(2,\)"):
+        ImageSet.from_generator(lambda _: np.zeros(2), ["a"]).read(0)
+
+
+# Selecting
+
+
+def labelled() -> ImageSet:
+    return ImageSet.from_arrays(
+        np.zeros((4, 4, 4, 3), np.uint8),
+        categories=["fox", "cat", "fox", ""],
+        splits=["train", "train", "test", "test"],
+    )
+
+
+def test_select_and_indices():
+    images = labelled()
+    assert images.indices("fox") == (0, 2)
+    assert images.indices(split="test", exclude_category="fox") == (3,)
+    assert images.select("fox", "test").keys == ("000002",)
+    assert images.take([3, -4]).keys == ("000003", "000000")
+    assert images.take(np.array([2, 3])).take([1]).keys == ("000003",)
+
+
+def test_unknown_names_and_empty_choices():
+    images = labelled()
+    with pytest.raises(ImageError, match=r"a category of arrays, got 'foxx'. Choose one of fox"):
+        images.select("foxx")
+    with pytest.raises(ImageError, match=r"a split of arrays, got 'tset'. Choose one of test"):
+        images.select(split="tset")
+    with pytest.raises(ImageError, match="sub-folders"):
+        ImageSet.from_arrays(np.zeros((1, 4, 4, 3), np.uint8)).select("fox")
+    assert images.indices("cat", "test") == ()
+    with pytest.raises(ImageError, match=r"with category='cat', split='test', got none"):
+        images.select("cat", "test")
+    with pytest.raises(ImageError, match="at least one image"):
+        images.take([])
+    with pytest.raises(ImageError, match="from 0 to 3 in arrays, got 4"):
+        images.read(4)
+    with pytest.raises(ImageError, match="every image once"):
+        images.take([1, 1])
+
+
+# Reading
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (6, 4), (255, 255, 255))
+    image.putpixel((0, 0), (0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned left; shown turned by 90 degrees to the right
+    image.save(tmp_path / "a.png", exif=exif)
+    images = ImageSet.open(tmp_path)
+    assert images.read(0).size == images.size_px(0) == (4, 6)
+    assert images.read(0).getpixel((3, 0)) == (0, 0, 0)
+
+
+def grey(values, dtype) -> Image.Image:
+    return Image.fromarray(np.array([values], dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "want"),
+    [
+        ("l.png", grey([0, 77], np.uint8), [0, 77]),
+        ("bit.png", Image.new("1", (2, 1), 1), [255, 255]),
+        ("sixteen.png", grey([257 * 200, 65535], np.uint16), [200, 255]),
+        ("sixteen.tif", grey([257 * 200, 65535], np.uint16), [200, 255]),
+        ("int-8.tif", grey([0, 200], np.int32), [0, 200]),
+        ("int-16.tif", grey([257 * 200, 65535], np.int32), [200, 255]),
+        ("int-wide.tif", grey([-1000, 1000], np.int32), [0, 255]),
+        ("float-unit.tif", grey([0, 0.6], np.float32), [0, 153]),
+        ("float-8.tif", grey([0, 90], np.float32), [0, 90]),
+        ("float-wide.tif", grey([-3, 1], np.float32), [0, 255]),
+        ("float-flat.tif", grey([-3, -3], np.float32), [0, 0]),
+    ],
+)
+def test_grey_depths(tmp_path, name, image, want):
+    image.save(tmp_path / name)
+    got = pixels(ImageSet.open(tmp_path))
+    assert got.shape == (1, 2, 3)
+    assert got[0].tolist() == [[value] * 3 for value in want]
+
+
+def palette() -> Image.Image:
+    image = Image.new("P", (1, 1), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "want"),
+    [
+        ("rgba.png", Image.new("RGBA", (1, 1), (0, 0, 0, 0)), {}, [255, 255, 255]),
+        ("half.png", Image.new("RGBA", (1, 1), (255, 0, 0, 51)), {}, [255, 204, 204]),
+        ("la.png", Image.new("LA", (1, 1), (0, 51)), {}, [204, 204, 204]),
+        ("p.png", palette(), {}, [10, 20, 30]),
+        ("p-clear.png", palette(), {"transparency": 1}, [255, 255, 255]),
+        ("p-bytes.png", palette(), {"transparency": b"\xff\x00"}, [255, 255, 255]),
+        ("key.png", Image.new("RGB", (1, 1), (1, 2, 3)), {"transparency": (1, 2, 3)}, [255, 255, 255]),
+        ("cmyk.tif", Image.new("CMYK", (1, 1), (0, 255, 255, 0)), {}, [255, 0, 0]),
+    ],
+)
+def test_colour_modes(tmp_path, name, image, options, want):
+    image.save(tmp_path / name, **options)
+    images = ImageSet.open(tmp_path)
+    assert images.read(0).mode == "RGB"
+    assert pixels(images)[0, 0].tolist() == want
+
+
+def test_unreadable_files_are_named(tmp_path):
+    save(tmp_path / "good.png")
+    (tmp_path / "text.jpg").write_text("no image")
+    whole = save(tmp_path / "short.png", size=(64, 64)).read_bytes()
+    (tmp_path / "short.png").write_bytes(whole[: len(whole) // 2])
+    grey([0, np.nan], np.float32).save(tmp_path / "nan.tif")
+    images = ImageSet.open(tmp_path)
+    for index, key in enumerate(images.keys):
+        if key != "good.png":
+            with pytest.raises(ImageError, match=key):
+                images.read(index)
+    good, bad = images.readable(workers=2)
+    assert good.keys == ("good.png",)
+    assert [image.key for image in bad] == ["nan.tif", "short.png", "text.jpg"]
+    assert "nan or infinity" in bad[0].reason
+    assert good.readable() == (good, ())
+    with pytest.raises(ImageError, match=r"at least one readable image .* 3 unreadable ones \(nan.tif, short.png"):
+        images.take([1, 2, 3]).readable()
+    with pytest.raises(InputError, match="workers >= 1, got -1"):
+        images.readable(workers=-1)
+
+
+def test_missing_files_of_a_table(tmp_path):
+    images = ImageSet.open(table(tmp_path / "list.csv", {"image": ["none.png"]}))
+    for act in (lambda: images.read(0), images.fingerprint, lambda: images.size_px(0)):
+        with pytest.raises(ImageError, match=r"an image file .*none\.png, got nothing there"):
+            act()
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_follows_the_content_not_the_place(tmp_path):
+    for folder in ("one", "two"):
+        save(tmp_path / folder / "cat" / "a.png")
+        save(tmp_path / folder / "fox" / "b.png")
+    one, two = ImageSet.open(tmp_path / "one"), ImageSet.open(tmp_path / "two")
+    assert one.fingerprint() == two.fingerprint() == one.fingerprint(workers=1)
+    assert one.take([1, 0]).fingerprint() != one.fingerprint()
+    save(tmp_path / "two" / "fox" / "b.png", colour=(200, 30, 41))
+    assert one.fingerprint() != two.fingerprint()
+
+
+def test_a_fingerprint_follows_categories_and_splits():
+    array = np.zeros((1, 4, 4, 3), np.uint8)
+    prints = {
+        ImageSet.from_arrays(array, categories=[category], splits=[split]).fingerprint()
+        for category in ("a", "b")
+        for split in ("train", "test")
+    }
+    assert len(prints) == 4
+    drawn = {
+        ImageSet.from_generator(lambda _, v=v: np.full((4, 4, 3), v, np.uint8), ["a"]).fingerprint() for v in (0, 0, 1)
+    }
+    assert len(drawn) == 2
+    told = {ImageSet.from_generator(lambda _: array[0], ["a"], recipe=text).fingerprint() for text in ("r", "s")}
+    assert len(told) == 2
+
+
+def test_the_default_split_is_about_a_quarter_and_goes_by_photo():
+    share = sum(split_of(f"photo-{index}") == "test" for index in range(4000)) / 4000
+    assert 0.23 < share < 0.27
+    images = ImageSet.from_arrays(np.zeros((40, 2, 2, 3), np.uint8), photos=[f"p{index // 4}" for index in range(40)])
+    assert {images.splits[index : index + 4] for index in range(0, 40, 4)} == {("train",) * 4, ("test",) * 4}
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not DATA.is_dir(), reason="the animal-part photos are not beside the checkout")
+def test_animal_part():
+    images = ImageSet.open(DATA)
+    assert len(images) == 3676
+    assert images.category_counts()["fox"] == 286
+    fox = images.select("fox")
+    truth = fox.part_truth
+    assert truth is not None
+    assert truth.count()["head"] > 100
+    known = np.isfinite(truth.positions_px[:, 0, 0])
+    assert (truth.image_size_px[known] == 224).all()
+    assert fox.read(0).size == (224, 224)

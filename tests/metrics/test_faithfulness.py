@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from partlens.errors import InputError
+from partlens.evaluation.fed_back import class_outputs
+from partlens.metrics.faithfulness import (
+    ReconstructionSums,
+    accuracy_top1,
+    agreement_top1,
+    category_error_increase,
+)
+
+
+def test_relative_error_in_batches_equals_the_whole() -> None:
+    target, value = torch.randn(50, 3, 4) + 7, torch.randn(50, 3, 4) + 7
+    sums = ReconstructionSums()
+    for part in (slice(0, 7), slice(7, 30), slice(30, 50)):
+        sums.add(value[part], target[part])
+    whole = (value - target).double().square().sum() / (target - target.mean(0)).double().square().sum()
+    assert sums.relative_error == pytest.approx(float(whole), rel=1e-9)
+    assert sums.relative_norm_error == pytest.approx(
+        float((value - target).double().square().sum() / target.double().square().sum()), rel=1e-9
+    )
+
+
+def test_perfect_and_constant_reconstructions() -> None:
+    target = torch.randn(40, 5)
+    perfect, constant = ReconstructionSums(), ReconstructionSums()
+    perfect.add(target, target)
+    constant.add(target.mean(0).expand(40, 5), target)
+    assert perfect.relative_error == 0
+    assert constant.relative_error == pytest.approx(1, abs=1e-6)
+    assert math.isnan(ReconstructionSums().relative_error)
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(ValueError, match=r"shape \(4, 3\), got \(4, 2\)"):
+        ReconstructionSums().add(torch.zeros(4, 2), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="outputs of shape"):
+        agreement_top1(torch.zeros(4, 2), torch.zeros(4, 3))
+
+
+def test_agreement_and_accuracy() -> None:
+    own = torch.eye(4)
+    fed = own.clone()
+    fed[0] = torch.tensor([0.0, 9, 0, 0])
+    assert agreement_top1(fed, own).value == 0.75
+    assert agreement_top1(fed, own).n == 4
+    assert accuracy_top1(own, torch.tensor([0, 1, 2, 0])).value == 0.75
+
+
+def test_error_increase_of_a_reconstruction_that_lost_the_category(generator: torch.Generator) -> None:
+    labels = torch.arange(200) % 2
+    features = torch.randn(200, 6, generator=generator) + 3 * labels[:, None]
+    lost = torch.randn(200, 6, generator=generator) + 1.5
+    errors = category_error_increase(features, labels, features, lost, labels, generator=generator, rounds=200)
+    assert errors.performer_error_percent.value < 5
+    assert errors.error_increase_points.value > 30
+    low, high = errors.error_increase_points.interval
+    assert low < errors.error_increase_points.value < high
+    same = category_error_increase(features, labels, features, features, labels, generator=generator, rounds=20)
+    assert same.error_increase_points.value == 0
+    assert same.error_increase_points.interval == (0, 0)
+
+
+def test_error_increase_needs_both_classes(generator: torch.Generator) -> None:
+    one = torch.ones(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"or several categories, among the training photos, got labels \[1\]"):
+        category_error_increase(torch.rand(5, 2), one, torch.rand(5, 2), torch.rand(5, 2), one, generator=generator)
+
+
+def test_agreement_of_a_single_output_has_to_be_read_as_yes_or_no() -> None:
+    own, fed = torch.tensor([[3.0], [-2.0], [1.0], [4.0]]), torch.tensor([[-3.0], [-2.0], [1.0], [-4.0]])
+    with pytest.raises(InputError, match=r"outputs of at least 2 classes, got outputs of shape \(4, 1\)"):
+        agreement_top1(fed, own)
+    assert agreement_top1(class_outputs(fed), class_outputs(own)).value == 0.5

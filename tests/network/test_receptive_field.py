@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from partlens.errors import InputError, LayerError
+from partlens.network.receptive_field import (
+    ReceptiveField,
+    cell_box_px,
+    cell_centre_px,
+    px_to_cell,
+    receptive_field,
+)
+from partlens_papers.networks.paper_networks import PaperNet
+
+
+def positive(module: nn.Module) -> nn.Module:
+    """Weights above 0, so that no influence cancels."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data.uniform_(0.5, 1.0)
+    return module.double().eval()
+
+
+def brute_force(module: nn.Module, cell: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """First and last row and column whose pixels change a cell, found by changing them one by one."""
+    ramp = torch.rand(1, 1, *size, dtype=torch.float64) + 1
+    with torch.no_grad():
+        changed = []
+        for row in range(size[0]):
+            for col in range(size[1]):
+                # A large rise lets the pixel win every maximum that it takes part in.
+                other = ramp.clone()
+                other[0, 0, row, col] += 1e3
+                changed.append(bool((module(other)[0, :, *cell] != module(ramp)[0, :, *cell]).any()))
+    where = np.argwhere(np.array(changed).reshape(size))
+    return (*where.min(0), *where.max(0))  # type: ignore[return-value]
+
+
+def expected_box(field: ReceptiveField, cell: tuple[int, int], size: tuple[int, int]) -> tuple[int, ...]:
+    x0, y0, x1, y1 = cell_box_px(field, cell, size).astype(int).tolist()
+    return y0, x0, y1 - 1, x1 - 1
+
+
+layers = st.one_of(
+    st.tuples(st.just("conv"), st.integers(1, 3), st.integers(1, 2), st.integers(0, 1), st.integers(1, 2)),
+    st.tuples(st.just("max"), st.integers(2, 3), st.integers(1, 3), st.integers(0, 1), st.just(1)),
+    st.tuples(st.just("avg"), st.integers(2, 3), st.integers(1, 3), st.integers(0, 1), st.just(1)),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(layers, min_size=1, max_size=3), st.booleans(), st.data())
+def test_fields_are_the_pixels_that_change_a_cell(stack: list, ceil: bool, data: st.DataObject) -> None:
+    parts: list[nn.Module] = []
+    for kind, kernel, stride, padding, dilation in stack:
+        edge = min(padding, kernel // 2)
+        if kind == "conv":
+            parts.append(nn.Conv2d(1, 1, kernel, stride, edge, dilation))
+        elif kind == "max":
+            parts.append(nn.MaxPool2d(kernel, stride, edge, ceil_mode=ceil))
+        else:
+            parts.append(nn.AvgPool2d(kernel, stride, edge, ceil_mode=ceil))
+    module, size = positive(nn.Sequential(*parts)), (13, 11)
+    try:
+        rows, cols = module(torch.rand(1, 1, *size, dtype=torch.float64)).shape[-2:]
+    except RuntimeError:
+        return
+    cell = (data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, cols - 1)))
+    field = receptive_field(module, str(len(parts) - 1), size)
+    found = brute_force(module, cell, size)
+    x0, y0, x1, y1 = cell_box_px(field, cell, clip=False).astype(int).tolist()
+    for first, last, low, high, length in (
+        (found[0], found[2], y0, y1 - 1, size[0]),
+        (found[1], found[3], x0, x1 - 1, size[1]),
+    ):
+        # Beyond the border padding stands for pixels, and a stride may leave the last pixels unread.
+        assert first == low if low >= 0 else first >= 0
+        assert last == high if high < length else last < length
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(1, 2, 5, stride=2, padding=2)
+        self.b = nn.Conv2d(1, 2, (1, 3), stride=2, padding=(0, 1))
+        self.c = nn.Conv2d(4, 1, 1)
+        self.last = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        x = torch.cat([F.relu(self.a(x)), self.b(x)], dim=1)
+        x = F.max_pool2d(self.c(x), 2, padding=1)
+        return self.last(F.pad(x, (1, 0, 0, 0))) + F.avg_pool2d(F.pad(x, (1, 0, 0, 0)), 1)
+
+
+@pytest.mark.parametrize("cell", [(0, 0), (1, 2), (3, 1)])
+def test_functions_joins_and_uneven_padding(cell: tuple[int, int]) -> None:
+    module, size = positive(Joined()), (14, 13)
+    assert brute_force(module, cell, size) == expected_box(receptive_field(module, "output", size), cell, size)
+
+
+@pytest.mark.parametrize(("net", "first", "stride"), [("alexnet-caffe", 18, 16), ("vgg-m", 18, 16), ("vgg-s", 21, 12)])
+def test_the_papers_grid_of_cell_centres(net: str, first: int, stride: int) -> None:
+    module = PaperNet(net, hidden=2)
+    field = receptive_field(module, "relu4", (module.input_px, module.input_px))
+    one_based = cell_centre_px(field, [[0, 0], [1, 3]]) + 0.5
+    assert one_based.tolist() == [[first, first], [first + 3 * stride, first + stride]]
+
+
+def test_the_papers_grid_of_vgg16(network) -> None:
+    field = receptive_field(network("vgg16"), "features.29", (224, 224))
+    assert (cell_centre_px(field, [[0, 0], [2, 1]]) + 0.5).tolist() == [[8.5, 8.5], [24.5, 40.5]]
+    assert field.size_px == (196, 196)  # published size of the field of VGG-16's conv5_3
+
+
+def test_resnet50_by_hand(network) -> None:
+    # 7/2 and 3/2, then 3x3 windows: 3 at 4 px, one of stride 2 and 3, 5, 2 at 8, 16 and 32 px.
+    size = 1 + 6 + 2 * 2 + 3 * 2 * 4 + (2 * 4 + 3 * 2 * 8) + (2 * 8 + 5 * 2 * 16) + (2 * 16 + 2 * 2 * 32)
+    field = receptive_field(network("resnet50"), "layer4", (224, 224))
+    assert (field.size_px, field.stride_px) == ((size, size), (32, 32))
+
+
+def test_layers_that_see_everything() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    for tap in ("1", "3"):
+        field = receptive_field(module, tap, (9, 7))
+        assert (field.stride_px, field.size_px, field.start_px) == ((0, 0), (9, 7), (0, 0))
+    with pytest.raises(InputError, match="whole image"):
+        px_to_cell(field, [1, 1])
+
+
+def test_adaptive_pooling_that_divides_is_pooling() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 1, 1), nn.AdaptiveAvgPool2d((4, 3)))
+    assert receptive_field(module, "1", (8, 9)).stride_px == (2, 3)
+    assert receptive_field(module, "1", (4, 3)).size_px == (1, 1)
+    assert receptive_field(module, "1", (9, 9)).size_px == (9, 9)
+
+
+def test_gates_keep_the_local_path(network) -> None:
+    gated = receptive_field(network("mobilenet_v3_small"), "features.4", (96, 96))
+    assert gated.gated
+    assert gated.stride_px == (16, 16)
+    assert not receptive_field(network("resnet18"), "layer4", (96, 96)).gated
+
+
+@pytest.mark.parametrize("module", [nn.Upsample(scale_factor=2), nn.ConvTranspose2d(4, 4, 2, 2), nn.PixelShuffle(2)])
+def test_unknown_operations_are_named(module: nn.Module) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), module)
+    with pytest.raises(LayerError, match=type(module).__name__):
+        receptive_field(network, "1", (8, 8))
+    assert receptive_field(network, "0", (8, 8)).size_px == (3, 3)
+
+
+def test_strides_that_do_not_match_are_refused() -> None:
+    class Crooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 1, 1, stride=2), nn.Conv2d(1, 1, 5)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    with pytest.raises(LayerError, match="strides"):
+        receptive_field(Crooked(), "output", (8, 8))
+
+
+def test_cells_and_points_there_and_back() -> None:
+    field = ReceptiveField((16, 12), (100, 90), (-40, -30))
+    cells = np.stack(np.meshgrid(np.arange(5), np.arange(7), indexing="ij"), axis=-1)
+    assert px_to_cell(field, cell_centre_px(field, cells) + 5.9).tolist() == cells.tolist()
+    assert px_to_cell(field, [1e4, -1e4], (5, 7)).tolist() == [0, 6]
+
+
+def test_boxes_are_clipped_on_request() -> None:
+    field = ReceptiveField((4, 4), (10, 10), (-3, -3))
+    assert cell_box_px(field, (0, 1), (12, 8)).tolist() == [1, 0, 8, 7]
+    assert cell_box_px(field, (0, 1), clip=False).tolist() == [1, -3, 11, 7]
+    with pytest.raises(InputError, match="input_size"):
+        cell_box_px(field, (0, 1))
+    with pytest.raises(InputError, match=r"\(3,\)"):
+        cell_centre_px(field, (0, 1, 2))

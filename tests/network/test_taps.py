@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from partlens.errors import InputError, InputTypeError, LayerError
+from partlens.network.preprocessing import Preprocessing
+from partlens.network.receptive_field import receptive_field
+from partlens.network.surgery import cut, cut_points, default_targets
+from partlens.network.taps import borrowed, check_tap, default_tap, forward_taps, list_layers, read_taps
+from partlens.network.zoo import Performer, weights_sha256
+from partlens_papers.networks.paper_networks import PaperNet
+
+NETWORKS = {
+    "resnet18": "layer3",
+    "vgg11": "features.17",
+    "alexnet": "features.9",
+    "squeezenet1_1": "features.11",
+    "mobilenet_v3_small": "features.8",
+    "densenet121": "features.transition2",
+    "paper-alexnet": "relu4",
+}
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def unsettle(module: nn.Module) -> None:
+    """Give a network a state that is easy to disturb."""
+    module.train()
+    for index, child in enumerate(module.modules()):
+        child.training = index % 3 != 0
+    for index, parameter in enumerate(module.parameters()):
+        parameter.requires_grad = index % 2 == 0
+        parameter.grad = torch.full_like(parameter, 0.5) if index % 3 == 0 else None
+    next(iter(module.children())).register_forward_hook(lambda *_: None)
+
+
+def state(module: nn.Module) -> dict[str, object]:
+    """Everything that must not change, written independently of the library."""
+    found: dict[str, object] = {"hash": weights_sha256(module)}
+    for name, parameter in module.named_parameters():
+        gradient = parameter.grad
+        found["p " + name] = (
+            id(parameter),
+            parameter.data_ptr(),
+            parameter.requires_grad,
+            id(gradient) if gradient is not None else None,
+            gradient.clone().sum().item() if gradient is not None else None,
+        )
+    for name, buffer in module.named_buffers():
+        found["b " + name] = (id(buffer), buffer.data_ptr())
+    for name, child in module.named_modules():
+        hooks = [list(getattr(child, hook).items()) for hook in HOOKS]
+        found["m " + name] = (
+            id(child),
+            child.training,
+            getattr(child, "inplace", None),
+            hooks,
+            sorted(child.__dict__),
+        )
+    found["torch"] = torch.get_rng_state().tolist()
+    found["numpy"] = str(np.random.get_state())  # noqa: NPY002
+    found["python"] = random.getstate()
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_public_function_leaves_no_trace(network, name: str) -> None:
+    module, tap, image = network(name), NETWORKS[name], torch.rand(2, 3, 96, 96)
+    unsettle(module)
+    before = state(module)
+    forward_taps(module, image, [tap])
+    assert state(module) == before
+    for use in (
+        lambda: cut_points(module),
+        lambda: cut(module, tap, ["output"]),
+        lambda: default_targets(module, tap, (96, 96)),
+        lambda: list_layers(module, (96, 96)),
+        lambda: receptive_field(module, tap, (96, 96)),
+    ):
+        use()
+        assert state(module) == before
+    for fail in (
+        lambda: forward_taps(module, torch.full((1, 3, 96, 96), float("nan")), [tap]),
+        lambda: forward_taps(module, image, [tap, "nowhere"]),
+        lambda: list_layers(module, (0, 0)),
+        lambda: cut(module, tap, ["nowhere"]),
+    ):
+        with pytest.raises(InputError):
+            fail()
+        assert state(module) == before
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_borrowed_undoes_whatever_happens_inside(network, name: str) -> None:
+    module = network(name)
+    unsettle(module)
+    before = state(module)
+
+    def disturb() -> None:
+        with borrowed(module) as inner:
+            assert not any(m.training for m in inner.modules())
+            assert all(p.grad is None for p in inner.parameters())
+            inner.train()
+            inner.register_forward_hook(lambda *_: None)
+            for parameter in inner.parameters():
+                parameter.requires_grad = True
+            inner(torch.rand(2, 3, 96, 96)).sum().backward()
+            with torch.no_grad():
+                for tensor in (*inner.parameters(), *inner.buffers()):
+                    tensor.zero_()
+            for child in inner.modules():
+                if hasattr(child, "inplace"):
+                    child.inplace = not child.inplace
+            inner.double()
+            torch.rand(3)
+            np.random.rand(3)  # noqa: NPY002
+            random.random()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        disturb()
+    assert state(module) == before
+
+
+def test_borrowed_without_a_copy_says_that_weights_were_changed() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 2, 3))
+    with pytest.raises(InputError, match=r"0\.weight"), borrowed(module, copy_weights=False), torch.no_grad():
+        module[0].weight.zero_()
+
+
+@pytest.mark.parametrize(
+    ("name", "taps"),
+    [
+        ("resnet18", ["layer1.0.relu", "layer1.0.relu_1", "layer3", "layer4.1"]),
+        ("squeezenet1_1", ["features.11", "features.12.squeeze"]),
+        ("googlenet", ["inception4d", "inception4e.branch2.1"]),
+        ("densenet121", ["features.denseblock3", "features.transition3.relu"]),
+    ],
+)
+def test_taps_are_those_of_torchvisions_feature_extractor(network, name: str, taps: list[str]) -> None:
+    module, image = network(name), torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        reference = create_feature_extractor(module, taps)(image)
+        with read_taps(module, taps) as held:
+            module(image)
+    assert list(held) == taps
+    for tap in taps:
+        assert torch.equal(held[tap], reference[tap]), tap
+
+
+def test_a_tap_survives_what_overwrites_it_later() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True))
+    image = torch.rand(1, 3, 8, 8) - 0.5
+    with read_taps(module, ["0"]) as taps, torch.no_grad():
+        module(image)
+    assert float(taps["0"].min()) < 0
+    assert torch.equal(taps["0"], module[0](image))
+
+
+def test_the_latest_pass_counts_and_calls_start_again() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with read_taps(module, ["0"]) as taps:
+        for size in (8, 6):
+            module(torch.rand(1, 3, size, size))
+            assert taps["0"].shape[-1] == size - 2
+    assert not module[0]._forward_hooks
+    assert not module._forward_pre_hooks
+
+
+class Several(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        first, second = x.mean((2, 3)), x + 1
+        return {"dict": {"flat": first, "map": second}, "tuple": (first, second), "list": [first, second]}[self.kind]
+
+
+@pytest.mark.parametrize(("kind", "key"), [("dict", "flat"), ("tuple", "0"), ("list", "0")])
+def test_outputs_of_several_tensors(kind: str, key: str) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Several(kind)
+
+        def forward(self, x):
+            out = self.inner(x)
+            return out["map"] if kind == "dict" else out[1]
+
+    image = torch.rand(1, 3, 4, 4)
+    _, taps = forward_taps(Wrapper(), image, ["inner", f"inner:{key}"])
+    assert torch.equal(taps["inner"], image + 1)
+    assert torch.equal(taps[f"inner:{key}"], image.mean((2, 3)))
+    with pytest.raises(LayerError, match="an entry nothing"):
+        forward_taps(Wrapper(), image, ["inner:nothing"])
+
+
+def test_data_parallel_is_read_by_the_inner_names() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3))
+    image = torch.rand(2, 3, 6, 6)
+    with read_taps(nn.DataParallel(module), ["0"]) as taps:
+        nn.DataParallel(module)(image)
+        out = module(image)
+    assert torch.equal(taps["0"], out)
+
+
+def test_unknown_layers_and_layers_not_called() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3))
+    module.unused = nn.ReLU()
+    module.forward = lambda x: module[0](x)  # noqa: PLW0108 - forward must call the layer, not be it
+    with pytest.raises(LayerError, match="Nearest: unused"):
+        forward_taps(module, torch.rand(1, 3, 4, 4), ["unuse"])
+    with pytest.raises(LayerError, match="not called"):
+        forward_taps(module, torch.rand(1, 3, 4, 4), ["0_1"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_number_types_come_back_as_float32(dtype: torch.dtype) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).to(dtype)
+    image = torch.rand(2, 3, 6, 6)
+    out, taps = forward_taps(module, image, ["1"])
+    assert out.dtype == taps["1"].dtype == torch.float32
+    assert torch.allclose(out, module.float()(image), atol=0.05)
+
+
+def test_results_can_enter_a_training_step() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3))
+    _, taps = forward_taps(module, torch.rand(1, 3, 6, 6), ["0"])
+    learner = nn.Conv2d(4, 1, 1)
+    learner(taps["0"]).sum().backward()
+    assert learner.weight.grad is not None
+    assert not taps["0"].requires_grad
+
+
+def test_channels_last_is_kept() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3)).to(memory_format=torch.channels_last)
+    image = torch.rand(2, 3, 6, 6).to(memory_format=torch.channels_last)
+    _, taps = forward_taps(module, image, ["0"])
+    assert taps["0"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_first_bad_layer_is_named() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    module[1].running_var.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"first in 1\."):
+        forward_taps(module, torch.rand(1, 3, 6, 6), ["2"])
+    with pytest.raises(InputError, match="the batch itself"):
+        forward_taps(module, torch.full((1, 3, 6, 6), float("inf")), ["2"])
+
+
+def test_wrong_batches() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(InputError, match=r"\(3, 6, 6\)"):
+        forward_taps(module, torch.rand(3, 6, 6), ["0"])
+    with pytest.raises(InputTypeError, match="list"):
+        forward_taps(module, [1], ["0"])
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tap"),
+    [
+        ("resnet18", 224, "layer3"),
+        ("vgg16", 224, "features.27"),
+        ("alexnet", 224, "features.9"),
+        ("squeezenet1_1", 224, "features.11"),
+        ("paper-alexnet", 96, "relu4"),
+        ("googlenet", 224, "inception4e"),
+    ],
+)
+def test_default_taps(network, name: str, size: int, tap: str) -> None:
+    module = network(name)
+    assert default_tap(module, (size, size)) == tap
+    layers = list_layers(module, (size, size))
+    assert [layer.name for layer in layers if layer.is_default] == [tap]
+
+
+def test_a_performers_own_default_wins() -> None:
+    module = PaperNet("vgg-m", input_px=96, hidden=4)
+    performer = Performer(module, "x", Preprocessing(size_px=(96, 96)), "", default_tap="relu3")
+    assert default_tap(performer) == "relu3"
+    assert default_tap(module, (96, 96)) == "relu4"
+
+
+def test_layers_are_listed_in_order_with_their_sizes(network) -> None:
+    layers = list_layers(network("resnet18"), (64, 64))
+    by_name = {layer.name: layer for layer in layers}
+    assert [layer.name for layer in layers[:3]] == ["conv1", "bn1", "relu"]
+    assert (by_name["conv1"].shape, by_name["conv1"].stride_px, by_name["conv1"].kind) == (
+        (64, 32, 32),
+        (2, 2),
+        "Conv2d",
+    )
+    assert by_name["maxpool"].receptive_field_px == (11, 11)
+    assert "layer1.0.relu_1" in by_name
+    assert "fc" not in by_name
+
+
+def test_layers_of_a_network_that_cannot_be_traced() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > -1 else x
+
+    (layer,) = list_layers(Branching(), (8, 8))
+    assert (layer.shape, layer.stride_px, layer.is_default) == ((4, 6, 6), None, False)
+
+
+def test_maps_of_one_cell_are_refused(network) -> None:
+    module = network("resnet18")
+    with pytest.raises(LayerError, match=r"1x1 maps.*layer"):
+        check_tap(module, "avgpool", (64, 64))
+    with pytest.raises(LayerError, match="another output"):
+        check_tap(module, "fc", (64, 64))
+    with pytest.raises(LayerError, match="Nearest: layer3"):
+        check_tap(module, "layr3", (64, 64))
+    assert check_tap(module, "layer3", (64, 64)).shape == (256, 4, 4)
+
+
+def test_outputs_can_be_reduced_while_they_are_there() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
+    image = torch.randn(3, 3, 9, 9)
+    before = state(module)
+    whole = forward_taps(module, image, ["0", "1", "2"])[1]
+    sizes = []
+
+    def energy(values: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(values.shape))
+        return values.square().sum((2, 3))
+
+    output, reduced = forward_taps(module, image, ["0", "1", "2"], energy)
+    assert sizes == [(3, 4, 7, 7), (3, 4, 7, 7), (3, 2, 5, 5)]
+    for name, values in whole.items():
+        assert torch.allclose(reduced[name], values.square().sum((2, 3)), atol=1e-5)
+    assert not torch.allclose(reduced["0"], reduced["1"])  # read before the next layer wrote into it
+    assert torch.equal(output, forward_taps(module, image, ["2"])[1]["2"])
+    with pytest.raises(ValueError, match="finite"):
+        forward_taps(module, image * torch.inf, ["1"], energy)
+    with pytest.raises(RuntimeError, match="no room"):
+        forward_taps(module, image, ["1"], lambda _: (_ for _ in ()).throw(RuntimeError("no room")))
+    assert state(module) == before

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import ResNet18_Weights
+
+from partlens.errors import InputError, InputTypeError, LayerError, WeightsError
+from partlens.network.preprocessing import Preprocessing
+from partlens.network.weights import with_outputs
+from partlens.network.zoo import Performer, load_performer, weights_sha256
+from partlens.records import write_tensors
+from partlens_papers.networks.paper_networks import PaperNet
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [(300, 260), (231, 400), (256, 256)])
+def test_crop_gives_the_values_of_torchvisions_preset(size: tuple[int, int]) -> None:
+    image = picture(*size)
+    ours = load_performer("torchvision:resnet18@random:0").preprocessing([image])[0]
+    assert torch.allclose(ours, ResNet18_Weights.DEFAULT.transforms()(image), atol=1e-5)
+
+
+def test_random_weights_follow_the_seed_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = load_performer("torchvision:squeezenet1_1@random:3")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert load_performer("torchvision:squeezenet1_1@random:3").weights_sha256 == first.weights_sha256
+    assert load_performer("torchvision:squeezenet1_1@random:4").weights_sha256 != first.weights_sha256
+    assert first.notes == ("random weights, seed 3",)
+    assert not first.module.training
+
+
+def test_hash_sees_one_changed_bit_and_not_the_wrapper() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+    before = weights_sha256(module)
+    assert weights_sha256(nn.DataParallel(module)) == before
+    module[1].running_mean[0] = 1e-30
+    assert weights_sha256(module) != before
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_from_a_file(tmp_path, network, suffix: str) -> None:
+    module = network("squeezenet1_1")
+    half = {n: v.half() for n, v in module.state_dict().items()}
+    path = tmp_path / f"w.{suffix}"
+    if suffix == "safetensors":
+        save_file(half, path)
+    else:
+        torch.save({"state_dict": {f"module.{n}": v for n, v in half.items()}}, path)
+    performer = load_performer(f"torchvision:squeezenet1_1@{path}")
+    assert performer.name == f"torchvision:squeezenet1_1@w.{suffix}"
+    assert {p.dtype for p in performer.module.parameters()} == {torch.float32}
+    assert performer.module.classifier[1].out_channels == 7  # the file's number of classes
+    assert performer.class_names is None
+    for name, value in performer.module.state_dict().items():
+        assert torch.equal(value, half[name].float()), name
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path, network) -> None:
+    weights = dict(network("squeezenet1_1").state_dict())
+    weights["stranger"] = weights.pop("features.0.bias")
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"missing features\.0\.bias; unexpected stranger"):
+        load_performer(f"torchvision:squeezenet1_1@{tmp_path}/w.safetensors")
+
+
+def test_weights_that_are_not_numbers_are_named(tmp_path, network) -> None:
+    weights = dict(network("squeezenet1_1").state_dict())
+    weights["features.3.squeeze.bias"][2] = float("nan")
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"1 NaN or infinite values in features\.3\.squeeze\.bias"):
+        load_performer(f"torchvision:squeezenet1_1@{tmp_path}/w.safetensors")
+
+
+class Planted:
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (Planted, "ran", True))
+
+
+def test_pickles_with_code_are_refused(tmp_path) -> None:
+    torch.save({"a": Planted()}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"safetensors\.torch\.save_file"):
+        load_performer(f"torchvision:squeezenet1_1@{tmp_path}/w.pt")
+    assert not Planted.ran
+
+
+def test_no_network_is_a_weights_error_with_the_remedy(monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict", fail)
+    with pytest.raises(WeightsError, match=r"no route.*torchvision:squeezenet1_1@weights\.safetensors"):
+        load_performer("torchvision:squeezenet1_1")
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("torchvision:resnet19", "resnet18"),
+        ("torchvision:resnet18@IMAGENET1K_V9", "IMAGENET1K_V1"),
+        ("torchvision:resnet18@random:x", "random:0"),
+        ("timm:resnet19_nonsense", "Nearest"),
+        ("partlens:vgg-x@random:0", "vgg-"),
+        ("resnet18", "torchvision:resnet18"),
+        ("no.such.package:thing", "PYTHONPATH"),
+    ],
+)
+def test_unknown_names_say_what_exists(spec: str, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        load_performer(spec)
+
+
+def test_own_networks_need_weights() -> None:
+    with pytest.raises(WeightsError, match="@random:0 for random weights"):
+        load_performer("partlens_papers.performers:vgg_m")
+
+
+def test_timm_preprocessing_comes_from_its_configuration() -> None:
+    performer = load_performer("timm:resnet50@random:0")
+    assert performer.preprocessing.size_px == (224, 224)
+    assert performer.preprocessing.resize_px == 235  # 224 / 0.95
+    assert performer.preprocessing.interpolation == "bicubic"
+
+
+def test_timm_absent_names_the_remedy(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match=r"partlens\[zoo\]"):
+        load_performer("timm:resnet18")
+
+
+def test_factories(monkeypatch) -> None:
+    package = types.ModuleType("somewhere")
+    package.make = lambda: nn.Conv2d(3, 2, 3)
+    package.ready = lambda: Performer(nn.Conv2d(3, 2, 3), "mine", Preprocessing(), "0" * 64)
+    package.wrong = lambda: 3
+    monkeypatch.setitem(sys.modules, "somewhere", package)
+    assert load_performer("somewhere:make").name == "somewhere:make"
+    assert load_performer("somewhere:ready", Preprocessing(size_px=(9, 9))).preprocessing.size_px == (9, 9)
+    with pytest.raises(InputTypeError, match="int"):
+        load_performer("somewhere:wrong")
+
+
+def test_modules_are_taken_as_they_are_and_wrappers_are_opened() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 2, 3)).train()
+    performer = load_performer(nn.DataParallel(module))
+    assert performer.module is module
+    assert module.training
+
+
+def test_weights_for_a_module_go_into_a_copy(tmp_path) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 2, 3))
+    other = copy.deepcopy(module)
+    nn.init.ones_(other[0].bias)
+    save_file(other.state_dict(), tmp_path / "w.safetensors")
+    performer = load_performer(module, weights=tmp_path / "w.safetensors")
+    assert performer.weights_sha256 == weights_sha256(other) != weights_sha256(module)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_compiled_networks_are_refused_with_the_remedy() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 2, 3))
+    with pytest.raises(InputTypeError, match="TorchScript"):
+        load_performer(torch.jit.script(module))
+    with pytest.raises(InputTypeError, match="_orig_mod"):
+        load_performer(torch.compile(module))
+    with pytest.raises(InputTypeError, match=r"torch\.nn\.Module"):
+        load_performer(7)
+
+
+@pytest.mark.parametrize(
+    ("net", "relu4", "pool5"),
+    [
+        ("alexnet-caffe", (384, 13, 13), (256, 6, 6)),
+        ("vgg-m", (512, 13, 13), (512, 6, 6)),
+        ("vgg-s", (512, 17, 17), (512, 6, 6)),
+        ("vgg-f", (256, 13, 13), (256, 6, 6)),
+    ],
+)
+def test_the_papers_networks_have_the_papers_sizes(net: str, relu4: tuple, pool5: tuple) -> None:
+    module = PaperNet(net, hidden=4)
+    seen = {}
+    for name, layer in module.named_children():
+        layer.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: tuple(out.shape[1:])}))
+    with torch.no_grad():
+        module(torch.zeros(1, 3, module.input_px, module.input_px))
+    assert seen["relu4"] == relu4
+    assert seen["pool5"] == pool5
+    assert list(seen)[-7:] == ["fc6", "relu6", "drop6", "fc7", "relu7", "drop7", "fc8"]
+
+
+def test_local_response_norm_is_caffes() -> None:
+    norm = PaperNet("alexnet-caffe", input_px=96, hidden=2).norm1
+    x = torch.full((1, 96, 1, 1), 100.0)
+    scale = 1 + 1e-4 / 5 * 5 * 100.0**2  # five neighbours inside the map: (alpha / n) sum of squares
+    assert float(norm(x)[0, 50, 0, 0]) == pytest.approx(100 / scale**0.75)
+
+
+def test_caffe_alexnet_without_its_head(tmp_path) -> None:
+    module = PaperNet("alexnet-caffe", hidden=2)
+    convs = {n: v for n, v in module.state_dict().items() if n.startswith("conv")}
+    save_file(convs, tmp_path / "convs.safetensors", metadata={"input": "BGR, 0-255, mean 104 117 123, std 1"})
+    performer = load_performer(f"partlens_papers.performers:alexnet_caffe@{tmp_path}/convs.safetensors")
+    assert "fc6, fc7 and fc8 are absent" in performer.notes[0]
+    assert torch.equal(performer.module.conv5.weight, module.conv5.weight)
+    assert performer.preprocessing.channel_order == "BGR"
+    again = load_performer(f"partlens_papers.performers:alexnet_caffe@{tmp_path}/convs.safetensors")
+    assert again.weights_sha256 == performer.weights_sha256
+    del convs["conv5.bias"]
+    save_file(convs, tmp_path / "less.safetensors")
+    with pytest.raises(WeightsError, match=r"conv5\.bias"):
+        load_performer(f"partlens_papers.performers:alexnet_caffe@{tmp_path}/less.safetensors")
+
+
+def test_narrow_networks_of_the_papers_and_their_classes_come_from_the_file(tmp_path) -> None:
+    module = PaperNet("vgg-f", num_classes=2, input_px=67, hidden=6).eval()
+    header = Preprocessing(size_px=(67, 67), resize="squash").to_metadata() | {"class_names": '["fox", "cat"]'}
+    save_file(module.state_dict(), tmp_path / "w.safetensors", metadata=header)
+    performer = load_performer(f"partlens_papers.performers:vgg_f@{tmp_path}/w.safetensors")
+    assert performer.class_names == ("fox", "cat")
+    assert performer.weights_sha256 == weights_sha256(module)
+    assert performer.untrained_layers == ()
+    save_file(module.state_dict(), tmp_path / "x.safetensors", metadata=header | {"class_names": '["fox"]'})
+    with pytest.raises(WeightsError, match="2 class names"):
+        load_performer(f"partlens_papers.performers:vgg_f@{tmp_path}/x.safetensors")
+
+
+def test_a_new_last_layer_keeps_type_and_shape() -> None:
+    module = torchvision.models.squeezenet1_1(weights=None, num_classes=4).double()
+    with_outputs(module, "classifier.1", 3)
+    assert module.classifier[1].weight.shape == (3, 512, 1, 1)
+    assert module.classifier[1].weight.dtype == torch.float64
+    for layer, got in (("classifier.2", "ReLU"), ("classifier.9", "none of that name")):
+        with pytest.raises(LayerError, match=got):
+            with_outputs(module, layer, 3)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("name", "least"), [("resnet18", 0.6), ("squeezenet1_1", 0.35)])
+def test_real_weights_recognise_photos(shared, name: str, least: float) -> None:
+    performer = load_performer(f"torchvision:{name}@{shared}/weights/{name}.safetensors")
+    root = shared / "data" / "imagenet-compatible"
+    with (root / "images.csv").open() as handle:
+        rows = list(csv.DictReader(handle))[::25]
+    with torch.inference_mode():
+        scores = performer.module(performer.preprocessing([Image.open(root / r["image"]) for r in rows]))
+    hits = (scores.argmax(1) == torch.tensor([int(r["class_index"]) for r in rows])).float().mean()
+    assert float(hits) > least
+
+
+def test_weights_go_into_the_performer_that_a_factory_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were ignored once: what was explained was the network as the factory drew it."""
+    (tmp_path / "given_network.py").write_text(
+        """
+import torch
+from torch import nn
+
+from partlens.network.preprocessing import Preprocessing
+from partlens.network.zoo import Performer, weights_sha256
+
+
+def made():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    prepare = Preprocessing(size_px=(24, 24), resize="squash", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    return Performer(module, "given", prepare, weights_sha256(module), "1", class_names=("a", "b"))
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plain = load_performer("given_network:made")
+    other = {name: value + 1 for name, value in plain.module.state_dict().items()}
+    write_tensors(tmp_path / "w.safetensors", other)
+    filled = load_performer(f"given_network:made@{tmp_path / 'w.safetensors'}")
+    for name, value in filled.module.state_dict().items():
+        assert torch.equal(value, other[name])
+    assert filled.weights_sha256 != plain.weights_sha256
+    assert filled.name == "given_network:made@w.safetensors"
+    assert (filled.default_tap, filled.class_names) == ("1", ("a", "b"))
+    assert filled.preprocessing == plain.preprocessing
+    assert not filled.module.training
+    # What stands in the header of a trained file comes first.
+    header = {"class_names": '["x", "y"]', **dataclasses.replace(plain.preprocessing, size_px=(32, 32)).to_metadata()}
+    write_tensors(tmp_path / "t.safetensors", other, header)
+    trained = load_performer(f"given_network:made@{tmp_path / 't.safetensors'}")
+    assert trained.class_names == ("x", "y")
+    assert trained.preprocessing.size_px == (32, 32)
+    with pytest.raises(WeightsError):
+        load_performer("given_network:made@nowhere.safetensors")

@@ -1,0 +1,178 @@
+"""The chapter on parts: what it says, what it leaves undefined, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from partlens.errors import RunError
+from partlens.page import collect_page, render_page
+from partlens.page.parts_figures import ShareRow, removal_chart, shares_chart
+
+HERE = Path(__file__).parent
+MADE = runpy.run_path(str(HERE / "made_runs.py"))
+Page = runpy.run_path(str(HERE / "page_reader.py"))["Page"]
+estimate = MADE["estimate"]
+
+
+def contributed(name, ids, n, share):
+    return {
+        "name": name,
+        "ids": ids,
+        "n": n,
+        "shapley": estimate(share),
+        "share": estimate(share),
+        "share_of_score": estimate(share / 10),
+        "integrated_share": estimate(share + 0.02),
+        "integrated_null": estimate(share + 0.3, 0.1, 20, "draws"),
+        "gradient_activation": estimate(0.1),
+        "gradient_activation_share": estimate(None),
+        "removal": estimate(0.2),
+        "removal_pairs": {"predicted": [share, 0.5], "measured": [share + 0.1, 0.4]},
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = tmp_path / "run"
+    manifest = {
+        "schema": "partlens/1",
+        "kind": "explainer",
+        "status": "finished",
+        "performer": {"name": "flower-net", "weights_sha256": "aa11"},
+        "structure": {"tap": "conv3"},
+        "data": {"train_photos": 9},
+    }
+    MADE["write"](run / "run.json", manifest)
+    for k in (1, 2):
+        MADE["draw"](run / "parts" / f"{k}.png", 64, 16, k, "strip")
+    shown = [
+        {"filter": 4, "key": "a.jpg", "box_px": [0, 0, 1, 1]},
+        {"filter": 7, "key": "b.jpg", "box_px": [0, 0, 1, 1]},
+    ]
+    check = {"correlation": estimate(0.91), "slope": estimate(1.2), "null_correlation": estimate(0.1), "pairs": 126}
+    content = {
+        "schema": "partlens.parts/1",
+        "rule": "landmarks",
+        "filter_count": 5,
+        "photos": 63,
+        "split": "test",
+        "thresholds": {"distance_max_frac": 0.2, "consistency_min": 0.045},
+        "null": {"kept": 0.01, "distance_frac_mean": 0.305},
+        "stability": {
+            "adjusted_rand": estimate(0.88),
+            "kept": estimate(0.97),
+            "null_adjusted_rand": estimate(0.001),
+            "null_kept": estimate(0.6),
+        },
+        "parts": [
+            {"id": "head", "name": "face <b>", "filters": [0, 1], "strip": "parts/1.png", "shown": shown},
+            {"id": "front_legs", "name": "front_legs", "filters": [], "strip": None, "shown": []},
+            {"id": "other", "name": "other", "filters": [2, 3, 4], "strip": "parts/2.png", "shown": shown[:1]},
+        ],
+        "filters": [
+            {"filter": k, "distance_frac": far, "consistency": r2}
+            for k, (far, r2) in enumerate([(0.1, 0.8), (0.2, 0.6), (0.25, 0.1), (0.25, None), (0.25, 0.1)])
+        ],
+        "unplaced_names": [{"name": "tail", "filters": [9], "best_overlap": 0.1}],
+        "contributions": {
+            "grouping": [[0, 1], [2, 3, 4]],
+            "method": "exact",
+            "interpretable_share": estimate(0.113),
+            "score": {"performer": estimate(9.5), "fed_back": estimate(9.4), "baseline": estimate(-5.5)},
+            "remainder_frac": {"integrated_gradients": 0.014},
+            "parts": [contributed("face <b>", ["head"], 2, 0.72), contributed("other", ["other"], 3, 0.28)],
+            "removal_check": dict.fromkeys(
+                ("shapley", "integrated_gradients", "gradient_activation", "part_size"), check
+            ),
+        },
+    }
+    MADE["write"](run / "parts.json", content)
+    return run
+
+
+def changed(run, change):
+    content = json.loads((run / "parts.json").read_text(encoding="utf-8"))
+    change(content)
+    MADE["write"](run / "parts.json", content)
+    return run
+
+
+def text_of(run):
+    return Page(render_page(collect_page(run))).text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_the_chapter_says_parts_shares_nulls_and_checks(run):
+    text = text_of(run)
+    for words in (
+        "Of what parts add to the score: face <b> 72.0 % (2 filters), other 28.0 % (3 filters).",
+        "Together they add 11 % of the score; the ordinary track adds the rest.",
+        "nearer than 20 % of the diagonal and predicts the landmark's position with R² above 0.0450",
+        "Of filters with random peaks 1 % would get a part.",
+        "No filter has the part front_legs.",
+        "Names that fit no part found now, kept in parts.json: tail.",
+        "integrated gradients miss 1.4 % of the rise",
+        "gradient × activation (the papers)",
+        "0.910",
+        "head: filters 4, 7",
+        "filters 4, 7; 15 % of the diagonal from the nearest landmark on average (random peaks 30 %), R² 0.700",
+    ):
+        assert words in text, words
+    # A filter whose R² nobody could measure leaves out the R², not the place.
+    assert re.search(r"25 % of the diagonal from the nearest landmark on average \(random peaks 30 %\)(?!,)", text)
+    page = Page(render_page(collect_page(run)))
+    assert {h[1:] for h in page.attributes("href") if h.startswith("#")} <= page.ids
+    assert "<b>" not in re.sub(r"<style>.*?</style>", "", render_page(collect_page(run)), flags=re.DOTALL)
+
+
+def test_parts_without_landmarks_stand_nowhere_in_words(run):
+    changed(run, lambda c: c.update(rule="clusters", filters=[{"filter": 0, "agreement": 0.5}]))
+    assert "nearest landmark" not in text_of(run)
+
+
+def test_parts_that_were_joined_since_have_no_contributions(run):
+    changed(run, lambda c: c["parts"][0].update(name="other"))
+    text = text_of(run)
+    assert "The filters by part: other 5 filters." in text
+    assert "measured on other parts than these: run partlens parts again" in text
+    assert "0.910" not in text
+
+
+def test_a_name_that_was_edited_keeps_its_contributions(run):
+    changed(run, lambda c: c["parts"][0].update(name="snout"))
+    assert "snout 72.0 %" in text_of(run)
+
+
+def test_a_run_without_parts_has_no_chapter(run):
+    (run / "parts.json").unlink()
+    assert "Parts of filters" not in text_of(run)
+
+
+def test_files_that_cannot_be_shown(run):
+    changed(run, lambda c: c.update(schema="partlens.parts/9"))
+    with pytest.raises(
+        RunError, match=r'schema "partlens\.parts/1" in .*, got partlens\.parts/9\. Run partlens parts again'
+    ):
+        collect_page(run)
+    changed(run, lambda c: c.update(schema="partlens.parts/1"))
+    (run / "parts" / "1.png").unlink()
+    with pytest.raises(RunError, match="Expected a picture .*1.png, got nothing there. Run partlens parts again"):
+        collect_page(run)
+
+
+def test_figures_without_values_are_empty_and_undefined_rows_say_so():
+    nan = float("nan")
+    assert shares_chart("t", [ShareRow("a", nan, nan, nan, nan, nan, "–")]) == ""
+    assert removal_chart("t", [("a", [nan], [1.0])]) == ""
+    drawn = shares_chart(
+        "t", [ShareRow("a & b", 60.0, 50.0, 70.0, 10.0, 30.0, "60 %"), ShareRow("c", nan, nan, nan, nan, nan, "–")]
+    )
+    assert "a &amp; b" in drawn
+    assert "not defined" in drawn
+    assert drawn.count("<rect") == 1
+    points = removal_chart("t", [(f"p{k}", [0.1 * k], [0.2 * k]) for k in range(8)])
+    assert "8 pairs of 8 parts" in points

@@ -1,0 +1,190 @@
+"""The streaming pass: what it keeps, how it resumes, what it leaves alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from partlens.data.images import ImageSet
+from partlens.errors import ImageError, InputError, RunError
+from partlens.network.taps import forward_taps
+from partlens.network.zoo import weights_sha256
+from partlens.selection.descriptors import DescriptorConfig, FeatureIndex, descriptor
+from partlens.selection.responses import RESPONSES, image_descriptors, stream_responses
+
+MADE = runpy.run_path(str(Path(__file__).with_name("made_networks.py")))
+as_performer, Residual = MADE["as_performer"], MADE["Residual"]
+PLAIN = DescriptorConfig(image_normalisation="none")
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_dead_layer_gives_zeros_and_is_counted(images, tmp_path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3), nn.Flatten(), nn.Linear(288, 2)).eval()
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(-1.0)
+    for path_peaks in (True, False):
+        found = stream_responses(as_performer(net), images, peaks=path_peaks, batch_size=4)
+        rows = found.index.rows("1")
+        assert found.dead_layers == 11
+        assert np.isfinite(found.descriptor).all()
+        assert not found.descriptor[:, rows].any()
+        assert np.allclose(np.linalg.norm(found.descriptor, axis=1), 1, atol=1e-6)
+
+    def kill(done: int, _rows: int) -> None:
+        if done == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        stream_responses(as_performer(net), images, out=tmp_path, batch_size=4, progress=kill)
+    assert stream_responses(as_performer(net), images, out=tmp_path, batch_size=4).dead_layers == 11
+    silent = descriptor({"a": torch.zeros(2, 3)}, FeatureIndex(("a",), (3,)))
+    assert silent.tolist() == [[0.0] * 3] * 2
+
+
+def test_one_pass_gives_descriptors_peaks_and_scores(tiny, images, tmp_path) -> None:
+    seen = []
+    found = stream_responses(tiny, images, out=tmp_path, batch_size=4, progress=lambda *a: seen.append(a))
+    assert seen == [(4, 11), (8, 11), (11, 11)]
+    batch = tiny.preprocessing([images.read(i) for i in range(11)])
+    output, taps = forward_taps(tiny, batch, found.index.layers)
+    assert found.keys == tuple(images.keys)
+    assert found.index.layers == (
+        "conv1",
+        "relu1",
+        "conv2",
+        "relu2",
+        "conv3",
+        "relu3",
+        "pool3",
+        "conv4",
+        "relu4",
+        "pool4",
+    )
+    assert np.allclose(found.descriptor, descriptor(taps, found.index), atol=1e-6)
+    assert np.allclose(found.logits, output, atol=1e-5)
+    assert isinstance(found.descriptor, np.memmap)
+    assert found.peak is not None
+    assert found.peak_cell is not None
+    for layer in found.index.layers:
+        rows, flat = found.index.rows(layer), taps[layer].flatten(2)
+        assert np.allclose(found.peak[:, rows], flat.amax(2), atol=1e-5)
+        cells = found.peak_cell[:, rows].astype(int)
+        width = taps[layer].shape[3]
+        at = torch.from_numpy(cells[..., 0] * width + cells[..., 1])
+        assert torch.allclose(flat.gather(2, at[:, :, None])[:, :, 0], flat.amax(2), atol=1e-5)
+    light = stream_responses(tiny, images, peaks=False)
+    assert light.peak is None
+    assert light.peak_cell is None
+    assert np.allclose(light.descriptor, found.descriptor, atol=1e-6)
+
+
+def test_a_killed_pass_goes_on_with_the_next_batch(tiny, images, tmp_path) -> None:
+    def kill(done: int, _rows: int) -> None:
+        if done == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        stream_responses(tiny, images, out=tmp_path / "a", batch_size=4, progress=kill)
+    assert json.loads((tmp_path / "a" / RESPONSES).read_text())["rows_done"] == 8
+    whole = stream_responses(tiny, images, out=tmp_path / "b", batch_size=4)
+    seen: list[int] = []
+    resumed = stream_responses(tiny, images, out=tmp_path / "a", batch_size=4, progress=lambda n, _: seen.append(n))
+    assert seen == [11]
+    for part in ("descriptor", "peak", "peak_cell", "logits"):
+        assert np.array_equal(getattr(resumed, part), getattr(whole, part))
+    assert resumed.dead_layers == whole.dead_layers
+    seen.clear()
+    stream_responses(tiny, images, out=tmp_path / "a", progress=lambda n, _: seen.append(n))
+    assert not seen
+
+
+def test_responses_of_another_configuration_are_refused(tiny, images, tmp_path) -> None:
+    stream_responses(tiny, images, out=tmp_path)
+    before = (tmp_path / RESPONSES).read_text()
+    for change in (
+        {"config": PLAIN},
+        {"images": images.take([0, 1])},
+        {"peaks": False},
+        {"performer": dataclasses.replace(tiny, weights_sha256="0" * 64)},
+    ):
+        with pytest.raises(RunError, match="resume=False"):
+            stream_responses(**{"performer": tiny, "images": images, "out": tmp_path, **change})
+    assert (tmp_path / RESPONSES).read_text() == before
+    fresh = stream_responses(tiny, images.take([0, 1]), PLAIN, out=tmp_path, resume=False, peaks=False)
+    assert fresh.descriptor.shape[0] == 2
+    assert not (tmp_path / "peak.npy").exists()
+
+
+def test_a_corrupt_image_is_named_and_finished_batches_stay(tiny, tmp_path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(6):
+        Image.new("RGB", (20, 20), (index, 0, 0)).save(folder / f"{index}.png")
+    (folder / "4.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"4\.png"):
+        stream_responses(tiny, ImageSet.from_folder(folder), out=tmp_path / "out", batch_size=2)
+    assert json.loads((tmp_path / "out" / RESPONSES).read_text())["rows_done"] == 4
+
+
+def test_the_performer_is_left_as_it_was(images, tmp_path) -> None:
+    net = Residual()
+    net.train()
+    net.drop.eval()
+    net.fc.weight.requires_grad = False
+    net.stem.weight.grad = torch.ones_like(net.stem.weight)
+    net.stem.register_forward_hook(lambda *_: None)
+    performer = as_performer(net)
+
+    def state() -> tuple:
+        return (
+            weights_sha256(net),
+            [m.training for m in net.modules()],
+            [getattr(m, "inplace", None) for m in net.modules()],
+            [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()],
+            [(p.requires_grad, id(p.grad), p.data_ptr()) for p in net.parameters()],
+            torch.get_rng_state().tolist(),
+            float(net.stem.weight.grad.sum()),
+        )
+
+    before = state()
+    found = stream_responses(performer, images, batch_size=4)
+    image_descriptors(performer, torch.randn(1, 3, 16, 16, generator=torch.Generator()), found.index)
+    assert state() == before
+    with pytest.raises(InputError, match="finite"):
+        image_descriptors(performer, torch.full((1, 3, 16, 16), torch.nan), found.index)
+    with pytest.raises(Killed):
+        stream_responses(performer, images, out=tmp_path, progress=lambda *_: (_ for _ in ()).throw(Killed))
+    assert state() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4000, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4000, 2)).eval()
+    images = ImageSet.from_arrays(np.zeros((800, 4, 4, 3), dtype=np.uint8))
+    seen: list[int] = []
+
+    def watch(*_: int) -> None:
+        seen.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+
+    found = stream_responses(as_performer(net, 4), images, out=tmp_path, batch_size=16, progress=watch)
+    assert found.peak_cell is not None
+    assert found.descriptor.nbytes + found.peak_cell.nbytes > 50e6
+    third = len(seen) // 3
+    assert max(seen[-third:]) - max(seen[:third]) < 20e6
+
+
+def test_arguments_are_checked(tiny, images) -> None:
+    with pytest.raises(InputError, match="batch_size"):
+        stream_responses(tiny, images, batch_size=0)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from partlens.cli import main
+from partlens_papers.networks.paper_networks import PaperNet
+
+
+def test_help_answers_at_once_and_without_torch() -> None:
+    code = "import sys; from partlens.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    best = 9.0
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        best = min(best, time.monotonic() - started)
+    assert best < 1
+    assert "fit-explainer" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "layers", "fit-explainer", "evaluate", "report"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["explian"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["layers"])
+    assert stopped.value.code == 2
+    assert main(["--version"]) == 0
+
+
+def test_our_errors_exit_with_1_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", "torchvision:resnet19"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("partlens: Expected")
+    assert shown.count("\n") == 1
+    assert "resnet18" in shown
+    with pytest.raises(ValueError, match="resnet19"):
+        main(["--debug", "layers", "torchvision:resnet19"])
+
+
+def test_layers_lists_shapes_and_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", "torchvision:squeezenet1_1@random:0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(layer["is_default"] for layer in found) == 1
+    assert found[0]["shape"] == [64, 111, 111]
+    assert main(["layers", "torchvision:squeezenet1_1@random:0"]) == 0
+    assert "features.11" in capsys.readouterr().out
+
+
+def test_a_missing_weights_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = PaperNet("vgg-f", num_classes=3).state_dict()
+    del state["conv3.weight"]
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
+    assert main(["layers", f"partlens_papers.performers:vgg_f@{tmp_path / 'w.safetensors'}"]) == 1
+    assert "conv3.weight" in capsys.readouterr().err
+
+
+def test_the_whole_way_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Photos in a folder, a torchvision network with random weights in a file, every verb."""
+    from partlens.data.flowers import generated_flowers
+
+    flowers = generated_flowers(40, seed=1, size=64, categories=("petal-red", "petal-blue"))
+    for index in range(len(flowers)):
+        folder = tmp_path / "photos" / flowers.splits[index] / flowers.categories[index]
+        folder.mkdir(parents=True, exist_ok=True)
+        flowers.read(index).save(folder / f"{index}.png")
+    torch.manual_seed(0)
+    import torchvision
+
+    weights = torchvision.models.squeezenet1_1(weights=None).state_dict()
+    header = {"input": "RGB, 0-1, mean 0.5 0.5 0.5, std 0.25 0.25 0.25, 64x64"}
+    save_file(weights, tmp_path / "w.safetensors", metadata=header)
+    run = tmp_path / "run"
+    fit = [
+        "fit-explainer",
+        f"torchvision:squeezenet1_1@{tmp_path / 'w.safetensors'}",
+        str(tmp_path / "photos"),
+        "--category=petal-red",
+        "--tap=features.5",
+        f"--out={run}",
+        "--seeds=1",
+        "--explainer.epochs=1",
+        "--explainer.warmup_epochs=1",
+        "--explainer.candidates_per_filter=1",
+        "--explainer.views=2",
+        "--explainer.batch_size=8",
+    ]
+    assert main(fit) == 0
+    assert json.loads((run / "run.json").read_text())["config"]["epochs"] == 1
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["schema"] == "partlens.evaluation/1"
+    assert main(["evaluate", str(run), str(tmp_path / "photos")]) == 0
+    assert "instability" in capsys.readouterr().out
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+
+
+def test_the_preset_decides_the_defaults_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for preset, peak in (("paper", "largest"), ("partlens", "centroid")):
+        with pytest.raises(SystemExit):
+            main(["fit-explainer", "--preset", preset, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"default: {peak})" in text
+    assert main(["fit-explainer", "--preset", "best", "--help"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "teachers", "eta"),
+    [
+        ([], 16, 1e6),
+        (["--preset", "paper"], 0, None),  # the papers' eta depends on the network, which fit_explainer knows
+        (["--preset", "paper", "--explainer.eta", "1.5e5"], 0, 1.5e5),
+        (["--config", "CONFIG"], 0, None),
+        (["--config", "CONFIG", "--explainer.eta", "3"], 0, 3.0),
+    ],
+)
+def test_a_preset_decides_from_wherever_it_comes(
+    arguments: list[str], teachers: int, eta: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+
+    def fit(*_: object, **kwargs: object) -> object:
+        given.update(kwargs)
+        return type("Fitted", (), {"path": tmp_path})()
+
+    monkeypatch.setattr("partlens.verbs.fit_explainer", fit)
+    (tmp_path / "options.yaml").write_text("preset: paper\nseeds: 1\n")
+    named = [str(tmp_path / "options.yaml") if a == "CONFIG" else a for a in arguments]
+    assert main(["fit-explainer", "torchvision:resnet18", "photos", "--out", "x", *named]) == 0
+    assert given["preset"] == ("partlens" if not arguments else "paper")
+    config = given["config"]
+    assert isinstance(config, dict)
+    assert config["teachers"] == teachers
+    assert config.get("eta") == eta

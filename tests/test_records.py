@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from partlens.errors import AtWorkError, StorageError
+from partlens.records import (
+    content_hash,
+    file_sha256,
+    read_json,
+    read_tensors,
+    sole_writer,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+
+
+def test_json_round_trip_and_undefined_numbers(tmp_path: Path) -> None:
+    write_json(tmp_path / "deep" / "a.json", {"x": float("nan"), "y": (1, 2), "p": tmp_path, "t": "ü"})
+    assert read_json(tmp_path / "deep" / "a.json") == {"x": None, "y": [1, 2], "p": str(tmp_path), "t": "ü"}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    write_json(target, {"old": 1})
+
+    def full(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageError, match="No space left on device. Free space"):
+        write_atomically(target, full)
+    assert read_json(target) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_an_interrupt_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"old": 1})
+
+    def stopped(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a.json", stopped)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_tensors_round_trip_with_shared_storage(tmp_path: Path) -> None:
+    base = torch.arange(6.0)
+    write_tensors(tmp_path / "t.safetensors", {"a": base, "b": base[2:], "c": base.reshape(2, 3).t()})
+    back = read_tensors(tmp_path / "t.safetensors")
+    assert torch.equal(back["b"], base[2:])
+    assert torch.equal(back["c"], base.reshape(2, 3).t())
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "l.json").write_text("[]")
+    (tmp_path / "t.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"JSON in .*a\.json"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="a JSON object in .*, got list"):
+        read_json(tmp_path / "l.json")
+    with pytest.raises(ValueError, match="nothing there"):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(ValueError, match=r"safetensors in .*t\.safetensors"):
+        read_tensors(tmp_path / "t.safetensors")
+    with pytest.raises(ValueError, match="nothing there"):
+        read_tensors(tmp_path / "none.safetensors")
+
+
+def test_hashes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "x").startswith("ba7816bf")
+    assert content_hash({"a": {"c": 1, "b": 2}}) == content_hash({"a": {"b": 2, "c": 1}})
+    assert content_hash({"a": 1}) != content_hash({"a": 2})
+
+
+HOLDS = """
+import pathlib, sys
+from partlens.records import sole_writer
+with sole_writer(pathlib.Path(sys.argv[1]), "run"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_folder_has_one_writer_at_a_time_and_a_killed_one_blocks_nobody(tmp_path: Path) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(AtWorkError, match="nobody else at work in .*run, got another process. Wait until it ends"),
+            sole_writer(tmp_path / "run", "run"),
+        ):
+            pass
+        with sole_writer(tmp_path / "run", "selection"):  # another thing in the same folder
+            pass
+        other.kill()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".run.lock"]
+    with sole_writer(tmp_path / "run", "run"):
+        assert (tmp_path / "run" / ".run.lock").exists()
+        with pytest.raises(AtWorkError), sole_writer(tmp_path / "run", "run"):  # as from another thread
+            pass
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="to write in"), sole_writer(tmp_path / "file" / "below"):
+        pass
+
+
+def test_without_file_locks_the_work_goes_on_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object, **__: object) -> None:
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", unsupported)
+    with pytest.warns(UserWarning, match="no file locks in .*run"), sole_writer(tmp_path / "run"):
+        pass
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_tensors_on_a_full_disk_are_one_sentence(tmp_path: Path) -> None:
+    """The library that writes them has errors of its own; a limit on file sizes stands for the full disk."""
+    write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(3)})
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+import torch
+from partlens.records import write_tensors
+from partlens.errors import StorageError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_tensors(Path({str(tmp_path)!r}) / "t.safetensors", {{"a": torch.ones(100000)}})
+except StorageError as error:
+    print("StorageError", error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert said.stdout.startswith("StorageError Expected to write")
+    assert torch.equal(read_tensors(tmp_path / "t.safetensors")["a"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from partlens.verbs import demo as demonstration
+from partlens.verbs.demo import demo
+
+
+def test_the_demo_makes_everything_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few flowers: the held-out ones of the category are too few for some scores, which are then a dash."""
+    monkeypatch.setattr(demonstration, "EPOCHS", 1)
+    short = {"epochs": 1, "warmup_epochs": 1, "views": 2}
+    monkeypatch.setattr(demonstration, "_EXPLAINER", demonstration._EXPLAINER | short)
+    page = demo(tmp_path / "demo", flowers=120)
+    assert page.exists()
+    assert len(list((tmp_path / "demo" / "run" / "explanations").glob("*/explanation.json"))) == 6
+    text = page.read_text()
+    assert "What each class is read from" in text
+    assert "Single predictions" in text
+    weights = tmp_path / "demo" / "run" / "explainer.safetensors"
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()
+    page.unlink()
+    assert demo(tmp_path / "demo", flowers=120).exists()
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
+
+
+def test_too_few_flowers() -> None:
+    with pytest.raises(ValueError, match="at least 120 flowers, got 5"):
+        demo(flowers=5)
+
+
+def test_the_summary_shows_a_dash_for_what_is_undefined() -> None:
+    nothing = {"value": None}
+    layer = {"instability": nothing, "consistency": nothing}
+    scores = {
+        "explainer": layer,
+        "performer": {"tap": layer},
+        "nulls": {"random": layer},
+        "p": {"value": 0.25},
+        "reconstruction": {"agreement_top1": {"value": 1.0}},
+    }
+    text = demonstration._summary(scores)
+    assert "p = 0.25" in text
+    assert "instability is – (the layer's own filters: –, random: –)" in text
+    assert "keeps 100% of" in text

@@ -1,0 +1,323 @@
+"""The verbs select-features and explain on a tiny network: files, resumption, repetition, errors (T25)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import partlens
+from partlens.cli import main
+from partlens.data.images import ImageSet
+from partlens.errors import ImageError, InputError, RunError
+from partlens.network.zoo import Performer, weights_sha256
+from partlens.progress import Progress
+from partlens.records import read_json, read_tensors
+from partlens.verbs.explain import _folder_names
+from partlens.verbs.select_features import load_selection, select_features
+
+
+@pytest.fixture
+def selected(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> Path:
+    return select_features(tiny, few_flowers, out=tmp_path / "run", top_photos=10).path
+
+
+@pytest.fixture
+def photo(few_flowers: ImageSet, tmp_path: Path) -> Path:
+    few_flowers.read(few_flowers.indices(split="test")[0]).save(tmp_path / "a flower.png")
+    return tmp_path / "a flower.png"
+
+
+def test_a_selection_names_its_features_and_their_certificate(selected: Path, few_flowers: ImageSet) -> None:
+    manifest = read_json(selected / "selection.json")
+    assert manifest["status"] == "finished"
+    assert [c["name"] for c in manifest["classes"]] == ["petal-blue", "petal-red"]
+    assert manifest["features"] == sum(manifest["index"]["channels"])
+    weights = read_tensors(selected / "selection.safetensors")["weights"]
+    assert tuple(weights.shape) == (manifest["features"], 2)
+    for column, record in enumerate(manifest["classes"]):
+        assert record["nonzeros"] == int((weights[:, column] != 0).sum()) == len(record["features"])
+        assert record["norm"] <= 10 * (1 + 1e-6)
+        assert sum(f["share"] for f in record["features"]) == pytest.approx(1)
+        assert [f["weight"] for f in record["features"]] == sorted(f["weight"] for f in record["features"])[::-1]
+        for feature in record["features"]:
+            for name in ("average", "control", "crops"):
+                assert (selected / feature[name]).is_file()
+            assert set(feature["strongest"]) <= set(few_flowers.keys)
+    assert manifest["solution"]["relative_gap"] <= 1e-6
+    readout = manifest["readout"]
+    assert readout["accuracy"]["n"] == readout["shuffled"]["n"] == len(few_flowers.indices(split="test"))
+    assert readout["chance"] == 0.5
+    assert not (selected / "cache-selection").exists()
+
+
+def test_the_same_command_again_changes_nothing_and_another_is_refused(
+    selected: Path, tiny: Performer, few_flowers: ImageSet
+) -> None:
+    before = (selected / "selection.json").read_bytes()
+    select_features(tiny, few_flowers, out=selected, top_photos=10)
+    assert (selected / "selection.json").read_bytes() == before
+    with pytest.raises(RunError, match="one of another configuration"):
+        select_features(tiny, few_flowers, out=selected, top_photos=10, mu=3.0)
+
+
+def test_a_killed_selection_goes_on_and_ends_the_same(
+    selected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from partlens.verbs import selection_run
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(selection_run, "_draw", stop)
+        with pytest.raises(KeyboardInterrupt):
+            select_features(tiny, few_flowers, out=out, top_photos=10)
+    assert read_json(out / "selection.json")["status"] == "running"
+    with pytest.raises(RunError, match="got running. Run select-features again"):
+        load_selection(out, tiny)
+    select_features(tiny, few_flowers, out=out, top_photos=10)
+    assert (out / "selection.safetensors").read_bytes() == (selected / "selection.safetensors").read_bytes()
+    for file in sorted((selected / "pictures").iterdir()):
+        assert (out / "pictures" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_T25_a_reloaded_selection_explains_bit_for_bit_the_same(
+    selected: Path, tiny: Performer, photo: Path, tmp_path: Path
+) -> None:
+    first, again = (
+        partlens.explain(selected, photo, model=tiny, out=tmp_path / name)[0] / "arrays.safetensors"
+        for name in ("one", "two")
+    )
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_an_explanation_is_a_folder_with_numbers_arrays_pictures_and_a_page(
+    selected: Path, tiny: Performer, photo: Path
+) -> None:
+    (folder,) = partlens.explain(selected, [photo], model=tiny)
+    assert folder == selected / "explanations" / "a_flower"
+    content = read_json(folder / "explanation.json")
+    arrays = read_tensors(folder / "arrays.safetensors")
+    assert len(content["explained"]) == 2
+    assert arrays["combined"].shape == (2, 32, 32)
+    for k, one in enumerate(content["explained"]):
+        assert one["class"] in {"petal-red", "petal-blue"}
+        with Image.open(folder / one["combined"]) as drawn:
+            assert drawn.size == (448, 448)
+        shown = [f["feature"] for f in one["features"]]
+        assert shown == [f for f in arrays["features"][k].tolist() if f >= 0]
+        for feature in one["features"]:
+            assert (folder / feature["overlay"]).is_file()
+            assert (folder / feature["average"]).is_file()
+            assert feature["contribution"] == pytest.approx(feature["weight"] * feature["response"], rel=1e-4)
+    # The tiny network has two outputs too many and no names: the linear scores rank the classes, and that is said.
+    assert any("not outputs of the performer" in note for note in content["notes"])
+    assert content["explained"][0]["score"] >= content["explained"][1]["score"]
+    assert "<script" not in (folder / "explanation.html").read_text()
+
+
+def test_the_performer_is_handed_back_as_it_was(selected: Path, tiny: Performer, photo: Path) -> None:
+    before = {name: value.clone() for name, value in tiny.module.state_dict().items()}
+    tiny.module.train()
+    state = torch.get_rng_state()
+    partlens.explain(selected, photo, model=tiny)
+    assert tiny.module.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in tiny.module.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in tiny.module.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny.module.modules())
+
+
+def test_predictions_can_be_the_labels(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    batch = tiny.preprocessing([few_flowers.read(i) for i in few_flowers.indices(split="train")])
+    with torch.no_grad():
+        decided = sorted(set(tiny.module(batch).argmax(1).tolist()))
+    if len(decided) < 2:
+        # Shift the bias so that the tiny random network decides for two classes.
+        with torch.no_grad():
+            scores = tiny.module(batch)
+            tiny.module.classes.bias += (scores.mean(0).max() - scores.mean(0)).clamp(max=10)
+            decided = sorted(set(tiny.module(batch).argmax(1).tolist()))
+    assert len(decided) >= 2
+    run = select_features(tiny, few_flowers, out=tmp_path / "run", labels="predictions", pictures=0)
+    assert [c["output"] for c in run.manifest["classes"]] == decided
+    assert run.manifest["classes"][0]["features"][0]["average"] is None
+
+
+def test_named_classes_are_explained_in_their_order(selected: Path, tiny: Performer, photo: Path) -> None:
+    (folder,) = partlens.explain(selected, photo, model=tiny, classes=["petal-red"])
+    assert [one["class"] for one in read_json(folder / "explanation.json")["explained"]] == ["petal-red"]
+    with pytest.raises(InputError, match="Expected a class of the selection .* got petal-rad. Nearest: petal-red"):
+        partlens.explain(selected, photo, model=tiny, classes=["petal-rad"])
+
+
+def test_files_of_the_same_name_get_their_own_folders(
+    selected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        few_flowers.read(0).save(tmp_path / name / "flower.png")
+    found = partlens.explain(selected, [tmp_path / "x" / "flower.png", tmp_path / "y"], model=tiny, count=1)
+    assert [f.name for f in found] == ["flower", "flower-2"]
+
+
+def test_a_batch_of_images_equals_them_one_by_one(
+    selected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    some = few_flowers.take(range(3))
+    together = partlens.explain(selected, some, model=tiny, out=tmp_path / "all")
+    for i, folder in enumerate(together):
+        (alone,) = partlens.explain(selected, some.take([i]), model=tiny, out=tmp_path / f"one-{i}")
+        a, b = (read_tensors(f / "arrays.safetensors") for f in (folder, alone))
+        assert torch.equal(a["features"], b["features"])
+        assert torch.allclose(a["combined"], b["combined"], atol=1e-5)
+
+
+def test_errors_name_the_value_and_the_remedy(
+    selected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match="made with a network object, got none"):
+        partlens.explain(selected, few_flowers)
+    with pytest.raises(ImageError, match="nothing there"):
+        partlens.explain(selected, tmp_path / "missing.png", model=tiny)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"an image that can be decoded at .*broken\.png"):
+        partlens.explain(selected, tmp_path / "broken.png", model=tiny)
+    with pytest.raises(ImageError, match="Expected at least 1 image to explain, got 0"):
+        partlens.explain(selected, [], model=tiny)
+    with pytest.raises(RunError, match="Expected a selection or an explainer in .* got none. Run select-features"):
+        partlens.explain(tmp_path, few_flowers, model=tiny)
+    with pytest.raises(InputError, match="Expected labels data or predictions, got guesses"):
+        select_features(tiny, few_flowers, out=tmp_path / "b", labels="guesses")  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match="Expected at least 2 classes"):
+        select_features(tiny, few_flowers.select("petal-red"), out=tmp_path / "c")
+    other = ImageSet.from_arrays(np.zeros((3, 32, 32, 3), np.uint8), categories=["a", "a", "b"], splits=["x"] * 3)
+    with pytest.raises(ImageError, match="Expected a split of arrays, got 'train'"):
+        select_features(tiny, other, out=tmp_path / "d")
+
+
+def test_changed_weights_are_noticed(selected: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    with (selected / "selection.safetensors").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(RunError, match="got a file that was changed"):
+        partlens.explain(selected, few_flowers, model=tiny)
+
+
+def test_the_command_line_selects_explains_and_reports(
+    few_flowers: ImageSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    for i in range(24):
+        (folder / few_flowers.categories[i]).mkdir(parents=True, exist_ok=True)
+        few_flowers.read(i).save(folder / few_flowers.categories[i] / f"{i:02}.png")
+    run = tmp_path / "run"
+    model = "partlens:flower-demo@random:0"
+    arguments = [model, str(folder), "--out", str(run), "--layers", "activations", "--top-photos", "5", "--mu", "5"]
+    assert main(["select-features", *arguments]) == 0
+    assert capsys.readouterr().out.strip() == str(run)
+    image = str(next(folder.rglob("*.png")))
+    assert main(["explain", str(run), image, "--count", "1", "--how.features", "2", "--style", "jet"]) == 0
+    shown = Path(capsys.readouterr().out.strip())
+    content = json.loads((shown / "explanation.json").read_text())
+    assert content["method"]["features"] == 2
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "What each class is read from" in page
+    assert main(["explain", str(run), image, "--class", "nothing"]) == 1
+    assert "Expected a class of the selection" in capsys.readouterr().err
+
+
+def test_numbered_categories_get_the_performers_names_and_equal_names_their_number(tiny: Performer) -> None:
+    import dataclasses
+
+    from partlens.verbs.select_features import _readable
+
+    named = dataclasses.replace(tiny, class_names=("crane", "fox", "crane", "bow"))
+    assert _readable(named, ["0", "1", "2"], [0, 1, 2]) == ["crane (0)", "fox", "crane (2)"]
+    assert _readable(named, ["red fox", "3"], [1, 3]) == ["red fox", "bow"]
+    assert _readable(tiny, ["0", "unknown"], [0, None]) == ["0", "unknown"]
+
+
+def test_held_out_photos_of_a_class_that_was_not_fitted_are_left_out(tiny: Performer, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    photos = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    categories = ["a", "b"] * 4 + ["a", "b", "c", "c"]
+    images = ImageSet.from_arrays(photos, categories=categories, splits=["train"] * 8 + ["test"] * 4)
+    readout = select_features(tiny, images, out=tmp_path / "run", pictures=0).manifest["readout"]
+    assert readout["accuracy"]["n"] == readout["shuffled"]["n"] == 2
+
+
+def test_folder_names_are_told_apart_whatever_the_file_system(tmp_path: Path) -> None:
+    given = ["x/a.png", "y/a.png", "z/a-2.png", "z/A.png", "ö.png", "é.png", "a-2-2.png"]
+    found = _folder_names(given, tmp_path)
+    assert len({name.casefold() for name in found}) == len(given)
+    assert found[0] == "a"
+    assert found[2] == "a-2"  # its own name
+    assert found[4:6] == ["ö", "é"]
+
+
+def test_an_explanation_of_another_file_of_the_same_name_is_kept(
+    selected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    for number, name in enumerate(("x", "y")):
+        (tmp_path / name).mkdir()
+        few_flowers.read(number).save(tmp_path / name / "flower.png")
+    files = [tmp_path / name / "flower.png" for name in ("x", "y")]
+    folders = [partlens.explain(selected, file, model=tiny, count=1)[0] for file in (*files, files[0])]
+    assert [f.name for f in folders] == ["flower", "flower-2", "flower"]  # the same one again is renewed
+    for folder, file in zip(folders, files, strict=False):
+        assert read_json(folder / "explanation.json")["image"]["path"] == str(file)
+
+
+def test_a_folder_is_explained_without_what_cannot_be_read(
+    selected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda _, message: said.append(message))
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    few_flowers.read(0).save(folder / "good.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    found = partlens.explain(selected, folder, model=tiny, count=1, out=tmp_path / "out")
+    assert [f.name for f in found] == ["good"]
+    assert any("bad.png is left out" in line for line in said)
+    with pytest.raises(ImageError):  # a file that was named has to be there
+        partlens.explain(selected, folder / "bad.png", model=tiny)
+
+
+@pytest.mark.parametrize("changes", [{"mu": -1.0}, {"mu": float("nan")}, {"top_photos": 0}, {"pictures": -1}])
+def test_what_is_refused_leaves_no_folder(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, changes: dict[str, float]
+) -> None:
+    with pytest.raises(InputError, match=next(iter(changes))):
+        select_features(tiny, few_flowers, out=tmp_path / "new", **changes)
+    assert not (tmp_path / "new").exists()
+
+
+def test_photos_without_a_test_split_are_selected_from(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    train = dataclasses.replace(few_flowers, splits=("train",) * len(few_flowers))
+    found = partlens.select_features(tiny, train, out=tmp_path / "s", pictures=1)
+    assert found.manifest["readout"]["accuracy"]["value"] is None
+
+
+def test_a_single_output_of_a_selection_is_yes_or_no(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    """Softmax over one output would call everything the category."""
+    torch.manual_seed(0)
+    tiny.module.classes = torch.nn.Linear(16, 1)
+    torch.nn.init.constant_(tiny.module.classes.bias, -50.0)
+    judge = Performer(
+        tiny.module, "judge", tiny.preprocessing, weights_sha256(tiny.module), "relu2", class_names=("petal-red",)
+    )
+    run = tmp_path / "s"
+    partlens.select_features(judge, few_flowers, out=run, pictures=1)
+    (folder,) = partlens.explain(run, few_flowers.take([0]), model=judge, classes=["petal-red"])
+    (one,) = read_json(folder / "explanation.json")["explained"]
+    assert one["probability"] < 1e-6
+    assert one["rank"] == 2
