@@ -84,11 +84,8 @@ def sole_writer(folder: Path, name: str = "writing") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise AtWorkError(
-            expected(
-                f"nobody else at work in {folder}", "another process", "Wait until it ends, or choose another folder"
-            )
-        ) from error
+        text = f"{folder} is locked by another process; wait for it or use another folder"
+        raise AtWorkError(text) from error
     except NotImplementedError:
         # The lock guards against a mistake; where the file system has none, work goes on, and says so.
         warnings.warn(f"no file locks in {folder}: do not write to it from two processes at once", stacklevel=3)

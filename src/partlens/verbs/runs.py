@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from partlens.errors import ImageError, InputError, LayerError, RunError, expected, nearest
 from partlens.progress import Progress
 from partlens.records import SCHEMA, read_json, sole_writer, write_json
+from partlens.run import DataInfo, PerformerInfo, RunRecord, Unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,115 @@ def spec(model: str | nn.Module | Performer) -> str | None:
         return None
     name, mark, weights = model.partition("@")
     return f"{name}@{Path(weights).resolve()}" if mark and Path(weights).is_file() else model
+
+
+def performer_info(performer: Performer, model: str | nn.Module | Performer) -> PerformerInfo:
+    """Return what records say of a performer, given how it was named."""
+    return PerformerInfo(
+        name=performer.name,
+        spec=spec(model),
+        weights_sha256=performer.weights_sha256,
+        preprocessing=performer.preprocessing.to_dict(),
+        notes=performer.notes,
+    )
+
+
+def data_info(
+    images: ImageSet, unreadable: Iterable[Unreadable], fingerprint: str, categories: tuple[str, ...] = ("",)
+) -> DataInfo:
+    """Return what records say of photos."""
+    path = None if images.path is None else str(images.path)
+    return DataInfo(
+        name=images.name,
+        path=path,
+        fingerprint=fingerprint,
+        categories=categories,
+        unreadable=tuple(unreadable),
+    )
+
+
+def open_photos(
+    data: str | Path | ImageSet | None, run: RunRecord | None = None
+) -> tuple[ImageSet, tuple[Unreadable, ...]]:
+    """Open photos and drop what cannot be read, by name.
+
+    Args:
+        data: a folder, a table or a set of images; optional where a run says which it was made from.
+        run: the record of that run.
+
+    Raises:
+        ImageError: not one photo can be read.
+        RunError: no photos are given, and the run was made from photos that no path names.
+    """
+    from partlens.data.images import ImageSet
+
+    where = run.data.path if data is None and run is not None else data
+    if where is None:
+        rule = "photos for this run, which was not made from a folder or table"
+        raise RunError(expected(rule, "none", "Give them again (data=)"))
+    images = where if isinstance(where, ImageSet) else ImageSet.open(Path(where))
+    readable, dropped = images.readable()
+    return readable, tuple(Unreadable(key=d.key, reason=d.reason) for d in dropped)
+
+
+def open_performer(run: RunRecord, model: str | nn.Module | Performer | None) -> Performer:
+    """Load the performer of a run and check that it is the same.
+
+    Args:
+        run: the record of the run.
+        model: the performer; optional where it can be loaded by its name.
+
+    Raises:
+        RunError: the run was made with a network object and none is given, or the weights are others.
+    """
+    named = run.performer.spec if model is None else model
+    if named is None:
+        rule = "a model for this run, which was made with a network object"
+        raise RunError(expected(rule, "none", "Give the network again (model=)"))
+    performer, wanted = loaded(named), run.performer.weights_sha256
+    if performer.weights_sha256 != wanted:
+        rule, remedy = f"the performer of the run (weights {wanted[:12]})", "Give the model the run was made with"
+        raise RunError(expected(rule, performer.weights_sha256[:12], f"{remedy} (--model)"))
+    return performer
+
+
+def chosen_categories(category: str | Sequence[str] | None, known: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the categories that are meant, in alphabetical order; ``("",)``, all photos as one, for none.
+
+    Example:
+        >>> chosen_categories("fox,cat"), chosen_categories(["fox"]), chosen_categories(None)
+        (('cat', 'fox'), ('fox',), ('',))
+    """
+    return ("",) if category is None else tuple(sorted(category_names(category, known))) or ("",)
+
+
+def rows_and_others(images: ImageSet, categories: Sequence[str], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the positions of the photos of the categories in a split, and those of all others.
+
+    Raises:
+        ImageError: an unknown category or split, or one of several categories without photos there.
+    """
+    everything = images.indices(split=split)
+    if tuple(categories) == ("",):
+        return everything, ()
+    known = sorted(images.category_counts())
+    for name in categories:
+        if name not in known:
+            remedy = f"Did you mean {nearest(name, known)[0]}?"
+            raise ImageError(expected(f"a category among {', '.join(known)}", name, remedy))
+        if len(categories) > 1 and not images.indices(category=name, split=split):
+            remedy = "Add photos of it or choose other categories"
+            raise ImageError(expected(f"photos of {name} in the split {split}", "none", remedy))
+    own = tuple(i for i in everything if images.categories[i] in categories)
+    return own, tuple(i for i in everything if images.categories[i] not in categories)
+
+
+def labels_of(images: ImageSet, categories: Sequence[str], rows: Sequence[int]) -> torch.Tensor:
+    """Return the category of each row, an index into ``categories``; all 0 where all photos count as one."""
+    import torch
+
+    whole = tuple(categories) == ("",)
+    return torch.tensor([0 if whole else categories.index(images.categories[i]) for i in rows], dtype=torch.long)
 
 
 def loaded(model: str | nn.Module | Performer) -> Performer:
