@@ -44,7 +44,7 @@ def test_a_run_is_begun_gone_on_with_and_finished(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     with run.begun(asked()) as record:
         assert record.status == "running"
-        with pytest.raises(AtWorkError, match="run is locked by another process; wait for it"), run.writing():
+        with pytest.raises(AtWorkError, match="run is locked by another process. Wait for it"), run.writing():
             pass
     with pytest.raises(RunError, match="Expected a finished run in .*, got running. Run make again with the same"):
         run.read(MadeRun)

@@ -1,8 +1,9 @@
-"""The words everybody uses: axis names, the errors, and how an error sentence is built.
+"""The errors and their two sentences: a value that is wrong (:func:`expected`), an event that failed (:func:`failed`).
 
-Axes stand in the order ``image, filter, row, col``. A *performer* is the network under study, a *tap* one of its
-layers by name, a *map* one filter's output on one image, a *cell* one position of a map, a *template* an ideal map
-with one peak, a *part* what a filter answers to, a *track* one path through the explainer's encoder.
+Words of the whole package: axes are in the order ``image, filter, row, col``. A *performer* is the network under study,
+a *tap* one of its layers by name, a *map* one filter's output on one image, a *cell* one position of a map, a
+*template* an ideal map with one peak, a *part* what a filter responds to, a *track* one path through the explainer's
+encoder.
 
 This module imports nothing of the package and no tensor library.
 """
@@ -57,7 +58,7 @@ class StorageError(PartlensError, OSError):
 
 
 def expected(rule: str, got: object, remedy: str) -> str:
-    """Build an error sentence: what was expected, what came instead, and what to do.
+    """Build the sentence of a wrong value: what was expected, what came instead, and what to do.
 
     Args:
         rule: what would have been right, without the word "expected".
@@ -73,6 +74,23 @@ def expected(rule: str, got: object, remedy: str) -> str:
     """
     value = got if isinstance(got, str) else repr(got)
     return f"Expected {rule}, got {value}. {remedy.rstrip('.')}."
+
+
+def failed(action: str, reason: OSError | str, remedy: str) -> str:
+    """Build the sentence of an event that failed: what was tried, why it could not be, and what to do.
+
+    Args:
+        action: what was tried, an infinitive without "to".
+        reason: why it failed; of an error of the operating system its own words.
+        remedy: what the user can do, an imperative sentence.
+
+    Example:
+        >>> failed("write runs/x.json", OSError(28, "No space left on device"), "Free space")
+        'Could not write runs/x.json: no space left on device. Free space.'
+    """
+    why = reason if isinstance(reason, str) else reason.strerror or str(reason) or type(reason).__name__
+    why = why[:1].lower() + why[1:] if why[1:2].islower() else why
+    return f"Could not {action}: {why.rstrip('.')}. {remedy.rstrip('.')}."
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
@@ -95,7 +113,7 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
 
 
 def listed(names: Sequence[str], limit: int = 5) -> str:
-    """Join names for a sentence, saying how many were left out.
+    """Join names for a sentence, with the number of those beyond the limit.
 
     Example:
         >>> listed(["a", "b", "c"], limit=2)

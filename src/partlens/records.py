@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from partlens.errors import AtWorkError, InputError, RunError, StorageError, expected, nearest
+from partlens.errors import AtWorkError, InputError, RunError, StorageError, expected, failed, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     except OSError as error:
         raise StorageError(
-            expected(f"to write {path}", error.strerror or str(error), "Free space or choose another --out folder")
+            failed(f"write {path}", error, "Free space and run the same command again, or choose another --out folder")
         ) from error
     finally:
         if temporary is not None and temporary.exists():
@@ -84,15 +84,12 @@ def sole_writer(folder: Path, name: str = "writing") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        text = f"{folder} is locked by another process; wait for it or use another folder"
-        raise AtWorkError(text) from error
+        raise AtWorkError(f"{folder} is locked by another process. Wait for it or use another folder.") from error
     except NotImplementedError:
         # The lock guards against a mistake; where the file system has none, work goes on, and says so.
         warnings.warn(f"no file locks in {folder}: do not write to it from two processes at once", stacklevel=3)
     except OSError as error:
-        raise StorageError(
-            expected(f"to write in {folder}", error.strerror or str(error), "Choose another folder")
-        ) from error
+        raise StorageError(failed(f"write in {folder}", error, "Choose another folder")) from error
     try:
         yield
     finally:

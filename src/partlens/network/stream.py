@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, LayerError, RunError, StorageError, expected, listed
+from partlens.errors import ImageError, InputError, LayerError, RunError, StorageError, expected, failed, listed
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
 from partlens.records import SCHEMA, read_json, sole_writer, write_json
@@ -188,7 +188,7 @@ def _decode(performer: Performer, images: ImageSet, row: int, views: int, augmen
         return performer.preprocessing([image])
     except OSError as error:
         raise ImageError(
-            expected(f"a readable image {images.keys[index]}", str(error), "Remove or replace the file")
+            failed(f"read the image {images.keys[index]}", str(error), "Remove or replace the file")
         ) from error
 
 
@@ -398,7 +398,7 @@ def stream_maps(
         raise
     except OSError as error:
         raise StorageError(
-            expected(f"to write maps in {out}", error.strerror or str(error), "Free space or choose another folder")
+            failed(f"write maps in {out}", error, "Free space and run the same command again")
         ) from error
 
 

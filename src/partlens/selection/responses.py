@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, LayerError, RunError, StorageError, expected
+from partlens.errors import ImageError, InputError, LayerError, RunError, StorageError, expected, failed
 from partlens.network.stream import RowFile, batches
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
@@ -198,9 +198,7 @@ def stream_responses(
         raise
     except OSError as error:
         raise StorageError(
-            expected(
-                f"to write responses in {out}", error.strerror or str(error), "Free space or choose another folder"
-            )
+            failed(f"write responses in {out}", error, "Free space and run the same command again")
         ) from error
 
 

@@ -40,7 +40,7 @@ from partlens.data.flower_categories import DOUBLE_CATEGORIES, PARTS, PETAL_CATE
 from partlens.data.flowers import flower_labels, flower_seed, generated_flowers, render_flower
 from partlens.data.images import ImageSet
 from partlens.data.tables import IMAGE_TABLE
-from partlens.errors import InputError, RunError, StorageError, expected
+from partlens.errors import InputError, RunError, StorageError, expected, failed
 from partlens.progress import Progress
 from partlens.records import read_json, write_json, write_text
 
@@ -247,9 +247,7 @@ def _write_picture(path: Path, content: bytes) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        raise StorageError(
-            expected(f"to write {path}", error.strerror or str(error), "Free space or choose another --out folder")
-        ) from error
+        raise StorageError(failed(f"write {path}", error, "Free space or choose another --out folder")) from error
 
 
 def _write_chunk(recipe: _Recipe, out: Path, start: int) -> int:
@@ -401,9 +399,7 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(
-            expected(f"to make the folder {path}", error.strerror or str(error), "Choose another --out folder")
-        ) from error
+        raise StorageError(failed(f"make the folder {path}", error, "Choose another --out folder")) from error
 
 
 def _continues(out: Path, recipe: _Recipe) -> bool:

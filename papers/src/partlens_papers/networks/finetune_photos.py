@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.errors import StorageError, expected
+from partlens.errors import StorageError, expected, failed
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.stream import RowFile, open_maps, stream_maps
 from partlens.network.zoo import Performer
@@ -139,9 +139,7 @@ def kept_frames(images: ImageSet, preprocessing: Preprocessing, folder: Path, pr
         except StorageError:
             raise
         except OSError as error:
-            raise StorageError(
-                expected(f"to write frames in {folder}", error.strerror or str(error), "Free space")
-            ) from error
+            raise StorageError(failed(f"write frames in {folder}", error, "Free space")) from error
         write_json(state, wanted)
     frames: np.ndarray = np.load(path, mmap_mode="r")
     return frames

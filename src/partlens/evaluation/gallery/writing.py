@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from partlens.attribution.pictures import overlay
 from partlens.attribution.receptive_pictures import OcclusionConfig, occluder_places, region_picture
 from partlens.data.images import ImageSet
-from partlens.errors import StorageError, expected
+from partlens.errors import StorageError, failed
 from partlens.evaluation.gallery.attention import attention
 from partlens.evaluation.gallery.common import (
     EFFORTS,
@@ -99,9 +99,7 @@ def write_gallery(
             for earlier in folder.glob(kind):
                 earlier.unlink()
     except OSError as error:
-        raise StorageError(
-            expected(f"to write in {folder}", error.strerror or str(error), "Make the run directory writable")
-        ) from error
+        raise StorageError(failed(f"write in {folder}", error, "Make the run directory writable")) from error
     if gallery == "none":
         return
     effort = EFFORTS[gallery]
