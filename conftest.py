@@ -84,12 +84,23 @@ def tiny_network() -> nn.Sequential:
     ).eval()
 
 
-@pytest.fixture
-def tiny() -> Performer:
+def tiny_performer() -> Performer:
     """A performer small enough for whole runs in a test, for 32 px images."""
     module = tiny_network()
     preprocessing = Preprocessing(size_px=(32, 32), resize="squash", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     return Performer(module, "tiny", preprocessing, weights_sha256(module), "relu2")
+
+
+@pytest.fixture
+def tiny() -> Performer:
+    """The tiny performer, the test's own."""
+    return tiny_performer()
+
+
+@pytest.fixture(scope="session")
+def tiny_once() -> Performer:
+    """The tiny performer of fixtures that live as long as the session."""
+    return tiny_performer()
 
 
 @pytest.fixture

@@ -1,0 +1,254 @@
+"""Fitted explainers measured on held-out photos of generated flowers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import partlens
+from partlens.data.images import ImageSet
+from partlens.evaluation.explainer_evaluation import EvaluationRows
+from partlens.explainer.config import ExplainerConfig
+from partlens.network.zoo import Performer
+from partlens.verbs import runs
+from partlens.verbs.evaluate import evaluate
+from partlens.verbs.fit_explainer import fit_explainer
+from partlens.verbs.parts import parts
+from partlens.verbs.runs import report
+
+SMALL: dict[str, Any] = {
+    "epochs": 2,
+    "warmup_epochs": 1,
+    "views": 3,
+    "batch_size": 8,
+    "background_batch": 4,
+    "precision": "float32",
+}
+RED = "petal-red"
+
+
+def test_fit_evaluate_report(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    manifest = json.loads((run / "run.json").read_text())
+    assert manifest["status"] == "finished"
+    assert len(manifest["p_by_seed"]) == 2
+    assert manifest["p_by_seed"][0] != manifest["p_by_seed"][1]
+    assert not (run / "cache").exists()
+    assert not list(run.glob("checkpoint*"))
+    scores = evaluate(run, few_flowers, model=tiny)
+    held = len(few_flowers.select(category=RED, split="test"))
+    assert scores["photos"] == held
+    for layer in (
+        scores["explainer"],
+        scores["performer"]["tap"],
+        scores["performer"]["top"],
+        *scores["nulls"].values(),
+    ):
+        for name in (
+            "instability",
+            "peak_spread_cells",
+            "instability_all",
+            "dead_frac",
+            "consistency",
+            "filter_correlation",
+            "distinct_parts",
+        ):
+            assert set(layer[name]) == {"value", "interval", "n", "unit"}
+            assert layer[name]["value"] is None or np.isfinite(layer[name]["value"])
+    for kind, gap in scores["instability_minus_null"].items():
+        own, its = scores["explainer"]["instability"], scores["nulls"][kind]["instability"]
+        assert gap["value"] == pytest.approx(own["value"] - its["value"])
+        assert gap["interval"][0] <= gap["value"] <= gap["interval"][1]
+    # What is read alike: the explainer by its largest cells, the performer by centroids.
+    same = scores["same_peak"]
+    assert set(same) == {"largest", "centroid"}
+    for layer in (same["largest"]["explainer"], same["centroid"]["tap"], same["centroid"]["top"]):
+        assert np.isfinite(layer["instability"]["value"])
+    read_twice = (
+        (same["largest"]["explainer"], scores["explainer"]),
+        (scores["performer"]["tap"], same["centroid"]["tap"]),
+    )
+    for by_largest, by_centroid in read_twice:
+        # A centroid lies within its map's answers, so it moves no further than the largest cell.
+        assert by_centroid["peak_spread_cells"]["value"] < by_largest["peak_spread_cells"]["value"]
+    assert scores["p"]["n"] == 2
+    assert scores["p"]["unit"] == "seeds"
+    assert 0 <= scores["reconstruction"]["agreement_top1"]["value"] <= 1
+    assert scores["reconstruction"]["error_increase_points"]["n"] > held
+    assert scores["data"]["same_as_fit"]
+    assert json.loads((run / "evaluation.json").read_text())["explainer"] == json.loads(json.dumps(scores["explainer"]))
+    gallery = json.loads((run / "gallery" / "gallery.json").read_text())
+    assert all((run / photo["file"]).exists() for f in gallery["layers"]["explainer"] for photo in f["photos"])
+    page = report(run)
+    assert page == run / "report.html"
+    assert "data:image/jpeg" in page.read_text()
+
+
+def test_without_a_category_all_photos_are_explained(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    fit_explainer(tiny, few_flowers, out=tmp_path / "run", config=SMALL, seeds=1)
+    scores = evaluate(tmp_path / "run", few_flowers, model=tiny)
+    assert "error_increase_points" not in scores["reconstruction"]
+    assert scores["p"]["interval"] == [None, None]
+    assert report(tmp_path / "run").stat().st_size > 10_000
+
+
+def test_photos_without_landmarks_still_give_fidelity(tiny: Performer, tmp_path: Path) -> None:
+    pictures = [np.random.default_rng(k).integers(0, 255, (40, 40, 3), dtype=np.uint8) for k in range(24)]
+    images = ImageSet.from_arrays(pictures, splits=["train"] * 12 + ["test"] * 12)
+    fit_explainer(tiny, images, out=tmp_path / "run", config=SMALL, seeds=1)
+    scores = evaluate(tmp_path / "run", images, model=tiny)
+    assert scores["explainer"]["instability"]["value"] is None
+    assert scores["explainer"]["peak_spread_cells"]["value"] is not None
+    report(tmp_path / "run")
+
+
+def test_photos_of_the_fit_are_known_under_other_names(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    """Training photos in another folder, called test photos there, are no held-out photos."""
+    pixels = [np.asarray(few_flowers.read(i)) for i in range(len(few_flowers))]
+    photos = ImageSet.from_arrays(pixels, few_flowers.categories, few_flowers.splits)
+    run = fit_explainer(tiny, photos, out=tmp_path / "run", category=RED, config=SMALL, seeds=1).path
+    train, test = (photos.indices(category=RED, split=split) for split in ("train", "test"))
+    chosen = [pixels[i] for i in (*train[:3], *test[:4])]
+    others = ImageSet.from_arrays(chosen, [RED] * 7, ["test"] * 7)
+    found = evaluate(run, others, model=tiny, gallery="none")
+    assert "3 of the 7 photos were used in the fit: the scores flatter" in found["warnings"]
+    strangers = ImageSet.from_arrays(chosen[3:], [RED] * 4, ["test"] * 4)
+    for held in (strangers, photos):
+        found = evaluate(run, held, model=tiny, gallery="none")
+        assert not any("used in the fit" in text for text in found["warnings"])
+    (run / "photos.json").unlink()  # a run of an earlier version
+    assert evaluate(run, others, model=tiny, gallery="none")["photos"] == 7
+
+
+def test_another_crop_of_a_training_photo_is_that_photo(tmp_path: Path) -> None:
+    runs.write_photos(tmp_path, ["9:ab@(0, 0, 5, 5)+0.0"])
+    assert runs.photos_seen(tmp_path, ("9:ab@(1, 2, 3, 4)+0.1", "9:cd@(0, 0, 5, 5)+0.0", "9:ab")) == 2
+
+
+def test_measuring_on_the_training_photos_warns(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    assert any("photos of the fit" in w for w in evaluate(run, few_flowers, model=tiny, split="train")["warnings"])
+
+
+def test_a_run_remembers_its_performer(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    with pytest.raises(partlens.PartlensError, match="made with a network object"):
+        evaluate(run, few_flowers)
+    with pytest.raises(partlens.PartlensError, match="Give them again"):
+        evaluate(run, model=tiny)
+    other = tiny.module
+    with torch.no_grad():
+        other.get_submodule("conv1").weight.add_(1)
+    with pytest.raises(partlens.PartlensError, match="the performer of the run"):
+        evaluate(run, few_flowers, model=other)
+
+
+def test_public_names_load_lazily() -> None:
+    for name in partlens.__all__:
+        assert getattr(partlens, name) is not None
+    assert set(partlens.__all__) <= set(dir(partlens))
+    with pytest.raises(AttributeError, match="no attribute 'explain_everything'"):
+        partlens.explain_everything
+    assert callable(partlens.report)
+    assert partlens.ExplainerConfig is ExplainerConfig
+
+
+def test_an_explainer_of_several_categories_shares_its_filters_out(
+    flower_judge: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    fitted = fit_explainer(flower_judge, few_flowers, out=path, category="petal-red,petal-blue", config=SMALL, seeds=1)
+    assert fitted.manifest["data"]["categories"] == ["petal-blue", "petal-red"]
+    assert fitted.manifest["data"]["category"] == ""
+    result = evaluate(path, few_flowers, model=flower_judge)
+    shared = result["filter_categories"]
+    assert sum(shared.values()) == 12
+    assert {r["category"] for r in result["filters"]["explainer"]} == {n for n, count in shared.items() if count}
+    each = result["explainer"]["by_category"].values()
+    mean = sum(one["instability"]["value"] * one["filters"] for one in each) / sum(one["filters"] for one in each)
+    assert result["explainer"]["instability"]["value"] == pytest.approx(mean)
+    gap = result["instability_minus_null"]["corner"]
+    assert gap["value"] == pytest.approx(mean - result["nulls"]["corner"]["instability"]["value"])
+    # Two categories that are outputs of the performer: the errors are its own, on the photos of both.
+    assert result["reconstruction"]["errors_by"] == "performer"
+    held = len(few_flowers.indices(split="test"))
+    assert result["reconstruction"]["performer_error_percent"]["n"] == held
+    found = parts(path, few_flowers, model=flower_judge, config={"photos_max": 12, "rounds": 2, "random_parts": 2})
+    assert found["photos"] == min(12, held)
+    # Every filter has the category that the evaluation gives it, and a part of that category.
+    evaluated = {row["filter"]: row["category"] for row in result["filters"]["explainer"]}
+    assert {row["filter"]: row["category"] for row in found["filters"]} == evaluated
+    assert all(part["id"].startswith(f"{part['category']}: ") for part in found["parts"])
+    assert {k: part["category"] for part in found["parts"] for k in part["filters"]} == evaluated
+    page = report(path).read_text()
+    assert "petal-blue, petal-red" in page
+    assert "a filter belongs to the one whose photos excite it most" in page
+
+
+def test_errors_of_a_single_logistic_output_are_of_its_sign(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    tiny.module.classes = nn.Linear(16, 1)
+    judge = Performer(tiny.module, "judge", tiny.preprocessing, "judge-weights", "relu2", class_names=(RED,))
+    fit_explainer(judge, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1)
+    result = evaluate(tmp_path / "run", few_flowers, model=judge)
+    rows = few_flowers.indices(split="test")
+    with torch.no_grad():
+        outputs = judge.module(judge.preprocessing([few_flowers.read(i) for i in rows]))[:, 0]
+    wrong = [(float(s) > 0) != (few_flowers.categories[i] == RED) for s, i in zip(outputs, rows, strict=True)]
+    assert result["reconstruction"]["errors_by"] == "performer"
+    everything = EvaluationRows(range(3), range(5), range(7), range(11))
+    assert everything.streamed(own_outputs=True, several=False) == 8
+    assert everything.streamed(own_outputs=False, several=False) == 26
+    assert everything.streamed(own_outputs=True, several=True) == 15
+    assert EvaluationRows(range(3), (), range(7), ()).streamed(own_outputs=False, several=False) == 3
+    assert result["reconstruction"]["performer_error_percent"]["value"] == pytest.approx(100 * np.mean(wrong))
+
+
+def test_p_of_least_objective_and_rescaling_stand_beside_p(run: Path, few_flowers: ImageSet, tiny: Performer) -> None:
+    result = evaluate(run, few_flowers, model=tiny)
+    low, high = result["p_optimum"]["interval"]
+    assert 0 < low <= result["p_optimum"]["value"] <= high < 1
+    assert result["p_rescaling_error"] < 1e-4
+
+
+def test_intervals_range_over_photos_not_crops(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    kinds = list(zip(few_flowers.categories, few_flowers.splits, strict=True))
+    half = dataclasses.replace(
+        few_flowers, photos=tuple(f"{kind}-{kinds[:k].count(kind) // 2}" for k, kind in enumerate(kinds))
+    )
+    whole = evaluate(run, few_flowers, model=tiny, gallery="none")
+    pairs = evaluate(run, half, model=tiny, gallery="none")
+    held = [
+        k
+        for k, (c, s) in enumerate(zip(few_flowers.categories, few_flowers.splits, strict=True))
+        if c == RED and s == "test"
+    ]
+    photos = len({half.photos[k] for k in held})
+    assert photos < len(held) == pairs["photos"]
+    assert whole["explainer"]["dead_frac"]["n"] == len(held)
+    for found in (
+        pairs["explainer"]["dead_frac"],
+        pairs["explainer"]["silent_frac"],
+        pairs["nulls"]["random"]["border_frac"],
+        pairs["reconstruction"]["agreement_top1"],
+        pairs["p_optimum"],
+        *pairs["reconstruction"]["relative_error"].values(),
+    ):
+        assert found["n"] == photos
+    assert pairs["reconstruction"]["error_increase_points"]["n"] < whole["reconstruction"]["error_increase_points"]["n"]
+    content = parts(run, half, model=tiny, rule="clusters", config={"null_filters": 50, "rounds": 4})
+    assert content["contributions"]["interpretable_share"]["n"] == photos
+    assert content["contributions"]["score"]["agreement_top1"]["n"] == photos
+    assert content["contributions"]["removal_check"]["shapley"]["correlation"]["n"] == photos
+
+
+def test_photos_without_a_training_split_can_be_measured(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    elsewhere = dataclasses.replace(few_flowers, splits=("test",) * len(few_flowers))
+    found = evaluate(run, elsewhere, model=tiny, gallery="none")
+    assert found["photos"] == few_flowers.category_counts()[RED]
+    assert "error_increase_points" not in found["reconstruction"]
