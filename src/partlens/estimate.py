@@ -51,6 +51,25 @@ class Estimate:
         """Whether both ends of the interval are defined."""
         return all(map(math.isfinite, self.interval))
 
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.interval[0]
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.interval[1]
+
+    def scaled(self, factor: float) -> Estimate:
+        """Return the same in another unit, e.g. in percent.
+
+        Example:
+            >>> Estimate(0.5, (0.25, 0.75), 4).scaled(100).interval
+            (25.0, 75.0)
+        """
+        return Estimate(factor * self.value, (factor * self.low, factor * self.high), self.n, self.unit)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form ``{value, interval, n, unit}``; undefined numbers become ``None``."""
         clean = [None if not math.isfinite(v) else float(v) for v in (self.value, *self.interval)]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from partlens.errors import InputError, RunError
-from partlens.metrics.heat_maps import centre_box_maps, edge_maps, iou_auc, part_recall, pointing_game
 from partlens.network.zoo import Performer, load_performer, weights_sha256
 from partlens_papers.flowers import benchmark as module
 from partlens_papers.flowers.baselines import BASELINES, upsampled_activation
 from partlens_papers.flowers.benchmark import RECALLED, flower_benchmark, train_network
+from partlens_papers.flowers.heat_maps import centre_box_maps, edge_maps, iou_auc, part_recall, pointing_game
 from partlens_papers.flowers.sets import FlowerSet, flower_set
 
 SINGLE, DOUBLE = "flowers-single-6c", "flowers-double-12c"

@@ -17,11 +17,12 @@ from torch import nn
 from partlens.data.flowers import flower_seed, render_flower
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, RunError
-from partlens.metrics.likeness import energy_share, rank_correlation, ranks, top_overlap
+from partlens.metrics.likeness import rank_correlation, ranks
 from partlens.network.zoo import Performer, load_performer
 from partlens_papers.networks.randomised import layers_from_top, randomised
 from partlens_papers.sanity.bench import SanityConfig, fit_bench, make_bench, mean_of
 from partlens_papers.sanity.checks import check_classes, check_layers, sanity_checks
+from partlens_papers.sanity.likeness import energy_share, top_overlap
 from partlens_papers.sanity.planted_cue import CLASSES, MARKED, cued_flowers
 from partlens_papers.sanity.sanity_tables import tables
 

@@ -101,8 +101,9 @@ def check_layers(bench: Bench, fit: Fit, folder: Path, advance: Callable[..., No
     """
     import torch
 
-    from partlens.metrics.likeness import rank_correlation, top_overlap
+    from partlens.metrics.likeness import rank_correlation
     from partlens_papers.networks.randomised import layers_from_top, randomised
+    from partlens_papers.sanity.likeness import top_overlap
 
     original = explained(bench, fit, None)
     classes = original.classes[:, :1]
@@ -190,8 +191,8 @@ def check_cue(folder: Path, config: SanityConfig, show: Progress) -> dict[str, A
     import torch
 
     from partlens.estimate import proportion
-    from partlens.metrics.heat_maps import iou_auc, pointing_game
-    from partlens.metrics.likeness import energy_share
+    from partlens_papers.flowers.heat_maps import iou_auc, pointing_game
+    from partlens_papers.sanity.likeness import energy_share
 
     flowers = cued_flowers(config.images_per_class, config.seed)
     marked, plain = flowers.images, cued_flowers(config.images_per_class, config.seed, cue=False).images
@@ -243,7 +244,8 @@ def check_labels(bench: Bench, fit: Fit, folder: Path, show: Progress, flowers: 
     """
     import torch
 
-    from partlens.metrics.likeness import energy_share, rank_correlation
+    from partlens.metrics.likeness import rank_correlation
+    from partlens_papers.sanity.likeness import energy_share
 
     config = bench.config
     null = fit_bench(bench, shuffled=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from partlens.errors import InputError
-from partlens.metrics.heat_maps import (
+from partlens_papers.flowers.heat_maps import (
     THRESHOLDS,
     both_parts_covered,
     centre_box_maps,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partlens.metrics.heat_maps import (
+from partlens_papers.flowers.heat_maps import (
     THRESHOLDS,
     both_parts_covered,
     edge_maps,
