@@ -10,7 +10,6 @@ from partlens.errors import InputError
 from partlens.estimate import Estimate, bootstrap, proportion, resampler
 from partlens.explainer.templates import centroid_cells
 from partlens.metrics.localisation import (
-    LocalisationScores,
     Peaks,
     consistency_per_filter,
     dead_filters,
@@ -27,6 +26,8 @@ from partlens.metrics.localisation import (
     silent_share,
     spread_per_filter,
 )
+from partlens.metrics.scores import LocalisationScores
+from partlens.records import plain
 
 SIZE = (224, 224)
 GRID = ((8.0, 8.0), (16.0, 16.0))
@@ -229,9 +230,28 @@ def test_instability_on_all_photos_is_not_had_by_the_choice_of_photos() -> None:
 def test_scores_without_landmarks_are_undefined_and_counted(generator: torch.Generator) -> None:
     scores = localisation_scores(
         peaks_at(moving(30, 4)), torch.zeros(30, 0, 2), SIZE, landmark_names=(), generator=generator, rounds=5
-    ).to_dict()
-    assert scores["instability"] == {"value": None, "interval": [None, None], "n": 0, "unit": "photos"}
-    assert scores["peak_spread_cells"]["n"] == 30
+    )
+    assert plain(scores)["instability"] == {"value": None, "interval": [None, None], "n": 0, "unit": "photos"}
+    assert scores.peak_spread_cells.n == 30
+
+
+@pytest.mark.parametrize("kind", ["centre", "corner"])
+def test_a_constant_null_is_one_filter_and_counts_every_photo(kind: str, generator: torch.Generator) -> None:
+    """Whatever the number of filters and their scores, which would choose the photos of other filters."""
+    truth, own = torch.rand(130, 1, 2, generator=generator) * 224, peaks_at(moving(130, 2))
+    found = []
+    for filters in (1, 16):
+        peaks = null_peaks(kind, 130, (14, 14), *GRID, input_size_px=SIZE, filters=filters, generator=generator)
+        draws = torch.Generator().manual_seed(3)
+        scores = localisation_scores(
+            peaks, truth, SIZE, landmark_names=("head",), generator=draws, rounds=5, fixed_null=True
+        )
+        own = peaks_at(moving(130, 2))
+        less = instability_differences(own, {kind: peaks}, truth, SIZE, generator=draws, rounds=5)
+        found.append((scores.instability, less[kind], scores.consistency))
+    assert found[0] == found[1]
+    distance = (peaks.positions_px[:, 0] - truth[:, 0]).norm(dim=-1) / math.hypot(*SIZE)
+    assert found[0][0].value == pytest.approx(float(distance.std()))
 
 
 def test_landmarks_of_other_photos_are_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from partlens.estimate import Estimate
 from partlens.evaluation.places import filter_table
-from partlens.metrics.localisation import LocalisationScores, Peaks, instability_differences, localisation_scores
+from partlens.metrics.localisation import Peaks, instability_differences, localisation_scores
+from partlens.metrics.scores import LOCALISATION, LocalisationScores
+from partlens.records import plain
 
 ROUNDS = 100
 
@@ -48,8 +49,7 @@ def mean_of(values: Sequence[Estimate], weights: Sequence[int]) -> Estimate:
 
 def joined_scores(scores: Sequence[LocalisationScores], filters: Sequence[int]) -> LocalisationScores:
     """Return the mean over filters of scores that were measured per category, each on its own photos."""
-    names = [f.name for f in dataclasses.fields(LocalisationScores) if f.name != "landmark_shares"]
-    joined = {name: mean_of([getattr(s, name) for s in scores], list(filters)) for name in names}
+    joined = {name: mean_of([s.of(name) for s in scores], list(filters)) for name in LOCALISATION}
     shares: dict[str, float] = {}
     for landmark in dict.fromkeys(name for s in scores for name in s.landmark_shares):
         parts = [(s.landmark_shares[landmark], n) for s, n in zip(scores, filters, strict=True)]
@@ -108,7 +108,7 @@ class Scoring:
             fixed: the peaks stand still, so that nothing but instability is defined.
         """
         if self.categories is None:
-            return self._of_photos(of, None, fixed=fixed).to_dict()
+            return dict(plain(self._of_photos(of, None, fixed=fixed)))
         found, counts, by_category = [], [], {}
         for number, name in enumerate(self.categories.names):
             index = self._images(number)
@@ -120,8 +120,8 @@ class Scoring:
             part = of.rows(index) if own is None else of.rows(index).filters(own)
             counts.append(count)
             found.append(self._of_photos(part, index, fixed=fixed))
-            by_category[name] = {"filters": count, **found[-1].to_dict()}
-        return joined_scores(found, counts).to_dict() | {"by_category": by_category}
+            by_category[name] = {"filters": count, **plain(found[-1])}
+        return dict(plain(joined_scores(found, counts))) | {"by_category": by_category}
 
     def differences(self, nulls: Mapping[str, Peaks], own: Peaks, generator: torch.Generator) -> dict[str, Estimate]:
         """Return the explainer's instability minus each null's, on the same photos."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from partlens.errors import InputError, expected
 from partlens.estimate import Estimate, bootstrap, percentile_interval, resampler
+from partlens.metrics.scores import LocalisationScores
 
 TOP_IMAGES = 100
 """Images with the highest peaks that enter location instability (CVPR 2018, Sec. 5.2.2)."""
@@ -284,44 +285,6 @@ def border_share(peaks: Peaks) -> float:
     return float(((peaks.cells < 0.5) | (peaks.cells > limit - 0.5)).any(-1).double().mean())
 
 
-@dataclass(frozen=True)
-class LocalisationScores:
-    """Everything instability must not stand without, for one layer on one set of photos.
-
-    ``instability_all`` is instability over all photos with the landmark, not the ``TOP_IMAGES`` that a filter answers
-    to most: which photos these are, and so how easy, depends on what makes it answer strongly. ``silent_frac`` says how
-    many of the peaks are of empty maps, which stand in cell (0, 0).
-    """
-
-    instability: Estimate
-    instability_all: Estimate
-    peak_spread_cells: Estimate
-    dead_frac: Estimate
-    silent_frac: Estimate
-    border_frac: Estimate
-    consistency: Estimate
-    filter_correlation: Estimate
-    distinct_parts: Estimate
-    landmark_shares: dict[str, float]
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the JSON form, one ``{value, interval, n}`` per score."""
-        names = (
-            "instability",
-            "instability_all",
-            "peak_spread_cells",
-            "dead_frac",
-            "silent_frac",
-            "border_frac",
-            "consistency",
-            "filter_correlation",
-            "distinct_parts",
-        )
-        scores: dict[str, object] = {name: getattr(self, name).to_dict() for name in names}
-        shares = {name: None if math.isnan(share) else share for name, share in self.landmark_shares.items()}
-        return scores | {"landmark_shares": shares}
-
-
 def localisation_scores(
     peaks: Peaks,
     landmarks_px: Float[Tensor, "image landmark 2"],
@@ -363,7 +326,10 @@ def localisation_scores(
         estimate = bootstrap(statistic, count, generator=draws, rounds=rounds, groups=group)  # type: ignore[arg-type]
         return Estimate(estimate.value, estimate.interval, n)
 
-    def instability(index: Tensor, top: int = TOP_IMAGES) -> float:
+    # A constant peak prefers no photo, so all of them count.
+    highest = count if fixed_null else TOP_IMAGES
+
+    def instability(index: Tensor, top: int = highest) -> float:
         return float(instability_per_filter(peaks.rows(index), landmarks_px[index], input_size_px, top).nanmean())
 
     def consistency(index: Tensor) -> float:
@@ -432,7 +398,9 @@ def instability_differences(
     annotated = len(group[~landmarks_px.isnan().any(-1).all(-1)].unique())
 
     def instability(of: Peaks, index: Tensor) -> float:
-        return float(instability_per_filter(of.rows(index), landmarks_px[index], input_size_px).nanmean())
+        still = bool((of.cells == of.cells[:1]).all())  # a constant peak prefers no photo, so all of them count
+        top = count if still else TOP_IMAGES
+        return float(instability_per_filter(of.rows(index), landmarks_px[index], input_size_px, top).nanmean())
 
     draw, _ = resampler(count, group)
     indices = [torch.arange(count), *(draw(generator) for _ in range(rounds))]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from partlens.errors import REGION_READINGS
+from partlens.records import plain
 
 if TYPE_CHECKING:
     import torch
@@ -174,14 +175,16 @@ def measure_rivals(
     results: dict[str, dict[str, Any]] = {}
     for name, found in measured.items():
         generator = torch.Generator().manual_seed(seed)
-        scores = localisation_scores(
-            found.peaks(*grid),
-            landmarks,
-            performer.preprocessing.size_px,
-            landmark_names=names,
-            photos=groups,
-            generator=generator,
-        ).to_dict()
+        scores = plain(
+            localisation_scores(
+                found.peaks(*grid),
+                landmarks,
+                performer.preprocessing.size_px,
+                landmark_names=names,
+                photos=groups,
+                generator=generator,
+            )
+        )
         wrong = torch.cat(found.wrong)
         explained = (
             Estimate.undefined()
@@ -317,7 +320,7 @@ def measure_interpretable(
         found = localisation_scores(
             of, landmarks, size, landmark_names=names, photos=groups, generator=generator, fixed_null=fixed
         )
-        return found.to_dict()
+        return dict(plain(found))
 
     measured = {name: scores(layer.peaks(*grids[name])) for name, layer in layers.items()}
     nulls = {
