@@ -14,7 +14,7 @@ from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import receptive_field
-from partlens.network.stream import stream_maps
+from partlens.network.stream import stream
 from partlens.network.zoo import Performer, weights_sha256
 
 SIDE = 40
@@ -31,6 +31,19 @@ def _pattern_network(pattern: np.ndarray) -> nn.Module:
     kernel = torch.from_numpy(pattern - pattern.mean()).float().permute(2, 0, 1)
     conv.weight = nn.Parameter(kernel[None])
     return nn.Sequential(OrderedDict(conv=conv, relu=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
+
+
+def responses(performer: Performer, images: ImageSet, tap: str) -> tuple[np.ndarray, np.ndarray]:
+    """Peak and its cell of every filter on every image."""
+    peaks, cells = [], []
+    for batch in stream(performer, images, range(len(images)), [tap]):
+        maps = batch.maps[tap].reshape(
+            len(batch.rows), batch.maps[tap].shape[1], *(batch.maps[tap].shape[2:] or (1, 1))
+        )
+        peak, place = maps.flatten(2).max(2)
+        peaks.append(peak.numpy())
+        cells.append(np.stack([place // maps.shape[3], place % maps.shape[3]], 2))
+    return np.concatenate(peaks), np.concatenate(cells)
 
 
 @pytest.fixture
@@ -68,8 +81,8 @@ def test_T23_the_peak_is_the_middle_of_the_crop_and_the_crop_is_the_receptive_fi
     photo = np.zeros((1, SIDE, SIDE, 3), np.uint8)
     photo[0, 20, 16] = 255
     images = ImageSet.from_arrays(photo)
-    result = stream_maps(performer, images, ["relu2"], None)
-    (picture,) = average_pictures(performer, images, [("relu2", 0)], result.peak["relu2"], result.peak_cell["relu2"])
+    peaks, cells = responses(performer, images, "relu2")
+    (picture,) = average_pictures(performer, images, [("relu2", 0)], peaks, cells)
     size = receptive_field(performer, "relu2").size_px
     assert picture.average.shape[:2] == size == (7, 7)
     assert picture.receptive_field_px == size
@@ -88,10 +101,10 @@ def test_T24_the_average_shows_the_planted_pattern_and_random_crops_do_not(
 ) -> None:
     images, corners = planted
     performer = _performer(_pattern_network(pattern))
-    result = stream_maps(performer, images, ["relu"], None)
-    (picture,) = average_pictures(performer, images, [("relu", 0)], result.peak["relu"], result.peak_cell["relu"])
+    peaks, cells = responses(performer, images, "relu")
+    (picture,) = average_pictures(performer, images, [("relu", 0)], peaks, cells)
     assert len(picture.rows) == 100
-    found = result.peak_cell["relu"][list(picture.rows), 0]
+    found = cells[list(picture.rows), 0]
     assert (found == corners[list(picture.rows)]).all(axis=1).mean() > 0.9
 
     def likeness(average: np.ndarray) -> float:
@@ -124,10 +137,8 @@ def test_fully_connected_layers_average_whole_photos() -> None:
     performer = _performer(network)
     rng = np.random.default_rng(0)
     images = ImageSet.from_arrays(rng.integers(0, 256, (5, SIDE, SIDE, 3), dtype=np.uint8))
-    result = stream_maps(performer, images, ["fc"], None)
-    (picture,) = average_pictures(
-        performer, images, [("fc", 1)], result.peak["fc"][:, 1:2], result.peak_cell["fc"][:, 1:2], top_photos=5
-    )
+    peaks, cells = responses(performer, images, "fc")
+    (picture,) = average_pictures(performer, images, [("fc", 1)], peaks[:, 1:2], cells[:, 1:2], top_photos=5)
     assert picture.receptive_field_px is None
     whole = np.mean([np.asarray(images.read(i), np.float32) / 255 for i in range(5)], axis=0)
     assert np.allclose(picture.average, whole, atol=1e-6)
@@ -141,8 +152,8 @@ def test_equal_peaks_keep_the_order_of_the_photos() -> None:
 def test_scaled_pictures_have_the_wanted_side(pattern: np.ndarray, planted: tuple[ImageSet, np.ndarray]) -> None:
     images, _ = planted
     performer = _performer(_pattern_network(pattern))
-    result = stream_maps(performer, images, ["relu"], None)
-    arguments = (performer, images, [("relu", 0)], result.peak["relu"], result.peak_cell["relu"])
+    peaks, cells = responses(performer, images, "relu")
+    arguments = (performer, images, [("relu", 0)], peaks, cells)
     (small,) = average_pictures(*arguments, most_px=6)
     assert small.average.shape == (6, 6, 3)
     assert small.receptive_field_px == (9, 9)
@@ -151,8 +162,8 @@ def test_scaled_pictures_have_the_wanted_side(pattern: np.ndarray, planted: tupl
 def test_random_control_follows_the_seed(pattern: np.ndarray, planted: tuple[ImageSet, np.ndarray]) -> None:
     images, _ = planted
     performer = _performer(_pattern_network(pattern))
-    result = stream_maps(performer, images, ["relu"], None)
-    arguments = (performer, images, [("relu", 0)], result.peak["relu"], result.peak_cell["relu"])
+    peaks, cells = responses(performer, images, "relu")
+    arguments = (performer, images, [("relu", 0)], peaks, cells)
     first, again, other = (average_pictures(*arguments, seed=s)[0].control for s in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)

@@ -17,8 +17,9 @@ from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, RunError
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import weights_sha256
+from partlens.rows import RowRecord
 from partlens.selection.descriptors import DescriptorConfig, FeatureIndex, descriptor
-from partlens.selection.responses import RESPONSES, image_descriptors, stream_responses
+from partlens.selection.responses import image_descriptors, stream_responses
 
 MADE = runpy.run_path(str(Path(__file__).with_name("made_networks.py")))
 as_performer, Residual = MADE["as_performer"], MADE["Residual"]
@@ -97,7 +98,7 @@ def test_a_killed_pass_goes_on_with_the_next_batch(tiny, images, tmp_path) -> No
 
     with pytest.raises(Killed):
         stream_responses(tiny, images, out=tmp_path / "a", batch_size=4, progress=kill)
-    assert json.loads((tmp_path / "a" / RESPONSES).read_text())["rows_done"] == 8
+    assert json.loads((tmp_path / "a" / RowRecord.FILE).read_text())["rows_done"] == 8
     whole = stream_responses(tiny, images, out=tmp_path / "b", batch_size=4)
     seen: list[int] = []
     resumed = stream_responses(tiny, images, out=tmp_path / "a", batch_size=4, progress=lambda n, _: seen.append(n))
@@ -112,16 +113,16 @@ def test_a_killed_pass_goes_on_with_the_next_batch(tiny, images, tmp_path) -> No
 
 def test_responses_of_another_configuration_are_refused(tiny, images, tmp_path) -> None:
     stream_responses(tiny, images, out=tmp_path)
-    before = (tmp_path / RESPONSES).read_text()
+    before = (tmp_path / RowRecord.FILE).read_text()
     for change in (
         {"config": PLAIN},
         {"images": images.take([0, 1])},
         {"peaks": False},
         {"performer": dataclasses.replace(tiny, weights_sha256="0" * 64)},
     ):
-        with pytest.raises(RunError, match="resume=False"):
+        with pytest.raises(RunError, match="delete this one"):
             stream_responses(**{"performer": tiny, "images": images, "out": tmp_path, **change})
-    assert (tmp_path / RESPONSES).read_text() == before
+    assert (tmp_path / RowRecord.FILE).read_text() == before
     fresh = stream_responses(tiny, images.take([0, 1]), PLAIN, out=tmp_path, resume=False, peaks=False)
     assert fresh.descriptor.shape[0] == 2
     assert not (tmp_path / "peak.npy").exists()
@@ -135,7 +136,7 @@ def test_a_corrupt_image_is_named_and_finished_batches_stay(tiny, tmp_path) -> N
     (folder / "4.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"4\.png"):
         stream_responses(tiny, ImageSet.from_folder(folder), out=tmp_path / "out", batch_size=2)
-    assert json.loads((tmp_path / "out" / RESPONSES).read_text())["rows_done"] == 4
+    assert json.loads((tmp_path / "out" / RowRecord.FILE).read_text())["rows_done"] == 4
 
 
 def test_the_performer_is_left_as_it_was(images, tmp_path) -> None:

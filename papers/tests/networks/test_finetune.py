@@ -273,7 +273,9 @@ def test_cached_maps_are_the_networks_within_float16(
     module = result.module
     photos, mirrored = torch.tensor([5, 0, 3, 3]), torch.tensor([False, True, True, False])
     maps = reader_of_maps(open_maps(tmp_path / "maps")["flatten"], 2)(photos, mirrored)
-    frames = reader_of_frames(np.load(tmp_path / "frames.npy", mmap_mode="r"), small.preprocessing)(photos, mirrored)
+    frames = reader_of_frames(np.load(tmp_path / "frames" / "frames.npy", mmap_mode="r"), small.preprocessing)(
+        photos, mirrored
+    )
     plain = small.preprocessing([reds[0].read(int(i)) for i in photos])
     assert torch.equal(frames[0], plain[0])
     assert torch.equal(frames[1], plain[1].flip(2))

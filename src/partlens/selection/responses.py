@@ -13,15 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, LayerError, RunError, StorageError, expected, failed
-from partlens.network.stream import RowFile, batches
+from partlens.errors import ImageError, InputError, LayerError, expected
+from partlens.network.stream import stream
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
-from partlens.records import SCHEMA, read_json, write_json
+from partlens.rows import row_store
 from partlens.selection.descriptors import DescriptorConfig, FeatureIndex, energy, energy_and_peak, normalised
 from partlens.selection.measured_layers import feature_index
 
-RESPONSES = "responses.json"
 Progress = Callable[[int, int], None]
 
 
@@ -112,33 +111,6 @@ class Responses:
     path: Path | None
 
 
-_FILES = {"descriptor": "float32", "logits": "float32", "peak": "float32", "peak_cell": "int16"}
-
-
-def _same_manifest(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    found = read_json(path)
-    different = [name for name, value in wanted.items() if found.get(name) != value]
-    if different:
-        raise RunError(
-            expected(
-                f"responses of this configuration in {path.parent}",
-                f"another {', '.join(different)}",
-                "Choose another folder, or give resume=False to start again",
-            )
-        )
-    return found
-
-
-def _open_rows(out: Path | None, images: int, features: int, classes: int, *, peaks: bool) -> dict[str, RowFile]:
-    shapes: dict[str, tuple[int, ...]] = {"descriptor": (images, features), "logits": (images, classes)}
-    if peaks:
-        shapes |= {"peak": (images, features), "peak_cell": (images, features, 2)}
-    return {
-        name: RowFile(out / f"{name}.npy" if out is not None else None, shape, _FILES[name])
-        for name, shape in shapes.items()
-    }
-
-
 def stream_responses(
     performer: Performer,
     images: ImageSet,
@@ -159,8 +131,8 @@ def stream_responses(
         performer: the network; left as it was.
         images: the photos.
         config: which layers, and how descriptors are made.
-        out: folder for ``descriptor.npy``, ``logits.npy``, ``peak.npy``, ``peak_cell.npy`` and the manifest
-            ``responses.json``, made when missing; ``None`` keeps all in memory.
+        out: folder for ``descriptor.npy``, ``logits.npy``, ``peak.npy`` and ``peak_cell.npy`` (`partlens.rows`), made
+            when missing; ``None`` keeps all in memory.
         batch_size: images per forward pass; also the granularity at which a killed run resumes.
         resume: go on with what is found in ``out``; ``False`` starts again.
         peaks: keep where and how strongly each channel answers most.
@@ -182,91 +154,36 @@ def stream_responses(
     if len(images) == 0:
         raise ImageError(expected("at least 1 image", 0, "Choose a folder with photos"))
     index = feature_index(performer, config)
-    wanted: dict[str, Any] = {
-        "schema": SCHEMA,
+    identity = {
         "performer": performer.weights_sha256,
         "images": images.fingerprint(),
         "preprocessing": performer.preprocessing.to_dict(),
         "descriptor": config.to_dict(),
         "index": index.to_dict(),
-        "rows": len(images),
         "peaks": peaks,
     }
-    try:
-        return _stream(performer, images, index, config, out, batch_size, resume, progress, wanted)
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            failed(f"write responses in {out}", error, "Free space and run the same command again")
-        ) from error
-
-
-def _stream(
-    performer: Performer,
-    images: ImageSet,
-    index: FeatureIndex,
-    config: DescriptorConfig,
-    out: Path | None,
-    batch_size: int,
-    resume: bool,
-    progress: Progress | None,
-    wanted: dict[str, Any],
-) -> Responses:
-    rows, peaks = len(images), bool(wanted["peaks"])
-    manifest = out / RESPONSES if out is not None else None
-    done, dead = 0, 0
-    files: dict[str, RowFile] = {}
-    if out is not None and manifest is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        if manifest.exists() and resume:
-            found = _same_manifest(manifest, wanted)
-            done, dead = int(found["rows_done"]), int(found["dead_layers"])
-            files = _open_rows(out, rows, index.size, int(found["classes"]), peaks=peaks)
-        else:
-            manifest.unlink(missing_ok=True)
-            for name in _FILES:
-                (out / f"{name}.npy").unlink(missing_ok=True)
-    try:
-        for start, batch in batches(performer, images, range(done, rows), batch_size):
-            output, values = forward_taps(performer, batch, index.layers, energy_and_peak if peaks else energy)
-            _check_index(values, index)
-            scores = _scores(output).cpu().numpy()
-            kept = torch.cat([values[layer] for layer in index.layers], dim=1)
+    with row_store(out, identity, len(images), resume=resume) as store:
+        reduce = energy_and_peak if peaks else energy
+        rows = range(store.done, store.rows)
+        for batch in stream(performer, images, rows, index.layers, batch_size=batch_size, reduce=reduce):
+            _check_index(batch.maps, index)
+            kept = torch.cat([batch.maps[layer] for layer in index.layers], dim=1)
             x, lost = normalised(kept[:, :, 0] if peaks else kept, index, config)
-            files = files or _open_rows(out, rows, index.size, scores.shape[1], peaks=peaks)
-            files["descriptor"].write(start, x.cpu().numpy())
-            files["logits"].write(start, scores)
+            arrays = {"descriptor": x.cpu().numpy(), "logits": _scores(batch.outputs).cpu().numpy()}
             if peaks:
-                files["peak"].write(start, kept[:, :, 1].cpu().numpy())
-                files["peak_cell"].write(start, kept[:, :, 2:].to(torch.int16).cpu().numpy())
-            done, dead = start + len(batch), dead + int(lost.sum())
-            if manifest is not None:
-                for each in files.values():
-                    each.settle()
-                write_json(
-                    manifest,
-                    {
-                        **wanted,
-                        "performer_name": performer.name,
-                        "classes": scores.shape[1],
-                        "dead_layers": dead,
-                        "rows_done": done,
-                    },
-                )
+                arrays["peak"] = kept[:, :, 1].cpu().numpy()
+                arrays["peak_cell"] = kept[:, :, 2:].cpu().numpy().astype(np.int16)
+            store.append(arrays, {"dead_layers": store.state.get("dead_layers", 0) + int(lost.sum())})
             if progress is not None:
-                progress(done, rows)
+                progress(store.done, store.rows)
         return Responses(
             keys=tuple(images.keys),
             index=index,
             config=config,
-            descriptor=files["descriptor"].read(),
-            peak=files["peak"].read() if peaks else None,
-            peak_cell=files["peak_cell"].read() if peaks else None,
-            logits=files["logits"].read(),
-            dead_layers=dead,
+            descriptor=store.read("descriptor"),
+            peak=store.read("peak") if peaks else None,
+            peak_cell=store.read("peak_cell") if peaks else None,
+            logits=store.read("logits"),
+            dead_layers=int(store.state["dead_layers"]),
             path=out,
         )
-    finally:
-        for each in files.values():
-            each.close()

@@ -86,7 +86,7 @@ def _cached_maps(
 
     from partlens.explainer.training_maps import TrainingMaps
     from partlens.explainer.views import view_windows, viewed_images
-    from partlens.network.stream import open_maps, stream_maps
+    from partlens.network.stream import stream_maps
 
     generator = torch.Generator().manual_seed(config.seed)
     windows = view_windows(len(photos), config.views, config.crop_area_min, generator)
@@ -98,8 +98,8 @@ def _cached_maps(
     drawn, viewing = viewed_images(images, performer, rows, table)
     taps = [structure.tap, *structure.targets]
     with progress.task("caching maps", len(rows)) as advance:
-        stream_maps(on_device(viewing, device), drawn, taps, folder, progress=lambda done, _: advance(done))
-    arrays = open_maps(folder)
+        shown = on_device(viewing, device)
+        arrays = stream_maps(shown, drawn, taps, folder, progress=lambda done, _: advance(done))
     first = len(photos) * config.views
     evidence = None
     if config.evidence_weight > 0:

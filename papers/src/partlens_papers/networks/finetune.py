@@ -368,7 +368,7 @@ def category_scores(
         show.task("scoring held-out photos", len(images)) as advance,
     ):
         network.to(device)
-        for start, batch in batches(performer, images, range(len(images)), _HELD_BATCH):
+        for rows, batch in batches(performer, images, range(len(images)), _HELD_BATCH):
             found.append(network(batch.to(device)).float().cpu())
-            advance(start + len(batch))
+            advance(rows[-1] + 1)
     return torch.cat(found)

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.errors import StorageError, expected, failed
+from partlens.explainer.views import viewed_images
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.stream import RowFile, open_maps, stream_maps
+from partlens.network.stream import stream_maps
 from partlens.network.zoo import Performer
 from partlens.progress import Progress
-from partlens.records import SCHEMA, read_json, write_json
+from partlens.rows import row_store
 from partlens_papers.networks.finetune_config import FinetuneConfig
 from partlens_papers.networks.finetune_network import copied
 
 OTHER = -1
 """Label of a photo that shows none of the categories."""
 
-_FRAMES = "frames"
 _AHEAD = 2  # batches prepared in advance
 _READ_AT_ONCE = 128
 
@@ -76,17 +73,6 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch * 7_919 + 29) % (2**63))
 
 
-@dataclass(frozen=True)
-class _View:
-    """Makes view 0, what the network sees of a photo, and view 1, its mirror."""
-
-    preprocessing: Preprocessing
-
-    def __call__(self, image: Image.Image, view: int) -> Image.Image:
-        frame = self.preprocessing.frame(image)
-        return ImageOps.mirror(frame) if view else frame
-
-
 def fixed_maps(
     performer: Performer,
     source: str,
@@ -97,60 +83,36 @@ def fixed_maps(
     progress: Progress,
 ) -> np.ndarray:
     """Compute the fixed layers' output for each photo and its mirror once; row ``photo * views + view``."""
-    module = performer.module if device.type == "cpu" else copied(performer).to(device)
-    as_framed = replace(performer.preprocessing, resize="squash", resize_px=None)  # views are frames already
-    framed = replace(performer, module=module, preprocessing=as_framed)
     views = 2 if config.mirror else 1
-    with progress.task(f"computing {source} once", len(images) * views) as advance:
-        stream_maps(
-            framed,
-            images,
+    photos = np.repeat(np.arange(len(images)), views)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0, float(mirrored)] for mirrored in range(views)])
+    drawn, framed = viewed_images(images, performer, photos, whole.repeat(len(images), 1))
+    module = performer.module if device.type == "cpu" else copied(performer).to(device)
+    with progress.task(f"computing {source} once", len(drawn)) as advance:
+        maps = stream_maps(
+            replace(framed, module=module),
+            drawn,
             [source],
             folder,
             dtype=config.cache_precision,
-            augment=_View(performer.preprocessing),
-            views=views,
             progress=lambda done, _: advance(done),
         )
-    return open_maps(folder)[source]
+    return maps[source]
 
 
 def kept_frames(images: ImageSet, preprocessing: Preprocessing, folder: Path, progress: Progress) -> np.ndarray:
     """Decode each photo once and keep what the network sees of it as bytes on disk."""
-    rows, cols = preprocessing.size_px
-    path, state = folder / f"{_FRAMES}.npy", folder / f"{_FRAMES}.json"
-    wanted = {"schema": SCHEMA, "images": images.fingerprint(), "preprocessing": preprocessing.to_dict()}
-    if not state.exists() or read_json(state) != wanted:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _check_space(folder, len(images) * rows * cols * 3)
-            path.unlink(missing_ok=True)
-            kept = RowFile(path, (len(images), rows, cols, 3), "uint8")
-            with (
-                ThreadPoolExecutor(4, thread_name_prefix="partlens-decode") as pool,
-                progress.task("reading photos", len(images)) as advance,
-            ):
-                for start in range(0, len(images), _READ_AT_ONCE):
-                    part = range(start, min(start + _READ_AT_ONCE, len(images)))
-                    kept.write(start, np.stack(list(pool.map(lambda i: _frame(images, i, preprocessing), part))))
-                    advance(part.stop)
-            kept.settle()
-            kept.close()
-        except StorageError:
-            raise
-        except OSError as error:
-            raise StorageError(failed(f"write frames in {folder}", error, "Free space")) from error
-        write_json(state, wanted)
-    frames: np.ndarray = np.load(path, mmap_mode="r")
-    return frames
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise StorageError(
-            expected(f"{needed / 1e9:.1f} GB free for frames in {folder}", f"{free / 1e9:.1f} GB", "Free space")
-        )
+    identity = {"images": images.fingerprint(), "preprocessing": preprocessing.to_dict()}
+    with (
+        row_store(folder / "frames", identity, len(images)) as store,
+        ThreadPoolExecutor(4, thread_name_prefix="partlens-decode") as pool,
+        progress.task("reading photos", len(images)) as advance,
+    ):
+        while store.done < store.rows:
+            part = range(store.done, min(store.done + _READ_AT_ONCE, store.rows))
+            store.append({"frames": np.stack(list(pool.map(lambda i: _frame(images, i, preprocessing), part)))})
+            advance(store.done)
+        return store.read("frames")
 
 
 def _frame(images: ImageSet, index: int, preprocessing: Preprocessing) -> np.ndarray:

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, expected
 from partlens.explainer.training import CHECKPOINT_STATE, HISTORY, EpochReport, TrainingResult
 from partlens.network.borrowed import random_state_kept
-from partlens.network.stream import open_maps, stream_maps
+from partlens.network.stream import stream_maps
 from partlens.network.zoo import Performer
 from partlens.records import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
 from partlens_papers.rivals.interpretable_cnn import InterpretableCNN
@@ -53,9 +53,22 @@ class LabelledMaps:
         return torch.from_numpy(np.asarray(self.tap[rows[order]])).float()[torch.from_numpy(back)]
 
 
-def photo_and_mirror(image: Image.Image, view: int) -> Image.Image:
-    """Return the photo (view 0) or its mirror image (view 1), the released code's two views."""
-    return ImageOps.mirror(image) if view else image
+@dataclass(frozen=True)
+class _PhotoOrMirror:
+    """Draws row ``2 photo`` as the photo and row ``2 photo + 1`` as its mirror image, the released code's two views."""
+
+    images: ImageSet
+
+    def __call__(self, row: int) -> np.ndarray:
+        image = self.images.read(row // 2).convert("RGB")
+        return np.asarray(ImageOps.mirror(image) if row % 2 else image)
+
+
+def photos_and_mirrors(images: ImageSet) -> ImageSet:
+    """Return every photo and, behind it, its mirror image as images of their own."""
+    keys = [key for photo in images.keys for key in (photo, f"{photo}#mirror")]
+    recipe = f"photos and mirrors {images.fingerprint()}"
+    return ImageSet.from_generator(_PhotoOrMirror(images), keys, recipe=recipe)
 
 
 def labelled_maps(
@@ -86,12 +99,10 @@ def labelled_maps(
     for name in categories:
         if name not in images.categories:
             raise ImageError(expected("photos of every category", f"none of {name}", "Add photos or drop the category"))
-    views = 2 if mirror else 1
-    stream_maps(
-        performer, images, [tap], folder, augment=photo_and_mirror if mirror else None, views=views, progress=progress
-    )
+    shown_images = photos_and_mirrors(images) if mirror else images
+    maps = stream_maps(performer, shown_images, [tap], folder, progress=progress)[tap]
     shown = torch.tensor([[category == name for name in categories] for category in images.categories])
-    return LabelledMaps(open_maps(folder)[tap], shown.repeat_interleave(views, 0))
+    return LabelledMaps(maps, shown.repeat_interleave(2 if mirror else 1, 0))
 
 
 def _optimiser(network: InterpretableCNN) -> torch.optim.SGD:

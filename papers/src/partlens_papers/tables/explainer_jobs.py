@@ -191,7 +191,7 @@ def compare(job: Job, folder: Path) -> dict[str, Any]:
     """Fit the rivals on the tap's maps of the explainer's training photos and measure them beside it."""
     from partlens.explainer.config import ExplainerConfig
     from partlens.explainer.network import ExplainerStructure
-    from partlens.network.stream import open_maps, stream_maps
+    from partlens.network.stream import stream_maps
 
     settings = RIVAL_SETTINGS | dict(job.settings["rivals"])
     images, performer = photos_of(job), loaded(performer_spec(job))
@@ -213,8 +213,7 @@ def compare(job: Job, folder: Path) -> dict[str, Any]:
     photos, others = category_rows(images, job.category, "train")
     rows = [*photos, *sampled(others, int(settings["background"]), job.seed)]
     cached = folder / job.kind / "maps"
-    stream_maps(performer, images.take(rows), [structure.tap], cached)
-    maps = open_maps(cached)[structure.tap]
+    maps = stream_maps(performer, images.take(rows), [structure.tap], cached)[structure.tap]
     fitted: dict[str, Any] = {}
     for method in settings["methods"]:
         for units in settings["units"]:

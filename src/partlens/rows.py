@@ -1,0 +1,307 @@
+"""Rows on disk: named arrays that grow batch by batch, survive a kill, and are read as memory maps.
+
+One folder holds one store: a plain ``NAME.npy`` per array, and ``rows.json``, which says what the rows belong to and
+how many are complete. To fill one::
+
+    identity = {"performer": performer.weights_sha256, "images": images.fingerprint()}
+    with row_store(folder, identity, len(images)) as store:
+        for start in range(store.done, store.rows, 32):  # a killed run goes on where it stopped
+            store.append({"peak": peaks, "logits": logits}, {"dead": dead})  # the same names each time
+        peaks = store.read("peak")
+
+``append`` takes arrays with one row per item and the kind they are to have on disk (``.astype("float16")``); the second
+argument, optional, is kept in ``store.state`` for the run that goes on. With ``folder=None`` the arrays stay in memory.
+`read_rows` opens a finished store later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+
+from partlens.errors import RunError, StorageError, expected, failed
+from partlens.records import Record, plain, sole_writer
+
+_SETTLE_SECONDS = 2.0
+
+
+class RowRecord(Record):
+    """What the rows of a folder belong to and how many are complete.
+
+    Args:
+        identity: everything that the rows depend on.
+        rows: how many there will be.
+        rows_done: how many are complete.
+        arrays: kind and shape of one row, by name.
+        state: what the writer wants to know when it goes on.
+    """
+
+    FILE: ClassVar[str] = "rows.json"
+    SCHEMA: ClassVar[str] = "partlens/rows/1"
+    AGAIN: ClassVar[str] = "Delete its folder and run the command again"
+
+    identity: dict[str, Any]
+    rows: int
+    rows_done: int
+    arrays: dict[str, tuple[str, tuple[int, ...]]]
+    state: dict[str, Any]
+
+
+class _Array:
+    """One ``.npy`` file that grows, or an array in memory.
+
+    Rows are written, not mapped: mapped pages would count as the process's memory, and a full disk would kill the
+    process instead of raising an error. The header names all rows from the start; the file's size says how many are
+    there, so that a file that was cut or deleted is never taken for one with zeros.
+    """
+
+    def __init__(self, folder: Path | None, name: str, rows: int, kind: str, shape: tuple[int, ...]) -> None:
+        self.rows, self.kind, self.shape = rows, np.dtype(kind), shape
+        self.row_bytes = self.kind.itemsize * math.prod(shape)
+        self.path = None if folder is None else folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.npy"
+        self.held = np.zeros((rows, *shape), self.kind) if folder is None else None
+        self.handle: BinaryIO | None = None
+        self.offset = 0
+
+    def create(self) -> None:
+        if self.path is not None:
+            with self.path.open("wb") as file:
+                header = {"descr": self.kind.str, "fortran_order": False, "shape": (self.rows, *self.shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+
+    def open(self, done: int, *, to_write: bool = True) -> None:
+        """Check that the finished rows are there, and drop what a killed run wrote behind them."""
+        if self.path is None:
+            return
+        try:
+            with self.path.open("rb") as file:
+                np.lib.format.read_magic(file)
+                shape, _, kind = np.lib.format.read_array_header_1_0(file)
+                self.offset = file.tell()
+                size = file.seek(0, 2)
+        except (FileNotFoundError, ValueError) as error:
+            raise self._damaged("no such file" if isinstance(error, OSError) else str(error)) from error
+        if (shape, kind) != ((self.rows, *self.shape), self.kind):
+            raise self._damaged(f"{shape} {kind}")
+        if size < self.offset + done * self.row_bytes:
+            raise self._damaged(f"{(size - self.offset) // max(self.row_bytes, 1)} rows")
+        if to_write:
+            self.handle = self.path.open("r+b", buffering=0)
+            self.handle.truncate(self.offset + done * self.row_bytes)
+            self.handle.seek(0, 2)
+
+    def _damaged(self, got: str) -> RunError:
+        rule = f"the finished rows {RowRecord.FILE} names in {self.path}"
+        return RunError(expected(rule, got, RowRecord.AGAIN))
+
+    def write(self, start: int, rows: np.ndarray) -> None:
+        if self.held is not None:
+            self.held[start : start + len(rows)] = rows
+            return
+        assert self.handle is not None
+        left = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+        while left:
+            left = left[self.handle.write(left) :]
+
+    def read(self, done: int) -> np.ndarray:
+        if self.held is not None:
+            return self.held
+        if done == 0 or self.row_bytes == 0:  # an empty file cannot be mapped
+            return np.zeros((done, *self.shape), self.kind)
+        assert self.path is not None
+        return np.memmap(self.path, self.kind, "r", self.offset, (done, *self.shape))
+
+
+class RowStore:
+    """Named arrays of one folder, filled row by row; made by `row_store`.
+
+    Attributes:
+        rows: how many rows there will be.
+        done: how many are complete.
+        state: what the last `append` kept, of an earlier run too.
+    """
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any], rows: int) -> None:
+        self.rows, self.done = rows, 0
+        self.state: dict[str, Any] = {}
+        self._folder, self._identity = folder, plain(identity)
+        self._arrays: dict[str, _Array] = {}
+        self._settled = (0, 0.0)  # rows and time
+
+    def append(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any] | None = None) -> None:
+        """Add rows.
+
+        Args:
+            arrays: by name, each with the same number of rows; names, kinds and shapes are the same each time.
+            state: what `state` holds from now on; optional.
+
+        Raises:
+            StorageError: no room on the disk, or no permission; the rows of before are complete.
+        """
+        counts = {len(array) for array in arrays.values()}
+        if not self._arrays:
+            self._create({name: (array.dtype.str, array.shape[1:]) for name, array in arrays.items()})
+        given = {name: (array.dtype, array.shape[1:]) for name, array in arrays.items()}
+        if len(counts) != 1 or given != {name: (a.kind, a.shape) for name, a in self._arrays.items()}:
+            known = {name: (a.kind.name, a.shape) for name, a in self._arrays.items()}
+            raise RunError(expected(f"rows of {known}", str(given), "Give the same arrays each time"))
+        count = counts.pop()
+        if self.done + count > self.rows:
+            raise RunError(expected(f"at most {self.rows} rows", self.done + count, "Give the right number of rows"))
+        with _written(self._folder):
+            for name, array in arrays.items():
+                self._arrays[name].write(self.done, array)
+        self.done += count
+        if state is not None:
+            self.state = dict(state)
+        if self.done == self.rows or time.monotonic() - self._settled[1] > _SETTLE_SECONDS:
+            self._settle()
+
+    def read(self, name: str) -> np.ndarray:
+        """Return the complete rows of an array, a read-only memory map where there is a folder."""
+        return self._arrays[name].read(self.done)
+
+    def _create(self, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        self._arrays = {name: _Array(self._folder, name, self.rows, *each) for name, each in arrays.items()}
+        if self._folder is None:
+            return
+        needed = sum(self.rows * each.row_bytes for each in self._arrays.values())
+        if needed > (free := shutil.disk_usage(self._folder).free):
+            raise StorageError(
+                expected(
+                    f"{needed / 1e9:.1f} GB free for the rows in {self._folder}",
+                    f"{free / 1e9:.1f} GB",
+                    "Free space, choose another folder, or fewer images or layers",
+                )
+            )
+        with _written(self._folder):
+            for each in self._arrays.values():
+                each.create()
+                each.open(0)
+
+    def _resume(self) -> None:
+        assert self._folder is not None
+        found = RowRecord.read(self._folder)
+        wanted = self._identity | {"rows": self.rows}
+        got = found.identity | {"rows": found.rows}
+        if different := [name for name in {**wanted, **got} if wanted.get(name) != got.get(name)]:
+            first = different[0]
+            said = f"another {', '.join(different)} ({first}: {got.get(first)!r} instead of {wanted.get(first)!r})"
+            remedy = "Choose another folder, or delete this one"
+            raise RunError(expected(f"rows of this configuration in {self._folder}", said, remedy))
+        self.done, self.state = found.rows_done, dict(found.state)
+        self._settled = (self.done, time.monotonic())
+        self._arrays = {name: _Array(self._folder, name, self.rows, *each) for name, each in found.arrays.items()}
+        for each in self._arrays.values():
+            each.open(self.done, to_write=self.done < self.rows)
+
+    def _settle(self) -> None:
+        """Bring the rows to the disk first and then the record that vouches for them."""
+        if self._folder is None or self._settled[0] == self.done:
+            return
+        with _written(self._folder):
+            for each in self._arrays.values():
+                assert each.handle is not None
+                os.fsync(each.handle.fileno())
+        arrays = {name: (each.kind.str, each.shape) for name, each in self._arrays.items()}
+        RowRecord(
+            identity=self._identity, rows=self.rows, rows_done=self.done, arrays=arrays, state=plain(self.state)
+        ).write(self._folder)
+        self._settled = (self.done, time.monotonic())
+
+    def _close(self) -> None:
+        for each in self._arrays.values():
+            if each.handle is not None:
+                each.handle.close()
+
+
+@contextlib.contextmanager
+def _written(folder: Path | None) -> Iterator[None]:
+    """Say which folder could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            failed(f"write rows in {folder}", error, "Free space and run the same command again")
+        ) from error
+
+
+@contextlib.contextmanager
+def row_store(
+    folder: Path | None, identity: Mapping[str, Any], rows: int, *, resume: bool = True
+) -> Iterator[RowStore]:
+    """Open the rows of a folder to fill or to finish them; this process is their only writer meanwhile.
+
+    Rows count as complete once they are on the disk, which is every two seconds and at the end of the block, after an
+    exception or Ctrl-C too. A killed process loses at most two seconds of work.
+
+    Args:
+        folder: of this store alone, made when missing; ``None`` keeps the rows in memory.
+        identity: everything that the rows depend on, as plain values by name.
+        rows: how many there will be.
+        resume: go on with the rows found in ``folder``; ``False`` starts again.
+
+    Yields:
+        The store.
+
+    Raises:
+        AtWorkError: another process writes there.
+        RunError: the folder holds rows of another identity (the text says which entry differs), or an array that was
+            deleted, cut or replaced.
+        StorageError: no room on the disk, or no permission.
+
+    Example:
+        >>> with row_store(None, {"what": "squares"}, 3) as store:
+        ...     store.append({"square": np.array([0, 1])})
+        ...     store.append({"square": np.array([4])})
+        ...     store.read("square").tolist()
+        [0, 1, 4]
+    """
+    store = RowStore(folder, identity, rows)
+    with contextlib.nullcontext() if folder is None else sole_writer(folder, "rows"):
+        if folder is not None and (folder / RowRecord.FILE).exists():
+            if resume:
+                store._resume()  # noqa: SLF001
+            else:
+                for path in (folder / RowRecord.FILE, *folder.glob("*.npy")):
+                    path.unlink()
+        try:
+            yield store
+        finally:
+            try:
+                store._settle()  # noqa: SLF001
+            finally:
+                store._close()  # noqa: SLF001
+
+
+def read_rows(folder: Path) -> dict[str, np.ndarray]:
+    """Open the arrays of a finished store as read-only memory maps.
+
+    Args:
+        folder: of the store.
+
+    Returns:
+        Arrays by name.
+
+    Raises:
+        RunError: no rows there, rows that are not complete, or a damaged file.
+    """
+    found = RowRecord.read(folder)
+    if found.rows_done != found.rows:
+        rule = f"{found.rows} finished rows in {folder}"
+        raise RunError(expected(rule, found.rows_done, "Run the same command again; it goes on where it stopped"))
+    arrays = {}
+    for name, each in found.arrays.items():
+        array = _Array(folder, name, found.rows, *each)
+        array.open(found.rows, to_write=False)
+        arrays[name] = array.read(found.rows)
+    return arrays
