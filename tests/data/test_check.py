@@ -1,4 +1,4 @@
-"""What ``check_data`` finds in every layout, and how layouts are told apart."""
+"""What ``check_data`` finds in folders and tables."""
 
 import csv
 import json
@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from partlens.data.check import check_data
+from partlens.data.files import window_px
 from partlens.data.images import ImageSet
-from partlens.data.listing import window_px
-from partlens.errors import ImageError, InputError
-from partlens_papers.data.layouts import LAYOUTS, layout_of
+from partlens.errors import ImageError
+from partlens.records import plain
 
 
 def photo(path, seed, size=(12, 9)):
@@ -27,46 +27,59 @@ def table(path, header, rows):
         csv.writer(handle).writerows([header, *rows])
 
 
-def test_a_plain_folder_and_why_it_is_no_data_set(tmp_path):
+def test_a_plain_folder(tmp_path):
     for index in range(3):
         photo(tmp_path / "train" / "cat" / f"{index}.png", index)
     photo(tmp_path / "train" / "fox" / "0.png", 9, (30, 40))
     photo(tmp_path / "test" / "cat" / "copy.png", 1)
     (tmp_path / "test" / "cat" / "bad.png").write_text("no image")
     found = check_data(tmp_path, few=2)
-    assert (found.layout, found.images) == ("folder", 5)
+    assert (found.kind, found.images) == ("folder", 5)
     assert found.categories == {"cat": 4, "fox": 1}
     assert found.splits == {"train": {"cat": 3, "fox": 1}, "test": {"cat": 1}}
     assert (found.smallest_px, found.largest_px) == ((12, 9), (30, 40))
     assert [item.key for item in found.unreadable] == ["test/cat/bad.png"]
     assert found.duplicates == (("test/cat/copy.png", "train/cat/1.png"),)
-    assert found.warnings[0].startswith("the same photo stands on both sides of the split (1 times: test/cat/copy.png")
+    assert found.warnings[0].startswith("the same photo is on both sides of the split (1 times: test/cat/copy.png")
     assert found.warnings[1] == "fewer than 2 images: fox in train (1), cat in test (1), fox in test (0)"
-    assert set(found.not_in_layout) == {layout.name for layout in LAYOUTS}
-    assert all(found.not_in_layout.values())
-    assert (found.landmarks, found.boxes, found.masks) == ({}, 0, False)
+    assert (found.landmarks, found.sized, found.boxes, found.masks, found.other_columns) == ({}, {}, 0, False, ())
     assert found.fingerprint == ImageSet.open(tmp_path).readable()[0].fingerprint()
     text = "\n".join(found.lines())
     for piece in (
-        "5 images",
-        "not cub: no images.txt",
+        "a folder of 5 images",
         "no landmarks",
         "unreadable: test/cat/bad.png",
         "warning: fewer",
     ):
         assert piece in text
-    assert json.loads(json.dumps(found.to_dict()))["categories"] == {"cat": 4, "fox": 1}
+    assert "box" not in text
+    assert json.loads(json.dumps(plain(found)))["categories"] == {"cat": 4, "fox": 1}
+    assert plain(found)["unreadable"][0]["key"] == "test/cat/bad.png"
 
 
 def test_a_table_with_landmarks(tmp_path):
     for index in range(4):
         photo(tmp_path / f"{index}.png", min(index, 2))
     rows = [[f"{index}.png", kind, "train", name] for index, kind, name in zip(range(4), "aabb", "pqrr", strict=True)]
-    table(tmp_path / "images.csv", ["image", "category", "split", "photo"], rows)
-    marks = [["0.png", "head", 3, 4, 1], ["1.png", "head", 13, 4, 1], ["2.png", "tail", 3, 4, 2]]
-    table(tmp_path / "landmarks.csv", ["image", "landmark", "x", "y", "instances"], marks)
+    rows = [[*row, 1, 2, left] for row, left in zip(rows, ("", 0, "", 0), strict=True)]
+    table(tmp_path / "images.csv", ["image", "category", "split", "photo", "xmin", "id", "left"], rows)
+    with pytest.raises(ImageError, match="no top and no right and no bottom"):
+        check_data(tmp_path)
+    rows = [row if row[-1] == "" else [*row, 0, 12, 9] for row in rows]
+    rows = [row if row[-1] != "" else [*row, "", "", ""] for row in rows]
+    header = ["image", "category", "split", "photo", "xmin", "id", "left", "top", "right", "bottom"]
+    table(tmp_path / "images.csv", header, rows)
+    marks = [["0.png", "head", 3, 4, 1, 5, 6], ["1.png", "head", 13, 4, 1, 5, ""], ["2.png", "tail", 3, 4, 2, "", ""]]
+    table(tmp_path / "landmarks.csv", ["image", "landmark", "x", "y", "instances", "width", "height"], marks)
     found = check_data(tmp_path, few=0)
-    assert (found.layout, found.not_in_layout) == ("table", {})
+    assert (found.kind, found.boxes, found.other_columns, found.masks) == ("table", 2, ("xmin", "id"), False)
+    assert found.sized == {"head": 1, "tail": 0}
+    assert [(part.key, part.reason) for part in found.unused_parts] == [("2.png", "it is there 2 times")]
+    lines = found.lines()
+    assert "  width 12 to 12 px, height 9 to 9 px; 2 cut to the boxes of the table" in lines
+    assert "  columns that are not used: xmin, id" in lines
+    assert "  head                2          1" in lines
+    assert "  part not used: 2.png, tail: it is there 2 times" in lines
     assert found.landmarks == {"head": {"a": 2}, "tail": {}}
     assert found.duplicates == ()  # both copies are named as one photo
     assert found.warnings == (
@@ -80,7 +93,7 @@ def test_one_photo_in_two_categories(tmp_path):
     photo(tmp_path / "cat" / "0.png", 1)
     photo(tmp_path / "fox" / "0.png", 1)
     warnings = check_data(tmp_path, few=0).warnings
-    assert any(text == "the same photo stands in several categories: cat/0.png = fox/0.png" for text in warnings)
+    assert any(text == "the same photo is in several categories: cat/0.png = fox/0.png" for text in warnings)
 
 
 def test_long_lists_are_cut_and_counted(tmp_path):
@@ -102,37 +115,45 @@ def test_class_index_is_the_category_where_there_is_no_other(tmp_path):
     assert ImageSet.open(tmp_path).categories == ("fox",)
 
 
-def test_a_margin_needs_boxes(tmp_path):
-    photo(tmp_path / "a.png", 1)
-    with pytest.raises(InputError, match="margin_frac 0 for images without boxes"):
-        ImageSet.open(tmp_path, margin_frac=0.1)
+def test_nothing_there(tmp_path):
     with pytest.raises(ImageError, match="nothing there"):
         check_data(tmp_path / "none")
-    assert layout_of(tmp_path) is None
 
 
 @given(
-    box=st.tuples(*[st.floats(-50, 150)] * 4),
+    box=st.tuples(*[st.floats(-50, 150, width=32)] * 4),
     size=st.tuples(st.integers(1, 100), st.integers(1, 100)),
-    margin=st.floats(0, 2),
 )
-def test_windows_stay_inside_and_grow_with_the_margin(box, size, margin):
+def test_windows_stay_inside_and_hold_every_pixel_whose_middle_the_box_holds(box, size):
     box = (min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3]))
-    left, top, right, bottom = window_px(box, size, margin)
+    left, top, right, bottom = window_px(box, size)
     assert 0 <= left <= right <= size[0]
     assert 0 <= top <= bottom <= size[1]
-    narrow = window_px(box, size)
-    assert left <= narrow[0]
-    assert right >= narrow[2]
+    assert [col for col in range(size[0]) if box[0] < col + 0.5 <= box[2]] == [*range(left, right)]
+    assert [row for row in range(size[1]) if box[1] < row + 0.5 <= box[3]] == [*range(top, bottom)]
 
 
 @pytest.mark.data
 def test_the_real_folders(shared):
-    birds = check_data(shared / "data" / "CUB_200_2011")
-    assert (birds.layout, birds.images, birds.boxes, birds.unreadable, birds.duplicates) == ("cub", 779, 779, (), ())
-    assert {name: sum(counts.values()) for name, counts in birds.splits.items()} == {"train": 420, "test": 359}
     images = ImageSet.open(shared / "data" / "imagenet-compatible")
     assert images.categories[:3] == ("305", "883", "243")
     digits = np.load(shared / "data" / "mnist-sample.npz")
     small = ImageSet.from_arrays(digits["x_test"][:5], categories=digits["y_test"][:5])
     assert (small.categories, small.read(0).size) == (("7", "2", "1", "0", "4"), (28, 28))
+
+
+@pytest.mark.data
+def test_the_real_tables_are_described_as_they_are(shared, tmp_path):
+    lines = check_data(some_of(shared / "data" / "voc-part", tmp_path, 40)).lines()
+    assert "  columns that are not used: object, xmin, ymin, xmax, ymax" in lines
+    assert not any("none" in line for line in lines)
+    assert any(line.split()[:1] == ["head"] and line.split()[1] == line.split()[2] for line in lines)
+
+
+def some_of(folder, out, count):
+    """A table of the first images of another."""
+    rows = (folder / "images.csv").read_text().splitlines()
+    header, *rows = (line.split(",") for line in rows[: count + 1])
+    table(out / "images.csv", ["file", *header], [[folder / row[0], *row] for row in rows])
+    (out / "landmarks.csv").symlink_to(folder / "landmarks.csv")
+    return out

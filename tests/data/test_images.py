@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from partlens.data.annotations import PartTruth
 from partlens.data.images import ImageSet, UnreadableImage
 from partlens.data.splits import split_of
-from partlens.errors import ImageError, InputError
+from partlens.errors import ImageError
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "animal-part"
 
@@ -144,10 +145,10 @@ def test_landmarks_of_other_images_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "text"),
     [
-        ({"file": ["a"], "class": ["b"]}, r"a column 'image' in .*, got the columns file, class"),
+        ({"file": ["a"], "class": ["b"]}, r"the column image in .*, got the columns file, class. Add or rename image"),
         ({"image": []}, r"at least one image"),
         ({"image": ["a", "b", "a"]}, r"every image once in list, got a more than once"),
-        ({"image": ["a", ""]}, r"a path in every row of .*, got none in row 3"),
+        ({"image": ["a", ""]}, r"a name in column 'image' of .*list.csv, row 3, got an empty cell"),
         (
             {"image": ["a", "b"], "split": ["train", "test"], "photo": ["p", "p"]},
             r"crops in several splits of p",
@@ -157,6 +158,90 @@ def test_landmarks_of_other_images_are_refused(tmp_path):
 def test_bad_tables(tmp_path, columns, text):
     with pytest.raises(ImageError, match=text):
         ImageSet.open(table(tmp_path / "list.csv", columns))
+
+
+def test_boxes_cut_the_photo_and_its_orientation_is_as_stored(tmp_path):
+    ramp = np.zeros((20, 30, 3), np.uint8)
+    ramp[:, :, 0], ramp[:, :, 1] = np.arange(30) * 8, np.arange(20)[:, None] * 10
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(ramp).save(tmp_path / "a.png", exif=exif)
+    path = table(
+        tmp_path / "images.csv",
+        {
+            "image": ["a.png", "head", "edge", "outside"],
+            "file": ["", "a.png", "a.png", "a.png"],
+            "left": ["", "3.5", "-4", "40"],
+            "top": ["", "2.4", "15", "0"],
+            "right": ["", "9.2", "12", "50"],
+            "bottom": ["", "7", "99", "9"],
+        },
+    )
+    table(tmp_path / "landmarks.csv", {"image": ["head"], "landmark": ["eye"], "x": ["1"], "y": ["2"]})
+    images = ImageSet.open(tmp_path)
+    assert images.boxes_px == (None, (3.5, 2.4, 9.2, 7), (-4, 15, 12, 99), (40, 0, 50, 9))
+    assert set(images.files) == {tmp_path / "a.png"}
+    assert images.size_px(0) == images.read(0).size == (20, 30)  # upright
+    np.testing.assert_array_equal(pixels(images, 1), ramp[2:7, 4:9])
+    np.testing.assert_array_equal(pixels(images, 2), ramp[15:20, 0:12])
+    assert [images.size_px(index) for index in (1, 2)] == [(5, 5), (12, 5)]
+    for act in (images.read, images.size_px):
+        with pytest.raises(ImageError, match=r"a box inside the 30x20 photo .*a\.png, got \(40"):
+            act(3)
+    assert images.part_truth.image_size_px[1].tolist() == [5, 5]
+    good, bad = images.readable()
+    assert [image.key for image in bad] == ["outside"]
+    assert len(set(good.digests())) == 3
+    assert len({digest.partition("@")[0] for digest in good.digests()}) == 1
+    assert ImageSet.open(path).fingerprint() == images.fingerprint()
+    assert images.take([1, 0]).boxes_px == ((3.5, 2.4, 9.2, 7), None)
+    assert ImageSet.from_arrays(ramp[None]).boxes_px == (None,)
+    assert ImageSet.from_arrays(ramp[None]).files == ()
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ({"left": "1", "top": "2", "right": "3"}, r"row 2 of .*images\.csv, or none, got no bottom"),
+        ({"left": "1", "top": "", "right": "3", "bottom": ""}, "got no top and no bottom"),
+        ({"left": "1", "top": "2", "right": "x", "bottom": "3"}, r"a number in column 'right' of .*row 2, got 'x'"),
+        ({"left": "1", "top": "2", "right": "inf", "bottom": "3"}, r"column 'right' of .*row 2, got 'inf'"),
+        ({"left": "1", "top": "nan", "right": "2", "bottom": "3"}, r"column 'top' of .*row 2, got 'nan'"),
+    ],
+)
+def test_bad_boxes(tmp_path, columns, text):
+    path = table(tmp_path / "images.csv", {"image": ["a.png"], **{name: [cell] for name, cell in columns.items()}})
+    with pytest.raises(ImageError, match=text):
+        ImageSet.open(path)
+
+
+def test_masks_of_landmarks(tmp_path):
+    save(tmp_path / "x/a.png", size=(6, 4))
+    save(tmp_path / "x/b.png", size=(6, 4))
+    table(
+        tmp_path / "landmarks.csv",
+        {"image": ["x/a.png", "x/a.png"], "landmark": ["head", "tail"], "x": ["1"] * 2, "y": ["2"] * 2},
+    )
+    assert ImageSet.open(tmp_path).part_truth.masks is None
+    (tmp_path / "masks/cat").mkdir(parents=True)  # of no landmark
+    assert ImageSet.open(tmp_path).part_truth.masks is None
+    drawn = np.zeros((4, 6), np.uint8)
+    drawn[1:3, 2] = 1
+    (tmp_path / "masks/head/x").mkdir(parents=True)
+    Image.fromarray(drawn).save(tmp_path / "masks/head/x/a.png.png")
+    images = ImageSet.open(tmp_path)
+    assert images.keys == ("x/a.png", "x/b.png")  # masks are no images
+    masks = images.take([1, 0]).part_truth.masks
+    np.testing.assert_array_equal(masks("x/a.png")["head"], drawn > 0)
+    assert masks("x/a.png")["tail"].shape == (4, 6)
+    assert not masks("x/a.png")["tail"].any()
+    assert not masks("x/b.png")["head"].any()
+    Image.new("L", (4, 6)).save(tmp_path / "masks/head/x/a.png.png")
+    with pytest.raises(ImageError, match=r"a mask of 6x4 pixels at .*a\.png\.png, got 4x6"):
+        masks("x/a.png")
+    (tmp_path / "masks/head/x/a.png.png").write_text("no image")
+    with pytest.raises(ImageError, match=r"a mask that can be read at .*a\.png\.png"):
+        masks("x/a.png")
 
 
 def test_ragged_and_broken_tables(tmp_path):
@@ -179,7 +264,8 @@ def test_arrays_keep_their_bytes(tmp_path):
     assert images.splits == ("train", "test", "train")
     np.testing.assert_array_equal(pixels(images, 1), array[1])
     assert images.size_px(1) == (7, 5)
-    assert images.readable() == (images, ())
+    same, bad = images.readable()
+    assert (same.keys, bad) == (images.keys, ())
 
 
 def test_floats_and_grey_and_lists_of_sizes():
@@ -248,6 +334,20 @@ def test_select_and_indices():
     assert images.select("fox", "test").keys == ("000002",)
     assert images.take([3, -4]).keys == ("000003", "000000")
     assert images.take(np.array([2, 3])).take([1]).keys == ("000003",)
+
+
+def test_rows_of_several_categories():
+    images = labelled()
+    assert images.rows_of(["fox"], "train") == ((0,), (1,))
+    assert images.rows_of(["cat", "fox"], "train") == ((0, 1), ())
+    assert images.rows_of(["fox"], "test") == ((2,), (3,))
+    assert images.rows_of([""], "test") == ((2, 3), ())
+    with pytest.raises(ImageError, match=r"a category of arrays, got 'foxx'. Choose one of fox"):
+        images.rows_of(["cat", "foxx"], "train")
+    with pytest.raises(ImageError, match="photos of cat in the split test, got none"):
+        images.rows_of(["fox", "cat"], "test")
+    with pytest.raises(ImageError, match="a split of arrays, got 'tset'"):
+        images.rows_of([""], "tset")
 
 
 def test_unknown_names_and_empty_choices():
@@ -347,15 +447,14 @@ def test_unreadable_files_are_named(tmp_path):
         if key != "good.png":
             with pytest.raises(ImageError, match=key):
                 images.read(index)
-    good, bad = images.readable(workers=2)
+    good, bad = images.readable()
     assert good.keys == ("good.png",)
     assert [image.key for image in bad] == ["nan.tif", "short.png", "text.jpg"]
     assert "nan or infinity" in bad[0].reason
     assert good.readable() == (good, ())
     with pytest.raises(ImageError, match=r"at least one readable image .* 3 unreadable ones \(nan.tif, short.png"):
         images.take([1, 2, 3]).readable()
-    with pytest.raises(InputError, match="workers >= 1, got -1"):
-        images.readable(workers=-1)
+    assert "text.jpg, got the content of another kind of file" in bad[2].reason
 
 
 def test_missing_files_of_a_table(tmp_path):
@@ -373,10 +472,39 @@ def test_a_fingerprint_follows_the_content_not_the_place(tmp_path):
         save(tmp_path / folder / "cat" / "a.png")
         save(tmp_path / folder / "fox" / "b.png")
     one, two = ImageSet.open(tmp_path / "one"), ImageSet.open(tmp_path / "two")
-    assert one.fingerprint() == two.fingerprint() == one.fingerprint(workers=1)
+    assert one.fingerprint() == two.fingerprint()
     assert one.take([1, 0]).fingerprint() != one.fingerprint()
     save(tmp_path / "two" / "fox" / "b.png", colour=(200, 30, 41))
-    assert one.fingerprint() != two.fingerprint()
+    assert one.fingerprint() == two.fingerprint()  # a set stands for its images as they were
+    assert one.fingerprint() != ImageSet.open(tmp_path / "two").fingerprint()
+
+
+def test_files_are_read_once_for_decoding_and_hashing(tmp_path, monkeypatch):
+    for name in ("cat/a.png", "cat/b.png", "fox/c.png"):
+        save(tmp_path / name, colour=(ord(name[4]), 2, 3))
+    (tmp_path / "fox/bad.png").write_text("no image")
+    want = ImageSet.open(tmp_path).select("cat").fingerprint(), ImageSet.open(tmp_path).digests()
+    reads = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or real(path))
+    images, bad = ImageSet.open(tmp_path).readable()
+    assert sorted(reads) == ["a.png", "b.png", "bad.png", "c.png"]
+    assert [image.key for image in bad] == ["fox/bad.png"]
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} is read again"))
+    assert images.select("cat").fingerprint() == want[0]
+    assert images.take([1, 2]).digests() == (want[1][1], want[1][3])
+    assert images.path == tmp_path.resolve()
+    assert images.readable() == (images, ())
+    assert images.with_parts(PartTruth(("a",), ("fox/c.png",), *(np.zeros((1, 1, 2)),) * 2, np.ones((1, 2)))).digests()
+
+
+def test_only_what_was_opened_as_a_whole_has_a_path(tmp_path):
+    save(tmp_path / "cat/a.png")
+    images = ImageSet.open(tmp_path)
+    assert images.path == tmp_path.resolve()
+    assert images.take([0]).path is None
+    assert images.select("cat").path is None
+    assert ImageSet.from_folder(tmp_path).path is None
 
 
 def test_a_fingerprint_follows_categories_and_splits():

@@ -8,6 +8,16 @@ from collections.abc import Sequence
 from partlens.cli import Command, run
 
 COMMANDS: dict[str, Command] = {
+    "convert": Command(
+        "partlens_papers.data.convert:convert",
+        "write the tables that partlens reads from CUB-200-2011, ILSVRC Animal-Part or Pascal-Part",
+        "partlens_papers.data.convert:print_converted",
+    ),
+    "join": Command(
+        "partlens_papers.data.convert:join",
+        "write one table of photos and of background from elsewhere",
+        "partlens_papers.data.convert:print_converted",
+    ),
     "train-performer": Command(
         "partlens_papers.networks.train_performer:train_performer",
         "train a copy of a network for one category of photos or several, as the papers did",

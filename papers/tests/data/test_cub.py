@@ -1,6 +1,6 @@
 """CUB-200-2011 in its own layout: the official split, boxes, fifteen parts, and what is wrong with a copy."""
 
-import time
+import shutil
 
 import numpy as np
 import pytest
@@ -8,10 +8,24 @@ from PIL import Image
 
 from partlens.data.check import check_data
 from partlens.data.images import ImageSet
-from partlens.data.listing import Choice
 from partlens.data.splits import split_of
 from partlens.errors import ImageError, InputError
+from partlens_papers.data.convert import convert
 from partlens_papers.data.layouts import layout_of
+from partlens_papers.data.listing import Choice
+
+
+def converted(folder, **options):
+    """The result of a conversion."""
+    out = folder.parent / f"{folder.name}-converted"
+    shutil.rmtree(out, ignore_errors=True)
+    return convert("cub", folder, out, **options)
+
+
+def opened(folder, **options):
+    """What partlens opens after a conversion."""
+    return ImageSet.open(converted(folder, **options).path)
+
 
 FILES = {
     "images.txt": "1 001.A/x.jpg\n2 001.A/y.jpg\n3 002.B/z.jpg\n",
@@ -40,50 +54,54 @@ def cub(tmp_path):
 
 def test_species_split_and_crops(cub):
     assert layout_of(cub).name == "cub"
-    images = ImageSet.open(cub)
+    images = opened(cub)
     assert images.keys == ("images/001.A/x.jpg", "images/001.A/y.jpg", "images/002.B/z.jpg")
     assert images.categories == ("001.A", "001.A", "002.B")
     assert images.splits == ("train", "test", "train")
     assert [images.size_px(i) for i in range(3)] == [(20, 10), (40, 30), (11, 9)]
     assert [images.read(i).size for i in range(3)] == [(20, 10), (40, 30), (11, 9)]
     assert abs(int(np.asarray(images.read(0))[5, 0, 0]) - 60) <= 6  # the crop starts at column 10
-    assert images.left_out == ()
+    assert converted(cub).left_out == ()
 
 
 def test_parts_follow_the_crop_and_the_unseen_is_nan(cub):
-    truth = ImageSet.open(cub).part_truth
+    truth = opened(cub).part_truth
     assert truth.landmarks == ("back", "forehead", "left eye", "tail")
     assert truth.positions_px[0, :2].tolist() == [[5, 5], [2, 1]]
     assert np.isnan(truth.positions_px[0, 2]).all()  # marked as not visible
     assert np.isnan(truth.positions_px[0, 3]).all()  # outside the box
-    assert [(part.key, part.landmark) for part in truth.unused] == [("images/001.A/x.jpg", "tail")]
-    assert "(25, 5) is outside the image of 20x10" in truth.unused[0].reason
+    unused = converted(cub).unused_parts
+    assert [(part.key, part.landmark) for part in unused] == [("images/001.A/x.jpg", "tail")]
+    assert "(25, 5) is outside the image of 20x10" in unused[0].reason
     assert truth.image_size_px[0].tolist() == [20, 10]
     assert truth.count() == {"back": 1, "forehead": 2, "left eye": 0, "tail": 0}
-    one = ImageSet.open(cub).select(split="test")
+    one = opened(cub).select(split="test")
     assert one.part_truth.positions_px[0, 1].tolist() == [1, 2]
-    assert one.part_truth.unused == ()
 
 
 def test_whole_photos_margins_and_the_papers_parts(cub):
-    whole = ImageSet.open(cub, crop=None)
+    whole = opened(cub, crop="photo")
     assert whole.size_px(0) == (40, 30)
     assert whole.part_truth.positions_px[0, 3].tolist() == [35, 9]
-    wide = ImageSet.open(cub, margin_frac=0.5, landmarks="paper")
+    wide = opened(cub, margin_frac=0.5, landmarks="paper")
     assert wide.size_px(0) == (40, 19)  # 10-10..30+10 and 4-5..14+5, ended by the photo
     assert wide.part_truth.landmarks == ("back", "head", "tail")
     assert wide.part_truth.positions_px[0].tolist() == [[15, 9], [12, 5], [35, 9]]
-    assert len({ImageSet.open(cub).fingerprint(), whole.fingerprint(), wide.fingerprint()}) == 3
-    for wrong in ({"crop": "photo"}, {"landmarks": "papers"}, {"margin_frac": -1}, {"crop": None, "margin_frac": 0.1}):
-        with pytest.raises(InputError):
-            ImageSet.open(cub, **wrong)
+    assert len({opened(cub).fingerprint(), whole.fingerprint(), wide.fingerprint()}) == 3
+    for wrong in ({"margin_frac": -1}, {"crop": "photo", "margin_frac": 0.1}, {"margin_frac": float("nan")}):
+        with pytest.raises(InputError, match="margin_frac"):
+            opened(cub, **wrong)
+    with pytest.raises(InputError, match="a layout among cub, animal-part, pascal-part, got birds"):
+        convert("birds", cub, cub)
+    with pytest.raises(ImageError, match=r"Pascal-Part \(VOC 2010\) in .*no folder Annotations_Part"):
+        convert("pascal-part", cub, cub)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("classes.txt", None, r"a file .*classes\.txt, got nothing there"),
-        ("bounding_boxes.txt", None, r"bounding_boxes\.txt, got nothing there.*crop=None"),
+        ("bounding_boxes.txt", None, r"bounding_boxes\.txt, got nothing there.*--crop photo"),
         ("bounding_boxes.txt", "1 a 4 20 10\n", r"numbers in line 1 of .*bounding_boxes\.txt, got 'a 4 20 10'"),
         ("bounding_boxes.txt", "1 4 20 10\n", r"5 values in line 1 of .*bounding_boxes"),
         ("images.txt", "1 001.A/x.jpg\n1 001.A/y.jpg\n", "every number once in .*1 again in line 2"),
@@ -96,30 +114,30 @@ def test_damaged_copies_are_errors(cub, name, text, message):
     if text is not None:
         (cub / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ImageError, match=message):
-        ImageSet.open(cub)
+        opened(cub)
 
 
 def test_an_unknown_part_is_an_error(cub):
     (cub / "parts/part_locs.txt").write_text("1 15 3 4 1\n")
     with pytest.raises(ImageError, match=r"a part of parts/parts\.txt in line 1 of .*got 15"):
-        _ = ImageSet.open(cub).part_truth
+        _ = opened(cub).part_truth
 
 
 def test_photos_that_cannot_be_listed_are_named(cub):
     (cub / "image_class_labels.txt").write_text("1 1\n2 9\n")
-    images = ImageSet.open(cub)
-    assert images.keys == ("images/001.A/x.jpg",)
-    assert [(item.key, item.reason) for item in images.left_out] == [
+    result = converted(cub)
+    assert ImageSet.open(result.path).keys == ("images/001.A/x.jpg",)
+    assert [(item.key, item.reason) for item in result.left_out] == [
         ("images/001.A/y.jpg", "its class 9 is not in classes.txt"),
         ("images/002.B/z.jpg", "image_class_labels.txt does not name it"),
     ]
     (cub / "image_class_labels.txt").write_text(FILES["image_class_labels.txt"])
     (cub / "bounding_boxes.txt").write_text("1 10.0 4.0 20.0 10.0\n2 5 5 0 9\n")
-    assert [item.reason for item in ImageSet.open(cub).left_out] == [
+    assert [item.reason for item in converted(cub).left_out] == [
         "its box in bounding_boxes.txt is empty",
         "bounding_boxes.txt does not name it",
     ]
-    assert len(ImageSet.open(cub, crop=None)) == 3
+    assert len(opened(cub, crop="photo")) == 3
 
 
 def test_files_beside_the_lists_are_noted(cub):
@@ -132,7 +150,7 @@ def test_files_beside_the_lists_are_noted(cub):
         "1 photo in images/ without a line in images.txt",
         "parts/parts.txt or parts/part_locs.txt is missing",
     ]
-    images = ImageSet.open(cub)
+    images = opened(cub)
     assert images.part_truth is None
     assert images.splits[2] == split_of(images.keys[2])
     (cub / "train_test_split.txt").unlink()
@@ -142,7 +160,7 @@ def test_files_beside_the_lists_are_noted(cub):
 def test_missing_photos_and_boxes_beside_the_photo_are_reported_by_name(cub):
     (cub / "images/001.A/x.jpg").unlink()
     (cub / "bounding_boxes.txt").write_text("1 1 1 5 5\n2 50 2 9 9\n3 1 1 5 5\n")
-    images = ImageSet.open(cub)
+    images = opened(cub)
     good, bad = images.readable()
     assert good.keys == ("images/002.B/z.jpg",)
     assert [item.key for item in bad] == ["images/001.A/x.jpg", "images/001.A/y.jpg"]
@@ -151,41 +169,35 @@ def test_missing_photos_and_boxes_beside_the_photo_are_reported_by_name(cub):
     assert np.isnan(images.part_truth.image_size_px[:2]).all()
 
 
-def test_unused_parts_stay_with_their_images(cub):
-    truth = ImageSet.open(cub).part_truth
-    assert truth.for_keys(["images/001.A/y.jpg"]).unused == ()
-    assert truth.for_keys(["images/001.A/x.jpg"]).unused == truth.unused
-
-
 def test_pixels_are_taken_as_stored(cub):
     exif = Image.Exif()
     exif[0x0112] = 6  # on its side
     Image.new("RGB", (40, 30), (9, 9, 9)).save(cub / "images/001.A/x.jpg", exif=exif)
-    images = ImageSet.open(cub)
+    images = opened(cub)
     assert (images.size_px(0), images.read(0).size) == ((20, 10), (20, 10))
-    assert ImageSet.open(cub, crop=None).read(0).size == (40, 30)
+    assert opened(cub, crop="photo").read(0).size == (40, 30)
 
 
 def test_the_check_sees_one_photo_behind_two_boxes(cub):
     (cub / "images/002.B/z.jpg").write_bytes((cub / "images/001.A/y.jpg").read_bytes())
-    found = check_data(cub, few=0)
-    assert (found.layout, found.boxes, found.images) == ("cub", 3, 3)
+    result = converted(cub)
+    found = check_data(result.path, few=0)
+    assert (found.kind, found.boxes, found.images) == ("table", 3, 3)
+    assert "all cut to the boxes of the table" in "\n".join(found.lines())
     assert found.duplicates == (("images/001.A/y.jpg", "images/002.B/z.jpg"),)
     assert [text.split(" (")[0] for text in found.warnings] == [
-        "the same photo stands on both sides of the split",
-        "the same photo stands in several categories: images/001.A/y.jpg = images/002.B/z.jpg",
+        "the same photo is on both sides of the split",
+        "the same photo is in several categories: images/001.A/y.jpg = images/002.B/z.jpg",
         "landmarks without a single position: left eye, tail",
     ]
-    assert [part.landmark for part in found.unused_parts] == ["tail"]
-    assert "part not used: images/001.A/x.jpg, tail: its centre" in "\n".join(found.lines())
+    assert "part not used: images/001.A/x.jpg, tail: its centre" in "\n".join(result.lines())
 
 
 @pytest.mark.data
-def test_the_real_birds(shared):
-    start = time.perf_counter()
-    birds = ImageSet.open(shared / "data" / "CUB_200_2011", landmarks="paper")
-    assert time.perf_counter() - start < 1
-    assert (len(birds), len(birds.category_counts()), birds.left_out) == (779, 14, ())
+def test_the_real_birds(shared, tmp_path):
+    result = convert("cub", shared / "data" / "CUB_200_2011", tmp_path, landmarks="paper")
+    birds = ImageSet.open(tmp_path)
+    assert (len(birds), len(birds.category_counts()), result.left_out) == (779, 14, ())
     truth = birds.part_truth
     assert truth.count() == {"back": 595, "head": 767, "tail": 659}
     lines = (shared / "data/CUB_200_2011/bounding_boxes.txt").read_text().split("\n")[0].split()

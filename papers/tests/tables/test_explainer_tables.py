@@ -22,7 +22,7 @@ from partlens.errors import ImageError, InputError, RunError
 from partlens.evaluation import explainer_evaluation, scoring
 from partlens.explainer.config import PRESETS
 from partlens.metrics import part_regions
-from partlens_papers.data.joined import join_data
+from partlens_papers.data.convert import join
 from partlens_papers.tables.explainer_jobs import open_photos, photos_of
 from partlens_papers.tables.explainer_tables import TablePlan, build, explainer_table, performers_of, prepare
 from partlens_papers.tables.region_block import region_block
@@ -330,8 +330,8 @@ def test_background_from_elsewhere_and_one_name_for_all(flower_folder: Path, tmp
     plain = ImageSet.open(flower_folder)
     for index in range(4):
         plain.read(index).save(others / f"{index}.png")
-    counts = join_data(tmp_path / "both.json", flower_folder, others, category="bird")
-    both = open_photos(str(tmp_path / "both.json"))
+    counts = join(tmp_path / "both", flower_folder, background=others, category="bird").categories
+    both = open_photos(str(tmp_path / "both"))
     assert counts == both.category_counts()
     assert both.category_counts() == {"background": 4, "bird": len(plain)}
     assert both.read(len(plain) + 2).tobytes() == plain.read(2).tobytes()
@@ -342,7 +342,7 @@ def test_background_from_elsewhere_and_one_name_for_all(flower_folder: Path, tmp
     assert truth.landmarks == own.landmarks
     assert (truth.positions_px[3] == own.positions_px[3]).all() or own.positions_px[3] != own.positions_px[3]
     assert (truth.positions_px[len(plain) :] != truth.positions_px[len(plain) :]).all()
-    assert both.fingerprint() == open_photos(str(tmp_path / "both.json")).fingerprint()
+    assert both.fingerprint() == open_photos(str(tmp_path / "both")).fingerprint()
 
 
 def study_of(table: str, scores: dict[str, Any], networks: dict[str, str | None], categories: tuple[str, ...]) -> Study:
@@ -462,7 +462,7 @@ def test_a_sweep_writes_down_how_its_photos_are_opened(
     for made in (prepared, second):
         own = [photos_of(job).fingerprint() for job in made.jobs]
         assert own == [made.data["fingerprint"]] * len(made.jobs)
-    ImageSet.open(flower_folder).read(3).save(others / "b.png")
+    ImageSet.open(flower_folder).read(3).save(others / "a.png")
     with pytest.raises(RunError, match="Make the table again from these"):
         photos_of(prepared.jobs[0])
 

@@ -89,4 +89,5 @@ def test_data_sets_by_their_categories() -> None:
     assert published_data(["fox", "cat", "background"]) == ANIMALS
     assert published_data(["bird", "cat", "cow"]) == VOC
     assert published_data(["bird", "background"]) == CUB
+    assert published_data(["001.Black_footed_Albatross", "002.Laysan_Albatross", "background"]) == CUB
     assert published_data([], "pascal-part") == VOC

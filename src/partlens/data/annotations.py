@@ -6,8 +6,6 @@ Positions are in the image's own pixels (x to the right, y downwards, the top le
 
 from __future__ import annotations
 
-import csv
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from partlens.data.files import Source, parallel
+from partlens.data.tables import LANDMARK_TABLE, MASK_FOLDER, read_table
 from partlens.errors import ImageError, expected, listed, nearest
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
-
-LANDMARK_TABLE = "landmarks.csv"
 
 _REQUIRED = ("image", "landmark", "x", "y")
 
@@ -133,70 +132,20 @@ class PartTruth:
         return {name: int(number) for name, number in zip(self.landmarks, known, strict=True)}
 
 
-def _number(row: Mapping[str, str], column: str, where: str) -> float:
-    """Return one cell as a finite number."""
-    text = (row.get(column) or "").strip()
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ImageError(
-            expected(f"a number in column {column!r} of {where}", repr(text), "Correct the cell or delete the row")
-        )
-    return value
+def read_landmark_table(path: Path | str) -> PartTruth:
+    r"""Read part positions from a table with one row per image and landmark.
 
-
-def _optional_number(row: Mapping[str, str], column: str, where: str) -> float:
-    """Return one cell as a number that is not negative, ``nan`` where the column or the value is missing."""
-    if not (row.get(column) or "").strip():
-        return math.nan
-    value = _number(row, column, where)
-    if value < 0:
-        raise ImageError(
-            expected(f"a number >= 0 in column {column!r} of {where}", value, "Correct the cell or leave it empty")
-        )
-    return value
-
-
-def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Read a landmark table as (line number, cells) and check its columns."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            reader = csv.DictReader(handle, restkey="", restval="")
-            columns = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            missing = [name for name in _REQUIRED if name not in columns]
-            if missing:
-                raise ImageError(
-                    expected(
-                        f"the columns {', '.join(_REQUIRED)} in {path}",
-                        f"the columns {', '.join(columns) or '(none)'}",
-                        f"Add or rename {', '.join(missing)} (optional: width, height, instances)",
-                    )
-                )
-            return [(reader.line_num, row) for row in reader]
-    except FileNotFoundError as error:
-        raise ImageError(expected(f"a file {path}", "nothing there", "Check the path of the table")) from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ImageError(expected(f"a CSV table in UTF-8 at {path}", str(error), "Save the table as CSV")) from error
-
-
-def read_landmark_table(path: Path | str, image_sizes: Mapping[str, tuple[int, int]] | None = None) -> PartTruth:
-    r"""Read part positions from a CSV table with one row per image and landmark.
-
-    Columns: ``image`` (the key), ``landmark``, ``x``, ``y`` (centre of the part in pixels of that image), and
-    optionally ``width`` and ``height`` (of the part's box) and ``instances`` (how many such parts the image
-    shows; 1 where the column is missing). A landmark is used only where the image shows it exactly once: rows
-    with another number of instances, and pairs of image and landmark that stand in several rows, become
-    ``nan``.
+    Columns: ``image`` (the key), ``landmark``, ``x``, ``y`` (centre of the part in pixels of that image, after it is
+    cut to its box), and optionally ``width`` and ``height`` (of the part's box) and ``instances`` (how many such parts
+    the image shows; 1 where the column is missing). A landmark is used only where the image shows it exactly once:
+    other numbers of instances, and pairs of image and landmark in several rows, become ``nan``.
 
     Args:
         path: the table.
-        image_sizes: width and height of each image in pixels, by key, where known.
 
     Returns:
-        The truth, images in the order of their first row, landmarks in alphabetical order.
+        The truth, images in the order of their first row, landmarks in alphabetical order; landmarks that an image
+        shows more than once are named in ``unused``.
 
     Raises:
         ImageError: the file is missing, lacks a column, has no rows, or holds a cell that is not a number;
@@ -209,45 +158,102 @@ def read_landmark_table(path: Path | str, image_sizes: Mapping[str, tuple[int, i
         >>> read_landmark_table(table).positions_px.tolist()
         [[[190.0, 52.5]]]
     """
-    path = Path(path)
-    rows = _rows(path)
-    if not rows:
+    table = read_table(Path(path), _REQUIRED)
+    if not len(table):
         raise ImageError(expected(f"at least one landmark in {path}", "no rows", "Add a row per image and landmark"))
-    found: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
-    for line, row in rows:
-        where = f"{path}, row {line}"
-        image, landmark = (row["image"] or "").strip(), (row["landmark"] or "").strip()
-        for column, text in (("image", image), ("landmark", landmark)):
-            if not text:
-                raise ImageError(expected(f"a name in column {column!r} of {where}", "an empty cell", "Fill it in"))
-        x, y = _number(row, "x", where), _number(row, "y", where)
-        width, height = _optional_number(row, "width", where), _optional_number(row, "height", where)
-        instances = _number(row, "instances", where) if "instances" in row else 1.0
-        if instances < 0 or instances != int(instances):
-            raise ImageError(
-                expected(f"a whole number >= 0 in column 'instances' of {where}", instances, "Correct the cell")
-            )
-        entries = found.setdefault((image, landmark), [])
-        # An empty list stays "absent"; two entries mean "more than one", whatever their positions are.
-        entries.extend([(x, y, width, height)] * min(int(instances), 2))
-    keys = tuple(dict.fromkeys(image for image, _ in found))
-    landmarks = tuple(sorted({landmark for _, landmark in found}))
+    images, names = table.words("image"), table.words("landmark")
+    values = [table.numbers("x"), table.numbers("y")]
+    values += [table.numbers(name, optional=True, least=0) for name in ("width", "height")]
+    instances = table.numbers("instances", least=0) if "instances" in table.columns else [1.0] * len(table)
+    broken = next((row for row, number in enumerate(instances) if number != int(number)), None)
+    if broken is not None:
+        rule = f"a whole number in {table.where('instances', broken)}"
+        raise ImageError(expected(rule, instances[broken], "Correct the cell"))
+    keys, landmarks = tuple(dict.fromkeys(images)), tuple(sorted(set(names)))
     row_of = {key: index for index, key in enumerate(keys)}
     column_of = {name: index for index, name in enumerate(landmarks)}
-    positions = np.full((len(keys), len(landmarks), 2), np.nan, dtype=np.float32)
-    sizes = positions.copy()
-    for (image, landmark), entries in found.items():
-        if len(entries) == 1:
-            positions[row_of[image], column_of[landmark]] = entries[0][:2]
-            sizes[row_of[image], column_of[landmark]] = entries[0][2:]
-    known_sizes = image_sizes or {}
-    if image_sizes and not any(key in known_sizes for key in keys):
-        raise ImageError(
-            expected(
-                f"images named as in the image table in {path}",
-                f"{keys[0]!r}",
-                f"Write names like {nearest(keys[0], known_sizes, 1)[0]!r}",
-            )
-        )
-    image_size = np.array([known_sizes.get(key, (np.nan, np.nan)) for key in keys], dtype=np.float32)
-    return PartTruth(landmarks, keys, positions, sizes, image_size.reshape(len(keys), 2))
+    found = np.full((len(keys), len(landmarks), 4), np.nan, dtype=np.float32)
+    times: Counter[tuple[str, str]] = Counter()
+    for image, name, number, *place in zip(images, names, instances, *values, strict=True):
+        times[image, name] += int(number)
+        if number:
+            found[row_of[image], column_of[name]] = place
+    several = {pair: number for pair, number in times.items() if number > 1}
+    for image, name in several:
+        found[row_of[image], column_of[name]] = np.nan
+    unused = tuple(UnusedPart(*pair, f"it is there {number} times") for pair, number in several.items())
+    unknown = np.full((len(keys), 2), np.nan, dtype=np.float32)
+    return PartTruth(landmarks, keys, found[:, :, :2], found[:, :, 2:], unknown, unused=unused)
+
+
+@dataclass(frozen=True, eq=False)
+class FolderParts:
+    """The parts of a folder with ``landmarks.csv``, and where ``masks/`` holds them their pixels.
+
+    ``masks/LANDMARK/IMAGE.png`` has a folder for each landmark and a file for each image, named as the image with
+    ``.png`` behind the whole name; pixels above 0 belong to the part. An image without a file does not show the part.
+
+    Attributes:
+        truth: what the table says.
+        row_of: the row of each image in ``source``.
+        source: the images, which say how large they are.
+        masks: the folder of the masks, None where no landmark has any.
+    """
+
+    truth: PartTruth
+    row_of: Mapping[str, int]
+    source: Source
+    masks: Path | None
+
+    @classmethod
+    def of(cls, folder: Path, keys: Sequence[str], source: Source) -> FolderParts:
+        """Read ``landmarks.csv`` in a folder.
+
+        Raises:
+            ImageError: see :func:`read_landmark_table`; also when no landmark belongs to an image of the set.
+        """
+        path, masks = folder / LANDMARK_TABLE, folder / MASK_FOLDER
+        truth = read_landmark_table(path)
+        if not set(truth.keys) & set(keys):
+            got = f"only others, such as {truth.keys[0]!r}"
+            remedy = f"Write names like {nearest(truth.keys[0], keys, 1)[0]!r}"
+            raise ImageError(expected(f"images of the set in {path}", got, remedy))
+        drawn = any((masks / name).is_dir() for name in truth.landmarks)
+        return cls(truth, {key: row for row, key in enumerate(keys)}, source, masks if drawn else None)
+
+    def __call__(self, keys: Sequence[str]) -> PartTruth:
+        """Return the parts of some images, with the size of every image that has one."""
+        rows = self.truth.for_keys(keys)
+        marked = np.flatnonzero(np.isfinite(rows.positions_px).any(axis=(1, 2))).tolist()
+        for index, size in zip(marked, parallel(lambda index: self._size_px(keys[index]), marked), strict=True):
+            rows.image_size_px[index] = size
+        return rows if self.masks is None else replace(rows, masks=self.masks_of)
+
+    def _size_px(self, key: str) -> tuple[float, float]:
+        try:
+            return self.source.size_px(self.row_of[key])
+        except ImageError:  # a file that cannot be read has no known size; readable() reports it by name
+            return np.nan, np.nan
+
+    def masks_of(self, key: str) -> dict[str, BoolArray]:
+        """Return the pixels of every part of one image, boolean ``[row, col]``.
+
+        Raises:
+            ImageError: a mask cannot be read, or is of another size than the image.
+        """
+        width, height = self.source.size_px(self.row_of[key])
+        found = {}
+        for name in self.truth.landmarks:
+            path = (self.masks or Path()) / name / f"{key}.png"
+            if not path.is_file():
+                found[name] = np.zeros((height, width), dtype=np.bool_)
+                continue
+            try:
+                with Image.open(path) as picture:
+                    found[name] = np.asarray(picture.convert("L")) > 0
+            except OSError as error:
+                raise ImageError(expected(f"a mask that can be read at {path}", str(error), "Draw it again")) from error
+            if found[name].shape != (height, width):
+                got = f"{found[name].shape[1]}x{found[name].shape[0]}"
+                raise ImageError(expected(f"a mask of {width}x{height} pixels at {path}", got, "Draw it at that size"))
+        return found

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from partlens.data.annotations import PartTruth, UnusedPart
 from partlens.data.images import ImageSet, UnreadableImage
-from partlens.data.listing import Choice, Crop, Landmarks, LeftOut
-from partlens.data.tables import IMAGE_TABLE
+from partlens.data.tables import IMAGE_TABLE, KNOWN_COLUMNS, read_table
 from partlens.errors import listed
-from partlens_papers.data.layouts import LAYOUTS, layout_of
+from partlens.records import Value
 
 FEW = 20
 """Fewer images than this in one category and split are worth a warning."""
@@ -24,82 +22,74 @@ _SHOWN = 5  # findings of one kind on the terminal
 _ROWS = 40  # categories on the terminal
 
 
-@dataclass(frozen=True)
-class DataCheck:
+class DataCheck(Value):
     """What :func:`check_data` found.
 
     Attributes:
         path: the folder or table.
-        layout: ``"cub"``, ``"animal-part"``, ``"pascal-part"``, ``"table"``, ``"folder"`` or ``"joined"``.
-        title: the layout in words.
-        not_in_layout: for a plain folder, why it is none of the known data sets, by layout.
+        kind: ``"table"`` or ``"folder"``.
         images: number of readable images.
         categories: readable images of each category; ``""`` is "no category".
         splits: for each split the images of each category.
         landmarks: for each landmark the images of each category in which its position is known.
-        boxes: images that are cut to the box of an object.
-        masks: whether the parts have silhouettes.
+        sized: for each landmark the images in which its size is known, too.
+        masks: whether the parts have pixels.
+        boxes: images that are cut to a box by the table.
+        other_columns: columns of the table that are not used.
         smallest_px: least width and least height among the readable images.
         largest_px: greatest width and greatest height.
         unreadable: images that cannot be decoded.
-        left_out: what the data set's reader did not list.
         unused_parts: annotated parts that cannot be used.
         duplicates: groups of images with equal content that do not count as one photo.
-        notes: what the reader says about the data set as a whole.
         warnings: what will spoil results, one sentence each.
         fingerprint: of the readable images (:meth:`~partlens.data.images.ImageSet.fingerprint`).
     """
 
     path: str
-    layout: str
-    title: str
-    not_in_layout: Mapping[str, str]
+    kind: Literal["table", "folder"]
     images: int
-    categories: Mapping[str, int]
-    splits: Mapping[str, Mapping[str, int]]
-    landmarks: Mapping[str, Mapping[str, int]]
-    boxes: int
+    categories: dict[str, int]
+    splits: dict[str, dict[str, int]]
+    landmarks: dict[str, dict[str, int]]
+    sized: dict[str, int]
     masks: bool
+    boxes: int
+    other_columns: tuple[str, ...]
     smallest_px: tuple[int, int]
     largest_px: tuple[int, int]
     unreadable: tuple[UnreadableImage, ...]
-    left_out: tuple[LeftOut, ...]
     unused_parts: tuple[UnusedPart, ...]
     duplicates: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...]
     warnings: tuple[str, ...]
     fingerprint: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as what JSON can hold."""
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """Return the findings as lines for the terminal, the longest lists cut short and counted."""
         width = max([len(name) for name in (*self.categories, *self.landmarks)] + [12])
-        held = list(self.splits)
-        out = [f"{self.path}: {self.title}, {_count(self.images, 'image')}"]
-        out += [f"  not {name}: {reason}" for name, reason in self.not_in_layout.items()]
-        out.append(f"  {'category':<{width}}  {'images':>7}" + "".join(f"  {name:>7}" for name in held))
+        out = [f"{self.path}: a {self.kind} of {_count(self.images, 'image')}"]
+        out.append(f"  {'category':<{width}}  {'images':>7}" + "".join(f"  {name:>7}" for name in self.splits))
         for category, count in list(self.categories.items())[:_ROWS]:
-            sides = "".join(f"  {self.splits[name].get(category, 0):>7}" for name in held)
+            sides = "".join(f"  {counts.get(category, 0):>7}" for counts in self.splits.values())
             out.append(f"  {category or '(none)':<{width}}  {count:>7}{sides}")
         if len(self.categories) > _ROWS:
             out.append(f"  {len(self.categories) - _ROWS} more categories")
         if self.landmarks:
-            out.append(f"  {'landmark':<{width}}  {'images':>7}")
-            out += [f"  {name:<{width}}  {sum(counts.values()):>7}" for name, counts in self.landmarks.items()]
+            out.append(f"  {'landmark':<{width}}  {'images':>7}  with size")
+            out += [
+                f"  {name:<{width}}  {sum(counts.values()):>7}  {self.sized[name]:>9}"
+                for name, counts in self.landmarks.items()
+            ]
+            out.append(f"  masks of the landmarks: {'yes' if self.masks else 'no'}")
         else:
             out.append("  no landmarks")
-        out.append(f"  boxes: {self.boxes or 'none'}; silhouettes of parts: {'yes' if self.masks else 'none'}")
         (narrow, low), (wide, high) = self.smallest_px, self.largest_px
-        out.append(f"  width {narrow} to {wide} px, height {low} to {high} px")
+        out.append(f"  width {narrow} to {wide} px, height {low} to {high} px{self._cuts()}")
+        if self.other_columns:
+            out.append(f"  columns that are not used: {', '.join(self.other_columns)}")
         for what, found in (
             ("unreadable", [f"{image.key}: {image.reason}" for image in self.unreadable]),
-            ("left out", [f"{item.key}: {item.reason}" for item in self.left_out]),
             ("part not used", [f"{part.key}, {part.landmark}: {part.reason}" for part in self.unused_parts]),
             ("equal content", [" = ".join(group) for group in self.duplicates]),
-            ("note", list(self.notes)),
         ):
             out += [f"  {what}: {text}" for text in found[:_SHOWN]]
             if len(found) > _SHOWN:
@@ -108,27 +98,21 @@ class DataCheck:
         out.append(f"  fingerprint {self.fingerprint}")
         return out
 
+    def _cuts(self) -> str:
+        if not self.boxes:
+            return ""
+        which = "all" if self.boxes == self.images else str(self.boxes)
+        return f"; {which} cut to the boxes of the table"
 
-def check_data(
-    path: Path | str,
-    *,
-    crop: Crop = "box",
-    margin_frac: float = 0.0,
-    landmarks: Landmarks = "all",
-    few: int = FEW,
-    workers: int | None = None,
-) -> DataCheck:
-    """Look at every image and annotation of a folder, data set or table, and say what is there.
 
-    Every image is decoded once and every file hashed twice; nothing is written.
+def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
+    """Look at every image and annotation of a folder or table, and say what is there.
+
+    Every file is read once; nothing is written.
 
     Args:
         path: as for :meth:`~partlens.data.images.ImageSet.open`.
-        crop: as there.
-        margin_frac: as there.
-        landmarks: as there.
         few: warn about categories with fewer images than this in a split.
-        workers: threads; one per core, at most 8, when left out.
 
     Raises:
         ImageError: what keeps :meth:`~partlens.data.images.ImageSet.open` from opening it, or not one image can
@@ -140,56 +124,39 @@ def check_data(
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> Image.new("RGB", (8, 6)).save(folder / "a.png")
         >>> found = check_data(folder, few=0)
-        >>> found.layout, found.images, found.smallest_px
+        >>> found.kind, found.images, found.smallest_px
         ('folder', 1, (8, 6))
     """
     path = Path(path)
-    in_table = path.is_file() or (path / IMAGE_TABLE).is_file()
-    layout = None if in_table or not path.is_dir() else layout_of(path)
-    reasons: dict[str, str] = {}
-    notes: tuple[str, ...] = ()
-    boxed: set[str] = set()
-    if layout is not None:
-        listing = layout.read(path, Choice(crop, landmarks))
-        images, notes = ImageSet.from_listing(listing, margin_frac), listing.notes
-        name, title = layout.name, layout.title
-        boxed = {key for key, box in zip(listing.keys, listing.windows(), strict=True) if box is not None}
-    else:
-        images = ImageSet.open(path, crop=crop, margin_frac=margin_frac, landmarks=landmarks)
-        name, title = ("table", "a table of images") if in_table else ("folder", "a folder of images")
-        if path.suffix.lower() == ".json":
-            name, title = "joined", "several sets as one"
-        if not in_table:
-            reasons = {known.name: known.why_not(path) for known in LAYOUTS}
-    good, bad = images.readable(workers)
-    sizes = np.array([good.size_px(index) for index in range(len(good))])
-    truth = good.part_truth
-    duplicates = _duplicates(good, good.digests(workers))
-    pairs = Counter(zip(good.splits, good.categories, strict=True))
-    splits: dict[str, dict[str, int]] = {name: {} for name in sorted(set(good.splits), reverse=True)}  # train first
+    images, bad = ImageSet.open(path).readable()
+    table = path / IMAGE_TABLE if path.is_dir() else path
+    columns = read_table(table).columns if table.is_file() else {}
+    sizes = np.array([images.size_px(index) for index in range(len(images))])
+    truth = images.part_truth
+    duplicates = _duplicates(images)
+    pairs = Counter(zip(images.splits, images.categories, strict=True))
+    splits: dict[str, dict[str, int]] = {name: {} for name in sorted(set(images.splits), reverse=True)}  # train first
     for (split, category), count in sorted(pairs.items()):
         splits[split][category] = count
-    parts = {} if truth is None else _known(truth, good.categories)
+    landmarks = {} if truth is None else _known(truth, images.categories)
     return DataCheck(
         path=str(path),
-        layout=name,
-        title=title,
-        not_in_layout=reasons,
-        images=len(good),
-        categories=good.category_counts(),
+        kind="table" if columns else "folder",
+        images=len(images),
+        categories=images.category_counts(),
         splits=splits,
-        landmarks=parts,
-        boxes=sum(key in boxed for key in good.keys),
+        landmarks=landmarks,
+        sized={} if truth is None else _sized(truth),
         masks=truth is not None and truth.masks is not None,
+        boxes=sum(box is not None for box in images.boxes_px),
+        other_columns=tuple(name for name in columns if name not in KNOWN_COLUMNS),
         smallest_px=(int(sizes[:, 0].min()), int(sizes[:, 1].min())),
         largest_px=(int(sizes[:, 0].max()), int(sizes[:, 1].max())),
         unreadable=bad,
-        left_out=images.left_out,
         unused_parts=() if truth is None else truth.unused,
         duplicates=duplicates,
-        notes=notes,
-        warnings=tuple(_warnings(good, splits, duplicates, truth, parts, few)),
-        fingerprint=good.fingerprint(workers),
+        warnings=tuple(_warnings(images, splits, duplicates, truth, landmarks, few)),
+        fingerprint=images.fingerprint(),
     )
 
 
@@ -203,10 +170,16 @@ def _known(truth: PartTruth, categories: Sequence[str]) -> dict[str, dict[str, i
     return found
 
 
-def _duplicates(images: ImageSet, digests: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def _sized(truth: PartTruth) -> dict[str, int]:
+    """Count, for each landmark, the images in which its size is known."""
+    known = np.isfinite(truth.sizes_px).all(axis=2).sum(axis=0)
+    return {name: int(number) for name, number in zip(truth.landmarks, known, strict=True)}
+
+
+def _duplicates(images: ImageSet) -> tuple[tuple[str, ...], ...]:
     """Group images of equal content; images of one photo group are meant to share what they show."""
     groups: dict[str, list[int]] = defaultdict(list)
-    for index, digest in enumerate(digests):
+    for index, digest in enumerate(images.digests()):
         groups[digest.partition("@")[0]].append(index)
     several = (rows for rows in groups.values() if len({images.photos[row] for row in rows}) > 1)
     return tuple(tuple(images.keys[row] for row in rows) for rows in several)
@@ -226,13 +199,13 @@ def _warnings(
     if crossing:
         shown = listed([" = ".join(group) for group in crossing], 3)
         found.append(
-            f"the same photo stands on both sides of the split ({len(crossing)} times: {shown}); "
+            f"the same photo is on both sides of the split ({len(crossing)} times: {shown}); "
             "name it once in the column 'photo', or remove the copy"
         )
     category_of = dict(zip(images.keys, images.categories, strict=True))
     torn = [group for group in duplicates if len({category_of[key] for key in group}) > 1]
     if torn:
-        found.append(f"the same photo stands in several categories: {listed([' = '.join(g) for g in torn], 3)}")
+        found.append(f"the same photo is in several categories: {listed([' = '.join(g) for g in torn], 3)}")
     small = [
         f"{category or '(none)'} in {split} ({counts.get(category, 0)})"
         for split, counts in splits.items()
@@ -253,7 +226,7 @@ def _warnings(
 
 
 def _outside(truth: PartTruth) -> list[str]:
-    """Name the landmarks whose position lies outside the image (readers leave none; tables may)."""
+    """Name the landmarks whose position lies outside the image ."""
     places, sizes = truth.positions_px, truth.image_size_px[:, None]
     rows, columns = np.nonzero(((places < 0) | (places > sizes)).any(axis=2))
     return [f"{truth.keys[row]} {truth.landmarks[column]}" for row, column in zip(rows, columns, strict=True)]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from partlens.errors import ImageError, InputError, expected
-from partlens.records import file_sha256
+from partlens.errors import ImageError, expected
 
 Result = TypeVar("Result")
 ByteArray = npt.NDArray[np.uint8]
@@ -34,12 +35,13 @@ class Source(Protocol):
         """Return width and height as :meth:`read` gives them."""
         ...
 
-    def digest(self, row: int) -> str:
-        """Return a text that is equal for equal content."""
-        ...
+    def digest(self, row: int, *, decode: bool = False) -> str:
+        """Return a text that is equal for equal content.
 
-    def may_fail(self) -> bool:
-        """Return whether some image may be unreadable."""
+        Args:
+            row: of the image.
+            decode: also read the image, and raise what :meth:`read` would raise.
+        """
         ...
 
 
@@ -88,54 +90,96 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
+Box = tuple[float, float, float, float]
+
+
+def window_px(box: Box, size_px: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the pixels of a photo that a box covers.
+
+    Args:
+        box: left, top, right and bottom edge in pixels; the photo's top left corner is 0, 0.
+        size_px: width and height of the photo.
+
+    Returns:
+        The edges in whole pixels (halves upwards), cut off at the photo's; right <= left or bottom <= top where
+        nothing of the box lies in the photo.
+
+    Example:
+        >>> window_px((34, 128, 216, 271), (500, 334)), window_px((5.5, -3, 25, 45), (25, 25))
+        ((34, 128, 216, 271), (6, 0, 25, 25))
+    """
+    left, top, right, bottom = (
+        int(min(max(math.floor(edge + 0.5), 0), size_px[axis % 2])) for axis, edge in enumerate(box)
+    )
+    return left, top, right, bottom
+
+
 @dataclass(frozen=True)
 class Files:
-    """Image files, each opened when it is read."""
+    """Image files, each opened when it is read, and cut to a box where it has one.
+
+    A box was measured on the pixels as they are stored, so no EXIF orientation is applied to such a photo.
+    """
 
     paths: tuple[Path, ...]
-    turn: bool = True  # apply the EXIF orientation
+    boxes: tuple[Box | None, ...]
+
+    def _window(self, row: int, size_px: tuple[int, int]) -> tuple[int, int, int, int] | None:
+        box = self.boxes[row]
+        if box is None:
+            return None
+        window = window_px(box, size_px)
+        if window[2] <= window[0] or window[3] <= window[1]:
+            rule = f"a box inside the {size_px[0]}x{size_px[1]} photo {self.paths[row]}"
+            raise ImageError(expected(rule, str(box), "Correct the box or remove the row"))
+        return window
 
     def _failed(self, row: int, error: Exception) -> ImageError:
         path = self.paths[row]
+        if isinstance(error, ImageError):
+            return error
         if isinstance(error, FileNotFoundError):
             return ImageError(expected(f"an image file {path}", "nothing there", "Correct the table or the folder"))
         reason = f"{type(error).__name__}: {error}".replace(str(path), path.name)
-        return ImageError(
-            expected(
-                f"an image that can be decoded at {path}",
-                reason,
-                "Replace the file or drop it with readable()",
-            )
-        )
+        if isinstance(error, UnidentifiedImageError):
+            reason = "the content of another kind of file"
+        return ImageError(expected(f"an image that can be decoded at {path}", reason, "Replace or remove the file"))
+
+    def _decoded(self, row: int, file: Path | BytesIO) -> Image.Image:
+        try:
+            with Image.open(file) as image:
+                image.load()
+                window = self._window(row, image.size)
+                return _to_rgb(_upright(image)) if window is None else _to_rgb(image).crop(window)
+        except Exception as error:
+            raise self._failed(row, error) from error
 
     def read(self, row: int) -> Image.Image:
         """Return an image as 8-bit RGB."""
-        try:
-            with Image.open(self.paths[row]) as image:
-                image.load()
-                return _to_rgb(_upright(image) if self.turn else image)
-        except Exception as error:
-            raise self._failed(row, error) from error
+        return self._decoded(row, self.paths[row])
 
     def size_px(self, row: int) -> tuple[int, int]:
         """Return width and height as :meth:`read` gives them."""
         try:
             with Image.open(self.paths[row]) as image:
-                turned = self.turn and image.getexif().get(_EXIF_ORIENTATION, 1) in {5, 6, 7, 8}
+                window = self._window(row, image.size)
+                if window is not None:
+                    return window[2] - window[0], window[3] - window[1]
+                turned = image.getexif().get(_EXIF_ORIENTATION, 1) in {5, 6, 7, 8}
                 return (image.height, image.width) if turned else (image.width, image.height)
         except Exception as error:
             raise self._failed(row, error) from error
 
-    def digest(self, row: int) -> str:
-        """Return a text that is equal for equal content."""
+    def digest(self, row: int, *, decode: bool = False) -> str:
+        """Return a text that is equal for equal content; the file is read once, also where it is decoded."""
         try:
-            return f"{self.paths[row].stat().st_size}:{file_sha256(self.paths[row])}"
+            content = self.paths[row].read_bytes()
         except OSError as error:
             raise self._failed(row, error) from error
-
-    def may_fail(self) -> bool:
-        """Return whether some image may be unreadable."""
-        return True
+        if decode:
+            self._decoded(row, BytesIO(content))
+        box = self.boxes[row]
+        return f"{len(content)}:{hashlib.sha256(content).hexdigest()}" + (f"@{box}" if box else "")
 
 
 def as_bytes(image: npt.NDArray[Any], where: str) -> ByteArray:
@@ -183,14 +227,10 @@ class Arrays:
         height, width = self.images[row].shape[:2]
         return width, height
 
-    def digest(self, row: int) -> str:
+    def digest(self, row: int, *, decode: bool = False) -> str:  # noqa: ARG002 -- arrays are decoded already
         """Return a text that is equal for equal content."""
         image = np.ascontiguousarray(self.images[row])
         return f"{image.shape}:{hashlib.sha256(image.tobytes()).hexdigest()}"
-
-    def may_fail(self) -> bool:
-        """Return whether some image may be unreadable."""
-        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,54 +257,14 @@ class Generated:
         """Return width and height as :meth:`read` gives them."""
         return self.read(row).size
 
-    def digest(self, row: int) -> str:
-        """Return a text that is equal for equal content."""
+    def digest(self, row: int, *, decode: bool = False) -> str:  # noqa: ARG002 -- what is hashed has been drawn
+        """Return a text that is equal for equal content; a recipe is trusted, so nothing is drawn for it."""
         if self.recipe:
             return f"{self.recipe}#{row}"
-        return Arrays([self.draw(row)]).digest(0)
-
-    def may_fail(self) -> bool:
-        """Return whether some image may be unreadable."""
-        return not self.recipe
+        return Arrays([np.asarray(self.read(row))]).digest(0)
 
 
-@dataclass(frozen=True, eq=False)
-class Chained:
-    """Several sources one after the other, of each the given rows."""
-
-    parts: tuple[tuple[Source, tuple[int, ...]], ...]
-
-    def _place(self, row: int) -> tuple[Source, int]:
-        for source, rows in self.parts:
-            if row < len(rows):
-                return source, rows[row]
-            row -= len(rows)
-        raise IndexError(row)
-
-    def read(self, row: int) -> Image.Image:
-        """Return an image as 8-bit RGB."""
-        source, place = self._place(row)
-        return source.read(place)
-
-    def size_px(self, row: int) -> tuple[int, int]:
-        """Return width and height as :meth:`read` gives them."""
-        source, place = self._place(row)
-        return source.size_px(place)
-
-    def digest(self, row: int) -> str:
-        """Return a text that is equal for equal content."""
-        source, place = self._place(row)
-        return source.digest(place)
-
-    def may_fail(self) -> bool:
-        """Return whether some image may be unreadable."""
-        return any(source.may_fail() for source, _ in self.parts)
-
-
-def parallel(work: Callable[[int], Result], rows: Iterable[int], workers: int | None) -> Iterator[Result]:
-    """Map over rows in a thread pool, results in order (decoding and hashing release the lock)."""
-    count = workers or min(8, os.cpu_count() or 1)
-    if count < 1:
-        raise InputError(expected("workers >= 1", workers, "Leave workers out to use every core"))
-    with ThreadPoolExecutor(count) as pool:
+def parallel(work: Callable[[int], Result], rows: Iterable[int]) -> Iterator[Result]:
+    """Map over rows in at most eight threads, results in order (decoding and hashing release the lock)."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(work, rows)

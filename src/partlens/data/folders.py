@@ -6,24 +6,11 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from partlens.data.tables import LANDMARK_TABLE, MASK_FOLDER
 from partlens.errors import ImageError, expected
 
 SUFFIXES = frozenset(
-    {
-        ".bmp",
-        ".gif",
-        ".jp2",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    }
+    (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 )
 
 _VALIDATION_FOLDERS = frozenset({"val", "valid", "validation"})
@@ -33,9 +20,10 @@ _SPLIT_FOLDERS = _VALIDATION_FOLDERS | {"train", "test"}
 def _below(folder: Path) -> Iterator[Path]:
     """Yield image files below a folder in a fixed order, following links but no circle of links."""
     seen: set[str] = set()
+    masks = folder / MASK_FOLDER if (folder / LANDMARK_TABLE).is_file() else None
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        if real in seen:
+        if real in seen or Path(parent) == masks:
             folders.clear()
             continue
         seen.add(real)

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from partlens.data.annotations import PartTruth
-from partlens.data.cuts import Cuts, CutTruth
-from partlens.data.files import Arrays, ByteArray, Chained, Files, Generated, Source, as_bytes, parallel
+from partlens.data.annotations import FolderParts, PartTruth
+from partlens.data.files import Arrays, Box, ByteArray, Files, Generated, Source, as_bytes, parallel
 from partlens.data.folders import categories_and_splits, image_files
-from partlens.data.listing import Crop, Landmarks, LeftOut, Listing
 from partlens.data.splits import filled_splits
-from partlens.data.tables import CATEGORY_COLUMNS, IMAGE_TABLE, read_table
-from partlens.errors import ImageError, InputError, expected, listed, nearest
+from partlens.data.tables import CATEGORY_COLUMNS, IMAGE_TABLE, LANDMARK_TABLE, read_table
+from partlens.errors import ImageError, expected, listed, nearest
 
 
 @dataclass(frozen=True)
@@ -34,12 +32,6 @@ class UnreadableImage:
 
     key: str
     reason: str
-
-
-def _first_truth(first: ImageSet, keys: tuple[str, ...]) -> PartTruth:
-    truth = first.part_truth
-    assert truth is not None
-    return truth.for_keys(keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +47,7 @@ class ImageSet:
             group.
         root: the folder of the files, None for arrays and generated images.
         name: what to call the set in reports.
-        left_out: what a data set's reader did not list, such as objects without a box, and why.
-        path: what :meth:`open` opened, with nothing else said; None for every other set, and for a choice of images.
+        path: what :meth:`open` opened; None for every other set, and for a choice of images.
 
     Example:
         >>> import numpy as np
@@ -74,8 +65,8 @@ class ImageSet:
     _source: Source = field(repr=False)
     _rows: tuple[int, ...] = field(repr=False)
     _truth: Callable[[tuple[str, ...]], PartTruth] | None = field(default=None, repr=False)
-    left_out: tuple[LeftOut, ...] = field(default=(), repr=False)
     path: Path | None = None
+    _known_digests: tuple[str, ...] | None = field(default=None, repr=False)  # set once every image was decoded
 
     def __post_init__(self) -> None:
         if not self.keys:
@@ -125,68 +116,27 @@ class ImageSet:
         )
 
     @classmethod
-    def open(
-        cls, path: Path | str, *, crop: Crop = "box", margin_frac: float = 0.0, landmarks: Landmarks = "all"
-    ) -> ImageSet:
-        """Open a table, a data set in its own layout, a folder of images or a joined set, whichever ``path`` is.
+    def open(cls, path: Path | str) -> ImageSet:
+        """Open a table or a folder of images, whichever ``path`` is.
 
-        A ``.json`` file joins several sets (:mod:`partlens_papers.data.joined`); a ``.csv`` or ``.parquet`` file is
-        read
-        by :meth:`from_table`; a folder that holds ``images.csv`` by that table; a folder in one of
-        :data:`partlens_papers.data.layouts.LAYOUTS` (CUB-200-2011, ILSVRC Animal-Part, Pascal-Part) by its reader and
-        :meth:`from_listing`; any other folder by :meth:`from_folder`.
-        ``landmarks.csv`` in the folder (beside ``images.csv``) becomes :attr:`part_truth`.
+        A ``.csv`` or ``.parquet`` file is read by :meth:`from_table`; a folder that holds ``images.csv`` by that table;
+        any other folder by :meth:`from_folder`. ``landmarks.csv`` in the folder becomes :attr:`part_truth`, with the
+        parts' pixels where its folder ``masks/`` holds them (:class:`~partlens.data.annotations.FolderParts`).
 
         Args:
             path: the table or folder.
-            crop: in a data set with boxes, ``"box"`` gives one image per object, the content of its box, as
-                the papers show objects to their networks; None gives whole photos. Tables and plain folders
-                have no boxes: their images stay as they are.
-            margin_frac: share of the box's width and height to add on each side, 0 or more; the photo ends it.
-            landmarks: in a data set with its own parts, ``"all"`` of them or those that the ``"paper"``
-                measures (head, back, tail of CUB; head, neck, torso of Pascal-Part).
 
         Raises:
             ImageError: nothing is there, the file is of another kind, or the content breaks a rule of the
-                constructor or reader; also when not one landmark belongs to an image of the set.
-            InputError: a value of ``crop``, ``margin_frac`` or ``landmarks`` that does not exist.
+                constructor; also when not one landmark belongs to an image of the set.
         """
-        from partlens.data.opening import open_images  # it opens sets by the constructors below
-
-        return open_images(path, crop, margin_frac, landmarks)
-
-    @classmethod
-    def from_listing(cls, listing: Listing, margin_frac: float = 0.0) -> ImageSet:
-        """Use what a data set's reader has listed.
-
-        Images are cut when they are read, and annotated parts move with them: a part whose centre the cut
-        leaves outside becomes ``nan`` and stands in ``part_truth.unused``. No EXIF orientation is applied,
-        since boxes and parts were measured on the pixels as stored.
-
-        Args:
-            listing: from a reader of :data:`partlens_papers.data.layouts.LAYOUTS`.
-            margin_frac: share of the box's width and height to add on each side, 0 or more; the photo ends it.
-
-        Raises:
-            ImageError: repeated names, or crops of one photo in several splits.
-            InputError: a margin below 0, or a margin around whole photos.
-        """
-        if not 0 <= margin_frac < float("inf"):
-            raise InputError(expected("margin_frac >= 0", margin_frac, "Leave it out for boxes as annotated"))
-        if margin_frac and not listing.cut:
-            raise InputError(expected("margin_frac 0 with crop=None", margin_frac, 'Use crop="box" or no margin'))
-        source = Cuts(Files(listing.files, turn=False), listing.windows(), margin_frac)
-        images = cls._build(
-            listing.keys,
-            source,
-            categories=listing.categories,
-            splits=listing.splits,
-            photos=listing.photos,
-            root=listing.root,
-            name=listing.root.resolve().name,
-            truth=None if listing.truth is None else CutTruth(listing, source),
-        )
-        return images._replaced(left_out=listing.left_out)  # noqa: SLF001 -- same class
+        path = Path(path)
+        table = path / IMAGE_TABLE if path.is_dir() else path
+        images = cls.from_table(table) if table.is_file() or not path.is_dir() else cls.from_folder(path)
+        whole_folder = path.is_dir() or path.name == IMAGE_TABLE
+        if whole_folder and (table.parent / LANDMARK_TABLE).is_file():
+            images = replace(images, _truth=FolderParts.of(table.parent, images.keys, images._source))  # noqa: SLF001
+        return replace(images, path=path.resolve())
 
     @classmethod
     def from_folder(cls, path: Path | str) -> ImageSet:
@@ -195,8 +145,8 @@ class ImageSet:
         When every image lies in a sub-folder, the first sub-folder's name is the category; else all are
         ``""``. When the first sub-folders are called ``train`` and ``test`` (or ``val``, ``valid``,
         ``validation``, which count as test where there is no ``test``), they give the split, and the next
-        level gives the categories. Hidden files and files with other endings than
-        :data:`~partlens.data.folders.SUFFIXES` are passed over.
+        level gives the categories. Hidden files, files with other endings than
+        :data:`~partlens.data.folders.SUFFIXES` and, beside ``landmarks.csv``, the folder ``masks`` are passed over.
 
         Raises:
             ImageError: the folder does not exist or holds no image.
@@ -207,7 +157,7 @@ class ImageSet:
         categories, splits = categories_and_splits(parts)
         return cls._build(
             ["/".join(names) for names in parts],
-            Files(files),
+            Files(files, (None,) * len(files)),
             categories=categories,
             splits=splits,
             root=path,
@@ -225,37 +175,46 @@ class ImageSet:
             ImageError: no path.
         """
         keys = list(dict.fromkeys(str(path) for path in paths))
-        return cls._build(keys, Files(tuple(Path(key) for key in keys)), name="files")
+        return cls._build(keys, Files(tuple(Path(key) for key in keys), (None,) * len(keys)), name="files")
 
     @classmethod
     def from_table(cls, path: Path | str, root: Path | str | None = None) -> ImageSet:
         """List the images that a CSV or Parquet table names.
 
+        =====================================  ===================================================================
+        ``image``                              the image's name, and its file relative to ``root``
+        ``file``                               its file, where several images are cut out of one
+        ``left``, ``top``, ``right``,          the box to which the photo is cut, in pixels as stored, from the top
+        ``bottom``                             left corner; no EXIF orientation is then applied
+        ``category``                           what it shows (or ``class``, ``label``, ``class_index``: the first of
+                                               these that exists)
+        ``split``                              ``train`` or ``test``
+        ``photo``                              the photo that it was cut from; a split never cuts a group
+        =====================================  ===================================================================
+
+        Only ``image`` is needed. An empty cell is the same as a missing column; other columns are ignored.
+
         Args:
-            path: table with a column ``image`` (path relative to ``root``), and optionally ``category`` (or
-                ``class``, ``label`` or ``class_index``: the first of these that exists), ``split`` and
-                ``photo``. Other columns are ignored. An empty cell is the same as a missing column.
-            root: folder of the images; that of the table when left out.
+            path: the table.
+            root: folder of the images; by default that of the table.
 
         Raises:
-            ImageError: the table is missing or of another kind, lacks the column ``image``, has no rows,
-                names an image twice, or puts the crops of one photo into several splits.
+            ImageError: the table is missing or of another kind, lacks the column ``image``, has no rows, names an
+                image twice, has half a box, or puts the crops of one photo into several splits.
         """
         path = Path(path)
-        columns = read_table(path)
-        keys = [key.replace("\\", "/") if os.sep == "\\" else key for key in columns["image"]]
-        if "" in keys:
-            raise ImageError(
-                expected(f"a path in every row of {path}", f"none in row {keys.index('') + 2}", "Fill in the cell")
-            )
+        table = read_table(path)
+        slashes = str.maketrans("\\", "/") if os.sep == "\\" else {}
+        keys = [key.translate(slashes) for key in table.words("image")]
         folder = Path(root) if root is not None else path.parent
-        category = next((name for name in CATEGORY_COLUMNS if name in columns), None)
+        files = table.columns.get("file", keys)
+        category = next((name for name in CATEGORY_COLUMNS if name in table.columns), None)
         return cls._build(
             keys,
-            Files(tuple(folder / key for key in keys)),
-            categories=columns[category] if category else None,
-            splits=columns.get("split"),
-            photos=columns.get("photo"),
+            Files(tuple(folder / (file or key) for file, key in zip(files, keys, strict=True)), table.boxes()),
+            categories=table.columns[category] if category else None,
+            splits=table.columns.get("split"),
+            photos=table.columns.get("photo"),
             root=folder,
             name=folder.resolve().name if path.name == IMAGE_TABLE else path.stem,
         )
@@ -328,35 +287,6 @@ class ImageSet:
         """
         return cls._build(keys, Generated(draw, recipe), categories=categories, splits=splits, truth=truth, name=name)
 
-    @classmethod
-    def from_sets(cls, sets: Sequence[ImageSet], prefixes: Sequence[str], *, name: str) -> ImageSet:
-        """Use several sets as one.
-
-        Splits and photo groups stay as they are. Parts are those of the first set; images of the others have none.
-
-        Args:
-            sets: the sets, at least one.
-            prefixes: what stands before the names of each further set's images and photos.
-            name: what to call the set in reports.
-
-        Raises:
-            ImageError: no set, a number of prefixes that is not one less, or names that occur twice.
-        """
-        if len(sets) != len(prefixes) + 1:
-            raise ImageError(
-                expected(f"{len(sets) - 1} prefixes, one for each further set", len(prefixes), "Give them")
-            )
-        marked = list(zip(["", *prefixes], sets, strict=True))
-        return cls._build(
-            [mark + key for mark, images in marked for key in images.keys],
-            Chained(tuple((images._source, images._rows) for images in sets)),  # noqa: SLF001 -- same class
-            categories=[category for images in sets for category in images.categories],
-            splits=[split for images in sets for split in images.splits],
-            photos=[mark + photo for mark, images in marked for photo in images.photos],
-            name=name,
-            truth=partial(_first_truth, sets[0]) if sets[0]._truth is not None else None,  # noqa: SLF001 -- same class
-        )
-
     # Looking at the list
 
     def __len__(self) -> int:
@@ -372,6 +302,25 @@ class ImageSet:
         """Return the number of images of each category, categories in alphabetical order."""
         return dict(sorted(Counter(self.categories).items()))
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file of each image; empty for arrays and generated images."""
+        return tuple(self._source.paths[row] for row in self._rows) if isinstance(self._source, Files) else ()
+
+    @property
+    def boxes_px(self) -> tuple[Box | None, ...]:
+        """Left, top, right and bottom edge to which each image's file is cut, None where it is shown whole."""
+        if not isinstance(self._source, Files):
+            return (None,) * len(self)
+        return tuple(self._source.boxes[row] for row in self._rows)
+
+    def _unknown(self, what: str, wanted: str, have: Sequence[str]) -> ImageError:
+        options = sorted(set(have) - {""})
+        remedy = "Sort the images into sub-folders, or add a column to the table"
+        if options:
+            remedy = f"Choose one of {listed(nearest(wanted, options, 5))}"
+        return ImageError(expected(f"a {what} of {self.name}", f"{wanted!r}", remedy))
+
     def indices(
         self, category: str | None = None, split: str | None = None, exclude_category: str | None = None
     ) -> tuple[int, ...]:
@@ -380,7 +329,7 @@ class ImageSet:
         Args:
             category: keep only images of this category.
             split: keep only images of this split.
-            exclude_category: leave out images of this category.
+            exclude_category: keep no image of this category.
 
         Raises:
             ImageError: no image of the set has that category or split; the text names the nearest that
@@ -392,16 +341,7 @@ class ImageSet:
             ("split", split, self.splits),
         ):
             if wanted is not None and wanted not in have:
-                options = sorted(set(have) - {""})
-                raise ImageError(
-                    expected(
-                        f"a {what} of {self.name}",
-                        f"{wanted!r}",
-                        f"Choose one of {listed(nearest(wanted, options, 5))}"
-                        if options
-                        else "Sort the images into sub-folders, or add a column to the table",
-                    )
-                )
+                raise self._unknown(what, wanted, have)
         return tuple(
             index
             for index in range(len(self))
@@ -409,6 +349,39 @@ class ImageSet:
             and (split is None or self.splits[index] == split)
             and (exclude_category is None or self.categories[index] != exclude_category)
         )
+
+    def rows_of(self, categories: Sequence[str], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the positions of the photos of some categories in a split, and those of all others there.
+
+        Args:
+            categories: names; ``""`` alone stands for all photos as one.
+            split: name of the split.
+
+        Returns:
+            Positions in ascending order; the second tuple is empty for all photos as one.
+
+        Raises:
+            ImageError: an unknown split or category, or a category without photos in the split.
+
+        Example:
+            >>> import numpy as np
+            >>> kinds, sides = ["cat", "fox", "cow", "cat"], ["test", "test", "test", "train"]
+            >>> photos = ImageSet.from_arrays(np.zeros((4, 8, 8, 3), np.uint8), kinds, sides)
+            >>> photos.rows_of(["cat", "cow"], "test"), photos.rows_of([""], "test")
+            (((0, 2), (1,)), ((0, 1, 2), ()))
+        """
+        inside = self.indices(split=split)
+        if tuple(categories) == ("",):
+            return inside, ()
+        there = {self.categories[row] for row in inside}
+        for name in categories:
+            if name not in self.categories:
+                raise self._unknown("category", name, self.categories)
+            if name not in there:
+                raise ImageError(expected(f"photos of {name} in the split {split}", "none", "Add photos"))
+        chosen = set(categories)
+        own = tuple(row for row in inside if self.categories[row] in chosen)
+        return own, tuple(row for row in inside if self.categories[row] not in chosen)
 
     def select(
         self, category: str | None = None, split: str | None = None, exclude_category: str | None = None
@@ -418,7 +391,7 @@ class ImageSet:
         Args:
             category: keep only images of this category.
             split: keep only images of this split.
-            exclude_category: leave out images of this category.
+            exclude_category: keep no image of this category.
 
         Raises:
             ImageError: no image of the set has that category or split, or none fulfils all conditions
@@ -438,13 +411,16 @@ class ImageSet:
             ImageError: a position outside the set, one that stands twice, or no position at all.
         """
         chosen = [self._checked(index) for index in indices]
-        return self._replaced(
+        known = self._known_digests
+        return replace(
+            self,
             keys=tuple(self.keys[index] for index in chosen),
             categories=tuple(self.categories[index] for index in chosen),
             splits=tuple(self.splits[index] for index in chosen),
             photos=tuple(self.photos[index] for index in chosen),
             _rows=tuple(self._rows[index] for index in chosen),
             path=None,
+            _known_digests=None if known is None else tuple(known[index] for index in chosen),
         )
 
     def with_parts(self, truth: PartTruth) -> ImageSet:
@@ -467,11 +443,7 @@ class ImageSet:
         if not set(self.keys) & set(truth.keys):
             names = f"{listed(truth.keys)} for {listed(self.keys)}"
             raise ImageError(expected("parts of at least one of the images", names, "Use the images' own names"))
-        return self._replaced(_truth=truth.for_keys)
-
-    def _replaced(self, **changes: Any) -> ImageSet:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return ImageSet(**{**values, **changes})
+        return replace(self, _truth=truth.for_keys)
 
     def _checked(self, index: int) -> int:
         if not -len(self) <= index < len(self):
@@ -502,13 +474,11 @@ class ImageSet:
         """
         return self._source.size_px(self._rows[self._checked(index)])
 
-    def readable(self, workers: int | None = None) -> tuple[ImageSet, tuple[UnreadableImage, ...]]:
-        """Decode every image once and drop those that cannot be decoded.
+    def readable(self) -> tuple[ImageSet, tuple[UnreadableImage, ...]]:
+        """Decode and hash every image once, each file read once, and drop those that cannot be decoded.
 
-        The cost is one decoding of each file, in a thread pool; nothing is kept. Arrays are not decoded.
-
-        Args:
-            workers: threads; one per core, at most 8, when left out.
+        The set that comes back knows its images' :meth:`digests`, as do choices of it, so no verb reads the files
+        again to hash them; asked again, it answers at once. No pixels are kept.
 
         Returns:
             The readable images in the same order, and each dropped image with the reason.
@@ -516,49 +486,45 @@ class ImageSet:
         Raises:
             ImageError: not one image can be decoded.
         """
-        if not self._source.may_fail():
+        if self._known_digests is not None:
             return self, ()
 
-        def reason(index: int) -> str:
+        def seen(row: int) -> tuple[str, str]:
             try:
-                self.read(index)
+                return self._source.digest(row, decode=True), ""
             except Exception as error:  # noqa: BLE001 -- a caller's generator may raise anything
-                return str(error) or type(error).__name__
-            return ""
+                return "", str(error) or type(error).__name__
 
-        reasons = list(parallel(reason, range(len(self)), workers))
-        good = [index for index, text in enumerate(reasons) if not text]
-        bad = tuple(UnreadableImage(self.keys[index], text) for index, text in enumerate(reasons) if text)
+        found = list(parallel(seen, self._rows))
+        good = [index for index, (digest, _) in enumerate(found) if digest]
+        bad = tuple(
+            UnreadableImage(key, text) for key, (digest, text) in zip(self.keys, found, strict=True) if not digest
+        )
         if not good:
-            raise ImageError(
-                expected(
-                    f"at least one readable image in {self.name}",
-                    f"{len(bad)} unreadable ones ({listed([image.key for image in bad])}; {bad[0].reason})",
-                    "Give other images",
-                )
-            )
-        return (self, ()) if not bad else (replace(self.take(good), path=self.path), bad)
+            got = f"{len(bad)} unreadable ones ({listed([image.key for image in bad])}; {bad[0].reason})"
+            raise ImageError(expected(f"at least one readable image in {self.name}", got, "Give other images"))
+        known = tuple(found[index][0] for index in good)
+        return replace(self.take(good) if bad else self, path=self.path, _known_digests=known), bad
 
-    def digests(self, workers: int | None = None) -> tuple[str, ...]:
+    @cached_property
+    def _digests(self) -> tuple[str, ...]:
+        return self._known_digests or tuple(parallel(self._source.digest, self._rows))
+
+    def digests(self) -> tuple[str, ...]:
         """Return a text per image that is equal for equal content (of the file, and the box that is cut out).
 
-        Args:
-            workers: threads that read the files; one per core, at most 8, when left out.
+        The files are read once, here or in :meth:`readable`: a set stands for its images as they were then.
 
         Raises:
             ImageError: a file is missing; the text names it.
         """
-        return tuple(parallel(self._source.digest, self._rows, workers))
+        return self._digests
 
-    def fingerprint(self, workers: int | None = None, *, contents: Sequence[str] | None = None) -> str:
+    def fingerprint(self) -> str:
         """Hash keys, categories, splits, photo groups, and the size and content of every image.
 
         Two sets have the same fingerprint when they list the same images in the same order, wherever the
         files lie.
-
-        Args:
-            workers: threads that read the files; one per core, at most 8, when left out.
-            contents: what :meth:`digests` gave, where it was called already; no file is then read again.
 
         Returns:
             64 hexadecimal digits (SHA-256).
@@ -567,9 +533,8 @@ class ImageSet:
             ImageError: a file is missing; the text names it.
         """
         digest = hashlib.sha256()
-        contents = self.digests(workers) if contents is None else contents
-        for *texts, content in zip(self.keys, self.categories, self.splits, self.photos, contents, strict=True):
-            for text in (*texts, content):
+        for texts in zip(self.keys, self.categories, self.splits, self.photos, self._digests, strict=True):
+            for text in texts:
                 encoded = text.encode("utf-8", "surrogatepass")
                 digest.update(len(encoded).to_bytes(8, "big") + encoded)
         return digest.hexdigest()

@@ -276,7 +276,7 @@ def fit_explainer(
     check_answer(performer, example, scores=True)
     structure = explainer_structure(performer, example, tap, targets)
     contents = images.digests()
-    fingerprint = images.fingerprint(contents=contents)
+    fingerprint = images.fingerprint()
     identity = content_hash(
         {
             "performer": performer.weights_sha256,

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from partlens.data.annotations import PartTruth
-from partlens.data.listing import Box, BoxArray, Choice, LeftOut, Listing, PartTable
+from partlens.data.files import Box
 from partlens.errors import BACKGROUND, ImageError, expected, listed
+from partlens_papers.data.listing import BoxArray, Choice, LeftOut, Listing, PartTable
 from partlens_papers.data.matlab import numbers, read_matlab, structs
 
 CATEGORIES = {
@@ -136,9 +137,9 @@ def read(folder: Path, choice: Choice) -> Listing:
         for index, path in files[number].items():
             key = path.relative_to(folder).as_posix()
             box = boxes.get(index, _NO_BOX)
-            if choice.crop and not all(map(math.isfinite, box)):
+            if choice.cut and not all(map(math.isfinite, box)):
                 left_out.append(LeftOut(key, "no annotation file holds its box"))
-            elif choice.crop and not (box[2] > box[0] and box[3] > box[1]):
+            elif choice.cut and not (box[2] > box[0] and box[3] > box[1]):
                 left_out.append(LeftOut(key, f"its box {box} is empty"))
             else:
                 rows.append(_Row(key, path, CATEGORIES.get(number, number), number, index, box))
@@ -155,7 +156,7 @@ def read(folder: Path, choice: Choice) -> Listing:
         raise ImageError(expected(f"annotated photos in {folder}", got, "Complete the data set"))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         photos = list(pool.map(_content_name, (row.path for row in rows)))
-    if choice.crop is None:
+    if not choice.cut:
         rows, photos, objects = _one_per_photo(rows, photos)
     else:
         objects = {row.key: (row,) for row in rows}
@@ -168,7 +169,7 @@ def read(folder: Path, choice: Choice) -> Listing:
         splits=("",) * len(rows),
         photos=tuple(photos),
         boxes_px=np.array([row.box for row in rows], dtype=np.float64),
-        cut=choice.crop is not None,
+        cut=choice.cut,
         truth=_Parts(objects, truth_of) if truth_of else None,
         left_out=tuple(left_out),
         notes=tuple(notes),

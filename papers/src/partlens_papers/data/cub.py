@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from partlens.data.annotations import PartTruth
-from partlens.data.listing import Box, Choice, LeftOut, Listing, PartTable
+from partlens.data.files import Box
 from partlens.errors import ImageError, expected, listed
+from partlens_papers.data.listing import Choice, LeftOut, Listing, PartTable
 
 PAPER_LANDMARKS = {"forehead": "head", "back": "back", "tail": "tail"}
 """The parts that the papers measure, by the data set's name, with the name that the papers' tables use.
@@ -51,9 +52,9 @@ def read(folder: Path, choice: Choice) -> Listing:
     Raises:
         ImageError: a file is missing or damaged; the text names it and the line.
     """
-    for name in (*_SIGNS, *((_BOXES,) if choice.crop else ())):
+    for name in (*_SIGNS, *((_BOXES,) if choice.cut else ())):
         if not (folder / name).is_file():
-            remedy = "Complete the data set" + (", or open it with crop=None" if name == _BOXES else "")
+            remedy = "Complete the data set" + (", or convert it with --crop photo" if name == _BOXES else "")
             raise ImageError(expected(f"a file {folder / name}", "nothing there", remedy))
     path_of = _by_number(folder / "images.txt")
     species = _by_number(folder / "classes.txt")
@@ -69,9 +70,9 @@ def read(folder: Path, choice: Choice) -> Listing:
             reason = "image_class_labels.txt does not name it"
         elif label[number] not in species:
             reason = f"its class {label[number]} is not in classes.txt"
-        elif choice.crop and number not in boxes:
+        elif choice.cut and number not in boxes:
             reason = f"{_BOXES} does not name it"
-        elif choice.crop and not (boxes[number][2] > 0 and boxes[number][3] > 0):
+        elif choice.cut and not (boxes[number][2] > 0 and boxes[number][3] > 0):
             reason = f"its box in {_BOXES} is empty"
         if reason:
             left_out.append(LeftOut(f"images/{path}", reason))
@@ -101,7 +102,7 @@ def read(folder: Path, choice: Choice) -> Listing:
         splits=tuple(("test", "train")[side[number][0] > 0] if number in side else "" for number in kept),
         photos=keys,
         boxes_px=corners,
-        cut=choice.crop is not None,
+        cut=choice.cut,
         truth=truth,
         left_out=tuple(left_out),
         notes=tuple(notes),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from partlens.data.listing import Choice, Listing
 from partlens_papers.data import animal_part, cub, pascal_part
+from partlens_papers.data.listing import Choice, Listing
+
+LayoutName = Literal["cub", "animal-part", "pascal-part"]
 
 
 @dataclass(frozen=True)
@@ -15,13 +18,13 @@ class Layout:
     """A data set's layout.
 
     Attributes:
-        name: short name, as in :attr:`~partlens.data.listing.Listing.layout`.
+        name: short name, as in :attr:`~partlens_papers.data.listing.Listing.layout`.
         title: the data set's name in words.
         why_not: gives what keeps a folder from being read so, ``""`` where nothing does.
         read: lists the content of such a folder.
     """
 
-    name: str
+    name: LayoutName
     title: str
     why_not: Callable[[Path], str]
     read: Callable[[Path, Choice], Listing]

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from partlens.data.annotations import BoolArray, PartTruth, UnusedPart
-from partlens.data.listing import Box, Choice, LeftOut, Listing, PartTable
+from partlens.data.files import Box
 from partlens.errors import ImageError, RunError, StorageError, expected, listed, nearest
 from partlens.records import content_hash, read_json, write_json
+from partlens_papers.data.listing import Choice, LeftOut, Listing, PartTable
 from partlens_papers.data.matlab import MissingPackageError, numbers, read_matlab, structs
 
 ANIMALS = ("bird", "cat", "cow", "dog", "horse", "sheep")
@@ -57,7 +58,7 @@ def why_not(folder: Path) -> str:
 def read(folder: Path, choice: Choice, categories: Sequence[str] = ANIMALS) -> Listing:
     """List the objects (or the photos) of Pascal-Part.
 
-    With ``crop="box"`` every object is an image, and only its own parts are its landmarks. With ``crop=None``
+    With ``crop="box"`` every object is an image, and only its own parts are its landmarks. With ``crop="photo"``
     every photo is one image; photos that show several of the categories are left out, and a part that the photo
     shows more than once is ``nan``. A landmark is the centre of the box around the part's silhouette. The data
     set's own parts are kept as they are (left and right legs apart); photos have no split of their own.
@@ -105,12 +106,12 @@ def read(folder: Path, choice: Choice, categories: Sequence[str] = ANIMALS) -> L
                 left_out.append(LeftOut(f"{key}#{thing.number}", f"its class {thing.name!r} is none of VOC's"))
             elif thing.name not in categories:
                 others[thing.name] += 1
-            elif choice.crop and thing.box is None:
+            elif choice.cut and thing.box is None:
                 left_out.append(LeftOut(f"{key}#{thing.number}", "its silhouette is empty"))
             else:
                 wanted.append(thing)
         names = sorted({thing.name for thing in wanted})
-        if choice.crop:
+        if choice.cut:
             rows += [_Row(f"{key}#{thing.number}", path, stem, (thing,)) for thing in wanted]
         elif len(names) > 1:
             left_out.append(LeftOut(key, f"it shows {' and '.join(names)}"))
@@ -136,7 +137,7 @@ def read(folder: Path, choice: Choice, categories: Sequence[str] = ANIMALS) -> L
         boxes_px=np.array(
             [(row.objects[0].box or nowhere) if len(row.objects) == 1 else nowhere for row in rows], dtype=np.float64
         ),
-        cut=choice.crop is not None,
+        cut=choice.cut,
         truth=_Parts(folder / _FOLDER, {row.key: row for row in rows}, choice),
         left_out=tuple(left_out),
         notes=tuple(notes),

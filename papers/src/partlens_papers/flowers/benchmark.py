@@ -340,7 +340,7 @@ def flower_benchmark(
         "methods": (performer, _joined(given, ours(performer, flowers) if ours else {})),
         "random_weights": (random_performer, _joined(given, ours(random_performer, flowers) if ours else {})),
     }
-    fingerprint = flowers.images.fingerprint(workers=1)
+    fingerprint = flowers.images.fingerprint()
     loaded: dict[int, _Fold] = {}
     scores: dict[str, dict[str, list[dict[str, Tensor]]]] = {group: {} for group in groups}
     jobs = [(group, method, fold) for group, (_, of) in groups.items() for method in of for fold in range(folds)]

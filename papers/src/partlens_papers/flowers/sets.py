@@ -35,11 +35,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from partlens.data.annotations import LANDMARK_TABLE
 from partlens.data.flower_categories import DOUBLE_CATEGORIES, PARTS, PETAL_CATEGORIES
 from partlens.data.flowers import flower_labels, flower_seed, generated_flowers, render_flower
 from partlens.data.images import ImageSet
-from partlens.data.tables import IMAGE_TABLE
+from partlens.data.tables import IMAGE_TABLE, LANDMARK_TABLE
 from partlens.errors import InputError, RunError, StorageError, expected, failed
 from partlens.progress import Progress
 from partlens.records import read_json, write_json, write_text

@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from partlens.data.tables import IMAGE_TABLE
 from partlens.errors import BACKGROUND, ImageError, InputError, expected, listed, nearest
 from partlens.explainer.config import PRESETS, REVISION, ExplainerConfig
 from partlens.progress import Progress
 from partlens.records import content_hash, file_sha256, write_json
 from partlens.verbs.runs import command, spec, versions
+from partlens_papers.data.convert import convert, join
+from partlens_papers.data.layouts import LayoutName, layout_of
 from partlens_papers.networks.finetune_config import FinetuneConfig
 from partlens_papers.tables.explainer_jobs import (
     CLASSIFIED,
@@ -138,10 +141,7 @@ def performers_of(given: Sequence[str]) -> dict[str, str]:
 # Planning
 
 
-def _layout(data: str) -> str | None:
-    from partlens.data.tables import IMAGE_TABLE
-    from partlens_papers.data.layouts import layout_of
-
+def _layout(data: str) -> LayoutName | None:
     path = Path(data)
     found = layout_of(path) if path.is_dir() and not (path / IMAGE_TABLE).is_file() else None
     return None if found is None else found.name
@@ -183,13 +183,14 @@ def prepare(plan: TablePlan, out: Path) -> Prepared:
     data = str(Path(plan.data).resolve())
     background = None if plan.background is None else str(Path(plan.background).resolve())
     if layout is not None or background is not None:
-        from partlens_papers.data.joined import join_data
-
         # The papers measure some of a data set's own parts, and show its objects among other photos.
         # A name of its own, so that two tables in one folder never read each other's; workers may stand elsewhere.
         own = content_hash({"data": data, "background": background, "joined": joined})
-        opened_as = (out / f"{PHOTOS}-{own}.json").resolve()
-        join_data(opened_as, data, background, category=joined, landmarks="paper")
+        opened_as = (out / f"{PHOTOS}-{own}").resolve()
+        if layout is None:
+            join(opened_as, data, background=background)
+        else:
+            convert(layout, data, opened_as, category=joined, landmarks="paper", background=background)
     else:
         opened_as = Path(data)  # absolute
     images = open_photos(str(opened_as))

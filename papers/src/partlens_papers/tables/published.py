@@ -392,7 +392,8 @@ def published_data(categories: Iterable[str], layout: str | None = None) -> str:
     if layout in known:
         return known[layout]
     names = set(categories) - {"background"}
-    if names == {"bird"}:
+    species = [name for name in names if name[:3].isdecimal() and name[3:4] == "."]  # 001.Black_footed_Albatross
+    if names and (names == {"bird"} or len(species) == len(names)):
         return CUB
     voc_only = {"cow"}
     return VOC if names & voc_only and names <= set(VOC_CATEGORIES) else ANIMALS

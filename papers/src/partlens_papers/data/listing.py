@@ -1,12 +1,10 @@
-"""What a reader of a data set hands over: which images there are, where the objects are, what was left out.
+"""What a reader of a data set hands over: which images there are, where the objects are, what it does not list.
 
-A reader lists; it decodes nothing. :meth:`partlens.data.images.ImageSet.from_listing` makes images of it, cuts
-them to the boxes and moves the annotated parts along.
+A reader lists; it decodes nothing. :mod:`partlens_papers.data.convert` writes the tables that partlens reads.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from partlens.data.annotations import PartTruth, UnusedPart
-from partlens.errors import InputError, expected
+from partlens.data.files import Box
 
 BoxArray = npt.NDArray[np.float64]
-Box = tuple[float, float, float, float]
-Crop = Literal["box"] | None
+Crop = Literal["box", "photo"]
 Landmarks = Literal["all", "paper"]
 
 
@@ -67,49 +64,6 @@ class Listing:
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def has_box(self) -> npt.NDArray[np.bool_]:
-        """Return, for each row, whether the object's box is known."""
-        return np.asarray(np.isfinite(self.boxes_px).all(axis=1), dtype=np.bool_)
-
-    def windows(self) -> tuple[Box | None, ...]:
-        """Return, for each row, the box to which the photo is cut, None where it stays whole."""
-        rows = zip(self.boxes_px.tolist(), self.has_box(), strict=True)
-        return tuple((row[0], row[1], row[2], row[3]) if known and self.cut else None for row, known in rows)
-
-
-def window_px(box_px: Box, size_px: tuple[float, float], margin_frac: float = 0.0) -> tuple[int, int, int, int]:
-    """Return the pixels of a photo that a box covers.
-
-    The box grows by ``margin_frac`` of its width to the left and right and of its height above and below; its
-    edges are rounded to whole pixels (halves upwards) and cut off at the photo's.
-
-    Args:
-        box_px: left, top, right, bottom edge in pixels.
-        size_px: width and height of the photo.
-        margin_frac: share of the box's side that is added on each of its sides, 0 or more.
-
-    Returns:
-        Left, top, right, bottom edge in whole pixels; right <= left or bottom <= top when nothing of the box
-        lies in the photo.
-
-    Example:
-        >>> window_px((34, 128, 216, 271), (500, 334)), window_px((10, 10, 20, 30), (25, 25), 0.5)
-        ((34, 128, 216, 271), (5, 0, 25, 25))
-    """
-    left, top, right, bottom = box_px
-    across, down = margin_frac * (right - left), margin_frac * (bottom - top)
-    width, height = size_px
-
-    def edge(value: float, end: float) -> int:
-        return int(min(max(math.floor(value + 0.5), 0), end))
-
-    return (
-        edge(left - across, width),
-        edge(top - down, height),
-        edge(right + across, width),
-        edge(bottom + down, height),
-    )
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -117,24 +71,17 @@ class Choice:
 
     Attributes:
         crop: ``"box"``: one image per object, the content of its box, as the papers' single-category
-            performers see it; None: one image per photo, whole.
+            performers see it; ``"photo"``: one image per photo, whole.
         landmarks: ``"all"`` parts of the data set under its own names, or those of the ``"paper"``.
-
-    Raises:
-        InputError: another value.
     """
 
     crop: Crop = "box"
     landmarks: Landmarks = "all"
 
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("crop", self.crop, ("box", None)),
-            ("landmarks", self.landmarks, ("all", "paper")),
-        ):
-            if value not in allowed:
-                rule = f"{name} to be {' or '.join(map(repr, allowed))}"
-                raise InputError(expected(rule, value, f"Leave {name} out for {allowed[0]!r}"))
+    @property
+    def cut(self) -> bool:
+        """Whether images are the contents of boxes."""
+        return self.crop == "box"
 
 
 @dataclass(frozen=True)
