@@ -24,7 +24,7 @@ from partlens.data.files import Box, Files, window_px
 from partlens.data.images import ImageSet
 from partlens.data.splits import filled_splits
 from partlens.data.tables import BOX_COLUMNS, IMAGE_TABLE, LANDMARK_TABLE, MASK_FOLDER
-from partlens.errors import BACKGROUND, ImageError, InputError, StorageError, expected, listed
+from partlens.errors import BACKGROUND, ImageError, InputError, StorageError, expected, failed, listed
 from partlens.records import write_text
 from partlens_papers.data.layouts import LAYOUTS, LayoutName, layout_of
 from partlens_papers.data.listing import Choice, Crop, Landmarks, LeftOut, Listing
@@ -355,6 +355,4 @@ class _Drawing:
                 else:
                     path.unlink(missing_ok=True)
             except OSError as error:
-                raise StorageError(
-                    expected(f"to write {path}", error.strerror or str(error), "Free space or choose another folder")
-                ) from error
+                raise StorageError(failed(f"write {path}", error, "Free space or choose another folder")) from error
