@@ -1,0 +1,123 @@
+"""One checkpoint of a training, written after every epoch, from which a killed run goes on.
+
+A trainer keeps two things in it: plain values (epochs done, history, counters) and named groups of tensors (weights,
+moments of the optimiser)::
+
+    checkpoint = Checkpoint(folder, content_hash({"config": config, "photos": 63}))
+    if (found := checkpoint.load()) is not None:
+        network.load_state_dict(found.tensors["network"])
+        restore_moments(optimiser, found.tensors["optimiser"])
+        history = found.values["history"]
+    for number in range(len(history) + 1, epochs + 1):
+        ...
+        checkpoint.save({"history": history}, network=network.state_dict(), optimiser=moments(optimiser))
+    checkpoint.remove()  # once the result is written
+
+Tensors are written first, by turns to one of two files, and then the record that names the file: a kill at any moment
+leaves one whole checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from partlens.errors import RunError, expected
+from partlens.records import Record, read_tensors, write_tensors
+
+_FILES = ("checkpoint-0.safetensors", "checkpoint-1.safetensors")
+
+
+class _State(Record):
+    FILE: ClassVar[str] = "checkpoint.json"
+    SCHEMA: ClassVar[str] = "partlens.checkpoint/1"
+    AGAIN: ClassVar[str] = "Delete its folder and run the command again"
+
+    identity: str
+    tensors: str
+    values: dict[str, Any]
+
+
+class Found(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        values: as they were saved.
+        tensors: groups by name, on the CPU; a group that was empty is empty again.
+    """
+
+    values: dict[str, Any]
+    tensors: Mapping[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The checkpoint of one training.
+
+    Attributes:
+        folder: where it is kept; one training at a time.
+        identity: hash of everything the training depends on.
+    """
+
+    folder: Path
+    identity: str
+
+    def save(self, values: Mapping[str, Any], **tensors: Mapping[str, Tensor]) -> None:
+        """Replace the checkpoint, whole or not at all.
+
+        Args:
+            values: plain values for JSON; infinities and NaN become ``None``.
+            tensors: groups of tensors by name.
+
+        Raises:
+            StorageError: it could not be written; the one before is untouched.
+        """
+        before = _State.read_if_there(self.folder)
+        name = _FILES[0] if before is None or before.tensors != _FILES[0] else _FILES[1]
+        flat = {f"{group}.{key}": value for group, content in tensors.items() for key, value in content.items()}
+        write_tensors(self.folder / name, flat)
+        _State(identity=self.identity, tensors=name, values=dict(values)).write(self.folder)
+
+    def load(self) -> Found | None:
+        """Read the checkpoint; ``None`` where there is none yet.
+
+        Raises:
+            RunError: it is of another configuration, or damaged.
+        """
+        state = _State.read_if_there(self.folder)
+        if state is None:
+            return None
+        if state.identity != self.identity or state.tensors not in _FILES:
+            rule = f"a checkpoint of this configuration in {self.folder}"
+            raise RunError(expected(rule, "one of another", "Choose another --out folder, or delete this one"))
+        groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, value in read_tensors(self.folder / state.tensors).items():
+            group, _, key = name.partition(".")
+            groups[group][key] = value
+        return Found(state.values, groups)
+
+    def remove(self) -> None:
+        """Delete the files: the training is over."""
+        for name in (_State.FILE, *_FILES):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what an optimiser remembers of its parameters, by the parameter's number and the moment's name."""
+    state = optimiser.state_dict()["state"]
+    return {f"{k}.{name}": v for k, kept in state.items() for name, v in kept.items() if isinstance(v, Tensor)}
+
+
+def restore_moments(optimiser: torch.optim.Optimizer, kept: Mapping[str, Tensor]) -> None:
+    """Give an optimiser of the same parameters the moments that :func:`moments` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in kept.items():
+        number, _, moment = name.partition(".")
+        state.setdefault(int(number), {})[moment] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
