@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from partlens.cli import main
+from partlens.cli import COMMANDS, main
 from partlens_papers.networks.paper_networks import PaperNet
 
 
@@ -25,12 +28,20 @@ def test_help_answers_at_once_and_without_torch() -> None:
     assert "fit-explainer" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "layers", "fit-explainer", "evaluate", "report"])
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_parameter_of_a_verb_is_an_option_with_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert stopped.value.code == 0
-    assert command in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    module, _, name = COMMANDS[command].function.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    assert f"partlens {command}" in shown
+    for parameter in inspect.signature(function).parameters:
+        if parameter == "progress" or parameter in COMMANDS[command].settings:
+            continue
+        (text,) = re.findall(rf"^  (?:--)?{parameter.replace('_', '-')}\b(?: [^\n]*)?\n? +(\S.*)$", shown, re.MULTILINE)
+        assert text.strip(), parameter
 
 
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +107,6 @@ def test_the_whole_way_by_the_command_line(tmp_path: Path, capsys: pytest.Captur
         "--seeds=1",
         "--explainer.epochs=1",
         "--explainer.warmup_epochs=1",
-        "--explainer.candidates_per_filter=1",
         "--explainer.views=2",
         "--explainer.batch_size=8",
     ]
@@ -112,40 +122,43 @@ def test_the_whole_way_by_the_command_line(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.strip() == str(run / "report.html")
 
 
-def test_the_preset_decides_the_defaults_of_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for preset, peak in (("paper", "largest"), ("partlens", "centroid")):
-        with pytest.raises(SystemExit):
-            main(["fit-explainer", "--preset", preset, "--help"])
-        text = " ".join(capsys.readouterr().out.split())
-        assert f"default: {peak})" in text
-    assert main(["fit-explainer", "--preset", "best", "--help"]) == 1
+def test_the_help_of_a_field_says_its_default_in_each_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit-explainer", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: centroid; paper: largest)" in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "teachers", "eta"),
+    ("arguments", "preset", "changes"),
     [
-        ([], 16, 1e6),
-        (["--preset", "paper"], 0, None),  # the papers' eta depends on the network, which fit_explainer knows
-        (["--preset", "paper", "--explainer.eta", "1.5e5"], 0, 1.5e5),
-        (["--config", "CONFIG"], 0, None),
-        (["--config", "CONFIG", "--explainer.eta", "3"], 0, 3.0),
+        ([], "partlens", {}),
+        (["--preset", "paper"], "paper", {}),
+        (["--preset", "paper", "--explainer.eta", "1.5e5"], "paper", {"eta": 1.5e5}),
+        (["--config", "CONFIG"], "paper", {"epochs": 7}),
+        (["--config", "CONFIG", "--explainer.eta", "3"], "paper", {"epochs": 7, "eta": 3.0}),
     ],
 )
-def test_a_preset_decides_from_wherever_it_comes(
-    arguments: list[str], teachers: int, eta: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_only_what_the_user_gave_reaches_the_verb(
+    arguments: list[str], preset: str, changes: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Preset and changes are merged once, in the verb; the command line adds nothing of its own."""
+    from partlens.verbs import fit_explainer as verb
+
     given: dict[str, object] = {}
 
-    def fit(*_: object, **kwargs: object) -> object:
-        given.update(kwargs)
+    def fit(**values: object) -> object:
+        given.update(values)
         return type("Fitted", (), {"path": tmp_path})()
 
-    monkeypatch.setattr("partlens.verbs.fit_explainer", fit)
-    (tmp_path / "options.yaml").write_text("preset: paper\nseeds: 1\n")
+    fit.__signature__ = inspect.signature(verb.fit_explainer)  # type: ignore[attr-defined]
+    fit.__doc__, fit.__module__ = verb.fit_explainer.__doc__, verb.__name__
+    monkeypatch.setattr(verb, "fit_explainer", fit)
+    (tmp_path / "options.yaml").write_text("preset: paper\nseeds: 1\nexplainer:\n  epochs: 7\n")
     named = [str(tmp_path / "options.yaml") if a == "CONFIG" else a for a in arguments]
-    assert main(["fit-explainer", "torchvision:resnet18", "photos", "--out", "x", *named]) == 0
-    assert given["preset"] == ("partlens" if not arguments else "paper")
-    config = given["config"]
-    assert isinstance(config, dict)
-    assert config["teachers"] == teachers
-    assert config.get("eta") == eta
+    assert main(["fit-explainer", "torchvision:resnet18", "photos", "--out", "x", "--category", "a", "b", *named]) == 0
+    assert given["preset"] == preset
+    assert given["config"] == changes
+    assert given["category"] == ["a", "b"]
+    assert given["seeds"] == (1 if "CONFIG" in arguments else 3)
+    assert given["keep_cache"] is False

@@ -12,9 +12,10 @@ import importlib
 import inspect
 import json
 import operator
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_origin, get_type_hints
 
 from partlens import __version__
@@ -32,11 +33,13 @@ class Command:
         function: ``module:name`` of the function; its module imports no tensor library when it is read.
         summary: one line for the overview.
         show: ``module:name`` of what prints the result for a person; without it the result is printed as it is.
+        settings: for a parameter that takes settings, ``module:name`` of their class; each field is an option.
     """
 
     function: str
     summary: str
     show: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 COMMANDS: dict[str, Command] = {
@@ -58,26 +61,31 @@ COMMANDS: dict[str, Command] = {
         "partlens.verbs.fit_explainer:fit_explainer",
         "learn an explainer of one layer of a model from a folder of photos",
         "partlens.verbs.printed:print_path",
+        {"config": "partlens.explainer.config:ExplainerConfig"},
     ),
     "evaluate": Command(
         "partlens.verbs.evaluate:evaluate",
         "measure a finished run on photos that were not used in the fit",
         "partlens.verbs.printed:print_scores",
+        {"occlusion": "partlens.attribution.receptive_pictures:OcclusionConfig"},
     ),
     "parts": Command(
         "partlens.verbs.parts:parts",
         "find the part of every filter of an explainer, what each part adds, and pictures to name it by",
         "partlens.verbs.printed:print_parts",
+        {"config": "partlens.object_parts.assignment:PartsConfig"},
     ),
     "select-features": Command(
         "partlens.verbs.select_features:select_features",
         "find the few filters that indicate each class, and what they respond to",
         "partlens.verbs.printed:print_path",
+        {"config": "partlens.selection.descriptors:DescriptorConfig"},
     ),
     "explain": Command(
         "partlens.verbs.explain:explain",
         "show for images what each part adds, which relevant filters decided, and where each of them acted",
         "partlens.verbs.printed:print_paths",
+        {"config": "partlens.attribution.explanation:ExplanationConfig"},
     ),
     "report": Command("partlens.verbs.runs:report", "write the page of a run"),
 }
@@ -86,14 +94,6 @@ COMMANDS: dict[str, Command] = {
 def _found(target: str) -> Any:
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-class _Annotation(NamedTuple):
-    """What the command line makes of one parameter: a kind, whether it repeats, or a class of settings."""
-
-    kind: Any
-    several: bool
-    settings: type | None
 
 
 def _pieces(text: str) -> list[str]:
@@ -107,46 +107,70 @@ def _pieces(text: str) -> list[str]:
     return [*found, text[start:].strip()]
 
 
-def _read(annotation: str, module: Mapping[str, Any]) -> _Annotation:
-    """Keep of an annotation what can be typed in a shell: words, numbers, choices, lists of words, settings."""
+def _kind(annotation: str, module: Mapping[str, Any]) -> tuple[Any, bool]:
+    """Keep of an annotation what can be typed in a shell, and tell whether several values are taken.
+
+    Annotations are read as text: to resolve them all would import the tensor library before it is needed.
+    """
     kinds: list[Any] = []
-    several, settings = False, None
+    several = False
     for piece in _pieces(annotation):
         if piece in _WORDS:
             kinds.append(_WORDS[piece])
         elif piece.startswith(_LISTS):
             several = True
-        elif isinstance(known := module.get(piece), type):
-            settings = known
-        elif get_origin(known) is Literal:
+        elif get_origin(known := module.get(piece)) is Literal:
             kinds.append(known)
         elif piece.startswith("Mapping["):
             kinds.append(dict[str, Any])
-    if settings is not None:
-        return _Annotation(None, several=False, settings=settings)
-    if several:
-        kinds = [list[str], *(kind for kind in kinds if kind is type(None))]
-    return _Annotation(functools.reduce(operator.or_, kinds) if kinds else str, several, None)
+    return str if several or not kinds else functools.reduce(operator.or_, kinds), several
 
 
-def _described(function: Any, section: str) -> dict[str, str]:
-    """Return the first sentence that a docstring says of each argument or attribute."""
-    from docstring_parser import parse
+def _described(documented: Any) -> dict[str, str]:
+    """Return what a docstring says of each argument or attribute, as plain text for the help."""
+    from docstring_parser import DocstringStyle, parse
 
-    texts = {p.arg_name: p.description or "" for p in parse(function.__doc__ or "").params if p.args[0] == section}
-    return {name: " ".join(text.split()).replace("``", "").replace("%", "%%") for name, text in texts.items()}
+    texts = {p.arg_name: p.description or "" for p in parse(documented.__doc__ or "", DocstringStyle.GOOGLE).params}
+    plain = {name: re.sub(r":\w+:`~?([\w.]*\.)?(\w+)`", r"\2", text) for name, text in texts.items()}
+    return {name: " ".join(text.replace("``", "").replace("%", "%%").split()) for name, text in plain.items()}
 
 
 def _group(settings: type) -> str:
     return settings.__name__.removesuffix("Config").lower()
 
 
-def _add_settings(parser: Any, settings: type) -> None:
-    """Add an option per field; what is not given stays the verb's choice."""
-    texts = _described(settings, "attribute")
+def _defaults(settings: Any, name: str) -> str:
+    """Say the default of a field, by preset where these differ."""
+    presets = getattr(settings, "PRESETS", ("",))
+    values = {preset: getattr(settings.preset(preset) if preset else settings(), name) for preset in presets}
+    first = next(iter(values.values()))
+    others = [f"{preset}: {value}" for preset, value in values.items() if value != first]
+    return f" (default: {'; '.join([str(first), *others])})"
+
+
+def _add_settings(parser: Any, settings: Any) -> None:
+    """Add an option per field; a field that is not given stays the verb's choice."""
+    group = parser.add_argument_group(f"{_group(settings)} options")
+    texts = _described(settings)
     for name, kind in get_type_hints(settings).items():
         if name in texts:
-            parser.add_argument(f"--{_group(settings)}.{name}", type=kind, default=argparse.SUPPRESS, help=texts[name])
+            help_text = texts[name] + _defaults(settings, name)
+            group.add_argument(f"--{_group(settings)}.{name}", type=kind, default=argparse.SUPPRESS, help=help_text)
+
+
+def _add_parameter(parser: Any, parameter: inspect.Parameter, module: Mapping[str, Any], text: str) -> None:
+    kind, several = _kind(str(parameter.annotation), module)
+    required = parameter.default is inspect.Parameter.empty
+    options: dict[str, Any] = {"help": text} | ({} if required else {"default": parameter.default})
+    if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+        many = ("+" if required else "*") if several else ("" if required else "?")
+        parser.add_argument(parameter.name, type=kind, **options, **({"nargs": many} if many else {}))
+        return
+    option = f"--{parameter.name.replace('_', '-')}"
+    if kind is bool and parameter.default is False:
+        parser.add_argument(option, action="store_true", help=text)
+    else:
+        parser.add_argument(option, type=kind, required=required, **options, **({"nargs": "+"} if several else {}))
 
 
 class _Plan(NamedTuple):
@@ -154,8 +178,6 @@ class _Plan(NamedTuple):
     function: Callable[..., Any]
     parameters: Mapping[str, inspect.Parameter]
     settings: Mapping[str, type]
-    progress: bool
-    annotations: Mapping[str, _Annotation]
 
 
 def _plan(program: str, name: str, command: Command) -> _Plan:
@@ -163,72 +185,43 @@ def _plan(program: str, name: str, command: Command) -> _Plan:
     from jsonargparse import ArgumentParser
 
     function = _found(command.function)
-    module = vars(sys.modules[function.__module__])
-    parser = ArgumentParser(prog=f"{program} {name}", description=command.summary, exit_on_error=True)
-    texts = _described(function, "param")
     parameters = dict(inspect.signature(function).parameters)
-    progress = parameters.pop("progress", None) is not None
-    settings: dict[str, type] = {}
-    annotations = {p: _read(str(parameter.annotation), module) for p, parameter in parameters.items()}
+    shown = [p for p in parameters.values() if p.name != "progress" and p.name not in command.settings]
+    words = [p.name.upper() for p in shown if p.kind is not inspect.Parameter.KEYWORD_ONLY and p.default is p.empty]
+    needed = [f"--{p.name} {p.name.upper()}" for p in shown if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    usage = " ".join([program, name, *words, *needed, "[options]"])
+    parser = ArgumentParser(prog=f"{program} {name}", usage=usage, description=command.summary, print_config=None)
+    texts = _described(function)
     parser.add_argument("--config", action="config", help="YAML file with any of the options")
-    for parameter in parameters.values():
-        kind, several, of_settings = annotations[parameter.name]
-        text = texts.get(parameter.name, "")
-        if of_settings is not None:
-            settings[parameter.name] = of_settings
-            _add_settings(parser, of_settings)
-            continue
-        required = parameter.default is inspect.Parameter.empty
-        default = None if required else parameter.default
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            many = ("+" if required else "*") if several else (None if required else "?")
-            extra = {} if many is None else {"nargs": many}
-            word = str if several else kind
-            parser.add_argument(
-                parameter.name, type=word, help=text, **extra, **({} if required else {"default": default})
-            )
-        else:
-            option = f"--{parameter.name.replace('_', '-')}"
-            if kind is bool and default is False:
-                parser.add_argument(option, action="store_true", help=text)
-            elif several:
-                parser.add_argument(option, type=kind, nargs="+", default=default, help=text, required=required)
-            else:
-                parser.add_argument(option, type=kind, default=default, help=text, required=required)
+    for parameter in shown:
+        _add_parameter(parser, parameter, vars(sys.modules[function.__module__]), texts.get(parameter.name, ""))
     if command.show is not None:
         parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return _Plan(parser, function, parameters, settings, progress, annotations)
-
-
-def _plain(value: Any) -> Any:
-    """Turn what a verb returned into what JSON can hold."""
-    from partlens.records import plain
-
-    return plain(value)
+    settings = {parameter: _found(target) for parameter, target in command.settings.items()}
+    for kind in settings.values():
+        _add_settings(parser, kind)
+    return _Plan(parser, function, parameters, settings)
 
 
 def _call(program: str, name: str, command: Command, arguments: Sequence[str]) -> None:
     """Parse the options, call the verb, print its result."""
     plan = _plan(program, name, command)
     options = plan.parser.parse_args(list(arguments))
-    given = {n: getattr(options, n.replace("-", "_")) for n in plan.parameters if n not in plan.settings}
+    given = {n: getattr(options, n) for n in plan.parameters if n != "progress" and n not in plan.settings}
     for parameter, settings in plan.settings.items():
         changed = vars(options).get(_group(settings))
         given[parameter] = {} if changed is None else dict(vars(changed))
-    if plan.progress:
+    if "progress" in plan.parameters:
         from partlens.progress import Progress
 
         given["progress"] = Progress.terminal()
-    positional = [
-        given.pop(n)
-        for n, p in plan.parameters.items()
-        if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and n in given
-    ]
-    result = plan.function(*positional, **given)
+    result = plan.function(**given)
     if command.show is None:
         sys.stdout.write(f"{result}\n")
     elif options.json:
-        sys.stdout.write(json.dumps(_plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        from partlens.records import plain
+
+        sys.stdout.write(json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     else:
         _found(command.show)(result)
 

@@ -55,8 +55,8 @@ def evaluate(
         seed: of the nulls and the bootstrap intervals.
         gallery: ``quick`` or ``full`` pictures of filters (`partlens.evaluation.gallery.write_gallery`), or ``none``.
         fields: what filters read: found by ``occlusion``, or ``analytic``, the round field in theory.
-        occlusion: fields of :class:`~partlens.attribution.receptive_pictures.OcclusionConfig` to change in the
-        gallery's.
+        occlusion: how photos are covered to find what filters read; fields to change in
+            :class:`~partlens.attribution.receptive_pictures.OcclusionConfig`.
         progress: how to show progress; silent when left out.
 
     Returns:
