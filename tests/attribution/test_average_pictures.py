@@ -13,7 +13,6 @@ from partlens.attribution.average_pictures import STRIP_PHOTOS, average_pictures
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.receptive_field import receptive_field
 from partlens.network.stream import stream
 from partlens.network.zoo import Performer, weights_sha256
 
@@ -83,7 +82,7 @@ def test_T23_the_peak_is_the_middle_of_the_crop_and_the_crop_is_the_receptive_fi
     images = ImageSet.from_arrays(photo)
     peaks, cells = responses(performer, images, "relu2")
     (picture,) = average_pictures(performer, images, [("relu2", 0)], peaks, cells)
-    size = receptive_field(performer, "relu2").size_px
+    size = performer.field("relu2").size_px
     assert picture.average.shape[:2] == size == (7, 7)
     assert picture.receptive_field_px == size
     brightest = np.unravel_index(picture.average.sum(axis=2).argmax(), size)

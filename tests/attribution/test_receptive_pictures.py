@@ -22,6 +22,7 @@ from partlens.attribution.receptive_pictures import (
     round_fields,
 )
 from partlens.errors import InputError
+from partlens.network.graph import trace
 from partlens.network.receptive_field import receptive_field
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer, weights_sha256
@@ -64,7 +65,7 @@ def centroid(field: Tensor) -> tuple[float, float]:
 
 def test_a_filter_that_reads_one_pixel_has_its_field_there() -> None:
     network = looking_at(OFFSETS)
-    field = receptive_field(network, "3", (SIDE, SIDE))
+    field = receptive_field(trace(network), "3", (SIDE, SIDE))
     assert field.size_px == (9, 9)
     found = occlusion_receptive_fields(network, dotted([(14, 15), (18, 13)]), field, config=EXACT)
     for k, offset in enumerate(OFFSETS):
@@ -81,7 +82,7 @@ def test_alignment_on_the_covered_photo_loses_the_place() -> None:
     network = looking_at(((0, 0),))
     images = dotted([(14, 15), (18, 13)])
     images[:, 0, 3, 3] = 0.9  # where the peak goes when the bright pixel is covered
-    field = receptive_field(network, "3", (SIDE, SIDE))
+    field = receptive_field(trace(network), "3", (SIDE, SIDE))
     config = OcclusionConfig(**{**EXACT.__dict__, "align": "occluded"})
     assert max(map(abs, centroid(occlusion_receptive_fields(network, images, field, config=config).fields[0]))) > 8
     here = occlusion_receptive_fields(network, images, field, config=EXACT).fields[0]
@@ -94,7 +95,7 @@ def test_wider_filters_have_wider_fields(generator: torch.Generator) -> None:
         network.weight.zero_()
         for k, half in enumerate((1, 3, 7)):
             network.weight[k, 0, 7 - half : 8 + half, 7 - half : 8 + half] = 1 / (2 * half + 1) ** 2
-    field = receptive_field(nn.Sequential(network), "0", (SIDE, SIDE))
+    field = receptive_field(trace(nn.Sequential(network)), "0", (SIDE, SIDE))
     images = torch.zeros(1, 1, SIDE, SIDE)
     images[0, 0, 12:20, 12:20] = 1 + torch.rand(8, 8, generator=generator)
     config = OcclusionConfig(occluder_px=3, stride_px=1, strongest=60, images=1, smoothing_px=0)
@@ -127,7 +128,7 @@ def test_batches_and_other_filters_change_nothing_and_the_network_is_borrowed(
     for parameter in tiny.module.parameters():
         parameter.grad = torch.ones_like(parameter)
     state = torch.get_rng_state()
-    field = receptive_field(tiny, "relu2")
+    field = tiny.field("relu2")
     config = OcclusionConfig(images=3).scaled((32, 32))
 
     def map_of(images: Tensor) -> Tensor:
@@ -160,7 +161,9 @@ def test_batches_and_other_filters_change_nothing_and_the_network_is_borrowed(
 def test_photos_that_no_filter_uses_are_not_covered() -> None:
     network = looking_at(((0, 0),))
     images = dotted([(14, 15), (18, 13), (8, 9)]) * torch.tensor([1.0, 3.0, 2.0])[:, None, None, None]
-    found = occlusion_receptive_fields(network, images, receptive_field(network, "3", (SIDE, SIDE)), config=EXACT)
+    found = occlusion_receptive_fields(
+        network, images, receptive_field(trace(network), "3", (SIDE, SIDE)), config=EXACT
+    )
     assert found.images.tolist() == [[1, 2]]
     assert float(found.fields[0].max()) == 25 * (3 + 2)  # each photo's own drops, at the peak
     assert centroid(found.fields[0]) == pytest.approx((0, 0), abs=1e-6)
@@ -172,13 +175,17 @@ def test_a_dead_filter_has_an_empty_field_and_no_size() -> None:
     with torch.no_grad():
         network[0].weight[1] = 0
     found = occlusion_receptive_fields(
-        network, dotted([(14, 15)]), receptive_field(network, "3", (SIDE, SIDE)), config=EXACT
+        network, dotted([(14, 15)]), receptive_field(trace(network), "3", (SIDE, SIDE)), config=EXACT
     )
     assert float(found.fields[1].abs().max()) == 0
     assert math.isnan(float(found.effective_px[1]))
     assert not math.isnan(float(found.effective_px[0]))
     shown = regions(
-        torch.ones(1, 32, 32), found.fields, torch.tensor([1]), torch.ones(1), receptive_field(network, "3", (32, 32))
+        torch.ones(1, 32, 32),
+        found.fields,
+        torch.tensor([1]),
+        torch.ones(1),
+        receptive_field(trace(network), "3", (32, 32)),
     )
     assert not shown.any()
 
@@ -202,7 +209,7 @@ def test_one_place_gives_the_smallest_size_that_can_be_told() -> None:
 
 
 def test_round_fields_overlap_to_discs_around_active_cells() -> None:
-    field = receptive_field(nn.Sequential(nn.Conv2d(3, 1, 8, stride=8)), "0", (64, 64))
+    field = receptive_field(trace(nn.Sequential(nn.Conv2d(3, 1, 8, stride=8))), "0", (64, 64))
     discs = round_fields((64, 64), torch.tensor([10.0, 20.0]))
     assert float(discs[1].sum()) == pytest.approx(math.pi * 100, rel=0.02)
     maps = torch.zeros(1, 8, 8)
@@ -232,7 +239,7 @@ def test_settings_are_checked(values: dict[str, object], words: str) -> None:
 
 def test_inputs_are_checked() -> None:
     network = looking_at(((0, 0),))
-    field = receptive_field(network, "3", (SIDE, SIDE))
+    field = receptive_field(trace(network), "3", (SIDE, SIDE))
     images = dotted([(14, 15)])
     with pytest.raises(InputError, match="at least one image"):
         occlusion_receptive_fields(network, images[:0], field)

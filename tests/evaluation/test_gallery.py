@@ -20,7 +20,7 @@ from partlens.evaluation.places import filter_table, landmarks_in_input, photo_n
 from partlens.explainer.assembly import build_explainer, explainer_structure, performer_head
 from partlens.explainer.config import ExplainerConfig
 from partlens.metrics.localisation import peaks_from_cells
-from partlens.network.receptive_field import grid_of, receptive_field
+from partlens.network.receptive_field import grid_of
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer, weights_sha256
 
@@ -35,7 +35,7 @@ def made(tiny: Performer, few_flowers: ImageSet) -> dict[str, Any]:
     tapped = forward_taps(tiny, batch, ["relu2"])[1]["relu2"]
     explainer.start_norms(tapped)
     explainer.eval()
-    field = receptive_field(tiny, "relu2")
+    field = tiny.field("relu2")
     names, landmarks = landmarks_in_input(few_flowers, rows, tiny)
     numbers = photo_numbers(few_flowers, rows)
     layers = {}

@@ -17,7 +17,7 @@ from partlens.errors import ImageError
 from partlens.evaluation.part_regions import PartRegions, RegionPass, _strangers
 from partlens.evaluation.scoring import Categories
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.receptive_field import ReceptiveField, receptive_field
+from partlens.network.receptive_field import ReceptiveField
 from partlens.network.zoo import Performer
 from partlens.page.evaluation_data import RegionScore
 from partlens.page.reading import Measure
@@ -156,7 +156,7 @@ def test_an_evaluation_has_it_where_parts_have_regions(tiny: Performer, few_flow
     found = evaluate(run, few_flowers, model=tiny, gallery="none")["part_interpretability"]
     assert found["regions"] == "masks"
     assert set(found["photos"]) == set(few_flowers.part_truth.landmarks)
-    tap = receptive_field(tiny, str(tiny.default_tap))
+    tap = tiny.field(str(tiny.default_tap))
     radii = found["round"]["radius_px"]
     assert radii["tap"] == pytest.approx((tap.size_px[0] * tap.size_px[1]) ** 0.5 / 2, abs=0.06)
     assert radii["explainer"] == pytest.approx(radii["tap"] + 2 * tap.stride_px[0], abs=0.06)

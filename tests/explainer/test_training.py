@@ -19,7 +19,6 @@ from partlens.explainer.terms import Objective
 from partlens.explainer.training import CHECKPOINT_STATE, decoder_rate, train_explainer
 from partlens.explainer.training_maps import TrainingMaps
 from partlens.explainer.views import view_windows, viewed_images
-from partlens.network.surgery import cut
 from partlens.network.zoo import Performer
 from partlens.records import read_json, read_tensors, write_tensors
 
@@ -40,7 +39,7 @@ SMALL: dict[str, Any] = {
 def maps(tiny: Performer) -> TrainingMaps:
     generator = torch.Generator().manual_seed(5)
     tap = torch.rand(20 * 3 + 6, 12, 8, 8, generator=generator)
-    targets = cut(tiny, "relu2", ["relu3", "relu4"])(tap)
+    targets = tiny.graph.cut("relu2", ["relu3", "relu4"])(tap)
     windows = view_windows(20, 3, 0.5, generator)
     arrays = tuple(t.detach().numpy().astype(np.float16) for t in targets)
     return TrainingMaps(tap.numpy().astype(np.float16), arrays, windows, np.arange(60, 66))

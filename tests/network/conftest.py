@@ -8,8 +8,6 @@ import torch
 import torchvision
 from torch import nn
 
-from partlens_papers.networks.paper_networks import PaperNet
-
 SHARED = Path(__file__).parents[3] / "shared"
 
 
@@ -20,11 +18,8 @@ def network() -> Callable[[str], nn.Module]:
     def make(name: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            if name == "paper-alexnet":
-                module: nn.Module = PaperNet("alexnet-caffe", num_classes=5, input_px=96, hidden=16)
-            else:
-                extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
-                module = torchvision.models.get_model(name, weights=None, num_classes=7, **extra)
+            extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+            module = torchvision.models.get_model(name, weights=None, num_classes=7, **extra)
             for child in module.modules():
                 if isinstance(child, nn.BatchNorm2d):
                     child.running_mean.normal_(0, 0.1)

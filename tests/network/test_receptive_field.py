@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from partlens.errors import InputError, LayerError
+from partlens.network.graph import trace
 from partlens.network.receptive_field import (
     ReceptiveField,
     cell_box_px,
@@ -16,7 +17,6 @@ from partlens.network.receptive_field import (
     px_to_cell,
     receptive_field,
 )
-from partlens_papers.networks.paper_networks import PaperNet
 
 
 def positive(module: nn.Module) -> nn.Module:
@@ -72,7 +72,7 @@ def test_fields_are_the_pixels_that_change_a_cell(stack: list, ceil: bool, data:
     except RuntimeError:
         return
     cell = (data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, cols - 1)))
-    field = receptive_field(module, str(len(parts) - 1), size)
+    field = receptive_field(trace(module), str(len(parts) - 1), size)
     found = brute_force(module, cell, size)
     x0, y0, x1, y1 = cell_box_px(field, cell, clip=False).astype(int).tolist()
     for first, last, low, high, length in (
@@ -101,19 +101,11 @@ class Joined(nn.Module):
 @pytest.mark.parametrize("cell", [(0, 0), (1, 2), (3, 1)])
 def test_functions_joins_and_uneven_padding(cell: tuple[int, int]) -> None:
     module, size = positive(Joined()), (14, 13)
-    assert brute_force(module, cell, size) == expected_box(receptive_field(module, "output", size), cell, size)
-
-
-@pytest.mark.parametrize(("net", "first", "stride"), [("alexnet-caffe", 18, 16), ("vgg-m", 18, 16), ("vgg-s", 21, 12)])
-def test_the_papers_grid_of_cell_centres(net: str, first: int, stride: int) -> None:
-    module = PaperNet(net, hidden=2)
-    field = receptive_field(module, "relu4", (module.input_px, module.input_px))
-    one_based = cell_centre_px(field, [[0, 0], [1, 3]]) + 0.5
-    assert one_based.tolist() == [[first, first], [first + 3 * stride, first + stride]]
+    assert brute_force(module, cell, size) == expected_box(receptive_field(trace(module), "output", size), cell, size)
 
 
 def test_the_papers_grid_of_vgg16(network) -> None:
-    field = receptive_field(network("vgg16"), "features.29", (224, 224))
+    field = receptive_field(trace(network("vgg16")), "features.29", (224, 224))
     assert (cell_centre_px(field, [[0, 0], [2, 1]]) + 0.5).tolist() == [[8.5, 8.5], [24.5, 40.5]]
     assert field.size_px == (196, 196)  # published size of the field of VGG-16's conv5_3
 
@@ -121,14 +113,14 @@ def test_the_papers_grid_of_vgg16(network) -> None:
 def test_resnet50_by_hand(network) -> None:
     # 7/2 and 3/2, then 3x3 windows: 3 at 4 px, one of stride 2 and 3, 5, 2 at 8, 16 and 32 px.
     size = 1 + 6 + 2 * 2 + 3 * 2 * 4 + (2 * 4 + 3 * 2 * 8) + (2 * 8 + 5 * 2 * 16) + (2 * 16 + 2 * 2 * 32)
-    field = receptive_field(network("resnet50"), "layer4", (224, 224))
+    field = receptive_field(trace(network("resnet50")), "layer4", (224, 224))
     assert (field.size_px, field.stride_px) == ((size, size), (32, 32))
 
 
 def test_layers_that_see_everything() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     for tap in ("1", "3"):
-        field = receptive_field(module, tap, (9, 7))
+        field = receptive_field(trace(module), tap, (9, 7))
         assert (field.stride_px, field.size_px, field.start_px) == ((0, 0), (9, 7), (0, 0))
     with pytest.raises(InputError, match="whole image"):
         px_to_cell(field, [1, 1])
@@ -136,24 +128,24 @@ def test_layers_that_see_everything() -> None:
 
 def test_adaptive_pooling_that_divides_is_pooling() -> None:
     module = nn.Sequential(nn.Conv2d(1, 1, 1), nn.AdaptiveAvgPool2d((4, 3)))
-    assert receptive_field(module, "1", (8, 9)).stride_px == (2, 3)
-    assert receptive_field(module, "1", (4, 3)).size_px == (1, 1)
-    assert receptive_field(module, "1", (9, 9)).size_px == (9, 9)
+    assert receptive_field(trace(module), "1", (8, 9)).stride_px == (2, 3)
+    assert receptive_field(trace(module), "1", (4, 3)).size_px == (1, 1)
+    assert receptive_field(trace(module), "1", (9, 9)).size_px == (9, 9)
 
 
 def test_gates_keep_the_local_path(network) -> None:
-    gated = receptive_field(network("mobilenet_v3_small"), "features.4", (96, 96))
+    gated = receptive_field(trace(network("mobilenet_v3_small")), "features.4", (96, 96))
     assert gated.gated
     assert gated.stride_px == (16, 16)
-    assert not receptive_field(network("resnet18"), "layer4", (96, 96)).gated
+    assert not receptive_field(trace(network("resnet18")), "layer4", (96, 96)).gated
 
 
 @pytest.mark.parametrize("module", [nn.Upsample(scale_factor=2), nn.ConvTranspose2d(4, 4, 2, 2), nn.PixelShuffle(2)])
 def test_unknown_operations_are_named(module: nn.Module) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), module)
     with pytest.raises(LayerError, match=type(module).__name__):
-        receptive_field(network, "1", (8, 8))
-    assert receptive_field(network, "0", (8, 8)).size_px == (3, 3)
+        receptive_field(trace(network), "1", (8, 8))
+    assert receptive_field(trace(network), "0", (8, 8)).size_px == (3, 3)
 
 
 def test_strides_that_do_not_match_are_refused() -> None:
@@ -166,7 +158,7 @@ def test_strides_that_do_not_match_are_refused() -> None:
             return self.a(x) + self.b(x)
 
     with pytest.raises(LayerError, match="strides"):
-        receptive_field(Crooked(), "output", (8, 8))
+        receptive_field(trace(Crooked()), "output", (8, 8))
 
 
 def test_cells_and_points_there_and_back() -> None:

@@ -9,12 +9,19 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from partlens.errors import InputError, InputTypeError, LayerError
+from partlens.network.borrowed import borrowed
+from partlens.network.graph import trace
+from partlens.network.layers import default_targets, list_layers
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import receptive_field
-from partlens.network.surgery import cut, cut_points, default_targets
-from partlens.network.taps import borrowed, check_tap, default_tap, forward_taps, list_layers, read_taps
+from partlens.network.taps import forward_taps, read_taps
 from partlens.network.zoo import Performer, weights_sha256
-from partlens_papers.networks.paper_networks import PaperNet
+
+
+def of(module: nn.Module, size: tuple[int, int]) -> Performer:
+    """A performer with an input of this size."""
+    return Performer(module, "x", Preprocessing(size_px=size), "")
+
 
 NETWORKS = {
     "resnet18": "layer3",
@@ -23,7 +30,6 @@ NETWORKS = {
     "squeezenet1_1": "features.11",
     "mobilenet_v3_small": "features.8",
     "densenet121": "features.transition2",
-    "paper-alexnet": "relu4",
 }
 HOOKS = (
     "_forward_hooks",
@@ -82,19 +88,19 @@ def test_every_public_function_leaves_no_trace(network, name: str) -> None:
     forward_taps(module, image, [tap])
     assert state(module) == before
     for use in (
-        lambda: cut_points(module),
-        lambda: cut(module, tap, ["output"]),
-        lambda: default_targets(module, tap, (96, 96)),
-        lambda: list_layers(module, (96, 96)),
-        lambda: receptive_field(module, tap, (96, 96)),
+        lambda: trace(module).cut_points(),
+        lambda: trace(module).cut(tap, ["output"]),
+        lambda: default_targets(trace(module), tap, (96, 96)),
+        lambda: of(module, (96, 96)).layers,
+        lambda: receptive_field(trace(module), tap, (96, 96)),
     ):
         use()
         assert state(module) == before
     for fail in (
         lambda: forward_taps(module, torch.full((1, 3, 96, 96), float("nan")), [tap]),
         lambda: forward_taps(module, image, [tap, "nowhere"]),
-        lambda: list_layers(module, (0, 0)),
-        lambda: cut(module, tap, ["nowhere"]),
+        lambda: list_layers(module, None, (0, 0)),
+        lambda: trace(module).cut(tap, ["nowhere"]),
     ):
         with pytest.raises(InputError):
             fail()
@@ -266,69 +272,6 @@ def test_wrong_batches() -> None:
         forward_taps(module, torch.rand(3, 6, 6), ["0"])
     with pytest.raises(InputTypeError, match="list"):
         forward_taps(module, [1], ["0"])
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "tap"),
-    [
-        ("resnet18", 224, "layer3"),
-        ("vgg16", 224, "features.27"),
-        ("alexnet", 224, "features.9"),
-        ("squeezenet1_1", 224, "features.11"),
-        ("paper-alexnet", 96, "relu4"),
-        ("googlenet", 224, "inception4e"),
-    ],
-)
-def test_default_taps(network, name: str, size: int, tap: str) -> None:
-    module = network(name)
-    assert default_tap(module, (size, size)) == tap
-    layers = list_layers(module, (size, size))
-    assert [layer.name for layer in layers if layer.is_default] == [tap]
-
-
-def test_a_performers_own_default_wins() -> None:
-    module = PaperNet("vgg-m", input_px=96, hidden=4)
-    performer = Performer(module, "x", Preprocessing(size_px=(96, 96)), "", default_tap="relu3")
-    assert default_tap(performer) == "relu3"
-    assert default_tap(module, (96, 96)) == "relu4"
-
-
-def test_layers_are_listed_in_order_with_their_sizes(network) -> None:
-    layers = list_layers(network("resnet18"), (64, 64))
-    by_name = {layer.name: layer for layer in layers}
-    assert [layer.name for layer in layers[:3]] == ["conv1", "bn1", "relu"]
-    assert (by_name["conv1"].shape, by_name["conv1"].stride_px, by_name["conv1"].kind) == (
-        (64, 32, 32),
-        (2, 2),
-        "Conv2d",
-    )
-    assert by_name["maxpool"].receptive_field_px == (11, 11)
-    assert "layer1.0.relu_1" in by_name
-    assert "fc" not in by_name
-
-
-def test_layers_of_a_network_that_cannot_be_traced() -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x):
-            return self.conv(x) if x.sum() > -1 else x
-
-    (layer,) = list_layers(Branching(), (8, 8))
-    assert (layer.shape, layer.stride_px, layer.is_default) == ((4, 6, 6), None, False)
-
-
-def test_maps_of_one_cell_are_refused(network) -> None:
-    module = network("resnet18")
-    with pytest.raises(LayerError, match=r"1x1 maps.*layer"):
-        check_tap(module, "avgpool", (64, 64))
-    with pytest.raises(LayerError, match="another output"):
-        check_tap(module, "fc", (64, 64))
-    with pytest.raises(LayerError, match="Nearest: layer3"):
-        check_tap(module, "layr3", (64, 64))
-    assert check_tap(module, "layer3", (64, 64)).shape == (256, 4, 4)
 
 
 def test_outputs_can_be_reduced_while_they_are_there() -> None:

@@ -21,7 +21,6 @@ from partlens.network.preprocessing import Preprocessing
 from partlens.network.weights import with_outputs
 from partlens.network.zoo import Performer, load_performer, weights_sha256
 from partlens.records import write_tensors
-from partlens_papers.networks.paper_networks import PaperNet
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -119,7 +118,7 @@ def test_no_network_is_a_weights_error_with_the_remedy(monkeypatch) -> None:
         ("torchvision:resnet18@IMAGENET1K_V9", "IMAGENET1K_V1"),
         ("torchvision:resnet18@random:x", "random:0"),
         ("timm:resnet19_nonsense", "Nearest"),
-        ("partlens:vgg-x@random:0", "vgg-"),
+        ("partlens:flower-x@random:0", "partlens:flower-demo"),
         ("resnet18", "torchvision:resnet18"),
         ("no.such.package:thing", "PYTHONPATH"),
     ],
@@ -131,7 +130,7 @@ def test_unknown_names_say_what_exists(spec: str, text: str) -> None:
 
 def test_own_networks_need_weights() -> None:
     with pytest.raises(WeightsError, match="@random:0 for random weights"):
-        load_performer("partlens_papers.performers:vgg_m")
+        load_performer("partlens:flower-demo")
 
 
 def test_timm_preprocessing_comes_from_its_configuration() -> None:
@@ -185,63 +184,6 @@ def test_compiled_networks_are_refused_with_the_remedy() -> None:
         load_performer(torch.compile(module))
     with pytest.raises(InputTypeError, match=r"torch\.nn\.Module"):
         load_performer(7)
-
-
-@pytest.mark.parametrize(
-    ("net", "relu4", "pool5"),
-    [
-        ("alexnet-caffe", (384, 13, 13), (256, 6, 6)),
-        ("vgg-m", (512, 13, 13), (512, 6, 6)),
-        ("vgg-s", (512, 17, 17), (512, 6, 6)),
-        ("vgg-f", (256, 13, 13), (256, 6, 6)),
-    ],
-)
-def test_the_papers_networks_have_the_papers_sizes(net: str, relu4: tuple, pool5: tuple) -> None:
-    module = PaperNet(net, hidden=4)
-    seen = {}
-    for name, layer in module.named_children():
-        layer.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: tuple(out.shape[1:])}))
-    with torch.no_grad():
-        module(torch.zeros(1, 3, module.input_px, module.input_px))
-    assert seen["relu4"] == relu4
-    assert seen["pool5"] == pool5
-    assert list(seen)[-7:] == ["fc6", "relu6", "drop6", "fc7", "relu7", "drop7", "fc8"]
-
-
-def test_local_response_norm_is_caffes() -> None:
-    norm = PaperNet("alexnet-caffe", input_px=96, hidden=2).norm1
-    x = torch.full((1, 96, 1, 1), 100.0)
-    scale = 1 + 1e-4 / 5 * 5 * 100.0**2  # five neighbours inside the map: (alpha / n) sum of squares
-    assert float(norm(x)[0, 50, 0, 0]) == pytest.approx(100 / scale**0.75)
-
-
-def test_caffe_alexnet_without_its_head(tmp_path) -> None:
-    module = PaperNet("alexnet-caffe", hidden=2)
-    convs = {n: v for n, v in module.state_dict().items() if n.startswith("conv")}
-    save_file(convs, tmp_path / "convs.safetensors", metadata={"input": "BGR, 0-255, mean 104 117 123, std 1"})
-    performer = load_performer(f"partlens_papers.performers:alexnet_caffe@{tmp_path}/convs.safetensors")
-    assert "fc6, fc7 and fc8 are absent" in performer.notes[0]
-    assert torch.equal(performer.module.conv5.weight, module.conv5.weight)
-    assert performer.preprocessing.channel_order == "BGR"
-    again = load_performer(f"partlens_papers.performers:alexnet_caffe@{tmp_path}/convs.safetensors")
-    assert again.weights_sha256 == performer.weights_sha256
-    del convs["conv5.bias"]
-    save_file(convs, tmp_path / "less.safetensors")
-    with pytest.raises(WeightsError, match=r"conv5\.bias"):
-        load_performer(f"partlens_papers.performers:alexnet_caffe@{tmp_path}/less.safetensors")
-
-
-def test_narrow_networks_of_the_papers_and_their_classes_come_from_the_file(tmp_path) -> None:
-    module = PaperNet("vgg-f", num_classes=2, input_px=67, hidden=6).eval()
-    header = Preprocessing(size_px=(67, 67), resize="squash").to_metadata() | {"class_names": '["fox", "cat"]'}
-    save_file(module.state_dict(), tmp_path / "w.safetensors", metadata=header)
-    performer = load_performer(f"partlens_papers.performers:vgg_f@{tmp_path}/w.safetensors")
-    assert performer.class_names == ("fox", "cat")
-    assert performer.weights_sha256 == weights_sha256(module)
-    assert performer.untrained_layers == ()
-    save_file(module.state_dict(), tmp_path / "x.safetensors", metadata=header | {"class_names": '["fox"]'})
-    with pytest.raises(WeightsError, match="2 class names"):
-        load_performer(f"partlens_papers.performers:vgg_f@{tmp_path}/x.safetensors")
 
 
 def test_a_new_last_layer_keeps_type_and_shape() -> None:

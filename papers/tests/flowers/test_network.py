@@ -14,9 +14,14 @@ from partlens.errors import ImageError, InputError, InputTypeError, WeightsError
 from partlens.network.fitting import frames, right_answers, save_classifier, train_classifier
 from partlens.network.flower_network import flower_network, flower_preprocessing
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.taps import list_layers
-from partlens.network.zoo import load_performer, weights_sha256
+from partlens.network.zoo import Performer, load_performer, weights_sha256
 from partlens_papers.flowers.network import benchmark_network, without_norms
+
+
+def of(module: nn.Module, size: tuple[int, int]) -> Performer:
+    """A performer with an input of this size."""
+    return Performer(module, "x", Preprocessing(size_px=size), "")
+
 
 SMALL = Preprocessing(size_px=(8, 8), resize="squash", channel_order="BGR", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -92,7 +97,7 @@ def test_melting_norms_keeps_the_outputs() -> None:
 
 
 def test_the_benchmark_network_is_of_the_papers_size() -> None:
-    layers = {layer.name: layer for layer in list_layers(benchmark_network(12), (112, 112))}
+    layers = {layer.name: layer for layer in of(benchmark_network(12), (112, 112)).layers}
     assert layers["relu1"].shape == (32, 56, 56)
     assert layers["relu3"].shape == (64, 14, 14)
     network = benchmark_network(12)

@@ -10,12 +10,18 @@ import torchvision
 from torch import nn
 
 from partlens.errors import InputTypeError
+from partlens.network.graph import trace
+from partlens.network.layers import default_targets
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.surgery import default_targets
-from partlens.network.taps import default_tap, list_layers
 from partlens.network.zoo import Performer
 from partlens_papers.networks.paper_networks import PaperNet
 from partlens_papers.networks.settings import known_networks, paper_setting
+
+
+def of(module: nn.Module, size: tuple[int, int]) -> Performer:
+    """A performer with an input of this size."""
+    return Performer(module, "x", Preprocessing(size_px=size), "")
+
 
 PLAIN = ("alexnet-caffe", "vgg-m", "vgg-s", "vgg16")
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -169,12 +175,12 @@ def test_names() -> None:
 def test_the_papers_layers_are_our_defaults_on_plain_networks(name: str, side: int) -> None:
     module = PaperNet(name, num_classes=2, input_px=side, hidden=8).eval()
     setting = paper_setting(module)
-    assert default_tap(module, (side, side)) == setting.tap
-    assert default_targets(module, setting.tap, (side, side)) == setting.targets
+    assert of(module, (side, side)).tap == setting.tap
+    assert default_targets(trace(module), setting.tap, (side, side)) == setting.targets
 
 
 def test_the_targets_are_our_defaults_on_resnets_and_their_taps_are_listed() -> None:
     module = torchvision.models.resnet34(weights=None).eval()
     setting = paper_setting(module)
-    assert default_targets(module, setting.tap, (64, 64)) == setting.targets
-    assert {setting.tap, *setting.targets} <= {layer.name for layer in list_layers(module, (64, 64))}
+    assert default_targets(trace(module), setting.tap, (64, 64)) == setting.targets
+    assert {setting.tap, *setting.targets} <= {layer.name for layer in of(module, (64, 64)).layers}

@@ -21,7 +21,6 @@ from PIL import Image
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, expected
 from partlens.network.receptive_field import ReceptiveField, cell_centre_px, receptive_fields
-from partlens.network.tracing import trace
 from partlens.network.zoo import Performer
 
 FloatArray = npt.NDArray[np.float32]
@@ -106,7 +105,7 @@ def crop_of(
         largest_frac: longest crop as a share of the input's sides; 1 keeps every field that fits into the input.
     """
     size = performer.preprocessing.size_px
-    fields = receptive_fields(trace(performer.module), tuple(dict.fromkeys(layers)), size)
+    fields = receptive_fields(performer.graph, tuple(dict.fromkeys(layers)), size)
     found: dict[str, tuple[Crop, ReceptiveField | None]] = {}
     for layer in layers:
         field = fields.get(layer)

@@ -22,7 +22,7 @@ from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import TRACK_REACH_CELLS, Explainer
 from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1, category_error_increase
 from partlens.metrics.localisation import Peaks, null_peaks, peaks_from_cells
-from partlens.network.receptive_field import ReceptiveField, grid_of, receptive_field, widened
+from partlens.network.receptive_field import ReceptiveField, grid_of, widened
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
 
@@ -273,9 +273,9 @@ def evaluate_explainer(
     size = performer.preprocessing.size_px
     landmark_names, landmarks = landmarks_in_input(images, rows.held, performer)
     photos = photo_numbers(images, rows.held)
-    tap_field = receptive_field(performer, structure.tap)
+    tap_field = performer.field(structure.tap)
     # Convolutions with padding 1 and stride 1 leave the grid of cell centres as it is.
-    fields = {"explainer": tap_field, structure.tap: tap_field, top: receptive_field(performer, top)}
+    fields = {"explainer": tap_field, structure.tap: tap_field, top: performer.field(top)}
     peaks = {name: stage.layers[name].peaks(fields[name]) for name in names}
     assigned = (
         {}

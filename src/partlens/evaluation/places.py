@@ -19,7 +19,6 @@ from partlens.metrics.localisation import (
     instability_per_filter,
     spread_per_filter,
 )
-from partlens.network.taps import list_layers
 from partlens.network.zoo import Performer
 
 
@@ -29,7 +28,7 @@ def top_layer(performer: Performer) -> str:
     Location instability of the papers' performers is that of the top convolution; for a residual network it is the
     output of the last block.
     """
-    spatial = [layer for layer in list_layers(performer) if min(layer.shape[1:]) > 1]
+    spatial = [layer for layer in performer.layers if layer.has_places]
     blocks = [layer.name for layer in spatial if "pool" not in layer.kind.lower()]
     return blocks[-1] if blocks else spatial[-1].name
 

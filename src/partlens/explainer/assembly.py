@@ -12,7 +12,6 @@ from partlens.errors import LayerError, expected
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, ExplainerStructure, dense_weights
 from partlens.network.borrowed import random_state_kept
-from partlens.network.surgery import cut, cut_points, default_targets
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
 
@@ -20,11 +19,11 @@ _FOLLOWS_POOLING = (nn.Linear, nn.ReLU, nn.Dropout, nn.Flatten, nn.Identity, nn.
 
 
 def _replaced_convolution(
-    network: nn.Module, tap: str, targets: Sequence[str], side: int
+    performer: Performer, tap: str, targets: Sequence[str], side: int
 ) -> tuple[str, str, str | None] | None:
     """Find ``(convolution, activation, pooling)`` after the tap when everything later is fully connected."""
-    modules = dict(network.named_modules())
-    names = cut_points(network)
+    modules = dict(performer.module.named_modules())
+    names = performer.graph.cut_points()
     if tap not in names or targets[-1] not in names:
         return None
     chain = names[names.index(tap) + 1 : names.index(targets[-1]) + 1]
@@ -50,7 +49,7 @@ def explainer_structure(
         performer: the network under study.
         batch: preprocessed images (image, 3, row, col), at least one; they decide the map size.
         tap: layer to explain; its maps must be non-negative (after a ReLU) and larger than 1x1.
-        targets: layers to reconstruct; the two that :func:`default_targets` gives when left out.
+        targets: layers to reconstruct; the two that `partlens.network.layers.default_targets` gives when left out.
 
     Returns:
         The structure.
@@ -58,7 +57,7 @@ def explainer_structure(
     Raises:
         LayerError: the layer is unknown, its maps are 1x1, not maps, or not after a ReLU, or a shortcut goes around.
     """
-    chosen = tuple(default_targets(performer, tap) if targets is None else targets)
+    chosen = tuple(performer.targets(tap) if targets is None else targets)
     if not chosen:
         raise LayerError(expected("at least one target", "none", "Name a layer after the tap, or leave targets out"))
     _, maps = forward_taps(performer, batch, [tap])
@@ -84,9 +83,9 @@ def explainer_structure(
                 "Tap an activation (see partlens layers); masks and templates need non-negative maps",
             )
         )
-    replaced = _replaced_convolution(performer.module, tap, chosen, min(rows, cols))
+    replaced = _replaced_convolution(performer, tap, chosen, min(rows, cols))
     channels = int(tapped.shape[1])
-    cut(performer, tap, list(chosen))  # refuses targets that are not after the tap, before anything is written
+    performer.graph.cut(tap, chosen)  # refuses targets that are not after the tap, before anything is written
     if replaced is None:
         return ExplainerStructure(tap, chosen, channels, channels, (rows, cols), None, tap)
     name, activation, pooling = replaced
@@ -121,7 +120,7 @@ def build_explainer(
         The explainer on the CPU in float32.
     """
     draws = torch.Generator().manual_seed(config.seed) if generator is None else generator
-    decoder = cut(performer, structure.decoder_from, list(structure.targets)).cpu().float()
+    decoder = performer.graph.cut(structure.decoder_from, structure.targets).cpu().float()
     pool: nn.Module | None = None
     ordinary: tuple[Tensor, Tensor] | None = None
     if structure.replaced is not None:
@@ -137,9 +136,9 @@ def build_explainer(
 
 def reference_decoder(performer: Performer, structure: ExplainerStructure) -> nn.Module:
     """Return the performer's own layers from tap to targets, frozen: what the explainer should reproduce."""
-    return cut(performer, structure.tap, list(structure.targets)).cpu().float().requires_grad_(requires_grad=False)
+    return performer.graph.cut(structure.tap, structure.targets).cpu().float().requires_grad_(requires_grad=False)
 
 
 def performer_head(performer: Performer, structure: ExplainerStructure) -> nn.Module:
     """Return the performer's layers after the last target, frozen, for feeding the reconstruction back."""
-    return cut(performer, structure.targets[-1], ["output"]).cpu().float().requires_grad_(requires_grad=False)
+    return performer.graph.cut(structure.targets[-1], ["output"]).cpu().float().requires_grad_(requires_grad=False)

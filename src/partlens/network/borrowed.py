@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partlens.errors import InputError, expected
-from partlens.network.zoo import unwrapped
+from partlens.errors import InputError, InputTypeError, expected
 
 _HOOKS = (
     "_forward_hooks",
@@ -30,6 +29,37 @@ _HOOKS = (
 _DICTIONARIES = ("_parameters", "_buffers", "_modules", *_HOOKS)
 # Plain attributes that code around a network switches: modes, in-place flags, batch statistics.
 _FLAGS = ("training", "inplace", "track_running_stats", "momentum", "ceil_mode", "_is_full_backward_hook")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the network inside ``DataParallel`` wrappers, after refusing compiled ones.
+
+    Raises:
+        InputTypeError: not a module, a TorchScript module, or one compiled by ``torch.compile``.
+    """
+    if not isinstance(module, nn.Module):
+        raise InputTypeError(
+            expected("a torch.nn.Module", type(module).__name__, "Pass the network itself, or its name as a string")
+        )
+    while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        module = module.module
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InputTypeError(
+            expected(
+                "a network in Python, whose layers can be read",
+                f"a TorchScript module ({type(module).__name__})",
+                "Pass the original module that was scripted or traced",
+            )
+        )
+    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        raise InputTypeError(
+            expected(
+                "a network whose layers can be read",
+                f"one compiled by torch.compile ({type(module).__name__})",
+                "Pass the original module (module._orig_mod)",
+            )
+        )
+    return module
 
 
 @contextlib.contextmanager

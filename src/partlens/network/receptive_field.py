@@ -20,12 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import fx, nn
 
 from partlens.errors import InputError, LayerError, expected
-from partlens.network.tracing import Traced, is_size, trace
-from partlens.network.zoo import Performer, module_of
+from partlens.network.graph import Graph, is_of_torchvision, is_size
 
 
 @dataclass(frozen=True)
@@ -119,13 +117,8 @@ _POINTWISE_MODULES: tuple[type[nn.Module], ...] = (
     nn.Tanh,
     nn.Tanhshrink,
     nn.Threshold,
-    torchvision.ops.StochasticDepth,
-    torchvision.ops.FrozenBatchNorm2d,
 )
-_PADS = (
-    nn.ZeroPad2d,
-    nn.ConstantPad2d,
-)
+_POINTWISE_TORCHVISION = frozenset(("StochasticDepth", "FrozenBatchNorm2d"))
 # By name, because torch offers the same function in torch, torch.nn.functional and as a tensor method.
 # fmt: off
 _POINTWISE_NAMES = frozenset(
@@ -153,74 +146,55 @@ _GLOBAL_NORMS = frozenset(["group_norm", "instance_norm"])
 class _Calculator:
     """Carry receptive fields through a graph."""
 
-    def __init__(self, traced: Traced, shapes: dict[fx.Node, Any], input_size: tuple[int, int]) -> None:
-        self.traced = traced
+    def __init__(self, graph: Graph, shapes: dict[fx.Node, Any], input_size: tuple[int, int]) -> None:
+        self.graph = graph
         self.shapes = shapes
         self.size = input_size
         self.fields: dict[fx.Node, _Field] = {}
 
-    def whole(self, *, gated: bool = False) -> _Field:
-        rows, cols = self.size
-        return _Field(_Axis(0, 0, rows - 1), _Axis(0, 0, cols - 1), whole=True, gated=gated)
-
-    def value(self, node: Any) -> Any:
-        """Return an argument's value; sizes computed in the graph are known from the shape run."""
-        if isinstance(node, fx.Node):
-            return self.shapes.get(node)
-        if isinstance(node, (list, tuple)):
-            return type(node)(self.value(v) for v in node)
-        return node
-
-    def argument(self, node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-        if name in node.kwargs:
-            return self.value(node.kwargs[name])
-        return self.value(node.args[place]) if len(node.args) > place else default
-
     def run(self, wanted: set[fx.Node]) -> None:
         """Fill `fields` for the wanted nodes; a node behind an unknown operation stays absent."""
-        for node in self.traced.graph.nodes:
-            if node not in wanted or node.op == "output":
-                continue
-            if node is self.traced.input:
+        for node in self.graph.nodes:
+            if node is self.graph.input:
                 self.fields[node] = _Field(_Axis(1, 0, 0), _Axis(1, 0, 0))
-                continue
-            if is_size(node) or node.op in {"get_attr", "placeholder"}:
-                continue
-            sources = [n for n in node.all_input_nodes if n in self.fields]
-            if sources:
-                self.fields[node] = self.step(node, [self.fields[n] for n in sources], sources)
+            elif node in wanted and not is_size(node) and node.op not in {"get_attr", "placeholder", "output"}:
+                sources = [n for n in node.all_input_nodes if n in self.fields]
+                if sources:
+                    self.fields[node] = self.step(node, sources)
 
-    def step(self, node: fx.Node, given: list[_Field], sources: list[fx.Node]) -> _Field:
+    def step(self, node: fx.Node, sources: list[fx.Node]) -> _Field:
+        field, source = self.fields[sources[0]], sources[0]
         if node.op == "call_module":
-            return self.module_step(node, self.traced.leaf(node), given[0], sources[0])
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-        if node.target is F.max_pool2d or node.target is getattr(torch, "max_pool2d", None):
-            name = "max_pool2d"
-        elif node.target is F.adaptive_max_pool2d:
-            name = "adaptive_max_pool2d"
-        name = name.strip("_")
-        if len(given) > 1 or name in _POINTWISE_NAMES:
-            return self.joined(node, name, given, sources)
-        return self.function_step(node, name, given[0], sources[0])
-
-    def unknown(self, node: fx.Node, what: str) -> LayerError:
-        return LayerError(
-            expected(
-                "operations whose receptive field is known (convolution, pooling, pointwise, joins)",
-                f"{what} at {self.traced.label(node)}",
-                "Choose a layer before it",
-            )
-        )
+            return self.module_step(node, self.graph.leaf(node), field, source)
+        name = _name_of(node)
+        if len(sources) > 1 or name in _POINTWISE_NAMES:
+            return self.joined(node, name, sources)
+        if field.whole and name not in {"interpolate", "upsample"}:
+            return field
+        return self.function_step(node, name, field, source)
 
     def module_step(self, node: fx.Node, module: nn.Module, field: _Field, source: fx.Node) -> _Field:
-        if isinstance(module, _POINTWISE_MODULES):
-            return field
-        if field.whole:
+        if field.whole or isinstance(module, _POINTWISE_MODULES) or is_of_torchvision(module, _POINTWISE_TORCHVISION):
             return field
         if isinstance(module, nn.Linear):
             return self.linear(field, source)
-        if field.channels_last and not isinstance(module, (nn.LayerNorm, nn.Flatten)):
+        if isinstance(module, nn.Flatten):
+            return self.reshaped(node, "flatten", field, source)
+        if isinstance(module, nn.LayerNorm):
+            return self.layer_norm(field, module.normalized_shape)
+        if field.channels_last:
             raise self.unknown(node, f"{type(module).__name__} on channels-last maps")
+        if isinstance(module, (nn.GroupNorm, nn.InstanceNorm2d)):
+            return replace(field, gated=True)
+        if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
+            return self.adaptive(node, field, source)
+        if isinstance(module, (nn.ZeroPad2d, nn.ConstantPad2d)):
+            left, _, top, _ = module.padding
+            return _padded(field, int(left), int(top))
+        return self.window_module(node, module, field)
+
+    def window_module(self, node: fx.Node, module: nn.Module, field: _Field) -> _Field:
+        """A module that slides a window: convolution or pooling."""
         if isinstance(module, nn.Conv2d):
             return _slide(field, module.kernel_size, module.stride, module.padding, module.dilation)
         if isinstance(module, nn.MaxPool2d):
@@ -229,114 +203,31 @@ class _Calculator:
         if isinstance(module, (nn.AvgPool2d, nn.LPPool2d)):
             padding = module.padding if isinstance(module, nn.AvgPool2d) else 0
             return _slide(field, module.kernel_size, module.stride or module.kernel_size, padding)
-        if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
-            return self.adaptive(node, field, source)
-        if isinstance(module, _PADS):
-            left, _, top, _ = module.padding
-            return self.padded(field, int(left), int(top))
-        if isinstance(module, nn.Flatten):
-            return self.reshaped(node, "flatten", field, source)
-        if isinstance(module, (nn.GroupNorm, nn.InstanceNorm2d)):
-            return replace(field, gated=True)
-        if isinstance(module, nn.LayerNorm):
-            one = len(module.normalized_shape) == 1 and field.channels_last
-            return field if one else replace(field, gated=True)
         raise self.unknown(node, type(module).__name__)
 
-    def linear(self, field: _Field, source: fx.Node) -> _Field:
-        shape = self.shapes.get(source)
-        per_cell = field.channels_last and isinstance(shape, torch.Size) and len(shape) == 4
-        return field if per_cell else self.whole(gated=field.gated)
-
-    def padded(self, field: _Field, left: int, top: int) -> _Field:
-        def move(axis: _Axis, by: int) -> _Axis:
-            return _Axis(axis.jump, axis.low - axis.jump * by, axis.high - axis.jump * by)
-
-        return replace(field, row=move(field.row, top), col=move(field.col, left))
-
-    def adaptive(self, node: fx.Node, field: _Field, source: fx.Node) -> _Field:
-        """Adaptive pooling: windows of one size where they divide evenly, else the whole image."""
-        before, after = self.shapes[source][-2:], self.shapes[node][-2:]
-        if any(b % a for b, a in zip(before, after, strict=True)) or tuple(after) == (1, 1):
-            return field if tuple(before) == tuple(after) else self.whole(gated=field.gated)
-        window = tuple(int(b // a) for b, a in zip(before, after, strict=True))
-        return _slide(field, window, window, 0)
-
-    def joined(self, node: fx.Node, name: str, given: list[_Field], sources: list[fx.Node]) -> _Field:
-        """Pointwise functions and joins: the union of what the operands see."""
-        if name not in _POINTWISE_NAMES and name != "stack":
-            raise self.unknown(node, name)
-        local = [f for f, n in zip(given, sources, strict=True) if not f.whole and self._spatial(n, f) != (1, 1)] or [
-            f for f in given if not f.whole
-        ]
-        if not local:
-            return self.whole(gated=any(f.gated for f in given))
-        first = local[0]
-        if any((f.row.jump, f.col.jump) != (first.row.jump, first.col.jump) for f in local):
-            raise self.unknown(node, f"a join of maps with strides {[(f.row.jump, f.col.jump) for f in local]}")
-        gated = any(f.gated for f in given) or len(local) < len(given)
-
-        def union(axes: list[_Axis]) -> _Axis:
-            return _Axis(axes[0].jump, min(a.low for a in axes), max(a.high for a in axes))
-
-        return replace(first, row=union([f.row for f in local]), col=union([f.col for f in local]), gated=gated)
-
-    def _spatial(self, node: fx.Node, field: _Field) -> tuple[int, ...]:
-        shape = self.shapes.get(node)
-        if not isinstance(shape, torch.Size) or len(shape) < 4:
-            return ()
-        return tuple(shape[1:3] if field.channels_last else shape[-2:])
-
-    def reshaped(self, node: fx.Node, name: str, field: _Field, source: fx.Node) -> _Field:
-        """Keep the field where rows and columns stay apart; where they mix, the whole image is seen."""
-        before, after = self.shapes.get(source), self.shapes.get(node)
-        if isinstance(before, list):  # an entry of what chunk or split gave
-            before = before[0]
-        if isinstance(after, list):
-            after = after[0]
-        if field.whole:
-            return field
-        if not isinstance(before, torch.Size) or not isinstance(after, torch.Size):
-            return field
-        if name == "permute":
-            order = tuple(
-                self.value(list(node.args[1]) if isinstance(node.args[1], (list, tuple)) else list(node.args[1:]))
-            )
-            if order == (0, 2, 3, 1) and not field.channels_last:
-                return replace(field, channels_last=True)
-            if order == (0, 3, 1, 2) and field.channels_last:
-                return replace(field, channels_last=False)
-        kept = len(after) >= 3 and tuple(before[-2:]) == tuple(after[-2:]) and not field.channels_last
-        if name in {"transpose", "permute", "movedim"} and kept:
-            moved = self.value(list(node.args[1:]))
-            axes = [a % len(before) for a in (moved[0] if isinstance(moved[0], (list, tuple)) else moved)]
-            last = len(before) - 2
-            kept = axes[last:] == [last, last + 1] if name == "permute" else max(axes) < last
-        if kept:
-            return field
-        return (
-            self.whole(gated=field.gated)
-            if name in {"flatten", "view", "reshape", "squeeze"}
-            else self._lost(node, name)
-        )
-
-    def _lost(self, node: fx.Node, name: str) -> _Field:
-        raise self.unknown(node, f"{name} of rows or columns")
-
     def function_step(self, node: fx.Node, name: str, field: _Field, source: fx.Node) -> _Field:
-        if field.whole and name not in {"interpolate", "upsample"}:
-            return field
         if name in _RESHAPES:
             return self.reshaped(node, name, field, source)
         if name == "linear":
             return self.linear(field, source)
         if name == "layer_norm":
-            shape = self.argument(node, 1, "normalized_shape", ())
-            return field if field.channels_last and len(shape) == 1 else replace(field, gated=True)
+            return self.layer_norm(field, self.argument(node, 1, "normalized_shape", ()))
         if name in _GLOBAL_NORMS:
             return replace(field, gated=True)
         if field.channels_last:
             raise self.unknown(node, f"{name} on channels-last maps")
+        if name in {"adaptive_avg_pool2d", "adaptive_max_pool2d"}:
+            return self.adaptive(node, field, source)
+        if name == "mean":
+            return self.whole(gated=field.gated)
+        if name == "pad":
+            pad = self.argument(node, 1, "pad")
+            if len(pad) in {2, 4} and self.argument(node, 2, "mode", "constant") == "constant":
+                return _padded(field, int(pad[0]), int(pad[2]) if len(pad) == 4 else 0)
+        return self.window_function(node, name, field)
+
+    def window_function(self, node: fx.Node, name: str, field: _Field) -> _Field:
+        """A function that slides a window: convolution or pooling."""
         if name == "conv2d":
             weight: Any = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
             return _slide(
@@ -351,15 +242,129 @@ class _Calculator:
             stride = self.argument(node, 2, "stride")
             dilation = self.argument(node, 4, "dilation", 1) if name == "max_pool2d" else 1
             return _slide(field, kernel, stride or kernel, self.argument(node, 3, "padding", 0), dilation)
-        if name in {"adaptive_avg_pool2d", "adaptive_max_pool2d"}:
-            return self.adaptive(node, field, source)
-        if name == "mean":
-            return self.whole(gated=field.gated)
-        if name == "pad":
-            pad = self.argument(node, 1, "pad")
-            if len(pad) in {2, 4} and self.argument(node, 2, "mode", "constant") == "constant":
-                return self.padded(field, int(pad[0]), int(pad[2]) if len(pad) == 4 else 0)
         raise self.unknown(node, name)
+
+    def linear(self, field: _Field, source: fx.Node) -> _Field:
+        shape = self.shapes.get(source)
+        per_cell = field.channels_last and isinstance(shape, torch.Size) and len(shape) == 4
+        return field if per_cell else self.whole(gated=field.gated)
+
+    def layer_norm(self, field: _Field, normalised: Any) -> _Field:
+        """Per cell over the channels of channels-last maps, else over the whole image."""
+        return field if len(normalised) == 1 and field.channels_last else replace(field, gated=True)
+
+    def adaptive(self, node: fx.Node, field: _Field, source: fx.Node) -> _Field:
+        """Adaptive pooling: windows of one size where they divide evenly, else the whole image."""
+        before, after = tuple(self.shapes[source][-2:]), tuple(self.shapes[node][-2:])
+        if any(b % a for b, a in zip(before, after, strict=True)) or after == (1, 1):
+            return field if before == after else self.whole(gated=field.gated)
+        window = tuple(int(b // a) for b, a in zip(before, after, strict=True))
+        return _slide(field, window, window, 0)
+
+    def joined(self, node: fx.Node, name: str, sources: list[fx.Node]) -> _Field:
+        """Pointwise functions and joins: the union of what the operands see."""
+        if name not in _POINTWISE_NAMES and name != "stack":
+            raise self.unknown(node, name)
+        given = [self.fields[n] for n in sources]
+        # A factor of one cell per channel is a gate: it scales the map and adds no place of its own.
+        local = [f for f, n in zip(given, sources, strict=True) if not f.whole and self.cells(n, f) != (1, 1)]
+        local = local or [f for f in given if not f.whole]
+        if not local:
+            return self.whole(gated=any(f.gated for f in given))
+        first = local[0]
+        if any((f.row.jump, f.col.jump) != (first.row.jump, first.col.jump) for f in local):
+            raise self.unknown(node, f"a join of maps with strides {[(f.row.jump, f.col.jump) for f in local]}")
+
+        def union(axes: list[_Axis]) -> _Axis:
+            return _Axis(axes[0].jump, min(a.low for a in axes), max(a.high for a in axes))
+
+        gated = any(f.gated for f in given) or len(local) < len(given)
+        return replace(first, row=union([f.row for f in local]), col=union([f.col for f in local]), gated=gated)
+
+    def reshaped(self, node: fx.Node, name: str, field: _Field, source: fx.Node) -> _Field:
+        """Keep the field where rows and columns stay apart; where they mix, the whole image is seen."""
+        before, after = _first(self.shapes.get(source)), _first(self.shapes.get(node))
+        if field.whole or not isinstance(before, torch.Size) or not isinstance(after, torch.Size):
+            return field
+        if name == "permute" and (turned := self.turned(node, field)) is not None:
+            return turned
+        kept = len(after) >= 3 and tuple(before[-2:]) == tuple(after[-2:]) and not field.channels_last
+        if name in {"transpose", "permute", "movedim"} and kept:
+            axes = [axis % len(before) for axis in self.axes(node)]
+            last = len(before) - 2
+            kept = axes[last:] == [last, last + 1] if name == "permute" else max(axes) < last
+        if kept:
+            return field
+        if name in {"flatten", "view", "reshape", "squeeze"}:
+            return self.whole(gated=field.gated)
+        raise self.unknown(node, f"{name} of rows or columns")
+
+    def turned(self, node: fx.Node, field: _Field) -> _Field | None:
+        """Return the field of maps whose channels moved to the last place or back."""
+        order = tuple(self.axes(node))
+        if order == ((0, 3, 1, 2) if field.channels_last else (0, 2, 3, 1)):
+            return replace(field, channels_last=not field.channels_last)
+        return None
+
+    def axes(self, node: fx.Node) -> list[int]:
+        """Axes given as one list or as several arguments."""
+        given = self.value(list(node.args[1:]))
+        return list(given[0]) if isinstance(given[0], (list, tuple)) else given
+
+    def whole(self, *, gated: bool = False) -> _Field:
+        rows, cols = self.size
+        return _Field(_Axis(0, 0, rows - 1), _Axis(0, 0, cols - 1), whole=True, gated=gated)
+
+    def cells(self, node: fx.Node, field: _Field) -> tuple[int, ...]:
+        """Rows and columns of a map."""
+        shape = self.shapes.get(node)
+        if not isinstance(shape, torch.Size) or len(shape) < 4:
+            return ()
+        return tuple(shape[1:3] if field.channels_last else shape[-2:])
+
+    def value(self, node: Any) -> Any:
+        """Return an argument's value; sizes computed in the graph are known from the shape run."""
+        if isinstance(node, fx.Node):
+            return self.shapes.get(node)
+        if isinstance(node, (list, tuple)):
+            return type(node)(self.value(v) for v in node)
+        return node
+
+    def argument(self, node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+        if name in node.kwargs:
+            return self.value(node.kwargs[name])
+        return self.value(node.args[place]) if len(node.args) > place else default
+
+    def unknown(self, node: fx.Node, what: str) -> LayerError:
+        return LayerError(
+            expected(
+                "operations whose receptive field is known (convolution, pooling, pointwise, joins)",
+                f"{what} at {self.graph.label(node)}",
+                "Choose a layer before it",
+            )
+        )
+
+
+def _name_of(node: fx.Node) -> str:
+    """Name a function or method; torch's pooling functions are dispatchers with names of their own."""
+    if node.target is F.max_pool2d or node.target is getattr(torch, "max_pool2d", None):
+        return "max_pool2d"
+    if node.target is F.adaptive_max_pool2d:
+        return "adaptive_max_pool2d"
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+    return name.strip("_")
+
+
+def _first(shape: Any) -> Any:
+    """One entry of what chunk or split gave."""
+    return shape[0] if isinstance(shape, list) else shape
+
+
+def _padded(field: _Field, left: int, top: int) -> _Field:
+    def move(axis: _Axis, by: int) -> _Axis:
+        return _Axis(axis.jump, axis.low - axis.jump * by, axis.high - axis.jump * by)
+
+    return replace(field, row=move(field.row, top), col=move(field.col, left))
 
 
 def _publish(field: _Field) -> ReceptiveField:
@@ -371,11 +376,11 @@ def _publish(field: _Field) -> ReceptiveField:
     )
 
 
-def receptive_fields(traced: Traced, taps: Sequence[str], input_size: tuple[int, int]) -> dict[str, ReceptiveField]:
-    """Compute the receptive fields of many taps at once; those that cannot be computed are left out.
+def receptive_fields(graph: Graph, taps: Sequence[str], input_size: tuple[int, int]) -> dict[str, ReceptiveField]:
+    """Compute the receptive fields of many taps at once; those that cannot be computed are absent.
 
     Args:
-        traced: the network's graph (`partlens.network.tracing.trace`).
+        graph: of the network.
         taps: names of layers.
         input_size: rows and columns of the input.
 
@@ -385,19 +390,17 @@ def receptive_fields(traced: Traced, taps: Sequence[str], input_size: tuple[int,
     nodes = {}
     for name in taps:
         try:
-            nodes[name] = traced.find(name)
+            nodes[name] = graph.find(name)
         except LayerError:
             continue
-    wanted = traced.ancestors(nodes.values())
-    calculator = _Calculator(traced, traced.shapes(input_size, nodes.values()), input_size)
+    wanted = graph.ancestors(nodes.values())
+    calculator = _Calculator(graph, graph.shapes(input_size, nodes.values()), input_size)
     with contextlib.suppress(LayerError):  # what comes before an unknown operation is known
         calculator.run(wanted)
     return {name: _publish(calculator.fields[node]) for name, node in nodes.items() if node in calculator.fields}
 
 
-def receptive_field(
-    performer: Performer | nn.Module, tap: str, input_size: tuple[int, int] | None = None
-) -> ReceptiveField:
+def receptive_field(graph: Graph, tap: str, input_size: tuple[int, int]) -> ReceptiveField:
     """Compute what the cells of a tap see, from the network's operations.
 
     A window of ``k`` cells with stride ``s``, padding ``p`` and dilation ``d`` over cells that start at pixel
@@ -406,28 +409,27 @@ def receptive_field(
     the whole image; adaptive pooling whose windows differ in size counts as the whole image.
 
     Args:
-        performer: the network; left as it was.
+        graph: of the network.
         tap: name of the layer.
-        input_size: rows and columns of the input; the performer's own, else 224x224.
+        input_size: rows and columns of the input.
 
     Returns:
         The field, the same for all filters.
 
     Raises:
-        LayerError: an unknown layer, a network that cannot be traced, or an operation whose field is not
-            known (transposed convolution, resizing, attention).
+        LayerError: an unknown layer, or an operation whose field is not known (transposed convolution, resizing,
+            attention).
 
     Example:
+        >>> from partlens.network.graph import trace
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2))
-        >>> field = receptive_field(network, "1", (8, 8))
+        >>> field = receptive_field(trace(network), "1", (8, 8))
         >>> field.stride_px, field.size_px, field.start_px
         ((2, 2), (4, 4), (-1, -1))
     """
-    traced = trace(module_of(performer))
-    node = traced.find(tap)
-    size = input_size or (performer.preprocessing.size_px if isinstance(performer, Performer) else (224, 224))
-    calculator = _Calculator(traced, traced.shapes(size, [node]), size)
-    calculator.run(traced.ancestors([node]))
+    node = graph.find(tap)
+    calculator = _Calculator(graph, graph.shapes(input_size, [node]), input_size)
+    calculator.run(graph.ancestors([node]))
     if node not in calculator.fields:
         raise LayerError(
             expected(f"{tap} to depend on the image", "a layer that does not", "Choose a layer on the image's path")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import importlib
 import inspect
 import json
@@ -29,11 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from partlens.errors import InputError, InputTypeError, PartlensError, WeightsError, expected, first_line, nearest
+from partlens.network.borrowed import unwrapped
 from partlens.network.flower_network import FLOWER_DEMO, flower_network, flower_preprocessing
+from partlens.network.performer import Performer, module_of, weights_sha256
 from partlens.network.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from partlens.network.weights import (
     OUTPUT_LAYER,
@@ -47,96 +47,6 @@ from partlens.network.weights import (
     seeded,
     with_outputs,
 )
-
-
-@dataclass(frozen=True)
-class Performer:
-    """The network under study with all that belongs to it.
-
-    Args:
-        module: the network; partlens borrows it and never changes it.
-        name: how reports call it.
-        preprocessing: how images become its input.
-        weights_sha256: hash of its weights and buffers (`weights_sha256`).
-        default_tap: the layer to explain when none is named; ``None`` lets
-            `partlens.network.taps.default_tap` choose.
-        class_names: names of its outputs, where known.
-        notes: what a reader of results must know, such as layers without trained weights.
-        untrained_layers: layers that the weights file lacks and that stand at their random start.
-    """
-
-    module: nn.Module
-    name: str
-    preprocessing: Preprocessing
-    weights_sha256: str
-    default_tap: str | None = None
-    class_names: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = ()
-    untrained_layers: tuple[str, ...] = ()
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the network inside ``DataParallel`` wrappers, after refusing compiled ones.
-
-    Raises:
-        InputTypeError: not a module, a TorchScript module, or one compiled by ``torch.compile``.
-    """
-    if not isinstance(module, nn.Module):
-        raise InputTypeError(
-            expected("a torch.nn.Module", type(module).__name__, "Pass the network itself, or its name as a string")
-        )
-    while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        module = module.module
-    if isinstance(module, torch.jit.ScriptModule):
-        raise InputTypeError(
-            expected(
-                "a network in Python, whose layers can be read",
-                f"a TorchScript module ({type(module).__name__})",
-                "Pass the original module that was scripted or traced",
-            )
-        )
-    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-        raise InputTypeError(
-            expected(
-                "a network whose layers can be read",
-                f"one compiled by torch.compile ({type(module).__name__})",
-                "Pass the original module (module._orig_mod)",
-            )
-        )
-    return module
-
-
-def module_of(performer: Performer | nn.Module) -> nn.Module:
-    """Return the readable network of a performer, or of a module that is passed as such.
-
-    Raises:
-        InputTypeError: neither, or a compiled network.
-    """
-    return unwrapped(performer.module if isinstance(performer, Performer) else performer)
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """Hash a network's weights and buffers.
-
-    Args:
-        module: any network; wrappers such as ``DataParallel`` do not change the hash, nor does the device.
-
-    Returns:
-        64 hexadecimal digits over names, types, shapes and bytes, in the order of the state dict.
-
-    Example:
-        >>> a = nn.Linear(2, 2)
-        >>> weights_sha256(a) == weights_sha256(copy.deepcopy(a))
-        True
-    """
-    digest = hashlib.sha256()
-    for name, value in unwrapped(module).state_dict().items():
-        if not isinstance(value, Tensor):
-            continue
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return digest.hexdigest()
 
 
 def _number_in(value: Any, default: int) -> int:
@@ -160,6 +70,9 @@ def _torchvision_preprocessing(weights: Any) -> Preprocessing:
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
     return float(values[0]), float(values[1]), float(values[2])
+
+
+__all__ = ["Performer", "load_performer", "module_of", "weights_sha256"]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Which layers of a network a descriptor measures, and how many channels each has.
 
-The layers are found in the network's graph (:mod:`partlens.network.tracing`); a network without one is run on a blank
+The layers are found in the network's graph (:mod:`partlens.network.graph`); a network without one is run on a blank
 image, and its modules are seen.
 """
 
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from partlens.errors import LayerError, expected, first_line
 from partlens.network.borrowed import borrowed
-from partlens.network.surgery import ACTIVATIONS, is_activation
+from partlens.network.graph import ACTIVATIONS, Graph
 from partlens.network.taps import forward_taps
-from partlens.network.tracing import Traced, trace
 from partlens.network.zoo import Performer, module_of
 from partlens.selection.descriptors import DescriptorConfig, FeatureIndex, channels_only
 
@@ -61,13 +60,13 @@ def _unchanged(module: nn.Module, before: Any, after: Any) -> bool:
     return isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) and before == after
 
 
-def _traced_outputs(traced: Traced, size: tuple[int, int]) -> list[_Output]:
+def _traced_outputs(traced: Graph, size: tuple[int, int]) -> list[_Output]:
     """List outputs before the class scores, from the network's graph."""
     shapes = traced.shapes(size)
-    last = traced.result if traced.result is not None else next(n for n in traced.graph.nodes if n.op == "output")
+    last = traced.last
     live = traced.ancestors([last])
     weighted = [
-        n for n in traced.graph.nodes if n in live and n.op == "call_module" and isinstance(traced.leaf(n), _WEIGHTED)
+        n for n in traced.nodes if n in live and n.op == "call_module" and isinstance(traced.leaf(n), _WEIGHTED)
     ]
     after = traced.descendants(weighted[-1]) if weighted else set()
     after |= {last}
@@ -76,7 +75,7 @@ def _traced_outputs(traced: Traced, size: tuple[int, int]) -> list[_Output]:
         if node not in containers or len(name) > len(containers[node]):
             containers[node] = name
     found = []
-    for node in traced.graph.nodes:
+    for node in traced.nodes:
         if node not in live or node in after or node is traced.input:
             continue
         shape = shapes.get(node)
@@ -90,7 +89,7 @@ def _traced_outputs(traced: Traced, size: tuple[int, int]) -> list[_Output]:
             name, module = containers[node], None
         else:
             continue
-        found.append(_Output(name, _kind_of(module, activation=is_activation(traced, node)), tuple(shape)))
+        found.append(_Output(name, _kind_of(module, activation=traced.is_activation(node)), tuple(shape)))
     return found
 
 
@@ -139,7 +138,7 @@ def _hooked_outputs(module: nn.Module, size: tuple[int, int]) -> list[_Output]:
 def _outputs(performer: Performer) -> list[_Output]:
     module = module_of(performer)
     try:
-        traced = trace(module)
+        traced = performer.graph
     except LayerError:
         return _hooked_outputs(module, performer.preprocessing.size_px)
     return _traced_outputs(traced, performer.preprocessing.size_px)

@@ -75,7 +75,6 @@ def evaluate(
     from partlens.evaluation.places import photo_numbers, top_layer
     from partlens.evaluation.scoring import Categories
     from partlens.explainer.assembly import performer_head
-    from partlens.network.receptive_field import receptive_field
 
     show = progress or Progress.silent()
     run = Path(run)
@@ -147,7 +146,7 @@ def evaluate(
                 "explainer": (peaks["explainer"], result["filters"]["explainer"]),
                 "performer": (peaks[tap], result["filters"]["performer"]),
             },
-            receptive_field(performer, tap),
+            performer.field(tap),
             explainer=explainer,
             head=performer_head(performer, explainer.structure),
             top=top_layer(performer),

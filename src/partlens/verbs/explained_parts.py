@@ -17,7 +17,7 @@ from partlens.errors import InputError, expected, nearest
 from partlens.evaluation.fed_back import class_outputs
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import Explainer
-from partlens.network.receptive_field import grid_of, receptive_field
+from partlens.network.receptive_field import grid_of
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
 from partlens.object_parts.assignment import PartsConfig, upsampled
@@ -168,7 +168,7 @@ def explain_parts(opened: OpenedParts, batch: Tensor, classes: Sequence[str] | N
         )
         for i in range(len(maps))
     )
-    start, stride = grid_of(receptive_field(opened.performer, structure.tap))
+    start, stride = grid_of(opened.performer.field(structure.tap))
     size = opened.performer.preprocessing.size_px
     heat = tuple(upsampled(torch.cat([s.heat for s in of_image]), start, stride, size) for of_image in shares)
     return ExplainedParts(wanted, outputs, shares, heat)

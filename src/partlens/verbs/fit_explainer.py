@@ -127,14 +127,13 @@ def _cached_evidence(
     import torch
 
     from partlens.explainer.evidence import evidence_maps
-    from partlens.network.surgery import cut
 
     path = folder / "evidence.safetensors"
     if path.exists():
         kept: np.ndarray = read_tensors(path)["evidence"].numpy()
         if kept.shape == (count, *maps.shape[2:]):
             return kept
-    upper = cut(performer, tap, ["output"]).to(device).float()
+    upper = performer.graph.cut(tap, ["output"]).to(device).float()
     found = np.empty((count, *maps.shape[2:]), np.float32)
     with progress.task("reading evidence", count) as advance:
         for start in range(0, count, _EVIDENCE_BATCH):
@@ -242,8 +241,6 @@ def fit_explainer(
     import torch
 
     from partlens.explainer.assembly import explainer_structure
-    from partlens.network.receptive_field import receptive_field
-    from partlens.network.taps import check_tap, default_tap
 
     started = time.monotonic()
     show = progress or Progress.silent()
@@ -270,8 +267,8 @@ def fit_explainer(
             )
         )
     others = tuple(sampled(others, background, settings.seed))
-    tap = tap or performer.default_tap or default_tap(performer)
-    check_tap(performer, tap)
+    tap = tap or performer.tap
+    performer.layer(tap)
     example = _example_batch(performer, images, photos[0])
     check_answer(performer, example, scores=True)
     structure = explainer_structure(performer, example, tap, targets)
@@ -295,7 +292,7 @@ def fit_explainer(
         if manifest is not None and manifest["status"] == "finished":
             show.say(f"{out} is finished already; nothing to do")
             return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
-        field = receptive_field(performer, tap)
+        field = performer.field(tap)
         if manifest is None:
             for stale in (out / WEIGHTS, out / EVALUATION, out / PHOTOS, *out.glob(f"seeds/*/{WEIGHTS}")):
                 stale.unlink(missing_ok=True)  # of a run whose run.json was deleted

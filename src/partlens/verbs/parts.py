@@ -91,7 +91,6 @@ def parts(
 
     from partlens.explainer.assembly import performer_head
     from partlens.metrics.parts import assignment_stability
-    from partlens.network.receptive_field import receptive_field
     from partlens.object_parts.assignment import PartsConfig
 
     changes = {} if rule is None else {"rule": rule}
@@ -99,7 +98,7 @@ def parts(
     explainer, performer = load_explainer(run, model)
     images, rows, manifest = _photos(run, data, split, how)
     head = performer_head(performer, explainer.structure)
-    field = receptive_field(performer, explainer.structure.tap)
+    field = performer.field(explainer.structure.tap)
     seen = _observed(explainer, performer, head, images, rows, field, show)
     generator = torch.Generator().manual_seed(how.seed)
     joint = tuple(manifest["data"].get("categories") or ())

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from partlens.data.images import ImageSet
-    from partlens.network.taps import LayerInfo
+    from partlens.network.layers import LayerInfo
     from partlens.network.zoo import Performer
 
 RUN = "run.json"
@@ -243,9 +243,7 @@ def layers(model: str | nn.Module | Performer) -> list[LayerInfo]:
     Returns:
         Name, kind, output shape, stride, receptive field, and whether it is the default tap.
     """
-    from partlens.network.taps import list_layers
-
-    return list_layers(loaded(model))
+    return list(loaded(model).layers)
 
 
 def category_rows(images: ImageSet, category: str | None, split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

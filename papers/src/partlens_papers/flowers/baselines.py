@@ -17,13 +17,13 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from partlens.attribution.backprop import combined, guided_backprop, heat_map
 from partlens.attribution.rules import Rule
 from partlens.errors import InputError, LayerError, expected
 from partlens.network.borrowed import borrowed
-from partlens.network.taps import forward_taps, list_layers
+from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer, module_of
 
 Method = Callable[[Performer, Tensor, Tensor], Tensor]
@@ -63,17 +63,16 @@ def _in_chunks(work: Callable[[Tensor, Tensor], Tensor], images: Tensor, classes
     return torch.cat([work(*part) for part in zip(images.split(batch_size), classes.split(batch_size), strict=True)])
 
 
-def last_maps(performer: Performer | nn.Module, input_size: tuple[int, int] | None = None) -> str:
+def last_maps(performer: Performer) -> str:
     """Name the layer whose maps the activation methods use: the last with more than one cell that is no pooling.
 
     Args:
         performer: the network.
-        input_size: rows and columns of the input; the performer's own when ``None``.
 
     Raises:
         LayerError: no layer has maps of more than one cell.
     """
-    spatial = [layer for layer in list_layers(performer, input_size) if min(layer.shape[1:]) > 1]
+    spatial = [layer for layer in performer.layers if layer.has_places]
     if not spatial:
         raise LayerError(expected("a layer with maps of more than one cell", "none", "Name a layer of another network"))
     unpooled = [layer.name for layer in spatial if "pool" not in layer.kind.lower()]

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from partlens.errors import InputError, LayerError, WeightsError, expected, first_line, listed
 from partlens.network.borrowed import random_state_kept
-from partlens.network.surgery import cut
+from partlens.network.graph import trace
 from partlens.network.taps import place_of
-from partlens.network.tracing import trace
 from partlens.network.weights import with_outputs
 from partlens.network.zoo import Performer, module_of
 from partlens_papers.networks.finetune_config import FinetuneConfig
@@ -135,7 +134,7 @@ def fixed_before(module: nn.Module, layer: str) -> str:
     traced.find(layer)  # refuses an unknown name with the nearest ones
     inside = [traced.index(node) for node, own in traced.names.items() if own == layer or own.startswith(f"{layer}.")]
     if inside:
-        for node in reversed(traced.cut_nodes()):
+        for node in reversed(traced.cut_nodes):
             if traced.index(node) < min(inside):
                 try:
                     place_of(module, traced.label(node))
@@ -229,4 +228,4 @@ def prepare_network(performer: Performer, outputs: int, config: FinetuneConfig) 
 
 def upper(module: nn.Module, source: str | None) -> nn.Module:
     """Return what is trained: the network itself, or a copy of its layers after a tap."""
-    return module if source is None else cut(module, source, ["output"])
+    return module if source is None else trace(module).cut(source, ["output"])

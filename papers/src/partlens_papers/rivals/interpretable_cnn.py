@@ -31,7 +31,6 @@ from torch import Tensor, fx, nn
 from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.network import ExplainerStructure, identity_kernel
 from partlens.network.borrowed import random_state_kept
-from partlens.network.surgery import cut
 from partlens.network.zoo import Performer
 from partlens_papers.rivals.masks import FilterCategories, Method, PublishedMask, ReleasedMask
 
@@ -296,7 +295,7 @@ def _head(
     performer: Performer, source: str, config: InterpretableConfig, categories: int, generator: torch.Generator
 ) -> nn.Module:
     """Copy the layers after a layer, with as many outputs as categories."""
-    head = cut(performer, source, ["output"]).cpu().float()
+    head = performer.graph.cut(source, ["output"]).cpu().float()
     assert isinstance(head, fx.GraphModule)
     returned = next(node for node in head.graph.nodes if node.op == "output").args[0]
     last = returned[0] if isinstance(returned, tuple) else returned

@@ -244,14 +244,13 @@ def interpret(job: Job, folder: Path) -> dict[str, Any]:
     The layers below the tap stay as they are, see :mod:`partlens_papers.rivals.interpretable_cnn`.
     """
     from partlens.explainer.assembly import explainer_structure
-    from partlens.network.taps import default_tap
     from partlens.records import write_tensors
     from partlens_papers.rivals.interpretable_cnn import InterpretableConfig, build_interpretable_cnn
     from partlens_papers.rivals.interpretable_training import labelled_maps, train_interpretable_cnn
 
     settings, images, performer = job.settings, photos_of(job), loaded(performer_spec(job))
     chosen = choose_layers(performer, settings)
-    tap = chosen.tap or performer.default_tap or default_tap(performer)
+    tap = chosen.tap or performer.tap
     photos, others = category_rows(images, job.category, "train")
     example = performer.preprocessing([images.read(photos[0])])
     structure = explainer_structure(performer, example, tap, chosen.targets)

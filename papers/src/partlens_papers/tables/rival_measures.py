@@ -127,7 +127,7 @@ def measure_rivals(
     from partlens.evaluation.places import landmarks_in_input, photo_numbers
     from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1
     from partlens.metrics.localisation import localisation_scores
-    from partlens.network.receptive_field import grid_of, receptive_field
+    from partlens.network.receptive_field import grid_of
     from partlens.network.taps import forward_taps
 
     performer, structure = bench.performer, bench.structure
@@ -167,7 +167,7 @@ def measure_rivals(
     held = list(rows["held"])
     both = photo_numbers(images, [*held, *rows.get("held_others", ())])
     names, landmarks = landmarks_in_input(images, held, performer)
-    tap_field = receptive_field(performer, structure.tap)
+    tap_field = performer.field(structure.tap)
     groups, grid = photo_numbers(images, held), grid_of(tap_field)
     fields, roles = dict.fromkeys(rivals, tap_field), {name: name for name in rivals}
     interpretability = None if met is None else met.scores(fields, {}, groups, roles, seed)
@@ -278,7 +278,7 @@ def measure_interpretable(
     from partlens.evaluation.places import landmarks_in_input, photo_numbers, top_layer
     from partlens.explainer.assembly import performer_head
     from partlens.metrics.localisation import localisation_scores, null_peaks
-    from partlens.network.receptive_field import grid_of, receptive_field, widened
+    from partlens.network.receptive_field import grid_of, widened
     from partlens.network.taps import forward_taps
 
     top, last = top_layer(performer), structure.targets[-1]
@@ -311,8 +311,8 @@ def measure_interpretable(
     groups, size = photo_numbers(images, held), performer.preprocessing.size_px
     generator = torch.Generator().manual_seed(seed)
     # The inserted convolution of 3x3 cells reaches one cell further on every side.
-    fields = {"interpretable": widened(receptive_field(performer, structure.tap), 1)}
-    fields["top"] = receptive_field(performer, top)
+    fields = {"interpretable": widened(performer.field(structure.tap), 1)}
+    fields["top"] = performer.field(top)
     grids = {name: grid_of(of) for name, of in fields.items()}
     grid = grids["interpretable"]
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from partlens.errors import LayerError
-from partlens.network.surgery import cut, cut_points, default_targets
+from partlens.network.graph import trace
+from partlens.network.layers import default_targets
 from partlens.network.taps import forward_taps
 
 CASES = {
@@ -22,7 +23,6 @@ CASES = {
         "trunk_output.block3",
         ["trunk_output.block4.block4-4", "trunk_output.block4.block4-5"],
     ),
-    "paper-alexnet": ("relu4", ["relu6", "relu7"]),
 }
 
 
@@ -30,9 +30,9 @@ CASES = {
 def test_the_copy_computes_what_the_performer_computes(network, name: str) -> None:
     module = network(name)
     source, targets = CASES[name]
-    assert list(default_targets(module, source, (96, 96))) == targets
+    assert list(default_targets(trace(module), source, (96, 96))) == targets
     output, values = forward_taps(module, torch.randn(2, 3, 96, 96), [source, *targets])
-    head = cut(module, source, [*targets, "output"])
+    head = trace(module).cut(source, [*targets, "output"])
     given = values[source].clone()
     with torch.no_grad():
         made = head(given)
@@ -46,7 +46,7 @@ def test_the_copy_is_a_copy(network) -> None:
     module = network("resnet18")
     for parameter in module.parameters():
         parameter.requires_grad = False
-    head = cut(module, "layer3", ["layer4.0"])
+    head = trace(module).cut("layer3", ["layer4.0"])
     own = dict(module.named_parameters())
     assert not head.training
     assert {name.split(".")[1] for name, _ in head.named_parameters()} == {"0"}  # layer4.0 alone
@@ -63,7 +63,7 @@ def test_neither_input_nor_targets_are_overwritten(network) -> None:
     module = network("alexnet")
     _, values = forward_taps(module, torch.randn(1, 3, 96, 96), ["features.8", "features.10"])
     given = values["features.8"].clone()
-    (middle, _) = cut(module, "features.8", ["features.10", "output"])(given)
+    (middle, _) = trace(module).cut("features.8", ["features.10", "output"])(given)
     assert torch.equal(given, values["features.8"])  # features.9 works in place
     assert torch.equal(middle, values["features.10"])  # so does features.11
 
@@ -72,26 +72,26 @@ def test_hooks_of_the_owner_are_not_copied(network) -> None:
     module = network("alexnet")
     calls = []
     module.features[10].register_forward_hook(lambda *_: calls.append(1))
-    cut(module, "features.9", ["features.12"])(torch.rand(1, 256, 5, 5))
+    trace(module).cut("features.9", ["features.12"])(torch.rand(1, 256, 5, 5))
     assert not calls
 
 
 def test_a_shortcut_around_the_source_is_refused(network) -> None:
     module = network("resnet18")
     with pytest.raises(LayerError, match=r"shortcut.*layer3\.0.*layer3\.1"):
-        cut(module, "layer3.1.conv1", ["output"])
-    assert len(cut(module, "layer3.1.conv1", ["layer3.1.bn1"])(torch.rand(1, 256, 4, 4))) == 1
+        trace(module).cut("layer3.1.conv1", ["output"])
+    assert len(trace(module).cut("layer3.1.conv1", ["layer3.1.bn1"])(torch.rand(1, 256, 4, 4))) == 1
 
 
 def test_targets_must_lie_behind_the_source(network) -> None:
     module = network("resnet18")
     for target in ("layer2", "layer3"):
         with pytest.raises(LayerError, match=f"after layer3, got {target}"):
-            cut(module, "layer3", [target])
+            trace(module).cut("layer3", [target])
     with pytest.raises(LayerError, match="Nearest: layer4"):
-        cut(module, "layer3", ["layer5"])
+        trace(module).cut("layer3", ["layer5"])
     with pytest.raises(LayerError, match="at least one"):
-        cut(module, "layer3", [])
+        trace(module).cut("layer3", [])
 
 
 def test_networks_that_branch_on_values_are_refused() -> None:
@@ -100,11 +100,11 @@ def test_networks_that_branch_on_values_are_refused() -> None:
             return x if x.sum() > 0 else -x
 
     with pytest.raises(LayerError, match=r"torch\.fx"):
-        cut_points(Branching())
+        trace(Branching()).cut_points()
 
 
 def test_cut_points(network) -> None:
-    points = cut_points(network("resnet18"))
+    points = trace(network("resnet18")).cut_points()
     assert points[:5] == ["conv1", "bn1", "relu", "maxpool", "layer1.0.add"]
     fourth = [p for p in points if p.startswith("layer4")]
     assert fourth == [
@@ -141,30 +141,14 @@ def test_functions_in_place_and_numbered_names() -> None:
     module = Odd().eval()
     image = torch.randn(2, 3, 6, 6)
     output, values = forward_taps(module, image, ["conv_1", "conv_2"])
-    assert {"conv_1", "relu", "fc"} <= set(cut_points(module))
+    assert {"conv_1", "relu", "fc"} <= set(trace(module).cut_points())
     before = dict(module.__dict__)
     for source, name in (("conv_1", "conv_1"), ("relu", "conv_1")):
         given = values[name].relu() if source == "relu" else values[name]
-        head = cut(module, source, ["conv_2", "output"])
+        head = trace(module).cut(source, ["conv_2", "output"])
         with torch.no_grad():
             made = head(given)
         assert torch.equal(made[0], values["conv_2"])
         assert torch.equal(made[1], output)
     assert module.__dict__.keys() == before.keys()
     assert "scale" in dict(head.named_parameters())
-
-
-def test_default_targets_without_blocks() -> None:
-    module = nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-    )
-    assert default_targets(module, "1", (16, 16)) == ("3", "5")
-    assert default_targets(module, "3", (16, 16)) == ("5",)
-    with pytest.raises(LayerError, match="none"):
-        default_targets(module, "6", (16, 16))

@@ -1,0 +1,635 @@
+"""The graph of a network: which operation feeds which, under the names that taps use; and copies cut out of it.
+
+Names are those of ``torchvision.models.feature_extraction``: the path of the module (``layer1.0.relu``), with
+``_1``, ``_2`` … for its second, third … call; operations written in ``forward`` carry the path of their
+module and their own name (``flatten``, ``layer1.0.add``). A module that contains others (``layer3``) names
+what it returns.
+
+The explainer's decoder starts as a copy of the layers behind a tap, and its reconstruction goes back into the performer
+through another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+import operator
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from partlens.errors import LayerError, expected, first_line, listed, nearest
+from partlens.network.borrowed import borrowed, unwrapped
+
+ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.PReLU,
+)
+_ACTIVATION_FUNCTIONS = (
+    torch.relu,
+    F.relu,
+    F.relu6,
+    F.leaky_relu,
+    F.elu,
+    F.gelu,
+    F.silu,
+    F.hardswish,
+    torch.tanh,
+)
+_COPIED_WITHOUT = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+_OUTPUT = "output"
+# Kept whole while tracing: torchvision's operators with loops or data-dependent shapes.
+_LEAVES = frozenset(
+    (
+        "DeformConv2d",
+        "DropBlock2d",
+        "FeaturePyramidNetwork",
+        "MultiScaleRoIAlign",
+        "RoIAlign",
+        "RoIPool",
+        "PSRoIAlign",
+        "PSRoIPool",
+        "StochasticDepth",
+    )
+)
+
+
+def is_of_torchvision(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether a module is one of torchvision's operators, by name: torchvision is not imported to find out."""
+    return any(
+        kind.__name__ in names and kind.__module__.startswith("torchvision.ops.") for kind in type(module).__mro__
+    )
+
+
+class _Tracer(fx.Tracer):
+    """Trace a network and give every node its tap name.
+
+    The naming follows torchvision's ``NodePathTracer``, without its mistake of dropping the number of a
+    module that is itself called ``conv_1``.
+    """
+
+    def __init__(self) -> None:
+        # A network that uses torchvision's functions has imported them by now.
+        operators = sys.modules.get("torchvision.ops")
+        super().__init__(autowrap_modules=(math,) if operators is None else (math, operators))
+        self.path = ""
+        self.names: dict[fx.Node, str] = {}
+        self.taken: set[str] = set()
+        self.calls: dict[str, int] = {}
+        self.containers: dict[str, fx.Node] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_of_torchvision(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before, path = self.path, self.path_of_module(m)
+        count = self.calls.get(path, 0)
+        self.calls[path] = count + 1
+        name = path if count == 0 else f"{path}_{count}"
+        self.path = path
+        try:
+            if self.is_leaf_module(m, path):
+                result = self.create_proxy("call_module", path, args, kwargs)
+                self.names[result.node] = name
+                self.taken.add(name)
+                return result
+            result = forward(*args, **kwargs)
+            if isinstance(result, fx.Proxy):
+                self.containers[name] = result.node
+            return result
+        finally:
+            self.path = before
+
+    def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Any:
+        proxy = super().create_proxy(kind, *args, **kwargs)
+        if kind != "call_module":
+            own = re.sub(r"_\d+$", "", proxy.node.name)
+            base = f"{self.path}.{own}" if self.path else own
+            name, count = base, 0
+            while name in self.taken:
+                count += 1
+                name = f"{base}_{count}"
+            self.taken.add(name)
+            self.names[proxy.node] = name
+        return proxy
+
+
+_OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def _without_overwriting(node: fx.Node, root: nn.Module) -> bool:
+    """Rewrite an in-place operation to its counterpart; return whether the node was one."""
+    if node.op == "call_module":  # copies are made to work out of place
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        found = name.endswith("_") and not name.endswith("__") and hasattr(Tensor, name[:-1])
+        node.target = name[:-1] if found else name
+        return found
+    if node.op != "call_function":
+        return False
+    if node.kwargs.get("inplace") is True:
+        node.update_kwarg("inplace", False)  # noqa: FBT003
+        return True
+    name = getattr(node.target, "__name__", "")
+    plain = _OUT_OF_PLACE.get(node.target)
+    if plain is None and name.endswith("_") and not name.endswith("__"):
+        plain = getattr(F, name[:-1], getattr(torch, name[:-1], None))
+    if not callable(plain):
+        return False
+    node.target = plain
+    return True
+
+
+def _make_out_of_place(graph: fx.Graph, root: nn.Module) -> None:
+    """Rewrite in-place operations so that no node's value is overwritten.
+
+    Later readers of the overwritten tensor are redirected to the new value, which keeps the meaning.
+    Overwriting through a view of another tensor is not followed.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if _without_overwriting(node, root) and node.args and isinstance(node.args[0], fx.Node):
+            written = node.args[0]
+            for user in list(written.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(written, node)
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node holds sizes, not values."""
+    if node.op == "call_method" and node.target in {"size", "dim", "numel", "new_zeros", "new_ones"}:
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in {"shape", "device", "dtype", "ndim"}
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
+
+
+def _batch_of(node: fx.Node) -> fx.Node | None:
+    """Return ``x`` when a node is the number of images of ``x``: ``x.size(0)``, ``x.shape[0]``."""
+    if node.op == "call_method" and node.target == "size" and tuple(node.args[1:]) == (0,):
+        return node.all_input_nodes[0]
+    if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem" and node.args[1] == 0:
+        sizes = node.args[0]
+        if isinstance(sizes, fx.Node) and (
+            (sizes.op == "call_method" and sizes.target == "size" and len(sizes.args) == 1)
+            or (sizes.op == "call_function" and sizes.target is getattr and sizes.args[1] == "shape")
+        ):
+            return sizes.all_input_nodes[0]
+    return None
+
+
+def _assemble(parts: dict[str, Any], graph: fx.Graph, module: nn.Module) -> nn.Module:
+    """Deep-copy the layers, without the hooks that watch them, and join them by the graph."""
+    memo: dict[int, Any] = {}
+    for part in parts.values():
+        for each in part.modules() if isinstance(part, nn.Module) else ():
+            memo.update({id(each.__dict__[n]): OrderedDict() for n in _COPIED_WITHOUT if n in each.__dict__})
+    try:
+        copies = copy.deepcopy(parts, memo)
+    except RuntimeError as error:
+        raise LayerError(
+            expected(
+                f"layers of {type(module).__name__} that can be copied",
+                str(error).splitlines()[0],
+                "Remove weight normalisation first (torch.nn.utils.remove_weight_norm)",
+            )
+        ) from error
+    made = fx.GraphModule(copies, graph, class_name="Cut")
+    for each in made.modules():
+        if getattr(each, "inplace", False):
+            each.inplace = False  # type: ignore[assignment]
+    for parameter in made.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad = True
+    return made.eval()
+
+
+class Graph:
+    """A network's graph in eval mode, in execution order and without in-place operations; made by `trace`.
+
+    Attributes:
+        root: the network (borrowed, not a copy).
+        nodes: of torch.fx, in execution order; leaf modules are found in ``root``.
+        names: tap name of every node.
+        containers: what each module with submodules returns, by tap name.
+        input: the image batch.
+        result: the node that the network returns; ``None`` when it returns several.
+        constants: tensors made in ``forward`` from numbers.
+    """
+
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, tracer: _Tracer, source: fx.Node, constants: Mapping[str, Any]
+    ) -> None:
+        self.root = root
+        self.nodes = list(graph.nodes)
+        self.names = {node: name for node, name in tracer.names.items() if node.graph is graph}
+        self.containers = {name: node for name, node in tracer.containers.items() if name}
+        self.input = source
+        self.fx_graph, self.constants = graph, constants
+        self._order = {node: index for index, node in enumerate(self.nodes)}
+        self._end = next(node for node in self.nodes if node.op == "output")
+        returned = self._end.args[0]
+        self.result = returned if isinstance(returned, fx.Node) else None
+
+    def index(self, node: fx.Node) -> int:
+        """Place of a node in execution order."""
+        return self._order[node]
+
+    def all_names(self) -> list[str]:
+        """Every name `find` accepts, in execution order."""
+        found = [(self.index(node), 0, name) for node, name in self.names.items() if node is not self.input]
+        found += [(self.index(node), 1, name) for name, node in self.containers.items()]
+        return [name for _, _, name in sorted(found)] + [_OUTPUT]
+
+    def find(self, name: str) -> fx.Node:
+        """Return the node of a tap name.
+
+        Raises:
+            LayerError: no such layer, with the nearest names.
+        """
+        if name in self.containers:
+            return self.containers[name]
+        inside: fx.Node | None = None
+        for node, own in self.names.items():
+            if own == name and node is not self.input:
+                return node
+            if own.startswith(f"{name}."):
+                inside = node
+        if inside is not None:
+            return inside
+        if name == _OUTPUT and self.result is not None:
+            return self.result
+        raise LayerError(
+            expected(
+                f"a layer of {type(self.root).__name__}",
+                name,
+                f"Nearest: {', '.join(nearest(name, self.all_names()))}",
+            )
+        )
+
+    def label(self, node: fx.Node) -> str:
+        """Return the name to show: the block that ends in this node, else the layer itself.
+
+        A block is the innermost module with submodules that returns the node; plain ``Sequential`` containers
+        do not count, so that ``features.30`` is not called ``features``.
+        """
+        ends = [name for name, end in self.containers.items() if end is node]
+        kinds = {name: self._module_of(name) for name in ends}
+        blocks = [name for name in ends if not isinstance(kinds[name], (nn.Sequential, nn.ModuleList))]
+        blocks = blocks or [name for name in ends if type(kinds[name]) not in {nn.Sequential, nn.ModuleList}]
+        if blocks:
+            return max(blocks, key=len)
+        if node is self.result and node not in self.names:
+            return _OUTPUT
+        return self.names.get(node, node.name)
+
+    def _module_of(self, name: str) -> nn.Module | None:
+        try:
+            return self.root.get_submodule(name)
+        except AttributeError:  # the name carries a call number
+            return self.root.get_submodule(re.sub(r"_\d+$", "", name))
+
+    def is_block(self, node: fx.Node) -> bool:
+        """Whether a node is what a block with convolutions or linear layers returns (see `label`)."""
+        name = self.label(node)
+        if self.containers.get(name) is not node:
+            return False
+        block = self._module_of(name)
+        return block is not None and any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in block.modules())
+
+    def ancestors(self, targets: Iterable[fx.Node]) -> set[fx.Node]:
+        """Return all nodes that the targets need, themselves included."""
+        seen: set[fx.Node] = set()
+        waiting = list(targets)
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting.extend(node.all_input_nodes)
+        return seen
+
+    def descendants(self, source: fx.Node) -> set[fx.Node]:
+        """Return all nodes that depend on the source, itself included."""
+        seen: set[fx.Node] = set()
+        waiting = [source]
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting.extend(node.users)
+        return seen
+
+    @functools.cached_property
+    def cut_nodes(self) -> tuple[fx.Node, ...]:
+        """The nodes that every path from the input to the output passes, in execution order.
+
+        Nodes that read only sizes are not paths.
+        """
+        live = self.ancestors([self.last]) & self.descendants(self.input)
+        path = [n for n in self.nodes if n in live and not is_size(n) and n.op != "output"]
+        places = {node: place for place, node in enumerate(path)}
+        found, reach = [], -1  # reach: the furthest reader of anything before this node
+        for place, node in enumerate(path):
+            if reach <= place and node is not self.input:
+                found.append(node)
+            readers = (user for user in node.users if user in live and not is_size(user))
+            reach = max([reach, *(places.get(user, len(path)) for user in readers)])
+        return tuple(found)
+
+    @property
+    def last(self) -> fx.Node:
+        """The node that the network returns, or the one that joins the several that it returns."""
+        return self.result if self.result is not None else self._end
+
+    @functools.cached_property
+    def readable(self) -> set[fx.Node]:
+        """The nodes that a module gives: what a function gives (``F.relu(x)``, ``a + b``) no hook can read."""
+        return {node for node in self.names if node.op == "call_module"} | set(self.containers.values())
+
+    def cut_points(self) -> list[str]:
+        """Return the layers through which everything passes.
+
+        Returns:
+            Tap names in execution order; a block that ends there gives its name (``layer4.0``), else the layer
+            itself. A network can be cut at these and nowhere else.
+
+        Example:
+            >>> trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())).cut_points()
+            ['0', '1', '2']
+        """
+        return list(dict.fromkeys(self.label(node) for node in self.cut_nodes))
+
+    def after(self, node: fx.Node) -> list[fx.Node]:
+        """Return the cut nodes behind a node that a hook can read."""
+        return [n for n in self.cut_nodes if self.index(n) > self.index(node) and n in self.readable]
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """Whether a node is an activation function: a module, a function or a tensor method."""
+        if node.op == "call_module":
+            return isinstance(self.leaf(node), ACTIVATIONS)
+        if node.op == "call_method":
+            return node.target in {"relu", "tanh", "sigmoid"}
+        return node.op == "call_function" and node.target in _ACTIVATION_FUNCTIONS
+
+    def leaf(self, node: fx.Node) -> nn.Module:
+        """Return the module that a ``call_module`` node calls."""
+        return self.root.get_submodule(str(node.target))
+
+    def attribute(self, node: fx.Node) -> Any:
+        """Return the parameter, buffer or constant that a ``get_attr`` node reads."""
+        path = str(node.target)
+        if path in self.constants:
+            return self.constants[path]
+        owner, _, name = path.rpartition(".")
+        return getattr(self.root.get_submodule(owner), name)
+
+    def cut(self, source: str, targets: Sequence[str]) -> nn.Module:
+        """Copy the layers between a tap and later ones.
+
+        Args:
+            source: tap whose output the copy takes, as `partlens.network.taps.read_taps` names it; a module
+                with submodules stands for what it returns.
+            targets: taps whose outputs the copy returns; ``"output"`` is the network's own output.
+
+        Returns:
+            A module in eval mode. It takes the map of ``source`` and returns a tuple with one entry per target,
+            equal bit for bit to what the network computes. Its parameters are copies with ``requires_grad`` on,
+            under the network's names; it works out of place, so that neither its input nor its outputs are
+            overwritten.
+
+        Raises:
+            LayerError: an unknown layer; a target that is not after the source; a source that a shortcut goes
+                around.
+
+        Example:
+            >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+            >>> head = trace(network).cut("1", ["output"])
+            >>> image = torch.ones(1, 3, 8, 8)
+            >>> bool((head(network[:2](image))[0] == network(image)).all())
+            True
+        """
+        if not targets:
+            raise LayerError(expected("at least one target layer", "none", 'Name one, or "output"'))
+        start = self.find(source)
+        after = self.descendants(start)
+        ends: list[Any] = []
+        needed: set[fx.Node] = set()
+        for name in targets:
+            whole = name == _OUTPUT and self.result is None  # several outputs, joined by the last node
+            end = self._end.args[0] if whole else self.find(name)
+            for node in self._end.all_input_nodes if whole else [self.find(name)]:
+                if node is start or node not in after:
+                    later = list(dict.fromkeys(self.label(n) for n in self.after(start))) or [_OUTPUT]
+                    got, remedy = f"{name}, which does not depend on it", f"Choose among {listed(later, 6)}"
+                    raise LayerError(expected(f"a target after {source}", got, remedy))
+                needed |= self._between(source, start, name, node, after)
+            ends.append(end)
+        return self._copied(start, after, needed, ends)
+
+    def _between(self, source: str, start: fx.Node, name: str, target: fx.Node, after: set[fx.Node]) -> set[fx.Node]:
+        """Return the nodes between source and target; refuse paths around the source."""
+        seen: set[fx.Node] = set()
+        waiting = [target]
+        while waiting:
+            node = waiting.pop()
+            if node in seen or node is start:
+                continue
+            if node is self.input:
+                raise self.bypassed(source, start, name)
+            seen.add(node)
+            base = _batch_of(node)
+            if base is None or base in after:
+                waiting.extend(node.all_input_nodes)
+        return seen
+
+    def bypassed(self, source: str, start: fx.Node, target: str) -> LayerError:
+        """Build the error of a layer that not everything passes."""
+        before = [n for n in self.cut_nodes if self.index(n) < self.index(start)][-2:]
+        behind = [n for n in self.cut_nodes if self.index(n) > self.index(start)][:2]
+        near = list(dict.fromkeys(self.label(n) for n in before + behind if n in self.readable))
+        return LayerError(
+            expected(
+                f"a layer through which everything that {target} reads must pass",
+                f"{source}, which a shortcut goes around",
+                f"Nearest layers that can be cut: {', '.join(near) or 'none'}",
+            )
+        )
+
+    def _copied(self, start: fx.Node, after: set[fx.Node], needed: set[fx.Node], ends: list[Any]) -> nn.Module:
+        """Copy the needed nodes into a graph of their own, and the layers that they call."""
+        graph = fx.Graph()
+        given = graph.placeholder("source_map")
+        made: dict[fx.Node, fx.Node] = {start: given}
+        parts: dict[str, Any] = {}
+        for node in self.nodes:
+            if node not in needed:
+                continue
+            base = _batch_of(node)
+            if base is not None and base not in after:
+                made[node] = graph.call_method("size", (given, 0))
+                continue
+            made[node] = graph.node_copy(node, made.__getitem__)
+            if node.op == "call_module":
+                parts[str(node.target)] = self.leaf(node)
+            elif node.op == "get_attr":
+                parts[str(node.target)] = self.attribute(node)
+        graph.output(tuple(fx.node.map_arg(end, made.__getitem__) for end in ends))
+        return _assemble(parts, graph, self.root)
+
+    def leaves_of(self, *kinds: type[nn.Module]) -> list[fx.Node]:
+        """Return the nodes that call a module of some kinds."""
+        return [n for n in self.nodes if n.op == "call_module" and isinstance(self.leaf(n), kinds)]
+
+    def shapes(self, input_size: tuple[int, int], upto: Iterable[fx.Node] | None = None) -> dict[fx.Node, Any]:
+        """Run the graph once on a zero image and note what each node gives.
+
+        Args:
+            input_size: rows and columns of the input.
+            upto: run only what these nodes need.
+
+        Returns:
+            For a tensor its ``torch.Size``, for a list of tensors a list of sizes, for other values the
+            value.
+
+        Raises:
+            LayerError: the network does not accept this input size.
+        """
+        wanted = self.ancestors(upto) if upto is not None else None
+        first = next((self.leaf(n) for n in self.leaves_of(nn.Conv2d)), None)
+        with borrowed(self.root, copy_weights=False) as root, torch.no_grad():
+            runner = _ShapeRunner(root, self, wanted)
+            with refused_size(root, input_size):
+                runner.run(blank_image(root, input_size, first))
+        return runner.noted
+
+
+@contextlib.contextmanager
+def refused_size(module: nn.Module, size: tuple[int, int]) -> Iterator[None]:
+    """Say that a network does not accept an input size, whatever it raises."""
+    try:
+        yield
+    except Exception as error:  # a network may raise anything
+        raise LayerError(
+            expected(
+                f"an input size that {type(module).__name__} accepts",
+                f"{size[0]}x{size[1]} px ({first_line(error)})",
+                "Give the size the network was made for",
+            )
+        ) from error
+
+
+def blank_image(module: nn.Module, size: tuple[int, int], first: nn.Module | None = None) -> Tensor:
+    """Make an image of zeros with the channels of the first convolution, the network's type and device."""
+    if first is None:
+        first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
+    return torch.zeros(1, channels, *size, dtype=weight.dtype, device=weight.device)
+
+
+class _ShapeRunner(fx.Interpreter):
+    """Interpret a graph, noting shapes."""
+
+    def __init__(self, root: nn.Module, graph: Graph, wanted: set[fx.Node] | None) -> None:
+        super().__init__(root, garbage_collect_values=True, graph=graph.fx_graph)
+        self.known = graph
+        self.wanted = wanted
+        self.noted: dict[fx.Node, Any] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.known.constants[target] if target in self.known.constants else super().fetch_attr(target)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if self.wanted is not None and n not in self.wanted:
+            return None
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.noted[n] = value.shape
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+            self.noted[n] = [v.shape if isinstance(v, Tensor) else v for v in value]
+        else:
+            self.noted[n] = value
+        return value
+
+
+def trace(module: nn.Module) -> Graph:
+    """Trace a network in eval mode.
+
+    Args:
+        module: the network; left as it was.
+
+    Returns:
+        Its graph.
+
+    Raises:
+        InputTypeError: not a readable network.
+        LayerError: its ``forward`` cannot be traced (it branches on values, or has several inputs).
+
+    Example:
+        >>> trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())).all_names()
+        ['0', '1', 'output']
+    """
+    inner = unwrapped(module)
+    tracer = _Tracer()
+    attributes = set(inner.__dict__)
+    constants: dict[str, Any] = {}
+    with borrowed(inner, copy_weights=False) as network:
+        try:
+            graph = tracer.trace(network)
+        except Exception as error:
+            raise LayerError(
+                expected(
+                    "a network that torch.fx can trace",
+                    f"{type(inner).__name__} ({first_line(error)})",
+                    "Rewrite its forward without branches on values, or explain a part that has none",
+                )
+            ) from error
+        finally:  # the tracer hangs tensor constants on the network
+            constants = {name: inner.__dict__.pop(name) for name in set(inner.__dict__) - attributes}
+        _make_out_of_place(graph, network)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    needed = [node for node in placeholders if not node.args]
+    if len(needed) != 1 and len(placeholders) != 1:
+        raise LayerError(
+            expected(
+                "a network with one input, the images",
+                f"{type(inner).__name__} with {len(needed)}",
+                "Wrap it in a module whose forward takes only the images",
+            )
+        )
+    return Graph(inner, graph, tracer, (needed or placeholders)[0], constants)
