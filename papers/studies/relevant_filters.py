@@ -42,8 +42,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from partlens.selection.descriptors import FeatureIndex, descriptor  # noqa: E402
+from partlens.selection.descriptors import descriptor  # noqa: E402
 from partlens.selection.lasso import mu_lasso  # noqa: E402
+from partlens.selection.record import FeatureIndex  # noqa: E402
 
 IMAGES, LAYERS, FILTERS, CELLS, CLASSES, PLANTED, FOLLOWERS, CAUSES, SEEDS, MU = (
     1000,

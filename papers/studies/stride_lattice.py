@@ -1,7 +1,7 @@
 """H3: how much grid strided layers leave in backward pictures of trained networks, and which operation leaves it.
 
 For every network and photo: the signal of the highest score by guided backpropagation, by captum's and by ours with
-each treatment of strides and poolings. Figures are `partlens.artefacts.lattice.lattice_index` (log10 of peak over
+each treatment of strides and poolings. Figures are `partlens_papers.flowers.lattice.lattice_index` (log10 of peak over
 background, here averaged over photos) and the share of energy on the lattice, beside the control: the same pixels
 permuted. Where a network has no trained scores (the papers' AlexNet without its fully connected layers), the signal
 is that of the filter with the most energy in its last convolution.
@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 from partlens.artefacts.backprop import guided_backprop
-from partlens.artefacts.lattice import lattice_energy_frac, lattice_index
 from partlens.performer.taps import forward_taps
 from partlens.performer.zoo import Performer, load_performer
 from PIL import Image
 from torch import Tensor
+
+from partlens_papers.flowers.lattice import lattice_energy_frac, lattice_index
 
 SEED, THREADS, PHOTOS, STRIDES = 0, 1, 12, (2, 4, 8)
 TREATMENTS: dict[str, dict[str, Any]] = {

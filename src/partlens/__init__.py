@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from partlens.attribution.backprop import guided_backprop
-    from partlens.attribution.explanation import ExplanationConfig
+    from partlens.attribution.record import ExplanationConfig
     from partlens.data.annotations import PartTruth
     from partlens.data.check import check_data
     from partlens.data.flowers import generated_flowers, render_flower
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from partlens.network.preprocessing import Preprocessing
     from partlens.network.zoo import Performer, load_performer
     from partlens.object_parts.assignment import PartsConfig
-    from partlens.selection.descriptors import DescriptorConfig
     from partlens.selection.lasso import LassoSolution, mu_lasso
+    from partlens.selection.record import DescriptorConfig
     from partlens.verbs.demo import demo
     from partlens.verbs.evaluate import evaluate
     from partlens.verbs.explain import explain
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from partlens.verbs.select_features import SelectedFeatures, load_selection, select_features
 
 _HOMES = {
-    "DescriptorConfig": "partlens.selection.descriptors",
+    "DescriptorConfig": "partlens.selection.record",
     "Explainer": "partlens.explainer.network",
     "ExplainerConfig": "partlens.explainer.config",
-    "ExplanationConfig": "partlens.attribution.explanation",
+    "ExplanationConfig": "partlens.attribution.record",
     "FittedExplainer": "partlens.verbs.fit_explainer",
     "ImageSet": "partlens.data.images",
     "LassoSolution": "partlens.selection.lasso",

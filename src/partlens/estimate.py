@@ -177,6 +177,18 @@ def percentile_interval(draws: Sequence[float], level: float = 0.95) -> tuple[fl
     return low, high
 
 
+def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's score interval of a share of ``n`` things.
+
+    Example:
+        >>> [round(end, 3) for end in wilson_interval(0.75, 4)]
+        [0.301, 0.954]
+    """
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def proportion(
     successes: Float[Tensor, " image"], *, groups: Int[Tensor, " image"] | None = None, z: float = 1.96
 ) -> Estimate:
@@ -205,6 +217,4 @@ def proportion(
     crops = torch.ones(len(successes)) if groups is None else groups.unique(return_counts=True)[1].double()
     n = float(crops.sum() ** 2 / crops.square().sum())
     share = float(successes.double().mean())
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Estimate(share, (max(0.0, centre - half), min(1.0, centre + half)), len(crops))
+    return Estimate(share, wilson_interval(share, n, z), len(crops))

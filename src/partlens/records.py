@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = "partlens/1"
+_LONGEST_SHOWN = 120  # characters of a wrong value in an error sentence
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -158,7 +159,9 @@ def _fault(error: ValidationError, kind: type[BaseModel]) -> tuple[str, str, str
     if first["type"] == "missing":
         return f"the field {place} of {kind.__name__}", "nothing", f"Give {place}"
     rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{place or kind.__name__} to be {rule}", repr(first["input"]), f"Correct {place or 'it'}"
+    got = repr(first["input"])
+    shown = got if len(got) <= _LONGEST_SHOWN else f"{got[:_LONGEST_SHOWN]}…"
+    return f"{place or kind.__name__} to be {rule}", shown, f"Correct {place or 'it'}"
 
 
 class Value(BaseModel):

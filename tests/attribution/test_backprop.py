@@ -12,11 +12,11 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
+from partlens.attribution.lattice import lattice_energy_frac, lattice_index
 from PIL import Image
 from torch import Tensor, nn
 
 from partlens.attribution.backprop import backward_signals, combined, guided_backprop, heat_map
-from partlens.attribution.lattice import lattice_energy_frac, lattice_index
 from partlens.attribution.rules import rewritten, strided_gradient
 from partlens.errors import InputError, InputTypeError, LayerError
 from partlens.network.zoo import Performer, weights_sha256

@@ -48,23 +48,24 @@ def feature_row(run: Path, number: int, weight: float, share: float, *, pictures
     ends = np.cumsum(list(LAYERS.values()))
     place = int(np.searchsorted(ends, number, side="right"))
     layer, channel = list(LAYERS)[place], number - int(ends[place] - list(LAYERS.values())[place])
-    names = dict.fromkeys(("average", "control", "crops"))
+    picture = None
     if pictures:
+        picture = {
+            "receptive_field_px": None if layer == "fc" else [6 * (place + 1), 6 * (place + 1)],
+            "sharpness": 0.2 + number % 7 / 20,
+            "control_sharpness": 0.21,
+        }
         for key, kind, width in (("average", "blob", size), ("control", "noise", size), ("crops", "strip", 8 * size)):
-            names[key] = f"pictures/{layer}-{channel}-{key}.png"
-            if not (run / names[key]).exists():
-                draw(run / names[key], width, size, number, kind)
-    field = None if layer == "fc" else [6 * (place + 1), 6 * (place + 1)]
+            picture[key] = f"pictures/{layer}-{channel}-{key}.png"
+            if not (run / picture[key]).exists():
+                draw(run / picture[key], width, size, number, kind)
     return {
-        "feature": number,
         "layer": layer,
         "channel": channel,
         "weight": weight,
         "share": share,
-        "receptive_field_px": field,
         "strongest": [f"photos/{number}-{i}.jpg" for i in range(8)],
-        **names,
-        "sharpness": {"value": 0.2 + number % 7 / 20, "control": 0.21} if pictures else None,
+        "picture": picture,
     }
 
 
@@ -83,17 +84,14 @@ def class_row(run: Path, position: int, name: str, *, features: int, pictures: b
         "norm": sum(weights),
         "objective": 12.5,
         "relative_gap": 3e-6,
-        "nonzeros": features,
-        "features": rows,
+        "filters": rows,
     }
 
 
 def selection(run: Path, classes: int = 12, features: int = 5, *, pictures: bool = True, size: int = 16) -> dict:
     """Return the content of ``selection.json`` and draw its pictures."""
     return {
-        "schema": "partlens.selection/1",
-        "kind": "selection",
-        "identity": "77aa01",
+        "schema": "partlens.selection/2",
         "status": "finished",
         "created": "2026-11-21T09:30:00+00:00",
         "command": "partlens select-features flowers.py:network flowers --out runs/flowers",
@@ -106,41 +104,31 @@ def selection(run: Path, classes: int = 12, features: int = 5, *, pictures: bool
             "preprocessing": {"size_px": [112, 112], "resize": "squash"},
             "notes": ["Dropout is off."],
         },
-        "data": {
-            "name": "flowers",
-            "path": "flowers",
-            "fingerprint": "f00d",
-            "split": "train",
-            "photos": 1200,
-            "unreadable": [],
-        },
+        "data": {"name": "flowers", "path": "flowers", "fingerprint": "f00d", "unreadable": []},
         "config": {
+            "split": "train",
             "mu": 10.0,
-            "nonnegative": True,
             "labels": "data",
-            "descriptor": {
-                "layers": "outputs",
-                "energy": "squared",
-                "layer_normalisation": "l1",
-                "image_normalisation": "l2",
-            },
+            "nonnegative": True,
+            "descriptor": {},
             "top_photos": 100,
             "pictures": 200,
             "seed": 0,
         },
-        "index": {"layers": list(LAYERS), "channels": list(LAYERS.values())},
-        "features": sum(LAYERS.values()),
-        "solution": {"relative_gap": 4e-6, "nonzeros_mean": features - 0.1, "constraint_active": 0, "iterations": 880},
-        "readout": {
+        "photos": 1200,
+        "found": {
+            "index": {"layers": list(LAYERS), "channels": list(LAYERS.values())},
+            "weights_sha256": "bb22",
+            "dead_layers": 0,
+            "iterations": 880,
             "accuracy": estimate(0.961),
             "shuffled": estimate(0.08),
-            "chance": 1 / classes,
             "model_accuracy": estimate(0.985, 0.01),
+            "classes": [
+                class_row(run, i, name, features=features, pictures=pictures, size=size)
+                for i, name in enumerate(class_names(classes))
+            ],
         },
-        "classes": [
-            class_row(run, i, name, features=features, pictures=pictures, size=size)
-            for i, name in enumerate(class_names(classes))
-        ],
     }
 
 
@@ -163,7 +151,6 @@ def explanation(folder: Path, image: str, names: tuple[str, ...], seed: int = 0,
                 {
                     "layer": "conv3",
                     "channel": 71 + r,
-                    "feature": 261 + r,
                     "weight": 1.5,
                     "response": round(contribution / 1.5, 6),
                     "contribution": contribution,
@@ -174,31 +161,33 @@ def explanation(folder: Path, image: str, names: tuple[str, ...], seed: int = 0,
             )
         explained.append(
             {
-                "class": name,
+                "name": name,
                 "output": k,
                 "probability": round(0.93 / (1 + 20 * k), 4),
                 "rank": k + 1,
                 "score": 0.8 - 0.5 * k,
                 "combined": f"combined-{k + 1}.png",
                 "heat": f"heat-{k + 1}.png",
-                "features": features,
-                "lattice_index": {"before": 2.41, "after": -0.12},
-                "rank_correlation_with_first": None if k == 0 else 0.41,
+                "filters": features,
+                "rank_correlation": None if k == 0 else 0.41,
             }
         )
     return {
-        "schema": "partlens.explanation/1",
-        "image": {"name": image, "path": f"photos/{image}", "size_px": [640, 480]},
-        "method": {"features": 3, "rule": "guided", "fix_strides": True, "pooling": "route", "combine": "max"},
-        "performer": {"name": "flower-net", "weights_sha256": "aa11"},
+        "schema": "partlens.explanation/2",
+        "image": image,
+        "path": f"photos/{image}",
+        "size_px": [640, 480],
+        "method": {"features": 3, "rule": "guided", "fix_strides": True, "pooling": "route"},
+        "performer": "flower-net",
+        "weights_sha256": "aa11",
+        "selection": "77aa01",
         "input": "input.png",
-        "prediction": {
-            "classes": [
-                {"name": name, "output": i, "probability": p}
-                for i, (name, p) in enumerate(zip(class_names(5), (0.93, 0.0443, 0.0121, 0.006, 0.0021), strict=True))
-            ]
-        },
+        "answers": [
+            {"name": name, "output": i, "probability": p}
+            for i, (name, p) in enumerate(zip(class_names(5), (0.93, 0.0443, 0.0121, 0.006, 0.0021), strict=True))
+        ],
         "explained": explained,
+        "parts": [],
         "notes": ["Dropout is off."],
     }
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from partlens.selection.labels import class_of_category, label_matrix
 from torch import nn
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError
 from partlens.network.zoo import load_performer
 from partlens.selection import labels
-from partlens.selection.labels import class_of_category, label_matrix
 
 as_performer = runpy.run_path(str(Path(__file__).with_name("made_networks.py")))["as_performer"]
 

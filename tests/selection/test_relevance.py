@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from partlens.selection.labels import label_matrix
 from torch import Tensor
 
 from partlens.errors import InputError
 from partlens.selection.descriptors import FeatureIndex, descriptor
-from partlens.selection.labels import label_matrix
 from partlens.selection.relevance import readout, select_relevant
 from partlens.selection.responses import stream_responses
 

@@ -17,8 +17,8 @@ from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, RunError
 from partlens.network.zoo import Performer, load_performer
 from partlens.records import read_tensors, write_tensors
-from partlens.selection.descriptors import DescriptorConfig, FeatureIndex
 from partlens.selection.measured_layers import feature_index
+from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens_papers.removal.digits import digit_performer, digit_preprocessing, digit_set, lenet, train_digits
 from partlens_papers.removal.feature_removal import decided, feature_removal
 from partlens_papers.removal.plan import (

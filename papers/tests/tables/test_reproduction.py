@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from partlens.attribution.explanation import ExplanationConfig
+from partlens.attribution.record import ExplanationConfig
 from partlens.cli import main
 from partlens.errors import InputError
 from partlens.network.zoo import load_performer

@@ -13,9 +13,8 @@ other in a network in eval mode, so each may start from another layer and channe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,63 +22,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from partlens.attribution.backprop import backward_signals, heat_map
+from partlens.attribution.record import ExplanationConfig
 from partlens.errors import InputError, expected
 from partlens.network.zoo import Performer
-from partlens.selection.descriptors import DescriptorConfig, FeatureIndex
+from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.selection.responses import image_descriptors
 
-Combine = Literal["max", "sum"]
-
-PARTLENS_CHANGES: dict[str, Any] = {"fix_strides": "aligned", "pooling": "resample", "smooth_frac": 0.05}
-"""What the ``partlens`` preset changes, as the flower benchmark showed (``docs/heat-maps.md``)."""
-
-
-@dataclass(frozen=True)
-class ExplanationConfig:
-    """How a prediction is explained; the defaults of the fields are those of the authors' code.
-
-    Attributes:
-        features: relevant features shown per class, those with the largest contribution (authors: 3).
-        rule: of rectifiers in the backward pass, ``guided``, ``deconvnet`` or ``gradient``.
-        fix_strides: resample the signal in strided convolutions: ``True`` or ``nearest`` as the authors do, ``aligned``
-            without the shift of half a stride, ``False`` not at all.
-        pooling: ``route`` (authors' default), ``overwrite`` or ``resample``; see
-            :func:`partlens.attribution.backprop.guided_backprop`.
-        combine: ``max`` joins the maps by their pixelwise maximum (authors); ``sum`` adds them weighted by their share
-            of the contribution.
-        smooth_frac: standard deviation of a Gaussian that the maps are smoothed with before they are scaled, as a share
-            of the input's shorter side; 0 in the paper.
-    """
-
-    features: int = 3
-    rule: Literal["guided", "deconvnet", "gradient"] = "guided"
-    fix_strides: bool | Literal["nearest", "aligned"] = True
-    pooling: Literal["route", "overwrite", "resample"] = "route"
-    combine: Combine = "max"
-    smooth_frac: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check every field once."""
-        if self.features < 1:
-            raise InputError(expected("at least 1 feature to show", self.features, "Set features to 1 or more"))
-        if not 0 <= self.smooth_frac <= 0.5:
-            raise InputError(
-                expected("smooth_frac from 0 to 0.5", self.smooth_frac, "Set smooth_frac to 0 to switch it off")
-            )
-        if self.combine not in ("max", "sum"):
-            raise InputError(expected("combine max or sum", self.combine, "Choose one of them"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
-
-    @classmethod
-    def preset(cls, name: str = "partlens", **changes: Any) -> ExplanationConfig:
-        """Return a preset with changes: ``partlens`` (ours, :data:`PARTLENS_CHANGES`) or ``paper``."""
-        presets: dict[str, dict[str, Any]] = {"paper": {}, "partlens": PARTLENS_CHANGES}
-        if name not in presets:
-            raise InputError(expected("preset partlens or paper", name, "Choose one of them"))
-        return cls(**{**presets[name], **changes})
+Chooser = Callable[[Tensor, Tensor], Tensor]
+"""Called with the performer's output ``[image, output]`` and the scores ``[image, class]``; returns classes."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +43,8 @@ class Explanations:
         contributions: their ``w * x``; 0 where there is none.
         scores: ``[image, explained]`` the whole of ``w . x``.
         positive: ``[image, explained]`` the sum of all positive contributions, which shares refer to.
-        signals: ``[image, explained, rank, channel, row, col]`` on the input, before the heat map.
         maps: ``[image, explained, rank, row, col]`` in [0, 1]; zeros where there is no feature.
-        combined: ``[image, explained, row, col]`` in [0, 1].
+        combined: ``[image, explained, row, col]``, the pixelwise maximum of the maps (authors).
         output: the performer's output, ``[image, output]``.
     """
 
@@ -105,7 +54,6 @@ class Explanations:
     contributions: Float[Tensor, "image explained rank"]
     scores: Float[Tensor, "image explained"]
     positive: Float[Tensor, "image explained"]
-    signals: Float[Tensor, "image explained rank channel row col"]
     maps: Float[Tensor, "image explained rank row col"]
     combined: Float[Tensor, "image explained row col"]
     output: Float[Tensor, "image output"]
@@ -147,17 +95,6 @@ def scaled(maps: Float[Tensor, "*batch row col"]) -> Float[Tensor, "*batch row c
     return torch.where(span > 0, (maps - low) / torch.where(span > 0, span, torch.ones_like(span)), 0.0)
 
 
-def combine_maps(
-    maps: Float[Tensor, "image explained rank row col"],
-    shares: Float[Tensor, "image explained rank"],
-    how: Combine,
-) -> Float[Tensor, "image explained row col"]:
-    """Join the maps of the features: their pixelwise maximum, or their sum weighted by contribution, scaled again."""
-    if how == "max":
-        return maps.amax(dim=2)
-    return scaled((maps * shares[..., None, None]).sum(dim=2))
-
-
 def _rounds(
     features: Int[Tensor, "image explained rank"], index: FeatureIndex
 ) -> list[dict[str, Float[Tensor, "image filter"]]]:
@@ -184,10 +121,8 @@ def explain_batch(
     weights: Float[Tensor, "feature class"],
     index: FeatureIndex,
     descriptor: DescriptorConfig,
-    classes: Int[Tensor, "image explained"] | None = None,
+    classes: Int[Tensor, "image explained"] | Chooser,
     config: ExplanationConfig | None = None,
-    *,
-    choose: Any = None,
 ) -> Explanations:
     """Explain a batch of images.
 
@@ -197,51 +132,39 @@ def explain_batch(
         weights: relevance of each feature for each class, as the μ-lasso gave them.
         index: which layer and channel each feature is.
         descriptor: how the descriptor is made; the one the weights were fitted with.
-        classes: columns of ``weights`` to explain, per image.
-        config: how to explain.
-        choose: instead of ``classes``: called with the performer's output ``[image, output]`` and the scores
-            ``[image, class]``, returns the classes.
+        classes: columns of ``weights`` to explain, per image; or what chooses them, such as :func:`choose_top`.
+        config: how to explain; the authors' way by default.
 
     Returns:
         Chosen features, their contributions, and the maps.
 
     Raises:
-        InputError: no classes, or weights that do not fit the index.
+        InputError: weights that do not fit the index.
     """
     config = config or ExplanationConfig()
     if weights.shape[0] != index.size:
-        raise InputError(
-            expected(f"weights of {index.size} features", f"{weights.shape[0]}", "Use the weights' own feature index")
-        )
+        rule = f"weights of {index.size} features"
+        raise InputError(expected(rule, f"{weights.shape[0]}", "Use the weights' own feature index"))
     x, output = image_descriptors(performer, batch, index, descriptor)
-    if classes is None:
-        if choose is None:
-            raise InputError(expected("classes to explain", "none", "Give classes= or choose="))
-        classes = choose(output, x.double() @ weights.double())
-    assert classes is not None
-    parts = contributions(x.double(), weights.double(), classes)
+    chosen_classes = classes if isinstance(classes, Tensor) else classes(output, x.double() @ weights.double())
+    parts = contributions(x.double(), weights.double(), chosen_classes)
     positive = parts.clamp(min=0)
-    most = min(config.features, index.size)
     # A stable order makes ties deterministic: the earlier feature wins.
-    order = positive.argsort(dim=2, descending=True, stable=True)[..., :most]
+    order = positive.argsort(dim=2, descending=True, stable=True)[..., : min(config.features, index.size)]
     chosen = positive.gather(2, order)
     features = torch.where(chosen > 0, order, -1)
-    signals = _signals(performer, batch, features, index, config)
-    maps = heat_map(signals)
+    maps = heat_map(_signals(performer, batch, features, index, config))
     if config.smooth_frac > 0:
         maps = scaled(smoothed(maps, config.smooth_frac * min(batch.shape[-2:])))
-    total = positive.sum(2)
-    shares = chosen / total.clamp(min=1e-30)[..., None]
     return Explanations(
-        classes=classes,
+        classes=chosen_classes,
         features=features,
         responses=x.gather(1, order.flatten(1)).view(order.shape).to(torch.float64) * (chosen > 0),
         contributions=chosen,
         scores=parts.sum(2),
-        positive=total,
-        signals=signals,
+        positive=positive.sum(2),
         maps=maps,
-        combined=combine_maps(maps, shares.to(maps.dtype), config.combine),
+        combined=maps.amax(dim=2),
         output=output,
     )
 
@@ -270,7 +193,7 @@ def _signals(
     return signals.view(explained, ranks, *batch.shape).permute(2, 0, 1, 3, 4, 5)
 
 
-def choose_top(outputs: Sequence[int | None], count: int) -> Any:
+def choose_top(outputs: Sequence[int | None], count: int) -> Chooser:
     """Return a chooser of the classes the performer holds most likely.
 
     Args:
@@ -278,8 +201,8 @@ def choose_top(outputs: Sequence[int | None], count: int) -> Any:
         count: classes per image, the most likely first.
 
     Returns:
-        A function for ``explain_batch(choose=...)``. Where no class is an output of the performer, the largest scores
-        ``w . x`` decide.
+        A function for :func:`explain_batch`. Where no class is an output of the performer, the largest scores ``w . x``
+        decide.
     """
     known = [(column, output) for column, output in enumerate(outputs) if output is not None]
 

@@ -38,6 +38,8 @@ def environment() -> Environment:
         plain=notation.plain,
         counted=notation.counted,
         rate=notation.rate,
+        short_name=notation.short_name,
+        percent=notation.percent,
         count_of=count_of,
     )
     return made

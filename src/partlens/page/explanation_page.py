@@ -1,161 +1,159 @@
-"""What the page draws of one explained image, and the stand-alone page of one explanation folder."""
+"""The explained images of a run on its page, and the page of one explained image: records with their pictures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from partlens.attribution.record import Contribution, ExplainedByParts, ExplainedClass, ExplanationRecord
 from partlens.errors import InputError, RunError, expected
-from partlens.page import figures, selection_words
+from partlens.page import figures
 from partlens.page.environment import environment, pairs
-from partlens.page.explanation_data import (
-    EXPLAIN_AGAIN,
-    Contribution,
-    Explained,
-    ExplainedByParts,
-    ExplanationData,
-    Explanations,
-    read_explanation,
-)
-from partlens.page.notation import percent
-from partlens.page.page_data import PICTURES_BYTES
-from partlens.page.reading import Pictures
-from partlens.page.selection_page import Shown, shown
+from partlens.page.reading import Embedded, Pictures
 from partlens.page.views import Chapter
-from partlens.records import write_text
+from partlens.records import plain, write_text
 
-_RULES: Mapping[str, str] = {
-    "guided": "guided backpropagation",
-    "deconvnet": "deconvnet",
-    "gradient": "plain gradient",
-}
+PAGE_BYTES = 13_500_000
+"""Room for the pictures of one image's own page, in characters."""
 
 
 @dataclass(frozen=True)
-class _Feature:
-    """One feature of an explained class."""
+class ExplanationData:
+    """One explained image.
 
-    name: str
-    contribution: float
-    share: float
-    bar_percent: float
-    overlay: Shown | None
-    average: Shown | None
+    Attributes:
+        folder: name of its folder.
+        record: what was found.
+        pictures: by the name that the record has for them; an average that is out of reach is missing.
+    """
 
-
-@dataclass(frozen=True)
-class _Column:
-    """One explained class."""
-
-    name: str
-    kind: str
-    probability: float
-    score: float
-    combined: Shown | None
-    heat: Shown | None
-    features: tuple[_Feature, ...]
-    remarks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """One of the performer's answers."""
-
-    name: str
-    probability: float
-    bar_percent: float
-    explained: bool
-
-
-@dataclass(frozen=True)
-class _OfParts:
-    """One class whose score is shared among parts, with the heat map of each."""
-
-    data: ExplainedByParts
-    kind: str
-    said: str
-    maps: tuple[tuple[Shown | None, float], ...]
+    folder: str
+    record: ExplanationRecord
+    pictures: Mapping[str, Embedded]
 
 
 @dataclass(frozen=True)
 class ExplanationView:
-    """Everything that the template of one image shows; ``data`` holds what is written as it is."""
+    """Everything that the template of one image shows.
+
+    Attributes:
+        anchor: its id on the page.
+        data: the image.
+        top: the largest contribution, which bars are drawn against.
+        other_weights: whether it was explained with other weights than the rest of the page is about.
+    """
 
     anchor: str
     data: ExplanationData
-    headline: str
-    method: str
-    input: Shown | None
-    answers: tuple[_Answer, ...]
-    columns: tuple[_Column, ...]
-    rows: tuple[tuple[Explained, Contribution], ...]
-    has_averages: bool
-    warning: str
-    parts: tuple[_OfParts, ...] = ()
+    top: float
+    other_weights: bool = False
+
+    @property
+    def parts(self) -> tuple[ExplainedByParts, ...]:
+        """The classes whose score is shared among parts."""
+        return self.data.record.parts
+
+    @property
+    def columns(self) -> tuple[ExplainedClass, ...]:
+        """The classes that are explained by filters."""
+        return self.data.record.explained
+
+    @staticmethod
+    def top_share(one: ExplainedByParts) -> float:
+        """Return the largest share of a part without its sign; 0 where no share is defined."""
+        return max((abs(part.share) for part in one.parts if math.isfinite(part.share)), default=0.0)
+
+    @property
+    def has_averages(self) -> bool:
+        """Whether any average of a filter is shown."""
+        return any(f.average in self.data.pictures for one in self.columns for f in one.filters)
 
 
-def _feature(one: Explained, feature: Contribution, top: float) -> _Feature:
-    name = selection_words.filter_name(feature.layer, feature.channel)
-    known = top > 0 and math.isfinite(feature.contribution)
-    return _Feature(
-        name=name,
-        contribution=feature.contribution,
-        share=feature.share,
-        bar_percent=100 * max(feature.contribution, 0.0) / top if known else 0.0,
-        overlay=shown(feature.overlay, f"Where {name} acts for the class {one.name}", "here"),
-        average=shown(feature.average, f"Average of what {name} answers to most in training photos", "in training"),
-    )
+@dataclass(frozen=True)
+class Explanations:
+    """The explained images of a run.
 
-
-def _column(one: Explained, first: Explained, top: float) -> _Column:
-    kind = "predicted class" if one.rank == 1 else f"{selection_words.ordinal(one.rank)} of the answers"
-    return _Column(
-        name=one.name,
-        kind=kind if one.rank > 0 else "",
-        probability=one.probability,
-        score=one.score,
-        combined=shown(one.combined, f"The image with the combined map for the class {one.name}", "all features"),
-        heat=shown(one.heat, f"The combined map alone for the class {one.name}", "map alone"),
-        features=tuple(_feature(one, feature, top) for feature in one.features),
-        remarks=selection_words.explained_remarks(one, first),
-    )
-
-
-def _of_parts(one: ExplainedByParts) -> _OfParts:
-    kind = "predicted class" if one.rank == 1 else f"{selection_words.ordinal(one.rank)} of the answers"
-    top = max((abs(part.share) for part in one.parts if math.isfinite(part.share)), default=0.0)
-    return _OfParts(
-        data=one,
-        kind=kind if one.rank > 0 else "",
-        said=f"{one.name}: {one.headline}",
-        maps=tuple(
-            (
-                shown(part.heat, f"Where the part {part.name} acts for the class {one.name}", part.name),
-                100 * abs(part.share) / top if top > 0 and math.isfinite(part.share) else 0.0,
-            )
-            for part in one.parts
-        ),
-    )
-
-
-def method_words(method: Mapping[str, object]) -> str:
-    """Say how an image was explained.
-
-    Example:
-        >>> method_words({"rule": "guided", "fix_strides": True, "features": 3})
-        'guided backpropagation from the 3 strongest features, stride artefacts removed'
+    Attributes:
+        shown: those on the page, by folder name.
+        without_room: folders for whose pictures the page has no room.
+        incomplete: folders without ``explanation.json``.
     """
-    rule, features, fixed = (method.get(key) for key in ("rule", "features", "fix_strides"))
-    said = _RULES.get(str(rule), str(rule or ""))
-    if isinstance(features, int) and not isinstance(features, bool):
-        said += f" from the {features} strongest features" if features != 1 else " from the strongest feature"
-    if isinstance(fixed, (bool, str)):
-        said += ", stride artefacts removed" if fixed else ", strides as they are"
-    if isinstance(smooth := method.get("smooth_frac"), float) and smooth > 0:
-        said += f", smoothed with {percent(smooth)} of the side"
-    return said.strip().removeprefix(", ")
+
+    shown: tuple[ExplanationData, ...] = field(default=())
+    without_room: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _files(record: ExplanationRecord) -> Iterator[str]:
+    yield record.input
+    for one in record.explained:
+        yield from (one.combined, one.heat, *(f.overlay for f in one.filters))
+    for shared in record.parts:
+        yield from (part.heat for part in shared.parts)
+
+
+def _average(each: Contribution, folder: Path, pictures: Pictures, *, alone: bool) -> Embedded | None:
+    if alone and each.average is not None:
+        # The averages are the run's. Away from it they are shown where the path still leads to a run's pictures.
+        home = (folder / each.average).resolve().parent
+        if home.name != "pictures" or not (home.parent / "selection.json").is_file():
+            return None
+        pictures.admit(home)
+    return pictures.read(folder, each.average)
+
+
+def read_explanation(folder: Path, pictures: Pictures, *, alone: bool = False) -> ExplanationData:
+    """Read the folder of one explained image.
+
+    Args:
+        folder: holds ``explanation.json`` and its pictures.
+        pictures: reads the pictures.
+        alone: whether the folder is outside a run, so that averages may be out of reach.
+
+    Raises:
+        RunError: ``explanation.json`` or a picture is missing, damaged or of another version.
+    """
+    record = ExplanationRecord.read(folder)
+    found = {name: pictures.read(folder, name) for name in _files(record)}
+    for each in (f for one in record.explained for f in one.filters if f.average is not None):
+        found[each.average or ""] = _average(each, folder, pictures, alone=alone)
+    return ExplanationData(folder.name, record, {name: picture for name, picture in found.items() if picture})
+
+
+def collect_explanations(run: Path, pictures: Pictures, limit_bytes: int) -> Explanations:
+    """Read every explained image of a run, in the order of their folders' names.
+
+    Args:
+        run: the folder of a run.
+        pictures: reads the pictures and counts them.
+        limit_bytes: from the first image on whose pictures would go beyond this, no more are read; the first image of
+            all is always shown.
+
+    Raises:
+        RunError: an explanation is damaged.
+    """
+    folder = run / "explanations"
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(path for path in paths if path.is_dir() and not path.name.startswith("."))
+    whole = [path for path in found if (path / ExplanationRecord.FILE).exists()]
+    shown: list[ExplanationData] = []
+    for path in whole:
+        before = pictures.spent_bytes
+        one = read_explanation(path, pictures)
+        if shown and pictures.spent_bytes > limit_bytes:
+            pictures.spent_bytes = before
+            break
+        shown.append(one)
+    without_room = tuple(path.name for path in whole[len(shown) :])
+    return Explanations(tuple(shown), without_room, tuple(path.name for path in found if path not in whole))
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
 
 
 def explanation_view(data: ExplanationData, anchor: str = "image-1", weights_sha256: str = "") -> ExplanationView:
@@ -166,33 +164,8 @@ def explanation_view(data: ExplanationData, anchor: str = "image-1", weights_sha
         anchor: its id on the page.
         weights_sha256: of the performer that the rest of the page is about; another one is warned of.
     """
-    first = data.explained[0] if data.explained else None
-    contributions = [f.contribution for one in data.explained for f in one.features if math.isfinite(f.contribution)]
-    top = max(contributions, default=0.0)
-    names = {one.name for one in data.explained} | {one.name for one in data.parts}
-    outputs = {one.output for one in data.explained} - {None}
-    other = weights_sha256 and data.weights_sha256 and data.weights_sha256 != weights_sha256
-    return ExplanationView(
-        anchor=anchor,
-        data=data,
-        headline=selection_words.explanation_headline(data),
-        method=method_words(data.method),
-        input=shown(data.input, f"The explained image {data.image}", "the image as the network sees it"),
-        answers=tuple(
-            _Answer(
-                answer.name,
-                answer.probability,
-                100 * answer.probability if math.isfinite(answer.probability) else 0.0,
-                answer.name in names or answer.output in outputs,
-            )
-            for answer in data.answers
-        ),
-        columns=tuple(_column(one, first, top) for one in data.explained) if first else (),
-        parts=tuple(map(_of_parts, data.parts)),
-        rows=tuple((one, feature) for one in data.explained for feature in one.features),
-        has_averages=any(f.average for one in data.explained for f in one.features),
-        warning="This image was explained with other weights than the rest of the page is about." if other else "",
-    )
+    top = max((f.contribution for one in data.record.explained for f in one.filters), default=0.0)
+    return ExplanationView(anchor, data, top, bool(weights_sha256) and data.record.weights_sha256 != weights_sha256)
 
 
 def explanation_chapter(found: Explanations) -> Chapter:
@@ -204,7 +177,7 @@ def explanation_chapter(found: Explanations) -> Chapter:
         title="Single predictions" if many else "One prediction",
         headline="",
         facts=(),
-        sections=tuple((image_anchor(i), one.image) for i, one in enumerate(found.shown)) if many else (),
+        sections=tuple((image_anchor(i), one.record.image) for i, one in enumerate(found.shown)) if many else (),
     )
 
 
@@ -219,32 +192,27 @@ def write_explanation_page(folder: Path, out: Path | None = None) -> Path:
     Args:
         folder: holds ``explanation.json`` and its pictures; inside a run's ``explanations/`` the averages of the
             run's ``pictures/`` are shown too.
-        out: the HTML file; ``explanation.html`` in the folder when left out.
+        out: the HTML file; ``explanation.html`` in the folder by default.
 
     Returns:
         The file that was written. It is one file that loads nothing, written whole or not at all.
 
     Raises:
-        RunError: the folder is missing, ``explanation.json`` is missing, damaged or of another version, or a picture
-            is missing or damaged.
+        RunError: the folder is missing, or ``explanation.json`` or a picture is missing, damaged or of another version.
         InputError: ``out`` is a folder.
         StorageError: the file could not be written.
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
-        raise RunError(
-            expected("the folder of an explanation", folder.as_posix(), "Give a folder that partlens explain wrote")
-        )
+        remedy = "Give a folder that partlens explain wrote"
+        raise RunError(expected("the folder of an explanation", folder.as_posix(), remedy))
     target = folder / "explanation.html" if out is None else Path(out)
     if target.is_dir():
         raise InputError(expected("a file name for the page", target.as_posix(), "Give a path that ends in .html"))
     within = folder.parent.name == "explanations" and (folder.parent.parent / "selection.json").is_file()
-    pictures = Pictures(folder.parent.parent if within else folder, EXPLAIN_AGAIN, PICTURES_BYTES)
+    pictures = Pictures(folder.parent.parent if within else folder, ExplanationRecord.AGAIN, PAGE_BYTES)
     data = read_explanation(folder, pictures, alone=not within)
-    page = (
-        environment()
-        .get_template("explanation_page.html.j2")
-        .render(view=explanation_view(data), method=pairs(data.method), figure_css=figures.FIGURE_CSS)
-    )
-    write_text(target, page)
+    method = pairs(plain(data.record.method)) if data.record.method else []
+    template = environment().get_template("explanation_page.html.j2")
+    write_text(target, template.render(view=explanation_view(data), method=method, figure_css=figures.FIGURE_CSS))
     return target

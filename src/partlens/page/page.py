@@ -38,7 +38,7 @@ def _chapters(data: PageData) -> tuple[Chapter, ...]:
     if data.explainer:
         chapters.append(explainer_chapter(data.explainer))
     if data.named_parts:
-        explained = any(one.parts for one in data.explanations.shown)
+        explained = any(one.record.parts for one in data.explanations.shown)
         chapters.append(parts_chapter(data.named_parts, explained=explained))
     return tuple(chapters)
 
@@ -54,8 +54,6 @@ def _title(data: PageData) -> str:
 def _banners(data: PageData) -> tuple[tuple[str, str], ...]:
     """Return (head, words) of what a reader must know before anything else."""
     banners = [("Unfinished.", notation.unfinished(data.explainer.status, "fit"))] if data.explainer else []
-    if data.selection:
-        banners.append(("Unfinished.", notation.unfinished(data.selection.status, "selection")))
     if data.pending:
         banners.append(("Selection not finished.", f"It was begun and has no result yet. Go on with: {data.pending}"))
     if len({part.weights_sha256 for part in data.parts if part.weights_sha256}) > 1:
@@ -79,8 +77,10 @@ def render_page(data: PageData) -> str:
     images = tuple(
         explanation_view(one, image_anchor(position), sha256) for position, one in enumerate(data.explanations.shown)
     )
-    explained = [(column.name, view.anchor, view.data.image) for view in images for column in view.columns]
-    in_photos = [(view.data.image, view.anchor, of.said) for view in images for of in view.parts]
+    explained = [(column.name, view.anchor, view.data.record.image) for view in images for column in view.columns]
+    in_photos = [
+        (view.data.record.image, view.anchor, f"{of.name}: {of.headline}") for view in images for of in view.parts
+    ]
     origins = [selection_origin(data.selection)] if data.selection else []
     remarks = [selection_remarks(data.selection)] if data.selection else []
     if data.explainer:

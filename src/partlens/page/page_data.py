@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from partlens.attribution.record import ExplanationRecord
 from partlens.errors import RunError, expected
 from partlens.page.explainer_data import ExplainerData, collect_explainer
-from partlens.page.explanation_data import EXPLAIN_AGAIN, Explanations, collect_explanations
+from partlens.page.explanation_page import Explanations, collect_explanations
 from partlens.page.parts_data import PARTS_AGAIN, PartsData, collect_parts
-from partlens.page.reading import Pictures, text
-from partlens.page.selection_data import SELECT_AGAIN, SelectionData, collect_selection, is_begun
-from partlens.records import read_json
+from partlens.page.reading import Pictures
+from partlens.page.selection_page import SelectionData, collect_selection, pending_command
+from partlens.selection.record import SelectionRecord
 
 PICTURES_BYTES = 13_500_000
 """Room for pictures on one page, in characters; with its texts the page stays below about 15 MB."""
@@ -55,12 +56,7 @@ def _gallery_bytes(explainer: ExplainerData | None) -> int:
 
 
 def _explained_names(explanations: Explanations) -> Iterable[str]:
-    return dict.fromkeys(e.name for one in explanations.shown for e in one.explained)
-
-
-def _pending(path: Path) -> str:
-    content = read_json(path) if path.exists() else {}
-    return text(content.get("command")) or "partlens select-features" if is_begun(content) else ""
+    return dict.fromkeys(e.name for one in explanations.shown for e in one.record.explained)
 
 
 def collect_page(run: Path) -> PageData:
@@ -81,15 +77,15 @@ def collect_page(run: Path) -> PageData:
         raise RunError(expected("the folder of a run", run.as_posix(), remedy))
     if not any((run / name).exists() for name in ("run.json", "selection.json")):
         raise RunError(expected(f"a file run.json or selection.json in {run}", "none there", remedy))
-    explainer, pending = collect_explainer(run), _pending(run / "selection.json")
+    explainer, pending = collect_explainer(run), pending_command(run)
     if pending and explainer is None:
         raise RunError(expected(f"a finished selection in {run}", "one that was only begun", f"Go on with: {pending}"))
     room = max(PICTURES_BYTES - _gallery_bytes(explainer), 0)
     of_parts = Pictures(run, PARTS_AGAIN, room)
     named_parts = collect_parts(run, of_parts) if explainer else None
     room = max(room - of_parts.spent_bytes, 0)
-    of_images = Pictures(run, EXPLAIN_AGAIN, room)
+    of_images = Pictures(run, ExplanationRecord.AGAIN, room)
     explanations = collect_explanations(run, of_images, int(EXPLANATIONS_SHARE * room))
-    of_classes = Pictures(run, SELECT_AGAIN, max(room - of_images.spent_bytes, 0))
+    of_classes = Pictures(run, SelectionRecord.AGAIN, max(room - of_images.spent_bytes, 0))
     selection = collect_selection(run, of_classes, _explained_names(explanations))
     return PageData(explainer, selection, explanations, pending, named_parts)

@@ -12,8 +12,7 @@ from partlens.page.notation import counted, number, percent
 from partlens.page.parts_data import Part, PartsData, Strip
 from partlens.page.parts_figures import ShareRow, removal_chart, shares_chart
 from partlens.page.reading import Measure
-from partlens.page.selection_page import Shown, shown
-from partlens.page.views import Chapter, Figure
+from partlens.page.views import Chapter, Figure, Shown, shown
 
 _MEASURES = {
     "shapley": "Shapley value",

@@ -1,4 +1,4 @@
-"""Figures of a selection: where in the network the features lie that the classes are read from."""
+"""Figures of a selection: where in the network the filters are that the classes are read from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from html import escape
 
 from partlens.page.figures import WIDTH, tick_values
-from partlens.page.selection_data import ClassRead, SelectionData
 from partlens.page.svg import Scale, lettering, line, svg, tag
+from partlens.selection.record import SelectedClass, SelectionFound
 
 LABELS = 40
 """So many layers are named at most; of more, every second or third."""
@@ -30,25 +30,20 @@ class LayerShare:
     even: float
 
 
-def class_shares(one: ClassRead) -> dict[str, float]:
-    """Return a class's share of weight in each layer; layers without weight are left out."""
+def class_shares(one: SelectedClass) -> dict[str, float]:
+    """Return a class's share of weight in each layer that has any."""
     shares: dict[str, float] = {}
-    for feature in one.features:
-        if math.isfinite(feature.share) and feature.share > 0:
-            shares[feature.layer] = shares.get(feature.layer, 0.0) + feature.share
+    for each in one.filters:
+        shares[each.layer] = shares.get(each.layer, 0.0) + each.share
     return shares
 
 
-def layer_shares(data: SelectionData) -> tuple[LayerShare, ...]:
+def layer_shares(found: SelectionFound) -> tuple[LayerShare, ...]:
     """Return every measured layer's share, mean over the classes that are read from anything."""
-    shares = [found for found in map(class_shares, data.classes) if found]
+    shares = [has for has in map(class_shares, found.classes) if has]
     return tuple(
-        LayerShare(
-            layer,
-            sum(found.get(layer, 0.0) for found in shares) / len(shares) if shares else 0.0,
-            channels / data.features if data.features else 0.0,
-        )
-        for layer, channels in data.layers
+        LayerShare(layer, sum(has.get(layer, 0.0) for has in shares) / max(len(shares), 1), channels / found.index.size)
+        for layer, channels in zip(found.index.layers, found.index.channels, strict=True)
     )
 
 

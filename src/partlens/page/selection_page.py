@@ -1,215 +1,228 @@
-"""What the page draws of a selection: rows, figures and words, ready for its template."""
+"""The chapter of a selection: its record with the pictures that have room, its figures, and what the template needs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from partlens.page import figures, notation, selection_words, wording
-from partlens.page.environment import pairs
-from partlens.page.reading import Embedded, Measure
-from partlens.page.selection_data import ClassRead, RelevantFeature, SelectionData
+from partlens.estimate import Estimate, wilson_interval
+from partlens.page import figures, notation
+from partlens.page.environment import environment, pairs
+from partlens.page.reading import Embedded, Pictures
 from partlens.page.selection_figures import class_shares, layer_shares, layers_chart, layers_width
 from partlens.page.views import Chapter, Figure, Origin, Remarks
+from partlens.records import plain
+from partlens.selection.record import FilterPicture, RelevantFilter, SelectedClass, SelectionFound, SelectionRecord
+
+OPEN_CLASSES = 12
+"""So many classes are shown open."""
+
+DRAWN_CLASSES = 60
+"""So many classes are shown with pictures; the others are listed in a table."""
 
 TABLE_CLASSES = 30
 """Up to so many classes are shown as a table of classes by layers."""
 
+GAP_LIMIT = 1e-4
+GAP_BAD = 1e-2
+FEW_FILTERS = 16
+
+Place = Literal["open", "folded", "table"]
+State = Literal["good", "caution", "warning", "unknown"]
+
 
 @dataclass(frozen=True)
-class Shown:
-    """A picture with its words; ``small`` ones are drawn without smoothing."""
+class ShownClass:
+    """One class on the page.
 
-    uri: str
-    width: int
-    height: int
-    alt: str
-    caption: str
+    Attributes:
+        anchor: its id.
+        data: what was found.
+        place: whether the page shows it open, folded, or in the table only.
+        pictures: average, control and crops of each filter, ``None`` where it has none or they have no room.
+    """
+
+    anchor: str
+    data: SelectedClass
+    place: Place
+    pictures: tuple[tuple[Embedded | None, ...] | None, ...]
 
     @property
-    def small(self) -> bool:
-        """Whether the picture has fewer pixels than it is shown with."""
-        return max(self.width, self.height) < 64
-
-
-def shown(picture: Embedded | None, alt: str, caption: str) -> Shown | None:
-    """Put a picture and its words together, ``None`` where there is no picture."""
-    return Shown(picture.uri, picture.width_px, picture.height_px, alt, caption) if picture else None
+    def top(self) -> float:
+        """The largest absolute weight."""
+        return max((abs(each.weight) for each in self.data.filters), default=0.0)
 
 
 @dataclass(frozen=True)
-class _Feature:
-    """One feature of a class."""
+class SelectionData:
+    """A finished selection with the pictures of its page; classes of explained images come first."""
 
-    name: str
-    sees: str
-    weight: float
-    share: float
-    bar_percent: float
-    sharpness: str
-    average: Shown | None
-    control: Shown | None
-    crops: Shown | None
+    record: SelectionRecord
+    found: SelectionFound
+    classes: tuple[ShownClass, ...]
 
+    @property
+    def performer(self) -> str:
+        """The performer's name as it was given."""
+        return self.record.performer.name
 
-@dataclass(frozen=True)
-class _Class:
-    """One class as it is shown; ``explained`` holds (anchor, image) of its explanations on the page."""
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of the performer's weights."""
+        return self.record.performer.weights_sha256
 
-    anchor: str
-    data: ClassRead
-    features: tuple[_Feature, ...]
-    unlisted: int
-    explained: tuple[tuple[str, str], ...]
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Of partlens and what it stands on."""
+        return self.record.versions
 
-
-@dataclass(frozen=True)
-class _HeatRow:
-    """One class's shares by layer in percent, in the order of the columns; ``None`` where it has none."""
-
-    anchor: str
-    name: str
-    cells: tuple[float | None, ...]
-
-
-@dataclass(frozen=True)
-class _Fact:
-    """One number of the selection that has no null: what it is, what it means, its value."""
-
-    name: str
-    words: str
-    value: str
+    def at(self, place: Place) -> tuple[ShownClass, ...]:
+        """Return the classes that the page shows in one place."""
+        return tuple(one for one in self.classes if one.place == place)
 
 
 @dataclass(frozen=True)
 class SelectionView:
-    """Everything that the selection's template shows; ``data`` holds what is written as it is."""
+    """Everything that the template shows.
+
+    Attributes:
+        data: the selection.
+        explained: (anchor, image) of the explanations of each class on the same page.
+        states: how each verdict turned out.
+        sharper: filters whose average is sharper than that of random crops, and those where both are known.
+        sharper_share: their share with its interval.
+        readouts: kind, role and value of each accuracy.
+        readout_figure: the same as a chart.
+        layers_figure: where the weights are in the network.
+        layers_width: of that figure, in its own units.
+        heat_columns: layers with weight.
+        heat_rows: anchor, class and its share by layer in percent.
+    """
 
     data: SelectionData
-    verdicts: tuple[wording.Verdict, ...]
-    readouts: tuple[tuple[str, str, Measure], ...]
+    explained: Mapping[str, Sequence[tuple[str, str]]]
+    states: Mapping[str, State]
+    sharper: tuple[int, int]
+    sharper_share: Estimate
+    readouts: tuple[tuple[str, str, Estimate], ...]
     readout_figure: Figure | None
-    numbers: tuple[_Fact, ...]
     layers_figure: Figure | None
     layers_width: int
     heat_columns: tuple[str, ...]
-    heat_rows: tuple[_HeatRow, ...]
-    classes: tuple[_Class, ...]
-    rest: tuple[_Class, ...]
-    has_pictures: bool
-    left_out: str
+    heat_rows: tuple[tuple[str, str, tuple[float | None, ...]], ...]
 
 
-def _sees(field: tuple[int, int] | None) -> str:
-    return "sees the whole image" if field is None else f"sees {field[0]} × {field[1]} px"
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _feature(one: ClassRead, feature: RelevantFeature, top: float) -> _Feature:
-    name = selection_words.filter_name(feature.layer, feature.channel)
-    sharp = feature.sharpness
-    said = ""
-    if sharp and math.isfinite(sharp.value):
-        beside = f", random crops {notation.number(sharp.control)}" if math.isfinite(sharp.control) else ""
-        said = f"sharpness {notation.number(sharp.value)}{beside}"
-    strongest = f": {', '.join(feature.strongest[:8])}" if feature.strongest else ""
-    return _Feature(
-        name=name,
-        sees=_sees(feature.field_px),
-        weight=feature.weight,
-        share=feature.share,
-        bar_percent=100 * abs(feature.weight) / top if top and math.isfinite(feature.weight) else 0.0,
-        sharpness=said,
-        average=shown(feature.average, f"Average of what {name} answers to most, for the class {one.name}", "average"),
-        control=shown(feature.control, f"Average of random crops of the same photos, for {name}", "random crops"),
-        crops=shown(feature.crops, f"Crops where {name} answers most{strongest}", "strongest crops"),
-    )
+def pending_command(run: Path) -> str:
+    """Return the command of a selection that was begun and has no result yet, else an empty string."""
+    record = SelectionRecord.read_if_there(run)
+    return (record.command or "partlens select-features") if record and not record.finished else ""
 
 
-def class_anchor(position: int) -> str:
-    """Return the id of a class on the page."""
-    return f"class-{position + 1}"
+def _files(each: RelevantFilter) -> tuple[str, ...]:
+    picture: FilterPicture | None = each.picture
+    return () if picture is None else (picture.average, picture.control, picture.crops)
 
 
-def _class(position: int, one: ClassRead, explained: Iterable[tuple[str, str, str]]) -> _Class:
-    weights = [abs(f.weight) for f in one.features if math.isfinite(f.weight)]
-    return _Class(
-        anchor=class_anchor(position),
-        data=one,
-        features=tuple(_feature(one, f, max(weights, default=0.0)) for f in one.features),
-        unlisted=max(one.nonzeros - len(one.features), 0),
-        explained=tuple((anchor, image) for name, anchor, image in explained if name == one.name),
-    )
+def _classes(found: SelectionFound, pictures: Pictures, first: Iterable[str]) -> tuple[ShownClass, ...]:
+    """Place the classes, explained ones first; from the first whose pictures have no room on, all go to the table."""
+    order = {name: position for position, name in reversed(list(enumerate(first)))}
+    made: list[ShownClass] = []
+    for position, one in enumerate(sorted(found.classes, key=lambda one: order.get(one.name, len(order)))):
+        place: Place = "open" if position < OPEN_CLASSES else "folded"
+        named = [file for each in one.filters for file in _files(each)]
+        full = bool(made) and made[-1].place == "table"
+        if full or position >= DRAWN_CLASSES or not pictures.fit(pictures.root, named):
+            place = "table"
+        read = [
+            tuple(pictures.read(pictures.root, file) for file in _files(each)) if place != "table" else ()
+            for each in one.filters
+        ]
+        made.append(ShownClass(f"class-{position + 1}", one, place, tuple(files or None for files in read)))
+    return tuple(made)
 
 
-def _readouts(data: SelectionData) -> tuple[tuple[str, str, Measure], ...]:
-    """Return (label, role, measure) of every accuracy, nulls last; none where the read-out was not measured."""
-    if not data.accuracy.defined:
+def collect_selection(run: Path, pictures: Pictures, first: Iterable[str] = ()) -> SelectionData | None:
+    """Read a selection for the page.
+
+    Args:
+        run: the folder of a run.
+        pictures: reads the pictures and knows how many have room.
+        first: names of classes to show first.
+
+    Returns:
+        The content, or ``None`` where the folder has no ``selection.json`` or one that has no result yet.
+
+    Raises:
+        RunError: ``selection.json`` or a picture is missing, damaged or of another version.
+    """
+    record = SelectionRecord.read_if_there(run)
+    if record is None or record.found is None:
+        return None
+    return SelectionData(record, record.found, _classes(record.found, pictures, first))
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def sharper(found: SelectionFound) -> tuple[int, int]:
+    """Count filters whose average picture is sharper than that of random crops, and those where both are known."""
+    known = {
+        (each.layer, each.channel): each.picture
+        for one in found.classes
+        for each in one.filters
+        if each.picture and math.isfinite(each.picture.sharpness + each.picture.control_sharpness)
+    }
+    return sum(p.sharpness > p.control_sharpness for p in known.values()), len(known)
+
+
+def above_nulls(found: SelectionFound) -> bool:
+    """Tell whether the read-out is right more often than by chance and after shuffling, intervals apart."""
+    return found.accuracy.interval[0] > max(found.shuffled.interval[1], found.chance)
+
+
+def _states(found: SelectionFound, sharp: Estimate) -> dict[str, State]:
+    """Judge a selection; what was not measured is ``unknown``."""
+    gap = found.relative_gap
+    states: dict[str, State] = {
+        "readout": "unknown" if not found.accuracy.defined else "good" if above_nulls(found) else "warning",
+        "few": "caution" if found.mean_filters > FEW_FILTERS else "good",
+        "solved": "warning" if gap > GAP_BAD else "caution" if gap > GAP_LIMIT else "good",
+    }
+    low, high = sharp.interval
+    apart: State = "good" if low > 0.5 else "warning" if high < 0.5 else "caution"
+    return states | {"sharp": apart if sharp.defined else "unknown"}
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def _readouts(found: SelectionFound) -> tuple[tuple[str, str, Estimate], ...]:
+    if not found.accuracy.defined:
         return ()
+    chance = Estimate(found.chance, (math.nan, math.nan), 0)
     rows = (
-        ("linear read-out", "explainer", data.accuracy),
-        ("the network itself", "performer", data.model_accuracy),
-        ("null: shuffled", "null", data.shuffled),
-        ("null: chance", "null", Measure(data.chance)),
+        ("linear read-out", "explainer", found.accuracy),
+        ("the network itself", "performer", found.model_accuracy),
+        ("null: shuffled", "null", found.shuffled),
+        ("null: chance", "null", chance),
     )
-    return tuple(row for row in rows if row[2].defined or row[1] != "performer")
+    return tuple(row for row in rows if row[2].defined)
 
 
-def _readout_figure(rows: Iterable[tuple[str, str, Measure]], *, of_predictions: bool) -> Figure | None:
+def _readout_figure(rows: Iterable[tuple[str, str, Estimate]], *, of_predictions: bool) -> Figure | None:
     drawn = [
-        figures.ScoreRow(label, role, m.value, m.low, m.high, notation.rate(m.value).replace(notation.GAP, " "))
-        for label, role, m in rows
+        figures.ScoreRow(label, role, one.value, *one.interval, notation.rate(one.value).replace(notation.GAP, " "))
+        for label, role, one in rows
     ]
     title = "Held-out photos with the network's own answer" if of_predictions else "Held-out photos that are right"
     svg = figures.scores_chart(title, "higher is better", drawn) if drawn else ""
     return Figure(f"{title}: higher is better", svg) if svg else None
-
-
-def _numbers(data: SelectionData) -> tuple[_Fact, ...]:
-    def whole(value: int | None) -> str:
-        return notation.UNDEFINED if value is None else f"{value:,}"
-
-    return (
-        _Fact(
-            "Filters per class",
-            f"features with a weight, mean over the classes, of {data.features:,} in {len(data.layers)} layers",
-            notation.number(data.nonzeros_mean),
-        ),
-        _Fact(
-            "Largest relative gap",
-            "upper bound of what any class's solution could still gain; 0 is exactly solved",
-            notation.number(data.relative_gap),
-        ),
-        _Fact(
-            "Classes at the bound",
-            f"whose weights reach μ = {notation.plain(data.config.get('mu'))}, of {len(data.classes):,}",
-            whole(data.constraint_active),
-        ),
-        _Fact("Iterations", "of the solver", whole(data.iterations)),
-    )
-
-
-def _heat(data: SelectionData) -> tuple[tuple[str, ...], tuple[_HeatRow, ...]]:
-    if len(data.classes) > TABLE_CLASSES:
-        return (), ()
-    shares = [class_shares(one) for one in data.classes]
-    columns = tuple(layer for layer, _ in data.layers if any(layer in found for found in shares))
-    rows = tuple(
-        _HeatRow(class_anchor(i), one.name, tuple(100 * found[c] if c in found else None for c in columns))
-        for i, (one, found) in enumerate(zip(data.classes, shares, strict=True))
-    )
-    return columns, rows if columns else ()
-
-
-def _left_out(data: SelectionData) -> str:
-    rest = len(data.at("table"))
-    if not rest:
-        return ""
-    drawn = len(data.classes) - rest
-    return (
-        f"Pictures are shown for {drawn:,} of {len(data.classes):,} classes, so that the page stays small; "
-        f"{notation.counted(rest, 'others')} stand in the table below, their pictures in the run's folder."
-    )
 
 
 def selection_view(data: SelectionData, explained: Iterable[tuple[str, str, str]] = ()) -> SelectionView:
@@ -219,27 +232,36 @@ def selection_view(data: SelectionData, explained: Iterable[tuple[str, str, str]
         data: the selection.
         explained: (class name, anchor, image) of the explanations on the same page.
     """
-    explained = tuple(explained)
-    classes = tuple(_class(position, one, explained) for position, one in enumerate(data.classes))
-    columns, rows = _heat(data)
+    found = data.found
+    links: dict[str, list[tuple[str, str]]] = {}
+    for name, anchor, image in explained:
+        links.setdefault(name, []).append((anchor, image))
+    shares = [class_shares(one.data) for one in data.classes]
+    columns = tuple(layer for layer in found.index.layers if any(layer in has for has in shares))
+    rows = tuple(
+        (one.anchor, one.data.name, tuple(100 * has[c] if c in has else None for c in columns))
+        for one, has in zip(data.classes, shares, strict=True)
+    )
+    small = bool(columns) and len(rows) <= TABLE_CLASSES
     title = "Share of a class's weight by layer"
-    layers = layer_shares(data)
+    layers = layer_shares(found)
     svg = layers_chart(title, layers)
-    readouts = _readouts(data)
+    hits, total = sharper(found)
+    share = hits / total if total else math.nan
+    sharp = Estimate(share, wilson_interval(share, total), total, "filters") if total else Estimate.undefined("filters")
+    readouts = _readouts(found)
     return SelectionView(
         data=data,
-        verdicts=selection_words.selection_verdicts(data),
+        explained=links,
+        states=_states(found, sharp),
+        sharper=(hits, total),
+        sharper_share=sharp,
         readouts=readouts,
-        readout_figure=_readout_figure(readouts, of_predictions=data.of_predictions),
-        numbers=_numbers(data),
+        readout_figure=_readout_figure(readouts, of_predictions=data.record.config.labels == "predictions"),
         layers_figure=Figure(f"{title}, mean over the classes", svg) if svg else None,
         layers_width=round(layers_width(len(layers))),
-        heat_columns=columns,
-        heat_rows=rows,
-        classes=tuple(c for c in classes if c.data.place != "table"),
-        rest=tuple(c for c in classes if c.data.place == "table"),
-        has_pictures=any(c.has_pictures for c in data.classes),
-        left_out=_left_out(data),
+        heat_columns=columns if small else (),
+        heat_rows=rows if small else (),
     )
 
 
@@ -251,58 +273,62 @@ def selection_title(data: SelectionData) -> str:
     return f"What {notation.short_name(data.performer)} reads each class from"
 
 
+def selection_headline(data: SelectionData) -> str:
+    """Say from how much each class is read and how right that is; markup that is already escaped."""
+    words = environment().get_template("selection_words.html.j2").module
+    said: str = words.headline(data.record, data.found, above_nulls(data.found))  # type: ignore[attr-defined]
+    return said.strip()
+
+
 def _facts(data: SelectionData) -> tuple[tuple[str, str], ...]:
-    labels = {"data": "the data's labels", "predictions": "the network's own answers"}.get(
-        str(data.config.get("labels")), ""
-    )
-    learned = notation.counted(data.photos, f"{notation.SPLITS.get(data.split, data.split)} photos".strip())
+    record, index = data.record, data.found.index
+    of = {"data": "the data's labels", "predictions": "the network's own answers"}[record.config.labels]
+    split = notation.SPLITS.get(record.config.split, record.config.split)
     facts = (
         ("Performer", data.performer),
-        ("Layers", f"{len(data.layers)}, with {data.features:,} filters"),
-        ("Data", data.data_name),
-        ("Learned from", learned + (f", with {labels}" if labels else "")),
-        ("Selected", notation.moment(data.created)),
-        ("Duration", notation.duration(data.seconds) if math.isfinite(data.seconds) else ""),
+        ("Layers", f"{len(index.layers)}, with {index.size:,} filters"),
+        ("Data", record.data.name),
+        ("Learned from", f"{notation.counted(record.photos, f'{split} photos')}, with {of}"),
+        ("Selected", notation.moment(record.created)),
+        ("Duration", notation.duration(record.seconds)),
     )
     return tuple((name, value) for name, value in facts if value)
 
 
 def selection_chapter(data: SelectionData) -> Chapter:
     """Describe the chapter for the contents."""
+    sections = ("selection-verdict", "Verdict"), ("readout", "Read-out"), ("layers", "Layers"), ("classes", "Classes")
     return Chapter(
         kind="selection",
         anchor="selection",
         title="What each class is read from",
-        headline=selection_words.selection_headline(data),
+        headline=selection_headline(data),
         facts=_facts(data),
-        sections=(
-            ("selection-verdict", "Verdict"),
-            ("readout", "Read-out"),
-            ("layers", "Layers"),
-            ("classes", "Classes"),
-        ),
+        sections=sections,
     )
 
 
 def selection_origin(data: SelectionData) -> Origin:
     """Say how the selection is made again."""
+    record, index = data.record, data.found.index
     return Origin(
         title="The selection",
-        command=data.command,
+        command=record.command,
         hashes=(
             ("weights (SHA-256)", data.weights_sha256),
-            ("data fingerprint", data.fingerprint),
-            ("identity", data.identity),
+            ("data fingerprint", record.data.fingerprint),
+            ("identity", record.identity),
         ),
         details=(
-            ("Versions", pairs(data.versions)),
-            ("Configuration", pairs(data.config)),
-            ("Layers (filters)", [(name, f"{channels:,}") for name, channels in data.layers]),
-            ("Preprocessing", pairs(data.preprocessing)),
+            ("Versions", pairs(record.versions)),
+            ("Configuration", pairs(plain(record.config))),
+            ("Layers (filters)", [(n, f"{c:,}") for n, c in zip(index.layers, index.channels, strict=True)]),
+            ("Preprocessing", pairs(record.performer.preprocessing)),
         ),
     )
 
 
 def selection_remarks(data: SelectionData) -> Remarks:
     """Return the selection's notes."""
-    return Remarks("The selection", data.performer_notes, data.unreadable)
+    unreadable = tuple((one.key, one.reason) for one in data.record.data.unreadable)
+    return Remarks("The selection", data.record.performer.notes, unreadable)

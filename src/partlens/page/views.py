@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from partlens.page.reading import Embedded
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -58,3 +60,24 @@ class Chapter:
     headline: str
     facts: tuple[tuple[str, str], ...]
     sections: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture with its words; ``small`` ones are drawn without smoothing."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+
+    @property
+    def small(self) -> bool:
+        """Whether the picture has fewer pixels than it is shown with."""
+        return max(self.width, self.height) < 64
+
+
+def shown(picture: Embedded | None, alt: str, caption: str) -> Shown | None:
+    """Put a picture and its words together, ``None`` where there is no picture."""
+    return Shown(picture.uri, picture.width_px, picture.height_px, alt, caption) if picture else None

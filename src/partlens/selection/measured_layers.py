@@ -17,7 +17,8 @@ from partlens.network.borrowed import borrowed
 from partlens.network.graph import ACTIVATIONS, Graph
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer, module_of
-from partlens.selection.descriptors import DescriptorConfig, FeatureIndex, channels_only
+from partlens.selection.descriptors import channels_only
+from partlens.selection.record import DescriptorConfig, FeatureIndex
 
 # Modules that hand on what they got: at test time, or in another shape. Their channels would be counted twice.
 _SAME_VALUES = (

@@ -1,4 +1,4 @@
-"""Which features of a network indicate each class: the μ-lasso over the descriptors of all layers.
+"""Which features of a network indicate each class: labels, the μ-lasso over all layers, and the linear read-out.
 
 A *feature* is one channel of one layer's output, and the descriptor ``x`` of an image has an entry for each
 (:mod:`partlens.selection.descriptors`). The weights ``w_j`` of class ``j`` come from the μ-lasso
@@ -10,22 +10,91 @@ Source: the paper (arXiv 1712.06302).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.errors import InputError, expected, nearest
-from partlens.selection.descriptors import FeatureIndex
-from partlens.selection.labels import LabelMatrix
+from partlens.errors import ImageError, InputError, expected, listed
+from partlens.network.zoo import Performer
 from partlens.selection.lasso import LassoSolution, OnFailure, mu_lasso
-from partlens.selection.responses import Responses
+from partlens.selection.record import DEFAULT_MU, FeatureIndex
+
+_READ_ROWS = 4096  # descriptors that are read out at a time
+
+
+@dataclass(frozen=True)
+class LabelMatrix:
+    """One-hot labels of images.
+
+    Args:
+        matrix: ``L`` transposed: 1 where an image is of a class, float64; zeros for an image of none.
+        classes: name of each column.
+        outputs: the performer's output of each column where it is known, else ``None``.
+    """
+
+    matrix: Float[Tensor, "image class"]
+    classes: tuple[str, ...]
+    outputs: tuple[int | None, ...]
+
+
+def _key(name: str) -> str:
+    """Fold case, underscores and runs of spaces."""
+    return re.sub(r"[\s_]+", " ", name).strip().casefold()
+
+
+def class_of_category(performer: Performer, category: str) -> int | None:
+    """Find the performer's output that a category of the data means.
+
+    Args:
+        performer: its ``class_names`` are searched.
+        category: a whole number such as ``"281"``, which is that output; or a class name, where case, underscores and
+            spaces do not matter.
+
+    Returns:
+        The output, ``None`` where the category is neither, or names several outputs.
+    """
+    names = performer.class_names
+    if re.fullmatch(r"\d+", category.strip()):
+        output = int(category)
+        return output if names is None or output < len(names) else None
+    places = [place for place, name in enumerate(names or ()) if _key(name) == _key(category)]
+    return places[0] if len(places) == 1 else None
+
+
+def label_matrix(
+    names: Sequence[str], output_of: Callable[[str], int | None], classes: Sequence[str] | None = None
+) -> LabelMatrix:
+    """Make one-hot labels from the class of each image.
+
+    Args:
+        names: the class of each image: its category, or the output that the network decides for.
+        output_of: the performer's output of a class.
+        classes: the classes to make columns for, in this order; by default all that occur, sorted. An image of none
+            of them has a row of zeros.
+
+    Returns:
+        Labels; a class without an image has no column.
+
+    Raises:
+        ImageError: an image without a class, or no class with an image.
+    """
+    if empty := [str(place) for place, name in enumerate(names) if not name]:
+        rule, remedy = "a category for every image", "Sort the images into sub-folders"
+        raise ImageError(expected(rule, f"none for images {listed(empty)}", remedy))
+    wanted = sorted(set(names)) if classes is None else list(dict.fromkeys(classes))
+    present = [name for name in wanted if name in set(names)]
+    if not present:
+        raise ImageError(expected(f"an image of {listed(wanted)}", "none", "Check the names of the classes"))
+    column = {name: place for place, name in enumerate(present)}
+    matrix = torch.zeros(len(names), len(present), dtype=torch.float64)
+    for row, name in enumerate(names):
+        if name in column:
+            matrix[row, column[name]] = 1.0
+    return LabelMatrix(matrix, tuple(present), tuple(map(output_of, present)))
 
 
 @dataclass(frozen=True)
@@ -33,188 +102,86 @@ class Selection:
     """The relevant features of each class.
 
     Args:
-        weights: ``W``; exactly 0 where a feature is not relevant.
+        solution: weights and certificate.
         index: layer and channel of every feature.
         classes: name of each column.
-        solution: the solver's certificate.
     """
 
-    weights: Float[Tensor, "feature class"]
+    solution: LassoSolution
     index: FeatureIndex
     classes: tuple[str, ...]
-    solution: LassoSolution
 
-    def column(self, name: int | str) -> int:
-        """Return the column of a class, given by name or number.
+    @property
+    def weights(self) -> Float[Tensor, "feature class"]:
+        """``W``; exactly 0 where a feature is not relevant."""
+        return self.solution.weights
 
-        Raises:
-            InputError: no such class, with the nearest names.
+    def relevant(self, column: int) -> list[tuple[str, int, float]]:
+        """Return layer, channel and weight of all features of a class whose weight is not 0.
+
+        The largest absolute weight comes first, equal ones in the order of the descriptor. No other threshold is
+        applied, as in the authors' code.
         """
-        if isinstance(name, str):
-            if name not in self.classes:
-                raise InputError(
-                    expected("a class of the selection", name, f"Nearest: {', '.join(nearest(name, self.classes))}")
-                )
-            return self.classes.index(name)
-        if not 0 <= name < len(self.classes):
-            raise InputError(expected(f"a class from 0 to {len(self.classes) - 1}", name, "Count from 0"))
-        return int(name)
-
-    def relevant(self, name: int | str) -> list[tuple[str, int, float]]:
-        """Return layer, channel and weight of all features of a class whose weight is not 0, the largest first.
-
-        Equal weights stand in the order of the descriptor. No other threshold is applied, as in the authors' code.
-        """
-        weights = self.weights[:, self.column(name)]
+        weights = self.weights[:, column]
         chosen = weights.nonzero()[:, 0]
         order = weights[chosen].abs().argsort(descending=True, stable=True)
         return [(*self.index.place(int(feature)), float(weights[feature])) for feature in chosen[order]]
 
-    def contribution(self, x: Float[Tensor, "image feature"], name: int | str) -> Float[Tensor, "image feature"]:
-        """Return ``r = w_j · x``, elementwise: how much each feature of each image speaks for a class."""
-        return self.weights[:, self.column(name)].to(x.dtype) * x
-
-
-def _rows_of(responses: Responses | Tensor | npt.NDArray[Any]) -> Tensor | npt.NDArray[Any]:
-    return responses.descriptor if isinstance(responses, Responses) else responses
-
 
 def select_relevant(
-    responses: Responses | Tensor | npt.NDArray[Any],
-    labels: LabelMatrix | Tensor | npt.NDArray[Any],
-    mu: float | int = 10.0,  # noqa: PYI041 - the shape checks of the tests do not take an int for a float
+    descriptors: Float[Tensor, "image feature"],
+    labels: LabelMatrix,
+    index: FeatureIndex,
+    mu: float | int = DEFAULT_MU,  # noqa: PYI041 - the shape checks of the tests do not take an int for a float
     *,
     nonnegative: bool = True,
-    index: FeatureIndex | None = None,
-    classes: Sequence[str] | None = None,
-    tolerance: float = 1e-6,
     on_failure: OnFailure = "raise",
 ) -> Selection:
     """Find the few features that indicate each class.
 
     Args:
-        responses: descriptors ``[image, feature]``, or what `stream_responses` gave.
-        labels: one-hot ``[image, class]``, or what `label_matrix` gave.
+        descriptors: ``x`` of every image.
+        labels: the class of every image.
+        index: layer and channel of every feature.
         mu: bound on the sum of a class's absolute weights; the authors' demo has 10 for all data sets, 5 for an8Flower.
         nonnegative: whether weights must be at least 0; see :mod:`partlens.selection.lasso`.
-        index: layer and channel of every feature; taken from ``responses`` where it has one.
-        classes: names of the columns; taken from ``labels`` where it has them, else numbers.
-        tolerance: as in `mu_lasso`.
         on_failure: as in `mu_lasso`.
 
-    Returns:
-        The selection.
-
     Raises:
-        InputError: no index, or one that does not fit; as `mu_lasso`.
+        InputError: an index of other features, or as `mu_lasso`.
         NotConvergedError: as `mu_lasso`.
     """
-    rows = _rows_of(responses)
-    index = index or (responses.index if isinstance(responses, Responses) else None)
-    matrix = labels.matrix if isinstance(labels, LabelMatrix) else labels
-    if classes is None:
-        classes = labels.classes if isinstance(labels, LabelMatrix) else [str(j) for j in range(matrix.shape[-1])]
-    if index is None:
-        raise InputError(expected("index=, to name the features", "none", "Give a FeatureIndex"))
-    if rows.ndim != 2 or rows.shape[1] != index.size:
-        raise InputError(
-            expected(
-                f"responses of {index.size} features, as in the index", str(tuple(rows.shape)), "Use its own index"
-            )
-        )
-    if matrix.ndim != 2 or matrix.shape[1] != len(classes):
-        raise InputError(
-            expected(f"labels of {len(classes)} classes", str(tuple(matrix.shape)), "Give one name per column")
-        )
-    solution = mu_lasso(rows, matrix, mu, nonnegative, tolerance=tolerance, on_failure=on_failure)
-    return Selection(solution.weights, index, tuple(classes), solution)
+    if descriptors.shape[1] != index.size:
+        rule = f"descriptors of the {index.size} features of the index"
+        raise InputError(expected(rule, descriptors.shape[1], "Use the index of the same pass"))
+    solution = mu_lasso(descriptors, labels.matrix, mu, nonnegative, on_failure=on_failure)
+    return Selection(solution, index, labels.classes)
 
 
-@dataclass(frozen=True)
-class Readout:
-    """How well the weights alone tell the classes: the class with the largest ``w_j · x`` (sum over features).
-
-    Args:
-        correct: per image, whether that is its class.
-        shuffled: the same with weights fitted to shuffled labels: the null. ``None`` when it was not asked for.
-        chance: one over the number of classes.
-        majority: share of the most frequent class among these images.
-    """
-
-    correct: Bool[Tensor, " image"]
-    shuffled: Bool[Tensor, " image"] | None
-    chance: float
-    majority: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share of images that are told right."""
-        return float(self.correct.double().mean())
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the accuracy; ``n`` is the number of images."""
-        n, z = len(self.correct), 1.96
-        share = self.accuracy
-        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _told(weights: Tensor, rows: Tensor | npt.NDArray[Any], block: int = 4096) -> Int[Tensor, " image"]:
-    parts = []
-    for start in range(0, rows.shape[0], block):
-        here = rows[start : start + block]
-        values = here.detach().cpu() if isinstance(here, Tensor) else torch.from_numpy(np.array(here))
-        parts.append((values.double() @ weights).argmax(1))
-    return torch.cat(parts)
-
-
-def readout(
+def with_shuffled_labels(
     selection: Selection,
-    responses: Responses | Tensor | npt.NDArray[Any],
-    labels: LabelMatrix | Tensor | npt.NDArray[Any],
-    *,
-    fitted: tuple[Responses | Tensor | npt.NDArray[Any], LabelMatrix | Tensor | npt.NDArray[Any]] | None = None,
-    generator: torch.Generator | None = None,
-) -> Readout:
-    """Measure how far the selected features alone tell the classes, beside the same after shuffling the labels.
+    descriptors: Float[Tensor, "image feature"],
+    labels: LabelMatrix,
+    generator: torch.Generator,
+) -> Selection:
+    """Select again with the labels of the images in random order: the null of every figure about the selection."""
+    order = torch.randperm(len(labels.matrix), generator=generator)
+    shuffled = LabelMatrix(labels.matrix[order], labels.classes, labels.outputs)
+    solved = selection.solution
+    return select_relevant(
+        descriptors, shuffled, selection.index, solved.mu, nonnegative=solved.nonnegative, on_failure="return"
+    )
+
+
+def told_right(
+    selection: Selection, descriptors: Float[Tensor, "image feature"], truth: Int[Tensor, " image"]
+) -> Bool[Tensor, " image"]:
+    """Tell for each image whether its class is the one with the largest ``w_j · x``, the sum over all features.
 
     Args:
         selection: the fitted weights.
-        responses: descriptors of images that were not fitted on.
-        labels: their one-hot labels; images without a class (a row of zeros) are left out.
-        fitted: descriptors and labels that the selection was fitted on; with them the null is measured.
-        generator: draws the shuffled order; needed with ``fitted``.
-
-    Returns:
-        The read-out.
-
-    Raises:
-        InputError: ``fitted`` without a generator, or no image with a class.
+        descriptors: of images that were not fitted.
+        truth: the column of each image's class.
     """
-    matrix = labels.matrix if isinstance(labels, LabelMatrix) else torch.as_tensor(np.asarray(labels))
-    known = matrix.sum(1) > 0
-    if not bool(known.any()):
-        raise InputError(expected("at least 1 image of a class", 0, "Give labelled images"))
-    truth = matrix.argmax(1)
-    rows = _rows_of(responses)
-    correct = (_told(selection.weights, rows) == truth)[known]
-    shuffled: Tensor | None = None
-    if fitted is not None:
-        if generator is None:
-            raise InputError(expected("a generator, to shuffle labels", "none", "Give generator="))
-        target = fitted[1].matrix if isinstance(fitted[1], LabelMatrix) else torch.as_tensor(np.asarray(fitted[1]))
-        order = torch.randperm(len(target), generator=generator)
-        null = select_relevant(
-            fitted[0],
-            target[order],
-            selection.solution.mu,
-            nonnegative=selection.solution.nonnegative,
-            index=selection.index,
-            classes=selection.classes,
-            on_failure="return",
-        )
-        shuffled = (_told(null.weights, rows) == truth)[known]
-    counts = matrix[known].sum(0)
-    return Readout(correct, shuffled, 1 / matrix.shape[1], float(counts.max() / counts.sum()))
+    told = [(rows.double() @ selection.weights).argmax(1) for rows in descriptors.split(_READ_ROWS)]
+    return torch.cat(told) == truth

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from partlens.errors import ImageError, InputError, LayerError, expected
 from partlens.network.stream import stream
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
+from partlens.records import plain
 from partlens.rows import row_store
-from partlens.selection.descriptors import DescriptorConfig, FeatureIndex, energy, energy_and_peak, normalised
+from partlens.selection.descriptors import energy, energy_and_peak, normalised
 from partlens.selection.measured_layers import feature_index
+from partlens.selection.record import DescriptorConfig, FeatureIndex
 
 Progress = Callable[[int, int], None]
 
@@ -110,6 +112,16 @@ class Responses:
     dead_layers: int
     path: Path | None
 
+    def peaks(self, features: Sequence[int], photos: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the peaks of some features on the first photos, and their cells.
+
+        Raises:
+            InputError: peaks were not kept.
+        """
+        if self.peak is None or self.peak_cell is None:
+            raise InputError(expected("responses with peaks", "none", "Stream them with peaks=True"))
+        return np.asarray(self.peak[:photos])[:, features], np.asarray(self.peak_cell[:photos])[:, features]
+
 
 def stream_responses(
     performer: Performer,
@@ -158,8 +170,8 @@ def stream_responses(
         "performer": performer.weights_sha256,
         "images": images.fingerprint(),
         "preprocessing": performer.preprocessing.to_dict(),
-        "descriptor": config.to_dict(),
-        "index": index.to_dict(),
+        "descriptor": plain(config),
+        "index": plain(index),
         "peaks": peaks,
     }
     with row_store(out, identity, len(images), resume=resume) as store:

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from partlens.errors import ImageError, InputError, RunError, expected, nearest
+from partlens.attribution.record import (
+    Answer,
+    Contribution,
+    ExplainedByParts,
+    ExplainedClass,
+    ExplanationConfig,
+    ExplanationRecord,
+    Preset,
+)
+from partlens.errors import ImageError, InputError, RunError, expected, listed, nearest
 from partlens.progress import Progress
-from partlens.records import read_json, write_json, write_tensors
+from partlens.records import read_json, write_tensors
+from partlens.run import EXPLAINER, SELECTION
+from partlens.selection.record import SelectionRecord
 from partlens.verbs.fit_explainer import WEIGHTS as EXPLAINER_WEIGHTS
-from partlens.verbs.runs import SELECTION
 from partlens.verbs.select_features import OpenedSelection, load_selection, output_name
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-    from partlens.attribution.explanation import ExplanationConfig, Explanations
+    from partlens.attribution.explanation import Explanations
     from partlens.data.images import ImageSet
     from partlens.network.zoo import Performer
     from partlens.verbs.explained_parts import ExplainedParts, OpenedParts
 
-SCHEMA_EXPLANATION = "partlens.explanation/1"
+Style = Literal["glow", "jet"]
 _SHOWN_PX = 448
 _BATCH = 8
+_ANSWERS = 5
 
 
 def explain(
@@ -39,8 +49,9 @@ def explain(
     model: str | nn.Module | Performer | None = None,
     classes: Sequence[str] | None = None,
     count: int = 2,
+    preset: Preset = "partlens",
     config: ExplanationConfig | Mapping[str, Any] | None = None,
-    style: Literal["glow", "jet"] = "glow",
+    style: Style = "glow",
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
@@ -52,13 +63,15 @@ def explain(
     Args:
         run: a run directory with a selection, an explainer or both.
         images: files, folders of files, or an :class:`~partlens.data.images.ImageSet`.
-        model: the performer; the one of the run when left out.
-        classes: names of the classes to explain; the most likely ones when left out (of parts: the predicted one).
+        model: the performer; optional where the run can load it by its name.
+        classes: names of the classes to explain; by default the most likely ones (of parts: the predicted one, where
+            the explainer knows its parts).
         count: how many of the most likely classes of the selection.
-        config: how relevant filters are explained, or fields to change; the default of partlens when left out.
+        preset: how relevant filters are explained: ``partlens``, or ``paper`` as printed.
+        config: a whole configuration, or fields to change in the preset.
         style: colours of the overlays; ``jet`` as in the authors' figures.
-        out: folder for the explanations; ``explanations`` in the run directory when left out.
-        progress: how to show progress; silent when left out.
+        out: folder for the explanations; by default ``explanations`` in the run directory.
+        progress: how to show progress; optional.
 
     Returns:
         One folder per image: ``explanation.json``, ``arrays.safetensors``, PNGs and a page.
@@ -68,16 +81,15 @@ def explain(
         InputError: an unknown class.
         RunError: neither a finished selection nor an explainer, another performer, or a wrong ``parts.json``.
     """
-    from partlens.attribution.explanation import ExplanationConfig
     from partlens.page import write_explanation_page
 
     show = progress or Progress.silent()
     if count < 1:
         raise InputError(expected("at least 1 class to explain", count, "Set --count to 1 or more"))
-    how = config if isinstance(config, ExplanationConfig) else ExplanationConfig.preset(**dict(config or {}))
+    how = config if isinstance(config, ExplanationConfig) else ExplanationConfig.preset(preset, **dict(config or {}))
     stage = _opened(Path(run), model, classes, count, how, style)
-    found, left_out = _image_files(images)
-    for line in left_out:
+    found, skipped = _image_files(images)
+    for line in skipped:
         show.say(line)
     target = Path(out) if out is not None else Path(run) / "explanations"
     names = _folder_names(found.keys, target)
@@ -85,120 +97,155 @@ def explain(
     with show.task("explaining", len(found)) as advance:
         for first in range(0, len(found), _BATCH):
             part = range(first, min(first + _BATCH, len(found)))
-            for row, written in zip(part, stage.explained([found.read(i) for i in part]), strict=True):
-                folder = target / names[row]
-                said = stage.write(folder, found.keys[row], *written)
-                write_explanation_page(folder)
-                folders.append(folder)
-                for line in said:
+            pictures = [found.read(i) for i in part]
+            batch = stage.explained(pictures)
+            for position, row in enumerate(part):
+                record = stage.write(target / names[row], found.keys[row], pictures[position], batch, position)
+                folders.append(target / names[row])
+                write_explanation_page(folders[-1])
+                for line in stage.said(record):
                     show.say(f"{names[row]}: {line}")
             advance(first + len(part))
     show.say(f"wrote {len(folders)} explanation{'s' if len(folders) != 1 else ''} to {target}")
     return folders
 
 
-@dataclasses.dataclass(frozen=True)
-class _Explained:
-    """One batch: where an image stands in it, and what was found for the whole batch."""
+@dataclass(frozen=True)
+class _Batch:
+    """What was found for a batch of images; ``parts`` is of the images at ``shared`` alone."""
 
-    position: int
+    outputs: Tensor
     selected: Explanations | None
-    unfixed: Explanations | None
     parts: ExplainedParts | None
+    shared: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Stage:
-    """What of a run explains: its selection, its explainer, or both."""
+    """What of a run explains, and how.
 
+    ``known`` are the outputs of the categories whose parts the explainer has learned, by category; it is empty where
+    they are not outputs of the performer, and any prediction is then explained by the parts.
+    """
+
+    performer: Performer
     selection: OpenedSelection | None
     parts: OpenedParts | None
+    known: Mapping[str, int]
     classes: Sequence[str] | None
     part_classes: Sequence[str] | None
     count: int
     how: ExplanationConfig
-    style: Literal["glow", "jet"]
+    style: Style
     notes: tuple[str, ...]
 
-    @property
-    def performer(self) -> Performer:
-        """The network that is explained."""
-        opened = self.selection if self.selection is not None else self.parts
-        assert opened is not None
-        return opened.performer
-
-    def explained(self, pictures: Sequence[Image.Image]) -> list[tuple[Image.Image, _Explained]]:
+    def explained(self, pictures: Sequence[Image.Image]) -> _Batch:
         """Explain a batch of pictures."""
         import torch
 
         from partlens.attribution.explanation import choose_top, explain_batch
 
         batch = self.performer.preprocessing(list(pictures))
-        selected = unfixed = parts = None
-        if self.selection is not None:
-            run = self.selection
-            wanted = None
+        selected = parts = None
+        if (run := self.selection) is not None:
+            wanted: Any = choose_top(run.found.outputs, min(self.count, len(run.classes)))
             if self.classes is not None:
                 wanted = torch.tensor([[_class_column(run, name) for name in self.classes]] * len(pictures))
-            choose = choose_top(run.outputs, min(self.count, len(run.classes)))
-            arguments = (run.performer, batch, run.weights, run.index, run.descriptor)
-            selected = explain_batch(*arguments, wanted, self.how, choose=choose)
-            if self.how.fix_strides:
-                plain = dataclasses.replace(self.how, fix_strides=False)
-                unfixed = explain_batch(*arguments, selected.classes, plain)
-        if self.parts is not None:
+            descriptor = run.record.config.descriptor
+            selected = explain_batch(self.performer, batch, run.weights, run.found.index, descriptor, wanted, self.how)
+        outputs = _outputs(self.performer, batch) if selected is None else selected.output
+        shared = tuple(
+            i for i, row in enumerate(outputs) if self.part_classes is not None or self._foreign(row) is None
+        )
+        if self.parts is not None and shared:
             from partlens.verbs.explained_parts import explain_parts
 
-            parts = explain_parts(self.parts, batch, self.part_classes)
-        return [(picture, _Explained(i, selected, unfixed, parts)) for i, picture in enumerate(pictures)]
+            parts = explain_parts(self.parts, batch, self.part_classes, shared)
+        return _Batch(outputs, selected, parts, shared)
 
-    def write(self, folder: Path, key: str, picture: Image.Image, one: _Explained) -> list[str]:
-        """Write the folder of one image; return what its parts add, a line per class."""
+    def _foreign(self, outputs: Tensor) -> str | None:
+        """Name the prediction where its parts are not those that the explainer has learned."""
+        from partlens.verbs.explained_parts import answer_ranks, probabilities
+
+        ranks = answer_ranks(probabilities(outputs[None])[0])
+        first = min(ranks, key=lambda output: ranks[output])
+        if not self.known or (first in self.known.values() and ranks[first] == 1):
+            return None
+        return output_name(self.performer, first) if ranks[first] == 1 else "something else"
+
+    def write(self, folder: Path, key: str, picture: Image.Image, batch: _Batch, i: int) -> ExplanationRecord:
+        """Write the folder of one image."""
         from partlens.attribution.pictures import save_png
 
-        performer, i = self.performer, one.position
-        frame = performer.preprocessing.frame(picture)
-        shown = frame
-        if max(frame.size) < _SHOWN_PX:
-            scale = _SHOWN_PX / max(frame.size)
-            shown = frame.resize((round(frame.width * scale), round(frame.height * scale)))
-        save_png(folder / "input.png", shown)
-        notes = [*performer.notes, *self.notes]
-        records: list[dict[str, Any]] = []
+        performer = self.performer
         tensors: dict[str, Tensor] = {}
-        output = None
-        if self.selection is not None and one.selected is not None:
-            output = one.selected.output[i]
-            named = self.classes is not None
-            records, more = _selection_records(self.selection, folder, shown, one, self.style, named=named)
-            notes += more
-            tensors |= _selection_tensors(one.selected, i)
-        of_parts: list[dict[str, Any]] = []
-        if self.parts is not None and one.parts is not None:
-            from partlens.verbs.explained_parts import part_records, part_tensors
-
-            output = one.parts.outputs[i] if output is None else output
-            of_parts = part_records(self.parts, one.parts, i, folder, shown, self.style)
-            tensors |= part_tensors(one.parts, i)
+        notes = [*performer.notes, *self.notes]
+        shown = _enlarged(performer.preprocessing.frame(picture))
+        save_png(folder / "input.png", shown)
+        explained: tuple[ExplainedClass, ...] = ()
+        parts: tuple[ExplainedByParts, ...] = ()
+        if self.selection is not None and batch.selected is not None:
+            if self.classes is None:
+                notes += _prediction_notes(self.selection, batch.outputs[i])
+            explained = _by_filters(self.selection, batch.selected, i, folder, shown, self.style)
+            tensors |= _selection_tensors(batch.selected, i)
+        if self.parts is not None:
             notes += self.parts.notes
-        assert output is not None
-        write_tensors(folder / "arrays.safetensors", tensors, {"schema": SCHEMA_EXPLANATION})
-        write_json(
-            folder / "explanation.json",
-            {
-                "schema": SCHEMA_EXPLANATION,
-                "image": {"name": Path(key).name, "path": key, "size_px": list(picture.size)},
-                "method": self.how.to_dict() if self.selection is not None else {},
-                "performer": {"name": performer.name, "weights_sha256": performer.weights_sha256},
-                "selection": {"identity": self.selection.manifest["identity"]} if self.selection is not None else None,
-                "input": "input.png",
-                "prediction": {"classes": _answers(performer, output)},
-                "explained": records,
-                "parts": of_parts,
-                "notes": notes,
-            },
+            if batch.parts is not None and i in batch.shared:
+                from partlens.verbs.explained_parts import part_records, part_tensors
+
+                place = batch.shared.index(i)
+                parts = part_records(self.parts, batch.parts, place, folder, shown, self.style)
+                tensors |= part_tensors(batch.parts, place)
+            else:
+                notes.append(self._not_shared(batch.outputs[i]))
+        write_tensors(folder / "arrays.safetensors", tensors, {"schema": ExplanationRecord.SCHEMA})
+        record = ExplanationRecord(
+            image=Path(key).name,
+            path=key,
+            size_px=picture.size,
+            method=None if self.selection is None else self.how,
+            performer=performer.name,
+            weights_sha256=performer.weights_sha256,
+            selection=None if self.selection is None else self.selection.record.identity,
+            input="input.png",
+            answers=_answers(performer, batch.outputs[i]),
+            explained=explained,
+            parts=parts,
+            notes=tuple(notes),
         )
-        return [f"{record['class']}: {record['headline']}" for record in of_parts]
+        record.write(folder)
+        return record
+
+    def _not_shared(self, outputs: Tensor) -> str:
+        names = listed(sorted(self.known))
+        return (
+            f"the network takes this image for {self._foreign(outputs)}, and the explainer knows the parts of {names}: "
+            f"the score is not shared among parts (--classes {names} shares the score of that class)"
+        )
+
+    def said(self, record: ExplanationRecord) -> list[str]:
+        """Return a line for each class that is shared among parts, or why none is."""
+        if self.parts is not None and not record.parts:
+            return [record.notes[-1]]
+        return [f"{one.name}: {one.headline}" for one in record.parts]
+
+
+def _enlarged(frame: Image.Image) -> Image.Image:
+    if max(frame.size) >= _SHOWN_PX:
+        return frame
+    scale = _SHOWN_PX / max(frame.size)
+    return frame.resize((round(frame.width * scale), round(frame.height * scale)))
+
+
+def _outputs(performer: Performer, batch: Tensor) -> Tensor:
+    from partlens.attribution.backprop import class_scores
+    from partlens.network.taps import forward_taps
+
+    return class_scores(forward_taps(performer, batch, [])[0]).cpu()
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
 
 
 def _opened(
@@ -207,61 +254,81 @@ def _opened(
     classes: Sequence[str] | None,
     count: int,
     how: ExplanationConfig,
-    style: Literal["glow", "jet"],
+    style: Style,
 ) -> _Stage:
     """Open what a run has to explain with, and check the classes before any image is read."""
-    has_explainer = (run / EXPLAINER_WEIGHTS).exists()
-    selection = None
+    has_explainer, selection = (run / EXPLAINER_WEIGHTS).exists(), None
     notes: list[str] = []
     if (run / SELECTION).exists():
-        if has_explainer and read_json(run / SELECTION).get("status") != "finished":
+        if has_explainer and not SelectionRecord.read(run).finished:
             notes.append("the selection of this run is not finished: only parts are explained")
         else:
             selection = load_selection(run, model)
     if selection is None and not has_explainer:
-        raise RunError(
-            expected(f"a selection or an explainer in {run}", "none", "Run select-features or fit-explainer first")
-        )
-    parts = None
-    of_parts = classes
+        rule = f"a selection or an explainer in {run}"
+        raise RunError(expected(rule, "none", "Run select-features or fit-explainer first"))
+    if selection is not None:
+        for name in classes or ():
+            _class_column(selection, name)
+    parts, known, of_parts = None, {}, classes
     if has_explainer:
         from partlens.verbs.explained_parts import load_parts
 
         # A network is loaded once, but an explainer of other weights has to be told.
         parts = load_parts(run, selection.performer if selection is not None and model is None else model)
-    if selection is not None and classes is not None:
-        outputs = [selection.outputs[_class_column(selection, name)] for name in classes]
-        known = [str(output) for output in outputs if output is not None]
-        if parts is not None and len(known) < len(outputs):
-            notes.append("a class that is no output of the performer has no score that parts could share")
-        of_parts = known
-        parts = parts if known else None
-    elif parts is not None and classes is not None:
-        from partlens.verbs.explained_parts import output_called, output_count
-
-        for name in classes:
-            output_called(parts.performer, output_count(parts), name)
-    return _Stage(selection, parts, classes, of_parts, count, how, style, tuple(notes))
+        known = _known_outputs(run, parts.performer)
+        performer = parts.performer
+        if classes is not None:
+            of_parts, more = _part_classes(selection, parts, known, classes)
+            parts, notes = (parts if of_parts else None), [*notes, *more]
+    if selection is not None:
+        performer = selection.performer
+    elif parts is None:
+        raise InputError(expected(f"a class among {listed(sorted(known))}", listed(list(classes or ())), notes[-1]))
+    return _Stage(performer, selection, parts, known, classes, of_parts, count, how, style, tuple(notes))
 
 
-def _answers(performer: Performer, output: Tensor) -> list[dict[str, Any]]:
-    """Return the performer's strongest answers to one image."""
-    import torch
+def _known_outputs(run: Path, performer: Performer) -> dict[str, int]:
+    """Return the performer's output of each category of an explainer; nothing where one is no output."""
+    from partlens.selection.relevance import class_of_category
 
-    from partlens.verbs.explained_parts import probabilities
+    data = read_json(run / EXPLAINER)["data"]
+    names = [name for name in data.get("categories") or [data.get("category")] if name]
+    outputs = {name: class_of_category(performer, name) for name in names}
+    found = {name: output for name, output in outputs.items() if output is not None}
+    return found if len(found) == len(outputs) else {}
 
-    chance = probabilities(torch.as_tensor(output)[None])[0]
-    top = chance.argsort(descending=True, stable=True)[:5].tolist()
-    return [{"name": output_name(performer, o), "output": o, "probability": float(chance[o])} for o in top]
+
+def _part_classes(
+    selection: OpenedSelection | None, parts: OpenedParts, known: Mapping[str, int], classes: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return those of the named classes whose score parts can share, and why others cannot."""
+    from partlens.verbs.explained_parts import output_called, output_count
+
+    outputs: list[int | None] = []
+    for name in classes:
+        if selection is not None:
+            outputs.append(selection.found.outputs[_class_column(selection, name)])
+        else:
+            outputs.append(output_called(parts.performer, output_count(parts), name))
+    notes = []
+    if None in outputs:
+        notes.append("a class that is no output of the performer has no score that parts could share")
+    shared = [output for output in outputs if output is not None and (not known or output in known.values())]
+    if len(shared) < len(outputs) - outputs.count(None):
+        notes.append(
+            f"the explainer knows the parts of {listed(sorted(known))} alone: the score of no other class is shared"
+        )
+    return [str(output) for output in shared], notes
 
 
 def _image_files(images: str | Path | Sequence[str | Path] | ImageSet) -> tuple[ImageSet, list[str]]:
-    """Return the images to explain, and what is left out: folders mean the readable files in them."""
+    """Return the images to explain, and which files cannot be read: folders mean the readable files in them."""
     from partlens.data.images import ImageSet
 
     if isinstance(images, ImageSet):
         return images, []
-    left_out: list[str] = []
+    skipped: list[str] = []
     given = [images] if isinstance(images, (str, Path)) else list(images)
     files: list[Path] = []
     for path in map(Path, given):
@@ -270,27 +337,26 @@ def _image_files(images: str | Path | Sequence[str | Path] | ImageSet) -> tuple[
             continue
         readable, dropped = ImageSet.from_folder(path).readable()
         files += [path / key for key in readable.keys]
-        left_out += [f"{path / one.key} is left out: {one.reason}" for one in dropped]
+        skipped += [f"skipped {path / one.key}: {one.reason}" for one in dropped]
     if not files:
         raise ImageError(expected("at least 1 image to explain", 0, "Name image files or a folder"))
-    return ImageSet.from_files(files), left_out
+    return ImageSet.from_files(files), skipped
 
 
 def _explains(folder: Path, name: str) -> bool:
     """Whether a folder is free for an image: none is there, or it holds an explanation of the same one."""
-    file = folder / "explanation.json"
-    if not file.is_file():
+    if not (folder / ExplanationRecord.FILE).is_file():
         return True
     try:
-        return bool(read_json(file)["image"]["path"] == name)
-    except (RunError, KeyError, TypeError):
+        return ExplanationRecord.read(folder).path == name
+    except RunError:
         return False
 
 
 def _folder_names(names: Sequence[str], target: Path) -> list[str]:
     """Return a folder name for each image, the same names told apart by a number.
 
-    A folder that holds the explanation of another image, from an earlier call, is left alone.
+    A folder that holds the explanation of another image, from an earlier call, is kept.
     """
     plain = [re.sub(r"[^\w.-]", "_", Path(name).stem) or "image" for name in names]
     own = {name.casefold() for name in plain}  # some file systems take A and a for one name
@@ -310,128 +376,110 @@ def _folder_names(names: Sequence[str], target: Path) -> list[str]:
 def _class_column(opened_run: OpenedSelection, name: str) -> int:
     if name in opened_run.classes:
         return opened_run.classes.index(name)
-    for column, output in enumerate(opened_run.outputs):
+    for column, output in enumerate(opened_run.found.outputs):
         if output is not None and (str(output) == name or output_name(opened_run.performer, output) == name):
             return column
-    raise InputError(
-        expected(
-            f"a class of the selection in {opened_run.path}",
-            name,
-            f"Nearest: {', '.join(nearest(name, opened_run.classes))}",
-        )
-    )
+    rule, remedy = f"a class of the selection in {opened_run.path}", ", ".join(nearest(name, opened_run.classes))
+    raise InputError(expected(rule, name, f"Nearest: {remedy}"))
 
 
-def _lattice(signals: Tensor, performer: Performer) -> float:
-    """Lattice index of one signal for the first strided convolution; ``nan`` where there is none."""
-    from torch import nn
+# --- one image --------------------------------------------------------------------------------------------------------
 
-    from partlens.attribution.lattice import lattice_index
 
-    strides = (m.stride[0] for m in performer.module.modules() if isinstance(m, nn.Conv2d))
-    stride = next((s for s in strides if s > 1), 1)
-    if stride < 2 or min(signals.shape[-2:]) < 9 * stride:
-        return math.nan
-    return float(lattice_index(signals[None], stride)[0])
+def _answers(performer: Performer, outputs: Tensor) -> tuple[Answer, ...]:
+    """Return the performer's strongest outputs for one image."""
+    from partlens.verbs.explained_parts import probabilities
+
+    chance = probabilities(outputs[None])[0]
+    top = chance.argsort(descending=True, stable=True)[:_ANSWERS].tolist()
+    return tuple(Answer(name=output_name(performer, o), output=o, probability=float(chance[o])) for o in top)
 
 
 def _selection_tensors(result: Explanations, i: int) -> dict[str, Tensor]:
-    import torch
-
-    return {
-        "maps": result.maps[i],
-        "combined": result.combined[i],
-        "features": result.features[i],
-        "contributions": result.contributions[i],
-        "responses": result.responses[i],
-        "classes": result.classes[i],
-        "output": torch.as_tensor(result.output[i]),
-    }
+    names = ("maps", "combined", "features", "contributions", "responses", "classes", "output")
+    return {name: getattr(result, name)[i] for name in names}
 
 
-def _selection_records(
-    opened_run: OpenedSelection,
-    folder: Path,
-    shown: Image.Image,
-    one: _Explained,
-    style: Literal["glow", "jet"],
-    *,
-    named: bool,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Draw one image's relevant filters; return a record per class, and notes."""
+def _prediction_notes(opened_run: OpenedSelection, outputs: Tensor) -> list[str]:
+    """Say why the classes that are explained may not be the predicted one."""
+    from partlens.verbs.explained_parts import answer_ranks, probabilities
+
+    rank_of = answer_ranks(probabilities(outputs[None])[0])
+    strongest, known = min(rank_of, key=lambda output: rank_of[output]), set(opened_run.found.outputs)
+    if known == {None}:
+        return ["the classes of the selection are not outputs of the performer; their linear scores rank them"]
+    if None not in known and strongest not in known:
+        name = output_name(opened_run.performer, strongest)
+        return [f"the prediction {name} has no photo in the selection; the most likely class that has is explained"]
+    return []
+
+
+def _by_filters(
+    opened_run: OpenedSelection, result: Explanations, i: int, folder: Path, shown: Image.Image, style: Style
+) -> tuple[ExplainedClass, ...]:
+    """Draw one image's relevant filters; return a record per class."""
     from partlens.attribution.pictures import coloured, overlay, picture_of, save_png
     from partlens.metrics.likeness import rank_correlation
     from partlens.verbs.explained_parts import answer_ranks, probabilities
 
-    assert one.selected is not None
-    result, unfixed, i = one.selected, one.unfixed, one.position
-    performer = opened_run.performer
     probability = probabilities(result.output[i][None])[0]
     rank_of = answer_ranks(probability)
-    strongest = min(rank_of, key=lambda output: rank_of[output])
-    notes = []
-    outputs = set(opened_run.outputs)
-    if not named and None not in outputs and strongest not in outputs:
-        notes.append(
-            f"the prediction {output_name(performer, strongest)} has no photo in the selection; the most likely class "
-            "that has is explained"
-        )
-    if outputs == {None}:
-        notes.append("the classes of the selection are not outputs of the performer; their linear scores rank them")
-    records = []
-    pictured = {
-        (f["layer"], f["channel"]): f.get("average") for c in opened_run.manifest["classes"] for f in c["features"]
-    }
-    for k in range(result.classes.shape[1]):
-        column = int(result.classes[i, k])
-        output = opened_run.outputs[column]
-        save_png(folder / f"combined-{k + 1}.png", overlay(shown, result.combined[i, k].numpy(), style))
-        save_png(folder / f"heat-{k + 1}.png", picture_of(coloured(result.combined[i, k].numpy(), style)))
-        features = []
-        for r in range(result.features.shape[2]):
-            feature = int(result.features[i, k, r])
-            if feature < 0:
-                continue
-            layer, channel = opened_run.index.place(feature)
-            file = f"feature-{k + 1}-{r + 1}.png"
-            save_png(folder / file, overlay(shown, result.maps[i, k, r].numpy(), style))
-            contribution = float(result.contributions[i, k, r])
-            average = pictured.get((layer, channel))
-            features.append(
-                {
-                    "layer": layer,
-                    "channel": channel,
-                    "feature": feature,
-                    "weight": float(opened_run.weights[feature, column]),
-                    "response": float(result.responses[i, k, r]),
-                    "contribution": contribution,
-                    "share": contribution / float(result.positive[i, k]),
-                    "overlay": file,
-                    "average": None if average is None else _relative(opened_run.path / average, folder),
-                }
-            )
-        lattice = None
-        if unfixed is not None and features:
-            before = _lattice(unfixed.signals[i, k, 0], performer)
-            if math.isfinite(before):
-                lattice = {"before": before, "after": _lattice(result.signals[i, k, 0], performer)}
+    combined, records = result.combined[i], []
+    for k, column in enumerate(result.classes[i].tolist()):
+        one = opened_run.found.classes[column]
+        heat = combined[k].numpy()
+        save_png(folder / f"combined-{k + 1}.png", overlay(shown, heat, style))
+        save_png(folder / f"heat-{k + 1}.png", picture_of(coloured(heat, style)))
+        alike = {} if k == 0 else {"rank_correlation": float(rank_correlation(combined[:1], combined[k : k + 1])[0])}
         records.append(
-            {
-                "class": opened_run.classes[column],
-                "output": output,
-                "probability": None if output is None else float(probability[output]),
-                "rank": None if output is None else rank_of[output],
-                "score": float(result.scores[i, k]),
-                "combined": f"combined-{k + 1}.png",
-                "heat": f"heat-{k + 1}.png",
-                "features": features,
-                "lattice_index": lattice,
-                "rank_correlation_with_first": None
-                if k == 0
-                else float(rank_correlation(result.combined[i, :1], result.combined[i, k : k + 1])[0]),
-            }
+            ExplainedClass(
+                name=one.name,
+                output=one.output,
+                probability=float("nan") if one.output is None else float(probability[one.output]),
+                rank=None if one.output is None else rank_of[one.output],
+                score=float(result.scores[i, k]),
+                combined=f"combined-{k + 1}.png",
+                heat=f"heat-{k + 1}.png",
+                filters=_contributions(opened_run, result, (i, k), folder, shown, style),
+                **alike,
+            )
         )
-    return records, notes
+    return tuple(records)
+
+
+def _contributions(
+    opened_run: OpenedSelection,
+    result: Explanations,
+    place: tuple[int, int],
+    folder: Path,
+    shown: Image.Image,
+    style: Style,
+) -> tuple[Contribution, ...]:
+    """Draw the filters of one class in one image, given which of the batch these are."""
+    from partlens.attribution.pictures import overlay, save_png
+
+    pictured = {(f.layer, f.channel): f.picture for one in opened_run.found.classes for f in one.filters}
+    made = []
+    for r, feature in enumerate(result.features[place].tolist()):
+        if feature < 0:  # fewer filters contribute than are asked for
+            continue
+        layer, channel = opened_run.found.index.place(feature)
+        file = f"feature-{place[1] + 1}-{r + 1}.png"
+        save_png(folder / file, overlay(shown, result.maps[place][r].numpy(), style))
+        contribution, picture = float(result.contributions[place][r]), pictured.get((layer, channel))
+        made.append(
+            Contribution(
+                layer=layer,
+                channel=channel,
+                weight=float(opened_run.weights[feature, int(result.classes[place])]),
+                response=float(result.responses[place][r]),
+                contribution=contribution,
+                share=contribution / float(result.positive[place]),
+                overlay=file,
+                average=None if picture is None else _relative(opened_run.path / picture.average, folder),
+            )
+        )
+    return tuple(made)
 
 
 def _relative(file: Path, folder: Path) -> str:

@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from partlens.attribution.pictures import overlay, save_png
+from partlens.attribution.record import ExplainedByParts, PartShare, StrongFilter
 from partlens.errors import InputError, expected, nearest
+from partlens.estimate import Estimate
 from partlens.evaluation.fed_back import class_outputs
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import Explainer
@@ -58,7 +60,7 @@ class OpenedParts:
 
 @dataclass(frozen=True)
 class ExplainedParts:
-    """The parts of a batch of images.
+    """The parts of some images of a batch.
 
     Attributes:
         classes: the explained outputs (image, explained class).
@@ -139,8 +141,17 @@ def answer_ranks(chance: Float[Tensor, " output"]) -> dict[int, int]:
     return {output: place + behind for place, output in enumerate(order, 1)}
 
 
-def explain_parts(opened: OpenedParts, batch: Tensor, classes: Sequence[str] | None) -> ExplainedParts:
-    """Measure what each part adds to the score of the predicted class, or of named ones, on a batch of images."""
+def explain_parts(
+    opened: OpenedParts, batch: Tensor, classes: Sequence[str] | None, rows: Sequence[int] | None = None
+) -> ExplainedParts:
+    """Measure what each part adds to the score of the predicted class, or of named ones, on images of a batch.
+
+    Args:
+        opened: the explainer and its parts.
+        batch: images.
+        classes: names; by default the predicted class.
+        rows: positions in the batch of the images to measure, by default all.
+    """
     structure = opened.explainer.structure
     _, taps = forward_taps(opened.performer, batch, [structure.tap, structure.targets[-1]])
     with torch.no_grad():
@@ -151,7 +162,8 @@ def explain_parts(opened: OpenedParts, batch: Tensor, classes: Sequence[str] | N
         named = [output_called(opened.performer, outputs.shape[1], name) for name in classes]
         wanted = torch.tensor([named] * len(outputs))
     part_of = part_labels(opened.parts, structure.channels_out)
-    maps = taps[structure.tap].cpu()
+    chosen = list(range(len(outputs)) if rows is None else rows)
+    outputs, wanted, maps = outputs[chosen], wanted[chosen], taps[structure.tap].cpu()[chosen]
     # Image by image: the integral stops where its remainder is small, which must not depend on the other images.
     shares = tuple(
         tuple(
@@ -181,89 +193,85 @@ def _percentages(values: Tensor, whole: float) -> list[float]:
 
 def part_records(
     opened: OpenedParts, found: ExplainedParts, i: int, folder: Path, shown: Image.Image, style: Literal["glow", "jet"]
-) -> list[dict[str, Any]]:
-    """Write one image's heat maps and return its records for ``explanation.json``, one per class."""
+) -> tuple[ExplainedByParts, ...]:
+    """Write one image's heat maps and return what its record says of parts, a class each."""
     chance = probabilities(found.outputs)[i]
     ranks = answer_ranks(chance)
     records = []
-    for k, (shares, heat) in enumerate(zip(found.shares[i], found.heat[i], strict=True)):
-        output = int(found.classes[i, k])
-        rise = float(shares.score[0] - shares.baseline[0])
-        of_parts = _percentages(shares.shapley[0], float(shares.shapley[0].sum()))
-        of_score = _percentages(shares.shapley[0], rise)
-        of_integrated = _percentages(shares.integrated[0], float(shares.integrated[0].sum()))
-        null = shares.random[:, 0].double() / float(shares.integrated[0].sum())
-        known = float(shares.integrated[0].sum()) > 0 and len(opened.parts) > 1
-        ends = torch.quantile(null, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-        rows = []
-        for p, part in enumerate(opened.parts):
-            # A part that speaks against the class is drawn where it does so.
-            signed = heat[p] if float(shares.integrated[0, p]) >= 0 else -heat[p]
-            top = float(signed.max())
-            file = f"part-{k + 1}-{p + 1}.png"
-            save_png(
-                folder / file, overlay(shown, (signed.clamp(min=0) / top if top > 0 else 0 * signed).numpy(), style)
-            )
-            own = shares.filters[0, list(part.filters)]
-            strongest = own.abs().argsort(descending=True, stable=True)[:TOP_FILTERS].tolist()
-            rows.append(
-                {
-                    "name": part.name,
-                    "n": len(part.filters),
-                    "shapley": float(shares.shapley[0, p]),
-                    "standard_error": float(shares.standard_error[0, p]),
-                    "share": of_parts[p],
-                    "share_of_score": of_score[p],
-                    "integrated_gradients": float(shares.integrated[0, p]),
-                    "integrated_share": of_integrated[p],
-                    "integrated_null": {
-                        "value": float(null[:, p].mean()) if known else None,
-                        "interval": [float(e) for e in ends[:, p]] if known else [None, None],
-                        "n": len(null),
-                        "unit": "draws",
-                    },
-                    "gradient_activation": float(shares.gradient_activation[0, p]),
-                    "removal": float(shares.removal[0, p]),
-                    "heat": file,
-                    "top_filters": [
-                        {"filter": part.filters[f], "integrated_gradients": float(own[f])} for f in strongest
-                    ],
-                }
-            )
-        ordinary = float(shares.ordinary[0])
+    for k, shares in enumerate(found.shares[i]):
+        output, rise = int(found.classes[i, k]), float(shares.score[0] - shares.baseline[0])
+        ordinary, added = float(shares.ordinary[0]), float(shares.shapley[0].sum())
+        kept = class_outputs(shares.fed_outputs[:1]).argmax() == class_outputs(found.outputs[i : i + 1]).argmax()
         records.append(
-            {
-                "class": output_name(opened.performer, output),
-                "output": output,
-                "probability": float(chance[output]),
-                "rank": ranks[output],
-                "score": {
-                    "performer": float(found.outputs[i, output]),
-                    "fed_back": float(shares.score[0]),
-                    "baseline": float(shares.baseline[0]),
-                    "same_answer": bool(
-                        class_outputs(shares.fed_outputs[:1]).argmax()
-                        == class_outputs(found.outputs[i : i + 1]).argmax()
-                    ),
-                },
-                "baseline": "both tracks silent (x_enc = 0)",
-                "method": shares.method,
-                "ordinary": {
-                    "shapley": ordinary,
-                    "standard_error": float(shares.ordinary_standard_error[0]),
-                    "share_of_score": ordinary / rise if rise > 0 else math.nan,
-                    "integrated_gradients": float(shares.integrated_ordinary[0]),
-                },
-                "interpretable_share": float(shares.shapley[0].sum()) / rise if rise > 0 else math.nan,
-                "remainder": {
-                    "shapley": rise - float(shares.shapley[0].sum()) - ordinary,
-                    "integrated_gradients": float(shares.remainder[0]),
-                },
-                "parts": rows,
-                "headline": headline([part.name for part in opened.parts], shares.shapley[0].tolist()),
-            }
+            ExplainedByParts(
+                name=output_name(opened.performer, output),
+                output=output,
+                probability=float(chance[output]),
+                rank=ranks[output],
+                performer_score=float(found.outputs[i, output]),
+                fed_back=float(shares.score[0]),
+                baseline=float(shares.baseline[0]),
+                same_answer=bool(kept),
+                method=shares.method,
+                interpretable_share=added / rise if rise > 0 else math.nan,
+                ordinary=ordinary,
+                ordinary_standard_error=float(shares.ordinary_standard_error[0]),
+                ordinary_share=ordinary / rise if rise > 0 else math.nan,
+                ordinary_integrated=float(shares.integrated_ordinary[0]),
+                remainder=rise - added - ordinary,
+                integrated_remainder=float(shares.remainder[0]),
+                parts=_part_shares(opened, shares, found.heat[i][k], f"part-{k + 1}", folder, shown, style),
+                headline=headline([part.name for part in opened.parts], shares.shapley[0].tolist()),
+            )
         )
-    return records
+    return tuple(records)
+
+
+def _part_shares(
+    opened: OpenedParts,
+    shares: PartShares,
+    heat: Tensor,
+    name: str,
+    folder: Path,
+    shown: Image.Image,
+    style: Literal["glow", "jet"],
+) -> tuple[PartShare, ...]:
+    """Draw the parts of one class of one image and return what each adds."""
+    rise, integrated = float(shares.score[0] - shares.baseline[0]), float(shares.integrated[0].sum())
+    of_parts = _percentages(shares.shapley[0], float(shares.shapley[0].sum()))
+    of_score, of_integrated = _percentages(shares.shapley[0], rise), _percentages(shares.integrated[0], integrated)
+    null = shares.random[:, 0].double() / integrated
+    ends = torch.quantile(null, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    known = integrated > 0 and len(opened.parts) > 1
+    rows = []
+    for p, part in enumerate(opened.parts):
+        # A part that speaks against the class is drawn where it does so.
+        signed = heat[p] if float(shares.integrated[0, p]) >= 0 else -heat[p]
+        top, file = float(signed.max()), f"{name}-{p + 1}.png"
+        save_png(folder / file, overlay(shown, (signed.clamp(min=0) / top if top > 0 else 0 * signed).numpy(), style))
+        own = shares.filters[0, list(part.filters)]
+        strongest = own.abs().argsort(descending=True, stable=True)[:TOP_FILTERS].tolist()
+        drawn = Estimate(float(null[:, p].mean()), (float(ends[0, p]), float(ends[1, p])), len(null), "draws")
+        rows.append(
+            PartShare(
+                name=part.name,
+                filters=len(part.filters),
+                share=of_parts[p],
+                share_of_score=of_score[p],
+                shapley=float(shares.shapley[0, p]),
+                standard_error=float(shares.standard_error[0, p]),
+                integrated_gradients=float(shares.integrated[0, p]),
+                integrated_share=of_integrated[p],
+                null=drawn if known else Estimate.undefined("draws"),
+                gradient_activation=float(shares.gradient_activation[0, p]),
+                removal=float(shares.removal[0, p]),
+                heat=file,
+                top_filters=tuple(
+                    StrongFilter(filter=part.filters[f], integrated_gradients=float(own[f])) for f in strongest
+                ),
+            )
+        )
+    return tuple(rows)
 
 
 def headline(names: Sequence[str], values: Sequence[float]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from partlens.attribution.explanation import ExplanationConfig, explain_batch, scaled, smoothed
-from partlens.selection.descriptors import DescriptorConfig
-from partlens.selection.labels import label_matrix
-from partlens.selection.relevance import select_relevant
+from partlens.attribution.explanation import explain_batch, scaled, smoothed
+from partlens.attribution.record import ExplanationConfig
+from partlens.selection.record import DescriptorConfig
+from partlens.selection.relevance import label_matrix, select_relevant
 from partlens.selection.responses import stream_responses
 from partlens_papers.flowers.baselines import BASELINES, Method, upsampled_activation
 
@@ -59,8 +60,8 @@ def select_on_training(
         rows += flowers.images.indices(category=name, split="train")[:images_per_class]
     images = flowers.images.take(sorted(rows))
     responses = stream_responses(performer, images, DescriptorConfig(), peaks=False)
-    labels = label_matrix(images, classes=flowers.classes)
-    return select_relevant(responses, labels, mu)
+    labels = label_matrix(images.categories, lambda _: None, flowers.classes)
+    return select_relevant(torch.from_numpy(np.array(responses.descriptor)), labels, responses.index, mu)
 
 
 def explanation_method(selection: Selection, config: ExplanationConfig) -> Method:

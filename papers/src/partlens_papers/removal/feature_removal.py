@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from partlens.data.images import ImageSet
     from partlens.network.zoo import Performer
-    from partlens.selection.descriptors import FeatureIndex
+    from partlens.selection.record import FeatureIndex
 
 SCHEMA = "partlens.removal/1"
 RESULT = "removal.json"
@@ -222,7 +222,7 @@ def _measured(performer: Performer, images: ImageSet, how: RemovalConfig, out: P
     import torch
 
     from partlens.network.fitting import frames
-    from partlens.selection.descriptors import DescriptorConfig
+    from partlens.selection.record import DescriptorConfig
     from partlens.selection.responses import stream_responses
 
     with show.task("reading all layers", len(images)) as advance:
@@ -271,7 +271,7 @@ def _labelled(
     performer: Performer, images: ImageSet, logits: Tensor, how: RemovalConfig
 ) -> tuple[list[str], list[int], list[int]]:
     """Return class names, their outputs, and the class of each photo."""
-    from partlens.selection.labels import class_of_category
+    from partlens.selection.relevance import class_of_category
 
     if how.labels == "predictions":
         outputs = sorted(set(logits.argmax(1).tolist()))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from partlens.data.images import ImageSet
     from partlens.network.zoo import Performer
-    from partlens.selection.descriptors import FeatureIndex
+    from partlens.selection.record import FeatureIndex
     from partlens_papers.removal.removal import ChannelEffects
 
 

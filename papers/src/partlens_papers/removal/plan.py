@@ -15,7 +15,7 @@ from partlens.errors import ImageError, InputError, expected
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from partlens.selection.descriptors import FeatureIndex
+    from partlens.selection.record import FeatureIndex
 
 ALL_OTHERS_UP_TO = 12
 SOME_OTHERS = 3
@@ -34,7 +34,7 @@ class RemovalConfig:
         nonnegative: weights are at least 0.
         labels: ``data``: the photos' categories; ``predictions``: the performer's decisions on the intact photos, so
             that "accuracy" is the share of decisions that are kept.
-        descriptor: fields of :class:`~partlens.selection.descriptors.DescriptorConfig`.
+        descriptor: fields of :class:`~partlens.selection.record.DescriptorConfig`.
         protocol: see the module's text; ``auto`` takes ``split`` where each tested class has at least 10 photos in
             ``train``.
         shuffled: fit on shuffled labels, the null of the whole procedure.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from partlens.estimate import Estimate
-    from partlens.selection.descriptors import FeatureIndex
+    from partlens.selection.record import FeatureIndex
 
 MEASURES = ("accuracy", "probability", "log_odds")
 

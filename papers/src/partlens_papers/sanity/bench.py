@@ -16,11 +16,12 @@ from partlens_papers.removal.plan import RemovalConfig, divide
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from partlens.attribution.explanation import ExplanationConfig, Explanations
+    from partlens.attribution.explanation import Explanations
+    from partlens.attribution.record import ExplanationConfig
     from partlens.data.images import ImageSet
     from partlens.estimate import Estimate
     from partlens.network.zoo import Performer
-    from partlens.selection.descriptors import DescriptorConfig, FeatureIndex
+    from partlens.selection.record import DescriptorConfig, FeatureIndex
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class SanityConfig:
 
     Attributes:
         mu: bound of the μ-lasso (authors: 10; 5 for their generated flowers).
-        descriptor: fields of :class:`~partlens.selection.descriptors.DescriptorConfig`.
-        explanation: fields of :class:`~partlens.attribution.explanation.ExplanationConfig`; the authors' by default.
+        descriptor: fields of :class:`~partlens.selection.record.DescriptorConfig`.
+        explanation: fields of :class:`~partlens.attribution.record.ExplanationConfig`; the authors' by default.
         classes: most classes, those with the most photos first; all when ``None``.
         fit_photos: most photos of each class that the μ-lasso is fitted on.
         photos: most photos that are explained.
@@ -117,14 +118,14 @@ class Bench:
     @property
     def descriptor(self) -> DescriptorConfig:
         """How descriptors are made."""
-        from partlens.selection.descriptors import DescriptorConfig
+        from partlens.selection.record import DescriptorConfig
 
         return DescriptorConfig(**dict(self.config.descriptor))
 
     @property
     def explanation(self) -> ExplanationConfig:
         """How predictions are explained."""
-        from partlens.attribution.explanation import ExplanationConfig
+        from partlens.attribution.record import ExplanationConfig
 
         return ExplanationConfig(**dict(self.config.explanation))
 
@@ -157,7 +158,7 @@ def make_bench(performer: Performer, images: ImageSet, config: SanityConfig) -> 
     """
     import torch
 
-    from partlens.selection.labels import class_of_category
+    from partlens.selection.relevance import class_of_category
 
     counts = images.category_counts()
     names = sorted(sorted(counts), key=lambda name: -counts[name])[: config.classes]
@@ -273,9 +274,8 @@ def explained(bench: Bench, fit: Fit, classes: Tensor | None, performer: Perform
             fit.weights,
             fit.index,
             bench.descriptor,
-            None if classes is None else classes[part],
+            choose_top(bench.outputs, 2) if classes is None else classes[part],
             bench.explanation,
-            choose=choose_top(bench.outputs, 2),
         )
         for part, batch in bench.batches()
     ]

@@ -1,0 +1,236 @@
+"""How a prediction is explained and what is written of it, ``explanation.json``; no tensor library is needed."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
+
+from partlens.errors import InputError, expected
+from partlens.estimate import Estimate, Number
+from partlens.records import Record, Settings, Value
+
+Preset = Literal["partlens", "paper"]
+
+PARTLENS_CHANGES: dict[str, Any] = {"fix_strides": "aligned", "pooling": "resample", "smooth_frac": 0.05}
+"""What the ``partlens`` preset changes, as the flower benchmark showed."""
+
+
+class ExplanationConfig(Settings):
+    """How a prediction is explained; the defaults of the fields are those of the authors' code.
+
+    Attributes:
+        features: relevant features shown per class, those with the largest contribution (authors: 3).
+        rule: of rectifiers in the backward pass, ``guided``, ``deconvnet`` or ``gradient``.
+        fix_strides: resample the signal in strided convolutions: true or nearest as the authors do, aligned without
+            the shift of half a stride, false not at all.
+        pooling: ``route`` (authors), ``overwrite`` or ``resample``; see
+            :func:`partlens.attribution.backprop.guided_backprop`.
+        smooth_frac: standard deviation of a Gaussian that smooths the maps before they are scaled, as a share of the
+            input's shorter side; 0 in the paper.
+    """
+
+    features: Annotated[int, Field(ge=1)] = 3
+    rule: Literal["guided", "deconvnet", "gradient"] = "guided"
+    fix_strides: bool | Literal["nearest", "aligned"] = True
+    pooling: Literal["route", "overwrite", "resample"] = "route"
+    smooth_frac: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+
+    @classmethod
+    def preset(cls, name: str = "partlens", **changes: Any) -> Self:
+        """Return a preset with changes: ``partlens`` (ours, :data:`PARTLENS_CHANGES`) or ``paper``."""
+        presets: dict[str, dict[str, Any]] = {"paper": {}, "partlens": PARTLENS_CHANGES}
+        if name not in presets:
+            raise InputError(expected("preset partlens or paper", name, "Choose one of them"))
+        return cls(**{**presets[name], **changes})
+
+
+class Answer(Value):
+    """One of the performer's strongest outputs.
+
+    Attributes:
+        name: of the class.
+        output: its position.
+        probability: softmax, or the logistic function of a single output.
+    """
+
+    name: str
+    output: int
+    probability: float
+
+
+class Contribution(Value):
+    """What one relevant filter adds to the score of a class.
+
+    Attributes:
+        layer: its layer.
+        channel: its position in the layer.
+        weight: of the filter for the class.
+        response: its entry in the descriptor of the image.
+        contribution: weight times response.
+        share: its part of all positive contributions to the class, 0 to 1.
+        overlay: file that shows where it acts.
+        average: file that shows what activates it in the training photos, ``None`` where none was drawn.
+    """
+
+    layer: str
+    channel: int
+    weight: float
+    response: float
+    contribution: float
+    share: float
+    overlay: str
+    average: str | None
+
+
+class ExplainedClass(Value):
+    """One class that was explained by its relevant filters.
+
+    Attributes:
+        name: of the class.
+        output: its position among the performer's outputs, ``None`` where it is none of them.
+        probability: the performer's; ``nan`` where the class is no output.
+        rank: 1 for the predicted class, ``None`` where the class is no output.
+        score: ``w . x`` over all its filters.
+        combined: file with all filters together, over the image.
+        heat: file with the same map alone.
+        filters: those with the largest contributions, the largest first.
+        rank_correlation: with the map of the first class, Spearman's; ``nan`` for the first one.
+    """
+
+    name: str
+    output: int | None
+    probability: Number
+    rank: int | None
+    score: float
+    combined: str
+    heat: str
+    filters: tuple[Contribution, ...]
+    rank_correlation: Number = math.nan
+
+
+class StrongFilter(Value):
+    """One of the filters of a part that add or take most.
+
+    Attributes:
+        filter: its number.
+        integrated_gradients: what it adds, in units of the score.
+    """
+
+    filter: int
+    integrated_gradients: float
+
+
+class PartShare(Value):
+    """What one part adds to the score of a class.
+
+    Attributes:
+        name: of the part.
+        filters: how many it has.
+        share: of what all parts add (Shapley); ``nan`` where together they add nothing.
+        share_of_score: of the rise of the score; ``nan`` where it does not rise.
+        shapley: in units of the score.
+        standard_error: of it; 0 where it is exact.
+        integrated_gradients: what it adds by integrated gradients.
+        integrated_share: of what all parts add by them.
+        null: the same share of as many filters drawn at random.
+        gradient_activation: by gradient times activation.
+        removal: fall of the score without the part.
+        heat: file that shows where the contribution comes from.
+        top_filters: those that add or take most.
+    """
+
+    name: str
+    filters: int
+    share: Number
+    share_of_score: Number
+    shapley: float
+    standard_error: float
+    integrated_gradients: float
+    integrated_share: Number
+    null: Estimate
+    gradient_activation: float
+    removal: float
+    heat: str
+    top_filters: tuple[StrongFilter, ...]
+
+
+class ExplainedByParts(Value):
+    """One class whose score is shared among parts.
+
+    Attributes:
+        name: of the class.
+        output: its position among the performer's outputs.
+        probability: the performer's.
+        rank: 1 for the predicted class.
+        performer_score: the score in the performer.
+        fed_back: with the explainer's reconstruction in the layer's place.
+        baseline: with both tracks silent.
+        same_answer: whether the reconstruction keeps the performer's answer.
+        method: how the Shapley values were made.
+        interpretable_share: share of the rise that the parts add together; ``nan`` where the score does not rise.
+        ordinary: Shapley value of the ordinary track.
+        ordinary_standard_error: of it.
+        ordinary_share: its share of the rise; ``nan`` likewise.
+        ordinary_integrated: by integrated gradients.
+        remainder: of the rise, what the Shapley values miss.
+        integrated_remainder: what the integrated gradients miss.
+        parts: in the order of ``parts.json``.
+        headline: what each part adds, in words.
+    """
+
+    name: str
+    output: int
+    probability: float
+    rank: int
+    performer_score: float
+    fed_back: float
+    baseline: float
+    same_answer: bool
+    method: str
+    interpretable_share: Number
+    ordinary: float
+    ordinary_standard_error: float
+    ordinary_share: Number
+    ordinary_integrated: float
+    remainder: float
+    integrated_remainder: float
+    parts: tuple[PartShare, ...]
+    headline: str
+
+
+class ExplanationRecord(Record):
+    """The file ``explanation.json`` of one image.
+
+    Attributes:
+        image: its name.
+        path: where it was read from.
+        size_px: its width and height.
+        method: how relevant filters were explained, ``None`` for a run without a selection.
+        performer: the network's name.
+        weights_sha256: hash of its weights.
+        selection: identity of the selection, ``None`` for a run without one.
+        input: file with the image as the network sees it.
+        answers: the network's strongest outputs.
+        explained: classes that were explained by filters, the most likely first.
+        parts: classes whose score is shared among parts.
+        notes: what a reader has to know.
+    """
+
+    FILE = "explanation.json"
+    SCHEMA = "partlens.explanation/2"
+    AGAIN = "Run partlens explain again"
+
+    image: str
+    path: str
+    size_px: tuple[int, int]
+    method: ExplanationConfig | None
+    performer: str
+    weights_sha256: str
+    selection: str | None
+    input: str
+    answers: tuple[Answer, ...]
+    explained: tuple[ExplainedClass, ...]
+    parts: tuple[ExplainedByParts, ...]
+    notes: tuple[str, ...]
