@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from partlens.errors import InputError, RunError
-from partlens.page import collect_page, render_page, selection_words, write_explanation_page, write_report
-from partlens.page.explanation_page import explanation_view
+from partlens.page import collect_page, render_page, write_explanation_page, write_report
 
 HERE = Path(__file__).parent
 MADE = runpy.run_path(str(HERE / "made_runs.py"))
@@ -41,8 +40,8 @@ def folder(run):
     return MADE["write_explanation"](run)
 
 
-def one(folder: Path):
-    return collect_page(folder.parent.parent).explanations.shown[0]
+def said(folder: Path) -> str:
+    return plain(Page(write_explanation_page(folder).read_text(encoding="utf-8")).text)
 
 
 def explainer_run(folder: Path, sha256: str = "aa11") -> Path:
@@ -76,33 +75,51 @@ def test_the_page_of_one_image_stands_alone(folder):
 
 
 def test_the_headline(folder):
-    assert plain(selection_words.explanation_headline(one(folder))) == (
+    assert (
         "flower-net takes tulip_3.jpg for “petal-red” (93 %). 3 filters carry 86 % of the evidence for it; "
-        "filter 71 of conv3 alone 52 %."
-    )
+        "filter 71 of conv3 alone 52 %. "
+    ) in said(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "words"),
     [
+        ({"rank": 2, "probability": 0.02}, "“petal-red” is the 2nd answer of flower-net to tulip_3.jpg (2 %)."),
+        ({"rank": 11, "probability": 0.02}, "“petal-red” is the 11th answer of"),
+        ({"rank": 22, "probability": 0.02}, "“petal-red” is the 22nd answer of"),
+        ({"rank": 24, "probability": 0.02}, "“petal-red” is the 24th answer of"),
         ({"rank": 3, "probability": 0.02}, "“petal-red” is the 3rd answer of flower-net to tulip_3.jpg (2 %)."),
         ({"rank": None, "probability": None}, "tulip_3.jpg in flower-net is read for “petal-red”."),
-        ({"features": []}, "No feature that the class is read from answers to it."),
+        ({"filters": []}, "(93 %). No filter that the class is read from is active in it. "),
     ],
 )
-def test_the_headline_of_other_classes(folder, change, said):
+def test_the_headline_of_other_classes(folder, change, words):
     changed(folder, lambda c: c["explained"][0].update(change))
-    assert said in plain(selection_words.explanation_headline(one(folder)))
-    Page(write_explanation_page(folder).read_text(encoding="utf-8"))
+    assert words in said(folder)
 
 
-def test_both_classes_stand_on_one_scale(folder):
-    view = explanation_view(one(folder))
-    widths = [[f.bar_percent for f in column.features] for column in view.columns]
-    assert widths[0][0] == 100.0
-    assert widths[1][0] == pytest.approx(100 * 0.208 / 0.468)
-    assert [c.kind for c in view.columns] == ["predicted class", "2nd of the answers"]
-    assert "stands beside the first" in render_page(collect_page(folder.parent.parent))
+def test_one_filter_carries_the_evidence_alone(folder):
+    changed(folder, lambda c: c["explained"][0].update(filters=c["explained"][0]["filters"][:1]))
+    assert "(93 %). Filter 71 of conv3 carries 52 % of the evidence. " in said(folder)
+
+
+def test_an_image_that_nothing_explains_says_what_it_is_taken_for_and_why(folder):
+    changed(folder, lambda c: c.update(explained=[], method=None, notes=["its parts are not known"]))
+    text = said(folder)
+    assert "flower-net takes tulip_3.jpg for “petal-red” (93 %). What it rests on" in text
+    assert "its parts are not known" in text
+    assert "Settings" not in text
+
+
+def test_both_classes_share_one_scale(folder):
+    html = write_explanation_page(folder).read_text(encoding="utf-8")
+    acts = re.findall(r'<div class="acts">.*?width:([\d.]+)%', html, re.DOTALL)
+    shares = [0.52, 0.22, 0.12]
+    wanted = [100 * share * (0.9 - 0.5 * k) / 0.468 for k in (0, 1) for share in shares]
+    assert [float(width) for width in acts] == pytest.approx(wanted, abs=0.06)
+    assert "predicted class, 93 %" in said(folder)
+    assert "2nd of the answers, 4.4 %" in said(folder)
+    assert "is shown next to the first" in render_page(collect_page(folder.parent.parent))
 
 
 def test_every_number_stands_in_the_table(folder):
@@ -115,7 +132,6 @@ def test_every_number_stands_in_the_table(folder):
         "4.4 %",
         "linear read-out w · x over all its filters 0.800",
         "Rank correlation with the map of “petal-red”: 0.410.",
-        "1 is ten times its surroundings): −0.12, without the stride correction 2.41.",
         "guided backpropagation from the 3 strongest features, stride artefacts removed",
         "photos/tulip_3.jpg, 640 × 480 px",
         "Dropout is off.",
@@ -123,29 +139,16 @@ def test_every_number_stands_in_the_table(folder):
         assert words in text, words
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"rank_correlation_with_first": 0.95}, "nearly the same, so they say little about the class"),
-        ({"lattice_index": {"before": 2.0, "after": 2.0}}, "Stripes in the map may come from the strides."),
-    ],
-)
-def test_what_takes_worth_from_a_map_is_said(folder, change, said):
-    assert said not in Page(write_explanation_page(folder).read_text(encoding="utf-8")).text
-    changed(folder, lambda c: c["explained"][1].update(change))
-    assert said in Page(write_explanation_page(folder).read_text(encoding="utf-8")).text
+@pytest.mark.parametrize(("value", "alike"), [(0.9, False), (0.901, True)])
+def test_maps_that_are_nearly_the_same_say_so(folder, value, alike):
+    changed(folder, lambda c: c["explained"][1].update(rank_correlation=value))
+    assert ("nearly the same, so they say little about the class" in said(folder)) is alike
 
 
-def test_undefined_numbers_are_dashes(folder):
-    def change(content):
-        content["prediction"] = None
-        content["explained"][0] |= {"score": None, "probability": None, "lattice_index": None}
-        content["explained"][0]["features"][0] |= {"share": None, "contribution": None}
-
-    text = Page(write_explanation_page(changed(folder, change)).read_text(encoding="utf-8")).text
-    assert "None were recorded." in text
-    assert "not an output of the network" in text
-    assert "contribution –, – of all" in text
+def test_a_class_that_is_no_output_has_no_probability(folder):
+    changed(folder, lambda c: c["explained"][0].update(output=None, rank=None, probability=None))
+    text = said(folder)
+    assert "petal-red not an output of the network" in text
     assert "nan" not in text.lower().split()
 
 
@@ -154,8 +157,8 @@ def test_one_class_alone(folder):
     text = write_explanation_page(folder).read_text(encoding="utf-8")
     assert text.count('<article class="column">') == 1
     assert 'class="columns single"' in text
-    assert "stands beside the first" not in text
-    assert "stands beside the first" not in render_page(collect_page(folder.parent.parent))
+    assert "is shown next to the first" not in text
+    assert "is shown next to the first" not in render_page(collect_page(folder.parent.parent))
 
 
 def test_a_folder_away_from_its_run_has_no_averages_unless_the_path_leads_to_them(folder, tmp_path):
@@ -165,7 +168,7 @@ def test_a_folder_away_from_its_run_has_no_averages_unless_the_path_leads_to_the
     assert "In training" not in page.text
 
     def elsewhere(content):
-        for feature in (f for e in content["explained"] for f in e["features"]):
+        for feature in (f for e in content["explained"] for f in e["filters"]):
             feature["average"] = feature["average"].replace("../../", "../run/")
 
     page = Page(write_explanation_page(changed(away, elsewhere)).read_text(encoding="utf-8"))
@@ -187,9 +190,12 @@ def test_images_beyond_the_room_are_named(run, folder, monkeypatch):
     MADE["write_explanation"](run, "rose.jpg", seed=5)
     monkeypatch.setattr("partlens.page.page_data.EXPLANATIONS_SHARE", 1e-6)
     page = collect_page(run)
-    assert [e.image for e in page.explanations.shown] == ["rose.jpg"]
-    assert page.explanations.left_out == ("tulip_3",)
-    assert "1 more explained image, so that the page stays small." in Page(render_page(page)).text
+    assert [e.record.image for e in page.explanations.shown] == ["rose.jpg"]
+    assert page.explanations.without_room == ("tulip_3",)
+    assert (
+        "1 more explained image has no room, so that the page stays small; each has a page of its own"
+        in Page(render_page(page)).text
+    )
 
 
 # --- joined with an explainer -----------------------------------------------------------------------------------------
@@ -216,13 +222,14 @@ def test_a_joined_page_has_all_chapters_in_the_contents(run, folder):
 
 def test_other_weights_are_announced(run, folder):
     assert "Two networks." in Page(render_page(collect_page(explainer_run(run, "bb22")))).text
-    changed(folder, lambda c: c["performer"].update(weights_sha256="cc33"))
+    changed(folder, lambda c: c.update(weights_sha256="cc33"))
     assert "Other weights." in Page(render_page(collect_page(run))).text
 
 
-def test_an_explainer_beside_a_selection_that_was_only_begun(tmp_path):
-    run = explainer_run(tmp_path / "run")
-    content = {"schema": "partlens.selection/1", "kind": "selection", "status": "running", "command": "partlens go"}
+def test_an_explainer_with_a_selection_that_was_only_begun(tmp_path):
+    run = explainer_run(MADE["write_selection"](tmp_path / "run", classes=2, features=1))
+    content = json.loads((run / "selection.json").read_text(encoding="utf-8"))
+    content |= {"status": "running", "found": None, "command": "partlens go"}
     MADE["write"](run / "selection.json", content)
     text = Page(write_report(run).read_text(encoding="utf-8")).text
     assert "Selection not finished. It was begun and has no result yet. Go on with: partlens go" in text
@@ -242,7 +249,7 @@ def test_an_explainer_with_an_explained_image_only(tmp_path):
 def test_folders_that_are_none(tmp_path, folder):
     with pytest.raises(RunError, match=r"^Expected the folder of an explanation, got .*nowhere\. Give a folder"):
         write_explanation_page(tmp_path / "nowhere")
-    with pytest.raises(RunError, match=r"Expected a file explanation\.json in .*, got none there\."):
+    with pytest.raises(RunError, match=r"Expected a file .*explanation\.json, got nothing there\."):
         write_explanation_page(tmp_path)
     with pytest.raises(InputError, match="Expected a file name for the page"):
         write_explanation_page(folder, tmp_path)
@@ -252,11 +259,9 @@ def test_folders_that_are_none(tmp_path, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "partlens.explanation/9"}, r'Expected schema "partlens\.explanation/1" in .*, got partlens'),
-        ({"image": {}}, r"Expected the image's name in .*, got None\. Run partlens explain again"),
-        ({"performer": None}, r"Expected the performer's name in .*, got None"),
-        ({"input": None}, r"Expected the input picture's name in .*, got None"),
-        ({"explained": []}, r"Expected at least one explained class in .*, got none"),
+        ({"schema": "partlens.explanation/1"}, r"Expected schema partlens\.explanation/2 in .*, got partlens"),
+        ({"image": None}, r"Expected image to be a valid string in .*, got None\. Run partlens explain again"),
+        ({"explained": [{}]}, r"Expected the field explained\.0\.name of ExplanationRecord in .*explanation\.json"),
     ],
 )
 def test_explanations_that_cannot_be_shown(run, folder, change, message):

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partlens.selection.descriptors import DescriptorConfig, FeatureIndex, descriptor
+from partlens.selection.descriptors import descriptor
 from partlens.selection.inner_products import GramAccumulator
 from partlens.selection.lasso import mu_lasso, mu_lasso_gram
+from partlens.selection.record import DescriptorConfig, FeatureIndex
 
 
 @st.composite

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from torch import nn
 
 from partlens.errors import InputError, LayerError
 from partlens.network.taps import forward_taps
-from partlens.selection.descriptors import DescriptorConfig, FeatureIndex, channel_energies, descriptor
+from partlens.selection.descriptors import channel_energies, descriptor
 from partlens.selection.measured_layers import feature_index
+from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.selection.responses import image_descriptors
 
 MADE = runpy.run_path(str(Path(__file__).with_name("made_networks.py")))
@@ -66,7 +66,8 @@ def test_T2_numbers_worked_by_hand() -> None:
     assert torch.equal(descriptor(energies, index)[0], found)
     rooted = descriptor(energies, index, DescriptorConfig(energy="norm", image_normalisation="none"))[0]
     assert rooted.tolist() == pytest.approx([5 / 6, 1 / 6, 1.0, 0.0])
-    raw = descriptor(energies, index, DescriptorConfig.port_g())[0]
+    plain = DescriptorConfig(energy="norm", layer_normalisation="none", image_normalisation="none")
+    raw = descriptor(energies, index, plain)[0]
     assert raw.tolist() == pytest.approx([5.0, 1.0, 2.0, 0.0])
     assert channel_energies(maps["a"]).tolist() == [[25.0, 1.0]]
 
@@ -103,18 +104,22 @@ def test_descriptors_equal_the_slow_formula_and_in_place_rectifiers_do_not_distu
 
 
 def test_configurations_are_checked_and_survive_json() -> None:
-    for config in (DescriptorConfig(), DescriptorConfig.port_g(("a", "b")), DescriptorConfig.port_f()):
-        assert DescriptorConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(InputError, match="descriptor fields"):
-        DescriptorConfig.from_dict({"layer": "outputs"})
-    with pytest.raises(InputError, match="at least one layer name"):
-        DescriptorConfig(layers=())
+    for config in (DescriptorConfig(), DescriptorConfig(layers=("a", "b")), DescriptorConfig(layers="activations")):
+        assert DescriptorConfig.model_validate_json(config.model_dump_json()) == config
+    assert DescriptorConfig(layers=["a", "b"]).layers == ("a", "b")
+    for changes, message in (
+        ({"layer": "outputs"}, "Expected a field of DescriptorConfig, got layer. Did you mean"),
+        ({"layers": ()}, "a list of at least one layer name"),
+        ({"layers": "fc"}, "Expected layers to be one of outputs, activations, convolutions"),
+        ({"energy": "root"}, "Expected energy to be 'squared' or 'norm', got 'root'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            DescriptorConfig(**changes)
     for make in (
         lambda: FeatureIndex(("a",), (1, 2)),
         lambda: FeatureIndex((), ()),
         lambda: FeatureIndex(("a", "a"), (1, 2)),
         lambda: FeatureIndex(("a",), (0,)),
-        lambda: FeatureIndex.from_dict({"layers": ["a"]}),
         lambda: FeatureIndex(("a",), (2,)).feature("a", 2),
         lambda: FeatureIndex(("a",), (2,)).place(-1),
     ):

@@ -18,7 +18,8 @@ from partlens.errors import ImageError, InputError, RunError
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import weights_sha256
 from partlens.rows import RowRecord
-from partlens.selection.descriptors import DescriptorConfig, FeatureIndex, descriptor
+from partlens.selection.descriptors import descriptor
+from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.selection.responses import image_descriptors, stream_responses
 
 MADE = runpy.run_path(str(Path(__file__).with_name("made_networks.py")))
@@ -85,7 +86,12 @@ def test_one_pass_gives_descriptors_peaks_and_scores(tiny, images, tmp_path) -> 
         width = taps[layer].shape[3]
         at = torch.from_numpy(cells[..., 0] * width + cells[..., 1])
         assert torch.allclose(flat.gather(2, at[:, :, None])[:, :, 0], flat.amax(2), atol=1e-5)
+    peak, cell = found.peaks([7, 2], 3)
+    assert np.array_equal(peak, found.peak[:3][:, [7, 2]])
+    assert np.array_equal(cell, found.peak_cell[:3][:, [7, 2]])
     light = stream_responses(tiny, images, peaks=False)
+    with pytest.raises(InputError, match="responses with peaks"):
+        light.peaks([0], 1)
     assert light.peak is None
     assert light.peak_cell is None
     assert np.allclose(light.descriptor, found.descriptor, atol=1e-6)

@@ -18,6 +18,7 @@ from partlens.errors import ImageError, InputError, RunError
 from partlens.network.zoo import Performer, weights_sha256
 from partlens.progress import Progress
 from partlens.records import read_json, read_tensors
+from partlens.selection.record import SelectionRecord
 from partlens.verbs.explain import _folder_names
 from partlens.verbs.select_features import load_selection, select_features
 
@@ -34,25 +35,31 @@ def photo(few_flowers: ImageSet, tmp_path: Path) -> Path:
 
 
 def test_a_selection_names_its_features_and_their_certificate(selected: Path, few_flowers: ImageSet) -> None:
-    manifest = read_json(selected / "selection.json")
-    assert manifest["status"] == "finished"
-    assert [c["name"] for c in manifest["classes"]] == ["petal-blue", "petal-red"]
-    assert manifest["features"] == sum(manifest["index"]["channels"])
+    record = SelectionRecord.read(selected)
+    found = record.found
+    assert record.finished
+    assert record.photos == len(few_flowers.indices(split="train"))
+    assert [one.name for one in found.classes] == ["petal-blue", "petal-red"]
     weights = read_tensors(selected / "selection.safetensors")["weights"]
-    assert tuple(weights.shape) == (manifest["features"], 2)
-    for column, record in enumerate(manifest["classes"]):
-        assert record["nonzeros"] == int((weights[:, column] != 0).sum()) == len(record["features"])
-        assert record["norm"] <= 10 * (1 + 1e-6)
-        assert sum(f["share"] for f in record["features"]) == pytest.approx(1)
-        assert [f["weight"] for f in record["features"]] == sorted(f["weight"] for f in record["features"])[::-1]
-        for feature in record["features"]:
+    assert tuple(weights.shape) == (found.index.size, 2)
+    for column, one in enumerate(found.classes):
+        assert int((weights[:, column] != 0).sum()) == len(one.filters)
+        assert one.photos == sum(
+            c == one.name for c, s in zip(few_flowers.categories, few_flowers.splits, strict=True) if s == "train"
+        )
+        assert one.norm == pytest.approx(float(weights[:, column].sum()))
+        assert one.norm <= 10 * (1 + 1e-6)
+        assert sum(f.share for f in one.filters) == pytest.approx(1)
+        assert [f.weight for f in one.filters] == sorted(f.weight for f in one.filters)[::-1]
+        for each in one.filters:
+            assert float(weights[found.index.feature(each.layer, each.channel), column]) == each.weight
             for name in ("average", "control", "crops"):
-                assert (selected / feature[name]).is_file()
-            assert set(feature["strongest"]) <= set(few_flowers.keys)
-    assert manifest["solution"]["relative_gap"] <= 1e-6
-    readout = manifest["readout"]
-    assert readout["accuracy"]["n"] == readout["shuffled"]["n"] == len(few_flowers.indices(split="test"))
-    assert readout["chance"] == 0.5
+                assert (selected / getattr(each.picture, name)).is_file()
+            assert len(each.strongest) == 8
+            assert set(each.strongest) <= {few_flowers.keys[i] for i in few_flowers.indices(split="train")}
+    assert found.relative_gap <= 1e-6
+    assert found.accuracy.n == found.shuffled.n == len(few_flowers.indices(split="test"))
+    assert found.chance == 0.5
     assert not (selected / "cache-selection").exists()
 
 
@@ -62,25 +69,26 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(
     before = (selected / "selection.json").read_bytes()
     select_features(tiny, few_flowers, out=selected, top_photos=10)
     assert (selected / "selection.json").read_bytes() == before
-    with pytest.raises(RunError, match="one of another configuration"):
+    with pytest.raises(RunError, match=r"holds a run with mu = 10, not 3\. Choose another --out"):
         select_features(tiny, few_flowers, out=selected, top_photos=10, mu=3.0)
 
 
 def test_a_killed_selection_goes_on_and_ends_the_same(
     selected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from partlens.verbs import selection_run
+    from partlens.verbs import select_features as verb
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     out = tmp_path / "again"
     with monkeypatch.context() as patch:
-        patch.setattr(selection_run, "_draw", stop)
+        patch.setattr(verb, "_draw", stop)
         with pytest.raises(KeyboardInterrupt):
             select_features(tiny, few_flowers, out=out, top_photos=10)
-    assert read_json(out / "selection.json")["status"] == "running"
-    with pytest.raises(RunError, match="got running. Run select-features again"):
+    assert not SelectionRecord.read(out).finished
+    assert (out / "cache-selection" / "rows.json").exists()
+    with pytest.raises(RunError, match="got running. Run partlens select-features again with the same arguments"):
         load_selection(out, tiny)
     select_features(tiny, few_flowers, out=out, top_photos=10)
     assert (out / "selection.safetensors").read_bytes() == (selected / "selection.safetensors").read_bytes()
@@ -108,12 +116,13 @@ def test_an_explanation_is_a_folder_with_numbers_arrays_pictures_and_a_page(
     assert len(content["explained"]) == 2
     assert arrays["combined"].shape == (2, 32, 32)
     for k, one in enumerate(content["explained"]):
-        assert one["class"] in {"petal-red", "petal-blue"}
+        assert one["name"] in {"petal-red", "petal-blue"}
         with Image.open(folder / one["combined"]) as drawn:
             assert drawn.size == (448, 448)
-        shown = [f["feature"] for f in one["features"]]
+        index = SelectionRecord.read(selected).found.index
+        shown = [index.feature(f["layer"], f["channel"]) for f in one["filters"]]
         assert shown == [f for f in arrays["features"][k].tolist() if f >= 0]
-        for feature in one["features"]:
+        for feature in one["filters"]:
             assert (folder / feature["overlay"]).is_file()
             assert (folder / feature["average"]).is_file()
             assert feature["contribution"] == pytest.approx(feature["weight"] * feature["response"], rel=1e-4)
@@ -147,13 +156,14 @@ def test_predictions_can_be_the_labels(tiny: Performer, few_flowers: ImageSet, t
             decided = sorted(set(tiny.module(batch).argmax(1).tolist()))
     assert len(decided) >= 2
     run = select_features(tiny, few_flowers, out=tmp_path / "run", labels="predictions", pictures=0)
-    assert [c["output"] for c in run.manifest["classes"]] == decided
-    assert run.manifest["classes"][0]["features"][0]["average"] is None
+    assert [one.output for one in run.found.classes] == decided
+    assert run.found.classes[0].filters[0].picture is None
+    assert not run.found.model_accuracy.defined
 
 
 def test_named_classes_are_explained_in_their_order(selected: Path, tiny: Performer, photo: Path) -> None:
     (folder,) = partlens.explain(selected, photo, model=tiny, classes=["petal-red"])
-    assert [one["class"] for one in read_json(folder / "explanation.json")["explained"]] == ["petal-red"]
+    assert [one["name"] for one in read_json(folder / "explanation.json")["explained"]] == ["petal-red"]
     with pytest.raises(InputError, match="Expected a class of the selection .* got petal-rad. Nearest: petal-red"):
         partlens.explain(selected, photo, model=tiny, classes=["petal-rad"])
 
@@ -194,7 +204,7 @@ def test_errors_name_the_value_and_the_remedy(
         partlens.explain(selected, [], model=tiny)
     with pytest.raises(RunError, match="Expected a selection or an explainer in .* got none. Run select-features"):
         partlens.explain(tmp_path, few_flowers, model=tiny)
-    with pytest.raises(InputError, match="Expected labels data or predictions, got guesses"):
+    with pytest.raises(InputError, match="Expected labels to be 'data' or 'predictions', got 'guesses'"):
         select_features(tiny, few_flowers, out=tmp_path / "b", labels="guesses")  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="Expected at least 2 classes"):
         select_features(tiny, few_flowers.select("petal-red"), out=tmp_path / "c")
@@ -219,18 +229,31 @@ def test_the_command_line_selects_explains_and_reports(
         few_flowers.read(i).save(folder / few_flowers.categories[i] / f"{i:02}.png")
     run = tmp_path / "run"
     model = "partlens:flower-demo@random:0"
-    arguments = [model, str(folder), "--out", str(run), "--layers", "activations", "--top-photos", "5", "--mu", "5"]
+    arguments = [
+        model,
+        str(folder),
+        "--out",
+        str(run),
+        "--descriptor.layers",
+        "activations",
+        "--top-photos",
+        "5",
+        "--mu",
+        "5",
+    ]
     assert main(["select-features", *arguments]) == 0
     assert capsys.readouterr().out.strip() == str(run)
     image = str(next(folder.rglob("*.png")))
-    assert main(["explain", str(run), image, "--count", "1", "--how.features", "2", "--style", "jet"]) == 0
+    assert main(["explain", str(run), image, "--count", "1", "--explanation.features", "2", "--style", "jet"]) == 0
     shown = Path(capsys.readouterr().out.strip())
     content = json.loads((shown / "explanation.json").read_text())
     assert content["method"]["features"] == 2
+    assert content["method"]["fix_strides"] == "aligned"
+    assert SelectionRecord.read(run).config.descriptor.layers == "activations"
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "What each class is read from" in page
-    assert main(["explain", str(run), image, "--class", "nothing"]) == 1
+    assert main(["explain", str(run), image, "--classes", "nothing"]) == 1
     assert "Expected a class of the selection" in capsys.readouterr().err
 
 
@@ -245,13 +268,13 @@ def test_numbered_categories_get_the_performers_names_and_equal_names_their_numb
     assert _readable(tiny, ["0", "unknown"], [0, None]) == ["0", "unknown"]
 
 
-def test_held_out_photos_of_a_class_that_was_not_fitted_are_left_out(tiny: Performer, tmp_path: Path) -> None:
+def test_held_out_photos_of_a_class_that_was_not_fitted_do_not_count(tiny: Performer, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     photos = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     categories = ["a", "b"] * 4 + ["a", "b", "c", "c"]
     images = ImageSet.from_arrays(photos, categories=categories, splits=["train"] * 8 + ["test"] * 4)
-    readout = select_features(tiny, images, out=tmp_path / "run", pictures=0).manifest["readout"]
-    assert readout["accuracy"]["n"] == readout["shuffled"]["n"] == 2
+    found = select_features(tiny, images, out=tmp_path / "run", pictures=0).found
+    assert found.accuracy.n == found.shuffled.n == 2
 
 
 def test_folder_names_are_told_apart_whatever_the_file_system(tmp_path: Path) -> None:
@@ -273,7 +296,7 @@ def test_an_explanation_of_another_file_of_the_same_name_is_kept(
     folders = [partlens.explain(selected, file, model=tiny, count=1)[0] for file in (*files, files[0])]
     assert [f.name for f in folders] == ["flower", "flower-2", "flower"]  # the same one again is renewed
     for folder, file in zip(folders, files, strict=False):
-        assert read_json(folder / "explanation.json")["image"]["path"] == str(file)
+        assert read_json(folder / "explanation.json")["path"] == str(file)
 
 
 def test_a_folder_is_explained_without_what_cannot_be_read(
@@ -287,7 +310,7 @@ def test_a_folder_is_explained_without_what_cannot_be_read(
     (folder / "bad.png").write_bytes(b"no picture")
     found = partlens.explain(selected, folder, model=tiny, count=1, out=tmp_path / "out")
     assert [f.name for f in found] == ["good"]
-    assert any("bad.png is left out" in line for line in said)
+    assert any(line.startswith("skipped") and "bad.png: " in line for line in said)
     with pytest.raises(ImageError):  # a file that was named has to be there
         partlens.explain(selected, folder / "bad.png", model=tiny)
 
@@ -304,7 +327,7 @@ def test_what_is_refused_leaves_no_folder(
 def test_photos_without_a_test_split_are_selected_from(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
     train = dataclasses.replace(few_flowers, splits=("train",) * len(few_flowers))
     found = partlens.select_features(tiny, train, out=tmp_path / "s", pictures=1)
-    assert found.manifest["readout"]["accuracy"]["value"] is None
+    assert not found.found.accuracy.defined
 
 
 def test_a_single_output_of_a_selection_is_yes_or_no(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:

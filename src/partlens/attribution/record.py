@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -38,7 +38,7 @@ class ExplanationConfig(Settings):
     smooth_frac: Annotated[float, Field(ge=0, le=0.5)] = 0.0
 
     @classmethod
-    def preset(cls, name: str = "partlens", **changes: Any) -> Self:
+    def preset(cls, name: str = "partlens", **changes: Any) -> ExplanationConfig:
         """Return a preset with changes: ``partlens`` (ours, :data:`PARTLENS_CHANGES`) or ``paper``."""
         presets: dict[str, dict[str, Any]] = {"paper": {}, "partlens": PARTLENS_CHANGES}
         if name not in presets:

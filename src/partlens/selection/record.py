@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from partlens.errors import InputError, LayerError, expected, listed, nearest
 from partlens.estimate import Estimate, Number
@@ -245,14 +245,12 @@ class SelectionFound(Value):
     model_accuracy: Estimate
     classes: Annotated[tuple[SelectedClass, ...], Field(min_length=1)]
 
-    @field_validator("classes")
-    @classmethod
-    def _of_measured_layers(cls, classes: tuple[SelectedClass, ...], info: ValidationInfo) -> tuple[SelectedClass, ...]:
-        known = set(info.data["index"].layers) if "index" in info.data else set()
-        stray = sorted({each.layer for one in classes for each in one.filters} - known)
-        if stray and known:
-            raise ValueError(f"classes with filters of the measured layers, not of {listed(stray)}")
-        return classes
+    @model_validator(mode="after")
+    def _of_measured_layers(self) -> SelectionFound:
+        known = {each.layer for one in self.classes for each in one.filters}
+        if stray := sorted(known - set(self.index.layers)):
+            raise ValueError(f"of filters of the measured layers, not of {listed(stray)}")
+        return self
 
     @property
     def chance(self) -> float:
