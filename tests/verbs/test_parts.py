@@ -207,13 +207,13 @@ def test_explaining_by_parts_sums_and_draws(
         assert content["explained"] == []
         (one,) = content["parts"]
         assert one["rank"] == 1
-        rise = one["score"]["fed_back"] - one["score"]["baseline"]
-        assert sum(p["shapley"] for p in one["parts"]) + one["ordinary"]["shapley"] == pytest.approx(rise, abs=1e-5)
-        assert abs(one["remainder"]["integrated_gradients"]) <= 0.02 * abs(rise) + 1e-6
+        rise = one["fed_back"] - one["baseline"]
+        assert sum(p["shapley"] for p in one["parts"]) + one["ordinary"] == pytest.approx(rise, abs=1e-5)
+        assert abs(one["integrated_remainder"]) <= 0.02 * abs(rise) + 1e-6
         assert {p["name"] for p in one["parts"]} == {p.name for p in named_parts(found)}
         for part in one["parts"]:
             assert (folder / part["heat"]).is_file()
-            assert part["integrated_null"]["n"] == 20
+            assert part["null"]["n"] == 20
         arrays = read_tensors(folder / "arrays.safetensors")
         assert arrays["part_heat"].shape == (1, len(one["parts"]), 32, 32)
         assert "Shares of what the parts add" in (folder / "explanation.html").read_text()
@@ -296,7 +296,7 @@ def test_a_performer_with_one_output_is_explained_by_its_logit(
     (folder,) = partlens.explain(run, few_flowers.take([0]), model=performer)
     (one,) = read_json(folder / "explanation.json")["parts"]
     assert one["output"] == 0
-    assert one["probability"] == pytest.approx(1 / (1 + np.exp(-one["score"]["performer"])), abs=1e-6)
+    assert one["probability"] == pytest.approx(1 / (1 + np.exp(-one["performer_score"])), abs=1e-6)
 
 
 def test_the_command_line_prints_parts_and_renames(
@@ -327,11 +327,16 @@ def test_a_single_output_below_zero_is_not_the_answer(
         run = tmp_path / f"run{bias}"
         partlens.fit_explainer(judge, few_flowers, out=run, category=RED, config=SMALL, seeds=1)
         (folder,) = partlens.explain(run, few_flowers.take([0]), model=judge)
+        content, page = read_json(folder / "explanation.json"), (folder / "explanation.html").read_text()
+        assert len(content["parts"]) == (bias > 0)
+        assert ("judge takes" in page) == (bias > 0)
+        assert ("judge does not take" in page) == (bias < 0)
+        assert any("takes this image for something else" in note for note in content["notes"]) == (bias < 0)
+        (folder,) = partlens.explain(run, few_flowers.take([0]), model=judge, classes=[RED], out=run / "named")
         (one,) = read_json(folder / "explanation.json")["parts"]
         ranks[bias] = one["rank"]
-        assert one["score"]["same_answer"]
-        says = "judge takes" in (folder / "explanation.html").read_text()
-        assert says == (bias > 0)
+        assert one["same_answer"]
+        assert ("judge takes" in (folder / "explanation.html").read_text()) == (bias > 0)
     assert ranks == {50.0: 1, -50.0: 2}
 
 

@@ -1,0 +1,131 @@
+"""The verb explain: which images are explained by the parts of an explainer, and that signals are computed once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import partlens
+from partlens.attribution import explanation
+from partlens.attribution.record import ExplanationRecord
+from partlens.data.images import ImageSet
+from partlens.errors import InputError
+from partlens.network.zoo import Performer
+from partlens.progress import Progress
+from partlens.verbs import explained_parts
+from partlens.verbs.select_features import select_features
+
+RED, BLUE = "petal-red", "petal-blue"
+
+
+@pytest.fixture
+def one(few_flowers: ImageSet) -> ImageSet:
+    return few_flowers.take([0])
+
+
+def called(tiny: Performer, image: ImageSet, name: str, other: str) -> Performer:
+    """Return the tiny network with the name for its answer to the image, and another name for another output."""
+    with torch.no_grad():
+        answer = int(tiny.module.eval()(tiny.preprocessing([image.read(0)])).argmax())
+    names = ["tulip", "fern", "rose", "moss"]
+    names[answer], names[(answer + 1) % 4] = name, other
+    return dataclasses.replace(tiny, class_names=tuple(names))
+
+
+def explained(run: Path, performer: Performer, image: ImageSet, **options: object) -> ExplanationRecord:
+    (folder,) = partlens.explain(run, image, model=performer, out=run / "found", **options)
+    assert (folder / "explanation.html").exists()
+    return ExplanationRecord.read(folder)
+
+
+def test_the_parts_of_a_category_explain_its_photos(run: Path, tiny: Performer, one: ImageSet) -> None:
+    found = explained(run, called(tiny, one, RED, BLUE), one)
+    assert [each.name for each in found.parts] == [RED]
+    assert not any("takes this image for" in note for note in found.notes)
+
+
+def test_the_parts_of_a_category_do_not_explain_photos_of_others(
+    run: Path, tiny: Performer, one: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "say", lambda _, message: said.append(message))
+    foreign = called(tiny, one, BLUE, RED)
+    found = explained(run, foreign, one)
+    assert found.parts == ()
+    assert found.answers[0].name == BLUE
+    sentence = f"the network takes this image for {BLUE}, and the explainer knows the parts of {RED}"
+    assert found.notes[-1].startswith(sentence)
+    assert any(sentence in line for line in said)
+    page = (run / "found" / "0" / "explanation.html") if (run / "found" / "0").exists() else None
+    pages = [page] if page else list((run / "found").rglob("explanation.html"))
+    assert sentence in pages[0].read_text()
+
+
+def test_a_named_class_is_shared_among_parts_whatever_the_network_says(
+    run: Path, tiny: Performer, one: ImageSet
+) -> None:
+    foreign = called(tiny, one, BLUE, RED)
+    found = explained(run, foreign, one, classes=[RED])
+    assert [(each.name, each.rank == 1) for each in found.parts] == [(RED, False)]
+    with pytest.raises(InputError, match=f"Expected a class among {RED}, got {BLUE}"):
+        explained(run, foreign, one, classes=[BLUE])
+    both = explained(run, foreign, one, classes=[RED, BLUE])
+    assert [each.name for each in both.parts] == [RED]
+    assert any(f"knows the parts of {RED} alone" in note for note in both.notes)
+
+
+def test_where_the_category_is_no_output_every_prediction_is_shared(run: Path, tiny: Performer, one: ImageSet) -> None:
+    assert len(explained(run, tiny, one).parts) == 1
+
+
+def test_parts_are_measured_only_where_they_explain_and_as_in_the_whole_batch(
+    run: Path, tiny: Performer, few_flowers: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    performer = dataclasses.replace(tiny, class_names=(RED, BLUE, "tulip", "fern"))
+    three = few_flowers.take([0, 1, 2])
+    outputs = torch.tensor([[0.0, 9, 0, 0], [9.0, 0, 0, 0], [0.0, 9, 0, 0]])
+    monkeypatch.setattr("partlens.verbs.explain._outputs", lambda *_: outputs)
+    seen: list[tuple[int, ...]] = []
+    measure = explained_parts.explain_parts
+
+    def noted(opened, batch, classes, rows):  # noqa: ANN001, ANN202
+        seen.append(tuple(rows))
+        return measure(opened, batch, classes, rows)
+
+    monkeypatch.setattr(explained_parts, "explain_parts", noted)
+    folders = partlens.explain(run, three, model=performer, out=run / "found")
+    assert seen == [(1,)]
+    assert [len(ExplanationRecord.read(folder).parts) for folder in folders] == [0, 1, 0]
+    opened = explained_parts.load_parts(run, performer)
+    batch = performer.preprocessing([three.read(i) for i in range(3)])
+    whole, some = measure(opened, batch, None), measure(opened, batch, None, [2, 0])
+    for place, row in enumerate((2, 0)):
+        assert torch.equal(whole.classes[row], some.classes[place])
+        assert torch.equal(whole.outputs[row], some.outputs[place])
+        assert torch.equal(whole.heat[row], some.heat[place])
+
+
+def test_signals_run_back_once_a_batch(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = select_features(tiny, few_flowers, out=tmp_path / "run", pictures=0).path
+    calls: list[object] = []
+    signals = explanation.backward_signals
+
+    def counted(*args, **options):  # noqa: ANN002, ANN003, ANN202
+        calls.append((options["rule"], options["fix_strides"], options["pooling"]))
+        return signals(*args, **options)
+
+    monkeypatch.setattr(explanation, "backward_signals", counted)
+    folders = partlens.explain(run, few_flowers.take([0, 1]), model=tiny)
+    assert calls == [("guided", "aligned", "resample")]
+    first, second = ExplanationRecord.read(folders[0]).explained
+    assert math.isnan(first.rank_correlation)
+    assert -1 <= second.rank_correlation <= 1
+    calls.clear()
+    explained(run, tiny, few_flowers.take([0]), preset="paper", config={"rule": "deconvnet"})
+    assert calls == [("deconvnet", True, "route")]
