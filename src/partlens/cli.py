@@ -79,13 +79,13 @@ COMMANDS: dict[str, Command] = {
         "partlens.verbs.select_features:select_features",
         "find the few filters that indicate each class, and what they respond to",
         "partlens.verbs.printed:print_path",
-        {"config": "partlens.selection.descriptors:DescriptorConfig"},
+        {"descriptor": "partlens.selection.record:DescriptorConfig"},
     ),
     "explain": Command(
         "partlens.verbs.explain:explain",
         "show for images what each part adds, which relevant filters decided, and where each of them acted",
         "partlens.verbs.printed:print_paths",
-        {"config": "partlens.attribution.explanation:ExplanationConfig"},
+        {"config": "partlens.attribution.record:ExplanationConfig"},
     ),
     "report": Command("partlens.verbs.runs:report", "write the page of a run"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,9 +12,6 @@ from partlens.estimate import Estimate, Number
 from partlens.records import Record, Settings, Value
 
 Preset = Literal["partlens", "paper"]
-
-PARTLENS_CHANGES: dict[str, Any] = {"fix_strides": "aligned", "pooling": "resample", "smooth_frac": 0.05}
-"""What the ``partlens`` preset changes, as the flower benchmark showed."""
 
 
 class ExplanationConfig(Settings):
@@ -31,6 +28,12 @@ class ExplanationConfig(Settings):
             input's shorter side; 0 in the paper.
     """
 
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        # The changes won the flower benchmark.
+        "partlens": {"fix_strides": "aligned", "pooling": "resample", "smooth_frac": 0.05},
+        "paper": {},
+    }
+
     features: Annotated[int, Field(ge=1)] = 3
     rule: Literal["guided", "deconvnet", "gradient"] = "guided"
     fix_strides: bool | Literal["nearest", "aligned"] = True
@@ -39,11 +42,10 @@ class ExplanationConfig(Settings):
 
     @classmethod
     def preset(cls, name: str = "partlens", **changes: Any) -> ExplanationConfig:
-        """Return a preset with changes: ``partlens`` (ours, :data:`PARTLENS_CHANGES`) or ``paper``."""
-        presets: dict[str, dict[str, Any]] = {"paper": {}, "partlens": PARTLENS_CHANGES}
-        if name not in presets:
+        """Return a preset with changes: ``partlens`` (ours) or ``paper``."""
+        if name not in cls.PRESETS:
             raise InputError(expected("preset partlens or paper", name, "Choose one of them"))
-        return cls(**{**presets[name], **changes})
+        return cls(**{**cls.PRESETS[name], **changes})
 
 
 class Answer(Value):
