@@ -95,7 +95,7 @@ def test_the_region_is_the_visible_deciding_parts() -> None:
 
 
 def test_the_folder_holds_the_same_set(tmp_path: Path) -> None:
-    made = make_flowers(DOUBLE, tmp_path / "set", images_per_class=20, seed=2, size=32)
+    made = make_flowers(DOUBLE, out=tmp_path / "set", images_per_class=20, seed=2, size=32)
     files, drawn = open_flower_set(made), flower_set(DOUBLE, 20, seed=2, size=32)
     assert (files.name, files.parts, files.folds, files.classes) == (
         drawn.name,
@@ -127,7 +127,7 @@ def test_the_folder_holds_the_same_set(tmp_path: Path) -> None:
 
 
 def test_the_manifest_vouches_for_the_pixels(tmp_path: Path) -> None:
-    made = make_flowers(SINGLE, tmp_path / "set", images_per_class=4, size=32)
+    made = make_flowers(SINGLE, out=tmp_path / "set", images_per_class=4, size=32)
     manifest = json.loads((made / "flowers.json").read_text())
     digests = [
         hashlib.sha256(np.asarray(image).tobytes() + labels.tobytes()).hexdigest()
@@ -137,7 +137,7 @@ def test_the_manifest_vouches_for_the_pixels(tmp_path: Path) -> None:
     assert manifest["pixels_sha256"] == hashlib.sha256("".join(digests).encode()).hexdigest()
     assert manifest["pixels_sha256"].startswith("ebcfa2a1979986e4")
     assert (manifest["images"], manifest["splits"]) == (24, {"test": 6, "train": 18})
-    again = make_flowers(SINGLE, tmp_path / "again", images_per_class=4, size=32)
+    again = make_flowers(SINGLE, out=tmp_path / "again", images_per_class=4, size=32)
     for file in sorted(p.relative_to(made) for p in made.rglob("*") if p.is_file()):
         assert (made / file).read_bytes() == (again / file).read_bytes()
 
@@ -145,7 +145,7 @@ def test_the_manifest_vouches_for_the_pixels(tmp_path: Path) -> None:
 def test_a_stopped_call_goes_on_and_a_finished_one_draws_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make_flowers(SINGLE, tmp_path / "whole", images_per_class=20, size=32)
+    whole = make_flowers(SINGLE, out=tmp_path / "whole", images_per_class=20, size=32)
     real, drawn = flower_sets.render_flower, []
 
     def failing(seed: int, category: str, size: int) -> object:
@@ -156,21 +156,21 @@ def test_a_stopped_call_goes_on_and_a_finished_one_draws_nothing(
 
     monkeypatch.setattr(flower_sets, "render_flower", failing)
     with pytest.raises(KeyboardInterrupt):
-        make_flowers(SINGLE, tmp_path / "set", images_per_class=20, size=32)
+        make_flowers(SINGLE, out=tmp_path / "set", images_per_class=20, size=32)
     with pytest.raises(RunError, match="a finished flower set in .*, got an unfinished one. Run make-flowers"):
         open_flower_set(tmp_path / "set")
-    made = make_flowers(SINGLE, tmp_path / "set", images_per_class=20, size=32)
+    made = make_flowers(SINGLE, out=tmp_path / "set", images_per_class=20, size=32)
     assert len(drawn) == 70 + 70  # the first chunk of 50 was not drawn again
     assert (made / "flowers.json").read_text() == (whole / "flowers.json").read_text()
     assert (made / "images.csv").read_text() == (whole / "images.csv").read_text()
-    make_flowers(SINGLE, tmp_path / "set", images_per_class=20, size=32)
+    make_flowers(SINGLE, out=tmp_path / "set", images_per_class=20, size=32)
     assert len(drawn) == 140
 
 
 @pytest.mark.slow
 def test_two_processes_write_the_same(tmp_path: Path) -> None:
-    one = make_flowers(SINGLE, tmp_path / "one", images_per_class=18, size=32)
-    two = make_flowers(SINGLE, tmp_path / "two", images_per_class=18, size=32, workers=2)
+    one = make_flowers(SINGLE, out=tmp_path / "one", images_per_class=18, size=32)
+    two = make_flowers(SINGLE, out=tmp_path / "two", images_per_class=18, size=32, workers=2)
     assert (one / "flowers.json").read_text() == (two / "flowers.json").read_text()
 
 
@@ -182,12 +182,12 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a fold from 0 to 4, got 5"):
         flower_set(SINGLE, 20).rows("test", fold=5)
     with pytest.raises(InputError, match="workers >= 1, got 0"):
-        make_flowers(SINGLE, tmp_path / "none", 1, workers=0)
+        make_flowers(SINGLE, out=tmp_path / "none", images_per_class=1, workers=0)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="an empty folder at .*, got a folder with other files"):
-        make_flowers(SINGLE, tmp_path / "other", 1)
+        make_flowers(SINGLE, out=tmp_path / "other", images_per_class=1)
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["notes.txt"]
-    make_flowers(SINGLE, tmp_path / "set", 1, size=32)
+    make_flowers(SINGLE, out=tmp_path / "set", images_per_class=1, size=32)
     with pytest.raises(RunError, match="'seed': 1"):
-        make_flowers(SINGLE, tmp_path / "set", 1, seed=1, size=32)
+        make_flowers(SINGLE, out=tmp_path / "set", images_per_class=1, seed=1, size=32)

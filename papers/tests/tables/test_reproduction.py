@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from partlens.attribution.record import ExplanationConfig
-from partlens.cli import main
+from partlens.cli import main as partlens
 from partlens.errors import InputError
 from partlens.network.zoo import load_performer
-from partlens_papers.flowers import benchmark as benchmark_module
+from partlens_papers import reproduction
+from partlens_papers.cli import main
 from partlens_papers.flowers.benchmark import benchmark_table
 from partlens_papers.flowers.methods import (
     explanation_method,
@@ -21,7 +22,7 @@ from partlens_papers.flowers.methods import (
     smoothed_baselines,
 )
 from partlens_papers.flowers.sets import flower_set
-from partlens_papers.reproduction import reproduce
+from partlens_papers.reproduction import reproduce_flowers, reproduce_removal
 
 
 def test_our_methods_give_one_map_per_image() -> None:
@@ -57,33 +58,29 @@ def test_smoothed_baselines_are_the_guided_ones_smoothed() -> None:
     assert float(step) < 0.1
 
 
-def test_reproduce_hands_over_to_the_flower_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reproduce_flowers_measures_ours_and_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
 
     def benchmark(out: Path, **given: Any) -> dict[str, Any]:
         seen.update(given, out=out)
         return {}
 
-    monkeypatch.setattr(benchmark_module, "flower_benchmark", benchmark)
-    reproduce("flowers", out=tmp_path, set_name="flowers-double-12c", images_per_class=40, seed=3)
-    assert seen["set_name"] == "flowers-double-12c"
-    assert seen["images_per_class"] == 40
-    assert seen["seed"] == 3
+    monkeypatch.setattr(reproduction, "flower_benchmark", benchmark)
+    flowers = {"set_name": "flowers-double-12c", "images_per_class": 40, "seed": 3}
+    reproduce_flowers(out=tmp_path, flowers=flowers)
+    assert seen["config"] == flowers
     assert "grad-cam" in seen["methods"]
     assert any(name.endswith("smoothed") for name in seen["methods"])
 
 
 def test_missing_arguments_have_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match="Expected a table among flowers, removal, sanity, .*, rivals, got poems"):
-        reproduce("poems", out=tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="Expected data to remove features on, got none. Give --data"):
-        reproduce("removal", out=tmp_path)
     with pytest.raises(InputError, match="Expected a model to remove features from, got none. Give --model"):
-        reproduce("removal", out=tmp_path, data=tmp_path)
-    with pytest.raises(InputError, match="photos as a folder or table, which every process can open, got none"):
-        reproduce("p", out=tmp_path, performers={"a": "torchvision:resnet18"})
-    assert main(["reproduce", "poems", "--out", str(tmp_path)]) == 1
-    assert "Expected a table among" in capsys.readouterr().err
+        reproduce_removal(tmp_path, out=tmp_path)
+    with pytest.raises(SystemExit):
+        main(["reproduce", "poems", str(tmp_path), "--out", str(tmp_path), "--performers", "a=torchvision:resnet18"])
+    shown = capsys.readouterr().err
+    assert "instability" in shown
+    assert "rivals" in shown
 
 
 def test_the_table_puts_the_best_first_and_the_published_figure_last() -> None:
@@ -114,7 +111,7 @@ def test_the_command_line_makes_flowers_and_checks_them(tmp_path: Path, capsys: 
     arguments = ["flowers-single-6c", "--out", str(folder), "--images-per-class", "20", "--size", "48"]
     assert main(["make-flowers", *arguments]) == 0
     assert capsys.readouterr().out.strip() == str(folder)
-    assert main(["data", "check", str(folder)]) == 0
+    assert partlens(["data", "check", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "120 images" in shown
     assert "petal" in shown

@@ -7,27 +7,31 @@ Beside each method stand maps that know nothing of the network, and the same met
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from partlens.errors import InputError, RunError, expected
+from partlens.network.flower_network import SIDE_PX, flower_preprocessing
 from partlens.progress import Progress
-from partlens.records import content_hash, read_json, read_tensors, write_json, write_tensors
+from partlens.records import Settings, content_hash, read_json, read_tensors, write_json, write_tensors
+from partlens_papers.given import settings_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from partlens.data.images import ImageSet
     from partlens.estimate import Estimate
     from partlens.network.zoo import Performer
     from partlens_papers.flowers.baselines import Method
     from partlens_papers.flowers.sets import FlowerSet
 
 SCHEMA = "partlens.flower-benchmark/1"
-EPOCHS = 10
 REFERENCE = "deconvnet + guided backprop"
 # Mean and standard deviation of the area, as recalled of the paper's table (single-6c, double-12c); never seen again,
 # so no gate, only something to look at beside ours.
@@ -46,62 +50,46 @@ _ROUNDS_AT_ONCE = 100
 _UNIT = "flowers"
 
 
-def train_network(
-    out: str | Path,
-    set_name: str,
-    images_per_class: int = 1000,
-    *,
-    seed: int = 0,
-    epochs: int = EPOCHS,
-    progress: Progress | None = None,
-) -> Performer:
-    """Train the benchmark's network on the flowers of the split ``train``, or load it where that was done before.
+class FlowersConfig(Settings):
+    """The flowers and how much is measured on them.
+
+    Attributes:
+        set_name: which set.
+        images_per_class: flowers of each class; a quarter of them is held out and measured.
+        folds: how many of the five folds are measured.
+        perturbed: flowers per fold whose pixels are inserted and deleted, by far the costliest score; 0 for none.
+        epochs: of the training; 10 suffice for 1,000 flowers a class, fewer flowers need more.
+        seed: of flowers, weights, order and every draw.
+    """
+
+    set_name: Literal["flowers-single-6c", "flowers-double-12c"] = "flowers-single-6c"
+    images_per_class: int = Field(1000, ge=20)  # smaller sets leave folds empty
+    folds: int = Field(5, ge=1, le=5)
+    perturbed: int = Field(40, ge=0)
+    epochs: int = Field(10, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+def trained_flower_net(
+    images: ImageSet, path: Path, *, epochs: int, seed: int, progress: Progress | None
+) -> Estimate | None:
+    """Train the benchmark's network on a set and write it; nothing is done where the file is there.
 
     It is trained with batch normalisation, which is then melted into the convolutions, so that the network which is
     explained has convolutions, ReLU, max-pooling and fully connected layers only.
 
-    Args:
-        out: folder for ``network.safetensors``, which ``partlens_papers.performers:flower_net@FILE`` loads, and
-        ``network.json``.
-        set_name: ``"flowers-single-6c"`` or ``"flowers-double-12c"``.
-        images_per_class: flowers of each class, a quarter of them held out.
-        seed: of the flowers, the weights and the order.
-        epochs: passes over the training flowers; 10 suffice for 1,000 flowers a class, fewer flowers need more.
-        progress: how to show progress; silent when left out.
-
     Returns:
-        The network. ``network.json`` holds its accuracy on the held-out flowers with a 95 % Wilson interval.
-
-    Raises:
-        InputError: an unknown set or a number out of range.
-        RunError: the folder holds a network of another recipe.
+        Its accuracy on the held-out flowers with a 95 % Wilson interval; ``None`` where nothing was done.
     """
-    from partlens.estimate import Estimate, proportion
+    from partlens.estimate import proportion
     from partlens.network.fitting import save_classifier, train_classifier
-    from partlens.network.flower_network import SIDE_PX, flower_preprocessing
-    from partlens.network.zoo import load_performer, weights_sha256
     from partlens_papers.flowers.network import benchmark_network, without_norms
-    from partlens_papers.flowers.sets import flower_set
 
-    out = Path(out)
-    flowers = flower_set(set_name, images_per_class, seed, SIDE_PX)
-    recipe = {"set": set_name, "images_per_class": images_per_class, "seed": seed, "epochs": epochs, "side_px": SIDE_PX}
-    weights, notes = out / "network.safetensors", out / "network.json"
-    if weights.is_file() and notes.is_file():
-        found = read_json(notes)
-        if found.get("recipe") != recipe:
-            raise RunError(
-                expected(f"the recipe {recipe} in {notes}", f"{found.get('recipe')}", "Choose another --out folder")
-            )
-        return load_performer(f"partlens_papers.performers:flower_net@{weights}")
-    started = time.perf_counter()
-
-    def build(outputs: int) -> nn.Module:
-        return benchmark_network(outputs, normed=True)
-
+    if path.exists():
+        return None
     fitted = train_classifier(
-        build,
-        flowers.images,
+        lambda outputs: benchmark_network(outputs, normed=True),
+        images,
         flower_preprocessing(),
         epochs=epochs,
         weight_decay=1e-2,
@@ -110,20 +98,41 @@ def train_network(
         progress=progress,
     )
     network = without_norms(fitted.network)  # type: ignore[arg-type]  # built above
-    save_classifier(weights, network, flower_preprocessing(), fitted.class_names)
-    share = proportion(fitted.right.float())
-    accuracy = Estimate(share.value, share.interval, share.n, _UNIT)
-    write_json(
-        notes,
-        {
-            "recipe": recipe,
-            "accuracy": accuracy.to_dict(),
-            "weights_sha256": weights_sha256(network),
-            "seconds": round(time.perf_counter() - started, 1),
-        },
-    )
-    (progress or Progress.silent()).say(f"{set_name}: accuracy {accuracy.value:.1%} on {accuracy.n} held-out flowers")
-    return load_performer(f"partlens_papers.performers:flower_net@{weights}")
+    save_classifier(path, network, flower_preprocessing(), fitted.class_names)
+    return dataclasses.replace(proportion(fitted.right.float()), unit=_UNIT)
+
+
+def train_network(out: Path, how: FlowersConfig, *, progress: Progress | None = None) -> Performer:
+    """Train the benchmark's network on the flowers of the split ``train``, or load it where that was done before.
+
+    Args:
+        out: folder for ``network.safetensors``, which ``partlens_papers.performers:flower_net@FILE`` loads, and
+            ``network.json``, its accuracy on the held-out flowers.
+        how: the flowers.
+        progress: how to show progress; silent by default.
+
+    Raises:
+        RunError: the folder holds a network of another recipe.
+    """
+    from partlens.network.zoo import load_performer
+    from partlens_papers.flowers.sets import flower_set
+
+    recipe = {"set": how.set_name, "images_per_class": how.images_per_class, "seed": how.seed, "epochs": how.epochs}
+    weights, notes = out / "network.safetensors", out / "network.json"
+    if notes.is_file() and (found := read_json(notes)).get("recipe") != recipe:
+        remedy = "Choose another --out folder"
+        raise RunError(expected(f"the recipe {recipe} in {notes}", f"{found.get('recipe')}", remedy))
+    if not notes.is_file():
+        weights.unlink(missing_ok=True)
+    images = flower_set(how.set_name, how.images_per_class, how.seed, SIDE_PX).images
+    accuracy = trained_flower_net(images, weights, epochs=how.epochs, seed=how.seed, progress=progress)
+    performer = load_performer(f"partlens_papers.performers:flower_net@{weights}")
+    if accuracy is not None:
+        content = {"recipe": recipe, "accuracy": accuracy.to_dict(), "weights_sha256": performer.weights_sha256}
+        write_json(notes, content)
+        said = f"{how.set_name}: accuracy {accuracy.value:.1%} on {accuracy.n} held-out flowers"
+        (progress or Progress.silent()).say(said)
+    return performer
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +161,9 @@ def _measure(maps: Tensor, fold: _Fold, performer: Performer, perturbed: int, ge
     """Return every score of every image of a fold."""
     import torch
 
+    from partlens.metrics.heat_maps import both_parts_covered, insertion_deletion, iou_per_image, part_recall
+    from partlens.metrics.heat_maps import pointing_game as pointing
     from partlens.network.borrowed import borrowed
-    from partlens_papers.flowers.heat_maps import both_parts_covered, insertion_deletion, iou_per_image, part_recall
-    from partlens_papers.flowers.heat_maps import pointing_game as pointing
 
     scores = {
         "iou": iou_per_image(maps, fold.regions),
@@ -202,7 +211,7 @@ def _estimates(scores: Sequence[Mapping[str, Tensor]], parts: Sequence[str], see
     """Join the folds' scores: mean with a bootstrap interval over flowers, and mean and deviation over folds."""
     import torch
 
-    from partlens_papers.flowers.heat_maps import THRESHOLDS
+    from partlens.metrics.heat_maps import THRESHOLDS
 
     def joined(values: Sequence[Tensor]) -> dict[str, Any]:
         means = torch.stack([value.nanmean() for value in values])
@@ -243,7 +252,7 @@ def _nulls(seed: int) -> dict[str, Method]:
     """Return maps that know nothing of the network, as methods."""
     import torch
 
-    from partlens_papers.flowers.heat_maps import centre_box_maps, edge_maps, random_maps
+    from partlens.metrics.heat_maps import centre_box_maps, edge_maps, random_maps
 
     def drawn(_: Performer, images: Tensor, __: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -266,15 +275,10 @@ def _file_name(method: str) -> str:
 def flower_benchmark(
     out: str | Path,
     *,
-    set_name: str,
-    images_per_class: int = 1000,
-    folds: int = 5,
+    config: FlowersConfig | Mapping[str, Any] | None = None,
     methods: Mapping[str, Method] | None = None,
     ours: Callable[[Performer, FlowerSet], Mapping[str, Method]] | None = None,
     performer: Performer | None = None,
-    perturbed: int = 100,
-    epochs: int = EPOCHS,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure heat maps of many methods on the held-out flowers of a set.
@@ -285,18 +289,13 @@ def flower_benchmark(
 
     Args:
         out: folder for the network, the scores and ``benchmark.json``.
-        set_name: ``"flowers-single-6c"`` or ``"flowers-double-12c"``.
-        images_per_class: flowers of each class, at least 20; a quarter of them is held out and measured.
-        folds: how many of the five folds to measure, from 1.
-        methods: by name; :data:`partlens_papers.flowers.baselines.BASELINES` when left out.
+        config: the set and how much is measured.
+        methods: by name; by default :data:`partlens_papers.flowers.baselines.BASELINES`.
         ours: makes further methods for a network and a set (say, from features selected on its training flowers). It
             is called for the trained network and again for the one with random weights.
-        performer: the network to explain, with one output per class in the order of ``FlowerSet.classes``; trained here
-            by :func:`train_network` when left out.
-        perturbed: flowers per fold whose pixels are inserted and deleted, the costliest score; 0 for none.
-        epochs: of the training.
-        seed: of everything.
-        progress: how to show progress; silent when left out.
+        performer: the network to explain, with one output per class in the order of ``FlowerSet.classes``; by default
+            trained here by :func:`train_network`.
+        progress: how to show progress; silent by default.
 
     Returns:
         What ``benchmark.json`` holds: the recipe; for each method under ``methods``, ``nulls`` and ``random_weights``
@@ -305,79 +304,88 @@ def flower_benchmark(
         flower; and ``recalled``, the paper's table as remembered.
 
     Raises:
-        InputError: an unknown set, a number out of range, methods of one name, or a network of another size.
+        InputError: a number out of range, methods of one name, or a network of another size.
         RunError: the folder belongs to another recipe.
     """
-    from partlens.network.flower_network import SIDE_PX
     from partlens_papers.flowers.baselines import BASELINES
-    from partlens_papers.flowers.sets import FOLDS, flower_set
+    from partlens_papers.flowers.sets import flower_set
 
-    if not 1 <= folds <= FOLDS:
-        raise InputError(expected(f"1 to {FOLDS} folds", folds, "Leave folds out for all"))
-    if images_per_class < 4 * FOLDS:
-        raise InputError(
-            expected(f"at least {4 * FOLDS} images_per_class", images_per_class, "Smaller sets leave folds empty")
-        )
-    if perturbed < 0:
-        raise InputError(expected("perturbed >= 0", perturbed, "Use 0 to leave insertion and deletion out"))
-    out = Path(out)
-    show = progress or Progress.silent()
-    flowers = flower_set(set_name, images_per_class, seed, SIDE_PX)
+    how, out, show = settings_of(FlowersConfig, config), Path(out), progress or Progress.silent()
+    flowers = flower_set(how.set_name, how.images_per_class, how.seed, SIDE_PX)
     if performer is None:
-        performer = train_network(out, set_name, images_per_class, seed=seed, epochs=epochs, progress=show)
+        performer = train_network(out, how, progress=show)
     if performer.preprocessing.size_px != (SIDE_PX, SIDE_PX):
-        raise InputError(
-            expected(
-                f"a network for {SIDE_PX} px",
-                f"{performer.preprocessing.size_px}",
-                "Use partlens_papers.performers:flower_net",
-            )
-        )
-    random_performer = _randomised(performer, seed)
+        rule, got = f"a network for {SIDE_PX} px", f"{performer.preprocessing.size_px}"
+        raise InputError(expected(rule, got, "Use partlens_papers.performers:flower_net"))
+    random_performer = _randomised(performer, how.seed)
     given = dict(BASELINES if methods is None else methods)
     groups: dict[str, tuple[Performer, dict[str, Method]]] = {
-        "nulls": (performer, _nulls(seed)),
+        "nulls": (performer, _nulls(how.seed)),
         "methods": (performer, _joined(given, ours(performer, flowers) if ours else {})),
         "random_weights": (random_performer, _joined(given, ours(random_performer, flowers) if ours else {})),
     }
-    fingerprint = flowers.images.fingerprint()
+    scores = _measured(groups, performer, flowers, how, out / "scores", show)
+    result = _result(scores, performer, flowers, how)
+    notes = out / "network.json"
+    if notes.is_file() and read_json(notes)["weights_sha256"] == performer.weights_sha256:
+        result["network"]["accuracy"] = read_json(notes)["accuracy"]
+    write_json(out / "benchmark.json", result)
+    return result
+
+
+Scores = dict[str, dict[str, list[dict[str, "Tensor"]]]]
+"""Scores of every flower: group, method, fold, score."""
+
+
+def _measured(
+    groups: Mapping[str, tuple[Performer, Mapping[str, Method]]],
+    performer: Performer,
+    flowers: FlowerSet,
+    how: FlowersConfig,
+    folder: Path,
+    show: Progress,
+) -> Scores:
+    """Measure every method on every fold, or read what was measured before."""
+    common = {
+        "flowers": flowers.images.fingerprint(),
+        "seed": how.seed,
+        "network": performer.weights_sha256,
+        "perturbed": how.perturbed,
+    }
     loaded: dict[int, _Fold] = {}
-    scores: dict[str, dict[str, list[dict[str, Tensor]]]] = {group: {} for group in groups}
-    jobs = [(group, method, fold) for group, (_, of) in groups.items() for method in of for fold in range(folds)]
-    with show.task(f"measuring on {set_name}", len(jobs)) as advance:
-        # Fold by fold, so that only one fold's pictures are held at a time.
-        for number, (group, method, fold) in enumerate(sorted(jobs, key=lambda job: job[2]), start=1):
+    scores: Scores = {group: {} for group in groups}
+    # Fold by fold, so that only one fold's pictures are held at a time.
+    jobs = [(group, m, fold) for fold in range(how.folds) for group, (_, of) in groups.items() for m in of]
+    with show.task(f"measuring on {how.set_name}", len(jobs)) as advance:
+        for number, (group, method, fold) in enumerate(jobs, start=1):
             explained, of = groups[group]
-            key = content_hash(
-                {
-                    "flowers": fingerprint,
-                    "seed": seed,
-                    "network": performer.weights_sha256,
-                    "explained": explained.weights_sha256,
-                    "perturbed": perturbed,
-                }
-            )
-            path = out / "scores" / key / group / _file_name(method) / f"fold-{fold}.safetensors"
+            key = content_hash({**common, "explained": explained.weights_sha256})
+            path = folder / key / group / _file_name(method) / f"fold-{fold}.safetensors"
             if not path.is_file():
                 if fold not in loaded:
                     loaded = {fold: _load_fold(performer, flowers, fold)}
                 maps = of[method](explained, loaded[fold].images, loaded[fold].classes)
-                write_tensors(path, _measure(maps, loaded[fold], performer, perturbed, seed))
+                write_tensors(path, _measure(maps, loaded[fold], performer, how.perturbed, how.seed))
             scores[group].setdefault(method, []).append(read_tensors(path))
             advance(number, f"{method}, fold {fold + 1}")
+    return scores
+
+
+def _result(scores: Scores, performer: Performer, flowers: FlowerSet, how: FlowersConfig) -> dict[str, Any]:
+    """Join the scores of all folds."""
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "set": set_name,
+        "set": how.set_name,
         "recipe": {
-            "images_per_class": images_per_class,
-            "folds": folds,
-            "perturbed_per_fold": perturbed,
-            "seed": seed,
+            "images_per_class": how.images_per_class,
+            "folds": how.folds,
+            "perturbed_per_fold": how.perturbed,
+            "seed": how.seed,
         },
         "network": {"name": performer.name, "weights_sha256": performer.weights_sha256},
         "deciding_parts": list(flowers.parts),
         **{
-            group: {method: _estimates(each, flowers.parts, seed) for method, each in found.items()}
+            group: {method: _estimates(each, flowers.parts, how.seed) for method, each in found.items()}
             for group, found in scores.items()
         },
     }
@@ -385,16 +393,12 @@ def flower_benchmark(
         other = scores["methods"][REFERENCE]
         for group in ("methods", "nulls"):
             for method, each in scores[group].items():
-                result[group][method]["minus_reference"] = _difference(each, other, seed)
+                result[group][method]["minus_reference"] = _difference(each, other, how.seed)
     column = 0 if len(flowers.parts) == 1 else 1
     result["recalled"] = {
         "source": "the paper's table as remembered, not seen again",
         "iou_auc_percent": {method: list(values[column]) for method, values in RECALLED.items()},
     }
-    notes = out / "network.json"
-    if notes.is_file() and read_json(notes)["weights_sha256"] == performer.weights_sha256:
-        result["network"]["accuracy"] = read_json(notes)["accuracy"]
-    write_json(out / "benchmark.json", result)
     return result
 
 

@@ -306,11 +306,11 @@ def _table(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 def make_flowers(
     name: str,
+    *,
     out: str | Path,
     images_per_class: int = 1000,
     seed: int = 0,
     size: int = 112,
-    *,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Path:

@@ -157,7 +157,7 @@ class _Run:
                 "images": images.fingerprint(),
                 "labels": labels.tolist(),
                 "outputs": outputs,
-                "config": config.to_dict(),
+                "config": dict(config),
             }
         )
         self.late = False

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from partlens.errors import InputError, check_names, check_types, expected
+from pydantic import Field
 
-Loss = Literal["logistic", "softmax"]
-NewLayers = Literal["auto", "last", "fully-connected"]
-
-_CHOICES = {
-    "loss": ("logistic", "softmax"),
-    "new_layers": ("auto", "last", "fully-connected"),
-    "precision": ("float32", "bfloat16"),
-    "cache_precision": ("float16", "float32"),
-}
+from partlens.records import Settings
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Settings):
     """Configuration of one training.
 
     "Papers" are CVPR 2018 (arXiv 1710.00935), Sec. 5, and the code its authors released; the explainer papers use the
@@ -60,46 +50,23 @@ class FinetuneConfig:
         'logistic'
     """
 
-    loss: Loss = "logistic"
-    new_layers: NewLayers = "auto"
+    loss: Literal["logistic", "softmax"] = "logistic"
+    new_layers: Literal["auto", "last", "fully-connected"] = "auto"
     train_from: str | None = None
-    epochs: int = 20
-    epochs_all: int = 0
-    batch_size: int = 64
-    learning_rate: float = 0.001
-    rate_kept: float = 0.1
-    rate_all: float = 0.1
-    rate_fall: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    positive_share: float = 0.5
+    epochs: int = Field(20, ge=1)
+    epochs_all: int = Field(0, ge=0)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(0.001, gt=0, allow_inf_nan=False)
+    rate_kept: float = Field(0.1, ge=0, allow_inf_nan=False)
+    rate_all: float = Field(0.1, gt=0, allow_inf_nan=False)
+    rate_fall: float = Field(0.1, gt=0, le=1)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
+    positive_share: float = Field(0.5, gt=0, lt=1)
     mirror: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"
     cache_precision: Literal["float16", "float32"] = "float16"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check every field once."""
-        check_types(self)
-        for name, options in _CHOICES.items():
-            if (value := getattr(self, name)) not in options:
-                raise InputError(expected(f"{name} to be one of {', '.join(options)}", value, f"Choose {options[0]}"))
-        rules = {
-            "epochs": ("at least 1", lambda v: v >= 1),
-            "epochs_all": ("at least 0", lambda v: v >= 0),
-            "batch_size": ("at least 1", lambda v: v >= 1),
-            "learning_rate": ("above 0", lambda v: v > 0),
-            "rate_kept": ("at least 0", lambda v: v >= 0),
-            "rate_all": ("above 0", lambda v: v > 0),
-            "rate_fall": ("above 0 and at most 1", lambda v: 0 < v <= 1),
-            "momentum": ("at least 0 and below 1", lambda v: 0 <= v < 1),
-            "weight_decay": ("at least 0", lambda v: v >= 0),
-            "positive_share": ("between 0 and 1", lambda v: 0 < v < 1),
-        }
-        for name, (rule, holds) in rules.items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and holds(value)):
-                raise InputError(expected(f"{name} {rule}", value, f"Set {name} to a usable value"))
 
     @property
     def total_epochs(self) -> int:
@@ -121,17 +88,3 @@ class FinetuneConfig:
         place, length = (number - self.epochs, self.epochs_all) if late else (number, self.epochs)
         fall = math.exp(math.log(self.rate_fall) * (place - 1) / max(1, length - 1))
         return self.learning_rate * (self.rate_all if late else 1.0) * fall
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> FinetuneConfig:
-        """Build a configuration from plain values.
-
-        Raises:
-            InputError: a field that does not exist, or a value out of its range.
-        """
-        check_names(cls, values)
-        return cls(**values)

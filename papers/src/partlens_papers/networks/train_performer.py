@@ -30,6 +30,7 @@ from partlens.verbs.runs import (
     spec,
     versions,
 )
+from partlens_papers.given import settings_of
 from partlens_papers.networks.finetune_config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ def train_performer(
     if (category is None) == (categories is None):
         got = "neither" if category is None else "both"
         raise InputError(expected("either a category or several categories", got, "Give --category or --categories"))
-    settings = config if isinstance(config, FinetuneConfig) else FinetuneConfig.from_dict(dict(config or {}))
+    settings = settings_of(FinetuneConfig, config)
     if category is not None and settings.loss == "softmax":
         raise InputError(expected("the logistic loss for a single category", "softmax", "Choose loss logistic"))
     if categories is not None and against is not None:
@@ -300,7 +301,7 @@ def train_performer(
             "data": fingerprint,
             "names": task.names,
             "labels": content_hash({"train": task.train, "labels": task.train_labels}),
-            "config": settings.to_dict(),
+            "config": dict(settings),
         }
     )
     if _finished(out, identity):
@@ -325,7 +326,7 @@ def train_performer(
                 "held_photos": _counts(task.names, task.held_labels),
                 "unreadable": dropped,
             },
-            "config": settings.to_dict(),
+            "config": dict(settings),
             "new_layers": list(prepared.new_layers),
             "seconds": 0.0,
         }

@@ -29,6 +29,7 @@ from partlens.errors import InputError, RunError, expected
 from partlens.progress import Progress
 from partlens.records import content_hash, read_json, write_json
 from partlens.verbs.runs import command, described, loaded, opened, spec, versions
+from partlens_papers.given import settings_of
 from partlens_papers.removal.fit import fitted, found_features, readout
 from partlens_papers.removal.plan import FeatureSet, RemovalConfig, divide, masks_of, plans_of
 from partlens_papers.removal.scores import scored
@@ -162,7 +163,7 @@ def feature_removal(
     """
     started = time.monotonic()
     show = progress or Progress.silent()
-    how = config if isinstance(config, RemovalConfig) else RemovalConfig(**dict(config or {}))
+    how = settings_of(RemovalConfig, config)
     out = Path(out)
     performer = loaded(model)
     images, dropped = opened(data)
@@ -171,7 +172,7 @@ def feature_removal(
             "performer": performer.weights_sha256,
             "preprocessing": performer.preprocessing.to_dict(),
             "data": images.fingerprint(),
-            "config": how.to_dict(),
+            "config": dict(how),
         }
     )
     earlier = _earlier(out, identity)
@@ -186,7 +187,7 @@ def feature_removal(
         "command": command(),
         "performer": described(performer, spec(model)),
         "data": {"name": images.name, "fingerprint": images.fingerprint(), "unreadable": dropped},
-        "config": how.to_dict(),
+        "config": dict(how),
         "seconds": 0.0 if earlier is None else earlier["seconds"],
     }
     write_json(out / RESULT, manifest)

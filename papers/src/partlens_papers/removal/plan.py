@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from partlens.errors import ImageError, InputError, expected
+from pydantic import Field
+
+from partlens.errors import ImageError, expected
+from partlens.records import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,11 +25,10 @@ SOME_OTHERS = 3
 _FEW_PHOTOS = 10
 
 FeatureSet = tuple[int, ...]
-Protocol = Literal["auto", "split", "two-fold"]
+Count = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True)
-class RemovalConfig:
+class RemovalConfig(Settings):
     """How removal is measured.
 
     Attributes:
@@ -53,43 +55,19 @@ class RemovalConfig:
     mu: float = 10.0
     nonnegative: bool = True
     labels: Literal["data", "predictions"] = "data"
-    descriptor: Mapping[str, Any] = field(default_factory=dict)
-    protocol: Protocol = "auto"
+    descriptor: dict[str, Any] = Field(default_factory=dict)
+    protocol: Literal["auto", "split", "two-fold"] = "auto"
     shuffled: bool = False
-    curve: tuple[int, ...] = (1, 2, 3, 5, 10)
-    curve_rankings: tuple[str, ...] = ("ours", "random")
-    random_seeds: tuple[int, ...] = (0, 1, 2)
-    others: int | None = None
-    classes: int | None = None
-    photos_per_class: int | None = None
-    ranking_photos: int = 20
-    batch_size: int = 16
-    rounds: int = 1000
+    curve: tuple[Count, ...] = (1, 2, 3, 5, 10)
+    curve_rankings: tuple[Literal["ours", "random", "activation", "gradient"], ...] = ("ours", "random")
+    random_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    others: Count | None = None
+    classes: Count | None = None
+    photos_per_class: Count | None = None
+    ranking_photos: Count = 20
+    batch_size: Count = 16
+    rounds: Count = 1000
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check every field once."""
-        for name, value, options in (
-            ("labels", self.labels, ("data", "predictions")),
-            ("protocol", self.protocol, ("auto", "split", "two-fold")),
-        ):
-            if value not in options:
-                raise InputError(expected(f"{name} to be one of {', '.join(options)}", value, "Choose one of them"))
-        unknown = set(self.curve_rankings) - {"ours", "random", "activation", "gradient"}
-        if unknown:
-            raise InputError(
-                expected(
-                    "curve_rankings among ours, random, activation, gradient", sorted(unknown), "Remove the others"
-                )
-            )
-        counts = (*self.curve, self.ranking_photos, self.batch_size, self.rounds)
-        optional = [v for v in (self.others, self.classes, self.photos_per_class) if v is not None]
-        if min(counts, default=1) < 1 or min(optional, default=1) < 1 or not self.random_seeds:
-            raise InputError(expected("counts of at least 1 and a random seed", self, "Correct the value"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
 
 
 # Which photos are fitted and which are tested

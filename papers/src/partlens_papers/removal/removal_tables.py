@@ -59,6 +59,11 @@ def curve_table(result: Mapping[str, Any], measure: str = "accuracy") -> list[st
     return lines
 
 
+def removal_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return Markdown lines of one experiment: its row and its curve."""
+    return [*table([result]), "", *curve_table(result)]
+
+
 def shown(estimate: Mapping[str, Any], digits: int = 3) -> str:
     """Write an estimate as ``0.487 [0.470, 0.505]``; a dash where it is undefined.
 

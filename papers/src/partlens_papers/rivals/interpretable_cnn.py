@@ -21,8 +21,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,89 +31,11 @@ from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.network import ExplainerStructure, identity_kernel
 from partlens.network.borrowed import random_state_kept
 from partlens.network.zoo import Performer
-from partlens_papers.rivals.masks import FilterCategories, Method, PublishedMask, ReleasedMask
+from partlens_papers.rivals.interpretable_config import InterpretableConfig
+from partlens_papers.rivals.masks import FilterCategories, PublishedMask, ReleasedMask
 
 _AT_ONCE = 128
 _MANY_CATEGORIES = 10
-
-
-@dataclass(frozen=True)
-class InterpretableConfig:
-    """How an interpretable CNN is built and trained.
-
-    Attributes:
-        method: ``published`` (CVPR 2018) or ``released`` (the MATLAB code, whose second mask stands after the pooling).
-        strength: factor on the filter loss; 1 is the released code's own weight and, for the published method, whose
-            paper leaves a factor open, about as much. 0 trains masks without a filter loss.
-        inserted: the inserted convolution starts as ``gaussian`` (published) or as the ``identity`` plus such noise.
-        head: the fully connected layers are ``new`` (published) or ``copied`` from the performer; the last one is new
-            anyway where the number of outputs differs.
-        weight_std: of new weights; 0.01 in the released code. 0 takes ``sqrt(2 / fan-in)``, for small networks.
-        dropout: rate in the performer's own dropout layers; theirs when left out (the authors' demo sets 0.8).
-        learning_rate: SGD, first epoch; 1e-4 times 30, 30, 10 and 1 for AlexNet, VGG-M, VGG-S and VGG-16 in the code.
-        learning_rate_end: reached after ``decay_epochs``; a tenth of the first in the code.
-        decay_epochs: epochs over which the rate falls in equal ratios; in the code 10 for one category and all 80 for
-            several.
-        momentum: of SGD (code: 0.9).
-        weight_decay: of weights, not of biases (code: 5e-4).
-        batch_size: 512, 196, 128 and 32 for AlexNet, VGG-M, VGG-S and VGG-16 in the code.
-        epochs: in the code 50 for one category, 80 for several.
-        seed: of everything drawn.
-    """
-
-    method: Method = "published"
-    strength: float = 1.0
-    inserted: Literal["gaussian", "identity"] = "gaussian"
-    head: Literal["new", "copied"] = "new"
-    weight_std: float = 0.01
-    dropout: float | None = None
-    learning_rate: float = 3e-3
-    learning_rate_end: float = 3e-4
-    decay_epochs: int = 10
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int = 128
-    epochs: int = 50
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check every field once."""
-        for name in ("learning_rate", "learning_rate_end", "decay_epochs", "batch_size", "epochs"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(expected(f"{name} positive and finite", value, f"Set {name} to a usable value"))
-        for name in ("strength", "weight_std", "weight_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(expected(f"{name} at least 0 and finite", value, f"Set {name} to a usable value"))
-        if self.batch_size < 2:
-            raise InputError(expected("batch_size at least 2", self.batch_size, "The filter loss compares photos"))
-        for name in ("momentum", "dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise InputError(expected(f"{name} in [0, 1)", value, f"Choose {name} below 1"))
-        for name, known in (
-            ("method", ("published", "released")),
-            ("inserted", ("gaussian", "identity")),
-            ("head", ("new", "copied")),
-        ):
-            if getattr(self, name) not in known:
-                raise InputError(expected(f"{name} {' or '.join(known)}", getattr(self, name), "Choose one of them"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
-
-    def rate(self, epoch: int) -> float:
-        """Return the learning rate of an epoch, counted from 1.
-
-        Example:
-            >>> config = InterpretableConfig(learning_rate=1e-2, learning_rate_end=1e-4, decay_epochs=3)
-            >>> [round(config.rate(epoch), 6) for epoch in (1, 2, 3, 9)]
-            [0.01, 0.001, 0.0001, 0.0001]
-        """
-        done = min(1.0, (epoch - 1) / max(1, self.decay_epochs - 1))
-        return float(self.learning_rate * (self.learning_rate_end / self.learning_rate) ** done)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.fingerprint = content_hash(
             {
-                "config": self.config.to_dict(),
+                "config": dict(self.config),
                 "weights": {name: list(value.shape) for name, value in network.state_dict().items()},
                 "rows": len(data.labels),
                 "positives": data.labels.sum(0).tolist(),

@@ -16,7 +16,7 @@ The facts about the released code were read in it; the ones it leaves open are s
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from partlens.errors import InputError, expected
 from partlens.explainer.filter_loss import filter_loss_of_scores, template_scores
 from partlens.explainer.templates import BETA, mask_at_peak, part_templates, peak_cells, peak_masks
-
-Method = Literal["published", "released"]
+from partlens_papers.rivals.interpretable_config import Method
 
 _LAMBDA = 3e-3
 _STRENGTH_SCALE = 0.5

@@ -6,12 +6,15 @@ See :mod:`partlens_papers.sanity.checks`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from partlens.errors import InputError, expected
-from partlens_papers.removal.plan import RemovalConfig, divide
+from partlens.records import Settings
+from partlens_papers.removal.plan import Count, RemovalConfig, divide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +27,7 @@ if TYPE_CHECKING:
     from partlens.selection.record import DescriptorConfig, FeatureIndex
 
 
-@dataclass(frozen=True)
-class SanityConfig:
+class SanityConfig(Settings):
     """How much is measured.
 
     Attributes:
@@ -45,29 +47,18 @@ class SanityConfig:
     """
 
     mu: float = 10.0
-    descriptor: Mapping[str, Any] = field(default_factory=dict)
-    explanation: Mapping[str, Any] = field(default_factory=dict)
-    classes: int | None = None
-    fit_photos: int = 100
-    photos: int = 48
-    steps: int | None = None
-    images_per_class: int = 300
-    epochs: int = 12
-    removal_photos: int = 50
-    batch_size: int = 8
-    rounds: int = 1000
+    descriptor: dict[str, Any] = Field(default_factory=dict)
+    explanation: dict[str, Any] = Field(default_factory=dict)
+    classes: Count | None = None
+    fit_photos: Count = 100
+    photos: Count = 48
+    steps: Count | None = None
+    images_per_class: Count = 300
+    epochs: Count = 12
+    removal_photos: Count = 50
+    batch_size: Count = 8
+    rounds: Count = 1000
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check every field once."""
-        counts = (self.fit_photos, self.photos, self.images_per_class, self.epochs, self.removal_photos)
-        optional = [v for v in (self.classes, self.steps) if v is not None]
-        if min(*counts, *optional, self.batch_size, self.rounds) < 1:
-            raise InputError(expected("counts of at least 1", self, "Correct the value"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
 
 
 def mean_of(values: Tensor, config: SanityConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from partlens.errors import InputError, RunError, expected
 from partlens.progress import Progress
 from partlens.records import content_hash, read_json, write_json
 from partlens.verbs.runs import command, described, loaded, opened, spec, versions
+from partlens_papers.given import settings_of
 from partlens_papers.removal.feature_removal import feature_removal
 from partlens_papers.removal.plan import RemovalConfig
 from partlens_papers.sanity.bench import (
@@ -155,24 +156,10 @@ def check_layers(bench: Bench, fit: Fit, folder: Path, advance: Callable[..., No
 
 def _trained(images: ImageSet, path: Path, config: SanityConfig, show: Progress) -> Performer:
     """Train the flower benchmark's network on a set, or load it."""
-    from partlens.network.fitting import save_classifier, train_classifier
-    from partlens.network.flower_network import flower_preprocessing
     from partlens.network.zoo import load_performer
-    from partlens_papers.flowers.network import benchmark_network, without_norms
+    from partlens_papers.flowers.benchmark import trained_flower_net
 
-    if not path.exists():
-        fitted = train_classifier(
-            lambda outputs: benchmark_network(outputs, normed=True),
-            images,
-            flower_preprocessing(),
-            epochs=config.epochs,
-            weight_decay=1e-2,
-            channels_last=True,
-            seed=config.seed,
-            progress=show,
-        )
-        network = without_norms(fitted.network)  # type: ignore[arg-type]  # built above
-        save_classifier(path, network, flower_preprocessing(), fitted.class_names)
+    trained_flower_net(images, path, epochs=config.epochs, seed=config.seed, progress=show)
     return load_performer(f"partlens_papers.performers:flower_net@{path}")
 
 
@@ -337,7 +324,7 @@ def sanity_checks(
     """
     started = time.monotonic()
     show = progress or Progress.silent()
-    how = config if isinstance(config, SanityConfig) else SanityConfig(**dict(config or {}))
+    how = settings_of(SanityConfig, config)
     out = Path(out)
     unknown = [name for name in checks if name not in CHECKS]
     if unknown or not checks:
@@ -352,7 +339,7 @@ def sanity_checks(
             "performer": performer.weights_sha256,
             "preprocessing": performer.preprocessing.to_dict(),
             "data": images.fingerprint(),
-            "config": how.to_dict(),
+            "config": dict(how),
         }
     )
     seconds = 0.0
@@ -374,7 +361,7 @@ def sanity_checks(
         "command": command(),
         "performer": described(performer, spec(model) if model is not None else None),
         "data": {"name": images.name, "fingerprint": images.fingerprint()},
-        "config": how.to_dict(),
+        "config": dict(how),
         "checks": {},
         "seconds": seconds,
     }

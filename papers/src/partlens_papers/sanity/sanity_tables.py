@@ -11,7 +11,7 @@ METHODS = ("ours", "guided", "gradient")
 ALIKE = 0.9
 
 
-def tables(result: Mapping[str, Any]) -> list[str]:
+def sanity_lines(result: Mapping[str, Any]) -> list[str]:
     """Return Markdown lines of every check that was run.
 
     Args:

@@ -1,8 +1,7 @@
 """The jobs of the explainer tables: train a performer, explain it, measure its rivals, train an interpretable CNN.
 
-Each function takes a :class:`~partlens_papers.tables.sweep.Job` and its folder, keeps everything it makes there, goes
-on
-where it was stopped, and returns plain values.
+Each function takes a :class:`~partlens_papers.tables.jobs.Job` and its folder, keeps everything it makes there, goes on
+where it was stopped, and returns its scores and further facts.
 """
 
 from __future__ import annotations
@@ -10,32 +9,53 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from partlens.errors import InputError, RunError, expected, nearest
-from partlens.records import read_json
+from pydantic import Field
+
+from partlens.errors import RunError, expected
+from partlens.records import Settings, read_json
 from partlens.verbs.runs import RUN, category_rows, loaded, opened, sampled
-from partlens_papers.tables.rival_measures import RivalBench, measure_interpretable, measure_rivals
+from partlens_papers.given import settings_of
+from partlens_papers.tables.jobs import Job, Made
+from partlens_papers.tables.scores import Score, estimate_of, scores_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from partlens.data.images import ImageSet
+    from partlens.explainer.network import ExplainerStructure
     from partlens.network.zoo import Performer
     from partlens_papers.networks.settings import PublishedChoice
-    from partlens_papers.tables.sweep import Job
+    from partlens_papers.rivals.cells import Rival
 
 MODULE = "partlens_papers.tables.explainer_jobs"
 TRAINED = "train:"
 """Prefix of a performer that is trained on each category before it is explained."""
 
 EXPLAINER, CLASSIFIED, RIVALS, TRAINING = "explainer", "explainer-cls", "rivals", "performer"
-"""Kinds of jobs; those of interpretable CNNs are called ``icnn-published`` and ``icnn-released``."""
-
-
-# Photos
-
+LOSSES = ("published", "released")
+"""Kinds of jobs; those of interpretable CNNs are called ``icnn-LOSS``."""
 
 _OPENED: dict[tuple[str, str], ImageSet] = {}
 """The photos opened last in this process, by path and fingerprint: the jobs of a sweep share them."""
+
+
+class RivalsConfig(Settings):
+    """Rivals of an explainer on the same maps.
+
+    Attributes:
+        methods: which.
+        units: how many units each has; ``filters``: as many as the explainer has.
+        background: photos of the background that they are fitted on with the category's (concept methods are fitted on
+            the category alone).
+        options: arguments of the fit, by method.
+    """
+
+    methods: tuple[Literal["nmf", "kmeans", "topk-sae"], ...] = ("nmf", "kmeans", "topk-sae")
+    units: tuple[int | Literal["filters"], ...] = (32, "filters")
+    background: int = 0
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 def open_photos(data: str) -> ImageSet:
@@ -58,11 +78,8 @@ def photos_of(job: Job) -> ImageSet:
     if (place, wanted) not in _OPENED:
         found = open_photos(place).fingerprint()
         if found != wanted:
-            raise RunError(
-                expected(
-                    f"the photos {wanted[:12]} at {place}", f"others ({found[:12]})", "Make the table again from these"
-                )
-            )
+            rule, got = f"the photos {wanted[:12]} at {place}", f"others ({found[:12]})"
+            raise RunError(expected(rule, got, "Make the table again from these"))
     return _OPENED[place, wanted]
 
 
@@ -81,7 +98,7 @@ def job_device() -> str:
 # Training a performer
 
 
-def train(job: Job, folder: Path) -> dict[str, Any]:
+def train(job: Job, folder: Path) -> Made:  # noqa: ARG001 -- every job gets its folder
     """Train a performer on one category, or on several together, by the recipe of ``train-performer``."""
     from partlens_papers.networks.train_performer import train_performer
 
@@ -97,9 +114,8 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
         config={"seed": job.seed, **job.settings["train"]},
         device=job_device(),
     )
-    folder.mkdir(parents=True, exist_ok=True)
     trained = loaded(performer_spec(job))
-    return {"weights_sha256": trained.weights_sha256, "notes": list(trained.notes)}
+    return (), {"weights_sha256": trained.weights_sha256, "notes": list(trained.notes)}
 
 
 # An explainer
@@ -116,7 +132,7 @@ def choose_layers(performer: Performer, settings: Mapping[str, Any]) -> Publishe
     return as_published(performer, tap, targets)
 
 
-def explain(job: Job, folder: Path) -> dict[str, Any]:
+def explain(job: Job, folder: Path) -> Made:
     """Fit an explainer with one seed and measure it on held-out photos."""
     from partlens.verbs.evaluate import evaluate
     from partlens.verbs.fit_explainer import fit_explainer
@@ -124,7 +140,7 @@ def explain(job: Job, folder: Path) -> dict[str, Any]:
     settings, images = job.settings, photos_of(job)
     spec = performer_spec(job)
     chosen = choose_layers(loaded(spec), settings)
-    run = folder / job.kind
+    run = folder / "run"
     fitted = fit_explainer(
         spec,
         images,
@@ -140,7 +156,7 @@ def explain(job: Job, folder: Path) -> dict[str, Any]:
     )
     found = evaluate(run, images, split=settings["split"], seed=job.seed, gallery="none")
     manifest = fitted.manifest
-    return {
+    facts = {
         "network": manifest["performer"]["name"],
         "weights_sha256": manifest["performer"]["weights_sha256"],
         "structure": manifest["structure"],
@@ -148,30 +164,13 @@ def explain(job: Job, folder: Path) -> dict[str, Any]:
         "device": job_device(),
         "note": chosen.note,
         "photos": {"train": manifest["data"]["train_photos"], "background": manifest["data"]["background_photos"]},
-        "evaluation": {name: value for name, value in found.items() if name != "filters"},
+        "warnings": [text.partition(" (")[0] for text in found.get("warnings", ())],
+        "errors_by": found["reconstruction"]["errors_by"],
     }
+    return tuple(scores_of(found)), facts
 
 
 # Rivals
-
-
-RIVAL_SETTINGS: dict[str, Any] = {
-    "methods": ["nmf", "kmeans", "topk-sae"],
-    "units": [32, "filters"],
-    "background": 0,
-    "options": {},
-}
-"""Rivals that are fitted, with how many units (``filters``: as many as the explainer has), on how many photos of the
-background beside the category's (concept methods are fitted on the category alone), and options by method."""
-
-RIVAL_NAMES = {"nmf": "NMF", "kmeans": "k-means", "topk-sae": "TopK SAE"}
-
-
-def _fitters() -> dict[str, Any]:
-    from partlens_papers.rivals.factors import fit_kmeans, fit_nmf
-    from partlens_papers.rivals.sparse import fit_topk_sae
-
-    return {"nmf": fit_nmf, "kmeans": fit_kmeans, "topk-sae": fit_topk_sae}
 
 
 def _evaluation_rows(images: ImageSet, category: str, split: str, seed: int) -> dict[str, list[int]]:
@@ -187,66 +186,81 @@ def _evaluation_rows(images: ImageSet, category: str, split: str, seed: int) -> 
     }
 
 
-def compare(job: Job, folder: Path) -> dict[str, Any]:
-    """Fit the rivals on the tap's maps of the explainer's training photos and measure them beside it."""
+def compare(job: Job, folder: Path) -> Made:
+    """Fit the rivals on the tap's maps of the explainer's training photos and measure them as the explainer is."""
     from partlens.explainer.config import ExplainerConfig
     from partlens.explainer.network import ExplainerStructure
-    from partlens.network.stream import stream_maps
+    from partlens_papers.tables.rival_measures import RivalBench, measure_rivals
 
-    settings = RIVAL_SETTINGS | dict(job.settings["rivals"])
     images, performer = photos_of(job), loaded(performer_spec(job))
-    run = folder / EXPLAINER / RUN
+    run = folder.parent / EXPLAINER / "run" / RUN
     if not run.is_file():
-        remedy = f"Delete {folder / EXPLAINER}.json as well, and the explainer is fitted again"
+        remedy = f"Delete {folder.parent / EXPLAINER} as well, and the explainer is fitted again"
         raise RunError(expected(f"the explainer's run at {run.parent}", "only its result", remedy))
     manifest = read_json(run)
     values, how = manifest["structure"], ExplainerConfig.from_dict(manifest["config"])
     structure = ExplainerStructure(
         **{**values, "targets": tuple(values["targets"]), "side_cells": tuple(values["side_cells"])}
     )
-    power = how.peak_power if how.peak == "centroid" else None  # rivals are read as the explainer is
-    fitters = _fitters()
-    strange = [name for name in settings["methods"] if name not in fitters]
-    if strange:
-        rule = f"rivals among {', '.join(fitters)}"
-        raise InputError(expected(rule, strange[0], f"Did you mean {nearest(strange[0], fitters)[0]}?"))
-    photos, others = category_rows(images, job.category, "train")
-    rows = [*photos, *sampled(others, int(settings["background"]), job.seed)]
-    cached = folder / job.kind / "maps"
-    maps = stream_maps(performer, images.take(rows), [structure.tap], cached)[structure.tap]
-    fitted: dict[str, Any] = {}
-    for method in settings["methods"]:
-        for units in settings["units"]:
-            count = structure.channels_out if units == "filters" else int(units)
-            options = settings["options"].get(method, {})
-            name = f"{RIVAL_NAMES[method]}, {count} units"
-            fitted[name] = fitters[method](maps, count, seed=job.seed, **options)
-    split = job.settings["split"]
+    fitted, facts = _fitted_rivals(job, images, performer, structure, folder / "maps")
     measured = measure_rivals(
-        RivalBench.of(performer, structure, power),
+        RivalBench.of(performer, structure, how.peak_power if how.peak == "centroid" else None),
         fitted,
         images,
-        _evaluation_rows(images, job.category, split, job.seed),
+        _evaluation_rows(images, job.category, job.settings["split"], job.seed),
         category=job.category,
         seed=job.seed,
     )
-    del maps
-    shutil.rmtree(folder / job.kind)
-    return {"rivals": measured, "peak": how.peak, "fit_photos": len(rows), "background": len(rows) - len(photos)}
+    shutil.rmtree(folder / "maps")
+    scores = [
+        Score(subject=rival, score=name, estimate=estimate_of(found))
+        for rival, of in measured.items()
+        for name, found in of.items()
+        if "value" in found
+    ]
+    return scores, {**facts, "peak": how.peak}
+
+
+def _fitted_rivals(
+    job: Job, images: ImageSet, performer: Performer, structure: ExplainerStructure, folder: Path
+) -> tuple[dict[str, Rival], dict[str, Any]]:
+    """Fit every rival with every number of units; also say on how many photos."""
+    from partlens.network.stream import stream_maps
+    from partlens_papers.rivals.factors import fit_kmeans, fit_nmf
+    from partlens_papers.rivals.sparse import fit_topk_sae
+
+    fitters: dict[str, tuple[str, Callable[..., Rival]]] = {
+        "nmf": ("NMF", fit_nmf),
+        "kmeans": ("k-means", fit_kmeans),
+        "topk-sae": ("TopK SAE", fit_topk_sae),
+    }
+    settings = settings_of(RivalsConfig, job.settings["rivals"])
+    photos, others = category_rows(images, job.category, "train")
+    rows = [*photos, *sampled(others, settings.background, job.seed)]
+    maps = stream_maps(performer, images.take(rows), [structure.tap], folder)[structure.tap]
+    fitted = {}
+    for method in settings.methods:
+        name, fit = fitters[method]
+        for units in settings.units:
+            count = structure.channels_out if units == "filters" else units
+            fitted[f"{name}, {count} units"] = fit(maps, count, seed=job.seed, **settings.options.get(method, {}))
+    return fitted, {"fit_photos": len(rows), "background": len(rows) - len(photos)}
 
 
 # Interpretable CNNs
 
 
-def interpret(job: Job, folder: Path) -> dict[str, Any]:
-    """Train an interpretable CNN on one category and measure it beside the performer and the nulls.
+def interpret(job: Job, folder: Path) -> Made:
+    """Train an interpretable CNN on one category and measure it, its performer and the nulls.
 
     The layers below the tap stay as they are, see :mod:`partlens_papers.rivals.interpretable_cnn`.
     """
     from partlens.explainer.assembly import explainer_structure
     from partlens.records import write_tensors
-    from partlens_papers.rivals.interpretable_cnn import InterpretableConfig, build_interpretable_cnn
+    from partlens_papers.rivals.interpretable_cnn import build_interpretable_cnn
+    from partlens_papers.rivals.interpretable_config import InterpretableConfig
     from partlens_papers.rivals.interpretable_training import labelled_maps, train_interpretable_cnn
+    from partlens_papers.tables.rival_measures import measure_interpretable
 
     settings, images, performer = job.settings, photos_of(job), loaded(performer_spec(job))
     chosen = choose_layers(performer, settings)
@@ -255,7 +269,7 @@ def interpret(job: Job, folder: Path) -> dict[str, Any]:
     example = performer.preprocessing([images.read(photos[0])])
     structure = explainer_structure(performer, example, tap, chosen.targets)
     config = InterpretableConfig(**{"method": settings["loss"], "seed": job.seed, **settings["icnn"]})
-    run = folder / job.kind
+    run = folder / "run"
     rows = [*photos, *sampled(others, settings["background"], job.seed)]
     maps = labelled_maps(performer, images.take(rows), [job.category], structure.tap, run / "maps")
     network = build_interpretable_cnn(performer, structure, config, 1)
@@ -265,12 +279,12 @@ def interpret(job: Job, folder: Path) -> dict[str, Any]:
     found = measure_interpretable(network, performer, structure, images, held, job.category, job.seed)
     del maps
     shutil.rmtree(run / "maps")
-    return {
+    facts = {
         "network": performer.name,
         "weights_sha256": performer.weights_sha256,
         "structure": structure.to_dict(),
-        "config": config.to_dict(),
+        "config": dict(config),
         "epochs": len(history),
         "note": chosen.note,
-        "evaluation": found,
     }
+    return tuple(scores_of(found)), facts

@@ -209,9 +209,7 @@ def measure_rivals(
             )
             scores["error_increase_points"] = errors.error_increase_points.to_dict()
         if interpretability is not None:
-            scores["part_interpretability"] = {
-                reading: interpretability[reading]["layers"][name] for reading in REGION_READINGS
-            }
+            scores |= {f"regions_{reading}": interpretability[reading]["layers"][name] for reading in REGION_READINGS}
         results[name] = scores
     return results
 

@@ -1,435 +1,430 @@
-"""Many independent jobs, each in a folder of its own: in this process, in several, or on a cluster.
+"""The verb reproduce for tables over performers, categories and seeds: what is asked for, its jobs, the table's files.
 
-A job is done when its result file stands, whole, with the hash of everything it depends on. So a sweep that was
-stopped, by Ctrl-C, a power cut or a killed worker, goes on with what is missing, and a larger sweep in the same folder
-takes over what a smaller one has done. A job that fails is recorded with its error and tried again by the next call;
-the others go on.
-
-What runs a job never decides what comes out: every draw of a job comes from its seed.
+Tables that need the same explainers share them: made in one ``out`` folder, they are fitted once.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-import shutil
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from partlens import __version__
-from partlens.errors import AtWorkError, InputError, PartlensError, RunError, expected
+import numpy as np
+from pydantic import Field
+
+from partlens.data.tables import IMAGE_TABLE
+from partlens.errors import BACKGROUND, ImageError, InputError, expected, listed, nearest
+from partlens.explainer.config import ExplainerConfig
 from partlens.progress import Progress
-from partlens.records import content_hash, read_json, sole_writer, write_json
+from partlens.records import Settings, content_hash, file_sha256
+from partlens.run import command, versions
+from partlens.verbs.runs import spec
+from partlens_papers.data.convert import convert, join
+from partlens_papers.data.layouts import layout_of
+from partlens_papers.given import settings_of
+from partlens_papers.networks.finetune_config import FinetuneConfig
+from partlens_papers.rivals.interpretable_config import InterpretableConfig
+from partlens_papers.tables.blocks import Study, TableRecord
+from partlens_papers.tables.explainer_jobs import (
+    CLASSIFIED,
+    EXPLAINER,
+    LOSSES,
+    MODULE,
+    RIVALS,
+    TRAINED,
+    TRAINING,
+    RivalsConfig,
+    open_photos,
+)
+from partlens_papers.tables.explainer_tables import build
+from partlens_papers.tables.jobs import Executor, Job, JobRecord, run_sweep
+from partlens_papers.tables.page import table_page
+from partlens_papers.tables.published import DIFFERENCES, published_data, published_network
+from partlens_papers.tables.scores import Row, Tidy, write_rows
 
-if TYPE_CHECKING:
-    from multiprocessing.context import SpawnContext, SpawnProcess
-
-SCHEMA = "partlens.job/1"
-AT_WORK = "at work"
-"""What a job gives that another call on the same folder is doing."""
-RETRIES = 2
-"""How often a job is begun again whose process or worker died; a job that raises is not."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One piece of a sweep.
-
-    Attributes:
-        work: the function that does it, ``package.module:name``; called with the job and its folder, it returns
-            plain values. Named, not held, so that any process can run it.
-        kind: what it makes; names the result file.
-        performer: label of the network.
-        category: what is explained.
-        seed: of every draw.
-        settings: everything else that the result depends on, as plain values.
-        places: paths and the like, which the work needs and the result does not depend on. ``scratch`` names folders
-            that are the job's own, beside ``KIND`` in its folder.
-        after: keys of jobs whose results it needs.
-    """
-
-    work: str
-    kind: str
-    performer: str
-    category: str
-    seed: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    places: Mapping[str, Any] = field(default_factory=dict)
-    after: tuple[str, ...] = ()
-
-    @property
-    def point(self) -> str:
-        """Name of the folder, shared by the kinds of one performer, category and seed."""
-        return f"{self.performer}-{self.category}-s{self.seed}"
-
-    @property
-    def key(self) -> str:
-        """Unique name: folder and kind."""
-        return f"{self.point}/{self.kind}"
-
-    @property
-    def identity(self) -> str:
-        """Hash of everything the result depends on."""
-        depends = ("work", "kind", "performer", "category", "seed", "settings")
-        return content_hash({name: getattr(self, name) for name in depends})
-
-    def folder(self, out: Path) -> Path:
-        """Return the job's folder in a sweep's."""
-        return out / "jobs" / self.point
-
-    def result_file(self, out: Path) -> Path:
-        """Return where its result stands."""
-        return self.folder(out) / f"{self.kind}.json"
+Table = Literal["instability", "p", "errors", "interpretable-cnn", "rivals"]
+JOINT_TABLES = ("instability", "p", "errors")
+SCORES, PAGE = "scores.csv", "table.html"
 
 
-@dataclass(frozen=True)
-class JobResult:
-    """What became of a job.
+class SweepConfig(Settings):
+    """What a table is made of.
 
     Attributes:
-        job: which.
-        status: ``finished``, ``failed``, or ``missing`` where it was not begun.
-        content: what the work returned; empty unless finished.
-        error: one line; empty unless failed.
-        seconds: duration.
-        made_with: version of partlens; empty where none is noted.
+        categories: which; all that have landmarks when empty.
+        joint: all categories in one performer and one explainer, as in the papers' rows of several categories.
+        seeds: explainers of each category.
+        seed: the first of the seeds.
+        tap: layer to explain; by default the preset's choice.
+        targets: layers that are reconstructed; by default the preset's choice.
+        preset: ``partlens`` or ``paper``, which has the papers' tap, targets and eta where they studied the network.
+        background: folder or table of photos that count as background, with the data's own.
+        others: most photos of other categories in a fit.
+        split: what is measured.
+        workers: processes that do jobs; 0 does them in this one.
+        cluster: address of a dask scheduler whose workers see the same files.
     """
 
-    job: Job
-    status: str
-    content: Mapping[str, Any]
-    error: str
-    seconds: float
-    made_with: str = ""
-
-
-@dataclass(frozen=True)
-class Executor:
-    """Where jobs run.
-
-    Attributes:
-        workers: processes on this machine; 0 runs jobs in this process, one after the other.
-        cluster: address of a dask scheduler, such as ``tcp://host:8786``, whose workers see the same files; ``workers``
-            is then unused.
-        retries: see :data:`RETRIES`.
-    """
-
-    workers: int = 0
+    categories: tuple[str, ...] = ()
+    joint: bool = False
+    seeds: int = Field(3, ge=1)
+    seed: int = 0
+    tap: str | None = None
+    targets: tuple[str, ...] | None = None
+    preset: Literal["partlens", "paper"] = "partlens"
+    background: str | None = None
+    others: int = Field(1500, ge=0)
+    split: str = "test"
+    workers: int = Field(0, ge=0)
     cluster: str | None = None
-    retries: int = RETRIES
+
+
+class MethodsConfig(Settings):
+    """Settings of what a table compares, each by its own fields.
+
+    Attributes:
+        explainer: of :class:`~partlens.explainer.config.ExplainerConfig`.
+        train: of :class:`~partlens_papers.networks.finetune_config.FinetuneConfig`, for performers ``train:MODEL``.
+        rivals: of :class:`~partlens_papers.tables.explainer_jobs.RivalsConfig`.
+        interpretable_cnn: of :class:`~partlens_papers.rivals.interpretable_config.InterpretableConfig`.
+    """
+
+    explainer: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    rivals: dict[str, Any] = Field(default_factory=dict)
+    interpretable_cnn: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A table that is asked for, checked."""
+
+    table: str
+    data: str
+    performers: Mapping[str, str]
+    sweep: SweepConfig
+    methods: MethodsConfig
 
     def __post_init__(self) -> None:
-        """Check every field once."""
-        if self.workers < 0 or self.retries < 0:
-            raise InputError(expected("workers and retries of at least 0", (self.workers, self.retries), "Correct it"))
+        """Check what the fields cannot say alone."""
+        joint, categories = self.sweep.joint, self.sweep.categories
+        if joint and self.table not in JOINT_TABLES:
+            rule = f"a table among {', '.join(JOINT_TABLES)} of several categories together"
+            raise InputError(expected(rule, self.table, "Make it without joint"))
+        if joint and len(categories) == 1:
+            raise InputError(expected("two categories or more together", categories[0], "Make it without joint"))
+        ExplainerConfig.preset(self.sweep.preset, **self.methods.explainer)
+        settings_of(RivalsConfig, self.methods.rivals)
+        settings_of(InterpretableConfig, self.methods.interpretable_cnn)
+        for label, text in self.performers.items():
+            if not label or set(label) & set("/\\ ") or label.startswith("."):
+                raise InputError(expected("labels that can name a folder", repr(label), "Use no / and no spaces"))
+            if not text.removeprefix(TRAINED):
+                raise InputError(expected(f"a model for {label}", "none", f"Give {label}=MODEL"))
+
+    @property
+    def setting(self) -> str:
+        """What the papers call it: one category against the rest, or several with either loss."""
+        if not self.sweep.joint:
+            return "single"
+        return "multi softmax" if self.methods.train.get("loss") == "softmax" else "multi"
 
 
-def read_result(job: Job, out: Path) -> JobResult:
-    """Return what stands in a job's folder.
+def performers_of(given: Sequence[str]) -> dict[str, str]:
+    """Read ``LABEL=MODEL``; without a label the model's short name is taken.
 
     Raises:
-        RunError: a result of another configuration stands there, or one that cannot be read.
+        InputError: none, or a label twice.
+
+    Example:
+        >>> performers_of(["small=torchvision:resnet18", "train:own.nets:mine@convs.safetensors"])
+        {'small': 'torchvision:resnet18', 'mine': 'train:own.nets:mine@convs.safetensors'}
     """
-    path = job.result_file(out)
-    if not path.exists():
-        return JobResult(job, "missing", {}, "", 0.0)
-    found = read_json(path)
-    if found.get("identity") != job.identity:
-        if found.get("status") != "finished":
-            return JobResult(job, "missing", {}, "", 0.0)  # what failed under other settings is tried under these
-        raise RunError(
-            expected(
-                f"a result of these settings in {path}",
-                f"one of others{_differing(found, job)}",
-                "Choose another --out folder, or delete the job's folder",
-            )
-        )
-    made_with = str(found.get("partlens", ""))
-    return JobResult(job, found["status"], found["content"], found["error"], float(found["seconds"]), made_with)
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Return nested values under joined names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
+    found: dict[str, str] = {}
+    for text in given:
+        label, mark, model = text.partition("=")
+        if not mark:
+            label, model = text.partition("@")[0].rpartition(":")[2], text
+        if label in found:
+            raise InputError(expected("every label once", f"{label} twice", "Name them apart: LABEL=MODEL"))
+        found[label] = model
+    if not found:
+        raise InputError(expected("at least one performer", "none", "Give --performers LABEL=MODEL"))
     return found
 
 
-def _differing(found: Mapping[str, Any], job: Job) -> str:
-    """Name the first settings that differ from those of a result, so that a person sees what changed."""
-    theirs, ours = _flat(found["job"].get("settings", {})), _flat(job.settings)
-    names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
-    parts = [f"{name}: {theirs.get(name, 'unset')!r} there, {ours.get(name, 'unset')!r} here" for name in names[:3]]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f" ({'; '.join(parts)}{more})" if parts else ""
+# The photos
 
 
-def run_job(job: Job, out: str | Path) -> str:
-    """Do one job and write its result, also when it fails; return its status.
+@dataclasses.dataclass(frozen=True)
+class Photos:
+    """The photos of a table: where every worker opens them, the categories, and what the record says of them."""
 
-    A job that is done is left alone. Everything but Ctrl-C and the like is recorded: a sweep of days must not end with
-    the first job that goes wrong.
-    """
-    out = Path(out)
-    before = read_result(job, out)
-    if before.status == "finished":
-        return before.status
-    try:
-        with sole_writer(job.folder(out), job.kind):
-            return _do(job, out)
-    except AtWorkError:
-        return AT_WORK  # another call on this folder does it; what it makes is the same
+    path: str
+    categories: tuple[str, ...]
+    joined: str | None
+    facts: Mapping[str, Any]
 
 
-def _do(job: Job, out: Path) -> str:
-    """Do a job that is not done and write its result."""
-    started = time.monotonic()
-    record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "identity": job.identity,
-        "partlens": __version__,
-        "job": {
-            "work": job.work,
-            "kind": job.kind,
-            "performer": job.performer,
-            "category": job.category,
-            "seed": job.seed,
-            "settings": dict(job.settings),
-        },
-        "status": "finished",
-        "content": {},
-        "error": "",
-    }
-    try:
-        _clear(job, out)
-        module, _, name = job.work.partition(":")
-        work: Callable[[Job, Path], Mapping[str, Any]] = getattr(importlib.import_module(module), name)
-        record["content"] = dict(work(job, job.folder(out)))
-    except Exception as error:  # noqa: BLE001 -- recorded with its traceback, shown in the table, exit code 1
-        words = " ".join(str(error).split())
-        record |= {
-            "status": "failed",
-            "error": words if isinstance(error, PartlensError) else f"{type(error).__name__}: {words}",
-            "traceback": traceback.format_exc(),
-        }
-    record["seconds"] = round(time.monotonic() - started, 1)
-    write_json(job.result_file(out), record)
-    return str(record["status"])
-
-
-def _clear(job: Job, out: Path) -> None:
-    """Remove what this job left where it failed under other settings, which would refuse these."""
-    path = job.result_file(out)
-    if path.exists() and read_json(path).get("identity") != job.identity:
-        for left in (job.folder(out) / job.kind, *map(Path, job.places.get("scratch", ()))):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _record_failure(job: Job, out: Path, error: str) -> None:
-    """Write that a job failed which could not write it itself; what other settings left is cleared as it would."""
-    _clear(job, out)
-    content = {"schema": SCHEMA, "identity": job.identity, "job": {"kind": job.kind}, "status": "failed", "content": {}}
-    write_json(job.result_file(out), content | {"error": error, "seconds": 0.0})
-
-
-def run_sweep(
-    jobs: Sequence[Job], out: str | Path, *, executor: Executor | None = None, progress: Progress | None = None
-) -> tuple[JobResult, ...]:
-    """Do all jobs that are not done yet.
-
-    Args:
-        jobs: in the order in which they are begun; a job starts when all in its ``after`` are done.
-        out: folder of the sweep; results go to ``out/jobs``.
-        executor: where; this process when left out.
-        progress: how to show progress; silent when left out.
-
-    Returns:
-        What became of each job, in the order given.
+def find_photos(plan: Plan, out: Path) -> Photos:
+    """Open the photos and choose the categories.
 
     Raises:
-        InputError: a job stands twice, or waits for one that is not in the list before it.
-        RunError: a result of other settings stands in the folder; no cluster at the address.
+        ImageError: unknown categories, or none that has landmarks.
     """
-    out, show, where = Path(out).resolve(), progress or Progress.silent(), executor or Executor()
-    known: set[str] = set()
-    for job in jobs:
-        strange = [key for key in job.after if key not in known]
-        if job.key in known or strange:
-            rule = "every job once, after those it needs"
-            raise InputError(expected(rule, f"{job.key} after {strange}", "Correct the order of the jobs"))
-        known.add(job.key)
-    waiting = [job for job in jobs if read_result(job, out).status != "finished"]
-    if len(waiting) < len(jobs):
-        show.say(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done already")
-    done = len(jobs) - len(waiting)
-    with show.task("jobs", len(jobs)) as advance:
-        advance(done)
-        while waiting:
-            ahead = {job.key for job in waiting}
-            ready = [job for job in waiting if not ahead & set(job.after)]
-            waiting = [job for job in waiting if ahead & set(job.after)]
-            for job, status in _run_ready(_possible(ready, jobs, out), out, where):
-                done += 1
-                advance(done, f"{job.key} {status}")
-                if status == AT_WORK:
-                    show.say(f"{job.key}: another process is at it")
-                elif status != "finished":
-                    show.say(f"{job.key} failed: {read_result(job, out).error}")
-    return tuple(read_result(job, out) for job in jobs)
+    path = Path(plan.data).resolve()
+    found = layout_of(path) if path.is_dir() and not (path / IMAGE_TABLE).is_file() else None
+    layout = None if found is None else found.name
+    joined = "bird" if layout == "cub" else None
+    background = None if plan.sweep.background is None else str(Path(plan.sweep.background).resolve())
+    opened_as = path
+    if layout is not None or background is not None:
+        # The papers measure some of a data set's own parts, and show its objects among other photos.
+        # A name of its own, so that two tables in one folder never read each other's; workers may run elsewhere.
+        own = content_hash({"data": str(path), "background": background, "joined": joined})
+        opened_as = (out / f"photos-{own}").resolve()
+        if layout is None:
+            join(opened_as, path, background=background)
+        else:
+            convert(layout, path, opened_as, category=joined, landmarks="paper", background=background)
+    images = open_photos(str(opened_as))
+    known = sorted(set(images.categories) - {BACKGROUND})
+    for name in plan.sweep.categories:
+        if name not in known:
+            remedy = f"Did you mean {nearest(name, known)[0]}?"
+            raise ImageError(expected(f"categories among {listed(known, 40)}", name, remedy))
+    annotated = _annotated(images)
+    categories = plan.sweep.categories or tuple(annotated)
+    if len(categories) < 1 + plan.sweep.joint:
+        rule = f"{'two categories' if plan.sweep.joint else 'categories'} with landmarks in {plan.data}"
+        raise ImageError(expected(rule, listed(categories) or "none", "Add landmarks.csv, or name categories without"))
+    facts = {
+        "name": images.name,
+        "path": str(path),
+        "background_path": background,
+        "fingerprint": images.fingerprint(),
+        "layout": layout,
+        "published_as": published_data(known, layout),
+        "setting": plan.setting,
+        "photos": len(images),
+        "categories": list(categories),
+        "without_landmarks": [name for name in categories if name not in annotated],
+    }
+    return Photos(str(opened_as), categories, joined, facts)
 
 
-def _possible(ready: Sequence[Job], jobs: Sequence[Job], out: Path) -> list[Job]:
-    """Leave out jobs whose predecessor failed, and record that, and those whose predecessor is another call's."""
-    by_key = {job.key: job for job in jobs}
-    left = []
-    for job in ready:
-        found = {key: read_result(by_key[key], out).status for key in job.after}
-        failed = [key for key, status in found.items() if status == "failed"]
-        if failed:
-            _record_failure(job, out, f"{failed[0]}, which it needs, has no result")
-        elif all(status == "finished" for status in found.values()):
-            left.append(job)
-        # What is missing another call is at: so this one is left to it, too.
-    return left
+def _annotated(images: Any) -> list[str]:
+    """Return the categories, other than background, with at least two photos that have a landmark."""
+    truth = images.part_truth
+    if truth is None:
+        return []
+    known = np.isfinite(truth.positions_px).all(2).any(1)
+    counts = Counter(category for category, has in zip(images.categories, known, strict=True) if has)
+    return sorted(name for name, count in counts.items() if count > 1 and name != BACKGROUND)
 
 
-def _run_ready(jobs: Sequence[Job], out: Path, executor: Executor) -> Iterator[tuple[Job, str]]:
-    if not jobs:
-        return
-    if executor.cluster is not None:
-        yield from _on_cluster(jobs, out, executor.cluster, executor.retries)
-    elif executor.workers:
-        yield from _in_processes(jobs, out, executor.workers, executor.retries)
-    else:
-        for job in jobs:
-            yield job, run_job(job, out)
+# The jobs
 
 
-# Processes on this machine
-
-
-def visible_devices() -> list[str]:
-    """Return the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; empty without any."""
-    import torch
-
-    count = torch.cuda.device_count()
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return named[:count] if named else [str(number) for number in range(count)]
-
-
-def worker_environment(slot: int, workers: int, devices: Sequence[str]) -> dict[str, str]:
-    """Return the environment of a worker: its share of the processor cores, and its GPU in turn.
+def joint_label(names: Sequence[str]) -> str:
+    """Name several categories together, short enough for a folder.
 
     Example:
-        >>> worker_environment(3, 4, ["0", "1"])["CUDA_VISIBLE_DEVICES"]
-        '1'
+        >>> joint_label(["cat", "fox"]), joint_label([f"animal-{k}" for k in range(30)])
+        ('cat+fox', '30-categories')
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // workers))
-    found = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    return found | ({"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {})
+    joined = "+".join(names)
+    return joined if len(joined) <= 60 else f"{len(names)}-categories"
 
 
-def _child(job: Job, out: str, environment: Mapping[str, str]) -> None:
-    """Run one job in a process of its own."""
-    os.environ.update(environment)  # before the job imports torch, which reads it once
-    with suppress(KeyboardInterrupt):  # Ctrl-C reaches the whole group; the parent says so
-        run_job(job, out)
+def jobs_of(plan: Plan, photos: Photos, out: Path) -> list[Job]:
+    """Return all jobs of a table, those that others need first."""
+    together = tuple(sorted(photos.categories)) if plan.sweep.joint else ()
+    common = {
+        "preset": plan.sweep.preset,
+        "tap": plan.sweep.tap,
+        "targets": plan.sweep.targets,
+        "explainer": plan.methods.explainer,
+        "background": plan.sweep.others,
+        "split": plan.sweep.split,
+        "data": photos.facts["fingerprint"],
+        "joined": photos.joined,
+        **({"joint": list(together)} if together else {}),
+    }
+    jobs: list[Job] = []
+    for label, text in plan.performers.items():
+        for category in (joint_label(together),) if together else photos.categories:
+            training, point = _point(plan, out, label, text, Job("", "", label, category, 0, common))
+            point = dataclasses.replace(point, places={"data": photos.path, **point.places})
+            jobs += [dataclasses.replace(job, places={"data": photos.path, **job.places}) for job in training]
+            for seed in range(plan.sweep.seed, plan.sweep.seed + plan.sweep.seeds):
+                jobs += _explainer_jobs(plan, dataclasses.replace(point, seed=seed))
+    return jobs
 
 
-def _in_processes(jobs: Sequence[Job], out: Path, workers: int, retries: int) -> Iterator[tuple[Job, str]]:
-    """Give every job a fresh process, so that one that is killed takes nothing with it."""
-    from multiprocessing import get_context
-    from multiprocessing.connection import wait
-
-    context: SpawnContext = get_context("spawn")
-    devices = visible_devices()
-    queue = [(job, 0) for job in jobs]
-    running: dict[int, tuple[SpawnProcess, Job, int]] = {}
-    try:
-        while queue or running:
-            for slot in range(workers):
-                if slot not in running and queue:
-                    job, tries = queue.pop(0)
-                    environment = worker_environment(slot, workers, devices)
-                    process = context.Process(target=_child, args=(job, str(out), environment))
-                    process.start()
-                    running[slot] = (process, job, tries)
-            wait([process.sentinel for process, _, _ in running.values()])
-            for slot in [slot for slot, (process, _, _) in running.items() if not process.is_alive()]:
-                process, job, tries = running.pop(slot)
-                process.join()
-                code = process.exitcode
-                process.close()
-                if code == 0:
-                    status = read_result(job, out).status
-                    yield job, AT_WORK if status == "missing" else status
-                elif tries < retries:
-                    queue.append((job, tries + 1))
-                else:
-                    _record_failure(job, out, f"its process ended {tries + 1} times with exit code {code}")
-                    yield job, "failed"
-    finally:
-        for process, _, _ in running.values():
-            process.terminate()
-            process.join()
+def _point(plan: Plan, out: Path, label: str, text: str, point: Job) -> tuple[list[Job], Job]:
+    """Add the performer to a point of performer and category, and give the job that trains it, if it is trained."""
+    base = text.removeprefix(TRAINED)
+    located = spec(base) or base
+    model, _, weights = located.partition("@")
+    content = file_sha256(Path(weights)) if weights and Path(weights).is_file() else weights
+    settings = {**point.settings, "model": model, "weights": content}
+    if not text.startswith(TRAINED):
+        return [], dataclasses.replace(point, settings=settings, places={"spec": located})
+    file = out / "performers" / f"{label}-{point.category}.safetensors"
+    kept = ("model", "weights", "data", "joined", "joint")
+    recipe: dict[str, Any] = {key: value for key, value in settings.items() if key in kept}
+    recipe["train"] = plan.methods.train
+    recipe["fields"] = _without_seed(dict(settings_of(FinetuneConfig, plan.methods.train)))
+    places = {"spec": f"{model}@{file}", "base": located, "weights": str(file)}
+    training = dataclasses.replace(
+        point,
+        work=f"{MODULE}:train",
+        kind=TRAINING,
+        seed=plan.sweep.seed,
+        settings=recipe,
+        places=places | {"scratch": [str(file.with_suffix(".work"))]},
+    )
+    settings["train"] = plan.methods.train
+    return [training], dataclasses.replace(point, settings=settings, places=places, after=(training.key,))
 
 
-# A cluster
+def _explainer_jobs(plan: Plan, point: Job) -> list[Job]:
+    """Return the jobs of one performer, category and seed."""
+
+    def job(work: str, kind: str, changes: Mapping[str, Any], **more: Any) -> Job:
+        settings = {**point.settings, **changes}
+        return dataclasses.replace(point, work=f"{MODULE}:{work}", kind=kind, settings=settings, **more)
+
+    def explained(changes: Mapping[str, Any]) -> dict[str, Any]:
+        # A preset is only a name: with its fields noted, a result is not taken for one of other defaults.
+        fields = ExplainerConfig.preset(plan.sweep.preset, **changes).to_dict()
+        return {"explainer": dict(changes), "fields": _without_seed(fields)}
+
+    if plan.table == "interpretable-cnn":
+        cnn = plan.methods.interpretable_cnn
+        return [job("interpret", f"icnn-{loss}", {"loss": loss, "icnn": cnn}) for loss in LOSSES]
+    given = plan.methods.explainer
+    explainer = job("explain", EXPLAINER, explained(given))
+    if plan.table == "errors":
+        return [explainer, job("explain", CLASSIFIED, explained({**given, "objective": "classification"}))]
+    if plan.table == "rivals":
+        rivals = dict(settings_of(RivalsConfig, plan.methods.rivals))
+        return [explainer, job("compare", RIVALS, {**explained(given), "rivals": rivals}, after=(explainer.key,))]
+    return [explainer]
 
 
-_ONE_AT_A_TIME = threading.Lock()
+def _without_seed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "seed"}
 
 
-def _run_alone(job: Job, out: str) -> str:
-    """Run a job while no other thread of this worker does: jobs set torch's random state and put it back."""
-    with _ONE_AT_A_TIME:
-        return run_job(job, out)
+# The table
 
 
-def _on_cluster(jobs: Sequence[Job], out: Path, address: str, retries: int) -> Iterator[tuple[Job, str]]:
-    """Hand the jobs to a dask scheduler; a job whose worker dies is given to another one."""
-    try:
-        from distributed import Client, as_completed
-    except ModuleNotFoundError as error:
-        raise RunError(
-            expected("dask's distributed for --cluster", "none", 'Install it: pip install "partlens[cluster]"')
-        ) from error
-    try:
-        client = Client(address, timeout="20s", set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise RunError(
-            expected(f"a dask scheduler at {address}", f"{type(error).__name__}: {error}", "Start 'dask scheduler'")
-        ) from error
-    with client:
-        futures = {}
-        for job in jobs:
-            key = f"{job.key}-{job.identity}"
-            future = client.submit(_run_alone, job, str(out), key=key, retries=retries, pure=False)
-            futures[future.key] = (future, job)
-        for future in as_completed([future for future, _ in futures.values()], loop=client.loop):
-            job = futures[future.key][1]
-            if future.status == "error":
-                # The job itself records what it raises: what arrives here is a worker that died, or a lost file system.
-                lost = future.exception()
-                words = " ".join(str(lost).split())
-                _record_failure(job, out, f"{type(lost).__name__}: {words}")
-            elif future.result() == AT_WORK:
-                yield job, AT_WORK
-                continue
-            elif not job.result_file(out).exists():
-                raise RunError(
-                    expected(
-                        f"the workers' result at {job.result_file(out)}",
-                        "nothing there",
-                        "Choose an --out folder that this machine and all workers share",
-                    )
-                )
-            yield job, read_result(job, out).status
+def reproduce(
+    table: Table,
+    data: str | Path,
+    *,
+    performers: Sequence[str] | Mapping[str, str],
+    out: str | Path,
+    sweep: SweepConfig | Mapping[str, Any] | None = None,
+    methods: MethodsConfig | Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> TableRecord:
+    """Make one of the explainer papers' tables, with the printed figures for comparison.
+
+    Interrupted, it goes on with the jobs that are missing. A job that fails is named in the table, which then is
+    ``incomplete``. ``OUT/TABLE`` gets ``table.json``, ``table.html`` and ``scores.csv``, the tidy table of all scores.
+
+    Args:
+        table: ``instability``: where filters peak; ``p``: the share of part filters; ``errors``: what feeding the
+            reconstruction back costs; ``interpretable-cnn``: networks trained to have part filters; ``rivals``: other
+            ways to take the layer apart.
+        data: folder or table of photos, which every process can open.
+        performers: ``LABEL=MODEL`` each, or by label; ``LABEL=train:MODEL`` is trained on each category first.
+        out: folder for the table, ``jobs`` and ``performers``.
+        sweep: categories, seeds, preset, where jobs run.
+        methods: settings of explainer, training, rivals and interpretable CNNs.
+        progress: how to show progress; silent by default.
+
+    Returns:
+        The record.
+
+    Raises:
+        InputError: no performer, or settings that do not exist.
+        ImageError: unknown categories, or none with landmarks.
+        RunError: results of other settings are in the folder.
+    """
+    show, out = progress or Progress.silent(), Path(out).resolve()
+    named = dict(performers) if isinstance(performers, Mapping) else performers_of(performers)
+    chosen, settings = settings_of(SweepConfig, sweep), settings_of(MethodsConfig, methods)
+    plan = Plan(table, str(data), named, chosen, settings)
+    photos = find_photos(plan, out)
+    jobs = jobs_of(plan, photos, out)
+    results = run_sweep(jobs, out, executor=Executor(chosen.workers, chosen.cluster), progress=show)
+    record, rows = table_record(plan, photos, jobs, results)
+    folder = out / table
+    write_rows(folder / SCORES, rows)
+    path = record.write(folder)
+    page = table_page(record, folder / PAGE)
+    show.say(f"wrote {path} and {page}")
+    return record
+
+
+def table_record(
+    plan: Plan, photos: Photos, jobs: Sequence[Job], results: Sequence[JobRecord]
+) -> tuple[TableRecord, list[Row]]:
+    """Make the record of a table, and the tidy table, of what its jobs gave."""
+    rows = [
+        Row(job.performer, job.category, job.seed, job.kind, score.subject, score.score, score.estimate)
+        for job, result in zip(jobs, results, strict=True)
+        for score in result.scores
+    ]
+    study = Study(
+        plan.table,
+        Tidy(rows, plan.sweep.seed),
+        {label: published_network(text) for label, text in plan.performers.items()},
+        (jobs[0].category,) if plan.sweep.joint else photos.categories,
+        str(photos.facts["published_as"]),
+        plan.setting,
+    )
+    built = build(study)
+    told = [*built.pop("remarks"), *_warnings(jobs, results), *_versions_remark(results), *DIFFERENCES]
+    record = TableRecord(
+        table=plan.table,
+        status="complete" if all(result.status == "finished" for result in results) else "incomplete",
+        command=command(),
+        versions=versions(),
+        data=dict(photos.facts),
+        plan={"performers": dict(plan.performers), **dict(plan.sweep), **dict(plan.methods)},
+        jobs={
+            job.key: {
+                "status": result.status,
+                "error": result.error,
+                "seconds": result.seconds,
+                "partlens": result.partlens,
+                **result.facts,
+            }
+            for job, result in zip(jobs, results, strict=True)
+        },
+        remarks=tuple(told),
+        **built,
+    )
+    return record, rows
+
+
+def _warnings(jobs: Sequence[Job], results: Sequence[JobRecord]) -> list[str]:
+    """Return the evaluations' own warnings, joined over categories and seeds."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for job, result in zip(jobs, results, strict=True):
+        for text in result.facts.get("warnings", ()) if job.kind == EXPLAINER else ():
+            found.setdefault((job.performer, text), []).append(f"{job.category.replace('_', ' ')} (seed {job.seed})")
+    return [f"{label}: {text}, in {', '.join(where)}." for (label, text), where in found.items()]
+
+
+def _versions_remark(results: Sequence[JobRecord]) -> list[str]:
+    """Say so where the results of one table were made by several versions."""
+    found = sorted({result.partlens for result in results if result.status == "finished"})
+    return [f"Made by several versions of partlens: {', '.join(found)}."] if len(found) > 1 else []

@@ -15,10 +15,10 @@ import pytest
 from partlens.errors import InputError, RunError
 from partlens.progress import Progress
 from partlens.records import sole_writer
-from partlens_papers.tables import sweep
-from partlens_papers.tables.sweep import Executor, run_job, run_sweep, worker_environment
+from partlens_papers.tables import jobs as jobs_module
+from partlens_papers.tables.jobs import Executor, run_job, run_sweep, worker_environment
 
-BENCH = runpy.run_path(str(Path(__file__).with_name("sweep_bench.py")))
+BENCH = runpy.run_path(str(Path(__file__).with_name("job_bench.py")))
 job = BENCH["job"]
 
 
@@ -30,17 +30,17 @@ def _jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(folder)
 
 
-def calls(out: Path, point: str) -> int:
-    return len((out / "jobs" / point / "calls").read_text().splitlines())
+def calls(out: Path, key: str) -> int:
+    return len((out / "jobs" / key / "calls").read_text().splitlines())
 
 
 def test_jobs_are_done_once_and_more_of_them_later(tmp_path: Path) -> None:
     first = run_sweep([job(seed=0), job(seed=1)], tmp_path)
     assert [r.status for r in first] == ["finished"] * 2
-    assert first[0].content["drawn"] != first[1].content["drawn"]
+    assert first[0].facts["drawn"] != first[1].facts["drawn"]
     again = run_sweep([job(seed=0), job(seed=1), job(seed=2)], tmp_path)
     assert [r.status for r in again] == ["finished"] * 3
-    assert [calls(tmp_path, f"net-fox-s{k}") for k in range(3)] == [1, 1, 1]
+    assert [calls(tmp_path, f"net-fox-s{k}/counted") for k in range(3)] == [1, 1, 1]
     assert again[0] == first[0]
 
 
@@ -58,17 +58,17 @@ def test_a_failing_job_is_recorded_in_one_line_and_stops_nobody(tmp_path: Path) 
     assert results[1].error == "KeyError: 'nothing'"
     assert results[3].error == "net-fox-s0/lucky, which it needs, has no result"
     assert results[4].error.startswith("AttributeError: ")
-    record = json.loads((tmp_path / "jobs" / "net-fox-s0" / "buggy.json").read_text())
+    record = json.loads((tmp_path / "jobs" / "net-fox-s0/buggy/job.json").read_text())
     assert 'return {}["nothing"]' in record["traceback"]
     # A failed job is tried again, the finished one is not.
     run_sweep(jobs[:3], tmp_path)
-    assert calls(tmp_path, "net-fox-s1") == 1
+    assert calls(tmp_path, "net-fox-s1/counted") == 1
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     run_sweep([job(size=1)], tmp_path)
     with pytest.raises(
-        RunError, match=r"a result of these settings in .*counted.json, got one of others \(size: 1 there, 2 here\)"
+        RunError, match=r"a result of these settings in .*counted, got one of others \(size: 1 there, 2 here\)"
     ):
         run_sweep([job(size=2)], tmp_path)
     # What only failed under other settings is no obstacle.
@@ -87,14 +87,14 @@ def test_a_job_that_another_call_is_doing_is_left_to_it(tmp_path: Path, monkeypa
     said: list[str] = []
     monkeypatch.setattr(Progress, "say", lambda _, message: said.append(message))
     jobs = [job(seed=0), job(seed=1)]
-    with sole_writer(jobs[0].folder(tmp_path), "counted"):
+    with sole_writer(jobs[0].folder(tmp_path)):
         for executor in (Executor(), Executor(workers=1)):
             results = run_sweep(jobs, tmp_path, executor=executor, progress=Progress.silent())
             assert [r.status for r in results] == ["missing", "finished"]
-            assert said.count("net-fox-s0/counted: another process is at it") == 1
+            assert said.count("net-fox-s0/counted: another process does it") == 1
             said.clear()
     assert [r.status for r in run_sweep(jobs, tmp_path)] == ["finished"] * 2
-    assert calls(tmp_path, "net-fox-s0") == 1
+    assert calls(tmp_path, "net-fox-s0/counted") == 1
 
 
 def test_the_order_of_jobs_is_checked(tmp_path: Path) -> None:
@@ -116,13 +116,13 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         done.append("first")
         return run_job(one, out)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sweep, "run_job", interrupted)
+    monkeypatch.setattr(jobs_module, "run_job", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_sweep([job(seed=0), job(seed=1)], tmp_path)
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path / "modules")
     assert [r.status for r in run_sweep([job(seed=0), job(seed=1)], tmp_path)] == ["finished"] * 2
-    assert calls(tmp_path, "net-fox-s0") == 1
+    assert calls(tmp_path, "net-fox-s0/counted") == 1
 
 
 def test_workers_share_cores_and_take_gpus_in_turn() -> None:
@@ -138,9 +138,11 @@ def test_processes_give_the_same_and_one_that_dies_is_started_again(tmp_path: Pa
     jobs = [job("die_once", "mortal", seed=0), job(seed=1)]
     results = run_sweep(jobs, tmp_path / "out", executor=Executor(workers=2))
     assert [r.status for r in results] == ["finished"] * 2
-    assert results[1].content["drawn"] == alone[0].content["drawn"]
-    assert results[1].content["threads"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
-    pids = {(tmp_path / "out/jobs" / point / "calls").read_text() for point in ("net-fox-s0", "net-fox-s1")}
+    assert results[1].facts["drawn"] == alone[0].facts["drawn"]
+    assert results[1].facts["threads"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    pids = {
+        (tmp_path / "out/jobs" / point / "calls").read_text() for point in ("net-fox-s0/mortal", "net-fox-s1/counted")
+    }
     assert str(os.getpid()) not in "".join(pids)
     assert len(pids) == 2
 
@@ -163,7 +165,7 @@ def test_a_killed_worker_of_a_cluster_loses_nothing(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     alone = run_sweep([job(seed=k) for k in (1, 2)], tmp_path / "alone")
     out = tmp_path / "out"
-    begun = out / "jobs" / "net-fox-s0" / "begun"
+    begun = out / "jobs" / "net-fox-s0/waits/begun"
     killed: list[int] = []
 
     def kill() -> None:
@@ -180,21 +182,21 @@ def test_a_killed_worker_of_a_cluster_loses_nothing(tmp_path: Path) -> None:
         jobs = [job("wait_once", "waits", seed=0), job(seed=1), job(seed=2)]
         results = run_sweep(jobs, out, executor=Executor(cluster=cluster.scheduler_address))
         killer.join()
-        with sole_writer(job(seed=3).folder(out), "counted"):  # as another call that is at it would
+        with sole_writer(job(seed=3).folder(out)):  # as another call that is at it would
             (held,) = run_sweep([job(seed=3)], out, executor=Executor(cluster=cluster.scheduler_address))
     assert held.status == "missing"
     assert killed
     assert [r.status for r in results] == ["finished"] * 3
-    assert [r.content["drawn"] for r in results[1:]] == [r.content["drawn"] for r in alone]
-    assert str(killed[0]) not in (out / "jobs" / "net-fox-s0" / "calls").read_text()
+    assert [r.facts["drawn"] for r in results[1:]] == [r.facts["drawn"] for r in alone]
+    assert str(killed[0]) not in (out / "jobs" / "net-fox-s0/waits/calls").read_text()
 
 
 def test_what_waits_for_a_job_of_another_call_is_left_to_it_too(tmp_path: Path) -> None:
     first = job(seed=0)
     later = BENCH["Job"]("bench_jobs:count", "later", "net", "fox", 0, after=(first.key,))
-    with sole_writer(first.folder(tmp_path), first.kind):
+    with sole_writer(first.folder(tmp_path)):
         assert [r.status for r in run_sweep([first, later], tmp_path)] == ["missing", "missing"]
-    assert not later.result_file(tmp_path).exists()
+    assert not (later.folder(tmp_path) / "job.json").exists()
     assert [r.status for r in run_sweep([first, later], tmp_path)] == ["finished"] * 2
 
 
@@ -202,7 +204,7 @@ def test_what_a_failed_job_left_does_not_stand_in_the_way_of_other_settings(tmp_
     scratch = tmp_path / "elsewhere"
     failed = BENCH["Job"]("bench_jobs:fail", "tried", "net", "fox", 0, {"size": 1}, {"scratch": [str(scratch)]})
     run_sweep([failed], tmp_path)
-    own, other = failed.folder(tmp_path) / "tried", failed.folder(tmp_path) / "explainer"
+    own, other = failed.folder(tmp_path) / "run", failed.folder(tmp_path).parent / "explainer"
     for folder in (own, other, scratch):
         folder.mkdir(parents=True)
         (folder / "run.json").write_text("{}")

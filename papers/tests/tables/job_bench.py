@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from partlens.data.images import ImageSet
-from partlens_papers.tables.sweep import Job
+from partlens_papers.tables.jobs import Job
 
 SMALL: dict[str, Any] = {
     "epochs": 1,
@@ -17,8 +17,6 @@ SMALL: dict[str, Any] = {
     "views": 2,
     "batch_size": 8,
     "background_batch": 4,
-    "candidates_per_filter": 2,
-    "votes": 4,
     "precision": "float32",
 }
 
@@ -62,7 +60,7 @@ def count(job, folder):
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "calls").open("a") as file:
         file.write(f"{os.getpid()}\\n")
-    return {"drawn": random.Random(job.seed).random(), "threads": os.environ.get("OMP_NUM_THREADS")}
+    return [], {"drawn": random.Random(job.seed).random(), "threads": os.environ.get("OMP_NUM_THREADS")}
 
 
 def fail(job, folder):
