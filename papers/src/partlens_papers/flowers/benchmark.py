@@ -161,9 +161,9 @@ def _measure(maps: Tensor, fold: _Fold, performer: Performer, perturbed: int, ge
     """Return every score of every image of a fold."""
     import torch
 
-    from partlens.metrics.heat_maps import both_parts_covered, insertion_deletion, iou_per_image, part_recall
-    from partlens.metrics.heat_maps import pointing_game as pointing
     from partlens.network.borrowed import borrowed
+    from partlens_papers.flowers.heat_maps import both_parts_covered, insertion_deletion, iou_per_image, part_recall
+    from partlens_papers.flowers.heat_maps import pointing_game as pointing
 
     scores = {
         "iou": iou_per_image(maps, fold.regions),
@@ -211,7 +211,7 @@ def _estimates(scores: Sequence[Mapping[str, Tensor]], parts: Sequence[str], see
     """Join the folds' scores: mean with a bootstrap interval over flowers, and mean and deviation over folds."""
     import torch
 
-    from partlens.metrics.heat_maps import THRESHOLDS
+    from partlens_papers.flowers.heat_maps import THRESHOLDS
 
     def joined(values: Sequence[Tensor]) -> dict[str, Any]:
         means = torch.stack([value.nanmean() for value in values])
@@ -252,7 +252,7 @@ def _nulls(seed: int) -> dict[str, Method]:
     """Return maps that know nothing of the network, as methods."""
     import torch
 
-    from partlens.metrics.heat_maps import centre_box_maps, edge_maps, random_maps
+    from partlens_papers.flowers.heat_maps import centre_box_maps, edge_maps, random_maps
 
     def drawn(_: Performer, images: Tensor, __: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
