@@ -451,7 +451,7 @@ def test_a_sweep_writes_down_how_its_photos_are_opened(
     assert ImageSet.open(made[0][0].path).category_counts()["background"] == 1
     for photos, jobs in made:
         assert {photos_of(job).fingerprint() for job in jobs} == {photos.facts["fingerprint"]}
-    ImageSet.open(flower_folder).read(3).save(others / "b.png")
+    ImageSet.open(flower_folder).read(3).save(others / "0.png")
     with pytest.raises(RunError, match="Make the table again from these"):
         photos_of(made[0][1][0])
 
