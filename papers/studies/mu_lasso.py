@@ -131,16 +131,15 @@ def run_ours(x: np.ndarray, labels: np.ndarray, *, nonnegative: bool) -> tuple[n
 
 
 def run_ours_gram(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float | None]:
-    from partlens.selection.inner_products import GramAccumulator
-    from partlens.selection.lasso import mu_lasso_gram
+    import torch
+
+    from partlens.selection.inner_products import FromGram
+    from partlens.selection.lasso import mu_lasso
 
     started = time.process_time()
-    sums = GramAccumulator(x.shape[1], labels.shape[1])
-    for start in range(0, len(x), 1024):
-        sums.add(x[start : start + 1024], labels[start : start + 1024])
-    gram = sums.gram
+    FromGram(x, torch.from_numpy(labels).double(), torch.device("cpu"))
     took = time.process_time() - started
-    return mu_lasso_gram(gram, sums.cross, sums.label_energy, MU, tolerance=GAP).weights.numpy(), took
+    return mu_lasso(x, labels, MU, tolerance=GAP, method="gram").weights.numpy(), took
 
 
 def run_spams(x: np.ndarray, labels: np.ndarray, kind: type) -> tuple[np.ndarray, float | None]:

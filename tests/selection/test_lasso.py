@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from partlens.errors import InputError, InputTypeError
-from partlens.selection import inner_products, lasso, lasso_input, working_sets
-from partlens.selection.inner_products import GramAccumulator
-from partlens.selection.lasso import LassoSolution, NotConvergedError, mu_lasso, mu_lasso_gram
+from partlens.selection import inner_products, lasso, working_sets
+from partlens.selection.lasso import LassoSolution, NotConvergedError, mu_lasso
 from partlens.selection.working_sets import OBJECTIVE_FLOOR
 
 
@@ -173,7 +172,7 @@ def test_a_memory_map_is_read_in_blocks_and_left_alone(tmp_path, monkeypatch) ->
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     kept = mu_lasso(mapped, labels, 2.0, method="responses")
     monkeypatch.setattr(inner_products, "KEPT_BYTES", 0)
-    for module in (lasso_input, inner_products, lasso):
+    for module in (inner_products,):
         monkeypatch.setattr(module, "ROW_BLOCK", 16)
     for source in (mapped, torch.from_numpy(np.array(mapped))):
         streamed = mu_lasso(source, labels, 2.0, method="responses")
@@ -185,49 +184,38 @@ def test_a_memory_map_is_read_in_blocks_and_left_alone(tmp_path, monkeypatch) ->
 def test_inputs_are_not_changed() -> None:
     x, labels = design(60, 30, 2)
     before = x.copy(), labels.copy()
-    mu_lasso(x, labels, 1.0, nonnegative=False)
-    gram, cross, energy = torch.from_numpy(x.T @ x), torch.from_numpy(x.T @ labels), torch.from_numpy(labels.sum(0))
-    kept = gram.clone(), cross.clone(), energy.clone()
-    mu_lasso_gram(gram, cross, energy, 1.0)
+    for method in ("responses", "gram"):
+        mu_lasso(x, labels, 1.0, nonnegative=False, method=method)
     assert np.array_equal(x, before[0])
     assert np.array_equal(labels, before[1])
-    assert all(torch.equal(a, b) for a, b in zip((gram, cross, energy), kept, strict=True))
 
 
 @pytest.mark.parametrize("tile", [1024, 7])
-def test_the_gram_matrix_is_summed_batch_by_batch(tile, monkeypatch) -> None:
+def test_the_gram_matrix_is_summed_in_blocks_and_tiles(tile, monkeypatch) -> None:
     monkeypatch.setattr(inner_products, "_TILE", tile)
-    monkeypatch.setattr(inner_products, "ROW_BLOCK", 64)  # batches of 10 wait until there are 32 rows
+    monkeypatch.setattr(inner_products, "ROW_BLOCK", 16)
     x, labels = design(75, 33, 3)
-    sums = GramAccumulator(33, 3)
-    buffer = np.empty((10, 33))
-    for start in range(0, 75, 10):  # the caller's buffer is used again and again
-        part = buffer[: len(x[start : start + 10])]
-        part[:] = x[start : start + 10]
-        sums.add(part, labels[start : start + 10])
-        if start == 30:
-            assert np.allclose(sums.gram, x[:40].T @ x[:40], atol=1e-12)
-    assert sums.images == 75
+    sums = inner_products.FromGram(x, torch.from_numpy(labels), torch.device("cpu"))
     assert np.allclose(sums.gram, x.T @ x, atol=1e-12)
     assert torch.equal(sums.gram, sums.gram.T)
-    assert np.allclose(sums.cross, x.T @ labels, atol=1e-12)
+    assert np.allclose(sums.cross, labels.T @ x, atol=1e-12)
     assert np.allclose(sums.label_energy, labels.sum(0))
-    found = mu_lasso_gram(sums.gram, sums.cross, sums.label_energy, 3.0)
-    assert torch.allclose(found.weights, mu_lasso(x, labels, 3.0).weights, atol=1e-7)
+    assert np.allclose(sums.energy, (x**2).sum(0))
 
 
-def test_failure_is_an_error_unless_asked_otherwise() -> None:
+def test_failure_is_an_error_unless_asked_otherwise(monkeypatch) -> None:
     x, labels = design(200, 100, 3)
+    best = mu_lasso(x, labels, 0.5).objective
+    monkeypatch.setattr(lasso, "_MAX_ITERATIONS", 1)
     with pytest.raises(NotConvergedError, match=r"relative gap of at most 1e-06.*class \d after 1 iterations") as error:
-        mu_lasso(x, labels, 0.5, max_iterations=1)
+        mu_lasso(x, labels, 0.5)
     stopped = error.value.solution
     assert not stopped.converged.all()
     assert (stopped.norm <= 0.5 * (1 + 1e-6)).all()
     _, gap = referee(x, labels, stopped.weights.numpy(), 0.5, nonnegative=True)
     assert np.allclose(stopped.gap, gap)
-    best = mu_lasso(x, labels, 0.5).objective
     assert (stopped.objective - best <= stopped.gap + 1e-9).all()
-    returned = mu_lasso(x, labels, 0.5, max_iterations=1, on_failure="return")
+    returned = mu_lasso(x, labels, 0.5, on_failure="return")
     assert torch.equal(returned.weights, stopped.weights)
 
 
@@ -268,40 +256,41 @@ def test_bad_inputs_are_named() -> None:
     with pytest.raises(InputTypeError, match="real numbers"):
         mu_lasso(x.astype(complex), labels, 1.0)
     with pytest.raises(InputTypeError, match="torch tensor, got list"):
-        lasso_input.check_kind([[1.0]], "responses")
+        inner_products.check_kind([[1.0]], "responses")
     with pytest.raises(InputTypeError, match="mu as a number, got bool"):
-        lasso._check_options(True, 1e-6, 10, "raise")
+        lasso._check_options(True, 1e-6, "raise")
 
 
-def test_bad_gram_forms_are_named(monkeypatch) -> None:
-    monkeypatch.setattr(lasso_input, "ROW_BLOCK", 2)
-    x, labels = design(20, 6, 2)
-    gram, cross, energy = x.T @ x, x.T @ labels, labels.sum(0)
-    with pytest.raises(InputError, match="square"):
-        mu_lasso_gram(gram[:4], cross, energy, 1.0)
-    with pytest.raises(InputError, match="6 rows in cross"):
-        mu_lasso_gram(gram, cross[:4], energy, 1.0)
-    with pytest.raises(InputError, match="label_energy of shape"):
-        mu_lasso_gram(gram, cross, energy[:1], 1.0)
-    crooked = gram.copy()
-    crooked[2, 5] += 1
-    with pytest.raises(InputError, match="symmetric gram, got .* at 2, 5"):
-        mu_lasso_gram(crooked, cross, energy, 1.0)
-    with pytest.raises(InputError, match="energies of at least 0"):
-        mu_lasso_gram(-gram, cross, energy, 1.0)
-    crooked[2, 5] = np.nan
-    with pytest.raises(InputError, match="nan at feature 2, feature 5"):
-        mu_lasso_gram(crooked, cross, energy, 1.0)
-    sums = GramAccumulator(6, 2)
-    sums.add(x[:10], labels[:10])
-    bad = x[10:].copy()
-    bad[7, 3] = np.nan
-    with pytest.raises(InputError, match="nan at image 17, feature 3"):
-        sums.add(bad, labels[10:])
-    with pytest.raises(InputError, match="6 columns in responses"):
-        sums.add(x[:, :5], labels)
-    assert sums.images == 10
-    assert np.allclose(sums.gram, x[:10].T @ x[:10])
-    assert np.allclose(sums.cross, x[:10].T @ labels[:10])
-    with pytest.raises(InputError, match="at least 1 feature"):
-        GramAccumulator(0, 2)
+def test_the_certificate_is_put_together_by_hand(monkeypatch) -> None:
+    """The gap is a share of the objective, or of a thousandth of the labels' energy where the objective is smaller."""
+    outcome = working_sets._Outcome(
+        weights=torch.tensor([[0.5, -0.25, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64),
+        objective=torch.tensor([2.0, 1e-9, 0.0], dtype=torch.float64),
+        gap=torch.tensor([0.5, 0.018, 0.0], dtype=torch.float64),
+        converged=torch.tensor([False, False, True]),
+        iterations=7,
+    )
+    monkeypatch.setattr(lasso, "solve_group", lambda *_: outcome)
+    labels = np.array([[2.0, 3.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    found = mu_lasso(np.eye(3), labels, 1.0, nonnegative=False, on_failure="return")
+    assert found.relative_gap.tolist() == pytest.approx([0.5 / 2.0, 0.018 / (1e-3 * 9.0), 0.0])
+    assert found.weights.tolist() == outcome.weights.T.tolist()
+    assert found.norm.tolist() == [0.75, 1.0, 0.0]
+    assert found.nonzeros.tolist() == [2, 1, 0]
+    assert found.constraint_active.tolist() == [False, True, False]
+    assert found.iterations == 7
+    with pytest.raises(NotConvergedError, match=r"got 2 for class 1 after 7 iterations \(2 of 3 classes: 0, 1\)"):
+        mu_lasso(np.eye(3), labels, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("images", "features", "classes", "method"),
+    [
+        (100, 1000, 5, "responses"),
+        (2000, 40, 10, "gram"),
+        (10_000_000, 4000, 2, "gram"),
+        (100_000, 20_000, 10, "responses"),
+    ],
+)
+def test_the_cheaper_way_is_taken(images, features, classes, method) -> None:
+    assert lasso._cheaper(images, features, classes) == method

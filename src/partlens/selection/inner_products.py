@@ -9,18 +9,90 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from partlens.errors import InputError, expected
-from partlens.selection.lasso_input import ROW_BLOCK, Array, check_matrix, check_same_images, refuse_bad, to_double
+from partlens.errors import InputError, InputTypeError, expected
 
+Array = Tensor | npt.NDArray[Any]
+ROW_BLOCK = 2048  # images converted to float64 at a time
 _TILE = 1024  # features of one tile of the Gram matrix
 KEPT_BYTES = 2 << 30  # responses up to this size are kept in float64
+
+
+# What the μ-lasso is given: finite real numbers, checked once and made float64
+
+
+def check_kind(value: object, name: str) -> None:
+    """Refuse what is no array or tensor of real numbers."""
+    if not isinstance(value, (Tensor, np.ndarray)):
+        raise InputTypeError(
+            expected(f"{name} as a NumPy array or a torch tensor", type(value).__name__, "Convert it, as np.asarray")
+        )
+    if value.dtype in {torch.complex64, torch.complex128} or (
+        isinstance(value, np.ndarray) and value.dtype.kind not in "fiub"
+    ):
+        raise InputTypeError(expected(f"real numbers in {name}", str(value.dtype), "Convert them to float"))
+
+
+def to_double(value: Array, device: torch.device) -> Tensor:
+    """Give float64 on the device; a copy only where the kind changes or the array cannot be written."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=device, dtype=torch.float64)
+    ready = np.asarray(value, dtype=np.float64)
+    if not ready.flags.writeable or any(stride < 0 for stride in ready.strides):
+        ready = ready.copy()
+    return torch.from_numpy(ready).to(device)
+
+
+def check_matrix(value: Array, name: str, axes: str) -> None:
+    """Refuse what has not two axes, or no entry along one of them."""
+    check_kind(value, name)
+    if value.ndim != 2:
+        raise InputError(expected(f"{name} with axes {axes}", f"shape {tuple(value.shape)}", "Add or drop an axis"))
+    if 0 in value.shape:
+        raise InputError(
+            expected(f"at least one entry on each axis of {name} ({axes})", f"shape {tuple(value.shape)}", "Add data")
+        )
+
+
+def _first_bad(value: Array) -> tuple[int, int] | None:
+    """Find the first entry (row, column) that is not finite; rows are looked at in blocks."""
+    for start in range(0, value.shape[0], ROW_BLOCK):
+        bad = ~torch.isfinite(to_double(value[start : start + ROW_BLOCK], torch.device("cpu")))
+        if bool(bad.any()):
+            row, col = (int(v) for v in bad.nonzero()[0])
+            return start + row, col
+    return None
+
+
+def refuse_bad(value: Array, name: str, axes: tuple[str, str]) -> None:
+    """Raise the error about values that are not finite, naming the first."""
+    place = _first_bad(value)
+    if place is None:
+        got, remedy = "values so large that their squares overflow", "Scale them down"
+    else:
+        got, remedy = f"{float(value[place])} at {axes[0]} {place[0]}, {axes[1]} {place[1]}", "Correct or drop it"
+    raise InputError(expected(f"finite values in {name}", got, remedy))
+
+
+def check_same_images(responses: Array, labels: Array) -> None:
+    """Refuse responses and labels of different numbers of images."""
+    if len(responses) != len(labels):
+        raise InputError(
+            expected(
+                "as many rows of labels as of responses",
+                f"{len(labels)} and {len(responses)}",
+                "Give one row per image in both",
+            )
+        )
+
+
+# Where the inner products come from
 
 
 @runtime_checkable
@@ -51,13 +123,32 @@ class Products(Protocol):
 
 
 class FromGram:
-    """Inner products read from the Gram matrix."""
+    """Inner products read from the Gram matrix ``AᵀA``, which is summed from blocks of images.
 
-    def __init__(self, gram: Tensor, cross: Tensor, label_energy: Tensor) -> None:
-        self.gram = gram
+    Only the upper triangle is summed, in tiles, so that a block costs half a matrix product and no copy of the matrix.
+    Memory is ``8 m²`` bytes for ``m`` features (0.13 GB at 4,096, 3 GB at 19,456), whatever the number of images.
+    """
+
+    def __init__(self, responses: Array, labels: Tensor, device: torch.device) -> None:
+        images, features = responses.shape
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        cross = torch.zeros(features, labels.shape[1], dtype=torch.float64, device=device)
+        self.label_energy = torch.zeros(labels.shape[1], dtype=torch.float64, device=device)
+        for start in range(0, images, ROW_BLOCK):
+            block, target = to_double(responses[start : start + ROW_BLOCK], device), labels[start : start + ROW_BLOCK]
+            if not math.isfinite(float(block.abs().max())):
+                refuse_bad(responses, "responses", ("image", "feature"))
+            cross.addmm_(block.T, target)
+            self.label_energy += target.square().sum(0)
+            for left in range(0, features, _TILE):
+                self.gram[left : left + _TILE, left:].addmm_(block[:, left : left + _TILE].T, block[:, left:])
+        for left in range(0, features, _TILE):
+            right = min(left + _TILE, features)
+            tile = self.gram[left:right, left:right]
+            tile.copy_(tile.triu() + tile.triu(1).T)
+            self.gram[right:, left:right] = self.gram[left:right, right:].T
         self.cross = cross.T.contiguous()
-        self.energy = gram.diagonal()
-        self.label_energy = label_energy
+        self.energy = self.gram.diagonal()
         self.forget()
 
     def forget(self) -> None:
@@ -150,134 +241,3 @@ class FromResponses:
         for start, block in self._blocks():
             half.addmm_(rest[:, start : start + len(block)], block)
         return half, rest.square().sum(1)
-
-
-class GramAccumulator:
-    """Inner products of features and labels, summed batch by batch in float64.
-
-    Only the upper triangle is updated, in tiles, so that a batch costs half a matrix product and no copy of the matrix;
-    small batches are collected to blocks of rows first. Memory is ``8 m²`` bytes for ``m`` features (0.13 GB at 4,096,
-    3 GB at 19,456) and does not depend on the number of images.
-
-    Args:
-        features: ``m``.
-        classes: number of label columns.
-        device: where to keep and compute.
-
-    Raises:
-        InputError: less than one feature or class.
-
-    Example:
-        >>> sums = GramAccumulator(2, 1)
-        >>> sums.add(np.array([[1.0, 2.0], [0.0, 1.0]]), np.array([[1], [0]]))
-        >>> sums.gram.tolist(), sums.cross.tolist(), sums.label_energy.tolist(), sums.images
-        ([[1.0, 2.0], [2.0, 5.0]], [[1.0], [2.0]], [1.0], 2)
-    """
-
-    def __init__(self, features: int, classes: int, device: torch.device | str = "cpu") -> None:
-        if features < 1 or classes < 1:
-            raise InputError(
-                expected("at least 1 feature and 1 class", f"{features} and {classes}", "Correct the counts")
-            )
-        self._device = torch.device(device)
-        self._gram = torch.zeros(features, features, dtype=torch.float64, device=self._device)
-        self._cross = torch.zeros(features, classes, dtype=torch.float64, device=self._device)
-        self._label_energy = torch.zeros(classes, dtype=torch.float64, device=self._device)
-        self._waiting: list[Tensor] = []
-        self._mirrored = True
-        self._images = 0
-
-    @property
-    def images(self) -> int:
-        """Number of images added."""
-        return self._images
-
-    @property
-    def cross(self) -> Float[Tensor, "feature class"]:
-        """``Aᵀ L``: the inner product of each feature with each class's labels."""
-        return self._cross
-
-    @property
-    def label_energy(self) -> Float[Tensor, " class"]:
-        """``||l_j||²``; for one-hot labels the number of images of the class."""
-        return self._label_energy
-
-    @property
-    def gram(self) -> Float[Tensor, "feature feature"]:
-        """``AᵀA``; the matrix itself, not a copy. It is complete until the next `add`."""
-        self._flush()
-        if not self._mirrored:
-            size = len(self._gram)
-            for start in range(0, size, _TILE):
-                stop = min(start + _TILE, size)
-                tile = self._gram[start:stop, start:stop]
-                tile.copy_(tile.triu() + tile.triu(1).T)
-                self._gram[stop:, start:stop] = self._gram[start:stop, stop:].T
-            self._mirrored = True
-        return self._gram
-
-    def add(self, responses: Array, labels: Array) -> None:
-        """Take in a batch.
-
-        Args:
-            responses: ``[image, feature]``, any real type.
-            labels: ``[image, class]``, any real type.
-
-        Raises:
-            InputError: shapes that do not fit, or a value that is not finite (its image, counted over all batches, and
-                feature are named); nothing of that batch is added.
-            InputTypeError: neither an array nor a tensor.
-        """
-        check_matrix(responses, "responses", "image, feature")
-        check_matrix(labels, "labels", "image, class")
-        features, classes = self._cross.shape
-        for name, value, wanted in (("responses", responses, features), ("labels", labels, classes)):
-            if value.shape[1] != wanted:
-                raise InputError(
-                    expected(f"{wanted} columns in {name}", value.shape[1], "Keep the columns of the first batch")
-                )
-        check_same_images(responses, labels)
-        parts = []
-        for start in range(0, len(responses), ROW_BLOCK):
-            # A copy always, because the rows wait here while the caller may reuse its buffer.
-            block = to_double(responses[start : start + ROW_BLOCK], self._device).clone()
-            target = to_double(labels[start : start + ROW_BLOCK], self._device)
-            if not math.isfinite(float(block.abs().max())):
-                refuse_bad(responses, "responses", ("image", "feature"), self._images)
-            if not math.isfinite(float(target.abs().max())):
-                refuse_bad(labels, "labels", ("image", "class"), self._images)
-            parts.append((block, target))
-        for block, target in parts:
-            self._cross.addmm_(block.T, target)
-            self._label_energy += target.square().sum(0)
-            self._waiting.append(block)
-            if sum(map(len, self._waiting)) >= ROW_BLOCK // 2:
-                self._flush()
-        self._images += len(responses)
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        block = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
-        self._waiting = []
-        self._mirrored = False
-        for start in range(0, block.shape[1], _TILE):
-            self._gram[start : start + _TILE, start:].addmm_(block[:, start : start + _TILE].T, block[:, start:])
-
-
-def refuse_asymmetric(gram: Tensor) -> None:
-    """Refuse a Gram matrix that is not symmetric, naming the entries furthest apart in the first block with any."""
-    largest = float(gram.diagonal().max())
-    for start in range(0, len(gram), _TILE):
-        rows = gram[start : start + _TILE]
-        apart = (rows - gram[:, start : start + _TILE].T).abs()
-        if float(apart.max()) > 1e-6 * largest:
-            row, col = divmod(int(apart.argmax()), len(gram))
-            raise InputError(
-                expected(
-                    "a symmetric gram",
-                    f"{float(rows[row, col]):g} at {start + row}, {col} and "
-                    f"{float(gram[col, start + row]):g} at {col}, {start + row}",
-                    "Give AᵀA",
-                )
-            )

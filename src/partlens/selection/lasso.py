@@ -38,16 +38,10 @@ from torch import Tensor
 from partlens.errors import InputError, InputTypeError, PartlensError, expected, listed
 from partlens.selection.inner_products import (
     KEPT_BYTES,
+    Array,
     FromGram,
     FromResponses,
-    GramAccumulator,
     Products,
-    refuse_asymmetric,
-)
-from partlens.selection.lasso_input import (
-    ROW_BLOCK,
-    Array,
-    check_kind,
     check_matrix,
     check_same_images,
     refuse_bad,
@@ -57,6 +51,7 @@ from partlens.selection.working_sets import ENTER, OBJECTIVE_FLOOR, solve_group
 
 Method = Literal["auto", "responses", "gram"]
 OnFailure = Literal["raise", "return"]
+_MAX_ITERATIONS = 20_000  # batched linear solves per group of classes; some tens are usual
 _GATHER_BYTES = 256 << 20  # inner products of the working sets of one group of classes
 
 
@@ -100,21 +95,19 @@ class LassoSolution:
     constraint_active: Bool[Tensor, " class"]
 
 
-def _check_options(mu: object, tolerance: float, max_iterations: int, on_failure: str) -> float:
+def _check_options(mu: object, tolerance: float, on_failure: str) -> float:
     if isinstance(mu, bool) or not isinstance(mu, (int, float, np.integer, np.floating)):
         raise InputTypeError(expected("mu as a number", type(mu).__name__, "Give one bound for all classes"))
     if not (math.isfinite(mu) and mu > 0):
         raise InputError(expected("a finite mu above 0", float(mu), "The paper's value is 10"))
     if not (math.isfinite(tolerance) and tolerance > 0):
-        raise InputError(expected("a finite tolerance above 0", tolerance, "Leave it out for 1e-6"))
-    if max_iterations < 1:
-        raise InputError(expected("max_iterations of at least 1", max_iterations, "Leave it out"))
+        raise InputError(expected("a finite tolerance above 0", tolerance, "The default is 1e-6"))
     if on_failure not in {"raise", "return"}:
-        raise InputError(expected("on_failure raise or return", on_failure, "Leave it out to get an error"))
+        raise InputError(expected("on_failure raise or return", on_failure, "Choose raise to get an error"))
     return float(mu)
 
 
-def _solve(products: Products, mu: float, nonnegative: bool, tolerance: float, limit: int) -> LassoSolution:
+def _solve(products: Products, mu: float, nonnegative: bool, tolerance: float) -> LassoSolution:
     """Solve group by group of classes and put the certificate together."""
     classes, features = products.cross.shape
     per_class = 8 * (8 * ENTER) ** 2  # inner products of a working set after some rounds
@@ -124,7 +117,7 @@ def _solve(products: Products, mu: float, nonnegative: bool, tolerance: float, l
     gap, converged = torch.zeros_like(objective), torch.zeros(classes, dtype=torch.bool)
     iterations = 0
     for group in torch.arange(classes, device=products.cross.device).split(size):
-        found = solve_group(products, group, mu, nonnegative, tolerance, limit)
+        found = solve_group(products, group, mu, nonnegative, tolerance, _MAX_ITERATIONS)
         here = group.cpu()
         weights[:, here] = found.weights.T.cpu()
         objective[here], gap[here] = found.objective.cpu(), found.gap.cpu()
@@ -158,7 +151,7 @@ def _settled(solution: LassoSolution, tolerance: float, on_failure: str) -> Lass
             f"a relative gap of at most {tolerance:g} for every class",
             f"{float(solution.relative_gap[worst]):.3g} for class {worst} after {solution.iterations} iterations"
             f" ({len(open_)} of {len(solution.converged)} classes: {listed([str(j) for j in open_])})",
-            "Raise max_iterations or tolerance, or take on_failure='return' and look at .converged",
+            "Raise tolerance, or take on_failure='return' and look at .converged",
         ),
         solution,
     )
@@ -171,7 +164,6 @@ def mu_lasso(
     nonnegative: bool = True,
     *,
     tolerance: float = 1e-6,
-    max_iterations: int = 20_000,
     on_failure: OnFailure = "raise",
     method: Method = "auto",
 ) -> LassoSolution:
@@ -185,7 +177,6 @@ def mu_lasso(
             false, every larger ``μ`` gives the same.
         nonnegative: whether weights must be at least 0 (our default; see the module's text).
         tolerance: largest relative gap (`LassoSolution.relative_gap`) that counts as solved.
-        max_iterations: limit on the batched linear solves, per group of classes.
         on_failure: ``"raise"``, or ``"return"`` what was reached.
         method: ``"responses"`` never forms the Gram matrix, ``"gram"`` does, ``"auto"`` takes what needs fewer
             operations and at most some gigabytes.
@@ -204,27 +195,21 @@ def mu_lasso(
         >>> found.weights[:, 0].tolist(), float(found.objective[0]), bool(found.constraint_active[0])
         ([0.5, 0.5, 0.0], 0.5, True)
     """
-    mu = _check_options(mu, tolerance, max_iterations, on_failure)
+    mu = _check_options(mu, tolerance, on_failure)
     check_matrix(responses, "responses", "image, feature")
     check_matrix(labels, "labels", "image, class")
     check_same_images(responses, labels)
     if method not in {"auto", "responses", "gram"}:
-        raise InputError(expected("method auto, responses or gram", method, "Leave it out"))
+        raise InputError(expected("method auto, responses or gram", method, "Choose auto"))
     device = responses.device if isinstance(responses, Tensor) else torch.device("cpu")
     target = to_double(labels, device)
     if not math.isfinite(float(target.square().sum())):
         refuse_bad(labels, "labels", ("image", "class"))
     if method == "auto":
         method = _cheaper(responses.shape[0], responses.shape[1], target.shape[1])
-    products: Products
-    if method == "gram":
-        sums = GramAccumulator(responses.shape[1], target.shape[1], device)
-        for start in range(0, len(responses), ROW_BLOCK):
-            sums.add(responses[start : start + ROW_BLOCK], target[start : start + ROW_BLOCK])
-        products = FromGram(sums.gram, sums.cross, sums.label_energy)
-    else:
-        products = FromResponses(responses, target, device)
-    return _settled(_solve(products, mu, nonnegative, tolerance, max_iterations), tolerance, on_failure)
+    made = FromGram if method == "gram" else FromResponses
+    products: Products = made(responses, target, device)
+    return _settled(_solve(products, mu, nonnegative, tolerance), tolerance, on_failure)
 
 
 def _cheaper(images: int, features: int, classes: int) -> Method:
@@ -236,68 +221,3 @@ def _cheaper(images: int, features: int, classes: int) -> Method:
     data = 8.0 * images * features
     large = max(columns, data) > 8 * KEPT_BYTES and 8.0 * features * features < max(columns, data)
     return "gram" if gram < direct or large else "responses"
-
-
-def mu_lasso_gram(
-    gram: Array,
-    cross: Array,
-    label_energy: Array,
-    mu: float | int = 10.0,  # noqa: PYI041 - the shape checks of the tests do not take an int for a float
-    nonnegative: bool = True,
-    *,
-    tolerance: float = 1e-6,
-    max_iterations: int = 20_000,
-    on_failure: OnFailure = "raise",
-) -> LassoSolution:
-    """Solve the μ-lasso from inner products alone (`GramAccumulator`), as `mu_lasso` otherwise.
-
-    Args:
-        gram: ``AᵀA`` (``X Xᵀ`` in the paper's letters), ``[feature, feature]``, symmetric; read, not changed. Float64
-            is used as it is.
-        cross: ``AᵀL``, ``[feature, class]``.
-        label_energy: ``||l_j||²``, ``[class]``.
-        mu: as in `mu_lasso`.
-        nonnegative: as in `mu_lasso`.
-        tolerance: as in `mu_lasso`. Inner products lose about ``1e-16 ||l_j||²`` of the objective.
-        max_iterations: as in `mu_lasso`.
-        on_failure: as in `mu_lasso`.
-
-    Returns:
-        As `mu_lasso`.
-
-    Raises:
-        InputError: as `mu_lasso`; also a matrix that is not symmetric or has a negative diagonal.
-        InputTypeError: neither arrays nor tensors.
-        NotConvergedError: as `mu_lasso`.
-    """
-    mu = _check_options(mu, tolerance, max_iterations, on_failure)
-    check_matrix(gram, "gram", "feature, feature")
-    check_matrix(cross, "cross", "feature, class")
-    check_kind(label_energy, "label_energy")
-    if gram.shape[0] != gram.shape[1]:
-        raise InputError(expected("a square gram", f"shape {tuple(gram.shape)}", "Give AᵀA"))
-    if cross.shape[0] != gram.shape[0]:
-        raise InputError(
-            expected(f"{gram.shape[0]} rows in cross, one per feature", cross.shape[0], "Give AᵀL of the same features")
-        )
-    if tuple(label_energy.shape) != (cross.shape[1],):
-        raise InputError(
-            expected(
-                f"label_energy of shape {(cross.shape[1],)}", f"{tuple(label_energy.shape)}", "Give one value per class"
-            )
-        )
-    device = gram.device if isinstance(gram, Tensor) else torch.device("cpu")
-    ready, target, energy = to_double(gram, device), to_double(cross, device), to_double(label_energy, device)
-    for value, name, axes in (
-        (ready, "gram", ("feature", "feature")),
-        (target, "cross", ("feature", "class")),
-        (energy[:, None], "label_energy", ("class", "column")),
-    ):
-        if not math.isfinite(float(value.sum())):
-            refuse_bad(value, name, axes)
-    if float(ready.diagonal().min()) < 0 or float(energy.min()) < 0:
-        raise InputError(expected("energies of at least 0", "a negative one", "Give sums of squares"))
-    refuse_asymmetric(ready)
-    return _settled(
-        _solve(FromGram(ready, target, energy), mu, nonnegative, tolerance, max_iterations), tolerance, on_failure
-    )
