@@ -7,7 +7,7 @@ from torch import nn
 
 from partlens.errors import LayerError
 from partlens.network.graph import trace
-from partlens.network.layers import default_targets
+from partlens.network.layers import default_targets, list_layers
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.zoo import Performer
 
@@ -86,3 +86,110 @@ def test_default_targets_without_blocks() -> None:
     assert default_targets(trace(module), "3", (16, 16)) == ("5",)
     with pytest.raises(LayerError, match="none"):
         default_targets(trace(module), "6", (16, 16))
+
+
+def chain(*stages: tuple[int, int], head: int = 2) -> nn.Sequential:
+    """Convolutions with a ReLU each (filters, stride), then a classifier of one layer."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for filters, stride in stages:
+        layers += [nn.Conv2d(channels, filters, 1, stride), nn.ReLU()]
+        channels = filters
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, head))
+
+
+def test_a_bottleneck_is_not_the_default_tap() -> None:
+    # The candidates are those with two layers after them: all but the last activation.
+    assert of(chain((8, 1), (4, 1), (8, 1)), (16, 16)).tap == "3"  # half of the widest before it is enough
+    assert of(chain((8, 1), (3, 1), (8, 1)), (16, 16)).tap == "1"
+    assert of(chain((3, 1), (8, 1), (8, 1)), (16, 16)).tap == "3"  # only what comes earlier makes it narrow
+    assert of(chain((8, 1), (3, 1), (4, 1), (8, 1)), (16, 16)).tap == "5"  # a bottleneck is no measure itself
+
+
+def test_the_default_tap_is_the_last_that_is_fine_enough() -> None:
+    stages = ((4, 1), (4, 2), (4, 2), (4, 1))
+    assert of(chain(*stages), (24, 24)).tap == "3"  # 12 rows, then 6
+    assert of(chain(*stages), (22, 22)).tap == "1"  # 22 rows, then 11
+    assert of(chain(*stages), (11, 11)).tap == "1"  # nothing has 12: the last with the most rows
+    assert of(chain((4, 1), (4, 1), (4, 1)), (8, 8)).tap == "3"
+    with pytest.raises(LayerError, match="larger than 1x1 and two layers after it, got none"):
+        _ = of(chain((4, 1)), (16, 16)).tap
+    with pytest.raises(LayerError, match="larger than 1x1"):
+        _ = of(chain((4, 1), (4, 1), (4, 1)), (1, 1)).tap
+
+
+def test_hidden_linear_layers_ask_for_the_activation_before_the_last_convolution() -> None:
+    def network(linears: int) -> nn.Sequential:
+        head = [layer for _ in range(linears) for layer in (nn.Linear(4, 4), nn.ReLU())][:-1]
+        convs = [layer for filters in (3, 4, 4) for layer in (nn.Conv2d(filters, 4, 1), nn.ReLU())]
+        return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
+
+    assert of(network(3), (16, 16)).tap == "3"
+    assert of(network(2), (16, 16)).tap == "5"
+    assert of(network(3), (16, 16)).targets("3") == ("9", "11")  # the papers' fc6 and fc7, after their activation
+
+
+class Reasons(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1, bias=False)
+        self.relu = nn.ReLU()
+        self.inner = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d((1, 4))
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(16, 2)
+        self.tokens = nn.Unflatten(1, (2, 8))
+        self.maps = nn.Identity()
+
+    def forward(self, x):
+        x = self.relu(self.conv(x))
+        x = self.pool(x + self.inner(x))
+        return self.maps(self.fc(self.tokens(self.flatten(x)).flatten(1))[:, :, None, None].expand(-1, -1, 2, 2).relu())
+
+
+def test_every_layer_says_why_no_explainer_can_be_fitted_to_it() -> None:
+    assert {layer.name: layer.reason for layer in of(Reasons(), (8, 8)).layers} == {
+        "conv": "values below 0: tap the activation after it",
+        "relu": "",
+        "inner": "a shortcut goes around it",
+        "pool": "maps of one row or column",
+        "flatten": "gives vectors, no maps",
+        "tokens": "gives no maps",
+        "fc": "gives vectors, no maps",
+        "maps": "no layer after it",
+    }
+    assert [layer.name for layer in of(Reasons(), (8, 8)).layers if layer.has_places] == [
+        "conv",
+        "relu",
+        "inner",
+        "maps",
+    ]
+
+    class Branching(Reasons):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > -1e9 else x
+
+    reasons = {layer.name: layer.reason for layer in of(Branching(), (8, 8)).layers}
+    assert reasons["relu"] == "torch.fx cannot trace the network"
+    with pytest.raises(LayerError, match=r"torch\.fx can trace"):
+        _ = of(Branching(), (8, 8)).tap
+
+
+def test_outputs_of_several_tensors_and_repeated_calls_are_listed() -> None:
+    class Pair(nn.Module):
+        def forward(self, x):
+            return {"flat": x.mean((2, 3)), "map": x}
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair, self.relu, self.conv = Pair(), nn.ReLU(), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return self.relu(self.conv(self.relu(self.pair(x)["map"])))
+
+    layers = {layer.name: layer for layer in list_layers(Twice(), trace(Twice()), (4, 4), "relu_1")}
+    assert list(layers) == ["pair", "relu", "conv", "relu_1"]
+    assert layers["pair"].shape == (3, 4, 4)
+    assert layers["relu_1"].is_default
+    assert not layers["relu"].is_default

@@ -21,6 +21,7 @@ from partlens.attribution.receptive_pictures import OcclusionConfig
 from partlens.data.images import ImageSet
 from partlens.errors import AtWorkError, InputError, LayerError, RunError
 from partlens.explainer.config import ExplainerConfig
+from partlens.network.graph import trace
 from partlens.network.zoo import Performer
 from partlens.object_parts.assignment import PartsConfig
 from partlens.progress import Progress
@@ -63,7 +64,11 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert (first["random"][1] == second["random"][1]).all()
 
 
-def test_the_performer_is_untouched_by_every_verb(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+def test_the_performer_is_untouched_by_every_verb_and_traced_once(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced: list[nn.Module] = []
+    monkeypatch.setattr("partlens.network.performer.trace", lambda module: traced.append(module) or trace(module))
     tiny.module.train()
     next(iter(tiny.module.parameters())).requires_grad_(requires_grad=False)
     before = snapshot(tiny.module)
@@ -75,6 +80,7 @@ def test_the_performer_is_untouched_by_every_verb(tiny: Performer, few_flowers: 
     with pytest.raises(ValueError, match="a layer"):
         fit_explainer(tiny, few_flowers, out=tmp_path / "b", category=RED, tap="relu9", config=SMALL)
     assert_same(before, snapshot(tiny.module))
+    assert traced == [tiny.module]
 
 
 def test_a_finished_run_is_returned_and_another_configuration_refused(

@@ -23,8 +23,7 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,12 +47,51 @@ from partlens.network.weights import (
     with_outputs,
 )
 
+__all__ = ["Performer", "load_performer", "module_of", "weights_sha256"]
 
-def _number_in(value: Any, default: int) -> int:
-    return int(value[0] if isinstance(value, (list, tuple)) else value) if value is not None else default
+_IMAGENET_OUTPUTS = 1000
+_FLOWER_OUTPUTS = 6
+_WITH_AUX = frozenset(("googlenet", "inception_v3"))
+
+_Build = Callable[[int | None], nn.Module]
 
 
-def _torchvision_preprocessing(weights: Any) -> Preprocessing:
+def _performer(
+    module: nn.Module, preprocessing: Preprocessing, class_names: tuple[str, ...] | None = None, *notes: str
+) -> Performer:
+    """Return a performer whose name and hash follow in `load_performer`."""
+    return Performer(module, "", preprocessing, "", class_names=class_names, notes=notes)
+
+
+def _drawn(build: _Build, preprocessing: Preprocessing, weights: str, spec: str) -> Performer:
+    """Build a network with random weights, named ``random:SEED``."""
+    seed = seed_of(weights, spec)
+    return _performer(seeded(lambda: build(None), seed), preprocessing, None, f"random weights, seed {seed}")
+
+
+def _filled(build: _Build, preprocessing: Preprocessing, usual: int, weights: str) -> tuple[Performer, int | None]:
+    """Build a network with as many outputs as a file has weights for, and fill it.
+
+    Args:
+        build: makes the network with a number of outputs, ``None`` for the usual one.
+        preprocessing: where the file's header names none.
+        usual: number of outputs of ``build(None)``.
+        weights: path of the file.
+
+    Returns:
+        The performer, and the number of outputs where it is not the usual one.
+    """
+    path = Path(weights)
+    state, metadata = read_weights(path)
+    module = seeded(lambda: build(None), 0)
+    if (outputs := output_count(module.state_dict(), state)) is not None:
+        module = seeded(lambda: build(outputs), 0)
+    load_into(module, state, path.name)
+    names = class_names_of(metadata, outputs or usual, path.name)
+    return _performer(module, Preprocessing.from_metadata(metadata) or preprocessing, names), outputs
+
+
+def _preset_of(weights: Any) -> Preprocessing:
     """Read torchvision's ``ImageClassification`` preset."""
     preset = weights.transforms()
     crop = _number_in(getattr(preset, "crop_size", None), 224)
@@ -68,85 +106,58 @@ def _torchvision_preprocessing(weights: Any) -> Preprocessing:
     )
 
 
+def _number_in(value: Any, default: int) -> int:
+    return int(value[0] if isinstance(value, (list, tuple)) else value) if value is not None else default
+
+
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
     return float(values[0]), float(values[1]), float(values[2])
 
 
-__all__ = ["Performer", "load_performer", "module_of", "weights_sha256"]
+def _load_torchvision(name: str, weights: str | None, spec: str) -> Performer:
+    from torchvision import models  # two seconds of CPU that only its own networks cost
 
-
-@dataclass
-class _Loaded:
-    module: nn.Module
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = ()
-    untrained_layers: tuple[str, ...] = ()
-
-
-def _load_torchvision(name: str, weights: str | None, spec: str) -> _Loaded:
-    import torchvision
-
-    names = torchvision.models.list_models(module=torchvision.models)
+    names = models.list_models(module=models)
     if name not in names:
         raise InputError(
             expected("the name of a torchvision classifier", name, f"Nearest: {', '.join(nearest(name, names))}")
         )
-    enum = torchvision.models.get_model_weights(name)
+    enum = models.get_model_weights(name)
     default = getattr(enum, "DEFAULT", None)
-    preprocessing = _torchvision_preprocessing(default) if default is not None else Preprocessing(resize_px=256)
-    classes = tuple(default.meta["categories"]) if default is not None and "categories" in default.meta else None
+    preprocessing = _preset_of(default) if default is not None else Preprocessing(resize_px=256)
+    with_aux = False
 
-    def build(**options: Any) -> nn.Module:
-        if name in {"googlenet", "inception_v3"}:
-            options = {"init_weights": False, "aux_logits": False, **options}
-        return cast("nn.Module", torchvision.models.get_model(name, weights=None, **options))
+    def build(outputs: int | None) -> nn.Module:
+        options: dict[str, Any] = {"init_weights": False, "aux_logits": with_aux} if name in _WITH_AUX else {}
+        if outputs is not None:
+            options["num_classes"] = outputs
+        return cast("nn.Module", models.get_model(name, weights=None, **options))
 
     if weights is not None and weights.startswith("random:"):
-        seed = seed_of(weights, spec)
-        return _Loaded(seeded(build, seed), preprocessing, None, (f"random weights, seed {seed}",))
-    if weights is None or not is_file(weights):
-        chosen = default
-        if weights is not None and weights != "DEFAULT":
-            members = list(enum.__members__)
-            if weights not in members:
-                raise InputError(
-                    expected(
-                        f"weights of {name} among {', '.join(members)}",
-                        weights,
-                        "Choose one, or give the path of a file",
-                    )
-                )
-            chosen = enum[weights]
-        if chosen is None:
-            raise WeightsError(
-                expected(f"published weights of {name}", "none", f"Give a file: {name}@weights.safetensors")
-            )
-        try:
-            module = torchvision.models.get_model(name, weights=chosen, progress=False)
-        except (OSError, RuntimeError) as error:
-            raise no_download(spec, error) from error
-        return _Loaded(module, _torchvision_preprocessing(chosen), tuple(chosen.meta.get("categories", ())) or None)
-    state, metadata = read_weights(Path(weights))
-    options: dict[str, Any] = {}
-    if name in {"googlenet", "inception_v3"} and any(n.startswith(("aux", "AuxLogits")) for n in state):
-        options["aux_logits"] = True
-    module = seeded(lambda: build(**options), 0)
-    if (outputs := output_count(module.state_dict(), state)) is not None:
-        module = seeded(lambda: build(num_classes=outputs, **options), 0)
-    load_into(module, state, Path(weights).name)
-    preprocessing = Preprocessing.from_metadata(metadata) or preprocessing
-    if (named := class_names_of(metadata, outputs, Path(weights).name)) is not None:
-        return _Loaded(module, preprocessing, named)
-    return _Loaded(
-        module,
-        preprocessing,
-        classes if outputs is None else None,
-        ("class names assumed to be torchvision's ImageNet list",) if outputs is None and classes else (),
-    )
+        return _drawn(build, preprocessing, weights, spec)
+    if weights is not None and is_file(weights):
+        with_aux = name in _WITH_AUX and any(n.startswith(("aux", "AuxLogits")) for n in read_weights(Path(weights))[0])
+        filled, outputs = _filled(build, preprocessing, _IMAGENET_OUTPUTS, weights)
+        assumed = default.meta.get("categories") if default is not None and outputs is None else None
+        if filled.class_names is not None or assumed is None:
+            return filled
+        note = "class names assumed to be torchvision's ImageNet list"
+        return dataclasses.replace(filled, class_names=tuple(assumed), notes=(note,))
+    members = enum.__members__
+    if weights not in {None, "DEFAULT", *members}:
+        rule = f"weights of {name} among {', '.join(members)}"
+        raise InputError(expected(rule, str(weights), "Choose one, or give the path of a file"))
+    chosen = enum[weights] if weights in members else default
+    if chosen is None:
+        raise WeightsError(expected(f"published weights of {name}", "none", f"Give a file: {name}@weights.safetensors"))
+    try:
+        module = models.get_model(name, weights=chosen, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise no_download(spec, error) from error
+    return _performer(module, _preset_of(chosen), tuple(chosen.meta.get("categories", ())) or None)
 
 
-def _load_timm(name: str, weights: str | None, spec: str) -> _Loaded:
+def _load_timm(name: str, weights: str | None, spec: str) -> Performer:
     try:
         import timm
         import timm.data
@@ -158,36 +169,34 @@ def _load_timm(name: str, weights: str | None, spec: str) -> _Loaded:
         raise InputError(
             expected("the name of a timm network", name, f"Nearest: {', '.join(nearest(name, timm.list_models()))}")
         )
-    metadata: dict[str, str] = {}
-    outputs: int | None = None
-    notes: tuple[str, ...] = ()
-    if weights is not None and weights.startswith("random:"):
-        seed = seed_of(weights, spec)
-        module = seeded(lambda: cast("nn.Module", timm.create_model(name, pretrained=False)), seed)
-        notes = (f"random weights, seed {seed}",)
-    elif weights is not None and is_file(weights):
-        state, metadata = read_weights(Path(weights))
-        module = seeded(lambda: cast("nn.Module", timm.create_model(name, pretrained=False)), 0)
-        if (outputs := output_count(module.state_dict(), state)) is not None:
-            module = seeded(lambda: cast("nn.Module", timm.create_model(name, num_classes=outputs)), 0)
-        load_into(module, state, Path(weights).name)
-    else:
-        full = name if weights in {None, "DEFAULT"} else f"{name}.{weights}"
-        try:
-            module = timm.create_model(full, pretrained=True)
-        except Exception as error:  # the hub's client has its own error types
-            raise no_download(spec, error) from error
-    config = timm.data.resolve_model_data_config(module)
-    rows, cols = (int(v) for v in config["input_size"][1:])
-    preprocessing = Preprocessing.from_metadata(metadata) or Preprocessing(
-        size_px=(rows, cols),
-        resize="crop",
-        resize_px=max(rows, cols, math.floor(max(rows, cols) / float(config.get("crop_pct") or 1.0))),
-        mean=_three(config["mean"]),
-        std=_three(config["std"]),
-        interpolation="bicubic" if config.get("interpolation") == "bicubic" else "bilinear",
-    )
-    return _Loaded(module, preprocessing, class_names_of(metadata, outputs, str(weights)), notes)
+
+    def build(outputs: int | None) -> nn.Module:
+        options = {} if outputs is None else {"num_classes": outputs}
+        return cast("nn.Module", timm.create_model(name, pretrained=False, **options))
+
+    def preprocessing_of(module: nn.Module) -> Preprocessing:
+        config = timm.data.resolve_model_data_config(module)
+        rows, cols = (int(v) for v in config["input_size"][1:])
+        return Preprocessing(
+            size_px=(rows, cols),
+            resize="crop",
+            resize_px=max(rows, cols, math.floor(max(rows, cols) / float(config.get("crop_pct") or 1.0))),
+            mean=_three(config["mean"]),
+            std=_three(config["std"]),
+            interpolation="bicubic" if config.get("interpolation") == "bicubic" else "bilinear",
+        )
+
+    if weights is not None and (weights.startswith("random:") or is_file(weights)):
+        usual: Any = seeded(lambda: build(None), 0)
+        if is_file(weights):
+            return _filled(build, preprocessing_of(usual), usual.num_classes, weights)[0]
+        return _drawn(build, preprocessing_of(usual), weights, spec)
+    full = name if weights in {None, "DEFAULT"} else f"{name}.{weights}"
+    try:
+        module = timm.create_model(full, pretrained=True)
+    except Exception as error:  # the hub's client has its own error types
+        raise no_download(spec, error) from error
+    return _performer(module, preprocessing_of(module))
 
 
 def own_weights(spec: str, weights: str | None) -> str:
@@ -204,7 +213,7 @@ def own_weights(spec: str, weights: str | None) -> str:
 
 
 def class_names_of(metadata: Mapping[str, str], outputs: int | None, where: str) -> tuple[str, ...] | None:
-    """Read ``class_names`` of a header, a JSON list with one name per output (``None``: as many as the network has)."""
+    """Read ``class_names`` of a header, a JSON list with one name per output (``None``: any number of names)."""
     text = metadata.get("class_names")
     if text is None:
         return None
@@ -221,29 +230,26 @@ def class_names_of(metadata: Mapping[str, str], outputs: int | None, where: str)
     return tuple(names)
 
 
-def _load_own(name: str, weights: str | None, spec: str) -> _Loaded:
-    """Load the demo's network; its classes and input stand in the file's header."""
+def _load_own(name: str, weights: str | None, spec: str) -> Performer:
+    """Load the demo's network; the file's header names its classes and its input."""
     if name != FLOWER_DEMO:
         raise InputError(
             expected(f"partlens:{FLOWER_DEMO}", f"partlens:{name}", "Choose it, or package.module:factory")
         )
     weights = own_weights(spec, weights)
+
+    def build(outputs: int | None) -> nn.Module:
+        return flower_network(_FLOWER_OUTPUTS if outputs is None else outputs)
+
     if weights.startswith("random:"):
-        seed = seed_of(weights, spec)
-        module = seeded(lambda: flower_network(6), seed)
-        return _Loaded(module, flower_preprocessing(), None, (f"random weights, seed {seed}",))
-    state, metadata = read_weights(Path(weights))
-    outputs = int(state["classes.bias"].shape[0]) if "classes.bias" in state else 6
-    module = seeded(lambda: flower_network(outputs), 0)
-    load_into(module, state, Path(weights).name)
-    preprocessing = Preprocessing.from_metadata(metadata) or flower_preprocessing()
-    return _Loaded(module, preprocessing, class_names_of(metadata, outputs, Path(weights).name))
+        return _drawn(build, flower_preprocessing(), weights, spec)
+    return _filled(build, flower_preprocessing(), _FLOWER_OUTPUTS, weights)[0]
 
 
-def _load_factory(package: str, name: str, spec: str, weights: str | None) -> tuple[nn.Module | Performer, str | None]:
-    """Call a factory; return what it made, and the weights that are still to be loaded."""
+def _load_factory(source: str, name: str, weights: str | None, spec: str) -> Performer:
+    """Call a factory; weights that it does not take itself are filled into a copy of what it made."""
     try:
-        found = getattr(importlib.import_module(package), name)
+        found = getattr(importlib.import_module(source), name)
     except (ImportError, AttributeError) as error:
         raise InputError(
             expected(
@@ -265,27 +271,49 @@ def _load_factory(package: str, name: str, spec: str, weights: str | None) -> tu
         got = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(expected(f"{spec} to build a network", got, "Correct it; --debug shows where")) from error
     if not isinstance(made, (nn.Module, Performer)):
-        raise InputTypeError(
-            expected(
-                f"{spec} to give a torch.nn.Module or a Performer",
-                type(made).__name__,
-                "Return the network from it",
-            )
-        )
-    return made, weights
+        rule = f"{spec} to give a torch.nn.Module or a Performer"
+        raise InputTypeError(expected(rule, type(made).__name__, "Return the network from it"))
+    if isinstance(made, nn.Module):
+        performer = _with_weights(made, weights, Preprocessing(resize_px=256))
+    elif weights is None:
+        return made
+    else:  # what the header says of inputs and outputs goes with the weights
+        filled = _with_weights(made.module, weights, made.preprocessing)
+        names = filled.class_names or made.class_names
+        performer = dataclasses.replace(filled, default_tap=made.default_tap, class_names=names)
+    performer.module.eval()
+    return performer
+
+
+def _with_weights(module: nn.Module, weights: str | None, preprocessing: Preprocessing) -> Performer:
+    """Return a performer of a module; where weights are given, of a copy that holds them."""
+    module = unwrapped(module)
+    if weights is None:
+        return _performer(module, preprocessing)
+    path = Path(weights)
+    state, metadata = read_weights(path)
+    outputs = output_count(module.state_dict(), state)
+    module = copy.deepcopy(module)
+    if outputs is not None and OUTPUT_LAYER in metadata:
+        with_outputs(module, metadata[OUTPUT_LAYER], outputs)
+    load_into(module, state, path.name)
+    names = class_names_of(metadata, outputs, path.name)
+    return _performer(module, Preprocessing.from_metadata(metadata) or preprocessing, names)
 
 
 def load_performer(
-    spec: str | nn.Module, preprocessing: Preprocessing | None = None, weights: str | Path | None = None
+    model: str | nn.Module | Performer,
+    preprocessing: Preprocessing | None = None,
+    weights: str | Path | None = None,
 ) -> Performer:
     """Load the network to be explained.
 
     Args:
-        spec: its name (see the top of this module), or the network itself.
+        model: its name (see the top of this module), the network itself, or a performer.
         preprocessing: how images become its input; when ``None``, what the weights say, else ImageNet's
             usual.
         weights: what else would stand after ``@``: a file, the name of a set of weights, or ``random:SEED``.
-            With a module as ``spec``, a file to load into a copy of it.
+            With a module as ``model``, a file to load into a copy of it.
 
     Returns:
         The performer in eval mode (a module that you pass in is left in the mode it has).
@@ -296,65 +324,41 @@ def load_performer(
         WeightsError: weights that are absent, not finite, do not fit or are not safe to open.
 
     Example:
-        >>> performer = load_performer("torchvision:squeezenet1_1@random:0")
-        >>> performer.preprocessing.size_px
-        (224, 224)
+        >>> performer = load_performer("partlens:flower-demo@random:0")
+        >>> performer.preprocessing.size_px, performer.tap
+        ((112, 112), 'relu5')
     """
-    if not isinstance(spec, str):
-        module = unwrapped(spec)
-        notes: tuple[str, ...] = ()
-        loaded = _Loaded(module, Preprocessing(resize_px=256))
-        if weights is not None:
-            state, metadata = read_weights(Path(weights))
-            loaded.module = copy.deepcopy(module)
-            outputs = output_count(module.state_dict(), state)
-            if outputs is not None and OUTPUT_LAYER in metadata:
-                with_outputs(loaded.module, metadata[OUTPUT_LAYER], outputs)
-            load_into(loaded.module, state, Path(weights).name)
-            loaded.preprocessing = Preprocessing.from_metadata(metadata) or loaded.preprocessing
-            loaded.class_names = class_names_of(metadata, outputs, Path(weights).name)
-        return _finish(loaded, type(module).__name__, preprocessing, notes)
-    body, _, tail = spec.partition("@")
-    source, colon, name = body.partition(":")
-    wanted = str(weights) if weights is not None else (tail or None)
-    if not colon or not source or not name:
-        raise InputError(
-            expected(
-                "a performer such as torchvision:resnet18 or package.module:factory",
-                spec,
-                "Write the source, a colon and the name",
-            )
+    wanted = None if weights is None else str(weights)
+    if isinstance(model, Performer):
+        return model if preprocessing is None else dataclasses.replace(model, preprocessing=preprocessing)
+    if not isinstance(model, str):
+        module = unwrapped(model)
+        return _finished(
+            _with_weights(module, wanted, Preprocessing(resize_px=256)), type(module).__name__, preprocessing
         )
-    label = body + (f"@{Path(wanted).name if is_file(wanted) else wanted}" if wanted else "")
+    body, _, tail = model.partition("@")
+    source, colon, name = body.partition(":")
+    wanted = wanted or tail or None
+    if not colon or not source or not name:
+        rule = "a performer such as torchvision:resnet18 or package.module:factory"
+        raise InputError(expected(rule, model, "Write the source, a colon and the name"))
     loaders = {"torchvision": _load_torchvision, "timm": _load_timm, "partlens": _load_own}
     if source in loaders:
-        loaded = loaders[source](name, wanted, spec)
-        loaded.module.eval()
-        return _finish(loaded, label, preprocessing)
-    made, wanted = _load_factory(source, name, spec, wanted)
-    if isinstance(made, Performer):
-        own = made.preprocessing if preprocessing is None else preprocessing
-        if wanted is None:
-            return dataclasses.replace(made, name=label if tail else made.name, preprocessing=own)
-        # The factory's network with other weights; what their header says of inputs and outputs goes with them.
-        written = Preprocessing.from_metadata(read_weights(Path(wanted))[1])
-        filled = load_performer(made.module, written if preprocessing is None and written else own, Path(wanted))
-        filled.module.eval()
-        names = filled.class_names or made.class_names
-        return dataclasses.replace(filled, name=label, default_tap=made.default_tap, class_names=names)
-    performer = load_performer(made, preprocessing, Path(wanted) if wanted else None)
-    performer.module.eval()
-    return dataclasses.replace(performer, name=label)
+        performer = loaders[source](name, wanted, model)
+        performer.module.eval()
+    else:
+        performer = _load_factory(source, name, wanted, model)
+    path = Path(wanted) if wanted is not None and is_file(wanted) else None
+    label = body + ("" if wanted is None else f"@{wanted if path is None else path.name}")
+    again = body + ("" if wanted is None else f"@{wanted if path is None else path.resolve()}")
+    named = performer.name if performer.name and wanted is None else label
+    return dataclasses.replace(_finished(performer, named, preprocessing), loaded_as=(again, performer.preprocessing))
 
 
-def _finish(loaded: _Loaded, name: str, preprocessing: Preprocessing | None, notes: tuple[str, ...] = ()) -> Performer:
-    check_finite(loaded.module.state_dict(), name)
-    return Performer(
-        module=loaded.module,
-        name=name,
-        preprocessing=preprocessing or loaded.preprocessing,
-        weights_sha256=weights_sha256(loaded.module),
-        class_names=loaded.class_names,
-        notes=loaded.notes + notes,
-        untrained_layers=loaded.untrained_layers,
+def _finished(performer: Performer, name: str, preprocessing: Preprocessing | None) -> Performer:
+    """Name a performer, check its weights and hash them where its maker has not."""
+    check_finite(performer.module.state_dict(), name)
+    digest = performer.weights_sha256 or weights_sha256(performer.module)
+    return dataclasses.replace(
+        performer, name=name, preprocessing=preprocessing or performer.preprocessing, weights_sha256=digest
     )

@@ -151,19 +151,21 @@ def print_layers(found: Sequence[Any]) -> None:
     from rich.table import Table
 
     table = Table("", box=None)
-    for heading in ("layer", "kind", "filters", "cells", "stride px", "receptive field px"):
+    for heading in ("layer", "kind", "filters", "cells", "stride px", "receptive field px", "fit-explainer"):
         table.add_column(heading, no_wrap=heading in {"layer", "kind"})
     for layer in found:
-        field = "whole image" if layer.receptive_field_px is None else str(layer.receptive_field_px)
-        stride = "–" if layer.stride_px is None else str(layer.stride_px)
-        filters, rows, cols = layer.shape
+        whole = layer.stride_px == (0, 0) or len(layer.shape) == 1
+        field = "whole image" if whole else "unknown" if layer.receptive_field_px is None else layer.receptive_field_px
+        stride = "–" if whole or layer.stride_px is None else str(layer.stride_px)
+        filters, *cells = map(str, layer.shape)
         mark = "→" if layer.is_default else ""
-        table.add_row(mark, layer.name, layer.kind, str(filters), f"{rows}x{cols}", stride, field)
+        suits = f"no: {layer.reason}" if layer.reason else "yes"
+        table.add_row(mark, layer.name, layer.kind, filters, "x".join(cells), stride, str(field), suits)
     console = Console()
     if not console.is_terminal:
         console.width = 200  # in a file or a pipe nothing needs to be cut
     console.print(table)
     if any(layer.is_default for layer in found):
-        sys.stdout.write("→ is the layer that fit-explainer taps when --tap is left out\n")
+        sys.stdout.write("→ is the layer that fit-explainer taps without --tap\n")
     else:
         sys.stdout.write("no layer here suits fit-explainer without --tap\n")

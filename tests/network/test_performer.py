@@ -1,0 +1,101 @@
+"""A performer knows itself: traced once, loaded again by its name, its outputs by theirs."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import partlens.network
+from partlens.attribution.average_pictures import crop_of
+from partlens.errors import InputError
+from partlens.explainer.assembly import build_explainer, explainer_structure, performer_head, reference_decoder
+from partlens.explainer.config import ExplainerConfig
+from partlens.network.fitting import save_classifier
+from partlens.network.flower_network import flower_network, flower_preprocessing
+from partlens.network.preprocessing import Preprocessing
+from partlens.network.zoo import Performer, load_performer, weights_sha256
+from partlens.selection.measured_layers import feature_index
+
+
+def test_the_network_is_traced_once(tiny: Performer, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[nn.Module] = []
+    trace = partlens.network.performer.trace
+    monkeypatch.setattr("partlens.network.performer.trace", lambda module: traced.append(module) or trace(module))
+    performer = Performer(tiny.module, "x", tiny.preprocessing, tiny.weights_sha256)
+    assert not traced  # nothing is computed before it is asked for
+    tap = performer.tap
+    assert performer.layer(tap).is_default
+    assert performer.field(tap).stride_px == performer.layer(tap).stride_px
+    structure = explainer_structure(performer, torch.rand(2, 3, *tiny.preprocessing.size_px), tap)
+    assert structure.targets == performer.targets(tap)
+    build_explainer(performer, structure, ExplainerConfig())
+    reference_decoder(performer, structure)
+    performer_head(performer, structure)
+    feature_index(performer)
+    crop_of(performer, [tap])
+    assert performer.on(torch.device("cpu")) is performer
+    assert traced == [tiny.module]
+
+
+def test_it_is_loaded_again_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_classifier(tmp_path / "w.safetensors", flower_network(3), flower_preprocessing(), ("a", "b", "c"))
+    monkeypatch.chdir(tmp_path)
+    performer = load_performer("partlens:flower-demo@w.safetensors")
+    assert performer.spec == f"partlens:flower-demo@{tmp_path.resolve()}/w.safetensors"
+    given = load_performer("partlens:flower-demo", weights=Path("w.safetensors"))
+    assert given.spec == performer.spec
+    assert load_performer(performer.spec).weights_sha256 == performer.weights_sha256
+    assert load_performer("partlens:flower-demo@random:2").spec == "partlens:flower-demo@random:2"
+    # A name that would give another input, or another network, is none.
+    assert load_performer("partlens:flower-demo@w.safetensors", Preprocessing()).spec is None
+    assert load_performer(performer.module).spec is None
+    assert load_performer(performer) is performer
+    assert load_performer(performer, flower_preprocessing()).preprocessing == flower_preprocessing()
+
+
+def test_outputs_by_name() -> None:
+    module = nn.Linear(2, 2)
+    named = Performer(module, "net", Preprocessing(), "", class_names=("fox", "cat"))
+    assert [named.output(name) for name in ("fox", "cat", "1")] == [0, 1, 1]
+    plain = Performer(module, "net", Preprocessing(), "")
+    assert plain.output("1", outputs=2) == 1
+    for performer, name in ((named, "dog"), (named, "2"), (plain, "2"), (plain, "-1")):
+        with pytest.raises(InputError, match=f"a class of net, got {name}. Nearest"):
+            performer.output(name, outputs=2)
+
+
+def test_a_copy_goes_to_another_device() -> None:
+    performer = Performer(nn.Linear(2, 2), "net", Preprocessing(), "")
+    assert performer.device == torch.device("cpu")
+    there = performer.on(torch.device("meta"))
+    assert there.device == torch.device("meta")
+    assert performer.device == torch.device("cpu")
+    assert there.name == "net"
+    assert Performer(nn.ReLU(), "net", Preprocessing(), "").device == torch.device("cpu")
+
+
+def test_hash_depends_on_names_types_shapes_and_bytes() -> None:
+    layer = nn.Linear(2, 3)
+    seen = {weights_sha256(layer), weights_sha256(nn.Sequential(layer))}
+    layer.weight.data = layer.weight.data.reshape(2, 3)
+    seen.add(weights_sha256(layer))
+    seen.add(weights_sha256(layer.double()))
+    layer.bias.data[0] += 1
+    seen.add(weights_sha256(layer))
+    assert len(seen) == 5
+    empty = nn.Module()
+    empty.register_buffer("nothing", torch.zeros(0))
+    assert weights_sha256(empty) != weights_sha256(nn.Module())
+
+
+def test_torchvision_and_timm_are_imported_only_for_their_networks() -> None:
+    """They cost two seconds of CPU; a network of the user's own needs neither."""
+    for path in Path(partlens.network.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.partition(".")[0] in {"torchvision", "timm", "sklearn", "scipy"}], path
