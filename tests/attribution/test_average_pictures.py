@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from partlens.attribution import average_pictures as module
 from partlens.attribution.average_pictures import STRIP_PHOTOS, average_pictures, crop_of, strongest
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError
+from partlens.errors import InputError
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.stream import stream
 from partlens.network.zoo import Performer, weights_sha256
@@ -81,7 +82,7 @@ def test_T23_the_peak_is_the_middle_of_the_crop_and_the_crop_is_the_receptive_fi
     photo[0, 20, 16] = 255
     images = ImageSet.from_arrays(photo)
     peaks, cells = responses(performer, images, "relu2")
-    (picture,) = average_pictures(performer, images, [("relu2", 0)], peaks, cells)
+    (picture,) = average_pictures(performer, images, [("relu2", 0)], (peaks, cells))
     size = performer.field("relu2").size_px
     assert picture.average.shape[:2] == size == (7, 7)
     assert picture.receptive_field_px == size
@@ -101,7 +102,7 @@ def test_T24_the_average_shows_the_planted_pattern_and_random_crops_do_not(
     images, corners = planted
     performer = _performer(_pattern_network(pattern))
     peaks, cells = responses(performer, images, "relu")
-    (picture,) = average_pictures(performer, images, [("relu", 0)], peaks, cells)
+    (picture,) = average_pictures(performer, images, [("relu", 0)], (peaks, cells))
     assert len(picture.rows) == 100
     found = cells[list(picture.rows), 0]
     assert (found == corners[list(picture.rows)]).all(axis=1).mean() > 0.9
@@ -122,7 +123,7 @@ def test_padding_is_left_out_of_the_mean() -> None:
     performer = _performer(network)
     white = ImageSet.from_arrays(np.full((3, SIDE, SIDE, 3), 255, np.uint8))
     cells = np.zeros((3, 1, 2), np.int32)  # the upper left corner: most of the crop is outside
-    (picture,) = average_pictures(performer, white, [("relu", 0)], np.ones((3, 1), np.float32), cells)
+    (picture,) = average_pictures(performer, white, [("relu", 0)], (np.ones((3, 1), np.float32), cells))
     assert picture.valid_frac.min() == 0
     assert picture.valid_frac[4:, 4:].min() == 1
     assert np.allclose(picture.average[picture.valid_frac > 0], 1)
@@ -137,7 +138,7 @@ def test_fully_connected_layers_average_whole_photos() -> None:
     rng = np.random.default_rng(0)
     images = ImageSet.from_arrays(rng.integers(0, 256, (5, SIDE, SIDE, 3), dtype=np.uint8))
     peaks, cells = responses(performer, images, "fc")
-    (picture,) = average_pictures(performer, images, [("fc", 1)], peaks[:, 1:2], cells[:, 1:2], top_photos=5)
+    (picture,) = average_pictures(performer, images, [("fc", 1)], (peaks[:, 1:2], cells[:, 1:2]), top_photos=5)
     assert picture.receptive_field_px is None
     whole = np.mean([np.asarray(images.read(i), np.float32) / 255 for i in range(5)], axis=0)
     assert np.allclose(picture.average, whole, atol=1e-6)
@@ -148,12 +149,15 @@ def test_equal_peaks_keep_the_order_of_the_photos() -> None:
     assert strongest(np.array([[1.0, 0.0], [1.0, 2.0], [1.0, 2.0]]), 2).tolist() == [[0, 1], [1, 2]]
 
 
-def test_scaled_pictures_have_the_wanted_side(pattern: np.ndarray, planted: tuple[ImageSet, np.ndarray]) -> None:
+def test_scaled_pictures_have_the_wanted_side(
+    pattern: np.ndarray, planted: tuple[ImageSet, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     images, _ = planted
     performer = _performer(_pattern_network(pattern))
     peaks, cells = responses(performer, images, "relu")
-    arguments = (performer, images, [("relu", 0)], peaks, cells)
-    (small,) = average_pictures(*arguments, most_px=6)
+    arguments = (performer, images, [("relu", 0)], (peaks, cells))
+    monkeypatch.setattr(module, "PICTURE_PX", 6)
+    (small,) = average_pictures(*arguments)
     assert small.average.shape == (6, 6, 3)
     assert small.receptive_field_px == (9, 9)
 
@@ -162,7 +166,7 @@ def test_random_control_follows_the_seed(pattern: np.ndarray, planted: tuple[Ima
     images, _ = planted
     performer = _performer(_pattern_network(pattern))
     peaks, cells = responses(performer, images, "relu")
-    arguments = (performer, images, [("relu", 0)], peaks, cells)
+    arguments = (performer, images, [("relu", 0)], (peaks, cells))
     first, again, other = (average_pictures(*arguments, seed=s)[0].control for s in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -171,15 +175,50 @@ def test_random_control_follows_the_seed(pattern: np.ndarray, planted: tuple[Ima
 def test_bad_input_says_what_is_wrong(tiny: Performer, few_flowers: ImageSet) -> None:
     one = np.ones((1, 1), np.float32)
     with pytest.raises(InputError, match=r"Expected peaks of shape \(80, 1\), got \(1, 1\)"):
-        average_pictures(tiny, few_flowers, [("relu2", 0)], one, np.zeros((1, 1, 2), np.int32))
-    with pytest.raises(ImageError, match="Expected at least 1 photo for the pictures, got 0"):
-        average_pictures(tiny, few_flowers, [("relu2", 0)], one[:0], np.zeros((0, 1, 2), np.int32), rows=())
+        average_pictures(tiny, few_flowers, [("relu2", 0)], (one, np.zeros((1, 1, 2), np.int32)))
 
 
-def test_a_field_larger_than_the_input_is_cut_to_it(tiny: Performer) -> None:
-    crop, field = crop_of(tiny, ["relu4"], largest_frac=1.0)["relu4"]
-    assert field is not None
-    assert field.size_px[0] > 32
+def test_a_field_larger_than_the_input_is_cut_to_a_share_of_it(
+    tiny: Performer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert crop_of(tiny, ["relu4"])["relu4"].side_px == (16, 16)
+    monkeypatch.setattr(module, "LARGEST_FRAC", 1.0)
+    crop = crop_of(tiny, ["relu4"])["relu4"]
+    assert crop.field is not None
+    assert crop.field.size_px[0] > 32
     assert crop.side_px == (32, 32)
-    assert not crop.whole
-    assert crop_of(tiny, ["relu4"])["relu4"][0].side_px == (16, 16)
+
+
+def test_crops_are_centred_and_moved_to_the_border_by_hand() -> None:
+    """Corners are counted in the padded photo: that of a crop of 4 around the middle of 10 is 4 + 5 - 2."""
+    centres = np.array([[5.0, 5.0], [0.0, 10.0], [-7.0, 99.0], [5.5, 4.49]])
+    corners = module._clipped(centres, np.array([4, 4]), np.array([10, 10]))
+    assert corners.tolist() == [[7, 7], [2, 12], [2, 12], [8, 6]]
+
+
+def test_the_strip_shows_the_best_photos_first_and_grey_beyond_them() -> None:
+    network = _pattern_network(np.random.default_rng(2).random((9, 9, 3)))
+    network.conv.padding = (4, 4)
+    levels = np.arange(10, dtype=np.uint8) * 20
+    images = ImageSet.from_arrays(np.repeat(levels, SIDE * SIDE * 3).reshape(10, SIDE, SIDE, 3))
+    cells = np.zeros((10, 1, 2), np.int32)  # the upper left corner: the middle of the crop is the photo's first pixel
+    peaks = np.array([3, 1, 4, 1.5, 5, 9, 2, 6, 5.5, 0], np.float32)[:, None]
+    (picture,) = average_pictures(_performer(network), images, [("relu", 0)], (peaks, cells), top_photos=9)
+    assert picture.rows == (5, 7, 8, 4, 2, 0, 6, 3, 1)
+    assert picture.crops.shape == (STRIP_PHOTOS, 9, 9, 3)
+    assert picture.crops[:, 8, 8, 0].tolist() == [levels[i] for i in picture.rows[:8]]
+    assert (picture.crops[:, 0, 0] == round(0.9 * 255)).all()
+    assert np.allclose(picture.average[8, 8], np.mean(levels[list(picture.rows)]) / 255)
+    assert picture.contrast == pytest.approx(0.0, abs=1e-6)
+
+
+def test_few_photos_make_a_short_strip() -> None:
+    network = _pattern_network(np.random.default_rng(2).random((9, 9, 3)))
+    images = ImageSet.from_arrays(np.full((3, SIDE, SIDE, 3), 9, np.uint8))
+    seen: list[tuple[int, int]] = []
+    cells = np.zeros((3, 1, 2), np.int32)
+    found = average_pictures(
+        _performer(network), images, [("relu", 0)], (np.ones((3, 1)), cells), advance=lambda *a: seen.append(a)
+    )
+    assert found[0].crops.shape[0] == 3
+    assert seen == [(1, 3), (2, 3), (3, 3)]

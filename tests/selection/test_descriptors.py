@@ -12,7 +12,7 @@ from torch import nn
 
 from partlens.errors import InputError, LayerError
 from partlens.network.taps import forward_taps
-from partlens.selection.descriptors import channel_energies, descriptor
+from partlens.selection.descriptors import descriptor, energy
 from partlens.selection.measured_layers import feature_index
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.selection.responses import image_descriptors
@@ -69,7 +69,7 @@ def test_T2_numbers_worked_by_hand() -> None:
     plain = DescriptorConfig(energy="norm", layer_normalisation="none", image_normalisation="none")
     raw = descriptor(energies, index, plain)[0]
     assert raw.tolist() == pytest.approx([5.0, 1.0, 2.0, 0.0])
-    assert channel_energies(maps["a"]).tolist() == [[25.0, 1.0]]
+    assert energy(maps["a"]).tolist() == [[25.0, 1.0]]
 
 
 def test_T4_each_layer_but_one_costs_a_rank() -> None:

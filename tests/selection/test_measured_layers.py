@@ -11,10 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from partlens.errors import LayerError
-from partlens.selection.measured_layers import descriptor_layers, feature_index
+from partlens.selection.measured_layers import feature_index
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.selection.responses import image_descriptors
 from partlens_papers.networks.paper_networks import PaperNet
+
+
+def descriptor_layers(performer, config=None):
+    return feature_index(performer, config).layers
+
 
 MADE = runpy.run_path(str(Path(__file__).with_name("made_networks.py")))
 as_performer, matconvnet_lenet, Residual = MADE["as_performer"], MADE["matconvnet_lenet"], MADE["Residual"]

@@ -1,17 +1,17 @@
-"""Interpretation of a model: what a filter answers to, as crops, their average, and a control of random crops.
+"""What activates a filter: the strongest crops, their average, and a control of random crops.
 
-For a filter, the photos with the largest peak are cut where the peak stands, as large as the receptive field of one
-cell, and averaged, so that what they share stays and the rest washes out (Oramas et al. 2019; the exact recipe is not
-published and is reconstructed from later code of the same laboratory). Crops that reach beyond the photo are padded and
-the padding is left out of the mean, so that everything stays aligned on the peak; the later code resizes them instead.
-Beside it stands the average of equally many crops from the same photos at random places: what does not differ from that
-control says nothing about the filter.
+For a filter, the photos with the largest peak are cut around the peak, as large as the receptive field of one cell, and
+averaged, so that what they share stays and the rest washes out (Oramas et al. 2019; the exact recipe is not published
+and is reconstructed from later code of the same laboratory). Crops that reach beyond the photo are padded and the
+padding does not count in the mean, so that everything stays aligned on the peak; the later code resizes them instead.
+For comparison there is the average of equally many crops from the same photos at random places: what does not differ
+from that control says nothing about the filter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +19,24 @@ import torch
 from PIL import Image
 
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, expected
+from partlens.errors import InputError, expected
 from partlens.network.receptive_field import ReceptiveField, cell_centre_px, receptive_fields
 from partlens.network.zoo import Performer
 
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+Peaks = tuple[npt.NDArray[np.floating], npt.NDArray[np.integer]]
 Advance = Callable[[int, int], None]
+
 STRIP_PHOTOS = 8
+PICTURE_PX = 96
+"""Pictures with a longer side are made from photos scaled down to it."""
+
 LARGEST_FRAC = 0.5
-_STRIP_PADDING = 0.9
+"""Longest crop as a share of the input's sides. The receptive field in theory of a deep layer is larger than the whole
+input, while what moves the cell in fact is a small middle part of it."""
+
+_STRIP_PADDING = 0.9  # grey of what lies beyond the photo
 
 
 @dataclass(frozen=True)
@@ -36,17 +45,17 @@ class Crop:
 
     Attributes:
         side_px: rows and columns of the region.
-        whole: whether every cell sees the whole input (fully connected layers, global pooling), so that there is
-            nothing to align.
+        field: ``None`` where every cell sees the whole input (fully connected layers, global pooling), so that there
+            is nothing to align.
     """
 
     side_px: tuple[int, int]
-    whole: bool
+    field: ReceptiveField | None
 
 
 @dataclass(frozen=True)
 class AveragePicture:
-    """What one filter answers to.
+    """What activates one filter.
 
     Attributes:
         layer: the filter's layer.
@@ -73,7 +82,7 @@ class AveragePicture:
     control_contrast: float
 
 
-def strongest(peak: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int64]:
+def strongest(peak: npt.NDArray[np.floating], count: int) -> IntArray:
     """Return the images with the largest peaks of each filter.
 
     Args:
@@ -91,46 +100,77 @@ def strongest(peak: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int6
     return np.ascontiguousarray(order.T).astype(np.int64)
 
 
-def crop_of(
-    performer: Performer, layers: Sequence[str], largest_frac: float = LARGEST_FRAC
-) -> dict[str, tuple[Crop, ReceptiveField | None]]:
-    """Return each layer's crop and receptive field; layers whose cells see everything have no field.
-
-    The analytic receptive field of a deep layer is larger than the whole input, while what moves the cell in fact is a
-    small middle part of it. Crops are therefore cut to a share of the input; they still stand on the peak.
-
-    Args:
-        performer: the network.
-        layers: names.
-        largest_frac: longest crop as a share of the input's sides; 1 keeps every field that fits into the input.
-    """
+def crop_of(performer: Performer, layers: Sequence[str]) -> dict[str, Crop]:
+    """Return the crop of each layer."""
     size = performer.preprocessing.size_px
     fields = receptive_fields(performer.graph, tuple(dict.fromkeys(layers)), size)
-    found: dict[str, tuple[Crop, ReceptiveField | None]] = {}
+    most = [max(1, round(side * LARGEST_FRAC)) for side in size]
+    found: dict[str, Crop] = {}
     for layer in layers:
-        field = fields.get(layer)
-        if field is None or 0 in field.stride_px:
-            found[layer] = (Crop(size, whole=True), None)
+        seen = fields.get(layer)
+        if seen is None or 0 in seen.stride_px:
+            found[layer] = Crop(size, None)
         else:
-            most = (max(1, round(size[0] * largest_frac)), max(1, round(size[1] * largest_frac)))
-            side = (min(field.size_px[0], most[0]), min(field.size_px[1], most[1]))
-            found[layer] = (Crop(side, whole=False), field)
+            found[layer] = Crop((min(seen.size_px[0], most[0]), min(seen.size_px[1], most[1])), seen)
     return found
 
 
 @dataclass
-class _Group:
-    """All filters of one layer: their crops grow photo by photo."""
+class _Sum:
+    """The crops of the filters of a layer, added up, and how many of them cover each pixel."""
 
-    crop: Crop
-    scale: float
-    side: tuple[int, int]
-    positions: list[int]  # in the caller's list of filters
     total: FloatArray
     covered: FloatArray
-    control: FloatArray
-    control_covered: FloatArray
-    strip: npt.NDArray[np.uint8]
+
+    def mean(self, slot: int) -> FloatArray:
+        """Divide where anything was seen; grey elsewhere."""
+        weight = self.covered[slot][..., None]
+        return np.where(weight > 0, self.total[slot] / np.maximum(weight, 1e-6), 0.5).astype(np.float32)
+
+    def contrast(self, slot: int) -> float:
+        seen = self.covered[slot] > 0
+        return float(self.mean(slot)[seen].std(axis=0).mean()) if seen.any() else float("nan")
+
+
+@dataclass
+class _Layer:
+    """The filters of one layer, by their positions in the caller's list: their crops are added photo by photo."""
+
+    crop: Crop
+    filters: list[int]
+    scale: float = field(init=False)
+    side: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows, cols = self.crop.side_px
+        self.scale = min(1.0, PICTURE_PX / max(rows, cols))
+        self.side = (max(1, round(rows * self.scale)), max(1, round(cols * self.scale)))
+        shape = (len(self.filters), *self.side)
+        self.average, self.control = (
+            _Sum(np.zeros((*shape, 3), np.float32), np.zeros(shape, np.float32)) for _ in range(2)
+        )
+        self.strip = np.zeros((shape[0], STRIP_PHOTOS, *self.side, 3), np.uint8)
+
+    def scaled_px(self, sides: Sequence[int]) -> tuple[int, int]:
+        return max(1, round(sides[0] * self.scale)), max(1, round(sides[1] * self.scale))
+
+    def add(self, frame: Image.Image, uses: Sequence[tuple[int, int]], corner: IntArray, at_random: IntArray) -> None:
+        """Add one photo's crops: those of filters (position in the list) for which it has some rank."""
+        size = self.scaled_px(frame.size)
+        scaled = frame if size == frame.size else frame.resize(size, Image.Resampling.BOX)
+        picture, inside = _padded(np.asarray(scaled, dtype=np.uint8), self.side)
+        slots = np.array([self.filters.index(k) for k, _ in uses])
+        which = tuple(np.array(uses).T)
+        cut, covers = _windows(picture, inside, corner[which], self.side)
+        self.average.total[slots] += cut
+        self.average.covered[slots] += covers
+        for n, (_, rank) in enumerate(uses):
+            if rank < STRIP_PHOTOS:
+                shown = cut[n] + _STRIP_PADDING * (1 - covers[n][..., None])
+                self.strip[slots[n], rank] = np.rint(shown * 255).astype(np.uint8)
+        cut, covers = _windows(picture, inside, at_random[which], self.side)
+        self.control.total[slots] += cut
+        self.control.covered[slots] += covers
 
 
 def _padded(image: npt.NDArray[np.uint8], side: tuple[int, int]) -> tuple[FloatArray, FloatArray]:
@@ -141,7 +181,7 @@ def _padded(image: npt.NDArray[np.uint8], side: tuple[int, int]) -> tuple[FloatA
 
 
 def _windows(
-    picture: FloatArray, inside: FloatArray, corners: npt.NDArray[np.int64], side: tuple[int, int]
+    picture: FloatArray, inside: FloatArray, corners: IntArray, side: tuple[int, int]
 ) -> tuple[FloatArray, FloatArray]:
     """Cut many windows at once; corners are (row, col) in the padded picture."""
     views = np.lib.stride_tricks.sliding_window_view(picture, side, axis=(0, 1))
@@ -150,28 +190,13 @@ def _windows(
     return cut, covers[corners[:, 0], corners[:, 1]]
 
 
-def _mean(total: FloatArray, covered: FloatArray) -> FloatArray:
-    """Divide where anything was seen; grey elsewhere."""
-    weight = covered[..., None]
-    return np.where(weight > 0, total / np.maximum(weight, 1e-6), 0.5).astype(np.float32)
-
-
-def _contrast(average: FloatArray, covered: FloatArray) -> float:
-    seen = covered > 0
-    return float(average[seen].std(axis=0).mean()) if seen.any() else float("nan")
-
-
 def average_pictures(
     performer: Performer,
     images: ImageSet,
     filters: Sequence[tuple[str, int]],
-    peak: npt.NDArray[np.floating],
-    peak_cell: npt.NDArray[np.integer],
+    peaks: Peaks,
     *,
-    rows: Sequence[int] | None = None,
     top_photos: int = 100,
-    most_px: int | None = None,
-    largest_frac: float = LARGEST_FRAC,
     seed: int = 0,
     advance: Advance | None = None,
 ) -> list[AveragePicture]:
@@ -181,163 +206,85 @@ def average_pictures(
         performer: for the frame the network sees and its receptive fields.
         images: the photos.
         filters: (layer, channel) of each filter.
-        peak: ``[photo, filter]`` largest value of the filter's map.
-        peak_cell: ``[photo, filter, 2]`` where it stands, (row, col).
-        rows: positions in ``images`` of the photos, all of them when left out.
+        peaks: the largest value of each map, ``[photo, filter]``, and its cell (row, col), ``[photo, filter, 2]``.
         top_photos: photos averaged per filter, at most all.
-        most_px: pictures with a longer side are made from photos scaled down to it; ``None`` keeps the input's pixels.
-        largest_frac: longest crop as a share of the input's sides, see :func:`crop_of`.
         seed: of the random crops.
-        advance: called with (photos done, photos in all).
+        advance: called with (photos done, photos in all); optional.
 
     Returns:
         One picture per filter, in order.
 
     Raises:
         InputError: arrays that do not fit the filters.
-        ImageError: no photo.
     """
-    rows = tuple(range(len(images))) if rows is None else tuple(rows)
-    if not rows:
-        raise ImageError(expected("at least 1 photo for the pictures", 0, "Add photos"))
-    if peak.shape != (len(rows), len(filters)) or peak_cell.shape != (len(rows), len(filters), 2):
-        raise InputError(
-            expected(
-                f"peaks of shape ({len(rows)}, {len(filters)})",
-                f"{peak.shape} and {peak_cell.shape}",
-                "Give one column per filter and one row per photo",
-            )
-        )
-    top = strongest(peak, min(top_photos, len(rows)))
-    layers = list(dict.fromkeys(layer for layer, _ in filters))
-    known = crop_of(performer, layers, largest_frac)
-    groups = [
-        _group(known[layer][0], [k for k, (name, _) in enumerate(filters) if name == layer], most_px)
-        for layer in layers
-    ]
-    place = {k: (group, i) for group in groups for i, k in enumerate(group.positions)}
-    corner, random_corner = _corners(performer, filters, peak_cell, top, known, place, seed)
-    wanted: dict[int, list[tuple[int, int]]] = {}
-    for k in range(len(filters)):
+    peak, peak_cell = peaks
+    count = len(images)
+    if peak.shape != (count, len(filters)) or peak_cell.shape != (count, len(filters), 2):
+        rule, got = f"peaks of shape ({count}, {len(filters)})", f"{peak.shape} and {peak_cell.shape}"
+        raise InputError(expected(rule, got, "Give one column per filter and one row per photo"))
+    top = strongest(peak, min(top_photos, count))
+    crops = crop_of(performer, [layer for layer, _ in filters])
+    layers = {
+        layer: _Layer(crop, [k for k, (name, _) in enumerate(filters) if name == layer])
+        for layer, crop in crops.items()
+    }
+    corner, at_random = _corners(performer, filters, peak_cell, top, layers, seed)
+    wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
+    for k, (layer, _) in enumerate(filters):
         for rank, photo in enumerate(top[k].tolist()):
-            wanted.setdefault(photo, []).append((k, rank))
+            wanted.setdefault(photo, {}).setdefault(layer, []).append((k, rank))
     for done, (photo, uses) in enumerate(sorted(wanted.items()), start=1):
-        frame = performer.preprocessing.frame(images.read(rows[photo]))
-        _add_photo(frame, uses, place, corner, random_corner)
+        frame = performer.preprocessing.frame(images.read(photo))
+        for layer, members in uses.items():
+            layers[layer].add(frame, members, corner, at_random)
         if advance is not None:
             advance(done, len(wanted))
-    return [
-        _finished(filters[k], place[k], known, tuple(rows[p] for p in top[k].tolist())) for k in range(len(filters))
-    ]
-
-
-def _group(crop: Crop, positions: list[int], most_px: int | None) -> _Group:
-    longest = max(crop.side_px)
-    scale = 1.0 if most_px is None or longest <= most_px else most_px / longest
-    side = (max(1, round(crop.side_px[0] * scale)), max(1, round(crop.side_px[1] * scale)))
-    count = len(positions)
-    return _Group(
-        crop,
-        scale,
-        side,
-        positions,
-        np.zeros((count, *side, 3), np.float32),
-        np.zeros((count, *side), np.float32),
-        np.zeros((count, *side, 3), np.float32),
-        np.zeros((count, *side), np.float32),
-        np.zeros((count, STRIP_PHOTOS, *side, 3), np.uint8),
-    )
+    return [_finished(owner, layers[owner[0]], k, top[k].tolist()) for k, owner in enumerate(filters)]
 
 
 def _corners(
     performer: Performer,
     filters: Sequence[tuple[str, int]],
     peak_cell: npt.NDArray[np.integer],
-    top: npt.NDArray[np.int64],
-    known: dict[str, tuple[Crop, ReceptiveField | None]],
-    place: dict[int, tuple[_Group, int]],
+    top: IntArray,
+    layers: Mapping[str, _Layer],
     seed: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+) -> tuple[IntArray, IntArray]:
     """Return ``[filter, rank, 2]`` upper left corners in the scaled, padded photo: around the peak, and at random."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand((len(filters), top.shape[1], 2), generator=generator, dtype=torch.float64).numpy()
     corner = np.zeros((len(filters), top.shape[1], 2), np.int64)
-    random_corner = np.zeros_like(corner)
-    height, width = performer.preprocessing.size_px
-    for k, (layer, _) in enumerate(filters):
-        group, _ = place[k]
-        side = np.array(group.side)
-        size = np.array([max(1, round(height * group.scale)), max(1, round(width * group.scale))])
-        field = known[layer][1]
-        if group.crop.whole or field is None:
-            corner[k] = random_corner[k] = side  # the photo itself starts behind the border
+    at_random = np.zeros_like(corner)
+    for k, (name, _) in enumerate(filters):
+        layer = layers[name]
+        side, size = np.array(layer.side), np.array(layer.scaled_px(performer.preprocessing.size_px))
+        if layer.crop.field is None:
+            corner[k] = at_random[k] = side  # the photo itself starts behind the border
             continue
-        centre = cell_centre_px(field, peak_cell[top[k], k])[:, ::-1] * group.scale  # (row, col)
+        centre = cell_centre_px(layer.crop.field, peak_cell[top[k], k])[:, ::-1] * layer.scale  # (row, col)
         corner[k] = _clipped(centre, side, size)
-        random_corner[k] = _clipped(draws[k] * size, side, size)
-    return corner, random_corner
+        at_random[k] = _clipped(draws[k] * size, side, size)
+    return corner, at_random
 
 
-def _clipped(
-    centre: npt.NDArray[np.floating], side: npt.NDArray[np.int64], size: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+def _clipped(centre: npt.NDArray[np.floating], side: IntArray, size: IntArray) -> IntArray:
     """Return corners in the padded photo of crops around centres; centres outside the photo move to its border."""
     inside = np.clip(centre, 0, size)
     first = np.floor(inside - side / 2 + 0.5).astype(np.int64) + side
-    clipped: npt.NDArray[np.int64] = np.clip(first, 0, size + side)
+    clipped: IntArray = np.clip(first, 0, size + side)
     return clipped
 
 
-def _add_photo(
-    frame: Image.Image,
-    uses: list[tuple[int, int]],
-    place: dict[int, tuple[_Group, int]],
-    corner: npt.NDArray[np.int64],
-    random_corner: npt.NDArray[np.int64],
-) -> None:
-    """Add one photo's crops to every filter that wants it; filters of one layer are cut together."""
-    by_group: dict[int, list[tuple[int, int]]] = {}
-    for k, rank in uses:
-        by_group.setdefault(id(place[k][0]), []).append((k, rank))
-    for members in by_group.values():
-        group = place[members[0][0]][0]
-        size = (max(1, round(frame.width * group.scale)), max(1, round(frame.height * group.scale)))
-        scaled = frame if size == frame.size else frame.resize(size, Image.Resampling.BOX)
-        picture, inside = _padded(np.asarray(scaled, dtype=np.uint8), group.side)
-        slots = np.array([place[k][1] for k, _ in members])
-        at = np.array([corner[k, rank] for k, rank in members])
-        cut, covers = _windows(picture, inside, at, group.side)
-        group.total[slots] += cut
-        group.covered[slots] += covers
-        for n, (k, rank) in enumerate(members):
-            if rank < STRIP_PHOTOS:
-                shown = cut[n] + _STRIP_PADDING * (1 - covers[n][..., None])
-                group.strip[place[k][1], rank] = np.rint(shown * 255).astype(np.uint8)
-        at = np.array([random_corner[k, rank] for k, rank in members])
-        cut, covers = _windows(picture, inside, at, group.side)
-        group.control[slots] += cut
-        group.control_covered[slots] += covers
-
-
-def _finished(
-    owner: tuple[str, int],
-    place: tuple[_Group, int],
-    known: dict[str, tuple[Crop, ReceptiveField | None]],
-    rows: tuple[int, ...],
-) -> AveragePicture:
-    group, slot = place
-    crop, field = known[owner[0]]
-    average = _mean(group.total[slot], group.covered[slot])
-    control = _mean(group.control[slot], group.control_covered[slot])
+def _finished(owner: tuple[str, int], layer: _Layer, k: int, photos: Sequence[int]) -> AveragePicture:
+    slot = layer.filters.index(k)
     return AveragePicture(
-        owner[0],
-        owner[1],
-        None if crop.whole or field is None else field.size_px,
-        rows,
-        average,
-        group.covered[slot] / max(1, len(rows)),
-        control,
-        group.strip[slot, : len(rows)],
-        _contrast(average, group.covered[slot]),
-        _contrast(control, group.control_covered[slot]),
+        *owner,
+        None if layer.crop.field is None else layer.crop.field.size_px,
+        tuple(photos),
+        layer.average.mean(slot),
+        layer.average.covered[slot] / max(1, len(photos)),
+        layer.control.mean(slot),
+        layer.strip[slot, : len(photos)],
+        layer.average.contrast(slot),
+        layer.control.contrast(slot),
     )

@@ -9,7 +9,7 @@ in the order of the authors' code):
     x    = d / ||d||_2                                                                      (``image_normalisation``)
 
 Source: the paper (arXiv 1712.06302) for the idea; the authors' MATLAB demo for the squared energies, both
-normalisations and the layers measured. Where a layer does not answer at all (0/0 in the demo) its features are 0.
+normalisations and the layers measured. Where a layer has no activation at all (0/0 in the demo) its features are 0.
 """
 
 from __future__ import annotations
@@ -34,13 +34,8 @@ def channels_only(values: Tensor) -> Tensor:
 def _flat(values: Tensor) -> Tensor:
     """Bring maps or vectors to ``[image, channel, cell]`` in float32."""
     if values.ndim not in {2, 4}:
-        raise LayerError(
-            expected(
-                "layers that give maps (image, filter, row, col) or vectors (image, filter)",
-                f"one of shape {tuple(values.shape)}",
-                "Leave that layer out",
-            )
-        )
+        rule = "layers that give maps (image, filter, row, col) or vectors (image, filter)"
+        raise LayerError(expected(rule, f"one of shape {tuple(values.shape)}", "Choose other layers"))
     return values.detach().float().flatten(2) if values.ndim == 4 else values.detach().float()[:, :, None]
 
 
@@ -49,8 +44,18 @@ def _squares(flat: Tensor) -> Tensor:
     return norm.square()
 
 
-def energy(values: Tensor) -> Tensor:
-    """Sum the squares of each channel, as `channel_energies`: what taps are reduced to."""
+def energy(
+    values: Float[Tensor, "image filter row col"] | Float[Tensor, "image filter"],
+) -> Float[Tensor, "image filter"]:
+    """Sum the squares of each channel over its cells: ``e_k = sum a_k²``, no root, float32.
+
+    Args:
+        values: one layer's output; vectors count as maps of one cell. Negative values count, because of the square.
+
+    Example:
+        >>> energy(torch.tensor([[[[3.0, -4.0]], [[1.0, 0.0]]]])).tolist()
+        [[25.0, 1.0]]
+    """
     return _squares(_flat(values))
 
 
@@ -62,26 +67,8 @@ def energy_and_peak(values: Tensor) -> Tensor:
     return torch.stack([_squares(flat), peak, place // cols, place % cols], dim=2)
 
 
-def channel_energies(
-    maps: Float[Tensor, "image filter row col"] | Float[Tensor, "image filter"],
-) -> Float[Tensor, "image filter"]:
-    """Sum the squares of each channel over its cells: ``e_k = sum a_k²``, no root.
-
-    Args:
-        maps: one layer's output; vectors count as maps of one cell. Negative values count, because of the square.
-
-    Returns:
-        Energies, at least 0, float32.
-
-    Example:
-        >>> channel_energies(torch.tensor([[[[3.0, -4.0]], [[1.0, 0.0]]]])).tolist()
-        [[25.0, 1.0]]
-    """
-    return energy(maps)
-
-
 def normalised(energies: Tensor, index: FeatureIndex, config: DescriptorConfig) -> tuple[Tensor, Tensor]:
-    """Steps 2 to 4 on all layers side by side; also the number of dead layers of each image."""
+    """Do steps 2 to 4 on all layers together; return the number of dead layers of each image too."""
     values = energies.double()
     if config.energy == "norm":
         values = values.sqrt()
@@ -104,14 +91,14 @@ def descriptor(
     """Make descriptors from the energies of all layers.
 
     Args:
-        energies: by layer, ``[image, channel]`` squared energies (`channel_energies`), or the layer's maps
+        energies: by layer, ``[image, channel]`` squared energies (`energy`), or the layer's maps
             ``[image, channel, row, col]``, from which they are computed.
         index: the layers and their order.
         config: energies and normalisations.
 
     Returns:
-        ``x``, float32, at least 0. Features of a layer that does not answer at all are 0; an image on which no layer
-        answers has a descriptor of zeros.
+        ``x``, float32, at least 0. Features of a layer without any activation are 0; an image without activation in
+        any layer has a descriptor of zeros.
 
     Raises:
         LayerError: a layer of the index is missing.
@@ -132,14 +119,10 @@ def descriptor(
         if values.ndim == 4:
             values = energy(values)
         if values.ndim != 2 or values.shape[1] != channels:
-            raise InputError(
-                expected(
-                    f"energies of {layer} of shape (image, {channels})", str(tuple(values.shape)), "Use its own index"
-                )
-            )
+            rule = f"energies of {layer} of shape (image, {channels})"
+            raise InputError(expected(rule, str(tuple(values.shape)), "Use its own index"))
         if values.numel() and float(values.min()) < 0:
-            raise InputError(
-                expected(f"energies of {layer} of at least 0", float(values.min()), "Give sums of squares, or the maps")
-            )
+            remedy = "Give sums of squares, or the maps"
+            raise InputError(expected(f"energies of {layer} of at least 0", float(values.min()), remedy))
         parts.append(values.double())
     return normalised(torch.cat(parts, dim=1), index, config)[0]

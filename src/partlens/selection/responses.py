@@ -1,4 +1,4 @@
-"""How a network answers images: the descriptors and class scores of a batch, or of a data set in one pass."""
+"""How a network responds to images: descriptors and class scores of a batch, or of a data set in one pass."""
 
 from __future__ import annotations
 
@@ -40,19 +40,15 @@ def _scores(output: Any) -> Tensor:
             if value.ndim == 4 and value.shape[2:] == (1, 1):
                 return value[:, :, 0, 0]
     shown = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
-    raise LayerError(
-        expected("a network that returns class scores (image, class)", shown, "Wrap it so that it returns them")
-    )
+    rule = "a network that returns class scores (image, class)"
+    raise LayerError(expected(rule, shown, "Wrap it so that it returns them"))
 
 
 def _check_index(values: Mapping[str, Tensor], index: FeatureIndex) -> None:
     for layer, channels in zip(index.layers, index.channels, strict=True):
         if values[layer].shape[1] != channels:
-            raise LayerError(
-                expected(
-                    f"{channels} channels in {layer}", values[layer].shape[1], "Use the index of this network and input"
-                )
-            )
+            remedy = "Use the index of this network and input"
+            raise LayerError(expected(f"{channels} channels in {layer}", values[layer].shape[1], remedy))
 
 
 def image_descriptors(
@@ -96,9 +92,9 @@ class Responses:
         config: how the descriptors were made.
         descriptor: ``[image, feature]`` float32.
         peak: ``[image, feature]`` float32: the largest value of each channel; ``None`` where not asked for.
-        peak_cell: ``[image, feature, 2]`` int16: where it stands (row, col), the first of equal ones; likewise.
+        peak_cell: ``[image, feature, 2]`` int16: its place (row, col), the first of equal ones; likewise.
         logits: ``[image, class]`` float32: the network's class scores.
-        dead_layers: pairs of an image and a layer that did not answer at all; their features are 0.
+        dead_layers: pairs of an image and a layer without any activation; their features are 0.
         path: the folder; ``None`` when in memory.
     """
 
@@ -147,7 +143,7 @@ def stream_responses(
             when missing; ``None`` keeps all in memory.
         batch_size: images per forward pass; also the granularity at which a killed run resumes.
         resume: go on with what is found in ``out``; ``False`` starts again.
-        peaks: keep where and how strongly each channel answers most.
+        peaks: keep where and how strongly each channel is activated most.
         progress: called as ``progress(images_done, images)`` after each batch.
 
     Returns:

@@ -40,7 +40,6 @@ TOP_PHOTOS = 100
 MOST_PICTURES = 400
 _CACHE = "cache-selection"
 _NAMED_PHOTOS = 8
-_PICTURE_PX = 96
 
 Labels = Literal["data", "predictions"]
 _Pictures = Mapping[tuple[str, int], FilterPicture]
@@ -336,7 +335,7 @@ def _strongest(responses: Responses, of_class: _OfClass, fit: int) -> dict[tuple
 
 def _draw(photos: _Photos, responses: Responses, of_class: _OfClass, out: Path, show: Progress) -> _Pictures:
     """Draw the relevant filters, the weightiest of each class first."""
-    from partlens.attribution.average_pictures import average_pictures
+    from partlens.attribution.average_pictures import PICTURE_PX, average_pictures
     from partlens.attribution.pictures import picture_of, save_png, stretched, strip
 
     ranked = sorted(
@@ -353,9 +352,8 @@ def _draw(photos: _Photos, responses: Responses, of_class: _OfClass, out: Path, 
             photos.performer,
             photos.images.take(range(fit)),
             wanted,
-            *responses.peaks([responses.index.feature(*each) for each in wanted], fit),
+            responses.peaks([responses.index.feature(*each) for each in wanted], fit),
             top_photos=config.top_photos,
-            most_px=_PICTURE_PX,
             seed=config.seed,
             advance=lambda done, total: advance(done * fit // total),
         )
@@ -364,7 +362,7 @@ def _draw(photos: _Photos, responses: Responses, of_class: _OfClass, out: Path, 
         name = f"pictures/{re.sub(r'[^A-Za-z0-9._-]', '_', one.layer)}-{one.channel}"
         save_png(out / f"{name}-average.png", picture_of(stretched(one.average, one.valid_frac)))
         save_png(out / f"{name}-control.png", picture_of(stretched(one.control, one.valid_frac)))
-        save_png(out / f"{name}-crops.png", strip(one.crops, _PICTURE_PX))
+        save_png(out / f"{name}-crops.png", strip(one.crops, PICTURE_PX))
         known[one.layer, one.channel] = FilterPicture(
             receptive_field_px=one.receptive_field_px,
             average=f"{name}-average.png",
