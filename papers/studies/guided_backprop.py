@@ -7,7 +7,7 @@ compared before and after one call.
 
 H2: maps of K filters of VGG-11's features.12 over the bound "one forward pass to the layer and K backward passes".
 
-    uv run python benchmarks/guided_backprop.py [--rounds 7]
+    uv run python papers/studies/guided_backprop.py [--rounds 7]
 
 captum is in the dev group; zennit and grad-cam are measured where they are installed, else noted as absent.
 """
@@ -31,8 +31,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from partlens.artefacts.backprop import guided_backprop
 from torch import Tensor, nn
+
+from partlens.attribution.backprop import guided_backprop
 
 SEED, THREADS, IMAGES, SIZE, TARGET = 0, 1, 4, 96, 3
 SPELLINGS = ("module", "in-place", "re-used", "functional", "method")

@@ -13,8 +13,8 @@ and solving. Data of ``large`` are a memory map for ours, whose time includes re
 float64 with plain NumPy, at the weights that were returned. SPGL1 has no non-negative mode and is compared with our
 signed one; it gets the loosest of its tolerances that reaches the gap, and a single run, being slow.
 
-    uv run python benchmarks/mu_lasso.py                 # plain and copies, 3 rounds
-    uv run python benchmarks/mu_lasso.py large           # some 20 minutes on one core, 10 GB
+    uv run python papers/studies/mu_lasso.py                 # plain and copies, 3 rounds
+    uv run python papers/studies/mu_lasso.py large           # some 20 minutes on one core, 10 GB
 
 Needs spgl1 and spams-bin.
 """

@@ -21,7 +21,7 @@ at the price of a backward pass per class. The others see only responses and dec
 F1 of the set for those that return one; for all, F1 of the 5 best, which tells rankings how many there are. Mean and
 95 % interval (Student's t) over seeds; CPU time of one seed, all classes.
 
-    uv run python benchmarks/relevant_filters.py
+    uv run python papers/studies/relevant_filters.py
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ is that of the filter with the most energy in its last convolution.
 alone. "Moved" is the distance between the middles of our signals and of the true gradient's, both smoothed, for the
 peak of a filter of a deep layer: nearest resampling moves structures, aligned resampling should not.
 
-    uv run python benchmarks/stride_lattice.py PHOTOS alexnet=FILE resnet18=FILE resnet50=FILE vgg11=random:0
+    uv run python papers/studies/stride_lattice.py PHOTOS alexnet=FILE resnet18=FILE resnet50=FILE vgg11=random:0
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from partlens.artefacts.backprop import guided_backprop
-from partlens.performer.taps import forward_taps
-from partlens.performer.zoo import Performer, load_performer
 from PIL import Image
 from torch import Tensor
 
+from partlens.attribution.backprop import guided_backprop
+from partlens.network.taps import forward_taps
+from partlens.network.zoo import Performer, load_performer
 from partlens_papers.flowers.lattice import lattice_energy_frac, lattice_index
 
 SEED, THREADS, PHOTOS, STRIDES = 0, 1, 12, (2, 4, 8)

@@ -24,7 +24,7 @@ from partlens_papers.sanity.bench import SanityConfig, fit_bench, make_bench, me
 from partlens_papers.sanity.checks import check_classes, check_layers, sanity_checks
 from partlens_papers.sanity.likeness import energy_share, top_overlap
 from partlens_papers.sanity.planted_cue import CLASSES, MARKED, cued_flowers
-from partlens_papers.sanity.sanity_tables import tables
+from partlens_papers.sanity.sanity_tables import sanity_lines as tables
 
 QUICK = {
     "fit_photos": 10,

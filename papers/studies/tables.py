@@ -1,0 +1,154 @@
+"""Write the tables of papers/docs from the committed results: ``python papers/studies/tables.py``.
+
+A page holds ``<!-- table: NAME -->`` … ``<!-- end -->``; what is between is replaced. Results come from the commands
+that the pages name; this script only formats them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from partlens_papers.flowers.benchmark import benchmark_table
+from partlens_papers.removal.removal_tables import curve_table, table
+from partlens_papers.sanity.sanity_tables import sanity_lines
+from partlens_papers.tables.blocks import TableRecord
+from partlens_papers.tables.page import shown_columns
+
+HERE = Path(__file__).parent
+PAGES = HERE.parent / "docs"
+RESULTS = HERE.parent / "results"
+BLOCKS = {"rivals": ("rivals",), "interpretable-cnn": ("icnn",)}
+NAMES = {
+    "alexnet-instability": "AlexNet, six categories",
+    "alexnet-teachers-from-tap-cub-instability": "AlexNet, birds, teachers from the tap",
+    "alexnet-paper-preset-instability": "AlexNet, fox, preset paper",
+    "resnet18-instability": "ResNet-18, six categories",
+    "resnet18-cub-instability": "ResNet-18, birds",
+    "resnet18-joint-instability": "ResNet-18, fox and giant panda in one explainer",
+    "resnet50-instability": "ResNet-50, three categories",
+    "resnet18-rivals": "ResNet-18, rivals on three categories",
+    "alexnet-interpretable-cnn": "AlexNet, fox, interpretable CNNs",
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def explainers() -> list[str]:
+    """The main block and what instability cannot see, of every committed table."""
+    lines: list[str] = []
+    for name, title in NAMES.items():
+        record = TableRecord.read(RESULTS / "tables" / name)
+        lines += [f"## {title}", "", "```", record.command, "```", ""]
+        for block in record.blocks:
+            if block.key not in BLOCKS.get(record.table, ("instability", "beside")):
+                continue
+            columns = shown_columns(block)
+            lines += [f"| {block.title} | {' | '.join(label for _, label in columns)} |"]
+            lines.append("|---" * (len(columns) + 1) + "|")
+            for row in block.rows:
+                cells = [row.cells[key] for key, _ in columns]
+                shown = [f"{c.value:.3g}" if c.defined else "–" for c in cells]
+                if row.strong and cells[0].has_interval:
+                    shown[0] += f" [{cells[0].interval[0]:.3g}, {cells[0].interval[1]:.3g}]"
+                lines.append(f"| {row.label} | {' | '.join(shown)} |")
+            lines.append("")
+    return lines[:-1]
+
+
+def flowers(name: str) -> list[str]:
+    result = load(f"{name}.json")
+    accuracy = result["network"]["accuracy"]
+    n = next(iter(result["methods"].values()))["iou_auc_percent"]["n"]
+    best = ("ours (default)", "upsampled relevant activations", "grad-cam++", "deconvnet + guided backprop")
+    result["random_weights"] = {key: value for key, value in result["random_weights"].items() if key in best}
+    known = f"Network: accuracy {accuracy['value']:.1%} on {accuracy['n']} held-out flowers; {n} of them measured."
+    return [known, "", *benchmark_table(result)]
+
+
+def lasso() -> list[str]:
+    heads = ["problem", "solver", "CPU s a class", "times ours", "relative gap", "right", "peak MB"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for problem, content in json.loads((HERE / "mu_lasso.json").read_text()).items():
+        size = f"{problem}: {content['features']:,} × {content['images']:,}"
+        for name, row in content["contestants"].items():
+            gap = "–" if row["relative_gap"] is None else f"{row['relative_gap']:.1e}"
+            right = "yes" if row["right"] else "**no**"
+            cells = [f"{row['cpu_s_per_class']:.3f}", f"{row['times_ours_per_class']:.1f}", gap, right]
+            lines.append(f"| {size} | {name} | " + " | ".join(cells) + f" | {row['peak_mb']:,} |")
+    return lines
+
+
+def removal() -> list[str]:
+    found = [load(path.name) for path in sorted(RESULTS.glob("removal-*.json"))]
+    resnet = next(each for each in found if "resnet18" in each["performer"]["name"])
+    return [*table(found), "", "ResNet-18, accuracy lost by the number of features removed:", "", *curve_table(resnet)]
+
+
+def guided() -> list[str]:
+    tools = ["partlens", "captum", "zennit", "grad-cam"]
+    lines = ["| network | " + " | ".join(f"{t}: error, time" for t in tools) + " |", "|---" * 5 + "|"]
+    for network, row in json.loads((HERE / "guided_backprop.json").read_text())["correctness"].items():
+        cells = []
+        for tool in tools:
+            each = row.get(tool)
+            if each is None:
+                cells.append("–")
+                continue
+            error = f"**{each['error']:.2g}**" if each["error"] > 1e-5 else f"{each['error']:.1g}"
+            cells.append(f"{error}, {each['cpu_time_over_plain_gradient']['median']:.2f}×")
+        lines.append(f"| {network} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def lattice() -> list[str]:
+    result = json.loads((HERE / "stride_lattice.json").read_text())
+    names = list(next(iter(result["networks"].values()))["lattice"])
+    lines = [f"| stride 4, {result['photos']} photos | " + " | ".join(names) + " | pixels permuted |"]
+    lines.append("|---" * (len(names) + 2) + "|")
+    for network, row in result["networks"].items():
+        indices = [row["lattice"][n]["4"]["index"] for n in names]
+        cells = [f"{index['mean']:.2f} ± {index['interval_half']:.2f}" for index in indices]
+        control = row["lattice"][names[0]]["4"]["permuted_index"]["mean"]
+        lines.append(f"| {network} | " + " | ".join(cells) + f" | {control:.2f} |")
+    return lines
+
+
+def planted() -> list[str]:
+    lines = ["| method | F1 of the best five | F1 of its own set | features in it | CPU s |", "|---|---|---|---|---|"]
+    for name, row in json.loads((HERE / "relevant_filters.json").read_text())["methods"].items():
+        values = [row.get(key) for key in ("f1_at_5", "f1_of_set", "set_size", "cpu_s")]
+        cells = ["–" if v is None else f"{v['mean']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" for v in values]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+SECTIONS = {
+    "explainers": explainers,
+    "flowers-single-6c": lambda: flowers("flowers-single-6c"),
+    "flowers-double-12c": lambda: flowers("flowers-double-12c"),
+    "removal": removal,
+    "sanity": lambda: sanity_lines(load("sanity-flowers.json")),
+    "guided": guided,
+    "lattice": lattice,
+    "planted": planted,
+    "lasso": lasso,
+}
+
+
+def filled(text: str) -> str:
+    """Return a page with its tables as the results are."""
+    for name, make in SECTIONS.items():
+        start, end = f"<!-- table: {name} -->", "<!-- end -->"
+        if start in text:
+            head, rest = text.split(start, 1)
+            text = head + start + "\n\n" + "\n".join(make()) + "\n\n" + end + rest.split(end, 1)[1]
+    return text
+
+
+if __name__ == "__main__":
+    for page in PAGES.glob("*.md"):
+        page.write_text(filled(page.read_text()))
