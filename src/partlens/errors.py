@@ -183,11 +183,3 @@ def _is_of(value: object, kind: Any) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, str)
-
-
-REGION_READINGS = {
-    "round": "round field in theory, as in print",
-    "part_sized": "disc as large as the median part",
-    "scaled": "the map scaled up",
-}
-"""What a filter's valid cell stands for in part interpretability, by its name in files; the printed way first."""

@@ -14,14 +14,13 @@ from PIL import Image
 from partlens.data.annotations import PartTruth
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError
+from partlens.estimate import Estimate
 from partlens.evaluation.part_regions import PartRegions, RegionPass, _strangers
-from partlens.evaluation.scoring import Categories
+from partlens.evaluation.results import RegionScores
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import ReceptiveField
 from partlens.network.zoo import Performer
-from partlens.page.evaluation_data import RegionScore
-from partlens.page.reading import Measure
-from partlens.page.wording import region_words
+from partlens.page.explainer import judge_regions
 from partlens.verbs.evaluate import evaluate
 from partlens.verbs.fit_explainer import fit_explainer
 from partlens.verbs.runs import report
@@ -116,24 +115,22 @@ def test_a_followed_part_stands_out_and_categories_are_measured_apart() -> None:
     generator = torch.Generator().manual_seed(4)
     regions, maps = made_regions(48, generator)
     photos = torch.arange(48)
-    one = RegionPass(regions, ["explainer"], None, 1 / 16)
+    one = RegionPass(regions, ["explainer"], torch.zeros(48, dtype=torch.long), 1, 1 / 16)
     for start in range(0, 48, 10):
         one.add("explainer", maps[start : start + 10])
     found = one.scores({"explainer": FIELD}, {}, photos, ROLES, seed=0)
-    assert found["regions"] == "masks"
-    assert found["photos"] == {"head": 48}
-    assert found["round"]["radius_px"] == {"explainer": 15.0}
-    assert found["part_sized"]["radius_px"] == {"explainer": 9.0}  # 16 x 16 px
-    assert found["scaled"]["radius_px"] is None
-    for reading in ("round", "part_sized", "scaled"):
-        score = found[reading]
-        own, other = score["layers"]["explainer"]["value"], score["other_photo"]["explainer"]["value"]
+    assert found.regions == "masks"
+    assert found.photos == {"head": 48}
+    assert found.readings["round"].radius_px == {"explainer": 15.0}
+    assert found.readings["part_sized"].radius_px == {"explainer": 9.0}  # 16 x 16 px
+    assert found.readings["scaled"].radius_px is None
+    for score in found.readings.values():
+        own, other = score.layers["explainer"].value, score.other_photo["explainer"].value
         assert own > 0.5 > 2 * other
-        assert own > score["random"]["value"]
+        assert own > score.random.value
     labels = (photos >= 20).long()
-    names = Categories(("fox", "cat"), labels, labels)
     assigned = {"explainer": torch.tensor([1, 0])}
-    both = RegionPass(regions, ["explainer"], names, 1 / 16)
+    both = RegionPass(regions, ["explainer"], labels, 2, 1 / 16)
     for start in range(0, 48, 16):  # photos of both categories in one batch
         both.add("explainer", maps[start : start + 16])
     joint = both.scores({"explainer": FIELD}, assigned, photos, ROLES, seed=0)
@@ -141,34 +138,35 @@ def test_a_followed_part_stands_out_and_categories_are_measured_apart() -> None:
     for number, filters in ((0, 1), (1, 0)):
         rows = (labels == number).nonzero()[:, 0]
         part = dataclasses.replace(regions, parts=tuple(regions.parts[i] for i in rows))
-        alone = RegionPass(part, ["explainer"], None, 1 / 16)
+        alone = RegionPass(part, ["explainer"], torch.zeros(len(rows), dtype=torch.long), 1, 1 / 16)
         alone.add("explainer", maps[rows][:, [filters]])
         apart.append(alone.scores({"explainer": FIELD}, {}, photos[rows], ROLES, seed=0))
     for reading in ("round", "scaled"):
-        values = [one[reading]["layers"]["explainer"]["value"] for one in apart]
-        assert joint[reading]["layers"]["explainer"]["value"] == pytest.approx(sum(values) / 2)
+        values = [one.readings[reading].layers["explainer"].value for one in apart]
+        assert joint.readings[reading].layers["explainer"].value == pytest.approx(sum(values) / 2)
         assert values[1] > values[0]
 
 
 def test_an_evaluation_has_it_where_parts_have_regions(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
     small = {"epochs": 2, "warmup_epochs": 1, "views": 3, "batch_size": 8, "background_batch": 4, "votes": 4}
     run = fit_explainer(tiny, few_flowers, out=tmp_path / "run", config=small, seeds=1).path
-    found = evaluate(run, few_flowers, model=tiny, gallery="none")["part_interpretability"]
-    assert found["regions"] == "masks"
-    assert set(found["photos"]) == set(few_flowers.part_truth.landmarks)
+    found = evaluate(run, few_flowers, model=tiny, gallery="none", rounds=5).part_interpretability
+    assert found is not None
+    assert found.regions == "masks"
+    assert set(found.photos) == set(few_flowers.part_truth.landmarks)
     tap = tiny.field(str(tiny.default_tap))
-    radii = found["round"]["radius_px"]
+    radii = found.readings["round"].radius_px
+    assert radii is not None
     assert radii["tap"] == pytest.approx((tap.size_px[0] * tap.size_px[1]) ** 0.5 / 2, abs=0.06)
     assert radii["explainer"] == pytest.approx(radii["tap"] + 2 * tap.stride_px[0], abs=0.06)
-    for reading in ("round", "part_sized", "scaled"):
-        one = found[reading]
-        for score in (*one["layers"].values(), *one["other_photo"].values(), one["random"], one["centre"]):
-            assert 0 <= score["value"] <= 1
-            assert score["interval"][0] <= score["value"] <= score["interval"][1]
-            assert score["unit"] == "photos"
-        assert set(one["layers"]) == {"explainer", "tap", "top"}
-    assert one["random"]["n"] == len(few_flowers.indices(split="test"))
-    again = evaluate(run, few_flowers, model=tiny, gallery="none")["part_interpretability"]
+    for one in found.readings.values():
+        for score in (*one.layers.values(), *one.other_photo.values(), one.random, one.centre):
+            assert 0 <= score.value <= 1
+            assert score.interval[0] <= score.value <= score.interval[1]
+            assert score.unit == "photos"
+        assert set(one.layers) == {"explainer", "tap", "top"}
+    assert one.random.n == len(few_flowers.indices(split="test"))
+    again = evaluate(run, few_flowers, model=tiny, gallery="none", rounds=5).part_interpretability
     assert again == found
     page = report(run).read_text()
     assert "Part interpretability (CVPR 2018)" in page
@@ -176,28 +174,32 @@ def test_an_evaluation_has_it_where_parts_have_regions(tiny: Performer, few_flow
     points = dataclasses.replace(
         few_flowers.part_truth, masks=None, sizes_px=np.full_like(few_flowers.part_truth.sizes_px, np.nan)
     )
-    bare = evaluate(run, few_flowers.with_parts(points), model=tiny, gallery="none")
-    assert "part_interpretability" not in bare
+    bare = evaluate(run, few_flowers.with_parts(points), model=tiny, gallery="none", rounds=5)
+    assert bare.part_interpretability is None
     assert "Part interpretability (CVPR 2018)" not in report(run).read_text()
 
 
-def score(own: float, other: float, centre: float, half: float = 0.02) -> RegionScore:
-    def measured(value: float) -> Measure:
-        return Measure(value, value - half, value + half, 50)
+def score(own: float, other: float, centre: float, half: float = 0.02) -> RegionScores:
+    def measured(value: float) -> Estimate:
+        return Estimate(value, (value - half, value + half), 50)
 
-    return RegionScore(
-        "round", 20.0, {"explainer": measured(own)}, {"explainer": measured(other)}, measured(0.1), measured(centre)
+    return RegionScores(
+        radius_px={"explainer": 20.0},
+        layers={"explainer": measured(own)},
+        other_photo={"explainer": measured(other)},
+        random=measured(0.1),
+        centre=measured(centre),
     )
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "worth"),
     [
-        (score(0.3, 0.1, 0.6), "Says nothing here"),
-        (score(0.3, 0.29, 0.1), "Level with"),
-        (score(0.3, 0.1, 0.1), "Above the same filters' regions of other photos, and above the centre"),
-        (score(float("nan"), 0.1, 0.1), "Not defined"),
+        (score(0.3, 0.1, 0.6), "nothing"),
+        (score(0.3, 0.29, 0.1), "level"),
+        (score(0.3, 0.1, 0.1), "above"),
+        (score(float("nan"), 0.1, 0.1), "undefined"),
     ],
 )
-def test_the_page_says_what_a_score_is_worth(given: RegionScore, words: str) -> None:
-    assert words in region_words(given)
+def test_what_a_score_is_worth(given: RegionScores, worth: str) -> None:
+    assert judge_regions(given) == worth

@@ -1,36 +1,34 @@
-"""What filters read and Grad-CAM on the page: words, numbers with their nulls, pictures, and runs without them."""
+"""What filters read and Grad-CAM on the page: words, numbers with their nulls, pictures."""
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from partlens.page import collect_page, render_page
+from partlens.page.reading import Pictures
 
 HERE = Path(__file__).parent
-BUILD = runpy.run_path(str(HERE.parent / "gold" / "test_report_gold.py"))["build"]
+MADE = SimpleNamespace(**runpy.run_path(str(HERE / "made_explainer.py")))
 Page = runpy.run_path(str(HERE / "page_reader.py"))["Page"]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return BUILD(tmp_path / "run")
+def page(folder: Path, **changes: Any) -> str:
+    """Return the page of a run whose gallery has some fields changed."""
+    return render_page(collect_page(MADE.write_run(folder / "run", pictures=MADE.gallery(**changes))))
 
 
-def changed(run: Path, change) -> Path:
-    path = run / "gallery" / "gallery.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    change(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return run
+def attention_of(html: str) -> str:
+    return re.search(r'<section id="attention".*?</section>', html, re.DOTALL)[0]
 
 
-def test_the_page_says_what_filters_read_beside_what_they_could(run):
-    text = Page(render_page(collect_page(run))).text
+def test_the_page_says_what_filters_read_and_what_they_could(tmp_path):
+    text = Page(page(tmp_path)).text
     assert "the explainer's 32 px [30, 34] (n = 12, in theory up to 275 px)" in text
     assert "the performer's 48 px [41, 55] (n = 12, in theory up to 211 px)" in text
     assert "a square of 33 px at 121 places, 18 px apart, on 8 photos, 4 for each filter" in text
@@ -38,20 +36,18 @@ def test_the_page_says_what_filters_read_beside_what_they_could(run):
     assert "reads 33 px" in text
 
 
-def test_a_picture_of_what_is_read_takes_the_place_of_the_box(run):
-    pictures = collect_page(run).explainer.gallery.explainer[0].pictures
-    assert [p.box_px is None for p in pictures] == [False, True, False]
-    assert pictures[1].uri != pictures[0].uri
-    assert pictures[1].peak_px == (104.0, 88.0)
-    (run / "gallery" / "region.jpg").unlink()  # then the photo and its box are shown
-    pictures = collect_page(run).explainer.gallery.explainer[0].pictures
-    assert pictures[1].box_px is not None
-    assert pictures[1].uri is not None
+def test_a_picture_of_what_is_read_takes_the_place_of_the_box(tmp_path):
+    html = page(tmp_path)
+    photos = re.findall(r'<svg viewBox="0 0 224 224".*?</svg>', html[html.index('class="card explainer"') :], re.DOTALL)
+    assert ['class="dim"' in photo for photo in photos[:3]] == [True, False, True]
+    assert all('class="peak"' in photo for photo in photos[:3])
+    assert photos[0].count("data:image") == photos[1].count("data:image") == 1
+    uris = [re.search(r'href="(data:[^"]+)"', photo)[1] for photo in photos[:2]]
+    assert uris[0] != uris[1]
 
 
-def test_attention_stands_beside_its_null_with_its_count(run):
-    html = render_page(collect_page(run))
-    section = re.search(r'<section id="attention".*?</section>', html, re.DOTALL)[0]
+def test_attention_has_its_null_and_its_count(tmp_path):
+    section = attention_of(page(tmp_path))
     rows = [re.sub(r"<[^>]+>|\s+", " ", row) for row in re.findall(r"<tr role=.*?</tr>", section, re.DOTALL)][1:]
     assert len(rows) == 3
     for row, words in zip(
@@ -64,77 +60,55 @@ def test_attention_stands_beside_its_null_with_its_count(run):
         strict=True,
     ):
         assert all(word in row for word in words), row
-    assert "1 empty map left out" in rows[1]
+    assert "1 empty map not counted" in rows[1]
     assert section.count("<svg") == 4
     assert section.count("for red fox &amp; co") >= 3
-    assert '<a href="#attention"' in html
+    assert "answer: no" not in section
 
 
-def test_one_layer_that_is_tap_and_top_has_one_row(run):
-    changed(run, lambda c: c["attention"]["layers"].update(top="layer3"))
-    section = re.search(r'<section id="attention".*?</section>', render_page(collect_page(run)), re.DOTALL)[0]
+def test_an_answer_of_no_is_said(tmp_path):
+    of = MADE.gallery().attention
+    photos = tuple(type(p)(**{**dict(p), "denied": True}) for p in of.photos)
+    section = attention_of(page(tmp_path, attention=type(of)(**{**dict(of), "photos": photos})))
+    assert "the performer says: red fox &amp; co (answer: no)" in section
+
+
+def test_one_layer_that_is_tap_and_top_has_one_row(tmp_path):
+    of = MADE.gallery().attention
+    layers = {**of.layers, "top": "layer3"}
+    section = attention_of(page(tmp_path, attention=type(of)(**{**dict(of), "layers": layers})))
     assert section.count("<tr role=") == 3
 
 
-def test_galleries_of_earlier_versions_are_shown_as_they_were(run):
-    def older(content):
-        del content["occlusion"], content["attention"]
-        for layer in content["layers"].values():
-            for one in layer:
-                one.pop("reads_px")
-                for photo in one["photos"]:
-                    photo.pop("region_file", None)
-
-    data = collect_page(changed(run, older))
-    assert (data.explainer.gallery.reading, data.explainer.gallery.attention) == (None, None)
-    text = Page(render_page(data)).text
-    assert "the bright region what it looks at there" in text
-    assert "Found by covering" not in text
-    assert "Grad-CAM of both networks comes with" in text
-    assert " reads " not in text.split("The photos that a filter answers to most")[1].split("Attention")[0]
+def test_every_picture_counts_towards_the_pages_size(tmp_path):
+    run = MADE.write_run(tmp_path / "run")
+    pictures = Pictures(run, "", 10**7)
+    data = collect_page(run).explainer
+    assert set(data.pictures) == {"0.jpg", "region.jpg", "2.jpg", "1.jpg", *(f"map-{i}.jpg" for i in range(3))}
+    for name in data.pictures:
+        pictures.read(run / "gallery", name)
+    assert pictures.spent_bytes == sum(map(len, data.pictures.values()))
 
 
-def test_values_of_the_wrong_kind_count_as_missing(run):
-    def wrong(content):
-        content["occlusion"] |= {"places": "many", "reads_px": {"explainer": None}, "theoretical_px": [3]}
-        content["attention"] |= {"size_px": [0, 1], "layers": None, "random_frac": "x"}
-        content["attention"]["concentration_frac"] = {"tap": 7}
-        content["attention"]["photos"] = [None, {"key": 3, "maps": ["x"], "file": "../run.json"}]
-
-    Page(render_page(collect_page(changed(run, wrong))))
-
-
-def test_every_picture_counts_towards_the_pages_size(run):
-    gallery = collect_page(run).explainer.gallery
-    assert len(gallery.uris) == 2 * 2 + 4
-    assert all(uri.startswith("data:image/jpeg") for uri in gallery.uris)
-
-
-def test_feature_maps_stand_under_the_photos_where_there_are_any(run):
-    before = collect_page(run)
-    assert "feature map" not in render_page(before)
-    plain = len(before.explainer.gallery.uris)
-
-    def with_maps(content):
-        for one in content["layers"]["explainer"]:
-            for photo in one["photos"]:
-                photo["map_file"] = photo["file"]
-
-    data = collect_page(changed(run, with_maps))
-    html = render_page(data)
-    assert "below each stands its feature map, bright where it answers" in html
+def test_feature_maps_are_under_the_photos(tmp_path):
+    html = page(tmp_path)
+    assert "below each is its feature map, bright where it activates" in html
     rows = re.findall(r'<div class="photos feature-maps">(.*?)</div>', html, re.DOTALL)
-    assert len(rows) == len(data.explainer.gallery.explainer)
-    assert "feature map of explainer filter" in rows[0]
-    drawn = [p for one in data.explainer.gallery.explainer for p in one.pictures if p.map_uri]
-    assert len(drawn) == 2  # the third photo's file is missing
-    assert len(data.explainer.gallery.uris) == plain + len(drawn)
+    assert len(rows) == 3
+    assert "feature map of explainer filter 12" in rows[0]
+    assert rows[0].count("<svg") == 3
 
 
-def test_round_fields_are_said_to_be_the_theory(run):
-    def analytic(content):
-        content["analytic"] = {"theoretical_px": content.pop("occlusion")["theoretical_px"]}
+@pytest.mark.parametrize("numbers", [(1, 2), (0, 1)])
+def test_networks_with_fewer_filters_leave_empty_cards(tmp_path, numbers):
+    ours, theirs = numbers
+    layers = MADE.gallery().layers
+    layers = {"explainer": layers["explainer"][:ours], "performer": layers["explainer"][:theirs]}
+    assert page(tmp_path, layers=layers).count('<div class="card empty"></div>') == 1
 
-    text = Page(render_page(collect_page(changed(run, analytic)))).text
+
+def test_round_fields_are_said_to_be_the_theory(tmp_path):
+    text = Page(page(tmp_path, fields="analytic", covering=None)).text
     assert "Nothing was covered: round fields as wide as filters could read in theory" in text
     assert "the explainer's 275 px, the performer's 211 px" in text
+    assert "Of the filters shown" not in text

@@ -1,34 +1,121 @@
-"""Measure an explainer on held-out photos."""
+"""Measure an explainer on held-out photos: one pass over the photos, then maps, nulls and fidelity."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
-from partlens.estimate import Estimate, bootstrap
-from partlens.evaluation.fed_back import FedBack, class_outputs, own_columns, own_errors
+from partlens.estimate import Estimate
+from partlens.evaluation.fidelity import (
+    Answers,
+    FedBack,
+    LostVariance,
+    ShareCurve,
+    class_outputs,
+    measure_fidelity,
+    own_columns,
+    share_estimate,
+)
 from partlens.evaluation.part_regions import PartRegions, RegionPass
-from partlens.evaluation.places import landmarks_in_input, photo_numbers, top_layer
-from partlens.evaluation.scoring import Categories, Scoring
-from partlens.evaluation.share_curve import ShareCurve, share_estimate
+from partlens.evaluation.places import (
+    ROUNDS,
+    MeasuredPhotos,
+    filter_scores,
+    measure_maps,
+    measure_nulls,
+    photo_numbers,
+    top_layer,
+)
+from partlens.evaluation.results import (
+    EvaluatedData,
+    Evaluation,
+    Fidelity,
+    LayerScores,
+    PerformerScores,
+    SamePeak,
+)
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import TRACK_REACH_CELLS, Explainer
-from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1, category_error_increase
-from partlens.metrics.localisation import Peaks, null_peaks, peaks_from_cells
+from partlens.metrics.localisation import Peaks, peaks_from_cells
 from partlens.network.receptive_field import ReceptiveField, grid_of, widened
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
+from partlens.run import versions
 
-SCHEMA = "partlens.evaluation/1"
 BATCH = 32
-NULL_FILTERS = 256
+
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """Positions of the photos that an evaluation uses, and the categories of those that are measured.
+
+    Attributes:
+        held: held-out photos of the categories: every score is of these.
+        held_others: held-out photos of other categories, for the error increase.
+        train: training photos of the categories; on them a logistic head is fitted, and they decide which of several
+            categories a filter belongs to.
+        train_others: training photos of other categories, for the head.
+        labels: the category of each of ``held``, an index.
+        train_labels: of each of ``train``.
+    """
+
+    held: Sequence[int]
+    held_others: Sequence[int]
+    train: Sequence[int]
+    train_others: Sequence[int]
+    labels: Int[Tensor, " image"]
+    train_labels: Int[Tensor, " photo"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """Which photos an evaluation reads, and why: no training photos where nothing is fitted on them.
+
+    Attributes:
+        others: held-out photos of other categories: one category is told from them.
+        head: training photos: a logistic head is fitted on them, since the performer has no output of the category.
+        share: training photos of the categories: they decide to which of several a filter belongs.
+    """
+
+    others: bool
+    head: bool
+    share: bool
+
+    @classmethod
+    def of(cls, rows: EvaluationRows, performer: Performer, categories: Sequence[str]) -> Need:
+        """Return what is needed for some rows."""
+        several, own = len(categories) > 1, own_columns(performer, categories) is not None
+        others = bool(rows.held_others and rows.train and rows.train_others)
+        return cls(others, not own and (several or others), several)
+
+    def photos(self, rows: EvaluationRows) -> int:
+        """Return how many photos are read."""
+        count = len(rows.held) + (len(rows.held_others) if self.others else 0)
+        count += len(rows.train) if self.head or self.share else 0
+        return count + (len(rows.train_others) if self.head and not self.share else 0)
+
+    def words(self, rows: EvaluationRows, categories: Sequence[str]) -> str:
+        """Say what is read and why, in one sentence."""
+        of = f" of {', '.join(categories)}" if any(categories) else ""
+        said = [f"{len(rows.held)} held-out photos{of}"]
+        why = []
+        if self.others:
+            said.append(f"{len(rows.held_others)} others")
+            why.append("it is told from them")
+        if self.head or self.share:
+            count = len(rows.train) + (len(rows.train_others) if self.head and not self.share else 0)
+            said.append(f"{count} training photos")
+        if self.share:
+            why.append("training photos decide to which category a filter belongs")
+        if self.head:
+            why.append("the logistic head that measures errors is fitted on training photos")
+        return f"reads {', '.join(said)}{', since ' if why else ''}{' and '.join(why)}"
 
 
 @dataclass
@@ -47,9 +134,10 @@ class _Layer:
 
     def assigned(self, labels: Int[Tensor, " image"], categories: int) -> Int[Tensor, " filter"]:
         """Return each filter's category: the one whose photos excite it most on average (CVPR 2018, Sec. 3.1)."""
+        if categories == 1:
+            return torch.zeros(self.scores[0].shape[1], dtype=torch.long)
         sums = torch.cat(self.activity)
-        means = torch.stack([sums[labels == c].mean(0) for c in range(categories)])
-        return means.argmax(0)
+        return torch.stack([sums[labels == c].mean(0) for c in range(categories)]).argmax(0)
 
     def add(self, maps: Float[Tensor, "image filter row col"], explainer: Explainer, *, own: bool) -> None:
         """Keep where maps peak.
@@ -69,153 +157,80 @@ class _Layer:
         self.otherwise.append(largest if own else centroid)
 
     def peaks(self, receptive: ReceptiveField, *, otherwise: bool = False) -> Peaks:
-        start, stride = grid_of(receptive)
         cells = torch.cat(self.otherwise if otherwise else self.cells)
-        return peaks_from_cells(cells, torch.cat(self.scores), self.side, start, stride)
+        return peaks_from_cells(cells, torch.cat(self.scores), self.side, *grid_of(receptive))
+
+
+class _Pass:
+    """Photos streaming through performer and explainer."""
+
+    def __init__(
+        self, performer: Performer, explainer: Explainer, images: ImageSet, advance: Callable[[int], None]
+    ) -> None:
+        self.performer, self.explainer, self.images, self.advance = performer, explainer.eval(), images, advance
+        structure, config = explainer.structure, explainer.config
+        self.head: nn.Module = performer_head(performer, structure)
+        self.layers = {name: _Layer() for name in ("explainer", structure.tap, self.top)}
+        self.lost = {name: LostVariance() for name in structure.targets}
+        self.curve = ShareCurve(config.eta, config.reconstruction_weight)
+        self.regions: RegionPass | None = None
+
+    @cached_property
+    def top(self) -> str:
+        return top_layer(self.performer)
+
+    @cached_property
+    def fields(self) -> dict[str, ReceptiveField]:
+        """What each layer's cells see, in theory."""
+        tap = self.performer.field(self.explainer.structure.tap)
+        # Convolutions with padding 1 and stride 1 leave the grid of cell centres as it is.
+        return {
+            "explainer": tap,
+            self.explainer.structure.tap: tap,
+            self.top: self.performer.field(self.top),
+        }
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[int], *, localise: bool = False, follow: bool = False) -> FedBack:
+        """Read photos and return what both networks say of them.
+
+        Args:
+            rows: the photos.
+            localise: keep peaks and reconstructions, too.
+            follow: keep how much each filter activates.
+        """
+        structure, kept = self.explainer.structure, []
+        names = list(dict.fromkeys([structure.tap, *structure.targets, self.top]))
+        for start in range(0, len(rows), BATCH):
+            chosen = rows[start : start + BATCH]
+            batch = self.performer.preprocessing([self.images.read(i) for i in chosen])
+            maps = {name: value.cpu() for name, value in forward_taps(self.performer, batch, names)[1].items()}
+            output = self.explainer(maps[structure.tap])
+            maps["explainer"] = output.interp2
+            if follow:
+                for name, layer in self.layers.items():
+                    layer.follow(maps[name])
+            if localise:
+                self._localise(maps, output.reconstructions)
+            own, fed = maps[structure.targets[-1]], output.reconstructions[-1]
+            said = (class_outputs(self.head(of)[0]) for of in (own, fed))
+            kept.append((*said, _vector(own), _vector(fed)))
+            self.advance(len(chosen))
+        return FedBack(*map(torch.cat, zip(*kept, strict=True)))
+
+    def _localise(self, maps: dict[str, Tensor], reconstructions: Sequence[Tensor]) -> None:
+        targets = [maps[name] for name in self.explainer.structure.targets]
+        self.curve.add(self.explainer, maps[self.explainer.structure.tap], targets)
+        for name, layer in self.layers.items():
+            layer.add(maps[name], self.explainer, own=name == "explainer")
+            if self.regions is not None:
+                self.regions.add(name, maps[name])
+        for lost, value, target in zip(self.lost.values(), reconstructions, targets, strict=True):
+            lost.add(value, target)
 
 
 def _vector(features: Tensor) -> Tensor:
     return features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
-
-
-@dataclass
-class _Pass:
-    """One streaming pass of some photos through performer and explainer."""
-
-    performer: Performer
-    explainer: Explainer
-    head: nn.Module
-    layers: dict[str, _Layer]
-    sums: dict[str, ReconstructionSums]
-    per_photo: dict[str, list[Tensor]]
-    curve: ShareCurve
-    regions: RegionPass | None
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def take(self, batch: Tensor, *, localise: bool, follow: bool) -> None:
-        """Process a preprocessed batch."""
-        structure = self.explainer.structure
-        names = list(dict.fromkeys([structure.tap, *structure.targets, *self.layers]))
-        names = [n for n in names if n != "explainer"]
-        _, taps = forward_taps(self.performer, batch, names)
-        maps = {name: value.cpu() for name, value in taps.items()}
-        output = self.explainer(maps[structure.tap])
-        last = structure.targets[-1]
-        own, fed = maps[last], output.reconstructions[-1]
-        if follow:
-            for name, layer in self.layers.items():
-                layer.follow(output.interp2 if name == "explainer" else maps[name])
-        if localise:
-            self.curve.add(self.explainer, maps[structure.tap], [maps[name] for name in structure.targets])
-            for name, layer in self.layers.items():
-                ours = name == "explainer"
-                layer.add(output.interp2 if ours else maps[name], self.explainer, own=ours)
-                if self.regions is not None:
-                    self.regions.add(name, output.interp2 if ours else maps[name])
-            for name, value in zip(structure.targets, output.reconstructions, strict=True):
-                self.sums[name].add(value, maps[name])
-                self.per_photo[name].append((value - maps[name]).double().square().flatten(1).sum(1))
-        for name, value in (
-            ("outputs", class_outputs(self.head(own)[0])),
-            ("fed_outputs", class_outputs(self.head(fed)[0])),
-            ("features", _vector(own)),
-            ("fed_features", _vector(fed)),
-        ):
-            self.kept.setdefault(name, []).append(value)
-
-    def fed_back(self) -> FedBack:
-        """Return what was kept, and forget it."""
-        result = FedBack(**{name: torch.cat(values) for name, values in self.kept.items()})
-        self.kept = {}
-        return result
-
-
-def _stream(
-    stage: _Pass,
-    images: ImageSet,
-    rows: Sequence[int],
-    advance: Callable[[int], None],
-    *,
-    localise: bool = False,
-    follow: bool = False,
-) -> FedBack:
-    for start in range(0, len(rows), BATCH):
-        chosen = rows[start : start + BATCH]
-        batch = stage.performer.preprocessing([images.read(i) for i in chosen])
-        stage.take(batch, localise=localise, follow=follow)
-        advance(len(chosen))
-    return stage.fed_back()
-
-
-def _relative_error(
-    per_photo: Tensor, sums: ReconstructionSums, generator: torch.Generator, photos: Tensor
-) -> Estimate:
-    """Share of the target's variance that is lost, with a bootstrap over photos of the numerator."""
-    if not math.isfinite(sums.relative_error):
-        return Estimate.undefined()
-    mean_scatter = sums.scatter / sums.count
-    return bootstrap(
-        lambda i: float(per_photo[i].mean()) / mean_scatter,
-        sums.count,
-        generator=generator,
-        rounds=1000,
-        groups=photos,
-    )
-
-
-def warnings_for(scores: Mapping[str, Any], agreement: Estimate) -> list[str]:
-    """Name the ways in which a low instability would mean nothing."""
-    found = []
-    checks = (
-        ("filter_correlation", lambda v: v > 0.9, "every filter follows the same part"),
-        ("dead_frac", lambda v: v >= 0.05, "many filters are dead"),
-        ("silent_frac", lambda v: v >= 0.05, "many maps are empty, whose peaks stand in the corner"),
-        ("peak_spread_cells", lambda v: v < 1.0, "peaks barely move"),
-        ("border_frac", lambda v: v > 0.5, "most peaks stand on the border"),
-    )
-    for name, bad, text in checks:
-        value = scores[name]["value"]
-        if value is not None and bad(value):
-            found.append(f"{text} ({name} = {value:.3g})")
-    if agreement.n and agreement.value < 0.5:
-        found.append(f"the reconstruction loses most decisions (agreement_top1 = {agreement.value:.3g})")
-    return found
-
-
-@dataclass(frozen=True)
-class EvaluationRows:
-    """Positions of the photos an evaluation uses.
-
-    Attributes:
-        held: held-out photos of the category: every score is of these.
-        held_others: held-out photos of other categories, for the error increase.
-        train: training photos of the category, on which the logistic head is fitted.
-        train_others: training photos of other categories.
-    """
-
-    held: Sequence[int]
-    held_others: Sequence[int]
-    train: Sequence[int]
-    train_others: Sequence[int]
-
-    @property
-    def has_others(self) -> bool:
-        """Whether category against background can be measured."""
-        return bool(self.held_others and self.train and self.train_others)
-
-    def streamed(self, *, own_outputs: bool, several: bool) -> int:
-        """Return how many photos an evaluation reads: no training photos where nothing is fitted on them.
-
-        Args:
-            own_outputs: the performer's own outputs are the categories, and no head is fitted.
-            several: training photos decide which category a filter belongs to.
-        """
-        count = len(self.held) + (len(self.held_others) if self.has_others else 0)
-        head = self.has_others and not own_outputs
-        if several or head:
-            count += len(self.train)
-        return count + (len(self.train_others) if head and not several else 0)
 
 
 def evaluate_explainer(
@@ -223,13 +238,13 @@ def evaluate_explainer(
     performer: Performer,
     images: ImageSet,
     rows: EvaluationRows,
+    data: EvaluatedData,
     shares: Sequence[float],
     *,
-    category: str | None = None,
-    categories: Categories | None = None,
     seed: int = 0,
+    rounds: int = ROUNDS,
     advance: Callable[[int], None] = lambda _: None,
-) -> tuple[dict[str, Any], dict[str, Peaks]]:
+) -> tuple[Evaluation, dict[str, Peaks]]:
     """Measure an explainer on held-out photos.
 
     Args:
@@ -237,164 +252,101 @@ def evaluate_explainer(
         performer: the network it explains.
         images: the data set.
         rows: which photos to use for what.
+        data: what the record says of the photos; its categories are those of the explainer.
         shares: p of every seed, the kept explainer's first.
-        category: of the held photos; where the performer has an output of that name, errors are its own.
-        categories: for an explainer of several. Every filter is then measured on the photos of its category only
-            (ICLR 2020, Sec. 4), and a layer's score is the mean over its filters.
         seed: of the nulls and the bootstrap.
+        rounds: bootstrap rounds of the scores of peaks; those of fidelity have ten times as many.
         advance: called with the number of photos just done.
 
     Returns:
-        The evaluation in the documented JSON schema, and the peaks per layer (``explainer``, tap, top layer).
+        The evaluation, and the peaks per layer (``explainer``, tap, top layer).
     """
-    structure = explainer.structure
-    top = top_layer(performer)
-    names = list(dict.fromkeys(["explainer", structure.tap, top]))
-    regions = PartRegions.of(images, rows.held, performer.preprocessing)
-    stage = _Pass(
-        performer,
-        explainer.eval(),
-        performer_head(performer, structure),
-        {name: _Layer() for name in names},
-        {name: ReconstructionSums() for name in structure.targets},
-        {name: [] for name in structure.targets},
-        ShareCurve(explainer.config.eta, explainer.config.reconstruction_weight),
-        None if regions is None else RegionPass(regions, names, categories),
+    structure, categories = explainer.structure, data.categories
+    need = Need.of(rows, performer, categories)
+    stage = _Pass(performer, explainer, images, advance)
+    top, fields = stage.top, stage.fields
+    known = PartRegions.of(images, rows.held, performer.preprocessing)
+    if known is not None:
+        stage.regions = RegionPass(known, list(stage.layers), rows.labels, len(categories))
+    held = stage.read(rows.held, localise=True)
+    train = stage.read(rows.train, follow=need.share) if need.head or need.share else None
+    others = stage.read(rows.held_others) if need.others else None
+    answers = Answers(
+        held=held,
+        labels=rows.labels,
+        photos=photo_numbers(images, [*rows.held, *(rows.held_others if need.others else ())]),
+        columns=own_columns(performer, categories),
+        others=others,
+        train=train,
+        train_labels=rows.train_labels,
+        train_others=stage.read(rows.train_others) if need.head and not need.share else None,
+        categories=len(categories),
     )
-    generator = torch.Generator().manual_seed(seed)
-    held = _stream(stage, images, rows.held, advance, localise=True)
-    others = rows.has_others
-    labels = torch.zeros(len(rows.held), dtype=torch.long) if categories is None else categories.labels
-    wanted = ([] if category is None else [category]) if categories is None else list(categories.names)
-    own_outputs = own_columns(performer, wanted) is not None
-    train = None
-    if categories is not None or (others and not own_outputs):
-        train = _stream(stage, images, rows.train, advance, follow=categories is not None)
-    size = performer.preprocessing.size_px
-    landmark_names, landmarks = landmarks_in_input(images, rows.held, performer)
-    photos = photo_numbers(images, rows.held)
-    tap_field = performer.field(structure.tap)
-    # Convolutions with padding 1 and stride 1 leave the grid of cell centres as it is.
-    fields = {"explainer": tap_field, structure.tap: tap_field, top: performer.field(top)}
-    peaks = {name: stage.layers[name].peaks(fields[name]) for name in names}
-    assigned = (
-        {}
-        if categories is None
-        else {n: stage.layers[n].assigned(categories.train_labels, len(categories.names)) for n in names}
-    )
+    on = MeasuredPhotos.of(images, rows.held, performer, categories, rows.labels, seed=seed, rounds=rounds)
+    peaks = {name: layer.peaks(fields[name]) for name, layer in stage.layers.items()}
+    assigned = {name: layer.assigned(rows.train_labels, len(categories)) for name, layer in stage.layers.items()}
 
-    scoring = Scoring(landmarks, landmark_names, photos, size, generator, categories, assigned)
-    start, stride = grid_of(tap_field)
-    of_nulls = {
-        kind: null_peaks(
-            kind,
-            len(rows.held),
-            structure.side_cells,
-            start,
-            stride,
-            input_size_px=size,
-            filters=NULL_FILTERS,
-            generator=generator,
-        )
-        for kind in ("random", "centre", "corner")
-    }
-    nulls = {kind: scoring.scores(of, None, fixed=kind != "random") for kind, of in of_nulls.items()}
-    explained = scoring.scores(peaks["explainer"], "explainer")
-    differences = scoring.differences(of_nulls, peaks["explainer"], torch.Generator().manual_seed(seed))
-    agreement = agreement_top1(held.fed_outputs, held.outputs, photos)
-    reconstruction: dict[str, Any] = {
-        "agreement_top1": agreement.to_dict(),
-        "relative_error": {
-            name: _relative_error(torch.cat(stage.per_photo[name]), stage.sums[name], generator, photos).to_dict()
-            for name in structure.targets
-        },
-    }
-    held_others = None
-    errors = None
-    all_photos = photos
-    if others:
-        all_photos = photo_numbers(images, [*rows.held, *rows.held_others])
-        held_others = _stream(stage, images, rows.held_others, advance)
-        reconstruction["agreement_top1_background"] = agreement_top1(
-            held_others.fed_outputs, held_others.outputs, all_photos[len(rows.held) :]
-        ).to_dict()
-    if wanted and (held_others is not None or categories is not None):
-        errors = own_errors(performer, wanted, held, held_others, labels, all_photos, generator)
-        by = "performer"
-    if errors is None and categories is None and others:
-        assert train is not None
-        assert held_others is not None
-        train_others = _stream(stage, images, rows.train_others, advance)
-        errors = category_error_increase(
-            torch.cat([train.features, train_others.features]),
-            torch.cat([torch.ones(len(rows.train)), torch.zeros(len(rows.train_others))]).long(),
-            torch.cat([held.features, held_others.features]),
-            torch.cat([held.fed_features, held_others.fed_features]),
-            torch.cat([torch.ones(len(rows.held)), torch.zeros(len(rows.held_others))]).long(),
-            photos=all_photos,
-            generator=generator,
-        )
-        by = "logistic head"
-    elif errors is None and categories is not None:
-        assert train is not None
-        errors = category_error_increase(
-            train.features,
-            categories.train_labels,
-            held.features,
-            held.fed_features,
-            categories.labels,
-            photos=photos,
-            generator=generator,
-        )
-        by = "logistic head"
-    if errors is not None:
-        reconstruction |= {
-            "errors_by": by,
-            "performer_error_percent": errors.performer_error_percent.to_dict(),
-            "explainer_error_percent": errors.explainer_error_percent.to_dict(),
-            "error_increase_points": errors.error_increase_points.to_dict(),
-        }
+    def scores(name: str, *, otherwise: bool = False) -> LayerScores:
+        of = stage.layers[name].peaks(fields[name], otherwise=True) if otherwise else peaks[name]
+        return measure_maps(on, of, assigned[name])
+
+    # One generator serves all bootstraps, so the order below decides the intervals.
+    nulls, differences = measure_nulls(on, peaks["explainer"], assigned["explainer"], grid_of(fields[structure.tap]))
+    explained = scores("explainer")
+    fidelity = measure_fidelity(answers, stage.lost, generator=on.generator, rounds=10 * rounds)
     optimum = Estimate.undefined()
     if explainer.config.objective == "reconstruction":
-        optimum = stage.curve.optimum(generator, photos)
-    result = {
-        "schema": SCHEMA,
-        "photos": len(rows.held),
-        "landmarks": {name: int((~landmarks[:, k].isnan().any(-1)).sum()) for k, name in enumerate(landmark_names)},
-        "explainer": explained,
-        "performer": {
-            "tap": scoring.scores(peaks[structure.tap], structure.tap),
-            "top": scoring.scores(peaks[top], top),
-            "top_layer": top,
-        },
-        "nulls": nulls,
-        "instability_minus_null": {kind: found.to_dict() for kind, found in differences.items()},
-        "p": share_estimate(shares).to_dict(),
-        "p_optimum": optimum.to_dict(),
-        "p_rescaling_error": stage.curve.worst_rescaling,
-        "reconstruction": reconstruction,
-        "filters": {
-            "explainer": scoring.table(peaks["explainer"], "explainer"),
-            "performer": scoring.table(peaks[structure.tap], structure.tap),
-        },
-        "warnings": warnings_for(explained, agreement),
-    }
+        optimum = stage.curve.optimum(on.generator, on.photos, 10 * rounds)
+    performers = PerformerScores(tap=scores(structure.tap), top=scores(top), top_layer=top)
+    same = None
     if explainer.config.peak == "centroid":
-        found = {name: scoring.scores(stage.layers[name].peaks(fields[name], otherwise=True), name) for name in names}
-        result["same_peak"] = {
-            "largest": {"explainer": found["explainer"]},
-            "centroid": {"tap": found[structure.tap], "top": found[top]},
-        }
-    if stage.regions is not None:
-        result["part_interpretability"] = stage.regions.scores(
-            {**fields, "explainer": widened(tap_field, TRACK_REACH_CELLS)},
-            assigned,
-            photos,
-            {"explainer": "explainer", "tap": structure.tap, "top": top},
-            seed,
+        largest, tap_centroid, top_centroid = (
+            scores(name, otherwise=True) for name in ("explainer", structure.tap, top)
         )
-    if categories is not None:
-        result["filter_categories"] = {
-            name: int((assigned["explainer"] == number).sum()) for number, name in enumerate(categories.names)
-        }
-    return result, peaks
+        same = SamePeak(explainer_largest=largest, tap_centroid=tap_centroid, top_centroid=top_centroid)
+    regions = None
+    if stage.regions is not None:
+        reach = {**fields, "explainer": widened(fields["explainer"], TRACK_REACH_CELLS)}
+        roles = {"explainer": "explainer", "tap": structure.tap, "top": top}
+        regions = stage.regions.scores(reach, assigned, on.photos, roles, seed, rounds)
+    tables = {"explainer": "explainer", "performer": structure.tap}
+    evaluation = Evaluation(
+        data=data,
+        landmarks={name: int((~on.landmarks[:, k].isnan().any(-1)).sum()) for k, name in enumerate(on.names)},
+        explainer=explained,
+        performer=performers,
+        nulls=nulls,
+        instability_minus_null=differences,
+        same_peak=same,
+        p=share_estimate(shares),
+        p_optimum=optimum,
+        p_rescaling_error=stage.curve.worst_rescaling,
+        reconstruction=fidelity,
+        part_interpretability=regions,
+        filters={role: filter_scores(on, peaks[name], assigned[name]) for role, name in tables.items()},
+        warnings=warnings_for(explained, fidelity, data),
+        versions=versions(),
+    )
+    return evaluation, peaks
+
+
+def warnings_for(scores: LayerScores, fidelity: Fidelity, data: EvaluatedData) -> tuple[str, ...]:
+    """Name the ways in which a low instability would mean nothing, or the scores would flatter."""
+    checks = (
+        ("filter_correlation", lambda v: v > 0.9, "every filter follows the same part"),
+        ("dead_frac", lambda v: v >= 0.05, "many filters are dead"),
+        ("silent_frac", lambda v: v >= 0.05, "many maps are empty, whose peaks are in the corner"),
+        ("peak_spread_cells", lambda v: v < 1.0, "peaks barely move"),
+        ("border_frac", lambda v: v > 0.5, "most peaks are on the border"),
+    )
+    found = [
+        f"{text} ({name} = {scores.of(name).value:.3g})" for name, bad, text in checks if bad(scores.of(name).value)
+    ]
+    agreement = fidelity.agreement_top1
+    if agreement.n and agreement.value < 0.5:
+        found.append(f"the reconstruction loses most decisions (agreement_top1 = {agreement.value:.3g})")
+    if data.split == "train" and data.same_as_fit:
+        found.append("these are the photos of the fit: the scores say nothing about others")
+    elif data.used_in_fit:
+        found.append(f"{data.used_in_fit} of the {data.photos} photos were used in the fit: the scores flatter")
+    return tuple(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from partlens.data.annotations import PartTruth
 from partlens.data.images import ImageSet
-from partlens.errors import REGION_READINGS, ImageError, expected
+from partlens.errors import ImageError, expected
 from partlens.estimate import Estimate
-from partlens.evaluation.scoring import Categories, mean_of
+from partlens.evaluation.places import NULL_FILTERS, ROUNDS, mean_of
+from partlens.evaluation.results import PartInterpretability, RegionScores
 from partlens.metrics.part_regions import (
     VALID_SHARE,
     CellsOn,
@@ -28,12 +29,12 @@ from partlens.metrics.part_regions import (
     round_cover,
     same_cell,
 )
+from partlens.metrics.scores import REGION_READINGS
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import ReceptiveField, grid_of
 
 POINTS_PER_SIDE = 56
 """Regions are compared at about this many points along the input's shorter side: 4 px apart at 224 px."""
-NULL_FILTERS = 256
 
 
 def _raster(size_px: tuple[int, int]) -> Float[Tensor, "point 2"]:
@@ -80,7 +81,7 @@ class PartRegions:
         size_px: rows and columns of the input.
     """
 
-    kind: str
+    kind: Literal["masks", "boxes"]
     names: tuple[str, ...]
     parts: tuple[Bool[Tensor, "part point"], ...]
     points_px: Float[Tensor, "point 2"]
@@ -139,7 +140,8 @@ class RegionPass:
     Args:
         regions: of the photos, in the order in which they stream.
         layers: whose maps will come.
-        categories: where filters are shared among several.
+        labels: the category of each photo, an index.
+        categories: how many there are.
         share: of a filter's cells that are valid.
     """
 
@@ -147,13 +149,12 @@ class RegionPass:
         self,
         regions: PartRegions,
         layers: Sequence[str],
-        categories: Categories | None,
+        labels: Int[Tensor, " photo"],
+        categories: int = 1,
         share: float = VALID_SHARE,
     ) -> None:
         self.regions, self._share, self._present = regions, share, regions.present
-        labels = torch.zeros(len(regions.parts), dtype=torch.int64) if categories is None else categories.labels
-        count = 1 if categories is None else len(categories.names)
-        self._rows = [(labels == number).nonzero()[:, 0] for number in range(count)]
+        self._rows = [(labels == number).nonzero()[:, 0] for number in range(categories)]
         self._labels = labels
         self._cells = {
             name: [ValidCells(len(rows), share) if len(rows) else None for rows in self._rows] for name in layers
@@ -178,42 +179,49 @@ class RegionPass:
         photos: Int[Tensor, " photo"],
         roles: Mapping[str, str],
         seed: int,
-    ) -> dict[str, Any]:
-        """Return the part interpretability of every layer, beside what regions that know nothing would have.
+        rounds: int = ROUNDS,
+    ) -> PartInterpretability:
+        """Return the part interpretability of every layer, and what regions that know nothing would have.
 
         Args:
             fields: what each layer's cells see, in theory.
-            assigned: per layer, the category of each filter; empty where there is one.
+            assigned: per layer, the category of each filter; the first for all filters of a layer that is not in it.
             photos: an integer per photo, equal for crops of one.
             roles: the layer of each role; the nulls have the cells and discs of the first.
             seed: of nulls and bootstrap.
+            rounds: of the bootstrap.
         """
         main, own = next(iter(roles.items()))
         in_theory = {role: _radius(fields[name].size_px) for role, name in roles.items()}
         like_parts = dict.fromkeys(roles, self.regions.median_radius_px)
         centre = torch.tensor([[self.regions.size_px[1] / 2, self.regions.size_px[0] / 2]])
-        found: dict[str, Any] = {
-            "regions": self.regions.kind,
-            "photos": dict(zip(self.regions.names, self._present.sum(0).tolist(), strict=True)),
-        }
+        draws, readings = _Draws(photos, seed, rounds), {}
+        first = {name: torch.zeros(self._filters[name], dtype=torch.long) for name in roles.values()}
+        assigned = first | dict(assigned)
         for reading, radius_px in zip(REGION_READINGS, (in_theory, like_parts, None), strict=True):
-            covers, scores = {}, {}
-            for role, name in roles.items():
-                radius = None if radius_px is None else radius_px[role]
-                covers[role] = self._cover(_centres(fields[name], self._side(name)), fields[name], radius)
-            for kind, shuffled in (("layers", False), ("other_photo", True)):
-                scores[kind] = {
-                    role: self._score(name, covers[role], assigned.get(name), photos, seed, shuffled=shuffled)
+            covers = {
+                role: self._cover(
+                    _centres(fields[name], self._side(name)), fields[name], radius_px[role] if radius_px else None
+                )
+                for role, name in roles.items()
+            }
+            middle = self._cover(centre, fields[own], radius_px[main] if radius_px else None)
+            layers, other = (
+                {
+                    role: self._layer(name, covers[role], assigned[name], draws, shuffled=shuffled)
                     for role, name in roles.items()
                 }
-            middle = self._cover(centre, fields[own], None if radius_px is None else radius_px[main])
-            found[reading] = {
-                "radius_px": None if radius_px is None else {role: round(r, 1) for role, r in radius_px.items()},
-                **scores,
-                "random": self._null(own, covers[main], assigned.get(own), photos, seed),
-                "centre": self._null(own, middle, assigned.get(own), photos, seed, fixed=True),
-            }
-        return found
+                for shuffled in (False, True)
+            )
+            readings[reading] = RegionScores(
+                radius_px=None if radius_px is None else {role: round(r, 1) for role, r in radius_px.items()},
+                layers=layers,
+                other_photo=other,
+                random=self._null(own, covers[main], assigned[own], draws),
+                centre=self._null(own, middle, assigned[own], draws, fixed=True),
+            )
+        present = dict(zip(self.regions.names, self._present.sum(0).tolist(), strict=True))
+        return PartInterpretability(regions=self.regions.kind, photos=present, readings=readings)
 
     def _side(self, layer: str) -> tuple[int, int]:
         return next(cells.side_cells for cells in self._cells[layer] if cells is not None)
@@ -230,53 +238,52 @@ class RegionPass:
         cells: CellsOn,
         filters: int,
         cover: Tensor,
-        photos: Tensor,
-        seed: int,
-        chosen: Tensor | None,
+        draws: _Draws,
         *,
+        chosen: Tensor | None = None,
         shuffled: bool = False,
     ) -> Estimate:
-        rows = self._rows[number]
-        truth = [self.regions.parts[i] for i in rows]
-        draws = torch.Generator().manual_seed(seed)
-        order = _strangers(photos[rows], draws) if shuffled else None
-        met = meets_parts(cells, filters, truth, cover, photos=order)
+        rows, generator = self._rows[number], torch.Generator().manual_seed(draws.seed)
+        order = _strangers(draws.photos[rows], generator) if shuffled else None
+        met = meets_parts(cells, filters, [self.regions.parts[i] for i in rows], cover, photos=order)
         met = met if chosen is None else met[:, chosen]
-        return part_interpretability(met, self._present[rows], photos=photos[rows], generator=draws)
+        return part_interpretability(
+            met, self._present[rows], photos=draws.photos[rows], generator=generator, rounds=draws.rounds
+        )
 
-    def _score(
-        self, layer: str, cover: Tensor, assigned: Tensor | None, photos: Tensor, seed: int, *, shuffled: bool
-    ) -> dict[str, Any]:
-        found, weights = [], []
+    def _layer(self, layer: str, cover: Tensor, assigned: Tensor, draws: _Draws, *, shuffled: bool) -> Estimate:
+        found, weights, filters = [], [], self._filters[layer]
         for number, cells in enumerate(self._cells[layer]):
-            chosen = None if assigned is None else (assigned == number).nonzero()[:, 0]
-            weight = self._filters[layer] if chosen is None else len(chosen)
-            if cells is None or not weight:
+            chosen = (assigned == number).nonzero()[:, 0]
+            if cells is None or not len(chosen):
                 continue
-            weights.append(weight)
-            found.append(
-                self._of_category(
-                    number, cells.on, self._filters[layer], cover, photos, seed, chosen, shuffled=shuffled
-                )
-            )
-        return (found[0] if len(self._rows) == 1 else mean_of(found, weights)).to_dict()
+            weights.append(len(chosen))
+            found.append(self._of_category(number, cells.on, filters, cover, draws, chosen=chosen, shuffled=shuffled))
+        return mean_of(found, weights)
 
-    def _null(
-        self, layer: str, cover: Tensor, assigned: Tensor | None, photos: Tensor, seed: int, *, fixed: bool = False
-    ) -> dict[str, Any]:
+    def _null(self, layer: str, cover: Tensor, assigned: Tensor, draws: _Draws, *, fixed: bool = False) -> Estimate:
         """Score the same region everywhere, or random cells; categories weigh as the layer's filters do."""
         found, weights = [], []
         for number, rows in enumerate(self._rows):
-            weight = 1 if assigned is None else int((assigned == number).sum())
+            weight = int((assigned == number).sum())
             if not len(rows) or not weight:
                 continue
             filters, cells = 1, cast("CellsOn", same_cell)
             if not fixed:
-                draws, count = torch.Generator().manual_seed(seed), math.prod(self._side(layer))
-                filters, cells = NULL_FILTERS, random_cells(len(rows), count, NULL_FILTERS, draws, self._share)
+                generator, count = torch.Generator().manual_seed(draws.seed), math.prod(self._side(layer))
+                filters, cells = NULL_FILTERS, random_cells(len(rows), count, NULL_FILTERS, generator, self._share)
             weights.append(weight)
-            found.append(self._of_category(number, cells, filters, cover, photos, seed, None))
-        return (found[0] if len(self._rows) == 1 else mean_of(found, weights)).to_dict()
+            found.append(self._of_category(number, cells, filters, cover, draws))
+        return mean_of(found, weights)
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What bootstraps draw: photos (an integer per row, equal for crops of one), so many rounds, from a seed."""
+
+    photos: Int[Tensor, " photo"]
+    seed: int
+    rounds: int
 
 
 def _radius(size_px: tuple[int, int]) -> float:

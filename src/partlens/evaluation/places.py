@@ -1,10 +1,15 @@
-"""Where things stand in the input: cells of a layer, landmarks of photos, and a record of each filter's peaks."""
+"""Where filters peak on held-out photos, scored against landmarks and against filters that see nothing.
+
+Filters may be shared among several categories; each is then measured on the photos of its own (ICLR 2020, Sec. 4), and
+a layer's score is the mean over its filters. One category is a list of one.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,14 +17,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from partlens.data.images import ImageSet
+from partlens.estimate import Estimate
+from partlens.evaluation.results import CategoryScores, FilterScores, LayerScores
 from partlens.metrics.localisation import (
     Peaks,
     consistency_per_filter,
     dead_filters,
+    instability_differences,
     instability_per_filter,
+    localisation_scores,
+    null_peaks,
     spread_per_filter,
 )
+from partlens.metrics.scores import LOCALISATION, LocalisationScores
 from partlens.network.zoo import Performer
+
+ROUNDS = 100
+NULL_FILTERS = 256
 
 
 def top_layer(performer: Performer) -> str:
@@ -58,25 +72,190 @@ def photo_numbers(images: ImageSet, rows: Sequence[int]) -> Int[Tensor, " image"
     return torch.tensor([number[images.photos[i]] for i in rows])
 
 
-def filter_table(
-    peaks: Peaks, landmarks: Tensor, names: Sequence[str], size: tuple[int, int], photos: Tensor
-) -> list[dict[str, Any]]:
-    """Return one record per filter: instability, consistency and its landmark, spread, dead or not."""
-    instability = instability_per_filter(peaks, landmarks, size)
-    consistency, landmark = consistency_per_filter(peaks, landmarks, photos)
-    spread, dead = spread_per_filter(peaks), dead_filters(peaks)
+@dataclass(frozen=True)
+class MeasuredPhotos:
+    """The photos that layers and nulls are scored on.
 
-    def number(value: Tensor) -> float | None:
-        return None if math.isnan(float(value)) else round(float(value), 5)
+    Attributes:
+        landmarks: x, y in the input, NaN where absent.
+        names: of the landmarks.
+        photos: an integer per image, equal for crops of one photo.
+        size_px: height and width of the input.
+        categories: that filters may belong to, at least one; ``("",)`` means all photos as one.
+        labels: the category of each image, an index.
+        generator: of every bootstrap, one after the other.
+        rounds: of every bootstrap.
+    """
 
-    return [
-        {
-            "filter": k,
-            "instability": number(instability[k]),
-            "consistency": number(consistency[k]),
-            "landmark": names[int(landmark[k])] if names and number(consistency[k]) is not None else None,
-            "spread_cells": number(spread[k]),
-            "dead": bool(dead[k]),
-        }
-        for k in range(peaks.scores.shape[1])
-    ]
+    landmarks: Float[Tensor, "image landmark 2"]
+    names: tuple[str, ...]
+    photos: Int[Tensor, " image"]
+    size_px: tuple[int, int]
+    categories: tuple[str, ...]
+    labels: Int[Tensor, " image"]
+    generator: torch.Generator
+    rounds: int = ROUNDS
+
+    @classmethod
+    def of(
+        cls,
+        images: ImageSet,
+        rows: Sequence[int],
+        performer: Performer,
+        categories: tuple[str, ...],
+        labels: Int[Tensor, " image"],
+        *,
+        seed: int,
+        rounds: int = ROUNDS,
+    ) -> MeasuredPhotos:
+        """Return some rows of a set, as a performer sees them."""
+        names, landmarks = landmarks_in_input(images, rows, performer)
+        numbers, size_px = photo_numbers(images, rows), performer.preprocessing.size_px
+        return cls(landmarks, names, numbers, size_px, categories, labels, torch.Generator().manual_seed(seed), rounds)
+
+    def of_category(self, number: int) -> Int[Tensor, " image"]:
+        """Return the positions of a category's photos."""
+        return (self.labels == number).nonzero()[:, 0]
+
+
+def filter_scores(on: MeasuredPhotos, peaks: Peaks, assigned: Int[Tensor, " filter"]) -> tuple[FilterScores, ...]:
+    """Return the scores of every filter, each on the photos of its category."""
+    found: dict[int, FilterScores] = {}
+    for number, category in enumerate(on.categories):
+        own = (assigned == number).nonzero()[:, 0]
+        if not len(own):
+            continue
+        index = on.of_category(number)
+        part, landmarks = peaks.rows(index).filters(own), on.landmarks[index]
+        instability = instability_per_filter(part, landmarks, on.size_px).tolist()
+        consistency, landmark = consistency_per_filter(part, landmarks, on.photos[index])
+        spread, dead = spread_per_filter(part).tolist(), dead_filters(part).tolist()
+        for place, k in enumerate(own.tolist()):
+            known = on.names and not bool(consistency[place].isnan())
+            found[k] = FilterScores(
+                filter=k,
+                category=category,
+                instability=round(instability[place], 5),
+                consistency=round(float(consistency[place]), 5),
+                landmark=on.names[int(landmark[place])] if known else None,
+                spread_cells=round(spread[place], 5),
+                dead=dead[place],
+            )
+    return tuple(found[k] for k in sorted(found))
+
+
+def measure_maps(
+    on: MeasuredPhotos,
+    peaks: Peaks,
+    assigned: Int[Tensor, " filter"],
+    *,
+    null: Literal["", "moving", "constant"] = "",
+) -> LayerScores:
+    """Score where the filters of a layer peak: per category on its photos, then the mean over filters.
+
+    Args:
+        on: the photos.
+        peaks: of every filter on every photo.
+        assigned: the category of each filter, an index; of a null, the categories of the layer it is compared with.
+        null: the peaks are of filters that see nothing. They belong to no category: all of them are measured in each,
+            which weighs as it does in the compared layer. Of ``constant`` peaks nothing but instability is defined.
+    """
+    found, counts, by_category = [], [], {}
+    for number, name in enumerate(on.categories):
+        index, own = on.of_category(number), (assigned == number).nonzero()[:, 0]
+        if len(index) < 2 or not (null or len(own)):
+            continue
+        part = peaks.rows(index) if null else peaks.rows(index).filters(own)
+        scores = localisation_scores(
+            part,
+            on.landmarks[index],
+            on.size_px,
+            landmark_names=on.names,
+            photos=on.photos[index],
+            generator=on.generator,
+            rounds=on.rounds,
+            fixed_null=null == "constant",
+        )
+        found.append(scores)
+        counts.append(len(own))
+        by_category[name] = CategoryScores(**dict(scores), filters=len(own))
+    return LayerScores(**dict(_joined(found, counts)), by_category=by_category)
+
+
+def measure_nulls(
+    on: MeasuredPhotos,
+    peaks: Peaks,
+    assigned: Int[Tensor, " filter"],
+    grid: tuple[tuple[float, float], tuple[float, float]],
+) -> tuple[dict[str, LayerScores], dict[str, Estimate]]:
+    """Score filters that see nothing, on the same photos: random cells, always the centre, always the corner.
+
+    Args:
+        on: the photos.
+        peaks: of the layer that they are compared with.
+        assigned: the category of each of its filters.
+        grid: centre of cell (0, 0) in the input and step between cells, rows first.
+
+    Returns:
+        Scores by null, and the layer's instability minus that of each null.
+    """
+    nulls = {}
+    for kind in ("random", "centre", "corner"):
+        drawn = null_peaks(
+            kind,
+            len(on.photos),
+            peaks.side_cells,
+            *grid,
+            input_size_px=on.size_px,
+            filters=NULL_FILTERS,
+            generator=on.generator,
+        )
+        # The filters of a constant null are all the same, so one of them says as much.
+        nulls[kind] = drawn if kind == "random" else drawn.filters(torch.tensor([0]))
+    scores = {
+        kind: measure_maps(on, of, assigned, null="moving" if kind == "random" else "constant")
+        for kind, of in nulls.items()
+    }
+    draws, each, counts = torch.Generator().manual_seed(on.generator.initial_seed()), [], []
+    for number in range(len(on.categories)):
+        index, own = on.of_category(number), (assigned == number).nonzero()[:, 0]
+        if len(index) < 2 or not len(own):
+            continue
+        counts.append(len(own))
+        each.append(
+            instability_differences(
+                peaks.rows(index).filters(own),
+                {kind: of.rows(index) for kind, of in nulls.items()},
+                on.landmarks[index],
+                on.size_px,
+                photos=on.photos[index],
+                generator=draws,
+                rounds=on.rounds,
+            )
+        )
+    return scores, {kind: mean_of([found[kind] for found in each], counts) for kind in nulls}
+
+
+def mean_of(values: Sequence[Estimate], weights: Sequence[int]) -> Estimate:
+    """Return a weighted mean of independent estimates; each end of the interval adds up in squares."""
+    usable = [(v, w) for v, w in zip(values, weights, strict=True) if w > 0 and v.defined]
+    if len(usable) < 2:
+        return usable[0][0] if usable else Estimate.undefined()
+    total = sum(w for _, w in usable)
+    mean = sum(v.value * w for v, w in usable) / total
+    low = math.sqrt(sum(((v.value - v.interval[0]) * w / total) ** 2 for v, w in usable))
+    high = math.sqrt(sum(((v.interval[1] - v.value) * w / total) ** 2 for v, w in usable))
+    return Estimate(mean, (mean - low, mean + high), sum(v.n for v, _ in usable), usable[0][0].unit)
+
+
+def _joined(scores: Sequence[LocalisationScores], filters: Sequence[int]) -> LocalisationScores:
+    """Return the mean over filters of scores that were measured per category, each on its own photos."""
+    if len(scores) == 1:
+        return scores[0]
+    shares: dict[str, float] = {}
+    for landmark in dict.fromkeys(name for s in scores for name in s.landmark_shares):
+        parts = [(s.landmark_shares[landmark], n) for s, n in zip(scores, filters, strict=True)]
+        known = [(v, n) for v, n in parts if not math.isnan(v) and n]
+        shares[landmark] = sum(v * n for v, n in known) / sum(n for _, n in known) if known else math.nan
+    joined = {name: mean_of([s.of(name) for s in scores], filters) for name in LOCALISATION}
+    return LocalisationScores(**joined, landmark_shares=shares)

@@ -129,6 +129,14 @@ SCORES: Mapping[str, Score] = {
 """Every score by its name in files."""
 
 
+REGION_READINGS: Mapping[str, str] = {
+    "round": "round field in theory, as in print",
+    "part_sized": "disc as large as the median part",
+    "scaled": "the map scaled up",
+}
+"""What a filter's valid cell means in part interpretability, by its name in files; the printed way first."""
+
+
 class LocalisationScores(Value):
     """Everything that instability must not be shown without, for one layer on one set of photos.
 

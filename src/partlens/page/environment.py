@@ -38,8 +38,9 @@ def environment() -> Environment:
         plain=notation.plain,
         counted=notation.counted,
         rate=notation.rate,
-        short_name=notation.short_name,
         percent=notation.percent,
+        percent_digits=notation.percent_digits,
+        short_name=notation.short_name,
         count_of=count_of,
     )
     return made

@@ -7,7 +7,7 @@ from pathlib import Path
 from partlens.errors import InputError, expected
 from partlens.page import figures, notation
 from partlens.page.environment import environment
-from partlens.page.explainer_page import (
+from partlens.page.explainer import (
     explainer_chapter,
     explainer_origin,
     explainer_remarks,
@@ -51,12 +51,17 @@ def _title(data: PageData) -> str:
     return explainer_title(data.explainer) if data.explainer else ""
 
 
+def _made_by(data: PageData) -> str:
+    versions = data.selection.versions if data.selection else data.explainer.run.versions if data.explainer else {}
+    return versions.get("partlens", "")
+
+
 def _banners(data: PageData) -> tuple[tuple[str, str], ...]:
     """Return (head, words) of what a reader must know before anything else."""
-    banners = [("Unfinished.", notation.unfinished(data.explainer.status, "fit"))] if data.explainer else []
+    banners = [("Unfinished.", notation.unfinished(data.explainer.run.status, "fit"))] if data.explainer else []
     if data.pending:
         banners.append(("Selection not finished.", f"It was begun and has no result yet. Go on with: {data.pending}"))
-    if len({part.weights_sha256 for part in data.parts if part.weights_sha256}) > 1:
+    if len(set(filter(None, data.weights))) > 1:
         banners.append(("Two networks.", "The selection and the explainer were made with different weights."))
     return tuple((head, words) for head, words in banners if words)
 
@@ -73,7 +78,7 @@ def render_page(data: PageData) -> str:
     """
     chapters = _chapters(data)
     mains = [chapter for chapter in chapters if chapter.kind != "explanation"]
-    sha256 = next((part.weights_sha256 for part in data.parts), "")
+    sha256 = next(iter(data.weights), "")
     images = tuple(
         explanation_view(one, image_anchor(position), sha256) for position, one in enumerate(data.explanations.shown)
     )
@@ -103,7 +108,7 @@ def render_page(data: PageData) -> str:
             explanations=data.explanations,
             origins=origins,
             remarks=remarks,
-            made_by=next((part.versions["partlens"] for part in data.parts if "partlens" in part.versions), ""),
+            made_by=_made_by(data),
             figure_css=figures.FIGURE_CSS,
         )
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from partlens.attribution.record import ExplanationRecord
 from partlens.errors import RunError, expected
-from partlens.page.explainer_data import ExplainerData, collect_explainer
+from partlens.evaluation.results import AGAIN as EVALUATE_AGAIN
+from partlens.page.explainer import ExplainerData, collect_explainer
 from partlens.page.explanation_page import Explanations, collect_explanations
 from partlens.page.parts_data import PARTS_AGAIN, PartsData, collect_parts
 from partlens.page.reading import Pictures
@@ -45,14 +46,10 @@ class PageData:
     named_parts: PartsData | None = None
 
     @property
-    def parts(self) -> tuple[ExplainerData | SelectionData, ...]:
-        """The selection and the explainer, as far as they are there."""
-        return tuple(part for part in (self.selection, self.explainer) if part is not None)
-
-
-def _gallery_bytes(explainer: ExplainerData | None) -> int:
-    gallery = explainer.gallery if explainer else None
-    return sum(map(len, gallery.uris)) if gallery else 0
+    def weights(self) -> tuple[str, ...]:
+        """Hashes of the performer's weights, of the selection first, as far as they are there."""
+        found = [self.selection.weights_sha256] if self.selection else []
+        return (*found, *([self.explainer.run.performer.weights_sha256] if self.explainer else []))
 
 
 def _explained_names(explanations: Explanations) -> Iterable[str]:
@@ -77,10 +74,11 @@ def collect_page(run: Path) -> PageData:
         raise RunError(expected("the folder of a run", run.as_posix(), remedy))
     if not any((run / name).exists() for name in ("run.json", "selection.json")):
         raise RunError(expected(f"a file run.json or selection.json in {run}", "none there", remedy))
-    explainer, pending = collect_explainer(run), pending_command(run)
+    of_filters = Pictures(run, EVALUATE_AGAIN, PICTURES_BYTES)
+    explainer, pending = collect_explainer(run, of_filters), pending_command(run)
     if pending and explainer is None:
         raise RunError(expected(f"a finished selection in {run}", "one that was only begun", f"Go on with: {pending}"))
-    room = max(PICTURES_BYTES - _gallery_bytes(explainer), 0)
+    room = max(PICTURES_BYTES - of_filters.spent_bytes, 0)
     of_parts = Pictures(run, PARTS_AGAIN, room)
     named_parts = collect_parts(run, of_parts) if explainer else None
     room = max(room - of_parts.spent_bytes, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from partlens.page.reading import Embedded
 
@@ -81,3 +82,23 @@ class Shown:
 def shown(picture: Embedded | None, alt: str, caption: str) -> Shown | None:
     """Put a picture and its words together, ``None`` where there is no picture."""
     return Shown(picture.uri, picture.width_px, picture.height_px, alt, caption) if picture else None
+
+
+State = Literal["good", "caution", "warning", "unknown"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One thing that a reader must know before believing the numbers.
+
+    Attributes:
+        key: a stable name.
+        state: ``good``, ``caution``, ``warning`` or ``unknown``.
+        title: two or three words.
+        words: one or two plain sentences.
+    """
+
+    key: str
+    state: State
+    title: str
+    words: str

@@ -8,9 +8,8 @@ to find the petals. Nobody tells it where they are, and nobody tells the explain
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from partlens.errors import InputError, expected
 from partlens.progress import Progress
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from partlens.data.images import ImageSet
+    from partlens.estimate import Estimate
+    from partlens.evaluation.results import Evaluation
 
 DEMO_FLOWERS = 1500
 CATEGORY = "petal-red"
@@ -130,18 +131,17 @@ def _some_flowers(images: ImageSet, folder: Path) -> list[Path]:
     return files
 
 
-def _summary(scores: Mapping[str, Any]) -> str:
+def _summary(scores: Evaluation) -> str:
     """Say in one sentence what came out; what could not be measured is a dash."""
 
-    def number(estimate: Mapping[str, Any], form: str) -> str:
-        return "–" if estimate["value"] is None else format(estimate["value"], form)
+    def number(estimate: Estimate, form: str) -> str:
+        return format(estimate.value, form) if estimate.defined else "–"
 
-    explainer, tap = scores["explainer"], scores["performer"]["tap"]
-    null = scores["nulls"]["random"]
+    explainer, tap, null = scores.explainer, scores.performer.tap, scores.nulls["random"]
     return (
-        f"at relu4, p = {number(scores['p'], '.2f')} of the information is carried by part filters; their location "
-        f"instability is {number(explainer['instability'], '.3f')} (the layer's own filters: "
-        f"{number(tap['instability'], '.3f')}, random: {number(null['instability'], '.3f')}), their consistency "
-        f"{number(explainer['consistency'], '.2f')} ({number(tap['consistency'], '.2f')}); fed back, the "
-        f"reconstruction keeps {number(scores['reconstruction']['agreement_top1'], '.0%')} of the decisions"
+        f"at relu4, p = {number(scores.p, '.2f')} of the information is carried by part filters; their location "
+        f"instability is {number(explainer.instability, '.3f')} (the layer's own filters: "
+        f"{number(tap.instability, '.3f')}, random: {number(null.instability, '.3f')}), their consistency "
+        f"{number(explainer.consistency, '.2f')} ({number(tap.consistency, '.2f')}); fed back, the "
+        f"reconstruction keeps {number(scores.reconstruction.agreement_top1, '.0%')} of the decisions"
     )

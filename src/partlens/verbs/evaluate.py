@@ -5,32 +5,31 @@ Torch is imported when a verb runs, not when this module is read, so that help t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partlens.errors import ImageError, expected
+from partlens.errors import ImageError, InputError, expected
+from partlens.evaluation.results import EvaluatedData, Evaluation, FieldKind, GalleryKind
 from partlens.progress import Progress
-from partlens.records import read_json, write_json
-from partlens.verbs.fit_explainer import load_explainer
-from partlens.verbs.runs import (
-    EVALUATION,
-    RUN,
-    category_rows,
-    photos_of_run,
-    photos_seen,
-    rows_of,
-    sampled,
-    versions,
-)
+from partlens.records import read_json
+from partlens.run import Run, UsedPhotos
+from partlens.verbs.runs import labels_of, open_photos, rows_and_others, sampled
 
 if TYPE_CHECKING:
     from torch import nn
 
     from partlens.attribution.receptive_pictures import OcclusionConfig
     from partlens.data.images import ImageSet
-    from partlens.evaluation.gallery import FieldKind, GalleryKind
+    from partlens.evaluation.explainer_evaluation import EvaluationRows
     from partlens.network.zoo import Performer
+
+_ROUNDS = 100
+_MEANING = (
+    "each row is one score: first where filters peak, for the explainer, for two layers of the performer and for "
+    "filters that see nothing (random, centre, corner), which it has to beat; then what the reconstruction keeps of "
+    "the performer"
+)
 
 
 def evaluate(
@@ -40,122 +39,137 @@ def evaluate(
     model: str | nn.Module | Performer | None = None,
     split: str = "test",
     seed: int = 0,
+    rounds: int = _ROUNDS,
     gallery: GalleryKind = "quick",
     fields: FieldKind = "occlusion",
     occlusion: OcclusionConfig | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure a finished run on photos that were not used in the fit, and write ``evaluation.json`` and the gallery.
 
     Args:
         run: the run directory.
-        data: the data set; the one of the fit when left out.
-        model: the performer; the one of the fit when left out.
+        data: the data set; optional, by default the one of the fit.
+        model: the performer; optional where it can be loaded by its name.
         split: which photos to measure on.
         seed: of the nulls and the bootstrap intervals.
-        gallery: ``quick`` or ``full`` pictures of filters (`partlens.evaluation.gallery.write_gallery`), or ``none``.
+        rounds: of the bootstrap for scores of peaks; those of fidelity have ten times as many.
+        gallery: ``quick`` or ``full`` pictures of filters, or ``none``; see
+            :class:`~partlens.evaluation.frames.GalleryPlan`.
         fields: what filters read: found by ``occlusion``, or ``analytic``, the round field in theory.
         occlusion: how photos are covered to find what filters read; fields to change in
             :class:`~partlens.attribution.receptive_pictures.OcclusionConfig`.
-        progress: how to show progress; silent when left out.
+        progress: how to show progress; silent by default.
 
     Returns:
-        The evaluation; its schema is documented in ``docs/evaluation.md``. Every score is
-        ``{value, interval, n, unit}``.
+        The evaluation, as documented in ``docs/evaluation.md``.
 
     Raises:
+        AtWorkError: another process writes to the run directory.
         ImageError: no photos in the split, or a single one.
         RunError: the run is missing or unfinished, or model or data are not found.
     """
-    import torch
+    from partlens.evaluation.explainer_evaluation import Need, evaluate_explainer
+    from partlens.evaluation.frames import Frames, GalleryPlan
+    from partlens.evaluation.gallery import write_gallery
+    from partlens.verbs.fit_explainer import load_explainer
 
-    from partlens.evaluation.explainer_evaluation import EvaluationRows, evaluate_explainer
-    from partlens.evaluation.fed_back import own_columns
-    from partlens.evaluation.gallery import check_gallery, write_gallery
-    from partlens.evaluation.places import photo_numbers, top_layer
-    from partlens.evaluation.scoring import Categories
-    from partlens.explainer.assembly import performer_head
-
-    show = progress or Progress.silent()
-    run = Path(run)
+    show, handle = progress or Progress.silent(), Run(Path(run))
+    if rounds < 1:
+        raise InputError(expected("rounds of at least 1", rounds, "Set --rounds to 1 or more"))
     explainer, performer = load_explainer(run, model)
-    check_gallery(gallery, fields, performer.preprocessing.size_px, occlusion)
-    manifest = read_json(run / RUN)
-    images, dropped = photos_of_run(run, manifest, data, "measure")
-    category = manifest["data"]["category"] or None
-    joint = tuple(manifest["data"].get("categories", ()))
-
-    def rows_in(part: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return rows_of(images, joint, part) if joint else category_rows(images, category, part)
-
-    held, held_others = rows_in(split)
-    if len(held) < 2:
-        raise ImageError(
-            expected(
-                f"at least 2 photos{f' of {category}' if category else ''} in the split {split}",
-                len(held),
-                "Add photos, or name another split (--split)",
+    record = _record(handle.folder)
+    plan = GalleryPlan.of(gallery, fields, performer.preprocessing.size_px, occlusion, seed)
+    images, unreadable = open_photos(data, record)
+    categories = record.data.categories
+    rows = _rows(images, categories, split, seed)
+    same = images.fingerprint() == record.data.fingerprint
+    used = UsedPhotos.read_if_there(handle.folder)
+    described = EvaluatedData(
+        name=images.name,
+        split=split,
+        photos=len(rows.held),
+        categories=categories,
+        same_as_fit=same,
+        used_in_fit=0 if same or used is None else used.count(images.take(rows.held).digests()),
+        unreadable=unreadable,
+    )
+    need = Need.of(rows, performer, categories)
+    show.say(need.words(rows, categories))
+    with handle.writing():
+        with show.task("measuring", need.photos(rows)) as advance:
+            result, peaks = evaluate_explainer(
+                explainer,
+                performer,
+                images,
+                rows,
+                described,
+                record.p_by_seed,
+                seed=seed,
+                rounds=rounds,
+                advance=_counter(advance),
             )
-        )
-    # Other photos than the fit's may have no training split; the error of a head is then left out.
-    train, train_others = rows_in("train") if joint or "train" in images.splits else ((), ())
-    most = 3 * max(len(train), len(held))
-    rows = EvaluationRows(held, sampled(held_others, most, seed), train, sampled(train_others, most, seed))
-    shares = [float(p) for p in manifest["p_by_seed"]]
-    done = 0
-    own_outputs = own_columns(performer, joint or ((category,) if category else ())) is not None
-    total = rows.streamed(own_outputs=own_outputs, several=bool(joint))
-    categories = None
-    if joint:
-        numbers = [torch.tensor([joint.index(images.categories[i]) for i in part]) for part in (held, train)]
-        categories = Categories(joint, numbers[0], numbers[1])
-    with show.task("measuring", total) as advance:
-
-        def more(count: int) -> None:
-            nonlocal done
-            done += count
-            advance(done)
-
-        result, peaks = evaluate_explainer(
-            explainer,
-            performer,
-            images,
-            rows,
-            shares,
-            category=category,
-            categories=categories,
-            seed=seed,
-            advance=more,
-        )
-    result = {"schema": result.pop("schema"), "split": split, **result}
-    same = images.fingerprint() == manifest["data"]["fingerprint"]
-    if split == "train" and same:
-        result["warnings"].append("these are the photos of the fit: the scores say nothing about others")
-    elif not same and (seen := photos_seen(run, images.take(held).digests())):
-        result["warnings"].append(f"{seen} of the {len(held)} photos were used in the fit: the scores flatter")
-    result |= {"data": {"name": images.name, "same_as_fit": same, "unreadable": dropped}, "versions": versions()}
-    tap = explainer.structure.tap
-    with show.task("drawing filters, %", 100) as advance:
-        write_gallery(
-            run,
-            performer,
-            images,
-            rows.held,
-            photo_numbers(images, rows.held),
-            {
-                "explainer": (peaks["explainer"], result["filters"]["explainer"]),
-                "performer": (peaks[tap], result["filters"]["performer"]),
-            },
-            performer.field(tap),
-            explainer=explainer,
-            head=performer_head(performer, explainer.structure),
-            top=top_layer(performer),
-            gallery=gallery,
-            fields=fields,
-            occlusion=occlusion,
-            seed=seed,
-            advance=lambda share: advance(round(100 * share)),
-        )
-    write_json(run / EVALUATION, result)
-    show.say(f"wrote {run / EVALUATION} ({len(held)} photos of the split {split})")
+        tap = explainer.structure.tap
+        with show.task("drawing filters, %", 100) as advance:
+            write_gallery(
+                handle.folder,
+                Frames(performer, images, rows.held),
+                explainer,
+                {
+                    "explainer": (peaks["explainer"], result.filters["explainer"]),
+                    "performer": (peaks[tap], result.filters["performer"]),
+                },
+                plan,
+                advance=lambda share: advance(round(100 * share)),
+            )
+        path = result.write(handle.folder)
+    show.say(f"wrote {path} ({len(rows.held)} photos of the split {split}); {_MEANING}")
     return result
+
+
+def _rows(images: ImageSet, categories: tuple[str, ...], split: str, seed: int) -> EvaluationRows:
+    """Choose the photos that are measured on, and at most three times as many others."""
+    from partlens.evaluation.explainer_evaluation import EvaluationRows
+
+    held, held_others = rows_and_others(images, categories, split)
+    if len(held) < 2:
+        named = ", ".join(filter(None, categories))
+        rule = f"at least 2 photos{f' of {named}' if named else ''} in the split {split}"
+        raise ImageError(expected(rule, len(held), "Add photos, or name another split (--split)"))
+    # Other photos than the fit's may have no training split: then nothing is fitted on them.
+    needed = len(categories) > 1 or "train" in images.splits
+    train, train_others = rows_and_others(images, categories, "train") if needed else ((), ())
+    most = 3 * max(len(train), len(held))
+    return EvaluationRows(
+        held,
+        sampled(held_others, most, seed),
+        train,
+        sampled(train_others, most, seed),
+        labels_of(images, categories, held),
+        labels_of(images, categories, train),
+    )
+
+
+def _counter(advance: Callable[..., None]) -> Callable[[int], None]:
+    """Return what takes how many more are done, given what takes how many are done."""
+    done = 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        advance(done)
+
+    return more
+
+
+def _record(run: Path) -> Any:
+    """Read what is needed of run.json."""
+    from types import SimpleNamespace
+
+    content = read_json(run / "run.json")
+    data = content["data"]
+    several = tuple(data.get("categories") or (data.get("category") or "",))
+    return SimpleNamespace(
+        p_by_seed=content["p_by_seed"],
+        data=SimpleNamespace(categories=several, fingerprint=data["fingerprint"], path=data["path"]),
+    )

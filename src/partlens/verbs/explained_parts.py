@@ -16,7 +16,7 @@ from partlens.attribution.pictures import overlay, save_png
 from partlens.attribution.record import ExplainedByParts, PartShare, StrongFilter
 from partlens.errors import InputError, expected, nearest
 from partlens.estimate import Estimate
-from partlens.evaluation.fed_back import class_outputs
+from partlens.evaluation.fidelity import class_outputs
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import Explainer
 from partlens.network.receptive_field import grid_of

@@ -245,7 +245,7 @@ def _contributions(
     import torch
 
     from partlens.estimate import bootstrap
-    from partlens.evaluation.fed_back import class_outputs
+    from partlens.evaluation.fidelity import class_outputs
     from partlens.metrics.faithfulness import agreement_top1
     from partlens.metrics.parts import removal_agreement
     from partlens.verbs.part_shares import part_labels, part_shares

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from partlens.errors import REGION_READINGS
+from partlens.estimate import Estimate
+from partlens.evaluation.results import Evaluation, PartInterpretability
+from partlens.metrics.scores import FIDELITY, LOCALISATION, Score
 
 
 def _shown(estimate: dict[str, Any] | None, digits: str = ".3g", factor: float = 1.0, unit: str = "") -> str:
@@ -22,57 +24,62 @@ def _percent(estimate: dict[str, Any] | None) -> str:
     return _shown(estimate, ".1f", 100, " %")
 
 
-def _regions(found: dict[str, Any]) -> Any:
+def _written(estimate: Estimate, score: Score | None = None) -> str:
+    """Write an estimate and its interval; a share as a percentage."""
+    if not estimate.defined:
+        return "–"
+    share = score is not None and score.is_share
+    value, *ends = (100 * v if share else v for v in (estimate.value, *estimate.interval))
+    shown = f" [{', '.join(f'{end:.3g}' for end in ends)}]" if estimate.has_interval else ""
+    return f"{value:.3g}{' %' if share else ''}{shown}"
+
+
+def _regions(found: PartInterpretability) -> Any:
     from rich.table import Table
 
     headings = ("explainer", "its regions on other photos", "performer tap", "top layer", "random", "centre")
-    table = Table(f"parts met ({found['regions']})", *headings, box=None)
-    for reading in REGION_READINGS:
-        score = found[reading]
-        layers, other = score["layers"], score["other_photo"]["explainer"]
-        cells = (layers["explainer"], other, layers["tap"], layers["top"], score["random"], score["centre"])
-        table.add_row(reading.replace("_", "-"), *map(_shown, cells))
+    table = Table(f"parts met ({found.regions})", *headings, box=None)
+    for reading, of in found.readings.items():
+        other = of.other_photo["explainer"]
+        cells = (of.layers["explainer"], other, of.layers["tap"], of.layers["top"], of.random, of.centre)
+        table.add_row(reading.replace("_", "-"), *map(_written, cells))
     return table
 
 
-def print_scores(result: dict[str, Any]) -> None:
+def _fidelity(result: Evaluation) -> Any:
+    from rich.table import Table
+
+    table, kept = Table("fidelity", "value", "n", box=None), result.reconstruction
+    rows = [("p", result.p), ("p_optimum", result.p_optimum)]
+    rows += [(name, getattr(kept, name)) for name in FIDELITY if hasattr(kept, name) and name != "relative_error"]
+    rows += [(f"relative_error {target}", of) for target, of in kept.relative_error.items()]
+    for name, of in rows:
+        if of.n:
+            title = name if kept.errors_by is None or "error_" not in name else f"{name} (by the {kept.errors_by})"
+            table.add_row(title, _written(of, FIDELITY.get(name)), f"{of.n} {of.unit}")
+    return table
+
+
+def print_scores(result: Evaluation) -> None:
     """Print an evaluation."""
     from rich.console import Console
     from rich.table import Table
 
-    columns = {
-        "explainer": result["explainer"],
-        "performer tap": result["performer"]["tap"],
-        result["performer"]["top_layer"]: result["performer"]["top"],
-        "random": result["nulls"]["random"],
-        "centre": result["nulls"]["centre"],
-        "corner": result["nulls"]["corner"],
-    }
     table = Table(box=None)
-    for heading in ("score", *columns):
+    names = {"tap": "performer tap", "top": result.performer.top_layer}
+    subjects = dict(result.subjects())
+    for heading in ("score", *(names.get(key, key) for key in subjects)):
         table.add_column(heading, no_wrap=heading == "score")
-    for name in result["explainer"]:
-        if name not in {"landmark_shares", "by_category"}:
-            table.add_row(name, *(_shown(column[name]) for column in columns.values()))
-    fidelity = Table("fidelity", "value", "n", box=None)
-    for name in ("p", "p_optimum"):
-        fidelity.add_row(name, _shown(result[name]), f"{result[name]['n']} {result[name]['unit']}")
-    for name, estimate in result["reconstruction"].items():
-        if isinstance(estimate, str):
-            fidelity.add_row(name.replace("_", " "), estimate, "")
-            continue
-        parts = estimate.items() if "value" not in estimate else [("", estimate)]
-        for part, value in parts:
-            fidelity.add_row(f"{name} {part}".strip(), _shown(value), f"{value['n']} {value['unit']}")
+    for name, score in LOCALISATION.items():
+        table.add_row(name, *(_written(scores.of(name), score) for scores in subjects.values()))
     console = Console()
     if not console.is_terminal:
         console.width = 160  # in a file or a pipe nothing needs to be broken
     console.print(table)
-    console.print(fidelity)
-    regions = result.get("part_interpretability")
-    if regions:
-        console.print(_regions(regions))
-    for warning in result["warnings"]:
+    console.print(_fidelity(result))
+    if result.part_interpretability is not None:
+        console.print(_regions(result.part_interpretability))
+    for warning in result.warnings:
         console.print(f"warning: {warning}", markup=False)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import hashlib
 import platform
 import shlex
 import sys
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.errors import ImageError, InputError, LayerError, RunError, expected, nearest
 from partlens.progress import Progress
-from partlens.records import SCHEMA, read_json, sole_writer, write_json
-from partlens.run import DataInfo, PerformerInfo, RunRecord, Unreadable
+from partlens.records import read_json, sole_writer
+from partlens.run import DataInfo, PerformerInfo, RunRecord, Unreadable, UsedPhotos
 
 if TYPE_CHECKING:
     import torch
@@ -319,23 +318,15 @@ def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
     return [rows[int(i)] for i in drawn]
 
 
-def _marks(contents: Iterable[str]) -> list[str]:
-    """Return a text per photo that is equal for equal files, whatever is cut out of them."""
-    whole = (digest.partition("@")[0] for digest in contents)
-    return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in whole]
-
-
 def write_photos(run: Path, contents: Iterable[str]) -> None:
     """Keep which photos a fit used, by what their set's ``digests`` say, so that they are known under other names."""
-    write_json(run / PHOTOS, {"schema": SCHEMA, "photos": sorted(set(_marks(contents)))})
+    UsedPhotos.of(contents).write(run)
 
 
 def photos_seen(run: Path, contents: Iterable[str]) -> int:
     """Return how many photos, or photos that they are cut from, the run's fit used; 0 for runs that did not keep it."""
-    if not (run / PHOTOS).exists():
-        return 0
-    used = set(read_json(run / PHOTOS)["photos"])
-    return sum(mark in used for mark in _marks(contents))
+    used = UsedPhotos.read_if_there(run)
+    return 0 if used is None else used.count(contents)
 
 
 def device_of(name: str) -> torch.device:

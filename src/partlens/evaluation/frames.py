@@ -1,0 +1,140 @@
+"""What both kinds of pictures share: how much is drawn, photos as the network sees them, maps of both networks."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from partlens.attribution.receptive_pictures import OcclusionConfig
+from partlens.data.images import ImageSet
+from partlens.errors import InputError, check_names, expected
+from partlens.evaluation.results import FieldKind, GalleryKind
+from partlens.explainer.network import Explainer
+from partlens.network.taps import forward_taps
+from partlens.network.zoo import Performer
+from partlens.records import write_atomically
+
+PHOTOS = 6
+SIDE_PX = 176
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class GalleryPlan:
+    """How much is spent on pictures.
+
+    Attributes:
+        kind: ``quick``: 8 photos are covered at 121 places each (224 px, about 1,000 forward passes), and Grad-CAM is
+            joined of 24 photos; ``full``, as the released code does: 24 photos at 484 places, Grad-CAM of 100;
+            ``none``: no gallery.
+        fields: ``occlusion`` finds what a filter reads by covering; ``analytic`` takes the round field that it has in
+            theory at each active cell, as the papers' appendix does, and covers nothing.
+        occlusion: how photos are covered, in pixels of the input.
+        covered: photos that are covered.
+        attention: photos of Grad-CAM.
+        seed: of the intervals and of the null.
+    """
+
+    kind: GalleryKind
+    fields: FieldKind
+    occlusion: OcclusionConfig
+    covered: int
+    attention: int
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        fields: str,
+        size_px: tuple[int, int],
+        occlusion: OcclusionConfig | Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> GalleryPlan:
+        """Return a plan for inputs of a size.
+
+        Args:
+            kind: see the class.
+            fields: see the class.
+            size_px: height and width of the input.
+            occlusion: a whole configuration, or fields to change in that of the kind.
+            seed: see the class.
+
+        Raises:
+            InputError: another kind of gallery or of fields, a field that does not exist, or a value out of range.
+        """
+        if kind not in get_args(GalleryKind):
+            raise InputError(expected("gallery to be quick, full or none", f"{kind!r}", "Choose quick"))
+        if fields not in get_args(FieldKind):
+            raise InputError(expected("fields to be occlusion or analytic", f"{fields!r}", "Choose occlusion"))
+        # Quick: twice the released stride and fewer photos. Full: as released, photos chosen out of 24 for all filters.
+        quick = kind != "full"
+        config = (OcclusionConfig(stride_px=18, images=4) if quick else OcclusionConfig()).scaled(size_px)
+        if isinstance(occlusion, OcclusionConfig):
+            config = occlusion
+        else:
+            check_names(config, occlusion or {})
+            config = replace(config, **(occlusion or {}))
+        known = cast("GalleryKind", kind), cast("FieldKind", fields)
+        return cls(*known, config, 8 if quick else 24, 24 if quick else 100, seed)
+
+
+def save_photo(path: Path, picture: Image.Image) -> str:
+    """Write a JPEG, whole or not at all, and return its name."""
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=82)
+    write_atomically(path, lambda p: p.write_bytes(content.getvalue()))
+    return path.name
+
+
+def small(frame: Image.Image) -> Image.Image:
+    """Return a frame as small as the page shows it."""
+    small = frame.copy()
+    small.thumbnail((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
+    return small
+
+
+class JoinedMaps:
+    """The masked maps of conv-interp-2 and the tap's maps of the same forward pass, one behind the other."""
+
+    def __init__(self, performer: Performer, explainer: Explainer) -> None:
+        self.performer = performer
+        self.explainer = explainer.eval()
+        self.tap = explainer.structure.tap
+        self.first = {"explainer": 0, "performer": explainer.structure.channels_out}
+
+    @torch.no_grad()
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Return the maps of a preprocessed batch."""
+        maps = forward_taps(self.performer, batch.contiguous(memory_format=torch.channels_last), [self.tap])[1]
+        tapped = maps[self.tap].cpu()
+        interp2 = self.explainer.interpret(tapped)[1]
+        return torch.cat([self.explainer.masked(interp2), tapped], dim=1)
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The photos as the network sees them."""
+
+    performer: Performer
+    images: ImageSet
+    rows: Sequence[int]
+
+    def key(self, index: int) -> str:
+        """Return a photo's name in the data set."""
+        return self.images.keys[self.rows[index]]
+
+    def picture(self, index: int) -> Image.Image:
+        """Return a photo as it is seen."""
+        return self.performer.preprocessing.frame(self.images.read(self.rows[index]))
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """Return preprocessed photos."""
+        return self.performer.preprocessing([self.images.read(self.rows[i]) for i in indices])

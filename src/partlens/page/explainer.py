@@ -1,0 +1,455 @@
+"""What the page draws of an explainer: its records, figures and states; the words are the templates'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from partlens.estimate import Estimate
+from partlens.evaluation.results import AttentionPhoto, Evaluation, Gallery, GalleryFilter, RegionScores
+from partlens.metrics.scores import FIDELITY, LOCALISATION, REGION_READINGS
+from partlens.page import figures, notation
+from partlens.page.environment import count_of, environment, pairs
+from partlens.page.interim import ExplainerRun, History
+from partlens.page.reading import Pictures
+from partlens.page.views import Chapter, Figure, Origin, Remarks
+from partlens.records import plain
+
+DEAD_LIMIT = 0.05
+CORRELATION_LIMIT = 0.9
+CORRELATION_NOTICE = 0.5
+SPREAD_LIMIT_CELLS = 1.0
+BORDER_LIMIT = 0.5
+AGREEMENT_LIMIT = 0.5
+
+NULLS = {"random": "random cells", "centre": "a peak fixed at the centre", "corner": "a peak fixed in the corner"}
+
+CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    ("Reconstruction loss", (("reconstruction", "reconstruction"),)),
+    ("Relative error of the reconstruction", (("relative_error", "relative error"),)),
+    ("p, the share of part filters", (("p", "p"),)),
+    ("Filter loss, nats per filter", (("filter_1", "conv-interp-1"), ("filter_2", "conv-interp-2"))),
+    ("Cost of not being where the teacher is", (("teacher", "teachers"),)),
+    ("Correlation between filters", (("correlation", "correlation"),)),
+)
+"""Panels of training curves: title, and (logged key, label) of each curve."""
+
+Comparison = Literal["better", "level", "worse"]
+
+
+@dataclass(frozen=True)
+class ExplainerData:
+    """The records of a run, and their pictures.
+
+    Attributes:
+        run: ``run.json``.
+        epochs: of ``history.json``, in order; only finite numbers.
+        evaluation: ``None`` where nothing was measured yet.
+        gallery: ``None`` where none was drawn.
+        pictures: of the gallery, as ``data:`` addresses by name.
+    """
+
+    run: ExplainerRun
+    epochs: tuple[Mapping[str, Any], ...]
+    evaluation: Evaluation | None
+    gallery: Gallery | None
+    pictures: Mapping[str, str]
+
+    @property
+    def category(self) -> str:
+        """The categories with commas; empty where all photos count as one."""
+        return ", ".join(filter(None, self.run.data.categories))
+
+    @property
+    def tap(self) -> str:
+        """The explained layer."""
+        return self.run.structure.tap
+
+    @property
+    def learned_p(self) -> float:
+        """The share p after the last epoch that logged it; ``nan`` where none did."""
+        return next((float(e["p"]) for e in reversed(self.epochs) if "p" in e), math.nan)
+
+
+def collect_explainer(run: Path, pictures: Pictures) -> ExplainerData | None:
+    """Read what the page says of an explainer.
+
+    Args:
+        run: the folder of a run.
+        pictures: reads those of the gallery.
+
+    Returns:
+        The content, or ``None`` where the folder has no ``run.json``.
+
+    Raises:
+        RunError: a file of the run is damaged or of another version, or a picture is missing; the text names it.
+    """
+    record = ExplainerRun.read_if_there(run)
+    if record is None:
+        return None
+    history, gallery = History.read_if_there(run), Gallery.read_if_there(run / "gallery")
+    names = _files(gallery) if gallery else []
+    return ExplainerData(
+        run=record,
+        epochs=tuple(map(_finite, history.epochs)) if history else (),
+        evaluation=Evaluation.read_if_there(run),
+        gallery=gallery,
+        pictures={name: found.uri for name in names if (found := pictures.read(run / "gallery", name))},
+    )
+
+
+def _finite(epoch: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in epoch.items() if not isinstance(v, float) or math.isfinite(v)}
+
+
+def _files(gallery: Gallery) -> list[str]:
+    """Return the names of the pictures that are shown, each once."""
+    shots = [photo for layer in gallery.layers.values() for one in layer for photo in one.photos]
+    found = [name for shot in shots for name in (shot.region_file or shot.file, shot.map_file)]
+    found += [name for photo in gallery.attention.photos for name in (photo.file, *photo.maps.values())]
+    return list(dict.fromkeys(found))
+
+
+# --- what is judged ---------------------------------------------------------------------------------------------------
+
+
+def compare(measure: Estimate, null: Estimate, *, lower_is_better: bool) -> Comparison:
+    """Compare a score with its null; intervals that overlap are level."""
+    overlap = measure.has_interval and null.has_interval
+    if (overlap and max(measure.low, null.low) <= min(measure.high, null.high)) or measure.value == null.value:
+        return "level"
+    return "better" if (measure.value < null.value) == lower_is_better else "worse"
+
+
+def against_nulls(evaluation: Evaluation, score: str, *, lower_is_better: bool) -> dict[str, Comparison]:
+    """Compare the explainer's score with that of each null.
+
+    What was drawn on the same photos is compared on the same photos; two intervals of one score each say less.
+    """
+    paired = evaluation.instability_minus_null if score == "instability" else {}
+    nothing, found = Estimate(0.0, (0.0, 0.0), 0), {}
+    for key, null in evaluation.nulls.items():
+        gap = paired.get(key, Estimate.undefined())
+        measure, other = (gap, nothing) if gap.defined else (evaluation.explainer.of(score), null.of(score))
+        if other.defined:
+            found[key] = compare(measure, other, lower_is_better=lower_is_better)
+    return found
+
+
+def judge(evaluation: Evaluation) -> dict[str, str]:
+    """Judge an evaluation: the nulls, signs of collapse, and faithfulness.
+
+    Returns:
+        By score, in the order of the page, what the template says of it: ``unknown`` where it was not measured,
+        ``good``, ``caution``, ``warning``, and for instability ``chance``, ``collapse``, ``good`` or ``fixed``: it is
+        never praised where there is a sign of collapse.
+    """
+    scores = evaluation.explainer
+
+    def limit(name: str, *, bad: bool) -> str:
+        return "unknown" if not scores.of(name).defined else "warning" if bad else "good"
+
+    together = scores.filter_correlation.value
+    correlation = limit("filter_correlation", bad=together > CORRELATION_LIMIT)
+    collapse = {
+        "filter_correlation": "caution" if CORRELATION_NOTICE < together <= CORRELATION_LIMIT else correlation,
+        "peak_spread_cells": limit("peak_spread_cells", bad=scores.peak_spread_cells.value < SPREAD_LIMIT_CELLS),
+        "border_frac": limit("border_frac", bad=scores.border_frac.value > BORDER_LIMIT),
+    }
+    stable, predictive = (
+        against_nulls(evaluation, name, lower_is_better=lower)
+        for name, lower in (("instability", True), ("consistency", False))
+    )
+    if not scores.instability.defined or not stable:
+        instability = "unknown"
+    elif stable.get("random") in {"level", "worse"}:
+        instability = "chance"
+    elif "warning" in collapse.values():
+        instability = "collapse"
+    else:
+        instability = "good" if set(stable.values()) == {"better"} else "fixed"
+    agreement = evaluation.reconstruction.agreement_top1
+    return {
+        "instability": instability,
+        "consistency": limit("consistency", bad=set(predictive.values()) != {"better"}),
+        **collapse,
+        "dead_frac": limit("dead_frac", bad=scores.dead_frac.value >= DEAD_LIMIT),
+        "agreement": "unknown" if not agreement.defined else "warning" if agreement.value < AGREEMENT_LIMIT else "good",
+    }
+
+
+def judge_regions(score: RegionScores) -> str:
+    """Say what a part interpretability is worth: ``undefined``, ``nothing``, ``level`` or ``above``."""
+    own = score.layers["explainer"]
+    if not own.defined or not score.centre.defined:
+        return "undefined"
+    if score.centre.value >= own.value:
+        return "nothing"
+    return "above" if compare(own, score.other_photo["explainer"], lower_is_better=False) == "better" else "level"
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+class Subject(NamedTuple):
+    """One column of the table of scores: a layer or a null."""
+
+    label: str
+    role: str
+    scores: Any
+
+
+def _subjects(data: ExplainerData, evaluation: Evaluation) -> tuple[Subject, ...]:
+    labels = {
+        "explainer": ("explainer", "explainer"),
+        "tap": (f"performer, {data.tap}", "performer"),
+        "top": (f"performer, {evaluation.performer.top_layer}", "performer"),
+        "random": ("null: random cell", "null"),
+        "centre": ("null: centre", "null"),
+        "corner": ("null: corner", "null"),
+    }
+    return tuple(Subject(*labels[key], scores) for key, scores in evaluation.subjects())
+
+
+def _common_counts(subjects: tuple[Subject, ...]) -> dict[str, str]:
+    """Return the count that a whole row of the table has, said once; rows with several say them in their cells."""
+    found = {}
+    for key in LOCALISATION:
+        counts = {count_of(measure) for s in subjects if (measure := s.scores.of(key)).defined}
+        found[key] = counts.pop() if len(counts) == 1 else ""
+    return found
+
+
+def _score_figures(subjects: tuple[Subject, ...]) -> tuple[Figure, ...]:
+    drawn = []
+    for key in ("instability", "consistency"):
+        score = LOCALISATION[key]
+        rows = [
+            figures.ScoreRow(s.label, s.role, m.value, m.low, m.high, notation.number(m.value))
+            for s in subjects
+            for m in [s.scores.of(key)]
+        ]
+        svg = figures.scores_chart(score.title, score.direction, rows)
+        drawn.append(Figure(f"{score.title}: {score.direction}", svg))
+    # Instability is never shown alone: the pair is shown whole or not at all.
+    return tuple(drawn) if all(f.svg for f in drawn) else ()
+
+
+def _filter_figure(evaluation: Evaluation) -> Figure | None:
+    dots = [
+        figures.Dot(
+            f"{role} filter {f.filter}: instability {notation.number(f.instability)}, "
+            f"consistency {notation.number(f.consistency)}" + (f", {f.landmark}" if f.landmark else ""),
+            role,
+            f.instability,
+            f.consistency,
+        )
+        for role, scored in evaluation.filters.items()
+        for f in scored
+        if not f.dead
+    ]
+    svg = figures.filters_chart("Consistency and instability of every filter", dots)
+    return Figure("Every filter: consistency (up) against instability (right)", svg) if svg else None
+
+
+def _parts_figure(subjects: tuple[Subject, ...]) -> Figure | None:
+    shares = [(s.label, s.role, s.scores.landmark_shares) for s in subjects if s.role != "null"]
+    svg = figures.parts_chart("Share of filters by landmark", shares)
+    return Figure("Share of filters by the landmark that their peak predicts best", svg) if svg else None
+
+
+def _curve_figures(data: ExplainerData) -> tuple[Figure, ...]:
+    shaded = figures.phase_span([(e["epoch"], str(e.get("phase", ""))) for e in data.epochs])
+    drawn = []
+    for title, curves in CURVES:
+        series = [
+            figures.Series(label, [(e["epoch"], e.get(key, math.nan)) for e in data.epochs])
+            for key, label in curves
+            if any(key in e for e in data.epochs)
+        ]
+        svg = figures.curves_chart(title, series, shaded)
+        if svg:
+            drawn.append(Figure(title, svg))
+    return tuple(drawn)
+
+
+class DrawnFilter(NamedTuple):
+    """A gallery filter with its photos and maps drawn."""
+
+    filter: GalleryFilter
+    photos: tuple[str, ...]
+    maps: tuple[str, ...]
+
+
+def _drawn_filter(kind: str, one: GalleryFilter | None, pictures: Mapping[str, str]) -> DrawnFilter | None:
+    if one is None:
+        return None
+    number, photos, maps = one.scores.filter, [], []
+    for shot in one.photos:
+        x, y = shot.peak_px
+        label = (
+            f"{shot.key}: {kind} filter {number} peaks at ({x:.0f}, {y:.0f}) px, score {notation.number(shot.score)}"
+        )
+        # The picture of what is read shows the region itself; the box stands in for it where nothing was found.
+        uri, box = pictures[shot.region_file or shot.file], None if shot.region_file else shot.box_px
+        photos.append(figures.photo_with_region(uri, shot.size_px, box, shot.peak_px, label))
+        label = f"{shot.key}: feature map of {kind} filter {number}"
+        maps.append(figures.photo_with_region(pictures[shot.map_file], shot.size_px, None, None, label))
+    return DrawnFilter(one, tuple(photos), tuple(maps))
+
+
+class AttentionRow(NamedTuple):
+    """One network's Grad-CAM: its maps drawn, and how concentrated they are, with random ones for comparison."""
+
+    kind: str
+    role: str
+    layer: str
+    share: Estimate
+    random: Estimate
+    empty: int
+    photos: tuple[str, ...]
+
+
+def _label(photo: AttentionPhoto) -> str:
+    return f"{photo.label}{' (answer: no)' if photo.denied else ''}"
+
+
+def _attention(data: ExplainerData) -> tuple[tuple[str, ...], tuple[AttentionRow, ...]]:
+    if data.gallery is None:
+        return (), ()
+    of = data.gallery.attention
+
+    def drawn(photo: AttentionPhoto, file: str, label: str) -> str:
+        return figures.photo_with_region(data.pictures[file], of.size_px, None, None, f"{photo.key}: {label}")
+
+    rows = []
+    for kind, layer in of.layers.items():
+        if kind == "top" and layer == of.layers["tap"]:
+            continue  # one layer, one row
+        maps = tuple(drawn(p, p.maps[kind], f"Grad-CAM of {layer} for {_label(p)}") for p in of.photos)
+        role = "explainer" if kind == "interpretable" else "performer"
+        rows.append(
+            AttentionRow(kind, role, layer, of.concentration_frac[kind], of.random_frac[kind], of.empty[kind], maps)
+        )
+    return tuple(drawn(p, p.file, _label(p)) for p in of.photos), tuple(rows)
+
+
+def _log(data: ExplainerData) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Return column names and rows of the training log, in the order in which the columns first appear."""
+    keys = tuple(dict.fromkeys(key for e in data.epochs for key in e))
+    rows = tuple(
+        tuple(str(v) if isinstance(v, (str, int)) else notation.number(v) for v in (e.get(k, math.nan) for k in keys))
+        for e in data.epochs
+    )
+    return keys, rows
+
+
+def explainer_view(data: ExplainerData) -> dict[str, Any]:
+    """Return what the template shows."""
+    evaluation, gallery = data.evaluation, data.gallery
+    subjects = _subjects(data, evaluation) if evaluation else ()
+    columns, log = _log(data)
+    photos, attention = _attention(data)
+    layers = gallery.layers if gallery else {}
+    regions = evaluation.part_interpretability if evaluation else None
+    return {
+        "data": data,
+        "run": data.run,
+        "evaluation": evaluation,
+        "gallery": gallery,
+        "scores": LOCALISATION,
+        "fidelity": FIDELITY,
+        "states": judge(evaluation) if evaluation else {},
+        "null_names": NULLS,
+        "found": {
+            name: against_nulls(evaluation, name, lower_is_better=name == "instability")
+            for name in ("instability", "consistency")
+        }
+        if evaluation
+        else {},
+        "subjects": subjects,
+        "common_n": _common_counts(subjects),
+        "readings": REGION_READINGS,
+        "worth": {name: judge_regions(one) for name, one in regions.readings.items()} if regions else {},
+        "score_figures": _score_figures(subjects),
+        "filter_figure": _filter_figure(evaluation) if evaluation else None,
+        "parts_figure": _parts_figure(subjects) if evaluation else None,
+        "filters": tuple(
+            (_drawn_filter("explainer", ours, data.pictures), _drawn_filter("performer", theirs, data.pictures))
+            for ours, theirs in zip_longest(layers.get("explainer", ()), layers.get("performer", ()))
+        ),
+        "attention_photos": photos,
+        "attention": attention,
+        "curves": _curve_figures(data),
+        "log_columns": columns,
+        "log_rows": log,
+    }
+
+
+def explainer_headline(data: ExplainerData) -> str:
+    """Return the result in a sentence or two, as markup."""
+    words: Any = environment().get_template("explainer_words.html.j2").module
+    said: str = words.headline(data)
+    return said
+
+
+def explainer_chapter(data: ExplainerData) -> Chapter:
+    """Describe the chapter for the contents."""
+    run = data.run
+    photos = notation.counted(run.train_photos, "photos") + (f" of {data.category}" if data.category else "")
+    photos += f" and {run.background:,} others" if run.background else ""
+    sections = ("Verdict", "Numbers", "Fidelity", "Parts", "Filters", "Attention", "Training")
+    return Chapter(
+        kind="explainer",
+        anchor="explainer",
+        title=f"What {data.tap} holds" + (f" of {data.category}" if data.category else ""),
+        headline=explainer_headline(data),
+        facts=(
+            ("Performer", run.performer.name),
+            ("Layer", f"{data.tap}, decoded to {', '.join(run.structure.targets)}"),
+            ("Data", run.data.name),
+            ("Learned from", photos),
+            ("Fitted", notation.moment(run.created)),
+            ("Duration", notation.duration(run.seconds)),
+        ),
+        sections=tuple((name.lower(), name) for name in sections),
+    )
+
+
+def explainer_title(data: ExplainerData) -> str:
+    """Return the title of a page that shows only this explainer."""
+    return f"{data.tap} of {notation.short_name(data.run.performer.name)}" + (
+        f": {data.category}" if data.category else ""
+    )
+
+
+def explainer_origin(data: ExplainerData) -> Origin:
+    """Say how the explainer is made again."""
+    run = data.run
+    written = cast("dict[str, Any]", plain(run))
+    return Origin(
+        title=f"The explainer of {data.tap}",
+        command=run.command,
+        hashes=(
+            ("weights (SHA-256)", run.performer.weights_sha256),
+            ("data fingerprint", run.data.fingerprint),
+            ("preset", run.preset),
+        ),
+        details=(
+            ("Versions", pairs(run.versions)),
+            ("Configuration", pairs(written["config"])),
+            ("Structure", pairs(written["structure"])),
+            ("Receptive field (rows, cols)", pairs(written["grid"])),
+            ("Preprocessing", pairs(run.performer.preprocessing)),
+        ),
+    )
+
+
+def explainer_remarks(data: ExplainerData) -> Remarks:
+    """Return the explainer's notes."""
+    unreadable = tuple((one.key, one.reason) for one in data.run.data.unreadable)
+    return Remarks(f"The explainer of {data.tap}", data.run.performer.notes, unreadable)
