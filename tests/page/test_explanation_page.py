@@ -16,6 +16,7 @@ from partlens.page import collect_page, render_page, write_explanation_page, wri
 
 HERE = Path(__file__).parent
 MADE = runpy.run_path(str(HERE / "made_runs.py"))
+EXPLAINER = runpy.run_path(str(HERE / "made_explainer.py"))
 Page = runpy.run_path(str(HERE / "page_reader.py"))["Page"]
 
 
@@ -45,16 +46,13 @@ def said(folder: Path) -> str:
 
 
 def explainer_run(folder: Path, sha256: str = "aa11") -> Path:
-    manifest = {
-        "schema": "partlens/1",
-        "kind": "explainer",
-        "status": "finished",
-        "command": "partlens fit-explainer flowers.py:network flowers --tap conv3",
-        "performer": {"name": "flower-net", "weights_sha256": sha256},
-        "structure": {"tap": "conv3"},
-        "data": {"train_photos": 9},
-    }
-    MADE["write"](folder / "run.json", manifest)
+    EXPLAINER["explainer_run"](
+        command="partlens fit-explainer flowers.py:network flowers --tap conv3",
+        network={"name": "flower-net", "weights_sha256": sha256},
+        structure={"tap": "conv3"},
+        data={"categories": ("",)},
+        train_photos=9,
+    ).write(folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from partlens.page.parts_figures import ShareRow, removal_chart, shares_chart
 
 HERE = Path(__file__).parent
 MADE = runpy.run_path(str(HERE / "made_runs.py"))
+EXPLAINER = runpy.run_path(str(HERE / "made_explainer.py"))
 Page = runpy.run_path(str(HERE / "page_reader.py"))["Page"]
 estimate = MADE["estimate"]
 
@@ -39,15 +40,9 @@ def contributed(name, ids, n, share):
 @pytest.fixture
 def run(tmp_path):
     run = tmp_path / "run"
-    manifest = {
-        "schema": "partlens/1",
-        "kind": "explainer",
-        "status": "finished",
-        "performer": {"name": "flower-net", "weights_sha256": "aa11"},
-        "structure": {"tap": "conv3"},
-        "data": {"train_photos": 9},
-    }
-    MADE["write"](run / "run.json", manifest)
+    EXPLAINER["explainer_run"](
+        network={"name": "flower-net", "weights_sha256": "aa11"}, structure={"tap": "conv3"}, data={"categories": ("",)}
+    ).write(run)
     for k in (1, 2):
         MADE["draw"](run / "parts" / f"{k}.png", 64, 16, k, "strip")
     shown = [
