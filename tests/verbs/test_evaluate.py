@@ -14,10 +14,13 @@ from torch import nn
 
 import partlens
 from partlens.data.images import ImageSet
-from partlens.evaluation.explainer_evaluation import EvaluationRows
+from partlens.errors import AtWorkError
+from partlens.evaluation.explainer_evaluation import EvaluationRows, Need
+from partlens.evaluation.results import Evaluation, Gallery
 from partlens.explainer.config import ExplainerConfig
 from partlens.network.zoo import Performer
-from partlens.verbs import runs
+from partlens.records import plain
+from partlens.run import Run
 from partlens.verbs.evaluate import evaluate
 from partlens.verbs.fit_explainer import fit_explainer
 from partlens.verbs.parts import parts
@@ -41,50 +44,31 @@ def test_fit_evaluate_report(run: Path, tiny: Performer, few_flowers: ImageSet) 
     assert manifest["p_by_seed"][0] != manifest["p_by_seed"][1]
     assert not (run / "cache").exists()
     assert not list(run.glob("checkpoint*"))
-    scores = evaluate(run, few_flowers, model=tiny)
+    scores = evaluate(run, few_flowers, model=tiny, rounds=5)
     held = len(few_flowers.select(category=RED, split="test"))
-    assert scores["photos"] == held
-    for layer in (
-        scores["explainer"],
-        scores["performer"]["tap"],
-        scores["performer"]["top"],
-        *scores["nulls"].values(),
-    ):
-        for name in (
-            "instability",
-            "peak_spread_cells",
-            "instability_all",
-            "dead_frac",
-            "consistency",
-            "filter_correlation",
-            "distinct_parts",
-        ):
-            assert set(layer[name]) == {"value", "interval", "n", "unit"}
-            assert layer[name]["value"] is None or np.isfinite(layer[name]["value"])
-    for kind, gap in scores["instability_minus_null"].items():
-        own, its = scores["explainer"]["instability"], scores["nulls"][kind]["instability"]
-        assert gap["value"] == pytest.approx(own["value"] - its["value"])
-        assert gap["interval"][0] <= gap["value"] <= gap["interval"][1]
+    assert scores.data.photos == held
+    assert list(dict(scores.subjects())) == ["explainer", "tap", "top", "random", "centre", "corner"]
+    for kind, gap in scores.instability_minus_null.items():
+        own, its = scores.explainer.instability, scores.nulls[kind].instability
+        assert gap.value == pytest.approx(own.value - its.value)
+        assert gap.low <= gap.value <= gap.high
     # What is read alike: the explainer by its largest cells, the performer by centroids.
-    same = scores["same_peak"]
-    assert set(same) == {"largest", "centroid"}
-    for layer in (same["largest"]["explainer"], same["centroid"]["tap"], same["centroid"]["top"]):
-        assert np.isfinite(layer["instability"]["value"])
-    read_twice = (
-        (same["largest"]["explainer"], scores["explainer"]),
-        (scores["performer"]["tap"], same["centroid"]["tap"]),
-    )
+    same = scores.same_peak
+    assert same is not None
+    for layer in (same.explainer_largest, same.tap_centroid, same.top_centroid):
+        assert layer.instability.defined
+    read_twice = ((same.explainer_largest, scores.explainer), (scores.performer.tap, same.tap_centroid))
     for by_largest, by_centroid in read_twice:
-        # A centroid lies within its map's answers, so it moves no further than the largest cell.
-        assert by_centroid["peak_spread_cells"]["value"] < by_largest["peak_spread_cells"]["value"]
-    assert scores["p"]["n"] == 2
-    assert scores["p"]["unit"] == "seeds"
-    assert 0 <= scores["reconstruction"]["agreement_top1"]["value"] <= 1
-    assert scores["reconstruction"]["error_increase_points"]["n"] > held
-    assert scores["data"]["same_as_fit"]
-    assert json.loads((run / "evaluation.json").read_text())["explainer"] == json.loads(json.dumps(scores["explainer"]))
-    gallery = json.loads((run / "gallery" / "gallery.json").read_text())
-    assert all((run / photo["file"]).exists() for f in gallery["layers"]["explainer"] for photo in f["photos"])
+        # A centroid lies within its map's cells, so it moves no further than the largest cell.
+        assert by_centroid.peak_spread_cells.value < by_largest.peak_spread_cells.value
+    assert (scores.p.n, scores.p.unit) == (2, "seeds")
+    assert 0 <= scores.reconstruction.agreement_top1.value <= 1
+    assert scores.reconstruction.errors_by == "logistic head"
+    assert scores.reconstruction.error_increase_points.n > held
+    assert scores.data.same_as_fit
+    assert plain(Evaluation.read(run)) == plain(scores)
+    gallery = Gallery.read(run / "gallery")
+    assert all((run / "gallery" / photo.file).exists() for f in gallery.layers["explainer"] for photo in f.photos)
     page = report(run)
     assert page == run / "report.html"
     assert "data:image/jpeg" in page.read_text()
@@ -92,9 +76,12 @@ def test_fit_evaluate_report(run: Path, tiny: Performer, few_flowers: ImageSet) 
 
 def test_without_a_category_all_photos_are_explained(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
     fit_explainer(tiny, few_flowers, out=tmp_path / "run", config=SMALL, seeds=1)
-    scores = evaluate(tmp_path / "run", few_flowers, model=tiny)
-    assert "error_increase_points" not in scores["reconstruction"]
-    assert scores["p"]["interval"] == [None, None]
+    scores = evaluate(tmp_path / "run", few_flowers, model=tiny, gallery="none", rounds=5)
+    assert scores.reconstruction.errors_by is None
+    assert not scores.reconstruction.error_increase_points.defined
+    assert scores.p.defined
+    assert not scores.p.has_interval
+    assert list(scores.explainer.by_category) == [""]
     assert report(tmp_path / "run").stat().st_size > 10_000
 
 
@@ -102,9 +89,9 @@ def test_photos_without_landmarks_still_give_fidelity(tiny: Performer, tmp_path:
     pictures = [np.random.default_rng(k).integers(0, 255, (40, 40, 3), dtype=np.uint8) for k in range(24)]
     images = ImageSet.from_arrays(pictures, splits=["train"] * 12 + ["test"] * 12)
     fit_explainer(tiny, images, out=tmp_path / "run", config=SMALL, seeds=1)
-    scores = evaluate(tmp_path / "run", images, model=tiny)
-    assert scores["explainer"]["instability"]["value"] is None
-    assert scores["explainer"]["peak_spread_cells"]["value"] is not None
+    scores = evaluate(tmp_path / "run", images, model=tiny, gallery="none", rounds=5)
+    assert not scores.explainer.instability.defined
+    assert scores.explainer.peak_spread_cells.defined
     report(tmp_path / "run")
 
 
@@ -116,23 +103,19 @@ def test_photos_of_the_fit_are_known_under_other_names(tiny: Performer, few_flow
     train, test = (photos.indices(category=RED, split=split) for split in ("train", "test"))
     chosen = [pixels[i] for i in (*train[:3], *test[:4])]
     others = ImageSet.from_arrays(chosen, [RED] * 7, ["test"] * 7)
-    found = evaluate(run, others, model=tiny, gallery="none")
-    assert "3 of the 7 photos were used in the fit: the scores flatter" in found["warnings"]
+    found = evaluate(run, others, model=tiny, gallery="none", rounds=5)
+    assert "3 of the 7 photos were used in the fit: the scores flatter" in found.warnings
     strangers = ImageSet.from_arrays(chosen[3:], [RED] * 4, ["test"] * 4)
     for held in (strangers, photos):
-        found = evaluate(run, held, model=tiny, gallery="none")
-        assert not any("used in the fit" in text for text in found["warnings"])
-    (run / "photos.json").unlink()  # a run of an earlier version
-    assert evaluate(run, others, model=tiny, gallery="none")["photos"] == 7
-
-
-def test_another_crop_of_a_training_photo_is_that_photo(tmp_path: Path) -> None:
-    runs.write_photos(tmp_path, ["9:ab@(0, 0, 5, 5)+0.0"])
-    assert runs.photos_seen(tmp_path, ("9:ab@(1, 2, 3, 4)+0.1", "9:cd@(0, 0, 5, 5)+0.0", "9:ab")) == 2
+        found = evaluate(run, held, model=tiny, gallery="none", rounds=5)
+        assert not any("used in the fit" in text for text in found.warnings)
+    (run / "photos.json").unlink()
+    assert evaluate(run, others, model=tiny, gallery="none", rounds=5).data.photos == 7
 
 
 def test_measuring_on_the_training_photos_warns(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
-    assert any("photos of the fit" in w for w in evaluate(run, few_flowers, model=tiny, split="train")["warnings"])
+    found = evaluate(run, few_flowers, model=tiny, split="train", gallery="none", rounds=5)
+    assert any("photos of the fit" in text for text in found.warnings)
 
 
 def test_a_run_remembers_its_performer(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
@@ -164,23 +147,22 @@ def test_an_explainer_of_several_categories_shares_its_filters_out(
     fitted = fit_explainer(flower_judge, few_flowers, out=path, category="petal-red,petal-blue", config=SMALL, seeds=1)
     assert fitted.manifest["data"]["categories"] == ["petal-blue", "petal-red"]
     assert fitted.manifest["data"]["category"] == ""
-    result = evaluate(path, few_flowers, model=flower_judge)
-    shared = result["filter_categories"]
-    assert sum(shared.values()) == 12
-    assert {r["category"] for r in result["filters"]["explainer"]} == {n for n, count in shared.items() if count}
-    each = result["explainer"]["by_category"].values()
-    mean = sum(one["instability"]["value"] * one["filters"] for one in each) / sum(one["filters"] for one in each)
-    assert result["explainer"]["instability"]["value"] == pytest.approx(mean)
-    gap = result["instability_minus_null"]["corner"]
-    assert gap["value"] == pytest.approx(mean - result["nulls"]["corner"]["instability"]["value"])
+    result = evaluate(path, few_flowers, model=flower_judge, gallery="none", rounds=5)
+    each = result.explainer.by_category.values()
+    assert sum(one.filters for one in each) == 12
+    assert {r.category for r in result.filters["explainer"]} == set(result.explainer.by_category)
+    mean = sum(one.instability.value * one.filters for one in each) / sum(one.filters for one in each)
+    assert result.explainer.instability.value == pytest.approx(mean)
+    gap = result.instability_minus_null["corner"]
+    assert gap.value == pytest.approx(mean - result.nulls["corner"].instability.value)
     # Two categories that are outputs of the performer: the errors are its own, on the photos of both.
-    assert result["reconstruction"]["errors_by"] == "performer"
+    assert result.reconstruction.errors_by == "performer"
     held = len(few_flowers.indices(split="test"))
-    assert result["reconstruction"]["performer_error_percent"]["n"] == held
+    assert result.reconstruction.performer_error_percent.n == held
     found = parts(path, few_flowers, model=flower_judge, config={"photos_max": 12, "rounds": 2, "random_parts": 2})
     assert found["photos"] == min(12, held)
     # Every filter has the category that the evaluation gives it, and a part of that category.
-    evaluated = {row["filter"]: row["category"] for row in result["filters"]["explainer"]}
+    evaluated = {row.filter: row.category for row in result.filters["explainer"]}
     assert {row["filter"]: row["category"] for row in found["filters"]} == evaluated
     assert all(part["id"].startswith(f"{part['category']}: ") for part in found["parts"])
     assert {k: part["category"] for part in found["parts"] for k in part["filters"]} == evaluated
@@ -195,25 +177,50 @@ def test_errors_of_a_single_logistic_output_are_of_its_sign(
     tiny.module.classes = nn.Linear(16, 1)
     judge = Performer(tiny.module, "judge", tiny.preprocessing, "judge-weights", "relu2", class_names=(RED,))
     fit_explainer(judge, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1)
-    result = evaluate(tmp_path / "run", few_flowers, model=judge)
+    result = evaluate(tmp_path / "run", few_flowers, model=judge, gallery="none", rounds=5)
     rows = few_flowers.indices(split="test")
     with torch.no_grad():
         outputs = judge.module(judge.preprocessing([few_flowers.read(i) for i in rows]))[:, 0]
     wrong = [(float(s) > 0) != (few_flowers.categories[i] == RED) for s, i in zip(outputs, rows, strict=True)]
-    assert result["reconstruction"]["errors_by"] == "performer"
-    everything = EvaluationRows(range(3), range(5), range(7), range(11))
-    assert everything.streamed(own_outputs=True, several=False) == 8
-    assert everything.streamed(own_outputs=False, several=False) == 26
-    assert everything.streamed(own_outputs=True, several=True) == 15
-    assert EvaluationRows(range(3), (), range(7), ()).streamed(own_outputs=False, several=False) == 3
-    assert result["reconstruction"]["performer_error_percent"]["value"] == pytest.approx(100 * np.mean(wrong))
+    assert result.reconstruction.errors_by == "performer"
+    assert result.reconstruction.performer_error_percent.value == pytest.approx(100 * np.mean(wrong))
+
+
+@pytest.mark.parametrize(
+    ("known", "categories", "rows", "count", "words"),
+    [
+        (
+            (RED,),
+            (RED,),
+            (3, 5, 7, 11),
+            8,
+            "3 held-out photos of petal-red, 5 others, since it is told from them",
+        ),
+        ((), (RED,), (3, 5, 7, 11), 26, "18 training photos, since it is told from them and the logistic head"),
+        ((RED, "blue"), (RED, "blue"), (3, 5, 7, 11), 15, "since it is told from them and training photos decide to"),
+        ((), (RED, "blue"), (3, 0, 7, 0), 10, "7 training photos, since training photos decide to which category"),
+        ((), (RED,), (3, 0, 7, 0), 3, "reads 3 held-out photos of petal-red"),
+        ((), ("",), (3, 0, 7, 0), 3, "reads 3 held-out photos"),
+    ],
+)
+def test_training_photos_are_read_where_something_is_fitted_on_them(
+    tiny: Performer, known: tuple[str, ...], categories: tuple[str, ...], rows: Any, count: int, words: str
+) -> None:
+    performer = dataclasses.replace(tiny, class_names=known or None)
+    held, others, train, train_others = map(range, rows)
+    none = torch.zeros(0, dtype=torch.long)
+    chosen = EvaluationRows(held, others, train, train_others, none, none)
+    need = Need.of(chosen, performer, categories)
+    assert need.photos(chosen) == count
+    said = need.words(chosen, categories)
+    assert words in said
+    assert "since" in said or words == said
 
 
 def test_p_of_least_objective_and_rescaling_stand_beside_p(run: Path, few_flowers: ImageSet, tiny: Performer) -> None:
-    result = evaluate(run, few_flowers, model=tiny)
-    low, high = result["p_optimum"]["interval"]
-    assert 0 < low <= result["p_optimum"]["value"] <= high < 1
-    assert result["p_rescaling_error"] < 1e-4
+    result = evaluate(run, few_flowers, model=tiny, gallery="none", rounds=5)
+    assert 0 < result.p_optimum.low <= result.p_optimum.value <= result.p_optimum.high < 1
+    assert result.p_rescaling_error < 1e-4
 
 
 def test_intervals_range_over_photos_not_crops(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
@@ -221,26 +228,26 @@ def test_intervals_range_over_photos_not_crops(run: Path, tiny: Performer, few_f
     half = dataclasses.replace(
         few_flowers, photos=tuple(f"{kind}-{kinds[:k].count(kind) // 2}" for k, kind in enumerate(kinds))
     )
-    whole = evaluate(run, few_flowers, model=tiny, gallery="none")
-    pairs = evaluate(run, half, model=tiny, gallery="none")
+    whole = evaluate(run, few_flowers, model=tiny, gallery="none", rounds=5)
+    pairs = evaluate(run, half, model=tiny, gallery="none", rounds=5)
     held = [
         k
         for k, (c, s) in enumerate(zip(few_flowers.categories, few_flowers.splits, strict=True))
         if c == RED and s == "test"
     ]
     photos = len({half.photos[k] for k in held})
-    assert photos < len(held) == pairs["photos"]
-    assert whole["explainer"]["dead_frac"]["n"] == len(held)
+    assert photos < len(held) == pairs.data.photos
+    assert whole.explainer.dead_frac.n == len(held)
     for found in (
-        pairs["explainer"]["dead_frac"],
-        pairs["explainer"]["silent_frac"],
-        pairs["nulls"]["random"]["border_frac"],
-        pairs["reconstruction"]["agreement_top1"],
-        pairs["p_optimum"],
-        *pairs["reconstruction"]["relative_error"].values(),
+        pairs.explainer.dead_frac,
+        pairs.explainer.silent_frac,
+        pairs.nulls["random"].border_frac,
+        pairs.reconstruction.agreement_top1,
+        pairs.p_optimum,
+        *pairs.reconstruction.relative_error.values(),
     ):
-        assert found["n"] == photos
-    assert pairs["reconstruction"]["error_increase_points"]["n"] < whole["reconstruction"]["error_increase_points"]["n"]
+        assert found.n == photos
+    assert pairs.reconstruction.error_increase_points.n < whole.reconstruction.error_increase_points.n
     content = parts(run, half, model=tiny, rule="clusters", config={"null_filters": 50, "rounds": 4})
     assert content["contributions"]["interpretable_share"]["n"] == photos
     assert content["contributions"]["score"]["agreement_top1"]["n"] == photos
@@ -249,6 +256,35 @@ def test_intervals_range_over_photos_not_crops(run: Path, tiny: Performer, few_f
 
 def test_photos_without_a_training_split_can_be_measured(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
     elsewhere = dataclasses.replace(few_flowers, splits=("test",) * len(few_flowers))
-    found = evaluate(run, elsewhere, model=tiny, gallery="none")
-    assert found["photos"] == few_flowers.category_counts()[RED]
-    assert "error_increase_points" not in found["reconstruction"]
+    found = evaluate(run, elsewhere, model=tiny, gallery="none", rounds=5)
+    assert found.data.photos == few_flowers.category_counts()[RED]
+    assert found.reconstruction.errors_by is None
+
+
+def test_one_verb_writes_at_a_time_and_a_refused_one_changes_nothing(
+    run: Path, tiny: Performer, few_flowers: ImageSet
+) -> None:
+    evaluate(run, few_flowers, model=tiny, gallery="none", rounds=5)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with Run(run).writing():
+        for write in (
+            lambda: evaluate(run, few_flowers, model=tiny, gallery="none", rounds=5),
+            lambda: report(run),
+        ):
+            with pytest.raises(AtWorkError, match="is locked by another process"):
+                write()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    with pytest.raises(partlens.PartlensError, match="rounds of at least 1, got 0"):
+        evaluate(run, few_flowers, model=tiny, rounds=0)
+
+
+def test_rounds_widen_no_value_and_narrow_the_doubt_of_intervals(
+    run: Path, tiny: Performer, few_flowers: ImageSet
+) -> None:
+    few, more = (evaluate(run, few_flowers, model=tiny, gallery="none", rounds=rounds) for rounds in (2, 9))
+    assert few.explainer.dead_frac.value == more.explainer.dead_frac.value
+    for name in ("instability", "peak_spread_cells"):
+        assert few.explainer.of(name).value == more.explainer.of(name).value
+        assert few.explainer.of(name).interval != more.explainer.of(name).interval
+    assert few.p_optimum.value == more.p_optimum.value
+    assert few.reconstruction.error_increase_points.interval != more.reconstruction.error_increase_points.interval

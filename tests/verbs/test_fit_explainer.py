@@ -74,7 +74,7 @@ def test_the_performer_is_untouched_by_every_verb_and_traced_once(
     before = snapshot(tiny.module)
     fit_explainer(tiny, few_flowers, out=tmp_path / "a", category=RED, config=SMALL, seeds=1)
     assert_same(before, snapshot(tiny.module))
-    evaluate(tmp_path / "a", few_flowers, model=tiny)
+    evaluate(tmp_path / "a", few_flowers, model=tiny, rounds=5)
     layers(tiny)
     assert_same(before, snapshot(tiny.module))
     with pytest.raises(ValueError, match="a layer"):
@@ -256,8 +256,8 @@ def test_explainer_cls_learns_from_the_performers_own_classes(
     settings = {**SMALL, "objective": "classification"}
     fitted = fit_explainer(flower_judge, few_flowers, out=tmp_path / "cls", category=RED, config=settings, seeds=1)
     assert all("classification" in record for record in fitted.history if record["phase"] == "joint")
-    result = evaluate(tmp_path / "cls", few_flowers, model=flower_judge)
-    assert result["p_optimum"]["value"] is None
+    result = evaluate(tmp_path / "cls", few_flowers, model=flower_judge, gallery="none", rounds=5)
+    assert not result.p_optimum.defined
     nameless = Performer(tiny.module, "nameless", tiny.preprocessing, "x", "relu2")
     with pytest.raises(ValueError, match="a performer with an output for each category"):
         fit_explainer(nameless, few_flowers, out=tmp_path / "no", category=RED, config=settings, seeds=1)
@@ -318,7 +318,7 @@ def test_what_an_earlier_revision_made_is_not_taken_for_this_ones(
     monkeypatch.undo()
     with pytest.raises(RunError, match="one of another configuration"):
         fit_explainer(tiny, few_flowers, out=old, category=RED, config=SMALL, seeds=1)
-    assert evaluate(old, few_flowers, model=tiny, gallery="none")["photos"]  # it can still be measured
+    assert evaluate(old, few_flowers, model=tiny, gallery="none", rounds=5).data.photos  # it can still be measured
 
 
 class _Answers(nn.Module):
@@ -374,7 +374,7 @@ def test_targets_that_are_chosen_can_be_read(few_flowers: ImageSet, tiny: Perfor
     small = {**SMALL, "epochs": 1}
     run = fit_explainer(performer, few_flowers, out=tmp_path / "run", category=RED, config=small, seeds=1)
     assert {*run.manifest["structure"]["targets"]} <= {"fc1", "fc2"}
-    assert evaluate(run.path, few_flowers, model=performer, gallery="none")["photos"] > 1
+    assert evaluate(run.path, few_flowers, model=performer, gallery="none", rounds=5).data.photos > 1
     with pytest.raises(LayerError, match="at least one target, got none"):
         fit_explainer(performer, few_flowers, out=tmp_path / "no", category=RED, config=small, seeds=1, targets=[])
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from partlens.errors import ImageError, InputError, LayerError, RunError, expected, nearest
 from partlens.progress import Progress
 from partlens.records import read_json, sole_writer
-from partlens.run import DataInfo, PerformerInfo, RunRecord, Unreadable, UsedPhotos
+from partlens.run import DataInfo, PerformerInfo, Run, RunRecord, Unreadable, UsedPhotos
 
 if TYPE_CHECKING:
     import torch
@@ -487,6 +487,8 @@ def report(run: str | Path, *, out: str | Path | None = None, progress: Progress
     """
     from partlens.page import write_report
 
-    page = write_report(Path(run), None if out is None else Path(out))
+    held = Run(Path(run)).writing() if out is None and Path(run).is_dir() else contextlib.nullcontext()
+    with held:
+        page = write_report(Path(run), None if out is None else Path(out))
     (progress or Progress.silent()).say(f"wrote {page}")
     return page
