@@ -19,10 +19,11 @@ from partlens.data.flowers import generated_flowers
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, RunError
 from partlens.estimate import Estimate
-from partlens.evaluation import explainer_evaluation, scoring
+from partlens.evaluation import places
 from partlens.explainer.config import PRESETS
 from partlens.metrics import part_regions
 from partlens_papers.cli import main
+from partlens_papers.tables import explainer_jobs
 from partlens_papers.tables.blocks import Block, Cell, Study, TableRecord, Verdict, expect
 from partlens_papers.tables.explainer_jobs import photos_of
 from partlens_papers.tables.explainer_tables import build, region_block
@@ -45,8 +46,10 @@ def _network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "bench_network.py").write_text(BENCH["NETWORK"])
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setattr(scoring, "ROUNDS", 5)  # most of the time goes into intervals, which have tests of their own
-        patch.setattr(explainer_evaluation, "NULL_FILTERS", 16)
+        patch.setattr(
+            explainer_jobs, "BOOTSTRAP_ROUNDS", 5
+        )  # most of the time goes into intervals, which have tests of their own
+        patch.setattr(places, "NULL_FILTERS", 16)
         patch.setattr(part_regions, "FEWEST_PHOTOS", 2)
         yield
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from partlens.errors import RunError, expected
-from partlens.records import Settings, read_json
+from partlens.records import Settings, plain, read_json
 from partlens.verbs.runs import RUN, category_rows, loaded, opened, sampled
 from partlens_papers.given import settings_of
 from partlens_papers.tables.jobs import Job, Made
@@ -132,6 +132,9 @@ def choose_layers(performer: Performer, settings: Mapping[str, Any]) -> Publishe
     return as_published(performer, tap, targets)
 
 
+BOOTSTRAP_ROUNDS = 100
+
+
 def explain(job: Job, folder: Path) -> Made:
     """Fit an explainer with one seed and measure it on held-out photos."""
     from partlens.verbs.evaluate import evaluate
@@ -154,7 +157,7 @@ def explain(job: Job, folder: Path) -> Made:
         background=settings["background"],
         device=job_device(),
     )
-    found = evaluate(run, images, split=settings["split"], seed=job.seed, gallery="none")
+    found = evaluate(run, images, split=settings["split"], seed=job.seed, gallery="none", rounds=BOOTSTRAP_ROUNDS)
     manifest = fitted.manifest
     facts = {
         "network": manifest["performer"]["name"],
@@ -164,10 +167,10 @@ def explain(job: Job, folder: Path) -> Made:
         "device": job_device(),
         "note": chosen.note,
         "photos": {"train": manifest["data"]["train_photos"], "background": manifest["data"]["background_photos"]},
-        "warnings": [text.partition(" (")[0] for text in found.get("warnings", ())],
-        "errors_by": found["reconstruction"]["errors_by"],
+        "warnings": [text.partition(" (")[0] for text in found.warnings],
+        "errors_by": found.reconstruction.errors_by,
     }
-    return tuple(scores_of(found)), facts
+    return tuple(scores_of(plain(found))), facts
 
 
 # Rivals
@@ -287,4 +290,4 @@ def interpret(job: Job, folder: Path) -> Made:
         "epochs": len(history),
         "note": chosen.note,
     }
-    return tuple(scores_of(found)), facts
+    return tuple(scores_of(plain(found))), facts

@@ -13,8 +13,8 @@ from itertools import pairwise
 from statistics import correlation, fmean
 from typing import Any
 
-from partlens.errors import REGION_READINGS
 from partlens.estimate import Estimate
+from partlens.metrics.scores import REGION_READINGS
 from partlens_papers.tables.blocks import (
     Block,
     Cell,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from partlens.errors import REGION_READINGS
+from partlens.metrics.scores import REGION_READINGS
 from partlens.records import plain
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def measure_rivals(
     import torch
 
     from partlens.estimate import Estimate, bootstrap
-    from partlens.evaluation.fed_back import class_outputs
+    from partlens.evaluation.fidelity import class_outputs
     from partlens.evaluation.part_regions import PartRegions, RegionPass
     from partlens.evaluation.places import landmarks_in_input, photo_numbers
     from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1
@@ -134,7 +134,7 @@ def measure_rivals(
     last = structure.targets[-1]
     measured = {name: MeasuredLayer() for name in rivals}
     regions = PartRegions.of(images, rows["held"], performer.preprocessing)
-    met = None if regions is None else RegionPass(regions, list(rivals), None)
+    met = None if regions is None else RegionPass(regions, list(rivals), _together(rows["held"]))
     own = ReconstructionSums()  # for the scatter of the target over photos
     own_outputs: dict[str, list[Tensor]] = {"held": [], "others": []}
     own_features: dict[str, list[Tensor]] = {name: [] for name in ("held", "held_others", "train", "train_others")}
@@ -209,9 +209,19 @@ def measure_rivals(
             )
             scores["error_increase_points"] = errors.error_increase_points.to_dict()
         if interpretability is not None:
-            scores |= {f"regions_{reading}": interpretability[reading]["layers"][name] for reading in REGION_READINGS}
+            scores |= {
+                f"regions_{reading}": plain(interpretability.readings[reading].layers[name])
+                for reading in REGION_READINGS
+            }
         results[name] = scores
     return results
+
+
+def _together(rows: Sequence[int]) -> Tensor:
+    """Return that all photos count as one category."""
+    import torch
+
+    return torch.zeros(len(rows), dtype=torch.long)
 
 
 def _errors(
@@ -232,7 +242,7 @@ def _errors(
     """
     import torch
 
-    from partlens.evaluation.fed_back import own_columns
+    from partlens.evaluation.fidelity import own_columns
     from partlens.metrics.faithfulness import category_error_increase, decision_errors
 
     def labels(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
@@ -270,10 +280,9 @@ def measure_interpretable(
     import torch
 
     from partlens.estimate import Estimate, proportion
-    from partlens.evaluation.explainer_evaluation import NULL_FILTERS
-    from partlens.evaluation.fed_back import class_outputs
+    from partlens.evaluation.fidelity import class_outputs
     from partlens.evaluation.part_regions import PartRegions, RegionPass
-    from partlens.evaluation.places import landmarks_in_input, photo_numbers, top_layer
+    from partlens.evaluation.places import NULL_FILTERS, landmarks_in_input, photo_numbers, top_layer
     from partlens.explainer.assembly import performer_head
     from partlens.metrics.localisation import localisation_scores, null_peaks
     from partlens.network.receptive_field import grid_of, widened
@@ -282,7 +291,7 @@ def measure_interpretable(
     top, last = top_layer(performer), structure.targets[-1]
     layers = {"interpretable": MeasuredLayer(), "top": MeasuredLayer()}
     regions = PartRegions.of(images, rows["held"], performer.preprocessing)
-    met = None if regions is None else RegionPass(regions, list(layers), None)
+    met = None if regions is None else RegionPass(regions, list(layers), _together(rows["held"]))
     head = performer_head(performer, structure)
     logits: dict[str, list[Tensor]] = {"held": [], "others": []}
     outputs: dict[str, list[Tensor]] = {"held": [], "others": []}
@@ -343,7 +352,7 @@ def measure_interpretable(
         "nulls": nulls,
     }
     if met is not None:
-        found["part_interpretability"] = met.scores(fields, {}, groups, {name: name for name in layers}, seed)
+        found["part_interpretability"] = plain(met.scores(fields, {}, groups, {name: name for name in layers}, seed))
     if all(len(chosen) for chosen in rows.values()):
         own, other = torch.cat(logits["held"]), torch.cat(logits["others"])
         both = photo_numbers(images, [*held, *rows["held_others"]])

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from partlens.errors import REGION_READINGS, InputError, expected
+from partlens.errors import InputError, expected
 from partlens.estimate import Estimate
+from partlens.metrics.scores import REGION_READINGS
 from partlens.records import Value, write_text
 
 ROUNDS = 2000
@@ -86,14 +87,14 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def scores_of(evaluation: Mapping[str, Any]) -> Iterator[Score]:
     """Yield the scores of an evaluation, of an explainer or an interpretable CNN."""
-    same = evaluation.get("same_peak", {})
+    same = evaluation.get("same_peak") or {}
     layers = {
         "explainer": evaluation.get("explainer"),
         "interpretable": evaluation.get("interpretable"),
         **{name: evaluation["performer"].get(name) for name in ("top", "tap")},
         **evaluation["nulls"],
-        "explainer_largest": same.get("largest", {}).get("explainer"),
-        "tap_centroid": same.get("centroid", {}).get("tap"),
+        "explainer_largest": same.get("explainer_largest"),
+        "tap_centroid": same.get("tap_centroid"),
     }
     for subject, found in layers.items():
         yield from _estimates(subject, found or {})
@@ -107,9 +108,9 @@ def scores_of(evaluation: Mapping[str, Any]) -> Iterator[Score]:
     }
     for subject, error in errors.items():
         yield from _estimates(subject, {"error_percent": error})
-    if of := fed.get("performer_error_percent"):
+    if (of := fed.get("performer_error_percent")) and of["n"]:
         # Category against background: the share of the more frequent of both.
-        share = evaluation["photos"] / of["n"] if of["n"] else math.nan
+        share = evaluation["data"]["photos"] / of["n"]
         yield Score(
             subject="always",
             score="error_percent",
@@ -118,8 +119,8 @@ def scores_of(evaluation: Mapping[str, Any]) -> Iterator[Score]:
     if lost := list(fed.get("relative_error", {}).values()):
         yield from _estimates("explainer", {"relative_error": lost[-1]})
         yield Score(subject="explainer", score="variance_explained", estimate=_one_minus(estimate_of(lost[-1])))
-    for reading in REGION_READINGS if "part_interpretability" in evaluation else ():
-        found, name = evaluation["part_interpretability"][reading], f"regions_{reading}"
+    for reading in REGION_READINGS if evaluation.get("part_interpretability") else ():
+        found, name = evaluation["part_interpretability"]["readings"][reading], f"regions_{reading}"
         for subject, layer in found["layers"].items():
             yield from _estimates(subject, {name: layer})
         yield from _estimates("other_photo", {name: next(iter(found["other_photo"].values()))})
