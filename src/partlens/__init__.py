@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from partlens.explainer.network import Explainer
     from partlens.network.preprocessing import Preprocessing
     from partlens.network.zoo import Performer, load_performer
-    from partlens.object_parts.assignment import PartsConfig
+    from partlens.object_parts.record import PartsConfig
     from partlens.selection.lasso import LassoSolution, mu_lasso
     from partlens.selection.record import DescriptorConfig
     from partlens.verbs.demo import demo
@@ -52,7 +52,7 @@ _HOMES = {
     "LassoSolution": "partlens.selection.lasso",
     "PartTruth": "partlens.data.annotations",
     "PartlensError": "partlens.errors",
-    "PartsConfig": "partlens.object_parts.assignment",
+    "PartsConfig": "partlens.object_parts.record",
     "Performer": "partlens.network.zoo",
     "Preprocessing": "partlens.network.preprocessing",
     "SelectedFeatures": "partlens.verbs.select_features",

@@ -73,7 +73,11 @@ def expected(rule: str, got: object, remedy: str) -> str:
         'Expected at least 2 images, got 1. Add photos to the folder.'
     """
     value = got if isinstance(got, str) else repr(got)
-    return f"Expected {rule}, got {value}. {remedy.rstrip('.')}."
+    return f"Expected {rule}, got {value}. {_ended(remedy)}"
+
+
+def _ended(sentence: str) -> str:
+    return sentence if sentence.endswith(("?", "!", ".")) else f"{sentence}."
 
 
 def failed(action: str, reason: OSError | str, remedy: str) -> str:
@@ -90,7 +94,7 @@ def failed(action: str, reason: OSError | str, remedy: str) -> str:
     """
     why = reason if isinstance(reason, str) else reason.strerror or str(reason) or type(reason).__name__
     why = why[:1].lower() + why[1:] if why[1:2].islower() else why
-    return f"Could not {action}: {why.rstrip('.')}. {remedy.rstrip('.')}."
+    return f"Could not {action}: {_ended(why)} {_ended(remedy)}"
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:

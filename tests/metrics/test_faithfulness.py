@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from partlens.errors import InputError
-from partlens.evaluation.fidelity import class_outputs
+from partlens.metrics.faithfulness import class_outputs
 from partlens.metrics.faithfulness import (
     ReconstructionSums,
     accuracy_top1,

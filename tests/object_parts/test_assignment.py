@@ -11,7 +11,6 @@ from partlens.errors import InputError
 from partlens.object_parts.assignment import (
     OTHER,
     LandmarkDistances,
-    PartsConfig,
     agreement_thresholds,
     agreement_with_group,
     by_size,
@@ -139,17 +138,3 @@ def test_a_cell_stands_at_the_middle_of_its_field() -> None:
     assert large.shape == (1, 1, 64, 64)
     assert divmod(int(large.argmax()), 64) == (16, 32)
     assert float(large[0, 0, 24, 32]) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rule": "hand"}, "rule landmarks, clusters or auto, got hand"),
-        ({"clusters_min": 5, "clusters_max": 4}, "2 or more groups, the fewest first, got 5 to 4"),
-        ({"distance_max_frac": 1.5}, "distance_max_frac from 0 to 1, got 1.5"),
-        ({"rounds": 0}, "rounds of at least 2, got 0"),
-    ],
-)
-def test_wrong_settings_name_the_value(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        PartsConfig(**changes)  # type: ignore[arg-type]

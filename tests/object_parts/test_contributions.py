@@ -131,6 +131,33 @@ def test_sampled_shapley_values_meet_the_exact_ones_within_their_error(some: Tra
     assert torch.equal(found.parts, sampled().parts)
 
 
+def test_the_standard_error_is_that_of_the_mean_over_pairs_of_orders(some: Tracks) -> None:
+    part_of, pairs = torch.tensor([0, 1, 2, 1]), 3
+    found = sampled_part_contributions(
+        _tangled, some, part_of, 3, pairs=pairs, generator=torch.Generator().manual_seed(7)
+    )
+    draws = torch.Generator().manual_seed(7)
+
+    def score(members: set[int]) -> Tensor:
+        kept = torch.tensor([float(int(part) in members) for part in part_of])
+        ordinary = some.ordinary if 3 in members else 0 * some.ordinary
+        return _tangled(some.interpretable * kept[:, None, None] + ordinary).double()
+
+    gains = []  # [pair][player]: the mean over an order and its reverse
+    for order in [torch.randperm(4, generator=draws).tolist() for _ in range(pairs)]:
+        both = []
+        for one in (order, order[::-1]):
+            before = {player: set(one[: one.index(player)]) for player in range(4)}
+            both.append(torch.stack([score(before[p] | {p}) - score(before[p]) for p in range(4)]))
+        gains.append((both[0] + both[1]) / 2)
+    each = torch.stack(gains)
+    mean = each.mean(0)
+    error = (((each - mean) ** 2).sum(0) / (pairs - 1)).sqrt() / math.sqrt(pairs)
+    assert torch.allclose(found.parts, mean[:3].T, atol=1e-6)
+    assert torch.allclose(found.standard_error, error[:3].T, atol=1e-6)
+    assert torch.allclose(found.ordinary_standard_error, error[3], atol=1e-6)
+
+
 def test_sampling_is_exact_for_a_score_without_interactions_and_serves_many_parts(generator: torch.Generator) -> None:
     z, o = torch.rand(2, 2, 20, 2, 2, generator=generator)
 

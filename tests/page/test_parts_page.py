@@ -20,11 +20,10 @@ Page = runpy.run_path(str(HERE / "page_reader.py"))["Page"]
 estimate = MADE["estimate"]
 
 
-def contributed(name, ids, n, share):
+def contributed(name, filters, share):
     return {
         "name": name,
-        "ids": ids,
-        "n": n,
+        "filters": filters,
         "shapley": estimate(share),
         "share": estimate(share),
         "share_of_score": estimate(share / 10),
@@ -33,7 +32,8 @@ def contributed(name, ids, n, share):
         "gradient_activation": estimate(0.1),
         "gradient_activation_share": estimate(None),
         "removal": estimate(0.2),
-        "removal_pairs": {"predicted": [share, 0.5], "measured": [share + 0.1, 0.4]},
+        "predicted": [share, 0.5],
+        "measured": [share + 0.1, 0.4],
     }
 
 
@@ -45,19 +45,30 @@ def run(tmp_path):
     ).write(run)
     for k in (1, 2):
         MADE["draw"](run / "parts" / f"{k}.png", 64, 16, k, "strip")
-    shown = [
-        {"filter": 4, "key": "a.jpg", "box_px": [0, 0, 1, 1]},
-        {"filter": 7, "key": "b.jpg", "box_px": [0, 0, 1, 1]},
+    crops = [
+        {"filter": 4, "key": "a.jpg", "box_px": [0.0, 0.0, 1.0, 1.0]},
+        {"filter": 7, "key": "b.jpg", "box_px": [0.0, 0.0, 1.0, 1.0]},
     ]
     check = {"correlation": estimate(0.91), "slope": estimate(1.2), "null_correlation": estimate(0.1), "pairs": 126}
     content = {
-        "schema": "partlens.parts/1",
+        "schema": "partlens.parts/2",
         "rule": "landmarks",
-        "filter_count": 5,
+        "config": {},
         "photos": 63,
         "split": "test",
-        "thresholds": {"distance_max_frac": 0.2, "consistency_min": 0.045},
-        "null": {"kept": 0.01, "distance_frac_mean": 0.305},
+        "categories": ["fox"],
+        "landmarks": {"head": 60},
+        "data": "photos",
+        "data_as_fitted": True,
+        "evidence": [
+            {
+                "category": "fox",
+                "photos": 63,
+                "consistency_min": 0.045,
+                "null_kept_frac": 0.01,
+                "null_distance_mean_frac": 0.305,
+            }
+        ],
         "stability": {
             "adjusted_rand": estimate(0.88),
             "kept": estimate(0.97),
@@ -65,26 +76,34 @@ def run(tmp_path):
             "null_kept": estimate(0.6),
         },
         "parts": [
-            {"id": "head", "name": "face <b>", "filters": [0, 1], "strip": "parts/1.png", "shown": shown},
-            {"id": "front_legs", "name": "front_legs", "filters": [], "strip": None, "shown": []},
-            {"id": "other", "name": "other", "filters": [2, 3, 4], "strip": "parts/2.png", "shown": shown[:1]},
+            {"id": "head", "name": "face <b>", "filters": [0, 1], "strip": "parts/1.png", "crops": crops},
+            {"id": "front_legs", "name": "front_legs", "filters": []},
+            {"id": "other", "name": "other", "filters": [2, 3, 4], "strip": "parts/2.png", "crops": crops[:1]},
         ],
         "filters": [
-            {"filter": k, "distance_frac": far, "consistency": r2}
+            {"filter": k, "part": "head", "dead": False, "distance_frac": far, "consistency": r2}
             for k, (far, r2) in enumerate([(0.1, 0.8), (0.2, 0.6), (0.25, 0.1), (0.25, None), (0.25, 0.1)])
         ],
         "unplaced_names": [{"name": "tail", "filters": [9], "best_overlap": 0.1}],
         "contributions": {
-            "grouping": [[0, 1], [2, 3, 4]],
+            "score_of": "the performer's own answer to each photo",
             "method": "exact",
+            "performer_score": estimate(9.5),
+            "fed_back": estimate(9.4),
+            "baseline": estimate(-5.5),
+            "agreement_top1": estimate(0.98),
             "interpretable_share": estimate(0.113),
-            "score": {"performer": estimate(9.5), "fed_back": estimate(9.4), "baseline": estimate(-5.5)},
-            "remainder_frac": {"integrated_gradients": 0.014},
-            "parts": [contributed("face <b>", ["head"], 2, 0.72), contributed("other", ["other"], 3, 0.28)],
+            "ordinary_share": estimate(0.887),
+            "shapley_remainder_frac": 0.0,
+            "integrated_remainder_frac": 0.014,
+            "standard_error": 0.0,
+            "parts": [contributed("face <b>", [0, 1], 0.72), contributed("other", [2, 3, 4], 0.28)],
             "removal_check": dict.fromkeys(
                 ("shapley", "integrated_gradients", "gradient_activation", "part_size"), check
             ),
         },
+        "command": "partlens parts run",
+        "versions": {},
     }
     MADE["write"](run / "parts.json", content)
     return run
@@ -125,8 +144,19 @@ def test_the_chapter_says_parts_shares_nulls_and_checks(run):
 
 
 def test_parts_without_landmarks_stand_nowhere_in_words(run):
-    changed(run, lambda c: c.update(rule="clusters", filters=[{"filter": 0, "agreement": 0.5}]))
-    assert "nearest landmark" not in text_of(run)
+    def grouped(content):
+        content["rule"] = "clusters"
+        for row in content["filters"]:
+            del row["distance_frac"], row["consistency"]
+        null = estimate(0.12, 0.01, 10, "draws")
+        clusters = {"clusters": 3, "silhouettes": {"3": 0.5, "4": 0.4}, "null_silhouette": null}
+        content["evidence"] = [{"category": name, "photos": 30, **clusters} for name in ("cat", "fox")]
+        content["categories"] = ["cat", "fox"]
+
+    text = text_of(changed(run, grouped))
+    assert "nearest landmark" not in text
+    assert "63 photos of the split test, each filter on those of its own category" in text
+    assert ": cat 3 groups, silhouette 0.500 (with shuffled photos 0.120); fox 3 groups" in text
 
 
 def test_parts_that_were_joined_since_have_no_contributions(run):
@@ -150,10 +180,10 @@ def test_a_run_without_parts_has_no_chapter(run):
 def test_files_that_cannot_be_shown(run):
     changed(run, lambda c: c.update(schema="partlens.parts/9"))
     with pytest.raises(
-        RunError, match=r'schema "partlens\.parts/1" in .*, got partlens\.parts/9\. Run partlens parts again'
+        RunError, match=r"schema partlens\.parts/2 in .*, got partlens\.parts/9\. .* run partlens parts again"
     ):
         collect_page(run)
-    changed(run, lambda c: c.update(schema="partlens.parts/1"))
+    changed(run, lambda c: c.update(schema="partlens.parts/2"))
     (run / "parts" / "1.png").unlink()
     with pytest.raises(RunError, match="Expected a picture .*1.png, got nothing there. Run partlens parts again"):
         collect_page(run)

@@ -17,7 +17,6 @@ from partlens.evaluation.fidelity import (
     FedBack,
     LostVariance,
     ShareCurve,
-    class_outputs,
     measure_fidelity,
     own_columns,
     share_estimate,
@@ -42,6 +41,7 @@ from partlens.evaluation.results import (
 )
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import TRACK_REACH_CELLS, Explainer
+from partlens.metrics.faithfulness import class_outputs
 from partlens.metrics.localisation import Peaks, peaks_from_cells
 from partlens.network.receptive_field import ReceptiveField, grid_of, widened
 from partlens.network.taps import forward_taps

@@ -45,16 +45,6 @@ class FedBack:
     fed_features: Tensor
 
 
-def class_outputs(outputs: Float[Tensor, "image output"]) -> Float[Tensor, "image class"]:
-    """Return outputs whose largest is the decision: a single logistic output gets a 0 for "not the category" before it.
-
-    Example:
-        >>> class_outputs(torch.tensor([[2.0], [-1.0]])).argmax(1).tolist()
-        [1, 0]
-    """
-    return torch.cat([torch.zeros_like(outputs), outputs], 1) if outputs.shape[1] == 1 else outputs
-
-
 def own_columns(performer: Performer, names: Sequence[str]) -> tuple[int, ...] | None:
     """Return the column of :func:`class_outputs` of each category; ``None`` where the performer does not know one."""
     known = performer.class_names

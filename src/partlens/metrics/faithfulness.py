@@ -62,6 +62,16 @@ class ReconstructionSums:
         return self.squared_error / self.squared_norm if self.squared_norm > 0 else math.nan
 
 
+def class_outputs(outputs: Float[Tensor, "image output"]) -> Float[Tensor, "image class"]:
+    """Return outputs whose largest is the decision: a single logistic output gets a 0 for "not the category" before it.
+
+    Example:
+        >>> class_outputs(torch.tensor([[2.0], [-1.0]])).argmax(1).tolist()
+        [1, 0]
+    """
+    return torch.cat([torch.zeros_like(outputs), outputs], 1) if outputs.shape[1] == 1 else outputs
+
+
 def agreement_top1(
     fed_back: Float[Tensor, "image output"],
     performer: Float[Tensor, "photo class"],
@@ -71,7 +81,7 @@ def agreement_top1(
 
     Args:
         fed_back: outputs when the reconstruction is fed back; two or more classes (a single logistic output goes
-            through :func:`~partlens.evaluation.fed_back.class_outputs` first).
+            through :func:`class_outputs` first).
         performer: the performer's own.
         photos: an integer per image, equal for crops of one photo.
 

@@ -14,109 +14,17 @@ that say how far an assignment can be trusted are in :mod:`partlens.metrics.part
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.errors import InputError, check_names, check_types, expected
+from partlens.errors import InputError, expected
 
 OTHER = -1
 """The label of a filter without a part."""
-
-Rule = Literal["auto", "landmarks", "clusters"]
-_RULES = ("auto", "landmarks", "clusters")
-
-
-@dataclass(frozen=True)
-class PartsConfig:
-    """How filters are assigned to parts.
-
-    Attributes:
-        rule: ``landmarks``, ``clusters``, or ``auto``: landmarks where the photos have them.
-        distance_max_frac: with landmarks, the largest mean distance to the nearest one, as a share of the input's
-            diagonal; beyond it a filter is "other". ``null.distance_frac_p05`` in ``parts.json`` says what random
-            peaks reach.
-        consistency_min: with landmarks, the least cross-validated R² with which the peak predicts the nearest
-            landmark; by default what 95 % of the random peaks stay below on the same photos.
-        null_filters: random-peak filters drawn to measure the nulls.
-        null_level: share of the random-peak filters that the measured thresholds refuse.
-        clusters_min: fewest groups tried.
-        clusters_max: most groups tried; the number with the highest silhouette is taken.
-        place_weight: weight of moving together against answering to the same features (0 to 1).
-        rounds: halvings of the photos that measure stability.
-        photos_max: most photos used; drawn by seed where there are more.
-        random_parts: random deals of the filters, the null of the contributions.
-        coalitions_max: up to this many coalitions Shapley values are exact; beyond they are estimated.
-        order_pairs: pairs of random orders for the estimate.
-        remainder_max: remainder of the integrated gradients that is accepted, as a share of the score's rise; on
-            ResNet-18's layer 3, 0.02 took 24 steps and left the parts' sums 3 % off those of 400 steps.
-        seed: of every draw.
-    """
-
-    rule: str = "auto"
-    distance_max_frac: float = 0.2
-    consistency_min: float | None = None
-    null_filters: int = 1000
-    null_level: float = 0.95
-    clusters_min: int = 3
-    clusters_max: int = 8
-    place_weight: float = 0.5
-    rounds: int = 50
-    photos_max: int = 300
-    random_parts: int = 20
-    coalitions_max: int = 256
-    order_pairs: int = 16
-    remainder_max: float = 0.02
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what no assignment can be made with."""
-        check_types(self)
-        if self.rule not in _RULES:
-            raise InputError(expected("rule landmarks, clusters or auto", self.rule, "Choose one of them"))
-        if not 2 <= self.clusters_min <= self.clusters_max:
-            got = f"{self.clusters_min} to {self.clusters_max}"
-            raise InputError(expected("2 or more groups, the fewest first", got, "Leave them out for 3 to 8"))
-        for name, low, high in (
-            ("distance_max_frac", 0.0, 1.0),
-            ("null_level", 0.0, 1.0),
-            ("place_weight", 0.0, 1.0),
-            ("remainder_max", 1e-6, 0.999),
-            ("consistency_min", -1.0, 1.0),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise InputError(expected(f"{name} from {low:g} to {high:g}", value, "Leave it out for the default"))
-        for name, least in (
-            ("null_filters", 20),
-            ("rounds", 2),
-            ("photos_max", 2),
-            ("random_parts", 2),
-            ("coalitions_max", 4),
-            ("order_pairs", 2),
-        ):
-            if getattr(self, name) < least:
-                rule = f"{name} of at least {least}"
-                raise InputError(expected(rule, getattr(self, name), "Leave it out for the default"))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PartsConfig:
-        """Build a configuration from plain values.
-
-        Raises:
-            InputError: a field that does not exist, or a value of the wrong kind.
-        """
-        check_names(cls, values)
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields for a file."""
-        return asdict(self)
-
 
 # --- with landmarks ---------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from partlens.errors import RunError, expected
 from partlens.evaluation.results import AGAIN as EVALUATE_AGAIN
 from partlens.page.explainer import ExplainerData, collect_explainer
 from partlens.page.explanation_page import Explanations, collect_explanations
-from partlens.page.parts_data import PARTS_AGAIN, PartsData, collect_parts
+from partlens.page.parts_page import PartsData, collect_parts
 from partlens.page.reading import Pictures
 from partlens.page.selection_page import SelectionData, collect_selection, pending_command
 from partlens.selection.record import SelectionRecord
@@ -79,7 +79,7 @@ def collect_page(run: Path) -> PageData:
     if pending and explainer is None:
         raise RunError(expected(f"a finished selection in {run}", "one that was only begun", f"Go on with: {pending}"))
     room = max(PICTURES_BYTES - of_filters.spent_bytes, 0)
-    of_parts = Pictures(run, PARTS_AGAIN, room)
+    of_parts = Pictures(run, "Run partlens parts again", room)
     named_parts = collect_parts(run, of_parts) if explainer else None
     room = max(room - of_parts.spent_bytes, 0)
     of_images = Pictures(run, ExplanationRecord.AGAIN, room)

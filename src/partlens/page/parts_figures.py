@@ -1,4 +1,4 @@
-"""Figures of the chapter on parts: shares beside their null, and foretold against measured loss."""
+"""Figures of the chapter on parts: shares beside their null, and predicted against measured loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPES = 6
 
 @dataclass(frozen=True)
 class ShareRow:
-    """One part: its share with interval, and the range of as many filters drawn by lot; all in percent or NaN."""
+    """One part: its share with interval, and the range of as many filters drawn at random; all in percent or NaN."""
 
     label: str
     value: float
@@ -73,19 +73,19 @@ def _mark(shape: int, x: float, y: float, label: str) -> str:
 
 
 def removal_chart(title: str, series: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> str:
-    """Draw for each photo and part what a measure foretells (right) and what is lost without the part (up).
+    """Draw for each photo and part what a measure predicts (right) and what is lost without the part (up).
 
     Args:
         title: of the figure.
-        series: (part, foretold, lost) with one value per photo.
+        series: (part, predicted, lost) with one value per photo.
 
     Returns:
         An ``<svg>`` with the line on which both are equal, or an empty string without a finite pair.
     """
     pairs = [
         (min(order, SHAPES - 1), name, x, y)
-        for order, (name, foretold, lost) in enumerate(series)
-        for x, y in zip(foretold, lost, strict=False)
+        for order, (name, predicted, lost) in enumerate(series)
+        for x, y in zip(predicted, lost, strict=False)
         if math.isfinite(x) and math.isfinite(y)
     ]
     if not pairs:
@@ -110,7 +110,7 @@ def removal_chart(title: str, series: Sequence[tuple[str, Sequence[float], Seque
         x, y = left + 160.0 * (order % 2), 10 + 16.0 * (order // 2)
         parts.append(_mark(min(order, SHAPES - 1), x, y - 4, escaped(name)))
         parts.append(lettering(x + 9, y, shortened(name, 22), "start", "soft"))
-    parts.append(lettering((left + right) / 2, bottom + 32, "foretold by the Shapley value", "middle", "soft"))
+    parts.append(lettering((left + right) / 2, bottom + 32, "predicted by the Shapley value", "middle", "soft"))
     spoken = f"{len(pairs)} pairs of {len(series)} parts; the dotted line is where both are equal"
     return svg((WIDTH, bottom + 38), "chart", title, spoken, *parts)
 

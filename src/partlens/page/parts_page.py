@@ -1,17 +1,18 @@
-"""What the page draws of parts: rows, figures and words, ready for its template."""
+"""What the page draws of parts: ``parts.json`` with its pictures, and figures. The words are the template's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+from partlens.estimate import Estimate
+from partlens.object_parts.record import Evidence, FoundPart, NamedPart, PartContribution, PartsFile, RemovalAgreement
 from partlens.page import figures
-from partlens.page.notation import counted, number, percent
-from partlens.page.parts_data import Part, PartsData, Strip
+from partlens.page.notation import counted, percent
 from partlens.page.parts_figures import ShareRow, removal_chart, shares_chart
-from partlens.page.reading import Measure
+from partlens.page.reading import Pictures
 from partlens.page.views import Chapter, Figure, Shown, shown
 
 _MEASURES = {
@@ -23,81 +24,114 @@ _MEASURES = {
 
 
 @dataclass(frozen=True)
-class _Strip:
-    """One found part for a person to name."""
+class PartRow:
+    """What counts as one part.
 
-    caption: str
-    picture: Shown | None
+    Attributes:
+        part: name and filters.
+        found: the parts of the file that have this name, each with its picture.
+        adds: what it adds; ``None`` where that was measured on other parts.
+    """
+
+    part: NamedPart
+    found: tuple[tuple[FoundPart, Shown | None], ...]
+    adds: PartContribution | None
+
+
+@dataclass(frozen=True)
+class PartsData:
+    """Everything that the page says of parts.
+
+    Attributes:
+        file: as it was written.
+        rows: of parts with filters.
+    """
+
+    file: PartsFile
+    rows: tuple[PartRow, ...]
+
+    @property
+    def measured(self) -> bool:
+        """Whether contributions were measured on the parts as they are now."""
+        return self.file.contributions is not None and all(row.adds is not None for row in self.rows)
+
+    @property
+    def empty(self) -> tuple[str, ...]:
+        """Names of parts without a filter."""
+        named = {row.part.name for row in self.rows}
+        return tuple(dict.fromkeys(n for p in self.file.parts if (n := p.name.strip()) not in named))
+
+    @property
+    def like_random(self) -> tuple[str, ...]:
+        """Names of parts that add by integrated gradients what as many random filters add."""
+        rows = [(row.part.name, row.adds) for row in self.rows if row.adds is not None]
+        return tuple(n for n, a in rows if a.integrated_null.low <= a.integrated_share.value <= a.integrated_null.high)
+
+    def over_categories(self, name: str) -> float:
+        """Return the mean over categories of something that random peaks reach; NaN where the rule does not use it."""
+        found = [v for v in (_known(one, name) for one in self.file.evidence) if math.isfinite(v)]
+        return sum(found) / len(found) if found else math.nan
+
+
+def _known(evidence: Evidence, name: str) -> float:
+    value = getattr(evidence, name)
+    return value.value if isinstance(value, Estimate) else float(value)
+
+
+def collect_parts(run: Path, pictures: Pictures) -> PartsData | None:
+    """Read what the page says of parts.
+
+    Args:
+        run: the folder of a run.
+        pictures: reads the strips.
+
+    Returns:
+        The content, or ``None`` where the run has no ``parts.json``.
+
+    Raises:
+        RunError: the file is damaged or of another version, or a strip is missing.
+    """
+    file = PartsFile.read_if_there(run)
+    if file is None:
+        return None
+    adds, rows = file.measured() or {}, []
+    for part in file.named:
+        found = tuple((p, _strip(p, part, run, pictures)) for p in file.parts if p.id in part.ids)
+        rows.append(PartRow(part, found, adds.get(part.filters)))
+    return PartsData(file, tuple(rows))
+
+
+def _strip(found: FoundPart, part: NamedPart, run: Path, pictures: Pictures) -> Shown | None:
+    filters = dict.fromkeys(crop.filter for crop in found.crops)
+    title = f"{'filter' if len(filters) == 1 else 'filters'} {', '.join(map(str, filters))}"
+    said = title if found.id == part.name else f"{found.id}: {title}"
+    return shown(pictures.read(run, found.strip), f"What the part {part.name} looks at", said)
 
 
 @dataclass(frozen=True)
 class PartsView:
-    """Everything that the template of the chapter shows; ``data`` holds what is written as it is."""
+    """What the template of the chapter shows.
+
+    Attributes:
+        data: what is written as it is.
+        figures: by name: sizes, shares, nulls, removal; only those with something to show.
+        checks: (measure, how well it predicts what is lost).
+        explained: (image, anchor, what its parts add) of explained photos.
+    """
 
     data: PartsData
-    found_by: str
-    size_figure: Figure | None
-    share_figure: Figure | None
-    null_figure: Figure | None
-    removal_figure: Figure | None
-    strips: tuple[tuple[Part, tuple[_Strip, ...]], ...]
-    checks: tuple[tuple[str, Measure, Measure, Measure], ...]
-    remarks: tuple[str, ...]
+    figures: Mapping[str, Figure]
+    checks: tuple[tuple[str, RemovalAgreement], ...]
     explained: tuple[tuple[str, str, str], ...]
 
 
-def _percent_text(measure: Measure) -> str:
-    return f"{100 * measure.value:.1f} %".replace("-", "−")
+def _percent_text(share: Estimate) -> str:
+    return f"{100 * share.value:.1f} %".replace("-", "−")
 
 
-def _row(part: Part, measure: Measure, null: Measure | None) -> ShareRow:
+def _row(name: str, share: Estimate, null: Estimate | None = None) -> ShareRow:
     low, high = (math.nan, math.nan) if null is None else (100 * null.low, 100 * null.high)
-    return ShareRow(
-        part.name, 100 * measure.value, 100 * measure.low, 100 * measure.high, low, high, _percent_text(measure)
-    )
-
-
-def _found_by(data: PartsData) -> str:
-    """Say how the parts were found."""
-    photos = f"{counted(data.photos, 'photos')} of the split {data.split}"
-    if "by_category" in data.thresholds:
-        photos += ", each filter on those of its own category"
-    if data.rule == "landmarks":
-        near, follows = (data.thresholds.get(k) for k in ("distance_max_frac", "consistency_min"))
-        said = f"Each filter has the landmark that its peak is nearest to on average over {photos}"
-        if isinstance(near, float) and isinstance(follows, float):
-            said += (
-                f", if it is nearer than {percent(near)} of the diagonal and predicts the landmark's position with "
-                f"R² above {number(follows)}"
-            )
-        kept = data.null.get("kept")
-        tail = f" Of filters with random peaks {percent(kept)} would get a part." if isinstance(kept, float) else ""
-        return f"{said}; else it is “other”.{tail}"
-    groups, found = (data.thresholds.get(k) for k in ("clusters", "silhouette"))
-    said = f"Filters whose peaks move together over {photos} and that answer to similar features are one part"
-    if isinstance(groups, int) and isinstance(found, float):
-        chance = data.null.get("silhouette")
-        by_lot = chance.get("value") if isinstance(chance, dict) else None
-        said += f": {groups} groups, silhouette {number(found)}"
-        said += f" (with shuffled photos {number(by_lot)})" if isinstance(by_lot, float) else ""
-    return f"{said}. A filter that moves with its group no better than a random peak is “other”."
-
-
-def _remarks(data: PartsData) -> tuple[str, ...]:
-    said = []
-    if data.empty:
-        said.append(f"No filter has the part {', '.join(data.empty)}.")
-    if data.unplaced:
-        said.append(f"Names that fit no part found now, kept in parts.json: {', '.join(data.unplaced)}.")
-    if not data.measured:
-        said.append("What the parts add was measured on other parts than these: run partlens parts again.")
-    inside = [p.name for p in data.parts if p.null.has_interval and p.null.low <= p.integrated.value <= p.null.high]
-    if inside:
-        said.append(
-            f"By integrated gradients {', '.join(inside)} {'add' if len(inside) > 1 else 'adds'} no more and no less "
-            "than as many filters drawn by lot."
-        )
-    return tuple(said)
+    return ShareRow(name, 100 * share.value, 100 * share.low, 100 * share.high, low, high, _percent_text(share))
 
 
 def parts_view(data: PartsData, explained: Sequence[tuple[str, str, str]]) -> PartsView:
@@ -107,70 +141,50 @@ def parts_view(data: PartsData, explained: Sequence[tuple[str, str, str]]) -> Pa
         data: what the chapter says.
         explained: (image, anchor, what its parts add) of explained photos.
     """
-    total = sum(p.filters for p in data.parts)
-    sizes = figures.parts_chart(
-        "Share of filters by part", [("filters", "explainer", {p.name: p.filters / total for p in data.parts})]
-    )
-    shares = shares_chart("Share of what the parts add", [_row(p, p.share, None) for p in data.parts])
-    nulls = shares_chart("Share by integrated gradients", [_row(p, p.integrated, p.null) for p in data.parts])
-    removal = removal_chart("Foretold and measured loss", [(p.name, p.predicted, p.measured) for p in data.parts])
+    adds = [(row.part.name, row.adds) for row in data.rows if row.adds is not None]
+    total = sum(len(row.part.filters) for row in data.rows)
+    sizes = {row.part.name: len(row.part.filters) / total for row in data.rows}
+    drawn = {
+        "sizes": (
+            "Share of the filters by part",
+            figures.parts_chart("Share of filters by part", [("filters", "explainer", sizes)]),
+        ),
+        "shares": (
+            "Share of what all parts add to the score (Shapley), mean over photos",
+            shares_chart("Share of what the parts add", [_row(name, one.share) for name, one in adds]),
+        ),
+        "nulls": (
+            "The same by integrated gradients; grey: as many random filters",
+            shares_chart(
+                "Share by integrated gradients", [_row(n, one.integrated_share, one.integrated_null) for n, one in adds]
+            ),
+        ),
+        "removal": (
+            "Loss of the score without a part (up) against what was predicted (right)",
+            removal_chart("Predicted and measured loss", [(n, one.predicted, one.measured) for n, one in adds]),
+        ),
+    }
+    checks = data.file.contributions.removal_check if data.measured and data.file.contributions else {}
     return PartsView(
         data=data,
-        found_by=_found_by(data),
-        size_figure=Figure("Share of the filters by part", sizes) if sizes else None,
-        share_figure=Figure("Share of what all parts add to the score (Shapley), mean over photos", shares)
-        if shares
-        else None,
-        null_figure=Figure("The same by integrated gradients; grey: as many filters drawn by lot", nulls)
-        if nulls
-        else None,
-        removal_figure=Figure("Loss of the score without a part (up) against what was foretold (right)", removal)
-        if removal
-        else None,
-        strips=tuple((part, _strips(part, data.null)) for part in data.parts),
-        checks=tuple((_MEASURES[c.name], c.correlation, c.slope, c.null) for c in data.checks),
-        remarks=_remarks(data),
+        figures={name: Figure(caption, svg) for name, (caption, svg) in drawn.items() if svg},
+        checks=tuple((_MEASURES[name], checks[name]) for name in _MEASURES if name in checks),
         explained=tuple(explained),
     )
 
 
-def _stands(strip: Strip, null: Mapping[str, Any]) -> str:
-    """Say how near to its landmark a part is, and how well it foretells it: a name alone promises more."""
-    if math.isnan(strip.distance_frac):
-        return ""
-    chance = null.get("distance_frac_mean")
-    by_lot = f" (random peaks {percent(chance)})" if isinstance(chance, float) else ""
-    follows = "" if math.isnan(strip.consistency) else f", R² {number(strip.consistency)}"
-    return f"{percent(strip.distance_frac)} of the diagonal from the nearest landmark on average{by_lot}{follows}"
-
-
-def _strips(part: Part, null: Mapping[str, Any]) -> tuple[_Strip, ...]:
-    made = []
-    for strip in part.strips:
-        if strip.picture is None:
-            continue
-        title = f"{'filter' if len(strip.shown) == 1 else 'filters'} {', '.join(map(str, strip.shown))}"
-        if strip.id != part.name:
-            title = f"{strip.id}: {title}"
-        picture = shown(strip.picture, f"What the part {part.name} looks at", title)
-        made.append(_Strip("; ".join(filter(None, (title, _stands(strip, null)))), picture))
-    return tuple(made)
-
-
 def parts_headline(data: PartsData) -> str:
     """Say what each part adds, and how much all of them do."""
-    if not data.parts:
-        return ""
-    if not data.measured or not all(p.share.defined for p in data.parts):
-        named = ", ".join(f"{p.name} {counted(p.filters, 'filters')}" for p in data.parts)
+    adds = [(row, row.adds) for row in data.rows if row.adds is not None and row.adds.share.defined]
+    if not data.measured or len(adds) < len(data.rows):
+        named = ", ".join(f"{row.part.name} {counted(len(row.part.filters), 'filters')}" for row in data.rows)
         return f"The filters by part: {named}."
-    adds = ", ".join(f"{p.name} {_percent_text(p.share)} ({counted(p.filters, 'filters')})" for p in data.parts)
-    together = (
-        f" Together they add {percent(data.interpretable.value)} of the score" if data.interpretable.defined else ""
+    said = ", ".join(
+        f"{row.part.name} {_percent_text(one.share)} ({counted(len(row.part.filters), 'filters')})" for row, one in adds
     )
-    return (
-        f"Of what parts add to the score: {adds}.{together}{'; the ordinary track adds the rest.' if together else ''}"
-    )
+    together = data.file.contributions.interpretable_share if data.file.contributions else Estimate.undefined()
+    rest = f" Together they add {percent(together.value)} of the score; the ordinary track adds the rest."
+    return f"Of what parts add to the score: {said}.{rest if together.defined else ''}"
 
 
 def parts_chapter(data: PartsData, *, explained: bool) -> Chapter:

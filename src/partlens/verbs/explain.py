@@ -20,6 +20,7 @@ from partlens.attribution.record import (
     Preset,
 )
 from partlens.errors import ImageError, InputError, RunError, expected, listed, nearest
+from partlens.object_parts.record import PartsFile
 from partlens.progress import Progress
 from partlens.records import read_json, write_tensors
 from partlens.run import EXPLAINER, SELECTION
@@ -190,7 +191,6 @@ class _Stage:
             explained = _by_filters(self.selection, batch.selected, i, folder, shown, self.style)
             tensors |= _selection_tensors(batch.selected, i)
         if self.parts is not None:
-            notes += self.parts.notes
             if batch.parts is not None and i in batch.shared:
                 from partlens.verbs.explained_parts import part_records, part_tensors
 
@@ -271,7 +271,9 @@ def _opened(
         for name in classes or ():
             _class_column(selection, name)
     parts, known, of_parts = None, {}, classes
-    if has_explainer:
+    if has_explainer and selection is not None and not (run / PartsFile.FILE).exists():
+        notes.append(f"the filters have no parts yet: run partlens parts {run}, then explain again")
+    elif has_explainer:
         from partlens.verbs.explained_parts import load_parts
 
         # A network is loaded once, but an explainer of other weights has to be told.

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.attribution.pictures import overlay, save_png
 from partlens.attribution.record import ExplainedByParts, PartShare, StrongFilter
-from partlens.errors import InputError, expected, nearest
-from partlens.estimate import Estimate
-from partlens.evaluation.fidelity import class_outputs
+from partlens.errors import InputError, RunError, expected, nearest
+from partlens.estimate import Estimate, percentile_interval
 from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import Explainer
+from partlens.metrics.faithfulness import class_outputs
 from partlens.network.receptive_field import grid_of
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
-from partlens.object_parts.assignment import PartsConfig, upsampled
+from partlens.object_parts.assignment import upsampled
+from partlens.object_parts.record import NamedPart, PartsFile
+from partlens.object_parts.shares import PartShares, part_shares
 from partlens.verbs.fit_explainer import load_explainer
-from partlens.verbs.part_shares import PartShares, part_labels, part_shares
-from partlens.verbs.parts_file import PARTS, NamedPart, named_parts, read_parts
 from partlens.verbs.select_features import output_name
 
 if TYPE_CHECKING:
     from PIL import Image
 
-TOP_FILTERS = 5
-_WHOLE_TRACK = "all filters"
+_TOP_FILTERS = 5
 
 
 @dataclass(frozen=True)
@@ -40,22 +39,16 @@ class OpenedParts:
     """An explainer read back, with the parts of its filters.
 
     Attributes:
-        path: the run directory.
         explainer: in eval mode.
         performer: the network it explains.
         head: the performer from the last target on.
-        parts: what counts as one part; all filters together where the run has no ``parts.json``.
-        config: how contributions are measured.
-        notes: what a reader has to know.
+        file: of the parts.
     """
 
-    path: Path
     explainer: Explainer
     performer: Performer
     head: nn.Module
-    parts: tuple[NamedPart, ...]
-    config: PartsConfig
-    notes: tuple[str, ...]
+    file: PartsFile
 
 
 @dataclass(frozen=True)
@@ -63,39 +56,30 @@ class ExplainedParts:
     """The parts of some images of a batch.
 
     Attributes:
-        classes: the explained outputs (image, explained class).
-        outputs: the performer's outputs (image, class).
+        classes: the explained outputs.
+        outputs: the performer's outputs.
         shares: ``shares[i][k]`` of the k-th explained class of image i; a batch of that image alone.
         heat: ``heat[i][k, p]`` of part p, at the input's size.
     """
 
-    classes: Tensor
-    outputs: Tensor
+    classes: Int[Tensor, "image explained"]
+    outputs: Float[Tensor, "image class"]
     shares: tuple[tuple[PartShares, ...], ...]
-    heat: tuple[Tensor, ...]
+    heat: tuple[Float[Tensor, "explained part row col"], ...]
 
 
-def load_parts(run: str | Path, model: str | nn.Module | Performer | None = None) -> OpenedParts:
+def load_parts(run: Path, model: str | nn.Module | Performer | None = None) -> OpenedParts:
     """Open the explainer of a run and the parts of its filters.
 
     Raises:
-        RunError: the explainer is unfinished, the performer another one, or ``parts.json`` was edited wrongly.
+        RunError: the explainer is unfinished, the performer another one, or ``parts.json`` is missing or wrong.
     """
-    run = Path(run)
+    if not (run / PartsFile.FILE).exists():
+        rule, remedy = f"{PartsFile.FILE} in {run}", f"Run partlens parts {run} first, then explain again"
+        raise RunError(expected(rule, "nothing there", remedy))
+    file = PartsFile.read(run)
     explainer, performer = load_explainer(run, model)
-    count = explainer.structure.channels_out
-    config, notes = PartsConfig(), []
-    if (run / PARTS).exists():
-        content = read_parts(run / PARTS)
-        parts = named_parts(content)
-        stored = content.get("config")
-        if isinstance(stored, Mapping):  # one prediction is measured as all were
-            config = PartsConfig(**{k: v for k, v in stored.items() if k in PartsConfig.__dataclass_fields__})
-    else:
-        parts = (NamedPart(_WHOLE_TRACK, (), tuple(range(count))),)
-        notes.append(f"the filters have no parts yet: partlens parts {run.name} finds them, then explain again")
-    head = performer_head(performer, explainer.structure)
-    return OpenedParts(run, explainer, performer, head, parts, config, tuple(notes))
+    return OpenedParts(explainer, performer, performer_head(performer, explainer.structure), file)
 
 
 def output_called(performer: Performer, outputs: int, name: str) -> int:
@@ -156,28 +140,16 @@ def explain_parts(
     _, taps = forward_taps(opened.performer, batch, [structure.tap, structure.targets[-1]])
     with torch.no_grad():
         outputs = opened.head(taps[structure.targets[-1]].cpu())[0]
-    if classes is None:
-        wanted = outputs.argmax(1)[:, None]
-    else:
+    chosen = list(range(len(outputs)) if rows is None else rows)
+    outputs, maps = outputs[chosen], taps[structure.tap].cpu()[chosen]
+    wanted = outputs.argmax(1)[:, None]
+    if classes is not None:
         named = [output_called(opened.performer, outputs.shape[1], name) for name in classes]
         wanted = torch.tensor([named] * len(outputs))
-    part_of = part_labels(opened.parts, structure.channels_out)
-    chosen = list(range(len(outputs)) if rows is None else rows)
-    outputs, wanted, maps = outputs[chosen], wanted[chosen], taps[structure.tap].cpu()[chosen]
+    parts, seed = opened.file.named, opened.file.config.seed
     # Image by image: the integral stops where its remainder is small, which must not depend on the other images.
     shares = tuple(
-        tuple(
-            part_shares(
-                opened.explainer,
-                opened.head,
-                maps[i : i + 1],
-                wanted[i, k : k + 1],
-                part_of,
-                len(opened.parts),
-                opened.config,
-            )
-            for k in range(wanted.shape[1])
-        )
+        tuple(part_shares(opened.explainer, opened.head, maps[i : i + 1], one[None], parts, seed) for one in wanted[i])
         for i in range(len(maps))
     )
     start, stride = grid_of(opened.performer.field(structure.tap))
@@ -186,22 +158,23 @@ def explain_parts(
     return ExplainedParts(wanted, outputs, shares, heat)
 
 
-def _percentages(values: Tensor, whole: float) -> list[float]:
-    """Return shares of a whole; NaN where the whole is not positive, since a share would then mean nothing."""
-    return [float(v) / whole if whole > 0 else math.nan for v in values]
-
-
 def part_records(
     opened: OpenedParts, found: ExplainedParts, i: int, folder: Path, shown: Image.Image, style: Literal["glow", "jet"]
 ) -> tuple[ExplainedByParts, ...]:
     """Write one image's heat maps and return what its record says of parts, a class each."""
     chance = probabilities(found.outputs)[i]
-    ranks = answer_ranks(chance)
-    records = []
+    ranks, names, records = answer_ranks(chance), opened.file.named, []
+    own = class_outputs(found.outputs[i : i + 1]).argmax()
     for k, shares in enumerate(found.shares[i]):
-        output, rise = int(found.classes[i, k]), float(shares.score[0] - shares.baseline[0])
-        ordinary, added = float(shares.ordinary[0]), float(shares.shapley[0].sum())
-        kept = class_outputs(shares.fed_outputs[:1]).argmax() == class_outputs(found.outputs[i : i + 1]).argmax()
+        each, output = shares.parts, int(found.classes[i, k])
+        ordinary, added, rise = float(each.ordinary[0]), float(each.parts[0].sum()), _rise(shares)
+        files = [f"part-{k + 1}-{p + 1}.png" for p in range(len(names))]
+        for p, file in enumerate(files):
+            # A part that speaks against the class is drawn where it does so.
+            signed = found.heat[i][k, p] if float(shares.integrated[0, p]) >= 0 else -found.heat[i][k, p]
+            top = float(signed.max())
+            lit = signed.clamp(min=0) / top if top > 0 else 0 * signed
+            save_png(folder / file, overlay(shown, lit.numpy(), style))
         records.append(
             ExplainedByParts(
                 name=output_name(opened.performer, output),
@@ -209,69 +182,56 @@ def part_records(
                 probability=float(chance[output]),
                 rank=ranks[output],
                 performer_score=float(found.outputs[i, output]),
-                fed_back=float(shares.score[0]),
-                baseline=float(shares.baseline[0]),
-                same_answer=bool(kept),
+                fed_back=float(each.score[0]),
+                baseline=float(each.baseline[0]),
+                same_answer=bool(class_outputs(shares.fed_outputs[:1]).argmax() == own),
                 method=shares.method,
-                interpretable_share=added / rise if rise > 0 else math.nan,
+                interpretable_share=_share(added, rise),
                 ordinary=ordinary,
-                ordinary_standard_error=float(shares.ordinary_standard_error[0]),
-                ordinary_share=ordinary / rise if rise > 0 else math.nan,
-                ordinary_integrated=float(shares.integrated_ordinary[0]),
+                ordinary_standard_error=float(each.ordinary_standard_error[0]),
+                ordinary_share=_share(ordinary, rise),
+                ordinary_integrated=float(shares.filters.ordinary[0]),
                 remainder=rise - added - ordinary,
-                integrated_remainder=float(shares.remainder[0]),
-                parts=_part_shares(opened, shares, found.heat[i][k], f"part-{k + 1}", folder, shown, style),
-                headline=headline([part.name for part in opened.parts], shares.shapley[0].tolist()),
+                integrated_remainder=float(shares.filters.remainder[0]),
+                parts=tuple(_of_part(part, p, shares, files[p]) for p, part in enumerate(names)),
+                headline=headline([part.name for part in names], each.parts[0].tolist()),
             )
         )
     return tuple(records)
 
 
-def _part_shares(
-    opened: OpenedParts,
-    shares: PartShares,
-    heat: Tensor,
-    name: str,
-    folder: Path,
-    shown: Image.Image,
-    style: Literal["glow", "jet"],
-) -> tuple[PartShare, ...]:
-    """Draw the parts of one class of one image and return what each adds."""
-    rise, integrated = float(shares.score[0] - shares.baseline[0]), float(shares.integrated[0].sum())
-    of_parts = _percentages(shares.shapley[0], float(shares.shapley[0].sum()))
-    of_score, of_integrated = _percentages(shares.shapley[0], rise), _percentages(shares.integrated[0], integrated)
-    null = shares.random[:, 0].double() / integrated
-    ends = torch.quantile(null, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    known = integrated > 0 and len(opened.parts) > 1
-    rows = []
-    for p, part in enumerate(opened.parts):
-        # A part that speaks against the class is drawn where it does so.
-        signed = heat[p] if float(shares.integrated[0, p]) >= 0 else -heat[p]
-        top, file = float(signed.max()), f"{name}-{p + 1}.png"
-        save_png(folder / file, overlay(shown, (signed.clamp(min=0) / top if top > 0 else 0 * signed).numpy(), style))
-        own = shares.filters[0, list(part.filters)]
-        strongest = own.abs().argsort(descending=True, stable=True)[:TOP_FILTERS].tolist()
-        drawn = Estimate(float(null[:, p].mean()), (float(ends[0, p]), float(ends[1, p])), len(null), "draws")
-        rows.append(
-            PartShare(
-                name=part.name,
-                filters=len(part.filters),
-                share=of_parts[p],
-                share_of_score=of_score[p],
-                shapley=float(shares.shapley[0, p]),
-                standard_error=float(shares.standard_error[0, p]),
-                integrated_gradients=float(shares.integrated[0, p]),
-                integrated_share=of_integrated[p],
-                null=drawn if known else Estimate.undefined("draws"),
-                gradient_activation=float(shares.gradient_activation[0, p]),
-                removal=float(shares.removal[0, p]),
-                heat=file,
-                top_filters=tuple(
-                    StrongFilter(filter=part.filters[f], integrated_gradients=float(own[f])) for f in strongest
-                ),
-            )
-        )
-    return tuple(rows)
+def _rise(shares: PartShares) -> float:
+    return float(shares.parts.score[0] - shares.parts.baseline[0])
+
+
+def _share(value: float, whole: float) -> float:
+    """Return a share of a whole; NaN where the whole is not positive, since a share would then mean nothing."""
+    return value / whole if whole > 0 else math.nan
+
+
+def _of_part(part: NamedPart, p: int, shares: PartShares, file: str) -> PartShare:
+    own = shares.filters.filters[0, list(part.filters)]
+    strongest = own.abs().argsort(descending=True, stable=True)[:_TOP_FILTERS].tolist()
+    shapley, integrated = float(shares.parts.parts[0, p]), float(shares.integrated[0, p])
+    whole, null = float(shares.integrated[0].sum()), Estimate.undefined("draws")
+    if whole > 0 and shares.integrated.shape[1] > 1:
+        drawn = shares.random[:, 0, p].double() / whole
+        null = Estimate(float(drawn.mean()), percentile_interval(drawn.tolist()), len(drawn), "draws")
+    return PartShare(
+        name=part.name,
+        filters=len(part.filters),
+        share=_share(shapley, float(shares.parts.parts[0].sum())),
+        share_of_score=_share(shapley, _rise(shares)),
+        shapley=shapley,
+        standard_error=float(shares.parts.standard_error[0, p]),
+        integrated_gradients=integrated,
+        integrated_share=_share(integrated, whole),
+        null=null,
+        gradient_activation=float(shares.gradient_activation[0, p]),
+        removal=float(shares.parts.removal[0, p]),
+        heat=file,
+        top_filters=tuple(StrongFilter(filter=part.filters[f], integrated_gradients=float(own[f])) for f in strongest),
+    )
 
 
 def headline(names: Sequence[str], values: Sequence[float]) -> str:
@@ -288,14 +248,14 @@ def headline(names: Sequence[str], values: Sequence[float]) -> str:
         >>> headline(["head", "neck"], [0.128, 0.872])
         'head 12.8 %, neck 87.2 %'
         >>> headline(["head", "neck"], [0.5, -0.4])
-        'head +0.50, neck −0.40 of the score (they pull against each other, so shares would mean nothing)'
+        'head +0.50, neck −0.40 of the score (some raise and some lower it: shares of their sum would say nothing)'
     """
     total = sum(values)
     if total > 0.5 * sum(map(abs, values)):
         shares = [f"{name} {100 * value / total + 0.0:.1f} %" for name, value in zip(names, values, strict=True)]
         return ", ".join(shares).replace("-0.0 %", "0.0 %").replace(" -", " −")
     said = ", ".join(f"{name} {value:+.2f}" for name, value in zip(names, values, strict=True)).replace(" -", " −")
-    return f"{said} of the score (they pull against each other, so shares would mean nothing)"
+    return f"{said} of the score (some raise and some lower it: shares of their sum would say nothing)"
 
 
 def part_tensors(found: ExplainedParts, i: int) -> dict[str, Tensor]:
@@ -303,7 +263,7 @@ def part_tensors(found: ExplainedParts, i: int) -> dict[str, Tensor]:
     return {
         "part_classes": found.classes[i],
         "part_heat": found.heat[i],
-        "part_shapley": torch.cat([s.shapley for s in found.shares[i]]),
+        "part_shapley": torch.cat([s.parts.parts for s in found.shares[i]]),
         "part_integrated": torch.cat([s.integrated for s in found.shares[i]]),
-        "part_filters": torch.cat([s.filters for s in found.shares[i]]),
+        "part_filters": torch.cat([s.filters.filters for s in found.shares[i]]),
     }

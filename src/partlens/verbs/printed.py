@@ -1,4 +1,7 @@
-"""What the verbs print for a person: scores beside their nulls, parts and what they add."""
+"""What the verbs print for a person: scores with their nulls, parts and what they add.
+
+The command line imports this module after the verb has run.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +10,56 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from partlens.estimate import Estimate
 from partlens.evaluation.results import Evaluation, PartInterpretability
-from partlens.metrics.scores import FIDELITY, LOCALISATION, Score
+from partlens.metrics.scores import FIDELITY, HIGHER, LOCALISATION, LOWER, Score
+from partlens.object_parts.record import PartsFile
+
+_WIDE = 240
+_ARROWS = {LOWER: " ↓", HIGHER: " ↑"}
 
 
-def _shown(estimate: dict[str, Any] | None, digits: str = ".3g", factor: float = 1.0, unit: str = "") -> str:
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    ends = [format(factor * end, digits) for end in estimate["interval"] if end is not None]
-    interval = f" [{', '.join(ends)}]" if len(ends) == 2 else ""
-    return f"{factor * estimate['value']:{digits}}{unit}{interval}"
+def _console() -> Console:
+    """Return standard output; in a file or a pipe no line is broken."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE, soft_wrap=True)
 
 
-def _percent(estimate: dict[str, Any] | None) -> str:
-    return _shown(estimate, ".1f", 100, " %")
+def _table(*headings: str) -> Table:
+    """Return a table without lines whose first column is never broken."""
+    table = Table(box=None)
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading == headings[0])
+    return table
 
 
-def _written(estimate: Estimate, score: Score | None = None) -> str:
-    """Write an estimate and its interval; a share as a percentage."""
+def _written(estimate: Estimate, digits: str = ".3g", unit: str = "") -> str:
+    """Write an estimate and its interval; undefined is a dash."""
     if not estimate.defined:
         return "–"
-    share = score is not None and score.is_share
-    value, *ends = (100 * v if share else v for v in (estimate.value, *estimate.interval))
-    shown = f" [{', '.join(f'{end:.3g}' for end in ends)}]" if estimate.has_interval else ""
-    return f"{value:.3g}{' %' if share else ''}{shown}"
+    value, *ends = (format(v, digits) for v in (estimate.value, *estimate.interval))
+    return f"{value}{unit}" + (f" [{', '.join(ends)}]" if estimate.has_interval else "")
 
 
-def _regions(found: PartInterpretability) -> Any:
-    from rich.table import Table
+def _percent(estimate: Estimate) -> str:
+    return _written(estimate.scaled(100), ".1f", " %")
 
+
+def _scored(estimate: Estimate, score: Score) -> str:
+    """Write an estimate as its score is written."""
+    return _written(estimate.scaled(100), unit=" %") if score.is_share else _written(estimate)
+
+
+def _titled(score: Score) -> str:
+    return score.title + _ARROWS.get(score.direction, "")
+
+
+def _regions(found: PartInterpretability) -> Table:
     headings = ("explainer", "its regions on other photos", "performer tap", "top layer", "random", "centre")
-    table = Table(f"parts met ({found.regions})", *headings, box=None)
+    table = _table(f"parts met ({found.regions})", *headings)
     for reading, of in found.readings.items():
         other = of.other_photo["explainer"]
         cells = (of.layers["explainer"], other, of.layers["tap"], of.layers["top"], of.random, of.centre)
@@ -46,35 +67,31 @@ def _regions(found: PartInterpretability) -> Any:
     return table
 
 
-def _fidelity(result: Evaluation) -> Any:
-    from rich.table import Table
-
-    table, kept = Table("fidelity", "value", "n", box=None), result.reconstruction
-    rows = [("p", result.p), ("p_optimum", result.p_optimum)]
-    rows += [(name, getattr(kept, name)) for name in FIDELITY if hasattr(kept, name) and name != "relative_error"]
-    rows += [(f"relative_error {target}", of) for target, of in kept.relative_error.items()]
-    for name, of in rows:
-        if of.n:
-            title = name if kept.errors_by is None or "error_" not in name else f"{name} (by the {kept.errors_by})"
-            table.add_row(title, _written(of, FIDELITY.get(name)), f"{of.n} {of.unit}")
+def _fidelity(result: Evaluation) -> Table:
+    table, kept = _table("fidelity", "value", "n"), result.reconstruction
+    rows = [("p", "", result.p), ("p_optimum", "", result.p_optimum)]
+    rows += [(name, "", getattr(kept, name)) for name in FIDELITY if hasattr(kept, name) and name != "relative_error"]
+    rows += [("relative_error", f" of {target}", of) for target, of in kept.relative_error.items()]
+    for name, of, value in rows:
+        if value.n:
+            by = "" if kept.errors_by is None or "error_" not in name else f" (by the {kept.errors_by})"
+            table.add_row(_titled(FIDELITY[name]) + of + by, _scored(value, FIDELITY[name]), f"{value.n} {value.unit}")
     return table
 
 
 def print_scores(result: Evaluation) -> None:
     """Print an evaluation."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None)
     names = {"tap": "performer tap", "top": result.performer.top_layer}
     subjects = dict(result.subjects())
-    for heading in ("score", *(names.get(key, key) for key in subjects)):
-        table.add_column(heading, no_wrap=heading == "score")
+    table = _table("score", *(names.get(key, key) for key in subjects))
     for name, score in LOCALISATION.items():
-        table.add_row(name, *(_written(scores.of(name), score) for scores in subjects.values()))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # in a file or a pipe nothing needs to be broken
+        table.add_row(_titled(score), *(_scored(scores.of(name), score) for scores in subjects.values()))
+    console = _console()
+    console.print(
+        "Each row is one score of where filters peak on held-out photos (↓ lower is better, ↑ higher): of the "
+        "explainer, of two layers of the performer, and of three baselines that know nothing; 95 % intervals in "
+        "brackets. Fidelity is how much of the performer is left when the reconstruction is fed back to it."
+    )
     console.print(table)
     console.print(_fidelity(result))
     if result.part_interpretability is not None:
@@ -83,58 +100,44 @@ def print_scores(result: Evaluation) -> None:
         console.print(f"warning: {warning}", markup=False)
 
 
-def print_parts(found: dict[str, Any]) -> None:
+def print_parts(found: PartsFile) -> None:
     """Print the parts of a run's filters, and what each adds."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from partlens.page.parts_data import mean_place
-    from partlens.verbs.parts_file import grouping, named_parts
-
-    measured = found["contributions"]
-    fits = measured is not None and measured["grouping"] == grouping(found)
-    rows = {tuple(row["ids"]): row for row in measured["parts"]} if fits else {}
-    table = Table(box=None)
-    headings = (
+    measured = found.measured()
+    table = _table(
         "part",
         "filters",
         "from landmark, R²",
         "adds (Shapley)",
         "same by integrated gradients",
-        "as many filters by lot",
+        "as many random filters",
         "removed",
     )
-    for heading in headings:
-        table.add_column(heading, no_wrap=heading == "part")
-    by_filter = {row["filter"]: row for row in found["filters"]}
-    for part in named_parts(found):
-        row = rows.get(part.ids, {})
-        place = ", ".join("–" if math.isnan(v) else f"{v:.2f}" for v in mean_place(part.filters, by_filter))
-        shown = (_percent(row.get(k)) for k in ("share", "integrated_share", "integrated_null"))
+    for part in found.named:
+        place = ", ".join("–" if math.isnan(v) else f"{v:.2f}" for v in found.mean_place(part.filters))
+        one = (measured or {}).get(part.filters)
+        shares = (one.share, one.integrated_share, one.integrated_null) if one else (Estimate.undefined(),) * 3
+        removal = _written(one.removal if one else Estimate.undefined())
         ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
-        table.add_row(f"{part.name}{ids}", str(len(part.filters)), place, *shown, _shown(row.get("removal")))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # in a file or a pipe nothing needs to be broken
+        table.add_row(f"{part.name}{ids}", str(len(part.filters)), place, *map(_percent, shares), removal)
+    console = _console()
     console.print(table)
-    stability = found["stability"]
+    kept = found.stability
     console.print(
-        f"by {found['rule']} on {found['photos']} photos; on halves of them {_percent(stability['kept'])} of the "
-        f"filters keep their part (by lot {_percent(stability['null_kept'])}), adjusted Rand index "
-        f"{_shown(stability['adjusted_rand'])}"
+        f"by {found.rule} on {found.photos} photos; on halves of them {_percent(kept.kept)} of the filters keep their "
+        f"part (with shuffled parts {_percent(kept.null_kept)}), adjusted Rand index {_written(kept.adjusted_rand)}"
     )
-    if not fits:
+    if measured is None or found.contributions is None:
         console.print("parts were joined or filters moved: run partlens parts again to measure what they add")
         return
-    check = measured["removal_check"]
+    check = found.contributions.removal_check
     console.print(
-        f"the parts together add {_percent(measured['interpretable_share'])} of the score; foretold and measured loss "
-        f"correlate by {_shown(check['shapley']['correlation'])} (Shapley), "
-        f"{_shown(check['gradient_activation']['correlation'])} (gradient × activation), "
-        f"{_shown(check['part_size']['correlation'])} (number of filters alone)"
+        f"the parts together add {_percent(found.contributions.interpretable_share)} of the score; predicted and "
+        f"measured loss correlate by {_written(check['shapley'].correlation)} (Shapley), "
+        f"{_written(check['gradient_activation'].correlation)} (gradient × activation), "
+        f"{_written(check['part_size'].correlation)} (number of filters alone)"
     )
-    for row in found["unplaced_names"]:
-        console.print(f"the name {row['name']!r} fits no part found now", markup=False)
+    for row in found.unplaced_names:
+        console.print(f"the name {row.name!r} fits no part found now", markup=False)
 
 
 def print_path(result: Any) -> None:
@@ -154,9 +157,6 @@ def print_check(result: Any) -> None:
 
 def print_layers(found: Sequence[Any]) -> None:
     """Print the layers of a model, the default tap marked."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table("", box=None)
     for heading in ("layer", "kind", "filters", "cells", "stride px", "receptive field px", "fit-explainer"):
         table.add_column(heading, no_wrap=heading in {"layer", "kind"})
@@ -168,9 +168,7 @@ def print_layers(found: Sequence[Any]) -> None:
         mark = "→" if layer.is_default else ""
         suits = f"no: {layer.reason}" if layer.reason else "yes"
         table.add_row(mark, layer.name, layer.kind, filters, "x".join(cells), stride, str(field), suits)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # in a file or a pipe nothing needs to be cut
+    console = _console()
     console.print(table)
     if any(layer.is_default for layer in found):
         sys.stdout.write("→ is the layer that fit-explainer taps without --tap\n")

@@ -122,7 +122,7 @@ def measure_rivals(
     import torch
 
     from partlens.estimate import Estimate, bootstrap
-    from partlens.evaluation.fidelity import class_outputs
+    from partlens.metrics.faithfulness import class_outputs
     from partlens.evaluation.part_regions import PartRegions, RegionPass
     from partlens.evaluation.places import landmarks_in_input, photo_numbers
     from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1
@@ -280,7 +280,7 @@ def measure_interpretable(
     import torch
 
     from partlens.estimate import Estimate, proportion
-    from partlens.evaluation.fidelity import class_outputs
+    from partlens.metrics.faithfulness import class_outputs
     from partlens.evaluation.part_regions import PartRegions, RegionPass
     from partlens.evaluation.places import NULL_FILTERS, landmarks_in_input, photo_numbers, top_layer
     from partlens.explainer.assembly import performer_head

@@ -1,4 +1,4 @@
-"""Does an assignment come back, and does it foretell a loss: known answers and nulls."""
+"""Does an assignment come back, and does it predict a loss: known answers and nulls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from partlens.errors import InputError
-from partlens.metrics.parts import assignment_stability, kept_share, removal_agreement
+from partlens.object_parts.trust import assignment_stability, kept_share, removal_agreement
 
 
 def test_groups_without_names_are_matched_and_other_is_not() -> None:
@@ -20,7 +20,7 @@ def test_groups_without_names_are_matched_and_other_is_not() -> None:
     assert kept_share(first, torch.tensor([0, 1, 2, 3, 4, 5])) == pytest.approx(2 / 6)
 
 
-def test_an_assignment_that_never_changes_is_stable_and_lots_are_not(generator: torch.Generator) -> None:
+def test_an_assignment_that_never_changes_is_stable_and_a_random_one_is_not(generator: torch.Generator) -> None:
     fixed = torch.arange(60) % 3
     photos = torch.arange(20)
     seen: list[Tensor] = []
@@ -35,10 +35,10 @@ def test_an_assignment_that_never_changes_is_stable_and_lots_are_not(generator: 
     assert abs(found.null_adjusted_rand.value) < 0.05
     assert found.null_kept.value < 0.6
     assert len(seen) == 40
-    lots = assignment_stability(
+    drawn = assignment_stability(
         lambda _: torch.randint(3, (60,), generator=generator), photos, generator=generator, rounds=20
     )
-    assert abs(lots.adjusted_rand.value) < 0.05
+    assert abs(drawn.adjusted_rand.value) < 0.05
 
 
 def test_crops_of_one_photo_stay_in_one_half(generator: torch.Generator) -> None:
@@ -55,16 +55,22 @@ def test_crops_of_one_photo_stay_in_one_half(generator: torch.Generator) -> None
 
 def test_too_few_photos_leave_stability_undefined(generator: torch.Generator) -> None:
     found = assignment_stability(lambda _: torch.zeros(3), torch.arange(3), generator=generator)
-    assert found.to_dict()["kept"] == {"value": None, "interval": [None, None], "n": 0, "unit": "photos"}
+    assert not found.kept.defined
+    assert found.kept.n == 0
+    four = assignment_stability(
+        lambda _: torch.zeros(3, dtype=torch.long), torch.arange(4), generator=generator, rounds=3
+    )
+    assert four.kept.value == 1
+    assert four.kept.n == 4
 
 
-def test_the_line_between_foretold_and_measured_loss(generator: torch.Generator) -> None:
+def test_the_line_between_predicted_and_measured_loss(generator: torch.Generator) -> None:
     predicted = torch.randn(50, 4, generator=generator)
     exact = removal_agreement(predicted, 2 * predicted + 1, generator=generator, rounds=50)
     assert exact.correlation.value == pytest.approx(1)
     assert exact.slope.value == pytest.approx(2)
     assert exact.slope.interval == pytest.approx((2.0, 2.0))
-    # Dealing parts within a photo leaves what photos differ in: a quarter of the variance for four parts.
+    # Shuffling parts within a photo leaves what photos differ in: a quarter of the variance for four parts.
     assert exact.null_correlation.value == pytest.approx(0.25, abs=0.1)
     assert exact.pairs == 200
     noisy = removal_agreement(

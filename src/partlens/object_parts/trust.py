@@ -1,41 +1,21 @@
-"""How far an assignment of filters to parts can be trusted: does it come back, and does it foretell what is lost?"""
+"""How far an assignment of filters to parts can be trusted: does it come back, and does it predict what is lost?"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from partlens.errors import InputError, expected
-from partlens.estimate import Estimate, bootstrap
+from partlens.estimate import Estimate, bootstrap, percentile_interval
+from partlens.object_parts.record import RemovalAgreement, Stability
 
 _FEWEST_PHOTOS = 4
-
-
-@dataclass(frozen=True)
-class AssignmentStability:
-    """How far two halves of the photos give the same assignment.
-
-    Attributes:
-        adjusted_rand: adjusted Rand index (Hubert & Arabie 1985): 1 for the same groups, about 0 for unrelated ones.
-        kept: share of filters that keep their part; groups are matched so that as many as possible do.
-        null_adjusted_rand: the index when one half's labels are dealt to the filters at random.
-        null_kept: the share then.
-    """
-
-    adjusted_rand: Estimate
-    kept: Estimate
-    null_adjusted_rand: Estimate
-    null_kept: Estimate
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {name: getattr(self, name).to_dict() for name in self.__dataclass_fields__}
+_MOST_SHUFFLES = 200
+_SCORES = ("adjusted_rand", "kept", "null_adjusted_rand", "null_kept")
 
 
 def kept_share(first: Int[Tensor, " filter"], second: Int[Tensor, " filter"], *, matched: bool = True) -> float:
@@ -71,7 +51,7 @@ def assignment_stability(
     generator: torch.Generator,
     rounds: int = 50,
     matched: bool = True,
-) -> AssignmentStability:
+) -> Stability:
     """Assign filters on one half of the photos and again on the other, and compare.
 
     In every round as many photos as there are are drawn with replacement and the different ones among them halved, all
@@ -93,10 +73,10 @@ def assignment_stability(
     names = photos.unique()
     count = len(names)
     if count < _FEWEST_PHOTOS:
-        return AssignmentStability(*[Estimate.undefined() for _ in range(4)])
-    found: dict[str, list[float]] = {"rand": [], "kept": [], "null_rand": [], "null_kept": []}
+        return Stability(**dict.fromkeys(_SCORES, Estimate.undefined()))
+    found: dict[str, list[float]] = {name: [] for name in _SCORES}
     rows_of = [(photos == name).nonzero()[:, 0] for name in names]
-    while len(found["rand"]) < rounds:
+    while len(found["kept"]) < rounds:
         drawn = torch.randint(count, (count,), generator=generator)
         different = drawn.unique()
         order = different[torch.randperm(len(different), generator=generator)]
@@ -106,39 +86,16 @@ def assignment_stability(
         first, second = (
             assign(torch.cat([rows_of[p] for p in drawn.tolist() if bool((half == p).any())])) for half in halves
         )
-        dealt = second[torch.randperm(len(second), generator=generator)]
-        for rand, kept, labels in (("rand", "kept", second), ("null_rand", "null_kept", dealt)):
-            found[rand].append(float(adjusted_rand_score(first.numpy(), labels.numpy())))
-            found[kept].append(kept_share(first, labels, matched=matched))
-    return AssignmentStability(*[_over_rounds(found[k], count) for k in ("rand", "kept", "null_rand", "null_kept")])
+        shuffled = second[torch.randperm(len(second), generator=generator)]
+        for null, labels in (("", second), ("null_", shuffled)):
+            found[f"{null}adjusted_rand"].append(float(adjusted_rand_score(first.numpy(), labels.numpy())))
+            found[f"{null}kept"].append(kept_share(first, labels, matched=matched))
+    return Stability(**{name: _over_rounds(values, count) for name, values in found.items()})
 
 
 def _over_rounds(values: list[float], count: int) -> Estimate:
     drawn = torch.tensor(values, dtype=torch.float64)
-    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(float(drawn.mean()), (low, high), count)
-
-
-@dataclass(frozen=True)
-class RemovalAgreement:
-    """How well contributions foretell what is lost when parts are taken away.
-
-    Attributes:
-        correlation: Pearson correlation of predicted and measured loss over photos and parts.
-        slope: least squares slope of the measured on the predicted loss; 1 where the size is right too.
-        null_correlation: correlation when the parts of each photo change places at random: mean and 95 % range.
-        pairs: photos times parts.
-    """
-
-    correlation: Estimate
-    slope: Estimate
-    null_correlation: Estimate
-    pairs: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        values = {name: getattr(self, name).to_dict() for name in ("correlation", "slope", "null_correlation")}
-        return values | {"pairs": self.pairs}
+    return Estimate(float(drawn.mean()), percentile_interval(values), count)
 
 
 def _line(x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -165,7 +122,7 @@ def removal_agreement(
         measured: what is lost.
         photos: an integer per image, equal for crops of one photo, which are drawn together.
         generator: draws of the bootstrap over photos and of the null.
-        rounds: bootstrap rounds, and random deals of the null.
+        rounds: bootstrap rounds, and shuffles of the null (at most 200).
 
     Returns:
         The scores; their intervals range over photos. NaN where nothing varies, as for a single part on one photo.
@@ -177,20 +134,13 @@ def removal_agreement(
         got = f"{tuple(predicted.shape)} and {tuple(measured.shape)}"
         raise InputError(expected("two tables (image, part) of one shape", got, "Measure both on the same photos"))
     x, y = predicted.double(), measured.double()
-    correlation, slope = (
-        bootstrap(
-            lambda i, which=which: _line(x[i], y[i])[which],  # type: ignore[misc]
-            len(x),
-            generator=generator,
-            rounds=rounds,
-            groups=photos,
-        )
-        for which in (0, 1)
-    )
-    deals = [
-        _line(x.gather(1, torch.rand(x.shape, generator=generator).argsort(1)), y)[0] for _ in range(min(rounds, 200))
-    ]
-    finite = [d for d in deals if math.isfinite(d)]
-    return RemovalAgreement(
-        correlation, slope, _over_rounds(finite, correlation.n) if finite else Estimate.undefined(), x.numel()
-    )
+
+    def over_photos(which: int) -> Estimate:
+        statistic = lambda i: _line(x[i], y[i])[which]  # noqa: E731
+        return bootstrap(statistic, len(x), generator=generator, rounds=rounds, groups=photos)
+
+    correlation, slope = over_photos(0), over_photos(1)
+    orders = (torch.rand(x.shape, generator=generator).argsort(1) for _ in range(min(rounds, _MOST_SHUFFLES)))
+    finite = [r for r in (_line(x.gather(1, order), y)[0] for order in orders) if math.isfinite(r)]
+    null = _over_rounds(finite, correlation.n) if finite else Estimate.undefined()
+    return RemovalAgreement(correlation=correlation, slope=slope, null_correlation=null, pairs=x.numel())
