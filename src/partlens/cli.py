@@ -73,7 +73,7 @@ COMMANDS: dict[str, Command] = {
         "partlens.verbs.parts:parts",
         "find the part of every filter of an explainer, what each part adds, and pictures to name it by",
         "partlens.verbs.printed:print_parts",
-        {"config": "partlens.object_parts.assignment:PartsConfig"},
+        {"config": "partlens.object_parts.record:PartsConfig"},
     ),
     "select-features": Command(
         "partlens.verbs.select_features:select_features",

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from partlens.errors import InputError
-from partlens.metrics.faithfulness import class_outputs
 from partlens.metrics.faithfulness import (
     ReconstructionSums,
     accuracy_top1,
     agreement_top1,
     category_error_increase,
+    class_outputs,
 )
 
 

@@ -248,10 +248,9 @@ def test_intervals_range_over_photos_not_crops(run: Path, tiny: Performer, few_f
     ):
         assert found.n == photos
     assert pairs.reconstruction.error_increase_points.n < whole.reconstruction.error_increase_points.n
-    content = parts(run, half, model=tiny, rule="clusters", config={"null_filters": 50, "rounds": 4})
-    assert content["contributions"]["interpretable_share"]["n"] == photos
-    assert content["contributions"]["score"]["agreement_top1"]["n"] == photos
-    assert content["contributions"]["removal_check"]["shapley"]["correlation"]["n"] == photos
+    adds = parts(run, half, model=tiny, config={"rule": "clusters", "null_filters": 50, "rounds": 4}).contributions
+    assert adds.interpretable_share.n == adds.agreement_top1.n == photos
+    assert adds.removal_check["shapley"].correlation.n == photos
 
 
 def test_photos_without_a_training_split_can_be_measured(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:

@@ -23,7 +23,7 @@ from partlens.errors import AtWorkError, InputError, LayerError, RunError
 from partlens.explainer.config import ExplainerConfig
 from partlens.network.graph import trace
 from partlens.network.zoo import Performer
-from partlens.object_parts.assignment import PartsConfig
+from partlens.object_parts.record import PartsConfig
 from partlens.progress import Progress
 from partlens.records import sole_writer, write_json
 from partlens.verbs import fit_explainer as fitting

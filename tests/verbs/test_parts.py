@@ -53,9 +53,7 @@ def found(run: Path, tiny: Performer, few_flowers: ImageSet) -> PartsFile:
     return partlens.parts(run, few_flowers, model=tiny, config=QUICK)
 
 
-def test_every_filter_has_a_part_and_the_contributions_sum(
-    run: Path, found: PartsFile, few_flowers: ImageSet
-) -> None:
+def test_every_filter_has_a_part_and_the_contributions_sum(run: Path, found: PartsFile, few_flowers: ImageSet) -> None:
     assert PartsFile.read(run).model_dump_json() == found.model_dump_json()
     assert sorted(k for part in found.parts for k in part.filters) == list(range(12))
     assert [p.id for p in found.parts] == [*(f"part {k}" for k in range(1, len(found.parts))), "other"]
@@ -254,9 +252,7 @@ def test_the_command_line_prints_parts_and_renames(
     assert "Did you mean" in capsys.readouterr().err
 
 
-def test_a_single_output_below_zero_is_not_the_answer(
-    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
-) -> None:
+def test_a_single_output_below_zero_is_not_the_answer(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
     """A logistic performer that says "something else" is not shown to take the photo for its category."""
     ranks = {}
     for bias in (50.0, -50.0):
@@ -325,5 +321,7 @@ def test_settings_and_edits_that_are_wrong_say_what_to_do(run: Path, tiny: Perfo
     with pytest.raises(InputError, match="a field of PartsConfig, got round. Did you mean rounds"):
         partlens.parts(run, few_flowers, model=tiny, config={"round": 3})
     (run / "parts.json").write_text('{"parts": [,]}')
-    with pytest.raises(RunError, match="JSON in .*line 1 column 12.* Correct it, or delete it and run partlens parts again"):
+    with pytest.raises(
+        RunError, match="JSON in .*line 1 column 12.* Correct it, or delete it and run partlens parts again"
+    ):
         partlens.parts(run, few_flowers, model=tiny, config=QUICK)

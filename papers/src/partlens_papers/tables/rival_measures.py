@@ -122,10 +122,9 @@ def measure_rivals(
     import torch
 
     from partlens.estimate import Estimate, bootstrap
-    from partlens.metrics.faithfulness import class_outputs
     from partlens.evaluation.part_regions import PartRegions, RegionPass
     from partlens.evaluation.places import landmarks_in_input, photo_numbers
-    from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1
+    from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1, class_outputs
     from partlens.metrics.localisation import localisation_scores
     from partlens.network.receptive_field import grid_of
     from partlens.network.taps import forward_taps
@@ -280,10 +279,10 @@ def measure_interpretable(
     import torch
 
     from partlens.estimate import Estimate, proportion
-    from partlens.metrics.faithfulness import class_outputs
     from partlens.evaluation.part_regions import PartRegions, RegionPass
     from partlens.evaluation.places import NULL_FILTERS, landmarks_in_input, photo_numbers, top_layer
     from partlens.explainer.assembly import performer_head
+    from partlens.metrics.faithfulness import class_outputs
     from partlens.metrics.localisation import localisation_scores, null_peaks
     from partlens.network.receptive_field import grid_of, widened
     from partlens.network.taps import forward_taps
