@@ -225,6 +225,9 @@ def test_a_filter_that_was_moved_by_hand_moves_again() -> None:
         ({"null_filters": 19}, "null_filters to be greater than or equal to 20, got 19"),
         ({"photos_max": 1}, "photos_max to be greater than or equal to 2, got 1"),
         ({"photos_max": "9"}, "photos_max to be a valid integer, got '9'"),
+        ({"rounds": 1.5}, "rounds to be a valid integer, got 1.5"),
+        ({"rounds": True}, "rounds to be a valid integer, got True"),
+        ({"consistency_min": "a"}, "consistency_min to be a valid number, got 'a'"),
         ({"round": 3}, "a field of PartsConfig, got round. Did you mean rounds"),
     ],
 )

@@ -23,7 +23,6 @@ from partlens.errors import AtWorkError, InputError, LayerError, RunError
 from partlens.explainer.config import ExplainerConfig
 from partlens.network.graph import trace
 from partlens.network.zoo import Performer
-from partlens.object_parts.record import PartsConfig
 from partlens.progress import Progress
 from partlens.records import sole_writer, write_json
 from partlens.verbs import fit_explainer as fitting
@@ -386,8 +385,6 @@ def test_targets_that_are_chosen_can_be_read(few_flowers: ImageSet, tiny: Perfor
         (ExplainerConfig(), "epochs", True, "epochs to be a whole number, got True"),
         (ExplainerConfig(), "eta", "much", "eta to be a number, got 'much'"),
         (ExplainerConfig(), "kernel", "round", "kernel to be one of full, box, got 'round'"),
-        (PartsConfig(), "rounds", 1.5, "rounds to be a whole number, got 1.5"),
-        (PartsConfig(), "consistency_min", "a", "consistency_min to be a number or nothing, got 'a'"),
         (OcclusionConfig(), "images", "x", "images to be a whole number, got 'x'"),
         (FinetuneConfig(), "epochs", "3", "epochs to be .*a whole number.*, got '3'"),
     ],
