@@ -116,7 +116,7 @@ def study(name: str, weights: str, files: list[Path]) -> dict[str, Any]:
 
     def ours(**treatment: Any) -> Tensor:
         if chosen is None:
-            return guided_backprop(performer, x, batch_size=4, **treatment)
+            return torch.cat([guided_backprop(performer, part, **treatment) for part in x.split(4)])
         each = [
             guided_backprop(performer, x[i : i + 1], layer="relu5", filters=k, **treatment)
             for i, k in enumerate(chosen)

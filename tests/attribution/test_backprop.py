@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from partlens.attribution.backprop import backward_signals, combined, guided_backprop, heat_map
+from partlens.attribution.backprop import backward_signals, guided_backprop, heat_map
 from partlens.attribution.rules import rewritten, strided_gradient
 from partlens.errors import InputError, InputTypeError, LayerError
 from partlens.network.zoo import Performer, weights_sha256
@@ -213,24 +213,24 @@ def test_forward_stops_after_the_deepest_layer(small) -> None:
     assert calls == ["conv2", "conv2", "head"]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_batches_of_rounds_take_their_own_weights(small, batch_size: int) -> None:
+def test_images_of_a_round_take_their_own_weights(small) -> None:
     x, weights = images(5), torch.rand(5, 6)
     whole = backward_signals(small, x, [{"relu": weights}, {"relu": 1 - weights}])
-    parts = backward_signals(small, x, [{"relu": weights}, {"relu": 1 - weights}], batch_size=batch_size)
-    torch.testing.assert_close(parts, whole)
+    parts = [
+        backward_signals(small, x[i : i + 1], [{"relu": w}, {"relu": 1 - w}]) for i, w in enumerate(weights.split(1))
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_batches_equal_single_images(small, batch_size: int) -> None:
+def test_batches_equal_single_images(small) -> None:
     x = images(5)
     target = torch.tensor([0, 1, 2, 3, 0])
     whole = guided_backprop(small, x, target)
-    torch.testing.assert_close(guided_backprop(small, x, target, batch_size=batch_size), whole)
     one = torch.cat([guided_backprop(small, x[i : i + 1], int(target[i])) for i in range(5)])
     torch.testing.assert_close(one, whole)
     filters = guided_backprop(small, x, layer="conv2", filters=[0, 5])
-    torch.testing.assert_close(guided_backprop(small, x, layer="conv2", filters=[0, 5], batch_size=batch_size), filters)
+    each = torch.cat([guided_backprop(small, one, layer="conv2", filters=[0, 5]) for one in x.split(2)])
+    torch.testing.assert_close(each, filters)
 
 
 # T12: strides
@@ -485,18 +485,6 @@ def test_t15_constant_maps_are_zero_and_all_lie_between_0_and_1(dtype: torch.dty
         torch.testing.assert_close(maps.amax((-2, -1)), torch.ones(2, 4, dtype=dtype))
 
 
-def test_t15_combined_is_the_highest() -> None:
-    maps = heat_map(torch.randn(2, 4, 3, 6, 6))
-    joined = combined(maps)
-    assert joined.shape == (2, 6, 6)
-    assert bool((joined[:, None] >= maps).all())
-    assert bool((joined[:, None] == maps).any(dim=1).all())
-    with pytest.raises(InputError, match="at least one map"):
-        combined(maps[:, :0])
-    with pytest.raises(InputError, match="finite"):
-        heat_map(torch.full((3, 2, 2), torch.inf))
-
-
 # Leaving no trace
 
 
@@ -656,7 +644,6 @@ def test_refused_calls(small) -> None:
         ({"pooling": "max"}, "route"),
         ({"fix_strides": "yes"}, "aligned"),
         ({"start": "one", "layer": "conv2", "filters": 1}, "activation"),
-        ({"batch_size": 0}, "at least 1"),
     ]
     for arguments, words in cases:
         with pytest.raises(InputError, match=words):

@@ -54,6 +54,8 @@ def test_T9_the_features_with_the_largest_contributions_are_chosen(
             assert found.features[image, column].tolist() == [f for _, f in best]
             assert found.contributions[image, column].tolist() == pytest.approx([c for c, _ in best])
             assert float(found.scores[image, column]) == pytest.approx(sum(c for c, _ in r))
+            assert float(found.positive[image, column]) == pytest.approx(sum(max(c, 0.0) for c, _ in r))
+            assert found.responses[image, column].tolist() == pytest.approx([float(x[image, f]) for _, f in best])
             assert (weights[found.features[image, column], name] > 0).all()
     assert not torch.equal(found.features[:, 0], found.features[:, 1])
 
@@ -68,6 +70,53 @@ def test_T11_each_map_starts_from_one_channel_with_its_own_activation(
     start[0, channel] = 1
     alone = backward_signals(tiny, batch[2:3], [{layer: start}])
     assert torch.allclose(found.maps[2, 0, 1], heat_map(alone)[0, 0], atol=1e-5)
+
+
+def test_only_positive_contributions_are_shown(tiny: Performer, index: FeatureIndex, batch: Tensor) -> None:
+    weights = torch.zeros(index.size, 1, dtype=torch.float64)
+    weights[index.feature("relu2", 0)], weights[index.feature("relu2", 1)] = -5.0, 1.0
+    found = explain_batch(tiny, batch, weights, index, CONFIG, torch.zeros(5, 1, dtype=torch.long))
+    x, _ = image_descriptors(tiny, batch, index, CONFIG)
+    one, other = (x[:, index.feature("relu2", k)].double() for k in (0, 1))
+    assert torch.allclose(found.positive[:, 0], other)
+    assert torch.allclose(found.scores[:, 0], other - 5 * one)
+    assert set(found.features[:, 0, 0].tolist()) <= {index.feature("relu2", 1), -1}
+    assert (found.features[:, 0, 1:] == -1).all()
+    assert (found.contributions[:, 0, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("changes", [{"rule": "gradient"}, {"fix_strides": False}, {"pooling": "resample"}])
+def test_each_setting_of_the_backward_pass_reaches_it(
+    tiny: Performer, index: FeatureIndex, batch: Tensor, changes: dict
+) -> None:
+    weights = torch.zeros(index.size, 1, dtype=torch.float64)
+    feature = index.feature("relu4", 3)
+    weights[feature] = 1.0
+    config = ExplanationConfig(**changes)
+    found = explain_batch(tiny, batch, weights, index, CONFIG, torch.zeros(5, 1, dtype=torch.long), config)
+    start = torch.zeros(5, 16)
+    start[:, 3] = 1
+    plain, wanted = (
+        heat_map(backward_signals(tiny, batch, [{"relu4": start}], **options)[0]) for options in ({}, changes)
+    )
+    live = found.features[:, 0, 0] == feature
+    assert bool(live.any())
+    assert torch.allclose(found.maps[live, 0, 0], wanted[live], atol=1e-6)
+    assert not torch.allclose(plain[live], wanted[live], atol=1e-3)
+
+
+def test_maps_are_smoothed_by_a_share_of_the_shorter_side(
+    tiny: Performer, index: FeatureIndex, generator: torch.Generator
+) -> None:
+    wide = torch.randn(2, 3, 32, 48, generator=generator)
+    weights = torch.ones(index.size, 1, dtype=torch.float64)
+    classes = torch.zeros(2, 1, dtype=torch.long)
+    sharp, soft = (
+        explain_batch(tiny, wide, weights, index, CONFIG, classes, ExplanationConfig(features=2, smooth_frac=share))
+        for share in (0.0, 0.1)
+    )
+    assert sharp.maps.shape == (2, 1, 2, 32, 48)
+    assert torch.allclose(soft.maps, scaled(smoothed(sharp.maps, 3.2)), atol=1e-5)
 
 
 def test_T15_maps_stay_in_range_and_the_combination_is_their_maximum(

@@ -12,13 +12,16 @@ import torch
 from PIL import Image
 
 import partlens
+from partlens.attribution.average_pictures import average_pictures
 from partlens.cli import main
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, RunError
 from partlens.network.zoo import Performer, weights_sha256
 from partlens.progress import Progress
 from partlens.records import read_json, read_tensors
+from partlens.selection.lasso import mu_lasso
 from partlens.selection.record import SelectionRecord
+from partlens.selection.responses import stream_responses
 from partlens.verbs.explain import _folder_names
 from partlens.verbs.select_features import load_selection, select_features
 
@@ -61,6 +64,54 @@ def test_a_selection_names_its_features_and_their_certificate(selected: Path, fe
     assert found.accuracy.n == found.shuffled.n == len(few_flowers.indices(split="test"))
     assert found.chance == 0.5
     assert not (selected / "cache-selection").exists()
+
+
+def test_the_record_says_what_the_solver_found(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    """Everything is computed again from the descriptors, with settings that are not the default."""
+    named = dataclasses.replace(tiny, class_names=("petal-red", "tulip", "petal-blue", "fern"))
+    record = select_features(
+        named, few_flowers, out=tmp_path / "run", mu=0.8, nonnegative=False, seed=3, pictures=1, top_photos=3
+    ).record
+    found = record.found
+    assert [one.output for one in found.classes] == [2, 0]
+    fit, held = (list(few_flowers.indices(split=split)) for split in ("train", "test"))
+    responses = stream_responses(named, few_flowers.take([*fit, *held]))
+    x, logits = (torch.from_numpy(np.array(rows)) for rows in (responses.descriptor, responses.logits))
+    classes = ["petal-blue", "petal-red"]
+    kind = torch.tensor([classes.index(few_flowers.categories[i]) for i in [*fit, *held]])
+    matrix = torch.nn.functional.one_hot(kind[: len(fit)], 2).double()
+    solved = mu_lasso(x[: len(fit)], matrix, 0.8, nonnegative=False)
+    order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(3))
+    null = mu_lasso(x[: len(fit)], matrix[order], 0.8, nonnegative=False, on_failure="return")
+    truth, rest = kind[len(fit) :], x[len(fit) :].double()
+    for estimate, told in (
+        (found.accuracy, (rest @ solved.weights).argmax(1)),
+        (found.shuffled, (rest @ null.weights).argmax(1)),
+        (found.model_accuracy, torch.tensor([1, -1, 0, -1])[logits[len(fit) :].argmax(1)]),
+    ):
+        assert estimate.value == pytest.approx(float((told == truth).double().mean()))
+        assert estimate.n == len(held)
+    for column, one in enumerate(found.classes):
+        assert one.norm == float(solved.norm[column])
+        assert one.objective == float(solved.objective[column])
+        assert one.relative_gap == float(solved.relative_gap[column])
+        sizes = [abs(each.weight) for each in one.filters]
+        assert sizes == sorted(sizes, reverse=True)
+        assert [each.share for each in one.filters] == [size / one.norm for size in sizes]
+    assert found.iterations == solved.iterations
+    assert record.at_bound(found) == int(solved.constraint_active.sum()) == 2
+    # One picture: of the largest weight among the first filters of the classes.
+    pictured = {(f.layer, f.channel) for one in found.classes for f in one.filters if f.picture}
+    first = max((one.filters[0] for one in found.classes), key=lambda each: abs(each.weight))
+    assert pictured == {(first.layer, first.channel)}
+    peaks = responses.peaks([found.index.feature(first.layer, first.channel)], len(fit))
+    place = [(first.layer, first.channel)]
+    (drawn,) = average_pictures(named, few_flowers.take(fit), place, peaks, top_photos=3, seed=3)
+    picture = next(f.picture for one in found.classes for f in one.filters if f.picture)
+    assert (picture.sharpness, picture.control_sharpness) == (drawn.contrast, drawn.control_contrast)
+    assert picture.receptive_field_px == drawn.receptive_field_px
+    strongest = next(f.strongest for one in found.classes for f in one.filters if f.picture)
+    assert strongest[:3] == tuple(few_flowers.keys[fit[row]] for row in drawn.rows)
 
 
 def test_the_same_command_again_changes_nothing_and_another_is_refused(

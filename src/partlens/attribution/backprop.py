@@ -1,8 +1,8 @@
 """Where in one image a filter or a score gets its value from: guided backpropagation and deconvnet.
 
-`guided_backprop` answers for one filter or score, `backward_signals` for any mixture of filters of any layers in one
-pass. Both change only how signals run backwards (`partlens.attribution.rules`); the network is borrowed and its forward
-pass is its own.
+`guided_backprop` is for one filter or score, `backward_signals` for any mixture of filters of any layers in one pass.
+Both change only how signals run backwards (`partlens.attribution.rules`); the network is borrowed and its forward pass
+is its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from partlens.network.borrowed import borrowed
 from partlens.network.taps import read_taps
 from partlens.network.zoo import Performer, module_of
 
-__all__ = ["Pooling", "Rule", "Start", "Strides", "backward_signals", "combined", "guided_backprop", "heat_map"]
+__all__ = ["Pooling", "Rule", "Start", "Strides", "backward_signals", "guided_backprop", "heat_map"]
 
 Start = Literal["activation", "ones", "peak"]
 _STARTS: tuple[Start, ...] = ("activation", "ones", "peak")
@@ -48,42 +48,26 @@ def _settings(rule: Rule, fix_strides: bool | Strides, pooling: Pooling) -> Stri
     return fix_strides
 
 
-def _checked(module: nn.Module, images: Tensor, batch_size: int | None) -> Tensor:
+def _checked(module: nn.Module, images: Tensor) -> Tensor:
     """Return the images in the network's type and place, after refusing what cannot be used."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = str(images.dtype) if isinstance(images, Tensor) else type(images).__name__
-        raise InputTypeError(
-            expected("a floating-point tensor of images", kind, "Use performer.preprocessing to make the batch")
-        )
+        remedy = "Use performer.preprocessing to make the batch"
+        raise InputTypeError(expected("a floating-point tensor of images", kind, remedy))
     if images.ndim != 4 or len(images) == 0:
-        raise InputError(
-            expected(
-                "a batch of at least one image with axes image, channel, row, col",
-                f"shape {tuple(images.shape)}",
-                "Add the missing axis or image",
-            )
-        )
-    if batch_size is not None and batch_size < 1:
-        raise InputError(expected("a batch_size of at least 1", batch_size, "Use None for all images at once"))
+        rule = "a batch of at least one image with axes image, channel, row, col"
+        raise InputError(expected(rule, f"shape {tuple(images.shape)}", "Add the missing axis or image"))
     for path, child in module.named_modules():
         compiled = isinstance(getattr(child, "_orig_mod", None), nn.Module) or child._compiled_call_impl is not None  # noqa: SLF001
         if compiled or isinstance(child, torch.jit.ScriptModule):
-            raise InputTypeError(
-                expected(
-                    "a network in Python, whose operations can be recorded",
-                    f"a compiled or scripted part, {path or 'the whole'} ({type(child).__name__})",
-                    "Hand over the plain module that was compiled",
-                )
-            )
+            rule = "a network in Python, whose operations can be recorded"
+            got = f"a compiled or scripted part, {path or 'the whole'} ({type(child).__name__})"
+            raise InputTypeError(expected(rule, got, "Hand over the plain module that was compiled"))
     for name, held in (*module.named_parameters(), *module.named_buffers()):
         if held.is_inference():
-            raise InputTypeError(
-                expected(
-                    "weights that autograd can use",
-                    f"{name}, made inside torch.inference_mode",
-                    "Load the network outside inference_mode (calling partlens inside it is allowed)",
-                )
-            )
+            remedy = "Load the network outside inference_mode (calling partlens inside it is allowed)"
+            rule = "weights that autograd can use"
+            raise InputTypeError(expected(rule, f"{name}, made inside torch.inference_mode", remedy))
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     return images.to(device=weight.device, dtype=weight.dtype) if weight is not None else images
 
@@ -93,7 +77,7 @@ def _recorded(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> Itera
     """Run the network forward with gradients on, as far as the layers need it.
 
     Yields:
-        The leaf that stands for the images, and the layers' outputs by name; the scores under ``""``.
+        The leaf in the images' place, and the layers' outputs by name; the scores under ``""``.
     """
     # The snapshot of `borrowed` puts these back: the owner's backward hooks must not act on our signals.
     for child in network.modules():
@@ -118,13 +102,9 @@ def _recorded(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> Itera
             found[""] = class_scores(outputs)
         for name, value in found.items():
             if not value.requires_grad:
-                raise LayerError(
-                    expected(
-                        f"{name or 'the scores'} to depend on the images through recorded operations",
-                        "a network that runs it without gradients",
-                        "Remove no_grad, inference_mode or detach from its forward",
-                    )
-                )
+                rule = f"{name or 'the scores'} to depend on the images through recorded operations"
+                remedy = "Remove no_grad, inference_mode or detach from its forward"
+                raise LayerError(expected(rule, "a network that runs it without gradients", remedy))
             _check_finite(value, f"the values of {name or 'the scores'}")
         yield leaf, found
 
@@ -147,13 +127,8 @@ def class_scores(output: Any) -> Tensor:
     for value in ordered:
         if isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point():
             return value
-    raise LayerError(
-        expected(
-            "scores with axes image, output",
-            f"{type(output).__name__} {tuple(output.shape) if isinstance(output, Tensor) else ''}".strip(),
-            "Name a layer and filters instead",
-        )
-    )
+    got = f"{type(output).__name__} {tuple(output.shape) if isinstance(output, Tensor) else ''}".strip()
+    raise LayerError(expected("scores with axes image, output", got, "Name a layer and filters instead"))
 
 
 def _maps(name: str, output: Tensor) -> Tensor:
@@ -161,13 +136,8 @@ def _maps(name: str, output: Tensor) -> Tensor:
     if output.ndim == 2:
         return output[..., None, None]
     if output.ndim != 4:
-        raise LayerError(
-            expected(
-                f"{name} to give maps (image, filter, row, col) or one value a filter",
-                f"shape {tuple(output.shape)}",
-                "Choose another layer",
-            )
-        )
+        rule = f"{name} to give maps (image, filter, row, col) or one value a filter"
+        raise LayerError(expected(rule, f"shape {tuple(output.shape)}", "Choose another layer"))
     return output
 
 
@@ -189,13 +159,9 @@ def _run(leaf: Tensor, rounds: Sequence[_Round]) -> Tensor:
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
-            raise LayerError(
-                expected(
-                    "a network whose gradient can be computed",
-                    f"one that overwrites a value it needs ({first_line(error)})",
-                    "Replace the in-place operation after an activation (x += y) by x = x + y",
-                )
-            ) from error
+            got = f"one that overwrites a value it needs ({first_line(error)})"
+            remedy = "Replace the in-place operation after an activation (x += y) by x = x + y"
+            raise LayerError(expected("a network whose gradient can be computed", got, remedy)) from error
         if signal is None:
             raise LayerError(
                 expected(
@@ -212,13 +178,8 @@ def _run(leaf: Tensor, rounds: Sequence[_Round]) -> Tensor:
 
 def _check_finite(values: Tensor, what: str) -> None:
     if not bool(torch.isfinite(values).all()):
-        raise InputError(
-            expected(
-                f"{what} to be finite",
-                "NaN or infinity",
-                "Check the weights and the images; half precision overflows, so use float32 weights",
-            )
-        )
+        remedy = "Check the weights and the images; half precision overflows, so use float32 weights"
+        raise InputError(expected(f"{what} to be finite", "NaN or infinity", remedy))
 
 
 def backward_signals(
@@ -229,7 +190,6 @@ def backward_signals(
     fix_strides: bool | Strides = True,
     *,
     pooling: Pooling = "route",
-    batch_size: int | None = None,
 ) -> Float[Tensor, "round image channel row col"]:
     """Send weighted activation maps of several layers back to the images.
 
@@ -244,7 +204,6 @@ def backward_signals(
         rule: at activations, see `partlens.attribution.rules.rewritten`.
         fix_strides: whether strided convolutions leave no lattice, see `guided_backprop`.
         pooling: how signals pass poolings, see `partlens.attribution.rules.rewritten`.
-        batch_size: images at a time; all at once when ``None``. It bounds memory and changes nothing else.
 
     Returns:
         Signals on the images, in the network's type and on its device.
@@ -266,47 +225,42 @@ def backward_signals(
     """
     module = module_of(model)
     strides = _settings(rule, fix_strides, pooling)
-    ready = _checked(module, images, batch_size)
+    ready = _checked(module, images)
     if not starts or not any(starts):
         raise InputError(expected("at least one round with a layer", "none", "Give a mapping from layer to weights"))
-    # A layer without any weight in a round would only send zeros down from there.
-    wanted = [{name: w for name, w in each.items() if bool(w.any())} for each in starts]
     layers = list(dict.fromkeys(name for each in starts for name in each))
-    pieces = []
-    with torch.inference_mode(mode=False), borrowed(module, copy_weights=False) as network:
-        for first in range(0, len(ready), batch_size or len(ready)):
-            part = slice(first, first + (batch_size or len(ready)))
-            with _recorded(network, ready[part], layers) as (leaf, found):
-                maps = {name: _maps(name, output) for name, output in found.items()}
-                for each in starts:
-                    for name, weights in each.items():
-                        if tuple(weights.shape) != (len(ready), maps[name].shape[1]):
-                            raise InputError(
-                                expected(
-                                    f"weights of {len(ready)} images and {maps[name].shape[1]} filters for {name}",
-                                    f"shape {tuple(weights.shape)}",
-                                    "Give every image and filter a weight",
-                                )
-                            )
-                rounds = [
-                    [(maps[name], weights[part].to(maps[name])[..., None, None] * maps[name].detach())
-                     for name, weights in each.items()]
-                    for each in wanted
-                ]  # fmt: skip
-                with rewritten(list(found.values()), rule, strides, pooling):
-                    pieces.append(_run(leaf, rounds))
-        return torch.cat(pieces, dim=1)
+    with (
+        torch.inference_mode(mode=False),
+        borrowed(module, copy_weights=False) as network,
+        _recorded(network, ready, layers) as (leaf, found),
+    ):
+        maps = {name: _maps(name, output) for name, output in found.items()}
+        rounds = [_round(each, maps, len(ready)) for each in starts]
+        with rewritten(list(found.values()), rule, strides, pooling):
+            return _run(leaf, rounds)
 
 
-def _targets(scores: Tensor, target: int | Tensor | None, part: slice) -> Tensor:
-    """Return the output to explain for every image of one part."""
+def _round(weights: Mapping[str, Tensor], maps: Mapping[str, Tensor], images: int) -> list[tuple[Tensor, Tensor]]:
+    """Return where the signals of one round start; a layer whose weights are all 0 would only send zeros down."""
+    for name, given in weights.items():
+        if tuple(given.shape) != (images, maps[name].shape[1]):
+            rule = f"weights of {images} images and {maps[name].shape[1]} filters for {name}"
+            raise InputError(expected(rule, f"shape {tuple(given.shape)}", "Give every image and filter a weight"))
+    return [
+        (maps[name], given.to(maps[name])[..., None, None] * maps[name].detach())
+        for name, given in weights.items()
+        if bool(given.any())
+    ]
+
+
+def _targets(scores: Tensor, target: int | Tensor | None) -> Tensor:
+    """Return the output to explain for every image."""
     if target is None:
         return scores.detach().argmax(dim=1)
-    chosen = target[part] if isinstance(target, Tensor) else torch.full((len(scores),), target)
+    chosen = target if isinstance(target, Tensor) else torch.full((len(scores),), target)
     if chosen.min() < 0 or chosen.max() >= scores.shape[1]:
-        raise InputError(
-            expected(f"targets from 0 to {scores.shape[1] - 1}", f"{chosen.tolist()}", "Name an existing output")
-        )
+        rule = f"targets from 0 to {scores.shape[1] - 1}"
+        raise InputError(expected(rule, f"{chosen.tolist()}", "Name an existing output"))
     return chosen.to(scores.device)
 
 
@@ -335,7 +289,6 @@ def guided_backprop(
     *,
     start: Start = "activation",
     pooling: Pooling = "route",
-    batch_size: int | None = None,
 ) -> Float[Tensor, ...]:
     """Show where in each image a score or a filter gets its value from.
 
@@ -354,7 +307,6 @@ def guided_backprop(
         start: the signal at the filter's output: ``"activation"``, its map itself (the authors' choice);
             ``"ones"``; or ``"peak"``, 1 at its highest cell, the first of equals.
         pooling: how signals pass poolings, see `partlens.attribution.rules.rewritten`.
-        batch_size: images at a time; all at once when ``None``. It bounds memory and changes nothing else.
 
     Returns:
         Signals on the images with axes image, channel, row, col; with several filters image, filter, channel, row,
@@ -381,24 +333,22 @@ def guided_backprop(
     module = module_of(model)
     strides = _settings(rule, fix_strides, pooling)
     _choice("start", start, _STARTS)
-    ready = _checked(module, images, batch_size)
+    ready = _checked(module, images)
     wanted = _wanted(layer, filters, target, len(ready))
-    pieces = []
-    with torch.inference_mode(mode=False), borrowed(module, copy_weights=False) as network:
-        for first in range(0, len(ready), batch_size or len(ready)):
-            part = slice(first, first + (batch_size or len(ready)))
-            with _recorded(network, ready[part], [layer] if layer is not None else []) as (leaf, found):
-                if layer is None:
-                    scores = found[""]
-                    chosen = _targets(scores, target, part)
-                    origin, starts = scores, [torch.zeros_like(scores).scatter(1, chosen[:, None], 1.0)]
-                else:
-                    origin = _maps(layer, found[layer])
-                    _check_filters(layer, wanted, origin.shape[1])
-                    starts = [_started(origin, k, start) for k in wanted]
-                with rewritten([origin], rule, strides, pooling):
-                    pieces.append(_run(leaf, [[(origin, signal)] for signal in starts]))
-        signals = torch.cat(pieces, dim=1)
+    with (
+        torch.inference_mode(mode=False),
+        borrowed(module, copy_weights=False) as network,
+        _recorded(network, ready, [layer] if layer is not None else []) as (leaf, found),
+    ):
+        if layer is None:
+            origin = found[""]
+            starts = [torch.zeros_like(origin).scatter(1, _targets(origin, target)[:, None], 1.0)]
+        else:
+            origin = _maps(layer, found[layer])
+            _check_filters(layer, wanted, origin.shape[1])
+            starts = [_started(origin, k, start) for k in wanted]
+        with rewritten([origin], rule, strides, pooling):
+            signals = _run(leaf, [[(origin, signal)] for signal in starts])
         return signals.transpose(0, 1) if isinstance(filters, Sequence) else signals[0]
 
 
@@ -407,17 +357,14 @@ def _wanted(
 ) -> list[int]:
     """Return the filters as a list, after refusing contradictory requests."""
     if layer is None and filters is not None:
-        raise InputError(expected("a layer for the filters", "none", "Name the layer, or leave filters out"))
+        raise InputError(expected("a layer for the filters", "none", "Name the layer, or give no filters"))
     if layer is not None and target is not None:
-        raise InputError(
-            expected("either a target or a layer", f"both ({layer})", "Leave the target out to explain filters")
-        )
+        raise InputError(expected("either a target or a layer", f"both ({layer})", "Give one of them"))
     if layer is not None and filters is None:
         raise InputError(expected(f"the filters of {layer} to explain", "none", "Give filters=7 or filters=[3, 7, 12]"))
     if isinstance(target, Tensor) and tuple(target.shape) != (images,):
-        raise InputError(
-            expected(f"one target for each of {images} images", f"shape {tuple(target.shape)}", "Give one per image")
-        )
+        rule = f"one target for each of {images} images"
+        raise InputError(expected(rule, f"shape {tuple(target.shape)}", "Give one per image"))
     if filters is None:
         return []
     wanted = [int(k) for k in filters] if isinstance(filters, Sequence) else [int(filters)]
@@ -465,24 +412,3 @@ def heat_map(signal: Float[Tensor, "*any channel row col"]) -> Float[Tensor, "*a
     scaled = (height - low) / span.where(span > 0, 1)
     bounded: Tensor = scaled.clamp(0, 1).to(signal.dtype)
     return bounded
-
-
-def combined(maps: Float[Tensor, "*any map row col"]) -> Float[Tensor, "*any row col"]:
-    """Join the heat maps of several filters: the highest value at each pixel.
-
-    Args:
-        maps: from `heat_map`, 0 to 1.
-
-    Returns:
-        One map, at least as high everywhere as each part.
-
-    Source:
-        Oramas et al., ICLR 2019, released code ("combined" in its figure 8).
-
-    Example:
-        >>> combined(torch.tensor([[[0.0, 1.0]], [[0.5, 0.2]]])).tolist()
-        [[0.5, 1.0]]
-    """
-    if maps.shape[-3] == 0:
-        raise InputError(expected("at least one map to combine", "none", "Give a map of zeros where nothing is found"))
-    return maps.amax(dim=-3)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from partlens.attribution.backprop import combined, guided_backprop, heat_map
+from partlens.attribution.backprop import guided_backprop, heat_map
 from partlens.attribution.rules import Rule
 from partlens.errors import InputError, LayerError, expected
 from partlens.network.borrowed import borrowed
@@ -146,7 +146,7 @@ def upsampled_activation(
             image, rank, k = (torch.tensor(column) for column in zip(*spots, strict=True))
             picked = maps[image, k] if maps.ndim == 4 else maps[image, k, None, None]
             joined[image, rank] = _enlarged(picked, part.shape[-2:])
-        return combined(joined)
+        return joined.amax(dim=-3)  # the highest value at each pixel, as the authors combine maps
 
     return _in_chunks(of_features, images, classes, batch_size)
 
