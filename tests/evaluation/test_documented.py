@@ -18,7 +18,7 @@ from partlens.records import Value
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 HEAD = """# What an evaluation measures
 
-`partlens evaluate RUN` writes two files into the run directory; `partlens.evaluate` returns the first as an object whose
+`partlens evaluate RUN` writes two files into the run directory. `partlens.evaluate` returns the first as an object; its
 attributes have the names below. An estimate is `{"value", "interval": [low, high], "n", "unit"}`; `null` where it is
 undefined. Intervals are 95 %: a percentile bootstrap over photos for scores of peaks and errors, Wilson's for shares of
 photos, Student's t over seeds for `p`. `n` counts photos, filters or seeds; crops of one photo count once.

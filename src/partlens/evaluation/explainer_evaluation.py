@@ -43,6 +43,7 @@ from partlens.explainer.assembly import performer_head
 from partlens.explainer.network import TRACK_REACH_CELLS, Explainer
 from partlens.metrics.faithfulness import class_outputs
 from partlens.metrics.localisation import Peaks, peaks_from_cells
+from partlens.metrics.scores import LocalisationScores
 from partlens.network.receptive_field import ReceptiveField, grid_of, widened
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
@@ -330,7 +331,7 @@ def evaluate_explainer(
     return evaluation, peaks
 
 
-def warnings_for(scores: LayerScores, fidelity: Fidelity, data: EvaluatedData) -> tuple[str, ...]:
+def warnings_for(scores: LocalisationScores, fidelity: Fidelity, data: EvaluatedData) -> tuple[str, ...]:
     """Name the ways in which a low instability would mean nothing, or the scores would flatter."""
     checks = (
         ("filter_correlation", lambda v: v > 0.9, "every filter follows the same part"),
