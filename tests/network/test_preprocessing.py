@@ -50,11 +50,6 @@ def test_preprocessing_refuses(wrong: dict[str, object]) -> None:
         Preprocessing(**wrong)
 
 
-def test_preprocessing_from_dict_refuses_unknown_fields() -> None:
-    with pytest.raises(InputError, match="colour"):
-        Preprocessing.from_dict({"colour": 1})
-
-
 def test_metadata() -> None:
     caffe = Preprocessing.from_metadata({"input": "BGR, 0-255, mean 104 117 123, std 1", "input_size": "227x227"})
     assert caffe == Preprocessing(

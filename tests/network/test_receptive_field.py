@@ -12,10 +12,10 @@ from partlens.errors import InputError, LayerError
 from partlens.network.graph import trace
 from partlens.network.receptive_field import (
     ReceptiveField,
-    cell_box_px,
     cell_centre_px,
-    px_to_cell,
+    grid_of,
     receptive_field,
+    widened,
 )
 
 
@@ -25,6 +25,12 @@ def positive(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         parameter.data.uniform_(0.5, 1.0)
     return module.double().eval()
+
+
+def box_of(field: ReceptiveField, cell: tuple[int, int]) -> tuple[int, int, int, int]:
+    """First and last row and column that a cell sees, beyond the border too."""
+    low = [start + stride * at for start, stride, at in zip(field.start_px, field.stride_px, cell, strict=True)]
+    return (*low, *(at + size - 1 for at, size in zip(low, field.size_px, strict=True)))  # type: ignore[return-value]
 
 
 def brute_force(module: nn.Module, cell: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -40,11 +46,6 @@ def brute_force(module: nn.Module, cell: tuple[int, int], size: tuple[int, int])
                 changed.append(bool((module(other)[0, :, *cell] != module(ramp)[0, :, *cell]).any()))
     where = np.argwhere(np.array(changed).reshape(size))
     return (*where.min(0), *where.max(0))  # type: ignore[return-value]
-
-
-def expected_box(field: ReceptiveField, cell: tuple[int, int], size: tuple[int, int]) -> tuple[int, ...]:
-    x0, y0, x1, y1 = cell_box_px(field, cell, size).astype(int).tolist()
-    return y0, x0, y1 - 1, x1 - 1
 
 
 layers = st.one_of(
@@ -74,10 +75,10 @@ def test_fields_are_the_pixels_that_change_a_cell(stack: list, ceil: bool, data:
     cell = (data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, cols - 1)))
     field = receptive_field(trace(module), str(len(parts) - 1), size)
     found = brute_force(module, cell, size)
-    x0, y0, x1, y1 = cell_box_px(field, cell, clip=False).astype(int).tolist()
+    y0, x0, y1, x1 = box_of(field, cell)
     for first, last, low, high, length in (
-        (found[0], found[2], y0, y1 - 1, size[0]),
-        (found[1], found[3], x0, x1 - 1, size[1]),
+        (found[0], found[2], y0, y1, size[0]),
+        (found[1], found[3], x0, x1, size[1]),
     ):
         # Beyond the border padding stands for pixels, and a stride may leave the last pixels unread.
         assert first == low if low >= 0 else first >= 0
@@ -101,7 +102,9 @@ class Joined(nn.Module):
 @pytest.mark.parametrize("cell", [(0, 0), (1, 2), (3, 1)])
 def test_functions_joins_and_uneven_padding(cell: tuple[int, int]) -> None:
     module, size = positive(Joined()), (14, 13)
-    assert brute_force(module, cell, size) == expected_box(receptive_field(trace(module), "output", size), cell, size)
+    y0, x0, y1, x1 = box_of(receptive_field(trace(module), "output", size), cell)
+    clipped = max(y0, 0), max(x0, 0), min(y1, size[0] - 1), min(x1, size[1] - 1)
+    assert brute_force(module, cell, size) == clipped
 
 
 def test_the_papers_grid_of_vgg16(network) -> None:
@@ -122,8 +125,6 @@ def test_layers_that_see_everything() -> None:
     for tap in ("1", "3"):
         field = receptive_field(trace(module), tap, (9, 7))
         assert (field.stride_px, field.size_px, field.start_px) == ((0, 0), (9, 7), (0, 0))
-    with pytest.raises(InputError, match="whole image"):
-        px_to_cell(field, [1, 1])
 
 
 def test_adaptive_pooling_that_divides_is_pooling() -> None:
@@ -161,18 +162,10 @@ def test_strides_that_do_not_match_are_refused() -> None:
         receptive_field(trace(Crooked()), "output", (8, 8))
 
 
-def test_cells_and_points_there_and_back() -> None:
+def test_centres_of_cells() -> None:
     field = ReceptiveField((16, 12), (100, 90), (-40, -30))
-    cells = np.stack(np.meshgrid(np.arange(5), np.arange(7), indexing="ij"), axis=-1)
-    assert px_to_cell(field, cell_centre_px(field, cells) + 5.9).tolist() == cells.tolist()
-    assert px_to_cell(field, [1e4, -1e4], (5, 7)).tolist() == [0, 6]
-
-
-def test_boxes_are_clipped_on_request() -> None:
-    field = ReceptiveField((4, 4), (10, 10), (-3, -3))
-    assert cell_box_px(field, (0, 1), (12, 8)).tolist() == [1, 0, 8, 7]
-    assert cell_box_px(field, (0, 1), clip=False).tolist() == [1, -3, 11, 7]
-    with pytest.raises(InputError, match="input_size"):
-        cell_box_px(field, (0, 1))
+    assert cell_centre_px(field, [[0, 0], [2, 3]]).tolist() == [[15.0, 10.0], [51.0, 42.0]]
+    assert grid_of(field) == ((10.0, 15.0), (16.0, 12.0))
+    assert grid_of(widened(field, 2)) == grid_of(field)
     with pytest.raises(InputError, match=r"\(3,\)"):
         cell_centre_px(field, (0, 1, 2))

@@ -13,10 +13,10 @@ from torch import nn
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, RunError, StorageError
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.stream import open_maps, stream, stream_maps
+from partlens.network.stream import stream, stream_maps
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer, load_performer
-from partlens.rows import RowRecord
+from partlens.rows import RowRecord, read_rows
 
 
 @pytest.fixture
@@ -67,10 +67,9 @@ def test_one_pass_keeps_the_maps(performer, images, tmp_path) -> None:
     assert list(maps) == ["1", "4"]
     assert np.allclose(maps["1"], maps_at_once(performer, images, "1"), atol=1e-6)
     assert maps["4"].shape == (11, 4)
-    again = open_maps(tmp_path)
-    assert np.array_equal(again["4"], maps["4"])
+    assert np.array_equal(read_rows(tmp_path)["1-4.maps"], maps["4"])
     with pytest.raises(ValueError, match="read-only"):
-        again["4"][0] = 1
+        maps["4"][0] = 1
 
 
 def test_float16_maps_are_the_nearest_float16(performer, images, tmp_path) -> None:
@@ -92,7 +91,7 @@ def test_a_killed_run_goes_on_with_the_next_batch(performer, images, tmp_path) -
     with pytest.raises(Killed):
         stream_maps(performer, images, ["1"], tmp_path / "a", "float32", 4, progress=kill)
     with pytest.raises(RunError, match="11 finished rows"):
-        open_maps(tmp_path / "a")
+        read_rows(tmp_path / "a")
     read, whole = [], stream_maps(performer, images, ["1"], tmp_path / "b", "float32", 4)
 
     @dataclasses.dataclass(frozen=True)
@@ -162,7 +161,7 @@ def test_arguments_are_checked(performer, images, tmp_path) -> None:
     with pytest.raises(LayerError, match="Nearest"):
         stream_maps(performer, images, ["9"], tmp_path)
     with pytest.raises(RunError, match=r"rows\.json"):
-        open_maps(tmp_path)
+        read_rows(tmp_path)
 
 
 def test_a_full_disk_is_said_before_the_work(performer, images, tmp_path, monkeypatch) -> None:
@@ -184,6 +183,6 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path) -> None:
     images = ImageSet.from_arrays(np.zeros((320, 8, 8, 3), dtype=np.uint8))
     seen: list[int] = []
     stream_maps(performer, images, ["0"], tmp_path, "float32", 16, progress=lambda *_: seen.append(resident_bytes()))
-    assert open_maps(tmp_path)["0"].nbytes > 180e6
+    assert read_rows(tmp_path)["0-0.maps"].nbytes > 180e6
     third = len(seen) // 3
     assert max(seen[-third:]) - max(seen[:third]) < 40e6  # the allocator breathes; the maps do not pile up

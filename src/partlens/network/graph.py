@@ -29,34 +29,20 @@ from torch import Tensor, fx, nn
 from partlens.errors import LayerError, expected, first_line, listed, nearest
 from partlens.network.borrowed import borrowed, unwrapped
 
+# fmt: off
 ACTIVATIONS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.Softplus,
-    nn.PReLU,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh,
+    nn.Tanh, nn.Sigmoid, nn.Softplus, nn.PReLU,
 )
 _ACTIVATION_FUNCTIONS = (
-    torch.relu,
-    F.relu,
-    F.relu6,
-    F.leaky_relu,
-    F.elu,
-    F.gelu,
-    F.silu,
-    F.hardswish,
-    torch.tanh,
+    torch.relu, F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardswish, torch.tanh,
 )
+# Kept whole while tracing: torchvision's operators with loops or data-dependent shapes.
+_LEAVES = frozenset((
+    "DeformConv2d", "DropBlock2d", "FeaturePyramidNetwork", "MultiScaleRoIAlign", "RoIAlign", "RoIPool", "PSRoIAlign",
+    "PSRoIPool", "StochasticDepth",
+))
+# fmt: on
 _COPIED_WITHOUT = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -67,20 +53,6 @@ _COPIED_WITHOUT = (
 
 
 _OUTPUT = "output"
-# Kept whole while tracing: torchvision's operators with loops or data-dependent shapes.
-_LEAVES = frozenset(
-    (
-        "DeformConv2d",
-        "DropBlock2d",
-        "FeaturePyramidNetwork",
-        "MultiScaleRoIAlign",
-        "RoIAlign",
-        "RoIPool",
-        "PSRoIAlign",
-        "PSRoIPool",
-        "StochasticDepth",
-    )
-)
 
 
 def is_of_torchvision(module: nn.Module, names: frozenset[str]) -> bool:

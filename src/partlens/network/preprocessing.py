@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from partlens.errors import InputError, WeightsError, expected, listed
+from partlens.errors import InputError, WeightsError, expected
 
 Resize = Literal["squash", "crop"]
 ChannelOrder = Literal["RGB", "BGR"]
@@ -200,33 +200,10 @@ class Preprocessing:
         return torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a manifest; `from_dict` reads them back."""
+        """Return plain values for a manifest."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Preprocessing:
-        """Build from plain values.
-
-        Raises:
-            InputError: a field that does not exist, or a value that is not allowed.
-
-        Example:
-            >>> Preprocessing.from_dict(Preprocessing().to_dict()) == Preprocessing()
-            True
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(content) - known):
-            raise InputError(
-                expected(
-                    f"preprocessing fields among {', '.join(sorted(known))}",
-                    listed(unknown),
-                    "Remove the others",
-                )
-            )
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
-        return cls(**values)
 
     def to_metadata(self) -> dict[str, str]:
         """Return the entries of a safetensors header that `from_metadata` reads back.

@@ -83,63 +83,30 @@ def _slide(field: _Field, kernel: Any, stride: Any, padding: Any, dilation: Any 
     return replace(field, row=field.row.slide(k[0], s[0], p[0], d[0]), col=field.col.slide(k[1], s[1], p[1], d[1]))
 
 
+# fmt: off
 _POINTWISE_MODULES: tuple[type[nn.Module], ...] = (
-    nn.BatchNorm2d,
-    nn.CELU,
-    nn.ChannelShuffle,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-    nn.ELU,
-    nn.GELU,
-    nn.Hardshrink,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.Identity,
-    nn.LeakyReLU,
-    nn.LocalResponseNorm,
-    nn.CrossMapLRN2d,
-    nn.LogSigmoid,
-    nn.Mish,
-    nn.PReLU,
-    nn.RReLU,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SELU,
-    nn.SiLU,
-    nn.Sigmoid,
-    nn.Softmax2d,
-    nn.Softplus,
-    nn.Softshrink,
-    nn.Softsign,
-    nn.Tanh,
-    nn.Tanhshrink,
+    nn.BatchNorm2d, nn.CELU, nn.ChannelShuffle, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+    nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU,
+    nn.LocalResponseNorm, nn.CrossMapLRN2d, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU, nn.ReLU, nn.ReLU6, nn.SELU,
+    nn.SiLU, nn.Sigmoid, nn.Softmax2d, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink,
     nn.Threshold,
 )
-_POINTWISE_TORCHVISION = frozenset(("StochasticDepth", "FrozenBatchNorm2d"))
 # By name, because torch offers the same function in torch, torch.nn.functional and as a tensor method.
-# fmt: off
-_POINTWISE_NAMES = frozenset(
-    (
-        "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish",
-        "hardsigmoid", "hardtanh", "sigmoid", "tanh", "softplus", "prelu", "rrelu", "threshold",
-        "logsigmoid", "softsign", "tanhshrink", "dropout", "dropout2d", "alpha_dropout",
-        "feature_dropout", "batch_norm", "local_response_norm", "add", "sub", "mul", "div",
-        "truediv", "true_divide", "pow", "square", "sqrt", "rsqrt", "abs", "neg", "exp", "log",
-        "clamp", "clamp_min", "clamp_max", "clip", "contiguous", "clone", "detach", "float",
-        "half", "double", "to", "type", "stochastic_depth", "maximum", "minimum", "cat", "concat",
-        "concatenate", "channel_shuffle", "native_channel_shuffle", "where",
-    )
-)
-_RESHAPES = frozenset(
-    (
-        "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "chunk", "split",
-        "flatten", "getitem", "movedim", "stack",
-    )
-)
+_POINTWISE_NAMES = frozenset((
+    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardsigmoid",
+    "hardtanh", "sigmoid", "tanh", "softplus", "prelu", "rrelu", "threshold", "logsigmoid", "softsign",
+    "tanhshrink", "dropout", "dropout2d", "alpha_dropout", "feature_dropout", "batch_norm", "local_response_norm",
+    "add", "sub", "mul", "div", "truediv", "true_divide", "pow", "square", "sqrt", "rsqrt", "abs", "neg", "exp",
+    "log", "clamp", "clamp_min", "clamp_max", "clip", "contiguous", "clone", "detach", "float", "half", "double",
+    "to", "type", "stochastic_depth", "maximum", "minimum", "cat", "concat", "concatenate", "channel_shuffle",
+    "native_channel_shuffle", "where",
+))
+_RESHAPES = frozenset((
+    "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "chunk", "split", "flatten", "getitem",
+    "movedim", "stack",
+))
 # fmt: on
+_POINTWISE_TORCHVISION = frozenset(("StochasticDepth", "FrozenBatchNorm2d"))
 _GLOBAL_NORMS = frozenset(["group_norm", "instance_norm"])
 
 
@@ -468,74 +435,6 @@ def cell_centre_px(field: ReceptiveField, cells: Any) -> np.ndarray:
     centre = np.array(field.start_px) + np.array(field.size_px) / 2.0 + _cells(cells) * np.array(field.stride_px)
     flipped: np.ndarray = centre[..., ::-1]
     return np.ascontiguousarray(flipped)
-
-
-def cell_box_px(
-    field: ReceptiveField, cells: Any, input_size: tuple[int, int] | None = None, *, clip: bool = True
-) -> np.ndarray:
-    """Return the receptive field of each cell as a box.
-
-    Args:
-        field: of the tap.
-        cells: ``[..., 2]`` as (row, col).
-        input_size: rows and columns of the input, needed to clip.
-        clip: cut the box at the image's border.
-
-    Returns:
-        Float64 ``[..., 4]`` as (x0, y0, x1, y1), the upper ends excluded; without clipping it may leave the
-        image.
-
-    Raises:
-        InputError: the last axis is not 2, or clipping without a size.
-
-    Example:
-        >>> field = ReceptiveField(stride_px=(2, 2), size_px=(4, 4), start_px=(-1, -1))
-        >>> cell_box_px(field, [0, 1], (8, 8)).tolist()
-        [1.0, 0.0, 5.0, 3.0]
-    """
-    low = np.array(field.start_px) + _cells(cells) * np.array(field.stride_px)
-    high = low + np.array(field.size_px)
-    if clip:
-        if input_size is None:
-            raise InputError(expected("the input size, to clip boxes", None, "Give input_size=(rows, columns)"))
-        limit = np.array(input_size, dtype=np.float64)
-        low, high = np.clip(low, 0.0, limit), np.clip(high, 0.0, limit)
-    return np.concatenate([low[..., ::-1], high[..., ::-1]], axis=-1)
-
-
-def px_to_cell(field: ReceptiveField, xy: Any, map_size: tuple[int, int] | None = None) -> np.ndarray:
-    """Return the cell whose centre is nearest to a point: the inverse of `cell_centre_px`.
-
-    Args:
-        field: of the tap.
-        xy: ``[..., 2]`` as (x, y) in continuous input pixels.
-        map_size: rows and columns of the map, to keep cells inside it.
-
-    Returns:
-        Int64 ``[..., 2]`` as (row, col); halves go up.
-
-    Raises:
-        InputError: the last axis is not 2, or a tap whose cells all see the whole image.
-
-    Example:
-        >>> field = ReceptiveField(stride_px=(16, 16), size_px=(196, 196), start_px=(-90, -90))
-        >>> px_to_cell(field, [25.0, 9.0]).tolist()
-        [0, 1]
-    """
-    if 0 in field.stride_px:
-        raise InputError(
-            expected(
-                "a tap whose cells stand apart",
-                "one whose cells see the whole image",
-                "Choose an earlier layer",
-            )
-        )
-    row_col = _cells(xy)[..., ::-1]
-    centre = np.array(field.start_px) + np.array(field.size_px) / 2.0
-    cells: np.ndarray = np.floor((row_col - centre) / np.array(field.stride_px) + 0.5).astype(np.int64)
-    if map_size is not None:
-        cells = np.clip(cells, 0, np.array(map_size) - 1)
-    return cells
 
 
 def grid_of(receptive: ReceptiveField) -> tuple[tuple[float, float], tuple[float, float]]:

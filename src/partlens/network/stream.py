@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, LayerError, RunError, expected, failed
+from partlens.errors import ImageError, InputError, LayerError, expected, failed
 from partlens.network.taps import Reduce, forward_taps
 from partlens.network.zoo import Performer
-from partlens.rows import RowRecord, read_rows, row_store
+from partlens.rows import row_store
 
 _FLOAT16_MAX = 65504.0
 _AHEAD = 2  # batches decoded in advance
@@ -209,17 +209,4 @@ def stream_maps(
             store.append(stored)
             if progress is not None:
                 progress(store.done, store.rows)
-    return open_maps(folder)
-
-
-def open_maps(folder: Path) -> dict[str, np.ndarray]:
-    """Open the maps that `stream_maps` kept, as read-only memory maps ``[image, filter, row, col]`` by tap.
-
-    Raises:
-        RunError: no maps there, maps that are not complete, or a damaged file.
-    """
-    arrays = read_rows(folder)
-    taps = RowRecord.read(folder).identity.get("taps")
-    if not isinstance(taps, list) or any(_file(n, tap) not in arrays for n, tap in enumerate(taps)):
-        raise RunError(expected(f"maps of layers in {folder}", "rows of something else", RowRecord.AGAIN))
-    return {tap: arrays[_file(n, tap)] for n, tap in enumerate(taps)}
+        return {tap: store.read(_file(n, tap)) for n, tap in enumerate(taps)}
