@@ -72,3 +72,61 @@ def test_metadata() -> None:
 def test_bicubic_stands_in_the_header() -> None:
     asked = Preprocessing(interpolation="bicubic")
     assert Preprocessing.from_metadata(asked.to_metadata()) == asked
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"size_px": (5,)}, "size_px as"),
+        ({"size_px": (5, 0)}, "size_px as"),
+        ({"resize": "stretch"}, "resize to be one of squash, crop"),
+        ({"interpolation": "nearest"}, "interpolation to be one of bilinear, bicubic"),
+        ({"mean": (0, 0)}, "three means"),
+        ({"std": (1, 1, -1)}, "three positive"),
+        ({"size_px": (40, 50), "resize_px": 49}, "at least 50 px"),
+    ],
+)
+def test_each_guard(wrong: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        Preprocessing(**wrong)
+
+
+def test_limits_that_are_allowed() -> None:
+    assert Preprocessing(size_px=(40, 50), resize_px=50).resize_px == 50
+    assert Preprocessing(size_px=(40, 50)).resize_px == 50  # the longer side, where nothing is said
+    assert Preprocessing(size_px=(1, 1), resize="squash").resize_px is None
+    with pytest.raises(InputError, match="1x1 px, got 0x5"):
+        Preprocessing().box_in_input(0, 5)
+
+
+@pytest.mark.parametrize(
+    ("size", "box"), [((20, 10), (-6, 0, 14, 10)), ((10, 25), (-1, -8, 9, 17)), ((9, 9), (-1, 0, 9, 10))]
+)
+def test_where_the_whole_image_lies(size: tuple[int, int], box: tuple[int, ...]) -> None:
+    # By hand: the shorter side becomes 10, and 8 columns and 10 rows are cut from the middle; halves go to the even.
+    assert Preprocessing(size_px=(10, 8), resize="crop", resize_px=10).box_in_input(*size) == box
+
+
+def test_the_headers_numbers() -> None:
+    one = Preprocessing.from_metadata({"input": "RGB, 0-1, mean 0.5, std 0.25, 32x48"})
+    assert one == Preprocessing(size_px=(32, 48), resize="squash", mean=(0.5,) * 3, std=(0.25,) * 3)
+    plain = Preprocessing.from_metadata({"input": "BGR, 0-255, mean 1 2 3"})
+    assert plain == Preprocessing(
+        size_px=(224, 224), resize="squash", channel_order="BGR", scale=1.0, mean=(1, 2, 3), std=(1, 1, 1)
+    )
+    for text in ("0-1, mean 0", "RGB, mean 0", "RGB, 0-1", "RGB, 0-1, mean 1 2"):
+        with pytest.raises(WeightsError, match="Correct the header"):
+            Preprocessing.from_metadata({"input": text})
+    with pytest.raises(InputError, match="a scale of 1 or 1/255, got 0.5"):
+        Preprocessing(scale=0.5).to_metadata()
+
+
+def test_interpolation_reaches_the_pixels() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    smooth, sharp = (
+        Preprocessing(size_px=(5, 5), resize="squash", interpolation=kind)([image]) for kind in ("bilinear", "bicubic")
+    )
+    assert not torch.equal(smooth, sharp)
+    wanted = np.asarray(image.resize((5, 5), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    wanted = (wanted - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    assert np.allclose(sharp[0].permute(1, 2, 0), wanted, atol=1e-6)

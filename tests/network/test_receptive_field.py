@@ -169,3 +169,107 @@ def test_centres_of_cells() -> None:
     assert grid_of(widened(field, 2)) == grid_of(field)
     with pytest.raises(InputError, match=r"\(3,\)"):
         cell_centre_px(field, (0, 1, 2))
+
+
+class Of(nn.Module):
+    """Two modules and a function between them."""
+
+    def __init__(self, function, *layers: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.layers = nn.ModuleList(layers)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.first(x), *self.layers)
+
+
+def field_of(function, *layers: nn.Module) -> ReceptiveField:
+    return receptive_field(trace(Of(function, *layers)), "output", (12, 10))
+
+
+def channels_last_block(x, norm, linear):
+    return linear(norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+LOCAL = ReceptiveField((1, 1), (3, 3), (0, 0))  # of a 3x3 convolution without padding
+WHOLE = ReceptiveField((0, 0), (12, 10), (0, 0))
+GATED = ReceptiveField((1, 1), (3, 3), (0, 0), gated=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "layers", "wanted"),
+    [
+        (lambda x, c: c(x), [nn.Conv2d(4, 2, 3, padding="same", dilation=(1, 2))], ((1, 1), (5, 7), (-1, -2))),
+        (lambda x, c: c(x), [nn.Conv2d(4, 2, 3, padding="valid")], ((1, 1), (5, 5), (0, 0))),
+        (lambda x, p: p(x), [nn.ZeroPad2d((2, 0, 1, 0))], ((1, 1), (3, 3), (-1, -2))),
+        (lambda x, p: p(x), [nn.AvgPool2d(2, padding=1)], ((2, 2), (4, 4), (-1, -1))),
+        (lambda x, p: p(x), [nn.LPPool2d(2, 2, 3)], ((3, 3), (4, 4), (0, 0))),
+        (lambda x, p: p(x), [nn.MaxPool2d(2, 1, dilation=2)], ((1, 1), (5, 5), (0, 0))),
+        (lambda x: F.conv2d(x, torch.ones(2, 4, 3, 3), None, 2, 1, 2), [], ((2, 2), (7, 7), (-1, -1))),
+        (lambda x: F.max_pool2d(x, 3, dilation=2), [], ((3, 3), (7, 7), (0, 0))),
+        (lambda x: F.avg_pool2d(x, 2, 3, 1), [], ((3, 3), (4, 4), (-1, -1))),
+        (lambda x: F.adaptive_avg_pool2d(x, (5, 4)), [], ((2, 2), (4, 4), (0, 0))),
+    ],
+)
+def test_windows_by_hand(function, layers: list, wanted: tuple) -> None:
+    assert field_of(function, *layers) == ReceptiveField(*wanted)
+
+
+@pytest.mark.parametrize(
+    ("function", "layers", "wanted"),
+    [
+        (channels_last_block, [nn.LayerNorm(4), nn.Linear(4, 5)], LOCAL),
+        (lambda x, n: n(x), [nn.LayerNorm([4, 10, 8])], GATED),
+        (lambda x, n: n(x), [nn.GroupNorm(2, 4)], GATED),
+        (lambda x, n: n(x), [nn.InstanceNorm2d(4)], GATED),
+        (lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2), [], LOCAL),
+        (lambda x: F.layer_norm(x, (4, 10, 8)), [], GATED),
+        (lambda x: F.group_norm(x, 2), [], GATED),
+        (lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(), [], GATED),
+        (lambda x: x + x.flatten(1).mean(1)[:, None, None, None], [], GATED),
+        (lambda x, p: x * p(x), [nn.AdaptiveAvgPool2d(1)], GATED),
+        (lambda x: x.mean((2, 3)), [], WHOLE),
+        (lambda x: x.flatten(2), [], WHOLE),
+        (lambda x, lin: lin(x.flatten(1)), [nn.Linear(320, 2)], WHOLE),
+        (lambda x, lin: lin(x), [nn.Linear(8, 2)], WHOLE),
+        (lambda x: x.view(-1, 2, 2, 10, 8).transpose(1, 2).reshape(-1, 4, 10, 8), [], LOCAL),
+        (lambda x: x.chunk(2, 1)[0] + x.split(2, 1)[1], [], LOCAL),
+        (lambda x: x[:, :2], [], LOCAL),
+    ],
+)
+def test_norms_gates_and_shapes_by_hand(function, layers: list, wanted: ReceptiveField) -> None:
+    assert field_of(function, *layers) == wanted
+
+
+@pytest.mark.parametrize(
+    ("function", "layers", "named"),
+    [
+        (lambda x: x.transpose(2, 3), [], "transpose of rows or columns"),
+        (lambda x: x.transpose(1, -1), [], "transpose of rows or columns"),
+        (lambda x: x.permute(0, 1, 3, 2), [], "permute of rows or columns"),
+        (lambda x, c: c(x.permute(0, 2, 3, 1)), [nn.Conv2d(10, 2, 1)], "Conv2d on channels-last maps"),
+        (lambda x: F.avg_pool2d(x.permute(0, 2, 3, 1), 2), [], "avg_pool2d on channels-last maps"),
+        (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), [], "pad"),
+        (lambda x: F.interpolate(x.mean((2, 3), keepdim=True), scale_factor=2), [], "interpolate"),
+        (lambda x: x @ x.transpose(2, 3), [], "rows or columns"),
+        (lambda x: torch.matmul(x, torch.ones(8, 8)), [], "matmul"),
+    ],
+)
+def test_what_mixes_cells_in_an_unknown_way_is_refused(function, layers: list, named: str) -> None:
+    with pytest.raises(LayerError, match=named):
+        field_of(function, *layers)
+
+
+def test_a_layer_without_the_image_has_no_field() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1, 3, 1, 1))
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            return x * self.relu(self.scale)
+
+    with pytest.raises(LayerError, match="relu to depend on the image"):
+        receptive_field(trace(Constant()), "relu", (8, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -62,6 +63,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+# One borrower at a time: hooks, modes and the global random state belong to all threads.
+_ALONE = threading.RLock()
+
+
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
     """Leave the random state of Python, NumPy and torch (CPU, CUDA) as it was."""
@@ -103,18 +108,14 @@ class _Snapshot:
         self.module = module
         self.copied = copy_weights
         self.modules = list(module.modules())
-        self.dictionaries: list[tuple[MutableMapping[Any, Any], tuple[tuple[Any, Any], ...]]] = []
-        # Most of a network's dictionaries are empty (hooks); a look at their length is all they need.
-        self.empty: list[MutableMapping[Any, Any]] = []
+        # Of each module its dictionaries, by owner and name, with their entries; most are empty (hooks).
+        self.dictionaries: list[tuple[dict[str, Any], str, Any, tuple[tuple[Any, Any], ...]]] = []
         self.flags: list[tuple[nn.Module, str, Any]] = []
         for each in self.modules:
             content = each.__dict__
             for name in _DICTIONARIES:
-                mapping = content.get(name)
-                if mapping:
-                    self.dictionaries.append((mapping, tuple(mapping.items())))
-                elif mapping is not None:
-                    self.empty.append(mapping)
+                if (mapping := content.get(name)) is not None:
+                    self.dictionaries.append((content, name, mapping, tuple(mapping.items()) if mapping else ()))
             for name in _FLAGS:
                 if name in content:
                     self.flags.append((each, name, content[name]))
@@ -136,11 +137,10 @@ class _Snapshot:
     def restore(self) -> list[str]:
         """Put everything back; return the names of weights that were changed and could not be put back."""
         self.module.train(self.flags[0][2] if self.flags else self.module.training)
-        for mapping, saved in self.dictionaries:
-            _restore_mapping(mapping, saved)
-        for mapping in self.empty:
-            if mapping:
-                mapping.clear()
+        for content, name, mapping, saved in self.dictionaries:
+            content[name] = mapping  # nn.Sequential puts another one in its place when it loses a layer
+            if mapping or saved:
+                _restore_mapping(mapping, saved)
         for owner, name, value in self.flags:
             owner.__dict__[name] = value
         lost = []
@@ -172,7 +172,7 @@ def borrowed(module: nn.Module, *, copy_weights: bool = True) -> Iterator[nn.Mod
     Kept: weights, buffers, ``requires_grad``, ``.grad`` (the same objects with the same values), train/eval
     mode and in-place flags of every submodule, hooks, the submodules themselves, the device, and the global
     random state of torch, NumPy and Python. Inside the block ``.grad`` is ``None``, so that a backward pass
-    cannot add to the owner's gradients.
+    cannot add to the owner's gradients. Other threads that want to borrow wait until the block ends.
 
     Args:
         module: the network; ``DataParallel`` is unwrapped.
@@ -195,7 +195,7 @@ def borrowed(module: nn.Module, *, copy_weights: bool = True) -> Iterator[nn.Mod
         True
     """
     inner = unwrapped(module)
-    with random_state_kept():
+    with _ALONE, random_state_kept():
         snapshot = _Snapshot(inner, copy_weights=copy_weights)
         lost: list[str] = []
         try:
