@@ -186,7 +186,7 @@ def test_several_images_have_anchors_in_the_contents(run, folder):
 
 def test_images_beyond_the_room_are_named(run, folder, monkeypatch):
     MADE["write_explanation"](run, "rose.jpg", seed=5)
-    monkeypatch.setattr("partlens.page.page_data.EXPLANATIONS_SHARE", 1e-6)
+    monkeypatch.setattr("partlens.page.page.EXPLANATIONS_SHARE", 1e-6)
     page = collect_page(run)
     assert [e.record.image for e in page.explanations.shown] == ["rose.jpg"]
     assert page.explanations.without_room == ("tulip_3",)

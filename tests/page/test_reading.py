@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from partlens.errors import RunError
-from partlens.page.reading import LONGEST_PX, LOSSLESS_BYTES, Measure, Pictures, measure, number, numbers
+from partlens.page.reading import LONGEST_PX, LOSSLESS_BYTES, Pictures
 
 
 def noise(path, width=40, height=20, mode="RGB", seed=0):
@@ -103,18 +103,3 @@ def test_a_damaged_picture_is_refused(tmp_path, pictures, damage):
     )
     with pytest.raises(RunError, match=r"Expected a PNG or JPEG picture in .*bad\.png, got .*\. Run it again\.$"):
         pictures.read(tmp_path, "bad.png")
-
-
-def test_numbers_of_the_wrong_kind_are_missing():
-    assert np.isnan([number(v) for v in (None, "1", True, [], float("inf"))]).all()
-    assert numbers([1, 2.5], 2) == (1.0, 2.5)
-    assert numbers([1, None], 2) is None
-    assert numbers([1], 2) is None
-
-
-def test_a_measure_may_be_a_lone_number():
-    assert measure({"value": 0.5, "interval": [0.4, 0.6], "n": 7, "unit": "seeds"}) == Measure(
-        0.5, 0.4, 0.6, 7, "seeds"
-    )
-    assert measure(0.25).value == 0.25
-    assert not measure(None).defined

@@ -14,7 +14,7 @@ import pytest
 
 from partlens.errors import RunError
 from partlens.page import collect_page, render_page, write_report
-from partlens.page.page_data import PICTURES_BYTES
+from partlens.page.page import PICTURES_BYTES
 from partlens.page.selection_figures import layer_shares, layers_chart
 from partlens.page.selection_page import selection_headline, selection_view, sharper
 
@@ -291,7 +291,7 @@ def test_hundreds_of_classes_stay_readable_and_say_what_is_left_out(tmp_path):
 def test_pictures_beyond_the_room_are_left_out(tmp_path, monkeypatch):
     run = MADE["write_selection"](tmp_path / "run", classes=8, features=2)
     one = sum(len(p.uri) for files in collect_page(run).selection.classes[0].pictures for p in files)
-    monkeypatch.setattr("partlens.page.page_data.PICTURES_BYTES", int(3.5 * one))
+    monkeypatch.setattr("partlens.page.page.PICTURES_BYTES", int(3.5 * one))
     selection = collect_page(run).selection
     assert [c.place for c in selection.classes] == ["open"] * 3 + ["table"] * 5
     assert not any(any(c.pictures) for c in selection.at("table"))

@@ -8,7 +8,6 @@ folder of one explained image.
 from __future__ import annotations
 
 from partlens.page.explanation_page import write_explanation_page
-from partlens.page.page import collect_page, render_page, write_report
-from partlens.page.page_data import PageData
+from partlens.page.page import PageData, collect_page, render_page, write_report
 
 __all__ = ["PageData", "collect_page", "render_page", "write_explanation_page", "write_report"]

@@ -8,11 +8,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from partlens.estimate import Estimate
 from partlens.page import notation
-from partlens.page.reading import Measure
 
 
-def count_of(measure: Measure) -> str:
+def count_of(measure: Estimate) -> str:
     """Say how many units a number was measured on."""
     return f"n = {measure.n:,} {measure.unit}"
 

@@ -1,15 +1,13 @@
-"""Read JSON that may lack anything, and the pictures that a page carries inside itself.
+"""The pictures that a page carries inside itself.
 
-Values of the wrong kind count as missing: a number becomes ``nan``, a text empty, a list or a mapping empty. Pictures
-that a file names have to be there; what is named and missing or damaged is an error that says what to run again.
+Pictures that a record names have to be there; what is missing or damaged is an error that says what to run again.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,35 +24,6 @@ JPEG_QUALITY = 88
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A number with its interval and count.
-
-    Attributes:
-        value: the measurement; ``nan`` where undefined or not measured.
-        low: lower end of the 95 % interval; ``nan`` where undefined.
-        high: upper end.
-        n: how many units it was measured on; 0 where it was not measured.
-        unit: what ``n`` counts.
-    """
-
-    value: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    n: int = 0
-    unit: str = "photos"
-
-    @property
-    def defined(self) -> bool:
-        """Whether there is a value."""
-        return math.isfinite(self.value)
-
-    @property
-    def has_interval(self) -> bool:
-        """Whether both ends of the interval are defined."""
-        return math.isfinite(self.low) and math.isfinite(self.high)
-
-
-@dataclass(frozen=True)
 class Embedded:
     """A picture as a page carries it.
 
@@ -67,86 +36,6 @@ class Embedded:
     uri: str
     width_px: int
     height_px: int
-
-
-# --- values -----------------------------------------------------------------------------------------------------------
-
-
-def group(value: Any) -> Mapping[str, Any]:
-    """Return a mapping as it is, anything else as an empty one."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def items(value: Any) -> list[Any]:
-    """Return a list as it is, anything else as an empty one."""
-    return list(value) if isinstance(value, list) else []
-
-
-def groups(value: Any) -> list[Mapping[str, Any]]:
-    """Return a list of mappings; elements of another kind are empty."""
-    return [group(v) for v in items(value)]
-
-
-def text(value: Any) -> str:
-    """Return a text; nothing for ``None``."""
-    return "" if value is None else str(value)
-
-
-def texts(value: Any) -> tuple[str, ...]:
-    """Return a list of texts."""
-    return tuple(text(v) for v in items(value))
-
-
-def number(value: Any) -> float:
-    """Return a finite number, or ``nan``.
-
-    Example:
-        >>> number(3), number(True), number("3")
-        (3.0, nan, nan)
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    return float(value) if math.isfinite(value) else math.nan
-
-
-def count(value: Any) -> int:
-    """Return a whole number; 0 where there is none."""
-    found = number(value)
-    return int(found) if math.isfinite(found) else 0
-
-
-def index_of(value: Any) -> int | None:
-    """Return a position from 0 on, or ``None`` where there is none.
-
-    Example:
-        >>> index_of(0), index_of(-1), index_of(None)
-        (0, None, None)
-    """
-    found = number(value)
-    return int(found) if math.isfinite(found) and found >= 0 else None
-
-
-def numbers(value: Any, length: int) -> tuple[float, ...] | None:
-    """Return exactly ``length`` finite numbers, or ``None``."""
-    found = tuple(number(v) for v in items(value))
-    return found if len(found) == length and all(map(math.isfinite, found)) else None
-
-
-def measure(value: Any) -> Measure:
-    """Return an estimate ``{value, interval, n, unit}``; a lone number counts as one without interval."""
-    if not isinstance(value, Mapping):
-        return Measure(number(value))
-    ends = [number(v) for v in items(value.get("interval"))]
-    low, high = ends if len(ends) == 2 else (math.nan, math.nan)
-    return Measure(number(value.get("value")), low, high, count(value.get("n")), text(value.get("unit")) or "photos")
-
-
-def named_reasons(value: Any) -> tuple[tuple[str, str], ...]:
-    """Return (key, reason) of each photo that could not be read."""
-    return tuple((text(row.get("key")), text(row.get("reason"))) for row in groups(value))
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 class Pictures:
