@@ -11,18 +11,15 @@ from partlens.estimate import Estimate, bootstrap, proportion, resampler
 from partlens.explainer.templates import centroid_cells
 from partlens.metrics.localisation import (
     Peaks,
+    border_share,
     consistency_per_filter,
-    dead_filters,
     distinct_parts,
     filter_correlation_of,
     instability_differences,
     instability_per_filter,
     localisation_scores,
-    mean_pairwise,
     null_peaks,
-    peak_correlation,
     peaks_from_cells,
-    peaks_from_maps,
     silent_share,
     spread_per_filter,
 )
@@ -87,15 +84,6 @@ def test_one_annotated_image_gives_nan() -> None:
     assert bool(instability_per_filter(peaks_at(moving()), landmarks, SIZE).isnan().all())
 
 
-def test_peaks_from_maps_take_the_first_of_equals_and_place_it() -> None:
-    maps = torch.zeros(1, 2, 14, 14)
-    maps[0, 0, 3, 5] = maps[0, 0, 9, 9] = 2.0
-    peaks = peaks_from_maps(maps, *GRID)
-    assert peaks.cells[0].tolist() == [[3, 5], [0, 0]]
-    assert peaks.positions_px[0, 0].tolist() == [8 + 16 * 5, 8 + 16 * 3]
-    assert dead_filters(peaks).tolist() == [False, True]
-
-
 def test_spread_of_uniform_cells() -> None:
     uniform = torch.cartesian_prod(torch.arange(14), torch.arange(14))[:, None]
     assert float(spread_per_filter(peaks_at(uniform))) == pytest.approx(4.03, abs=0.02)
@@ -135,14 +123,25 @@ def test_folds_keep_a_photo_together() -> None:
     assert float(honest) < float(leaked)
 
 
+def correlation_by_pairs(peaks: Peaks, live: torch.Tensor) -> float:
+    """The mean over pairs of filters of the correlation of their peaks, the mean over both axes, pair by pair."""
+    found = []
+    of = [peaks.cells[:, k] - peaks.cells[:, k].mean(0) for k in live.nonzero()[:, 0].tolist()]
+    moving_ones = [c for c in of if bool((c.norm(dim=0) > 1e-9).all())]
+    for i, a in enumerate(moving_ones):
+        for b in moving_ones[i + 1 :]:
+            found.append(float(((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0))).mean()))
+    return sum(found) / len(found)
+
+
 def test_correlation_of_copies_and_of_strangers() -> None:
     cells = moving(400, 1)
     live = torch.ones(2, dtype=torch.bool)
     same = peaks_at(torch.cat([cells, cells], 1))
-    assert mean_pairwise(peak_correlation(same, live)) == pytest.approx(1)
-    assert abs(mean_pairwise(peak_correlation(peaks_at(moving(400, 2)), live))) < 0.15
+    assert filter_correlation_of(same, live) == pytest.approx(1)
+    assert abs(filter_correlation_of(peaks_at(moving(400, 2)), live)) < 0.15
     mirrored = peaks_at(torch.cat([cells, 13 - cells], 1))
-    assert mean_pairwise(peak_correlation(mirrored, live)) == pytest.approx(-1)
+    assert filter_correlation_of(mirrored, live) == pytest.approx(-1)
 
 
 def test_mean_correlation_without_the_matrix_is_the_mean_over_pairs() -> None:
@@ -156,8 +155,7 @@ def test_mean_correlation_without_the_matrix_is_the_mean_over_pairs() -> None:
     live = torch.ones(30, dtype=torch.bool)
     live[20:] = False
     value = filter_correlation_of(peaks_at(cells), live)
-    assert value == pytest.approx(mean_pairwise(peak_correlation(peaks_at(cells), live)), abs=1e-12)
-    assert bool(peak_correlation(peaks_at(cells), live)[9].isnan().all())
+    assert value == pytest.approx(correlation_by_pairs(peaks_at(cells), live), abs=1e-12)
     assert 0.01 < value < 0.2
     only = torch.arange(30) == 2
     assert math.isnan(filter_correlation_of(peaks_at(cells), only))
@@ -463,3 +461,38 @@ def test_an_empty_map_stands_in_the_corner_and_is_counted() -> None:
     maps[0, 1, 4, 2] = 2.0
     assert centroid_cells(maps, 6.0).tolist() == [[[0, 0], [4, 2]]]
     assert bool(centroid_cells(maps * torch.nan, 6.0).isnan().all())
+
+
+@pytest.mark.parametrize("edge", [(0, 3), (5, 3), (2, 0), (2, 8)])
+def test_each_of_the_four_borders_counts(edge: tuple[int, int]) -> None:
+    rows, cols = 6, 9
+
+    def share(*places: tuple[float, float]) -> float:
+        return border_share(peaks_from_cells(torch.tensor([places]), torch.ones(1, len(places)), (rows, cols), *GRID))
+
+    assert share(edge) == 1
+    assert share((2, 3)) == share((1, 1)) == share((4, 7)) == 0
+    assert share(edge, (2, 3), (3, 4), (1, 7)) == 0.25
+    # A place between cells belongs to the nearer one; half way is inside.
+    inward = {0: 0.4, rows - 1: rows - 1.4, cols - 1: cols - 1.4}
+    near = tuple(
+        inward.get(v, v) if v == e and v in {0, side - 1} else v
+        for v, e, side in zip(edge, edge, (rows, cols), strict=True)
+    )
+    assert share(tuple(map(float, near))) == 1
+    assert share((0.5, 3.0)) == share((rows - 1.5, 3.0)) == share((2.0, cols - 1.5)) == 0
+
+
+def test_consistency_is_bounded_below_by_minus_one() -> None:
+    # Peaks that say left in four folds and right in the fifth: the fit is as wrong there as can be.
+    photos = torch.arange(20)
+    held = photos % 5 == 0
+    place = torch.where(held, 13.0, torch.where(photos % 2 == 0, 0.0, 1.0)).double()
+    cells = torch.stack([place, place], -1)[:, None]
+    truth = torch.where(photos % 2 == 0, 0.0, 16.0).double()
+    truth[held] = 8.0
+    landmarks = torch.stack([truth, truth], -1)[:, None]
+    raw = consistency_per_filter(peaks_at(cells), landmarks)[0]
+    assert raw.tolist() == [-1.0]
+    both = torch.cat([cells, torch.zeros(20, 1, 2).double()], 1)
+    assert consistency_per_filter(peaks_at(both), landmarks)[0][1] > -1

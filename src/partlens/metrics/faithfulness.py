@@ -102,11 +102,6 @@ def agreement_top1(
     return proportion((fed_back.argmax(1) == performer.argmax(1)).double(), groups=photos)
 
 
-def accuracy_top1(outputs: Float[Tensor, "image output"], labels: Int[Tensor, " image"]) -> Estimate:
-    """Return the share of photos whose strongest class is the label, with Wilson's interval."""
-    return proportion((outputs.argmax(1) == labels).double())
-
-
 @dataclass(frozen=True)
 class HeadErrors:
     """Errors of a logistic head (category against background), in percent, and what feeding back adds.

@@ -55,24 +55,6 @@ class Peaks:
         return Peaks(self.cells[:, index], self.positions_px[:, index], self.scores[:, index], self.side_cells)
 
 
-def peaks_from_maps(
-    maps: Float[Tensor, "image filter row col"],
-    start_px: tuple[float, float],
-    stride_px: tuple[float, float],
-) -> Peaks:
-    """Read peaks off maps: the largest cell, the first of equals.
-
-    Args:
-        maps: maps of one layer.
-        start_px: centre (row, col) of the receptive field of cell (0, 0).
-        stride_px: distance (rows, cols) between neighbouring cells' centres.
-    """
-    rows, cols = maps.shape[2:]
-    score, index = maps.flatten(2).max(-1)
-    cells = torch.stack([index // cols, index % cols], -1)
-    return peaks_from_cells(cells, score, (rows, cols), start_px, stride_px)
-
-
 def peaks_from_cells(
     cells: Int[Tensor, "image filter 2"] | Float[Tensor, "image filter 2"],
     scores: Float[Tensor, "image filter"],
@@ -224,19 +206,10 @@ def _directions(peaks: Peaks, live: Bool[Tensor, " filter"]) -> Float[Tensor, "i
     return centred / torch.where(norm > _STILL_CELLS, norm, math.nan)
 
 
-def peak_correlation(peaks: Peaks, live: Bool[Tensor, " filter"]) -> Float[Tensor, "live live"]:
-    """Return the correlation of peak positions between live filters, the mean over both axes.
-
-    A filter whose peak does not move on an axis has no correlation there: the pair's value is then NaN.
-    """
-    unit = _directions(peaks, live)
-    return (torch.einsum("ifa,iga->fga", unit, unit)).mean(-1)
-
-
 def filter_correlation_of(peaks: Peaks, live: Bool[Tensor, " filter"]) -> float:
-    """Return the mean of :func:`peak_correlation` over pairs of different filters, without the matrix of all pairs.
+    """Return the mean correlation of peak positions over pairs of different live filters, the mean over both axes.
 
-    Filters whose peak does not move on an axis are left out, with them every undefined pair; NaN for fewer than two.
+    A filter whose peak does not move on an axis has no correlation and does not count; NaN for fewer than two others.
     """
     unit = _directions(peaks, live)
     unit = unit[:, ~unit.isnan().any(0).any(-1)]
@@ -247,13 +220,6 @@ def filter_correlation_of(peaks: Peaks, live: Bool[Tensor, " filter"]) -> float:
     total = float(unit.sum(1).square().sum()) / unit.shape[2]
     mean: float = (total - count) / (count * (count - 1))
     return mean
-
-
-def mean_pairwise(correlation: Float[Tensor, "filter filter"]) -> float:
-    """Return the mean over pairs of different filters, leaving out undefined pairs; NaN for fewer than two filters."""
-    off = ~torch.eye(correlation.shape[0], dtype=torch.bool)
-    values = correlation[off]
-    return float(values.nanmean()) if values.numel() and not bool(values.isnan().all()) else math.nan
 
 
 def distinct_parts(peaks: Peaks, live: Bool[Tensor, " filter"]) -> float:
