@@ -67,7 +67,7 @@ COMMANDS: dict[str, Command] = {
         "partlens.verbs.evaluate:evaluate",
         "measure a finished run on photos that were not used in the fit",
         "partlens.verbs.printed:print_scores",
-        {"occlusion": "partlens.attribution.receptive_pictures:OcclusionConfig"},
+        {"occlusion": "partlens.attribution.record:OcclusionConfig"},
     ),
     "parts": Command(
         "partlens.verbs.parts:parts",

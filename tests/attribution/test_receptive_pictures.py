@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from partlens.attribution.receptive_pictures import (
-    OcclusionConfig,
     OcclusionFields,
     covered,
     effective_side_px,
@@ -21,6 +20,7 @@ from partlens.attribution.receptive_pictures import (
     regions,
     round_fields,
 )
+from partlens.attribution.record import OcclusionConfig
 from partlens.errors import InputError
 from partlens.network.graph import trace
 from partlens.network.receptive_field import receptive_field
@@ -78,13 +78,11 @@ def test_a_filter_that_reads_one_pixel_has_its_field_there() -> None:
     assert found.forwards == 2 + 2 * 28 * 28
 
 
-def test_alignment_on_the_covered_photo_loses_the_place() -> None:
+def test_the_place_is_that_of_the_peak_on_the_uncovered_photo() -> None:
     network = looking_at(((0, 0),))
     images = dotted([(14, 15), (18, 13)])
     images[:, 0, 3, 3] = 0.9  # where the peak goes when the bright pixel is covered
     field = receptive_field(trace(network), "3", (SIDE, SIDE))
-    config = OcclusionConfig(**{**EXACT.__dict__, "align": "occluded"})
-    assert max(map(abs, centroid(occlusion_receptive_fields(network, images, field, config=config).fields[0]))) > 8
     here = occlusion_receptive_fields(network, images, field, config=EXACT).fields[0]
     assert centroid(here) == pytest.approx((0, 0), abs=1e-6)
 
@@ -129,7 +127,7 @@ def test_batches_and_other_filters_change_nothing_and_the_network_is_borrowed(
         parameter.grad = torch.ones_like(parameter)
     state = torch.get_rng_state()
     field = tiny.field("relu2")
-    config = OcclusionConfig(images=3).scaled((32, 32))
+    config = OcclusionConfig(images=3).scaled((32, 32)).changed({"stride_px": 5})
 
     def map_of(images: Tensor) -> Tensor:
         return forward_taps(tiny, images, ["relu2"])[1]["relu2"]
@@ -227,9 +225,11 @@ def test_round_fields_overlap_to_discs_around_active_cells() -> None:
     ("values", "words"),
     [
         ({"occluder_px": 0}, "occluder_px"),
-        ({"top_share": 0.0}, "top_share"),
-        ({"region_share": 1.5}, "region_share"),
-        ({"gain": 0.0}, "gain"),
+        ({"stride_px": 0}, "stride_px to be greater than or equal to 1, got 0"),
+        ({"images": "x"}, "images to be a valid integer, got 'x'"),
+        ({"smoothing_px": -1}, "smoothing_px"),
+        ({"smoothing_sigma_px": 0.0}, "smoothing_sigma_px"),
+        ({"gain": 1.0}, "a field of OcclusionConfig, got gain"),
     ],
 )
 def test_settings_are_checked(values: dict[str, object], words: str) -> None:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from partlens.attribution.receptive_pictures import (
-    Alignment,
-    OcclusionConfig,
     activation_thresholds,
     occlusion_receptive_fields,
     regions,
     smoothed,
 )
+from partlens.attribution.record import OcclusionConfig
 from partlens.network.receptive_field import ReceptiveField
 
 SIZE = (24, 28)
@@ -60,9 +59,9 @@ def slow_field(network: nn.Module, batch: Tensor, k: int, config: OcclusionConfi
                 hidden = batch[n].clone()
                 hidden[:, top : top + config.occluder_px, left : left + config.occluder_px] = 0
                 x = answer(hidden)
-                tried.append((x.sum(), len(tried), top, left, peak_px(x)))
-        for total, _, top, left, moved in sorted(tried)[: config.strongest]:
-            at = peak_px(own) if config.align == "photo" else moved
+                tried.append((x.sum(), len(tried), top, left))
+        for total, _, top, left in sorted(tried)[: config.strongest]:
+            at = peak_px(own)
             for row in range(top, top + config.occluder_px):
                 for col in range(left, left + config.occluder_px):
                     canvas[row - at[0] + SIZE[0], col - at[1] + SIZE[1]] += max(own.sum() - total, 0)
@@ -74,9 +73,8 @@ def slow_field(network: nn.Module, batch: Tensor, k: int, config: OcclusionConfi
     return canvas, math.sqrt(pixels)
 
 
-@pytest.mark.parametrize("align", ["photo", "occluded"])
-def test_fields_are_those_of_the_loops(network: nn.Module, batch: Tensor, align: Alignment) -> None:
-    config = OcclusionConfig(**{**CONFIG.__dict__, "align": align, "smoothing_px": 0})
+def test_fields_are_those_of_the_loops(network: nn.Module, batch: Tensor) -> None:
+    config = CONFIG.changed({"smoothing_px": 0})
     found = occlusion_receptive_fields(network, batch, FIELD, config=config, batch_size=7)
     for k in range(5):
         canvas, side = slow_field(network, batch, k, config)
@@ -116,7 +114,7 @@ def test_regions_are_those_of_the_loops(generator: torch.Generator) -> None:
     maps = torch.rand(3, 6, 7, generator=generator) ** 3
     maps[2] = 0
     of, thresholds = torch.tensor([1, 0, 1]), torch.tensor([0.3, 5.0, 0.1])
-    got = regions(maps, fields, of, thresholds, FIELD, gain=1.5, region_share=0.5)
+    got = regions(maps, fields, of, thresholds, FIELD)
     for n in range(3):
         peak = float(maps[n].max())
         weight = np.zeros(SIZE)

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import nn
 
 import partlens
-from partlens.attribution.receptive_pictures import OcclusionConfig
 from partlens.data.images import ImageSet
 from partlens.errors import AtWorkError, InputError, LayerError, RunError
 from partlens.explainer.config import ExplainerConfig
@@ -385,7 +384,6 @@ def test_targets_that_are_chosen_can_be_read(few_flowers: ImageSet, tiny: Perfor
         (ExplainerConfig(), "epochs", True, "epochs to be a whole number, got True"),
         (ExplainerConfig(), "eta", "much", "eta to be a number, got 'much'"),
         (ExplainerConfig(), "kernel", "round", "kernel to be one of full, box, got 'round'"),
-        (OcclusionConfig(), "images", "x", "images to be a whole number, got 'x'"),
         (FinetuneConfig(), "epochs", "3", "epochs to be .*a whole number.*, got '3'"),
     ],
 )

@@ -15,11 +15,12 @@ from PIL import Image
 import partlens
 from partlens.cli import main
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, RunError
+from partlens.errors import AtWorkError, ImageError, InputError, RunError
 from partlens.network.zoo import Performer, weights_sha256
 from partlens.object_parts import shares
 from partlens.object_parts.record import PartsFile
 from partlens.records import read_json, read_tensors
+from partlens.run import Run
 from partlens.verbs import measured_parts as measuring
 from partlens.verbs.printed import print_parts
 
@@ -209,6 +210,20 @@ def test_the_same_seed_finds_the_same_parts(
 ) -> None:
     before = (run / "parts.json").read_bytes()
     partlens.parts(run, few_flowers, model=tiny, config=QUICK)
+    assert (run / "parts.json").read_bytes() == before
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(
+    run: Path, found: PartsFile, tiny: Performer, few_flowers: ImageSet
+) -> None:
+    before = (run / "parts.json").read_bytes()
+    with Run(run).writing():
+        for write in (
+            lambda: partlens.parts(run, few_flowers, model=tiny, config=QUICK),
+            lambda: partlens.parts(run, rename=["part 1=head"]),
+        ):
+            with pytest.raises(AtWorkError, match="is locked by another process. Wait for it or use another folder"):
+                write()
     assert (run / "parts.json").read_bytes() == before
 
 

@@ -1,6 +1,6 @@
 """What a filter reads, found by covering pieces of photos, and drawn on them.
 
-A piece of a photo is covered; where the filter's answer drops most, it was reading. The covered places are put
+A piece of a photo is covered; where the filter's response drops most, it was reading. The covered places are put
 together relative to the filter's peak, which gives one receptive field per filter; laid at the active cells of a map it
 gives the region of one photo. The theoretical field (`partlens.network.receptive_field`) says what a filter could
 read, this one what it does read.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,82 +25,18 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from partlens.errors import InputError, check_types, expected
+from partlens.attribution.record import OcclusionConfig
+from partlens.errors import InputError, expected
 from partlens.network.receptive_field import ReceptiveField, cell_centre_px
 
 MapOf = Callable[[Tensor], Tensor]
-Alignment = Literal["photo", "occluded"]
 
 BATCH = 32
 _FILTERS_AT_ONCE = 32
-_REFERENCE_SIDE_PX = 224
-
-
-@dataclass(frozen=True)
-class OcclusionConfig:
-    """How photos are covered and how the pieces become a field; the defaults are those of the released code.
-
-    Attributes:
-        occluder_px: side of the square that covers a piece.
-        stride_px: step between its places. The places lie inside the image: ``ceil((H - occluder_px + 1) /
-            stride_px)`` along each axis, 22 × 22 = 484 at 224 px.
-        strongest: places used per photo and filter, those that lower the filter's answer most.
-        images: photos used per filter, those on which it answers most (the code draws them at random among the
-            photos whose peak reaches the threshold).
-        align: the peak that a place is put relative to: ``"photo"``, the peak on the uncovered photo, or
-            ``"occluded"``, the peak on the covered one, as the code has it. A well covered part moves the peak of the
-            covered photo to some other place, which smears the field; so ours is ``"photo"``.
-        top_share: share of a filter's values that counts as active.
-        smoothing_px: side of the Gaussian window, 0 for none.
-        smoothing_sigma_px: its standard deviation.
-        gain: factor on a map divided by its maximum, before it is cut at 1.
-        region_share: share of the highest weight from which a pixel belongs to the region.
-    """
-
-    occluder_px: int = 33
-    stride_px: int = 9
-    strongest: int = 4
-    images: int = 10
-    align: Alignment = "photo"
-    top_share: float = 0.003
-    smoothing_px: int = 50
-    smoothing_sigma_px: float = 30.0
-    gain: float = 1.5
-    region_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("occluder_px", "stride_px", "strongest", "images"):
-            if getattr(self, name) < 1:
-                raise InputError(expected(f"{name} of at least 1", getattr(self, name), "Leave it out for the default"))
-        if self.align not in ("photo", "occluded"):
-            raise InputError(expected("align to be photo or occluded", self.align, "Choose photo"))
-        for name in ("top_share", "region_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InputError(expected(f"{name} above 0 and at most 1", getattr(self, name), "Leave it out"))
-        if self.smoothing_px < 0 or not self.smoothing_sigma_px > 0 or not self.gain > 0:
-            raise InputError(
-                expected(
-                    "smoothing_px of at least 0, smoothing_sigma_px and gain above 0",
-                    f"{self.smoothing_px}, {self.smoothing_sigma_px} and {self.gain}",
-                    "Leave them out for the defaults",
-                )
-            )
-
-    def scaled(self, size_px: tuple[int, int]) -> OcclusionConfig:
-        """Return the same settings for inputs of another size: the lengths are meant for 224 px.
-
-        Example:
-            >>> small = OcclusionConfig().scaled((64, 64))
-            >>> small.occluder_px, small.stride_px, small.smoothing_px
-            (9, 3, 14)
-        """
-        factor = min(size_px) / _REFERENCE_SIDE_PX
-        changed = {**self.__dict__, "smoothing_sigma_px": max(self.smoothing_sigma_px * factor, 0.5)}
-        for name in ("occluder_px", "stride_px"):
-            changed[name] = max(1, round(getattr(self, name) * factor))
-        changed["smoothing_px"] = round(self.smoothing_px * factor)
-        return OcclusionConfig(**changed)
+TOP_SHARE = 0.003
+"""Share of a filter's values that counts as active, as in the released code."""
+_GAIN = 1.5  # factor on a map divided by its maximum, before it is cut at 1; likewise
+_REGION_SHARE = 0.5  # of the highest weight, from which a pixel belongs to the region; likewise
 
 
 @dataclass(frozen=True)
@@ -110,10 +46,10 @@ class OcclusionFields:
     Attributes:
         filters: their numbers in the maps that ``map_of`` returns.
         fields: one picture per filter on a canvas of twice the input's size. The pixel (H, W) is the peak; values are
-            sums of lowered answers, in the units of the maps, smoothed.
+            sums of lowered responses, in the units of the maps, smoothed.
         effective_px: side of the square as large as the smallest set of pixels that holds half of the field before
             smoothing. One exact place gives ``occluder_px / sqrt(2)``, so nothing smaller can be told apart; ``nan``
-            where no place lowered the answer.
+            where no place lowered the response.
         thresholds: value from which a cell counts as active.
         images: positions in the batch of the photos used, the strongest first.
         forwards: images that were run through the network, uncovered ones included.
@@ -159,7 +95,7 @@ def covered(
 
 
 def activation_thresholds(
-    maps: Float[Tensor, "image filter row col"], *, top_share: float = 0.003, images: int = 10
+    maps: Float[Tensor, "image filter row col"], *, top_share: float = TOP_SHARE, images: int = 10
 ) -> Float[Tensor, " filter"]:
     """Return for each filter the value that its highest ``top_share`` of cells reaches.
 
@@ -173,11 +109,14 @@ def activation_thresholds(
     return torch.minimum(share, peaks.topk(min(images, len(peaks)), dim=0).values[-1])
 
 
-class _Answers(NamedTuple):
-    """Answers of the filters: sums over cells and anchors (row, col) of peaks in pixels."""
+class _Seen(NamedTuple):
+    """Sums of the filters' maps on the photos, uncovered (image, filter) and covered (image, place, filter)."""
 
     sums: Tensor
-    anchors: Tensor
+    peaks_px: Tensor
+    covered: Tensor
+    places: Tensor
+    size_px: tuple[int, int]
 
 
 def _cell_anchors(receptive: ReceptiveField, rows: int, cols: int, size_px: tuple[int, int]) -> Int[Tensor, "cell 2"]:
@@ -187,13 +126,14 @@ def _cell_anchors(receptive: ReceptiveField, rows: int, cols: int, size_px: tupl
     return torch.minimum(centres.floor().long().clamp(min=0), torch.tensor(size_px) - 1)
 
 
-def _answers(maps: Tensor, receptive: ReceptiveField, size_px: tuple[int, int]) -> _Answers:
+def _peaks_px(maps: Tensor, receptive: ReceptiveField, size_px: tuple[int, int]) -> Int[Tensor, "image filter 2"]:
     anchors = _cell_anchors(receptive, maps.shape[2], maps.shape[3], size_px)
-    return _Answers(maps.double().sum((2, 3)), anchors[maps.flatten(2).argmax(-1).cpu()])
+    return anchors[maps.flatten(2).argmax(-1).cpu()]
 
 
 def _run(map_of: MapOf, batch: Tensor, filters: Sequence[int] | None) -> Tensor:
-    maps = map_of(batch)
+    with torch.no_grad():
+        maps = map_of(batch)
     if maps.ndim != 4 or len(maps) != len(batch):
         raise InputError(
             expected(
@@ -238,8 +178,8 @@ def occlusion_receptive_fields(
             in it is left as it was is for it to see to (`partlens.network.taps.forward_taps` does).
         batch: the pool of photos, preprocessed.
         receptive: where the cells of the maps stand.
-        filters: filters wanted; all when left out.
-        config: settings; those for the input's size when left out.
+        filters: filters wanted; by default all.
+        config: settings; by default those for the input's size.
         batch_size: images per forward pass.
         advance: called with the number of images just run.
 
@@ -253,80 +193,55 @@ def occlusion_receptive_fields(
         ``step_drawRF.m`` of Zhang et al., CVPR 2018. Two differences: the code draws ten random photos for each
         filter from the whole data set, of those whose peak reaches the threshold, and covers them for this filter
         alone; here each filter takes its strongest photos of one shared pool, and thresholds are those of the pool.
-        And places are put relative to the peak on the uncovered photo unless ``align="occluded"``.
+        And the code puts places relative to the peak on the covered photo. A well covered part moves that peak to some
+        other place, which smears the field; so here it is the peak on the uncovered one.
     """
     if not len(batch):
         raise InputError(expected("at least one image", "an empty batch", "Add photos"))
     if batch_size < 1:
-        raise InputError(expected("a batch_size of at least 1", batch_size, f"Leave it out for {BATCH}"))
+        raise InputError(expected("a batch_size of at least 1", batch_size, f"Use the default, {BATCH}"))
     size_px = (int(batch.shape[2]), int(batch.shape[3]))
     config = OcclusionConfig().scaled(size_px) if config is None else config
     places = occluder_places(size_px, config.occluder_px, config.stride_px)
-    with torch.no_grad():
-        pieces = []
-        for part in batch.split(batch_size):
-            pieces.append(_run(map_of, part, filters))
-            advance(len(part))
-        maps = torch.cat(pieces)
-        own = _answers(maps, receptive, size_px)
-        # Ties go to the earlier photo, so that the result does not depend on how topk orders equals.
-        chosen = maps.amax((2, 3)).argsort(dim=0, descending=True, stable=True)[: config.images].T
-        used = chosen.unique()
-        pairs = torch.cartesian_prod(used, torch.arange(len(places)))
-        sums, anchors = [], []
-        for part in pairs.split(batch_size):
-            hidden = covered(batch[part[:, 0]], places[part[:, 1]], config.occluder_px)
-            answers = _answers(_run(map_of, hidden, filters), receptive, size_px)
-            sums.append(answers.sums)
-            anchors.append(answers.anchors if config.align == "occluded" else answers.anchors[:, :0])
-            advance(len(part))
-    shape = (len(used), len(places), maps.shape[1])
-    row_of = torch.zeros(len(batch), dtype=torch.long)
-    row_of[used] = torch.arange(len(used))
-    fields, sides = _fields(
-        torch.cat(sums).reshape(shape),
-        torch.cat(anchors).reshape(*shape[:2], -1, 2),
-        own,
-        chosen,
-        row_of,
-        places,
-        size_px,
-        config,
-    )
+    pieces = []
+    for part in batch.split(batch_size):
+        pieces.append(_run(map_of, part, filters))
+        advance(len(part))
+    maps = torch.cat(pieces)
+    # Ties go to the earlier photo, so that the result does not depend on how topk orders equals.
+    chosen = maps.amax((2, 3)).argsort(dim=0, descending=True, stable=True)[: config.images].T
+    used = chosen.unique()
+    pairs = torch.cartesian_prod(used, torch.arange(len(places)))
+    sums = []
+    for part in pairs.split(batch_size):
+        hidden = covered(batch[part[:, 0]], places[part[:, 1]], config.occluder_px)
+        sums.append(_run(map_of, hidden, filters).double().sum((2, 3)))
+        advance(len(part))
+    lowered = torch.zeros(len(batch), len(places), maps.shape[1], dtype=torch.float64)
+    lowered[used] = torch.cat(sums).unflatten(0, (len(used), len(places)))
+    seen = _Seen(maps.double().sum((2, 3)), _peaks_px(maps, receptive, size_px), lowered, places, size_px)
+    fields, sides = _fields(seen, chosen, config)
     return OcclusionFields(
         filters=tuple(range(maps.shape[1])) if filters is None else tuple(int(k) for k in filters),
         fields=fields,
         effective_px=sides,
-        thresholds=activation_thresholds(maps, top_share=config.top_share, images=config.images),
+        thresholds=activation_thresholds(maps, images=config.images),
         images=chosen,
         forwards=len(batch) + len(pairs),
     )
 
 
-def _fields(
-    sums: Tensor,
-    anchors: Tensor,
-    own: _Answers,
-    chosen: Tensor,
-    row_of: Tensor,
-    places: Tensor,
-    size_px: tuple[int, int],
-    config: OcclusionConfig,
-) -> tuple[Tensor, Tensor]:
+def _fields(seen: _Seen, chosen: Tensor, config: OcclusionConfig) -> tuple[Tensor, Tensor]:
     """Put the strongest places of every filter onto its canvas; return the smoothed canvases and effective sides."""
     fields, sides = [], []
-    for first in range(0, len(chosen), _FILTERS_AT_ONCE):
-        k = torch.arange(first, min(first + _FILTERS_AT_ONCE, len(chosen)))
+    for k in torch.arange(len(chosen)).split(_FILTERS_AT_ONCE):
         photos = chosen[k]
-        rows = row_of[photos]
-        hidden = sums[rows, :, k[:, None]]  # filter, photo, place
+        hidden = seen.covered[photos, :, k[:, None]]  # filter, photo, place
         best = hidden.argsort(dim=-1, stable=True)[..., : config.strongest]
-        drops = (own.sums[photos, k[:, None]][..., None] - hidden.gather(-1, best)).clamp(min=0)
-        if config.align == "occluded":
-            peaks = anchors[rows[..., None], best, k[:, None, None]]
-        else:
-            peaks = own.anchors[photos, k[:, None]][:, :, None]
-        canvas = _pasted(places[best] - peaks + torch.tensor(size_px), drops, size_px, config.occluder_px)
+        drops = (seen.sums[photos, k[:, None]][..., None] - hidden.gather(-1, best)).clamp(min=0)
+        peaks = seen.peaks_px[photos, k[:, None]][:, :, None]
+        corners = seen.places[best] - peaks + torch.tensor(seen.size_px)
+        canvas = _pasted(corners, drops, seen.size_px, config.occluder_px)
         sides.append(effective_side_px(canvas))
         fields.append(smoothed(canvas, config.smoothing_px, config.smoothing_sigma_px))
     return torch.cat(fields), torch.cat(sides)
@@ -407,15 +322,12 @@ def regions(
     of: Int[Tensor, " shown"],
     thresholds: Float[Tensor, " shown"],
     receptive: ReceptiveField,
-    *,
-    gain: float = 1.5,
-    region_share: float = 0.5,
 ) -> Bool[Tensor, "shown height width"]:
     """Return the regions of photos that maps stand for.
 
-    Cells below ``min(threshold, max x)`` are set to 0 and the rest becomes ``v = min(gain · x / max x, 1)``. The
+    Cells below ``min(threshold, max x)`` are set to 0 and the rest becomes ``v = min(1.5 · x / max x, 1)``. The
     weight of a pixel is the highest ``v · field`` over cells, the field moved so that its centre lies on the cell's
-    centre; the region holds the pixels with at least ``region_share`` of the highest weight.
+    centre; the region holds the pixels with at least half of the highest weight.
 
     Args:
         maps: one map for each picture wanted, non-negative.
@@ -423,22 +335,20 @@ def regions(
         of: for each map which field is its filter's.
         thresholds: for each map the value from which a cell is active.
         receptive: where the cells stand.
-        gain: see above.
-        region_share: see above.
 
     Returns:
         True inside; all False for a map or a field of zeros.
 
     Source:
         ``step_drawRF.m`` (CVPR 2018). It then also raises to 1 the cells whose scaled value reaches the unscaled
-        threshold; that depends on the unit of the maps and is left out.
+        threshold; that depends on the unit of the maps and is not done here.
     """
     size_px = (fields.shape[1] // 2, fields.shape[2] // 2)
     anchors = _cell_anchors(receptive, maps.shape[1], maps.shape[2], size_px)
     flat = maps.flatten(1)
     peaks = flat.amax(1, keepdim=True)
     live = torch.where(flat >= torch.minimum(thresholds[:, None], peaks), flat, 0.0)
-    values = (gain * live / peaks.clamp(min=torch.finfo(flat.dtype).tiny)).clamp(max=1)
+    values = (_GAIN * live / peaks.clamp(min=torch.finfo(flat.dtype).tiny)).clamp(max=1)
     weights = torch.zeros(len(maps), *size_px)
     for cell in torch.nonzero(values.amax(0) > 0).flatten().tolist():
         shown = torch.nonzero(values[:, cell] > 0).flatten()
@@ -446,7 +356,7 @@ def regions(
         moved = fields[of[shown], top : top + size_px[0], left : left + size_px[1]]
         weights[shown] = torch.maximum(weights[shown], moved * values[shown, cell, None, None])
     highest = weights.amax((1, 2), keepdim=True)
-    return (weights >= region_share * highest) & (highest > 0)
+    return (weights >= _REGION_SHARE * highest) & (highest > 0)
 
 
 def region_picture(photo: Image.Image, region: npt.NDArray[np.bool_]) -> Image.Image:

@@ -48,6 +48,44 @@ class ExplanationConfig(Settings):
         return cls(**{**cls.PRESETS[name], **changes})
 
 
+_REFERENCE_SIDE_PX = 224
+
+
+class OcclusionConfig(Settings):
+    """How photos are covered to find what a filter reads; the defaults are those of the released code at 224 px.
+
+    Attributes:
+        occluder_px: side of the square that covers a piece.
+        stride_px: step between its places. The places lie inside the image: ``ceil((H - occluder_px + 1) /
+            stride_px)`` along each axis, 22 x 22 = 484 at 224 px.
+        strongest: places used per photo and filter, those that lower the filter's response most.
+        images: photos used per filter, those on which it responds most (the code draws them at random among the
+            photos whose peak reaches the threshold).
+        smoothing_px: side of the Gaussian window, 0 for none.
+        smoothing_sigma_px: its standard deviation.
+    """
+
+    occluder_px: Annotated[int, Field(ge=1)] = 33
+    stride_px: Annotated[int, Field(ge=1)] = 9
+    strongest: Annotated[int, Field(ge=1)] = 4
+    images: Annotated[int, Field(ge=1)] = 10
+    smoothing_px: Annotated[int, Field(ge=0)] = 50
+    smoothing_sigma_px: Annotated[float, Field(gt=0)] = 30.0
+
+    def scaled(self, size_px: tuple[int, int]) -> OcclusionConfig:
+        """Return the same settings for inputs of another size: the lengths are meant for 224 px.
+
+        Example:
+            >>> small = OcclusionConfig().scaled((64, 64))
+            >>> small.occluder_px, small.stride_px, small.smoothing_px
+            (9, 3, 14)
+        """
+        factor = min(size_px) / _REFERENCE_SIDE_PX
+        lengths = {name: max(1, round(getattr(self, name) * factor)) for name in ("occluder_px", "stride_px")}
+        sigma = max(self.smoothing_sigma_px * factor, 0.5)
+        return self.changed({**lengths, "smoothing_px": round(self.smoothing_px * factor), "smoothing_sigma_px": sigma})
+
+
 class Answer(Value):
     """One of the performer's strongest outputs.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from partlens.attribution.receptive_pictures import OcclusionConfig
+from partlens.attribution.record import OcclusionConfig
 from partlens.data.images import ImageSet
-from partlens.errors import InputError, check_names, expected
+from partlens.errors import InputError, expected
 from partlens.evaluation.results import FieldKind, GalleryKind
 from partlens.explainer.network import Explainer
 from partlens.network.taps import forward_taps
@@ -77,11 +77,7 @@ class GalleryPlan:
         # Quick: twice the released stride and fewer photos. Full: as released, photos chosen out of 24 for all filters.
         quick = kind != "full"
         config = (OcclusionConfig(stride_px=18, images=4) if quick else OcclusionConfig()).scaled(size_px)
-        if isinstance(occlusion, OcclusionConfig):
-            config = occlusion
-        else:
-            check_names(config, occlusion or {})
-            config = replace(config, **(occlusion or {}))
+        config = occlusion if isinstance(occlusion, OcclusionConfig) else config.changed(occlusion or {})
         known = cast("GalleryKind", kind), cast("FieldKind", fields)
         return cls(*known, config, 8 if quick else 24, 24 if quick else 100, seed)
 

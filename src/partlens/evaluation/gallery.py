@@ -182,7 +182,7 @@ class _Drawing:
             pieces.append(self.joined(self.frames.batch(part))[:, numbers])
             advance(len(part))
         maps = torch.cat(pieces)
-        thresholds = activation_thresholds(maps, top_share=config.top_share, images=config.images)
+        thresholds = activation_thresholds(maps, images=config.images)
         pairs = [(n, photo) for n, one in enumerate(self.shown) for photo in one.photos]
         of = torch.tensor([n for n, _ in pairs])
         own = maps[torch.tensor([self.photos.index(photo) for _, photo in pairs]), of]
@@ -192,8 +192,6 @@ class _Drawing:
             of,
             thresholds[of],
             self.receptive,
-            gain=config.gain,
-            region_share=config.region_share,
         )
         found = {pair: region.numpy() for pair, region in zip(pairs, drawn, strict=True)}
         return _Looked(reads, covered, found, dict(zip(pairs, own, strict=True)))
@@ -234,7 +232,7 @@ class _Drawing:
             for layer in self.layers
         }
         return Covering(
-            settings=dict(self.plan.occlusion.__dict__),
+            settings=dict(self.plan.occlusion),
             places=self.places,
             photos=len(looked.covered.images.unique()),
             photos_per_filter=int(looked.covered.images.shape[1]),

@@ -19,7 +19,7 @@ from partlens.verbs.runs import labels_of, open_photos, rows_and_others, sampled
 if TYPE_CHECKING:
     from torch import nn
 
-    from partlens.attribution.receptive_pictures import OcclusionConfig
+    from partlens.attribution.record import OcclusionConfig
     from partlens.data.images import ImageSet
     from partlens.evaluation.explainer_evaluation import EvaluationRows
     from partlens.network.zoo import Performer
@@ -58,7 +58,7 @@ def evaluate(
             :class:`~partlens.evaluation.frames.GalleryPlan`.
         fields: what filters read: found by ``occlusion``, or ``analytic``, the round field in theory.
         occlusion: how photos are covered to find what filters read; fields to change in
-            :class:`~partlens.attribution.receptive_pictures.OcclusionConfig`.
+            :class:`~partlens.attribution.record.OcclusionConfig`.
         progress: how to show progress; silent by default.
 
     Returns:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.object_parts.record import PartsConfig, PartsFile, renamed
 from partlens.progress import Progress
+from partlens.run import Run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +46,7 @@ def parts(
         The content of ``parts.json``.
 
     Raises:
+        AtWorkError: another process writes to the run.
         ImageError: fewer than two photos in the split.
         InputError: the rule ``landmarks`` without landmarks, or a wrong name.
         RunError: the run is missing or unfinished, ``parts.json`` was edited wrongly, or model or data are not found.
@@ -53,13 +55,18 @@ def parts(
     earlier = PartsFile.read_if_there(run)
     if earlier is not None and rename and data is None and not config:
         found = renamed(earlier, rename)
+        with Run(run).writing():
+            found.write(run)
         if found.measured() is None:
             show.say("parts were joined: run partlens parts again to measure what they add together")
-    else:
-        from partlens.verbs.measured_parts import measured_parts, opened_explainer
+        return found
 
-        how = config if isinstance(config, PartsConfig) else PartsConfig(**dict(config or {}))
-        found = measured_parts(opened_explainer(run, data, model, split, how), earlier, rename, show)
-        show.say(f"wrote {run / PartsFile.FILE} ({found.photos} photos of the split {split})")
-    found.write(run)
+    from partlens.verbs.measured_parts import measured_parts, opened_explainer
+
+    how = config if isinstance(config, PartsConfig) else PartsConfig(**dict(config or {}))
+    opened = opened_explainer(run, data, model, split, how)
+    with Run(run).writing():
+        found = measured_parts(opened, earlier, rename, show)
+        found.write(run)
+    show.say(f"wrote {run / PartsFile.FILE} ({found.photos} photos of the split {split})")
     return found
