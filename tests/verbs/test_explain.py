@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import partlens
 from partlens.attribution import explanation
 from partlens.attribution.record import ExplanationRecord
+from partlens.data.flowers import generated_flowers
 from partlens.data.images import ImageSet
 from partlens.errors import InputError
 from partlens.network.zoo import Performer
@@ -20,6 +22,23 @@ from partlens.verbs import explained_parts
 from partlens.verbs.select_features import select_features
 
 RED, BLUE = "petal-red", "petal-blue"
+
+
+QUICK = {"rule": "clusters", "null_filters": 20, "photos_max": 8, "clusters_min": 2, "clusters_max": 2}
+
+
+@pytest.fixture(scope="module")
+def with_parts(fitted_once: Path, tiny_once: Performer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fitted run with parts, found once."""
+    run = Path(shutil.copytree(fitted_once, tmp_path_factory.mktemp("parts") / "run"))
+    flowers = generated_flowers(80, seed=3, size=48, categories=(RED, BLUE))
+    partlens.parts(run, flowers, model=tiny_once, config=QUICK)
+    return run
+
+
+@pytest.fixture
+def run(with_parts: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(with_parts, tmp_path / "run"))
 
 
 @pytest.fixture

@@ -270,24 +270,34 @@ def _opened(
     if selection is not None:
         for name in classes or ():
             _class_column(selection, name)
-    parts, known, of_parts = None, {}, classes
+    parts: OpenedParts | None = None
+    known: dict[str, int] = {}
+    of_parts = classes
     if has_explainer and selection is not None and not (run / PartsFile.FILE).exists():
         notes.append(f"the filters have no parts yet: run partlens parts {run}, then explain again")
     elif has_explainer:
-        from partlens.verbs.explained_parts import load_parts
-
-        # A network is loaded once, but an explainer of other weights has to be told.
-        parts = load_parts(run, selection.performer if selection is not None and model is None else model)
-        known = _known_outputs(run, parts.performer)
-        performer = parts.performer
+        parts, known = _open_parts(run, model, selection)
         if classes is not None:
             of_parts, more = _part_classes(selection, parts, known, classes)
-            parts, notes = (parts if of_parts else None), [*notes, *more]
-    if selection is not None:
-        performer = selection.performer
-    elif parts is None:
-        raise InputError(expected(f"a class among {listed(sorted(known))}", listed(list(classes or ())), notes[-1]))
-    return _Stage(performer, selection, parts, known, classes, of_parts, count, how, style, tuple(notes))
+            notes += more
+    opened = selection or parts
+    assert opened is not None
+    if parts is not None and of_parts == []:
+        if selection is None:
+            raise InputError(expected(f"a class among {listed(sorted(known))}", listed(list(classes or ())), notes[-1]))
+        parts = None
+    return _Stage(opened.performer, selection, parts, known, classes, of_parts, count, how, style, tuple(notes))
+
+
+def _open_parts(
+    run: Path, model: str | nn.Module | Performer | None, selection: OpenedSelection | None
+) -> tuple[OpenedParts, dict[str, int]]:
+    """Open the parts of a run, and name the outputs of the performer that they explain."""
+    from partlens.verbs.explained_parts import load_parts
+
+    # A network is loaded once, but an explainer of other weights has to be told.
+    parts = load_parts(run, selection.performer if selection is not None and model is None else model)
+    return parts, _known_outputs(run, parts.performer)
 
 
 def _known_outputs(run: Path, performer: Performer) -> dict[str, int]:
