@@ -21,6 +21,7 @@ COMMANDS: dict[str, Command] = {
     "train-performer": Command(
         "partlens_papers.networks.train_performer:train_performer",
         "train a copy of a network for one category of photos or several, as the papers did",
+        "partlens_papers.networks.train_performer:print_performer",
         settings={"config": "partlens_papers.networks.finetune_config:FinetuneConfig"},
     ),
     "make-flowers": Command(

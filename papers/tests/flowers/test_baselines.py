@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from partlens.attribution.backprop import guided_backprop, heat_map
 from partlens.errors import InputError, LayerError
+from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer, weights_sha256
+from partlens.network.zoo import Performer, load_performer, weights_sha256
 from partlens_papers.flowers import baselines
 from partlens_papers.flowers.baselines import (
     BASELINES,
@@ -26,6 +27,12 @@ from partlens_papers.flowers.baselines import (
 )
 
 SIZE = (32, 32)
+
+
+def _pooled() -> Performer:
+    """A network without a layer of more than one cell."""
+    prepare = Preprocessing(size_px=SIZE, resize="squash")
+    return load_performer(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(), prepare)
 
 
 @pytest.fixture
@@ -202,7 +209,7 @@ def test_a_missing_library_says_what_to_install(
         ),
         (lambda p, i, c: guided_map(p, i, c, batch_size=0), InputError, "a batch_size of at least 1, got 0"),
         (lambda p, i, c: upsampled_activation(p, i, c, layer="relu9"), LayerError, "relu9"),
-        (lambda p, i, c: last_maps(nn.Sequential(nn.AdaptiveAvgPool2d(1)), SIZE), LayerError, "more than one cell"),
+        (lambda p, i, c: last_maps(_pooled()), LayerError, "more than one cell"),
     ],
 )
 def test_refusals(

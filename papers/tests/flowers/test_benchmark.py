@@ -13,7 +13,7 @@ from partlens.errors import InputError, RunError
 from partlens.network.zoo import Performer, load_performer, weights_sha256
 from partlens_papers.flowers import benchmark as module
 from partlens_papers.flowers.baselines import BASELINES, upsampled_activation
-from partlens_papers.flowers.benchmark import RECALLED, flower_benchmark, train_network
+from partlens_papers.flowers.benchmark import RECALLED, FlowersConfig, flower_benchmark, train_network
 from partlens_papers.flowers.heat_maps import centre_box_maps, edge_maps, iou_auc, part_recall, pointing_game
 from partlens_papers.flowers.sets import FlowerSet, flower_set
 
@@ -30,8 +30,11 @@ def quick(performer: Performer, images: Tensor, classes: Tensor) -> Tensor:
 
 
 def run(out: Path, performer: Performer, **changes: object) -> dict:
-    options = {"set_name": DOUBLE, "images_per_class": 20, "folds": 2, "methods": {"quick": quick}, "perturbed": 0}
-    return flower_benchmark(out, performer=performer, **{**options, **changes})  # type: ignore[arg-type]
+    how = {"set_name": DOUBLE, "images_per_class": 20, "folds": 2, "perturbed": 0}
+    given = {"methods": {"quick": quick}, "ours": None}
+    how |= {name: value for name, value in changes.items() if name not in given}
+    given |= {name: value for name, value in changes.items() if name in given}
+    return flower_benchmark(out, performer=performer, config=how, **given)  # type: ignore[arg-type]
 
 
 def test_numbers_are_those_of_the_metrics_on_the_held_out_flowers(tmp_path: Path, performer: Performer) -> None:
@@ -139,23 +142,24 @@ def test_ours_is_made_for_either_network_and_gets_the_flowers(tmp_path: Path, pe
 
 
 def test_training_writes_a_network_that_can_be_named(tmp_path: Path) -> None:
-    trained = train_network(tmp_path, SINGLE, 8, epochs=1)
+    few = FlowersConfig(images_per_class=20, epochs=1)
+    trained = train_network(tmp_path, few)
     notes = json.loads((tmp_path / "network.json").read_text())
-    assert notes["accuracy"]["n"] == 12
+    assert notes["accuracy"]["n"] == 30
     assert notes["weights_sha256"] == trained.weights_sha256
-    assert trained.class_names == flower_set(SINGLE, 8).classes
+    assert trained.class_names == flower_set(SINGLE, 20).classes
     assert not any("norm" in name for name, _ in trained.module.named_modules())
     before = (tmp_path / "network.safetensors").stat().st_mtime_ns
-    assert train_network(tmp_path, SINGLE, 8, epochs=1).weights_sha256 == trained.weights_sha256
+    assert train_network(tmp_path, few).weights_sha256 == trained.weights_sha256
     assert (tmp_path / "network.safetensors").stat().st_mtime_ns == before
     with pytest.raises(RunError, match="'epochs': 2.*Choose another --out folder"):
-        train_network(tmp_path, SINGLE, 8, epochs=2)
+        train_network(tmp_path, few.changed({"epochs": 2}))
 
 
 @pytest.mark.slow
 def test_the_network_learns_the_petals_colour(tmp_path: Path) -> None:
     """A twentieth of the work of the real training: far above the chance of 1/6."""
-    train_network(tmp_path, SINGLE, 100, epochs=8)
+    train_network(tmp_path, FlowersConfig(images_per_class=100, epochs=8))
     accuracy = json.loads((tmp_path / "network.json").read_text())["accuracy"]
     assert accuracy["interval"][0] > 0.4
 
@@ -165,13 +169,13 @@ def test_the_published_methods_are_the_default() -> None:
 
 
 def test_refusals(tmp_path: Path, performer: Performer) -> None:
-    with pytest.raises(InputError, match="1 to 5 folds, got 6"):
+    with pytest.raises(InputError, match="folds to be less than or equal to 5, got 6"):
         run(tmp_path, performer, folds=6)
-    with pytest.raises(InputError, match="at least 20 images_per_class, got 19"):
+    with pytest.raises(InputError, match="images_per_class to be greater than or equal to 20, got 19"):
         run(tmp_path, performer, images_per_class=19)
-    with pytest.raises(InputError, match="perturbed >= 0, got -1"):
+    with pytest.raises(InputError, match="perturbed to be greater than or equal to 0, got -1"):
         run(tmp_path, performer, perturbed=-1)
-    with pytest.raises(InputError, match="a flower set among"):
+    with pytest.raises(InputError, match="set_name to be 'flowers-single-6c' or"):
         run(tmp_path, performer, set_name="flowers")
     with pytest.raises(InputError, match="methods of different names, got 'quick' twice"):
         run(tmp_path, performer, ours=lambda p, f: {"quick": quick})

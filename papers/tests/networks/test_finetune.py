@@ -437,12 +437,12 @@ def test_the_checkpoint_names_its_tensors(
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"loss": "hinge"}, "logistic, softmax"),
-        ({"epochs": 0}, "epochs at least 1"),
-        ({"positive_share": 1.0}, "between 0 and 1"),
-        ({"momentum": 1.0}, "below 1"),
-        ({"learning_rate": math.nan}, "above 0"),
-        ({"rate_fall": 0.0}, "at most 1"),
+        ({"loss": "hinge"}, "loss to be 'logistic' or 'softmax'"),
+        ({"epochs": 0}, "epochs to be greater than or equal to 1"),
+        ({"positive_share": 1.0}, "positive_share to be less than 1"),
+        ({"momentum": 1.0}, "momentum to be less than 1"),
+        ({"learning_rate": math.nan}, "learning_rate to be a finite number"),
+        ({"rate_fall": 0.0}, "rate_fall to be greater than 0"),
     ],
 )
 def test_settings_out_of_range_are_named(changes: dict[str, Any], text: str) -> None:
@@ -451,14 +451,14 @@ def test_settings_out_of_range_are_named(changes: dict[str, Any], text: str) -> 
 
 
 def test_unknown_settings_are_named() -> None:
-    assert FinetuneConfig.from_dict(FinetuneConfig(seed=3).to_dict()) == FinetuneConfig(seed=3)
+    assert FinetuneConfig(**dict(FinetuneConfig(seed=3))) == FinetuneConfig(seed=3)
     with pytest.raises(InputError, match="epochs"):
-        FinetuneConfig.from_dict({"epoch": 3})
+        FinetuneConfig(epoch=3)
 
 
 def test_every_setting_is_documented() -> None:
-    for name in FinetuneConfig.__dataclass_fields__:
-        assert f"        {name}: " in (FinetuneConfig.__doc__ or ""), name
+    for name in FinetuneConfig.model_fields:
+        assert f"    {name}: " in (FinetuneConfig.__doc__ or ""), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

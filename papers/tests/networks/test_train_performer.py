@@ -14,15 +14,16 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import partlens
-from partlens.cli import main
+from partlens.cli import main as product
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, PartlensError, RunError, WeightsError
 from partlens.evaluation.places import photo_numbers
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.zoo import Performer, load_performer, weights_sha256
 from partlens.verbs.runs import several
+from partlens_papers.cli import main
 from partlens_papers.networks.paper_networks import PaperNet
+from partlens_papers.networks.settings import paper_setting
 from partlens_papers.networks.train_performer import held_out_scores, read_training, summary, train_performer
 
 SIDE = 67
@@ -79,7 +80,7 @@ def test_one_category_from_the_convolutions_alone(tmp_path: Path) -> None:
     assert found["weights_sha256"] == made.weights_sha256
     assert found["data"]["train_photos"] == {"red": 10, "": 20}
     assert found["data"]["fingerprint"] == colours().fingerprint()
-    assert partlens.paper_setting(made) == partlens.paper_setting("alexnet-caffe")
+    assert paper_setting(made) == paper_setting("alexnet-caffe")
 
 
 def test_it_beats_the_baseline_on_photos_it_has_not_seen(small: Performer, tmp_path: Path) -> None:
@@ -317,20 +318,19 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         f"torchvision:squeezenet1_1@{tmp_path / 'w.safetensors'}",
         str(tmp_path / "photos"),
         f"--out={out}",
-        "--train-from=classifier",
-        "--epochs=1",
-        "--batch-size=16",
+        "--finetune.train_from=classifier",
+        "--finetune.epochs=1",
+        "--finetune.batch_size=16",
     ]
     assert main([*command, "--category=red"]) == 0
     shown = capsys.readouterr().out
     assert str(out) in shown
     assert "held-out error" in shown
-    assert main([*command, "--category=red", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["config"]["train_from"] == "classifier"
+    assert read_training(out)["config"]["train_from"] == "classifier"
     assert main([*command, "--category=red", "--against=green, blue"]) == 0  # the same photos
-    assert main([*command, "--category=red", "--epochs=2"]) == 1
+    assert main([*command, "--category=red", "--finetune.epochs=2"]) == 1
     shutil.rmtree(tmp_path / "red.work", ignore_errors=True)
-    assert main(["layers", f"torchvision:squeezenet1_1@{out}"]) == 0
+    assert product(["layers", f"torchvision:squeezenet1_1@{out}"]) == 0
 
 
 def test_tasks_on_the_same_photos_share_the_maps_of_fixed_layers(small: Performer, tmp_path: Path) -> None:

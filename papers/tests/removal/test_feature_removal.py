@@ -166,7 +166,7 @@ def test_tables(result: dict) -> None:
 
 
 def test_errors_say_what_to_do(planted: Performer, blobs: ImageSet, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="labels to be one of"):
+    with pytest.raises(InputError, match="labels to be 'data' or 'predictions'"):
         RemovalConfig(labels="truth")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="curve_rankings"):
         RemovalConfig(curve_rankings=("ours", "lucky"))

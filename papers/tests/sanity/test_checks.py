@@ -203,7 +203,7 @@ def test_errors_say_what_to_do(planted: Performer, blobs: ImageSet, tmp_path: Pa
         sanity_checks(tmp_path, checks=("taste",))
     with pytest.raises(InputError, match="a model with its data"):
         sanity_checks(tmp_path, model=planted)
-    with pytest.raises(InputError, match="counts of at least 1"):
+    with pytest.raises(InputError, match="photos to be greater than or equal to 1"):
         SanityConfig(photos=0)
     strange = ImageSet.from_arrays(np.zeros((4, 16, 16, 3), np.uint8), categories=["a", "a", "b", "b"])
     with pytest.raises(InputError, match="outputs of planted, got a"):

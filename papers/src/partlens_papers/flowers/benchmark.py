@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -448,7 +449,9 @@ def benchmark_table(result: Mapping[str, Any]) -> list[str]:
         for name in sorted(scores, key=lambda n: -(scores[n]["iou_auc_percent"]["value"] or 0.0)):
             area = scores[name]["iou_auc_percent"]
             low, high = area["interval"]
-            cells = [title + name, f"{area['fold_mean']:.1f} ± {area['fold_sd']:.2f}", f"{low:.1f}–{high:.1f}"]
+            spread = area["fold_sd"] if area["fold_sd"] is not None and math.isfinite(area["fold_sd"]) else None
+            of_folds = f"{area['fold_mean']:.1f}" + ("" if spread is None else f" ± {spread:.2f}")
+            cells = [title + name, of_folds, f"{low:.1f}–{high:.1f}"]
             cells += [shown(scores[name].get(score)) for score in ("pointing", "insertion", "deletion")]
             cells += [shown(scores[name].get("both_parts_covered"))] if both else []
             known = recalled.get(name) if group == "methods" else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -386,6 +387,11 @@ def _counts(names: Sequence[str], labels: Sequence[int]) -> dict[str, int]:
     """Count photos by category; others stand under an empty name."""
     counts = {name: labels.count(i) for i, name in enumerate(names)}
     return counts | ({"": others} if (others := labels.count(-1)) else {})
+
+
+def print_performer(path: Path) -> None:
+    """Print where a trained network is, and how it does on held-out photos."""
+    sys.stdout.write(f"{path}\n{summary(read_training(path))}\n")
 
 
 def summary(content: Mapping[str, Any]) -> str:
