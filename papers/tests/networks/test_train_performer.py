@@ -327,7 +327,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert str(out) in shown
     assert "held-out error" in shown
     assert read_training(out)["config"]["train_from"] == "classifier"
-    assert main([*command, "--category=red", "--against=green, blue"]) == 0  # the same photos
+    assert main([*command, "--category=red", "--against", "green", "blue"]) == 0  # the same photos
     assert main([*command, "--category=red", "--finetune.epochs=2"]) == 1
     shutil.rmtree(tmp_path / "red.work", ignore_errors=True)
     assert product(["layers", f"torchvision:squeezenet1_1@{out}"]) == 0

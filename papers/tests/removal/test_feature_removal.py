@@ -170,7 +170,7 @@ def test_errors_say_what_to_do(planted: Performer, blobs: ImageSet, tmp_path: Pa
         RemovalConfig(labels="truth")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="curve_rankings"):
         RemovalConfig(curve_rankings=("ours", "lucky"))
-    with pytest.raises(InputError, match="counts of at least 1"):
+    with pytest.raises(InputError, match="curve.0 to be greater than or equal to 1"):
         RemovalConfig(curve=(0,))
     strange = ImageSet.from_arrays(np.zeros((4, 16, 16, 3), np.uint8), categories=["a", "a", "b", "b"])
     with pytest.raises(InputError, match="outputs of planted, got a, b"):
