@@ -23,7 +23,7 @@ def test_links_resolve(page: Path) -> None:
 
 
 def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    small = {"epochs": 1, "warmup_epochs": 1, "views": 2, "candidates_per_filter": 1, "batch_size": 8}
+    small = {"epochs": 1, "warmup_epochs": 1, "views": 2, "batch_size": 8}
     monkeypatch.setattr(config, "PARTLENS_CHANGES", config.PARTLENS_CHANGES | small)
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -67,7 +67,5 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("partlens.verbs.demo.EPOCHS", 1)
     example = runpy.run_path(str(ROOT / "examples" / "own_network.py"))
-    scores = example["main"](
-        tmp_path / "run", 80, epochs=1, warmup_epochs=1, views=2, candidates_per_filter=1, batch_size=8
-    )
+    scores = example["main"](tmp_path / "run", 80, epochs=1, warmup_epochs=1, views=2, batch_size=8)
     assert set(scores) == {"instability", "consistency"}

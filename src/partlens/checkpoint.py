@@ -119,5 +119,5 @@ def restore_moments(optimiser: torch.optim.Optimizer, kept: Mapping[str, Tensor]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in kept.items():
         number, _, moment = name.partition(".")
-        state.setdefault(int(number), {})[moment] = value
+        state.setdefault(int(number), {})[moment] = value.clone()  # the optimiser would change the given one
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -185,7 +185,9 @@ def _plan(program: str, name: str, command: Command) -> _Plan:
     from jsonargparse import ArgumentParser
 
     function = _found(command.function)
-    parameters = dict(inspect.signature(function).parameters)
+    signature = inspect.signature(function).parameters
+    # A function cannot be typed in a shell.
+    parameters = {n: p for n, p in signature.items() if not str(p.annotation).startswith("PlaceSource")}
     shown = [p for p in parameters.values() if p.name != "progress" and p.name not in command.settings]
     words = [p.name.upper() for p in shown if p.kind is not inspect.Parameter.KEYWORD_ONLY and p.default is p.empty]
     needed = [f"--{p.name} {p.name.upper()}" for p in shown if p.kind is p.KEYWORD_ONLY and p.default is p.empty]

@@ -179,6 +179,9 @@ class Value(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
+            ours = error.errors(include_url=False)[0].get("ctx", {}).get("error")  # what a check of ours said
+            if isinstance(ours, InputError):
+                raise ours from None
             raise InputError(expected(*_fault(error, type(self)))) from error
 
     # Without this mark pydantic would build values inside records through __init__, where a file's kinds are not known.

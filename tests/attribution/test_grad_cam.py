@@ -17,9 +17,8 @@ from partlens.attribution.grad_cam import (
     track_grad_cam,
 )
 from partlens.errors import InputError, LayerError
-from partlens.explainer.assembly import build_explainer, explainer_structure, performer_head
 from partlens.explainer.config import ExplainerConfig
-from partlens.explainer.network import Explainer
+from partlens.explainer.network import Explainer, build_explainer, explainer_structure, performer_head
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
 

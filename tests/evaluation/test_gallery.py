@@ -20,8 +20,8 @@ from partlens.evaluation.frames import Frames, GalleryPlan
 from partlens.evaluation.gallery import write_gallery
 from partlens.evaluation.places import MeasuredPhotos, filter_scores
 from partlens.evaluation.results import Gallery, GalleryKind
-from partlens.explainer.assembly import build_explainer, explainer_structure
 from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.network import build_explainer, explainer_structure
 from partlens.metrics.localisation import peaks_from_cells
 from partlens.network.receptive_field import grid_of
 from partlens.network.taps import forward_taps

@@ -148,7 +148,7 @@ def test_a_followed_part_stands_out_and_categories_are_measured_apart() -> None:
 
 
 def test_an_evaluation_has_it_where_parts_have_regions(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
-    small = {"epochs": 2, "warmup_epochs": 1, "views": 3, "batch_size": 8, "background_batch": 4, "votes": 4}
+    small = {"epochs": 2, "warmup_epochs": 1, "views": 3, "batch_size": 8, "background_batch": 4}
     run = fit_explainer(tiny, few_flowers, out=tmp_path / "run", config=small, seeds=1).path
     found = evaluate(run, few_flowers, model=tiny, gallery="none", rounds=5).part_interpretability
     assert found is not None

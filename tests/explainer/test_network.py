@@ -1,20 +1,20 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from partlens.explainer.assembly import (
+from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.network import (
+    NormLayer,
     build_explainer,
+    dense_weights,
     explainer_structure,
+    parameter_groups,
     performer_head,
     reference_decoder,
 )
-from partlens.explainer.config import ExplainerConfig
-from partlens.explainer.network import BoxConvolution, NormLayer, dense_weights, parameter_groups
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer, weights_sha256
@@ -137,7 +137,8 @@ def test_a_dead_channel_does_not_blow_up() -> None:
 
 def test_p_cannot_be_gamed_by_rescaling_the_track(tiny: Performer) -> None:
     structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
-    explainer = build_explainer(tiny, structure, ExplainerConfig(norm_floor=0.0)).eval()
+    explainer = build_explainer(tiny, structure, ExplainerConfig()).eval()
+    explainer.norm_interp.floor = explainer.norm_ordin.floor = 0.0
     maps = forward_taps(tiny, torch.rand(16, 3, 32, 32), ["relu2"])[1]["relu2"]
     explainer.start_norms(maps)
     with torch.no_grad():
@@ -180,43 +181,6 @@ def test_layers_that_cannot_be_explained_say_why(tiny: Performer) -> None:
         explainer_structure(tiny, batch, "conv2", ["relu4"])
 
 
-def test_identity_initialisation_starts_as_the_performers_own_filters(tiny: Performer) -> None:
-    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
-    config = dataclasses.replace(ExplainerConfig(), initialisation="identity")
-    explainer = build_explainer(tiny, structure, config)
-    maps = forward_taps(tiny, torch.rand(8, 3, 32, 32), ["relu2"])[1]["relu2"]
-    first = explainer.interpret(maps)[0].detach()
-    same = nn.functional.cosine_similarity(first.flatten(), maps.flatten(), dim=0)
-    assert float(same) > 0.9
-
-
-def test_a_box_is_a_convolution_of_nine_equal_taps() -> None:
-    torch.manual_seed(0)
-    box = BoxConvolution(5, 7)
-    nn.init.normal_(box.weight)
-    nn.init.normal_(box.bias)
-    maps = torch.rand(2, 5, 6, 4)
-    full = nn.functional.conv2d(maps, box.weight.expand(-1, -1, 3, 3) / 9, box.bias, padding=1)
-    assert torch.allclose(box(maps), full, atol=1e-6)
-
-
-def test_a_box_starts_from_the_sum_of_a_copied_kernel() -> None:
-    """A flat copied kernel is kept exactly; nothing is invented for others but their sum."""
-    torch.manual_seed(0)
-    module = torchvision.models.alexnet(weights=None)
-    with torch.no_grad():
-        module.features[10].weight.copy_(module.features[10].weight.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3))
-    performer = performer_of(module, 96)
-    structure = explainer_structure(performer, torch.rand(2, 3, 96, 96), "features.9")
-    explainer = build_explainer(performer, structure, ExplainerConfig(kernel="box", initialisation="identity"))
-    assert isinstance(explainer.conv_interp_2, BoxConvolution)
-    maps = torch.rand(2, structure.channels_in, *structure.side_cells)
-    with torch.no_grad():
-        own = nn.functional.conv2d(maps, module.features[10].weight, padding=1)
-        same = nn.functional.cosine_similarity(explainer.conv_interp_2(maps).flatten(), own.flatten(), dim=0)
-    assert float(same) > 0.9
-
-
 def test_a_held_inserted_track_costs_nothing_and_is_the_identity(tiny: Performer) -> None:
     structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
     held = build_explainer(tiny, structure, ExplainerConfig(learning_rate_ordinary=0.0))
@@ -226,39 +190,6 @@ def test_a_held_inserted_track_costs_nothing_and_is_the_identity(tiny: Performer
     maps = torch.rand(2, 12, 8, 8)
     assert torch.equal(held.normed_tracks(maps).ordin, maps)
     assert torch.allclose(free.normed_tracks(maps).ordin, maps, atol=1e-6)
-
-
-def test_without_mask_every_cell_passes(tiny: Performer) -> None:
-    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
-    maps = torch.rand(2, 12, 8, 8)
-    kept = {}
-    for mask in (True, False):
-        explainer = build_explainer(tiny, structure, ExplainerConfig(mask=mask, initialisation="identity")).eval()
-        tracks = explainer.normed_tracks(maps)
-        kept[mask] = int((tracks.interpretable > 0).sum())
-        whole = tracks.interp2 / explainer.norm_interp.divisor[:, None, None]
-        assert torch.equal(whole, tracks.interpretable) != mask
-    assert kept[True] < kept[False] / 2
-
-
-def test_explainers_that_stored_the_identity_still_load(tiny: Performer) -> None:
-    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
-    held = build_explainer(tiny, structure, ExplainerConfig(learning_rate_ordinary=0.0))
-    kernel = nn.init.dirac_(torch.empty(12, 12, 3, 3))
-    stored = held.state_dict() | {"conv_ordin.weight": kernel, "conv_ordin.bias": torch.zeros(12)}
-    held.load_state_dict(dict(stored))
-    with pytest.raises(RuntimeError, match="conv_ordin"):
-        held.load_state_dict(stored | {"conv_ordin.weight": kernel + 0.1})
-
-
-def test_explainers_that_read_the_tap_as_it_is_still_load(tiny: Performer) -> None:
-    structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
-    explainer = build_explainer(tiny, structure, ExplainerConfig())
-    stored = explainer.state_dict()
-    older = {k: v for k, v in stored.items() if not k.startswith("tap_")}
-    explainer.load_state_dict(older)
-    maps = torch.rand(2, 12, 8, 8)
-    assert torch.equal(explainer.interpret(maps)[0], explainer.conv_interp_1(maps).relu())
 
 
 def test_a_standardised_track_is_the_same_function_with_other_weights(tiny: Performer) -> None:
@@ -298,7 +229,7 @@ def test_channels_drop_out_in_the_warm_up_only_and_by_the_given_draws(tiny: Perf
     assert torch.equal(thinned[..., 0, 0], thinned[..., 1, 1])
 
 
-def test_parts_stand_where_the_configuration_says(tiny: Performer) -> None:
+def test_parts_are_where_the_configuration_says(tiny: Performer) -> None:
     structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
     maps = torch.zeros(1, 12, 8, 8)
     maps[0, :, 2, 1], maps[0, :, 2, 6] = 1.0, 0.99
@@ -311,8 +242,6 @@ def test_parts_stand_where_the_configuration_says(tiny: Performer) -> None:
     # Between two distant peaks nothing is left under the mask; around the largest cell one of them is.
     assert float(centroid.masked(maps).sum()) < 0.1
     assert float(largest.masked(maps).sum()) == pytest.approx(12)
-    without = build_explainer(tiny, structure, ExplainerConfig(peak="centroid", mask=False))
-    assert torch.equal(without.masked(maps), maps)
 
 
 def test_only_the_category_moves_the_norm_layers(tiny: Performer) -> None:
@@ -330,7 +259,8 @@ def test_only_the_category_moves_the_norm_layers(tiny: Performer) -> None:
 
 def test_the_mixture_is_in_units_of_the_interpretable_track(tiny: Performer) -> None:
     structure = explainer_structure(tiny, torch.rand(2, 3, 32, 32), "relu2")
-    explainer = build_explainer(tiny, structure, ExplainerConfig(norm_floor=0.0)).eval()
+    explainer = build_explainer(tiny, structure, ExplainerConfig()).eval()
+    explainer.norm_interp.floor = explainer.norm_ordin.floor = 0.0
     for norm, size in ((explainer.norm_interp, 8.0), (explainer.norm_ordin, 2.0)):
         norm.magnitude.fill_(size)
         norm.started.fill_(value=True)

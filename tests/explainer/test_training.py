@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from partlens.data.images import ImageSet
 from partlens.errors import RunError
-from partlens.explainer import terms as objective
-from partlens.explainer import training
-from partlens.explainer.assembly import build_explainer
+from partlens.explainer import terms, training
 from partlens.explainer.config import ExplainerConfig
-from partlens.explainer.network import Explainer, ExplainerStructure
-from partlens.explainer.seeding import part_candidates, seed_parts, voted_parts
+from partlens.explainer.network import Explainer, build_explainer
+from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.terms import Objective
-from partlens.explainer.training import CHECKPOINT_STATE, decoder_rate, train_explainer
-from partlens.explainer.training_maps import TrainingMaps
-from partlens.explainer.views import view_windows, viewed_images
+from partlens.explainer.training import decoder_rate, train_explainer
+from partlens.explainer.views import TrainingMaps, epoch_batches, gather, view_windows, viewed_images
+from partlens.network.stream import batches
 from partlens.network.zoo import Performer
 from partlens.records import read_json, read_tensors, write_tensors
 
@@ -29,8 +30,6 @@ SMALL: dict[str, Any] = {
     "views": 3,
     "batch_size": 8,
     "background_batch": 4,
-    "candidates_per_filter": 2,
-    "votes": 4,
     "precision": "float32",
 }
 
@@ -40,9 +39,11 @@ def maps(tiny: Performer) -> TrainingMaps:
     generator = torch.Generator().manual_seed(5)
     tap = torch.rand(20 * 3 + 6, 12, 8, 8, generator=generator)
     targets = tiny.graph.cut("relu2", ["relu3", "relu4"])(tap)
-    windows = view_windows(20, 3, 0.5, generator)
+    windows = view_windows(20, 3, generator, 0.5)
     arrays = tuple(t.detach().numpy().astype(np.float16) for t in targets)
-    return TrainingMaps(tap.numpy().astype(np.float16), arrays, windows, np.arange(60, 66))
+    return TrainingMaps(
+        tap.numpy().astype(np.float16), arrays, windows, torch.zeros(20, dtype=torch.long), np.arange(60, 66)
+    )
 
 
 def fresh(tiny: Performer, **changes: Any) -> Explainer:
@@ -54,20 +55,16 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "after"),
     [
-        {},
-        {"normaliser": "running", "precision": "bfloat16"},
-        {"kernel": "full", "learning_rate_ordinary": 1e-4},
-        {"learning_rate_joint": 1e-4, "kernel": "box"},
-        {"initialisation": "parts", "teachers": 0, "diversity_weight": 8.0, "equivariance_weight": 8.0},
-        {"hidden_filters": 5, "normaliser": "running", "teacher_sources": "both", "candidates_per_filter": 1},
-        {"teacher_match": False},
-        {"learning_rate_joint": 0.0},
+        ({}, 1),
+        ({}, 2),
+        ({"precision": "bfloat16", "hidden_filters": 5}, 4),
+        ({"learning_rate_ordinary": 1e-4}, 3),
+        ({"learning_rate_joint": 0.0}, 4),
     ],
-    ids=["default", "running", "full", "joint", "parts", "narrow", "in turns", "held"],
+    ids=["in the warm-up", "after it", "narrow", "ordinary", "held"],
 )
-@pytest.mark.parametrize("after", [1, 2, 4])
 def test_a_killed_run_continues_bit_equal(
     tiny: Performer, maps: TrainingMaps, tmp_path: Path, after: int, changes: dict[str, Any]
 ) -> None:
@@ -120,7 +117,7 @@ def test_a_checkpoint_of_the_warm_up_leaves_the_decoder_out(
     seen: dict[str, bool] = {}
 
     def look(record: dict[str, Any]) -> None:
-        saved = read_tensors(tmp_path / read_json(tmp_path / CHECKPOINT_STATE)["tensors"])
+        saved = read_tensors(tmp_path / read_json(tmp_path / "checkpoint.json")["tensors"])
         seen[record["phase"]] = any(name.startswith("network.decoder.") for name in saved)
         if record["phase"] == "joint":
             raise Killed
@@ -128,7 +125,7 @@ def test_a_checkpoint_of_the_warm_up_leaves_the_decoder_out(
     with pytest.raises(Killed):
         train_explainer(fresh(tiny), maps, tmp_path, report=look)
     assert seen == {"warmup": False, "joint": True}
-    state = read_json(tmp_path / CHECKPOINT_STATE)
+    state = read_json(tmp_path / "checkpoint.json")
     saved = read_tensors(tmp_path / state["tensors"])
     write_tensors(tmp_path / state["tensors"], {k: v for k, v in saved.items() if "conv_interp_2" not in k})
     with pytest.raises(RunError, match=r"a whole checkpoint in .*, got .*conv_interp_2"):
@@ -162,66 +159,17 @@ def test_a_checkpoint_of_another_configuration_is_refused(tiny: Performer, maps:
 
 
 def test_one_photo_is_too_few(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
-    alone = TrainingMaps(maps.tap, maps.targets, maps.windows[:1], maps.background_rows)
+    alone = replace(maps, windows=maps.windows[:1], labels=maps.labels[:1])
     with pytest.raises(ValueError, match="at least 2 photos of the category to learn from, got 1"):
         train_explainer(fresh(tiny), alone, tmp_path)
 
 
 def test_rows_are_read_in_the_order_asked(maps: TrainingMaps) -> None:
     rows = np.array([40, 3, 3, 59, 0])
-    tap, targets = maps.read(rows)
-    assert torch.equal(tap, torch.from_numpy(maps.tap[rows]).float())
-    assert torch.equal(targets[1], torch.from_numpy(maps.targets[1][rows]).float())
-
-
-def test_seeding_finds_a_planted_part(tiny: Performer) -> None:
-    """One feature marks a part that moves; candidates must find it among features that fire anywhere."""
-    generator = torch.Generator().manual_seed(2)
-    photos, views = 40, 3
-    windows = view_windows(photos, views, 0.6, generator).transpose(0, 1)
-    windows[2] = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])  # mirrors only, which cells can follow exactly
-    maps = 0.3 * torch.rand(views, photos, 12, 8, 8, generator=generator)
-    place = torch.randint(1, 7, (photos, 2), generator=generator)
-    for i, (row, col) in enumerate(place.tolist()):
-        maps[0, i, 4, row, col] += 4
-        for v in (1, 2):
-            maps[v, i, 4, row, 7 - col] += 4
-    others = 0.3 * torch.rand(30, 12, 8, 8, generator=generator)
-    explainer = fresh(tiny, candidates_per_filter=8)
-    parts = voted_parts(maps, windows, others, generator, voters=12, parts=12, candidates=96, votes=64)
-    assert parts.found["movement_error_cells"] < 1.5
-    seed_parts(explainer, parts)
-    peaks = explainer.interpret(maps[0])[1].detach().flatten(2).argmax(-1)
-    distance = torch.maximum((peaks // 8 - place[:, :1]).abs(), (peaks % 8 - place[:, 1:]).abs())
-    assert float((distance <= 1).float().mean(0).median()) > 0.9
-
-
-@pytest.mark.parametrize("kernel", ["full", "box"])
-@pytest.mark.parametrize("hidden", [0, 5])
-def test_a_seeded_track_answers_as_the_parts_it_was_set_to(tiny: Performer, kernel: str, hidden: int) -> None:
-    generator = torch.Generator().manual_seed(3)
-    maps = torch.rand(3, 20, 12, 8, 8, generator=generator)
-    windows = view_windows(20, 3, 0.6, generator).transpose(0, 1)
-    others = torch.rand(10, 12, 8, 8, generator=generator)
-    explainer = fresh(tiny, kernel=kernel, standardise=False, hidden_filters=hidden)
-    voters = explainer.conv_interp_1.out_channels
-    assert voters == (hidden or 12)
-    parts = voted_parts(maps, windows, others, generator, voters=voters, parts=12, candidates=60, votes=4)
-    seed_parts(explainer, parts)
-    assert torch.allclose(explainer.interpret(maps[1])[1], parts.maps(maps[1]), atol=1e-5)
-    assert parts.votes.sum(1).tolist() == pytest.approx([1.0] * 12)
-
-
-def test_candidates_are_as_many_as_asked(generator: torch.Generator) -> None:
-    detectors, mean = part_candidates(torch.rand(9, 5, 6, 6), torch.zeros(0, 5, 6, 6), 50, generator)
-    assert detectors.shape[0] >= 50
-    assert torch.isfinite(detectors).all()
-    assert mean.shape == (5,)
+    assert torch.equal(gather(maps.tap, rows), torch.from_numpy(maps.tap[rows]).float())
 
 
 def test_views_are_mirrored_and_cropped_as_their_windows_say(tiny: Performer) -> None:
-    from partlens.data.images import ImageSet
-
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     picture[:32, :32, 0] = 255
     images = ImageSet.from_arrays([picture])
@@ -262,8 +210,6 @@ def test_teachers_go_on_while_the_track_learns_from_the_reconstruction(
         missed[ratio] = [record["teacher"] for record in history if record["phase"] == "joint"]
     fell = {ratio: values[0] - values[-1] for ratio, values in missed.items()}
     assert fell[10.0] > 2 * abs(fell[0.0]), fell
-    held = train_explainer(fresh(tiny, learning_rate_joint=0.0), maps, tmp_path / "held").history
-    assert ["teacher" in record for record in held] == [True] * 2 + [False] * 3
 
 
 def test_the_decoder_takes_no_step_that_is_large_beside_its_weights() -> None:
@@ -274,12 +220,12 @@ def test_the_decoder_takes_no_step_that_is_large_beside_its_weights() -> None:
             layer.bias.fill_(5.0)  # no kernel
     config = ExplainerConfig(learning_rate_decoder=1e-3, decoder_step_max=0.01)
     assert decoder_rate(fine, config) == pytest.approx(0.01 * (2.5e-4) ** 0.5)
-    for unlimited in (replace(config, decoder_step_max=0.0), replace(config, decoder_step_max=1.0)):
+    for unlimited in (config.changed({"decoder_step_max": 0.0}), config.changed({"decoder_step_max": 1.0})):
         assert decoder_rate(fine, unlimited) == pytest.approx(1e-3)
     assert decoder_rate(torch.nn.ReLU(), config) == pytest.approx(1e-3)
 
 
-@pytest.mark.parametrize("preset", ["partlens", "held", "paper"])
+@pytest.mark.parametrize("preset", ["partlens", "paper"])
 def test_the_decoder_never_learns_from_magnitudes_of_before_the_warm_up(
     tiny: Performer, maps: TrainingMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
 ) -> None:
@@ -324,34 +270,17 @@ def test_epochs_of_the_joint_phase_weaken_the_filter_loss(
     assert by_epoch == {1: {1.0}, 2: {1.0}, 3: {1.0}}
 
 
-@pytest.mark.parametrize("only", [True, False])
-def test_the_background_moves_the_norm_layers_only_where_it_is_asked_to(
-    tiny: Performer, maps: TrainingMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: bool
-) -> None:
-    asked: list[tuple[int, int | None]] = []
-    forward = Explainer.forward
-
-    def watched(self: Explainer, batch: torch.Tensor, positives: int | None = None) -> Any:
-        asked.append((len(batch), positives))
-        return forward(self, batch, positives)
-
-    monkeypatch.setattr(Explainer, "forward", watched)
-    train_explainer(fresh(tiny, norm_positives_only=only), maps, tmp_path)
-    assert asked
-    assert all((p is not None and p < n) if only else p is None for n, p in asked)
-
-
 def test_a_history_that_is_behind_the_checkpoint_is_mended(
     tiny: Performer, maps: TrainingMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = training.write_json
+    write = training.History.write
 
-    def killed(path: Path, content: Any) -> None:
-        if path.name == "history.json" and len(content["epochs"]) == 5:
+    def killed(self: Any, folder: Path) -> Path:
+        if len(self.epochs) == 5:
             raise Killed
-        write(path, content)
+        return write(self, folder)
 
-    monkeypatch.setattr(training, "write_json", killed)
+    monkeypatch.setattr(training.History, "write", killed)
     with pytest.raises(Killed):
         train_explainer(fresh(tiny), maps, tmp_path)
     monkeypatch.undo()
@@ -365,15 +294,15 @@ def test_every_filter_learns_from_a_teacher_of_its_category(
 ) -> None:
     """Filters change category; the teacher changes with them."""
     taught: list[torch.Tensor] = []
-    cost = objective.teacher_cost
+    cost = terms.teacher_cost
 
     def watched(own: torch.Tensor, places: torch.Tensor, *rest: Any) -> torch.Tensor:
         taught.append((~places.isnan()).all(-1).any(0))
         return cost(own, places, *rest)
 
-    monkeypatch.setattr(objective, "teacher_cost", watched)
+    monkeypatch.setattr(terms, "teacher_cost", watched)
     tap = maps.tap.copy()
-    for photo in range(20):  # half of the channels answer to either category, so that both have filters
+    for photo in range(20):  # half of the channels respond to either category, so that both have filters
         tap[photo * 3 : photo * 3 + 3, (6 * (photo % 2)) : (6 * (photo % 2)) + 6] *= 6
     several = replace(maps, tap=tap, labels=torch.arange(20) % 2)
     train_explainer(fresh(tiny, teachers=2, warmup_epochs=3), several, tmp_path)
@@ -383,3 +312,164 @@ def test_every_filter_learns_from_a_teacher_of_its_category(
     assert len(taught) > 12  # both categories in nearly every batch
     assert min(shares) > 0.7
     assert sum(shares) / len(shares) > 0.95
+
+
+def test_rates_rise_for_a_tenth_and_fall_to_five_percent() -> None:
+    """A rise of at most 50 steps, then half a cosine from 1 to 0.05."""
+    assert [training._schedule(k, 40) for k in range(3)] == pytest.approx([0.25, 0.4985, 0.7456], abs=2e-3)
+    assert training._schedule(20, 40) == pytest.approx(0.525)
+    assert training._schedule(40, 40) == training._schedule(99, 40) == pytest.approx(0.05)
+    assert training._schedule(24, 10_000) == pytest.approx(0.5, abs=1e-4)  # 25 of 50 steps
+    assert training._schedule(0, 5) == 1
+
+
+def test_every_part_learns_at_its_own_rate_and_each_phase_has_its_own_schedule(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[tuple[float, float, int]]] = []
+
+    def watched(self: torch.optim.AdamW, closure: Any = None) -> None:
+        seen.append([(g["lr"], g["weight_decay"], len(g["params"])) for g in self.param_groups])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    rates = {"learning_rate": 0.1, "learning_rate_joint": 0.2, "learning_rate_ordinary": 0.3, "learning_rate_p": 0.4}
+    explainer = fresh(tiny, learning_rate_decoder=0.5, decoder_step_max=0.0, weight_decay=0.6, **rates)
+    train_explainer(explainer, maps, tmp_path)
+    steps = 3  # 20 photos in batches of 8
+    assert len(seen) == 5 * steps
+    for k, groups in enumerate(seen):
+        step, total = (k, 2 * steps) if k < 2 * steps else (k - 2 * steps, 3 * steps)
+        base = [0.1 if k < 2 * steps else 0.2, 0.3, 0.4, 0.5]
+        assert [g[0] for g in groups] == pytest.approx([b * training._schedule(step, total) for b in base])
+        assert [g[1] for g in groups] == [0.6, 0.0, 0.0, 0.0]
+    learned = sum(p.numel() > 0 for p in explainer.parameters())
+    assert sum(g[2] for g in seen[0]) == learned
+
+
+class _Normed(nn.Module):
+    """Copies of a performer's norm and dropout layers after the tap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm2d(12), nn.Dropout(0.5)
+
+    def forward(self, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first = self.norm(maps)
+        return first, self.drop(first)
+
+
+def test_the_decoders_norm_and_dropout_layers_stay_as_the_performers_are(maps: TrainingMaps, tmp_path: Path) -> None:
+    structure = replace(STRUCTURE, targets=("norm", "drop"))
+    config = ExplainerConfig.preset("partlens", **SMALL)
+    explainer = Explainer(structure, config, _Normed(), generator=torch.Generator().manual_seed(0))
+    explainer.decoder.norm.running_mean.fill_(0.25)
+    same = replace(maps, targets=(maps.tap, maps.tap))
+    modes: set[bool] = set()
+    explainer.decoder.register_forward_hook(lambda module, *_: modes.update(m.training for m in module.modules()))
+    history = train_explainer(explainer, same, tmp_path).history
+    assert modes == {False}
+    assert explainer.decoder.norm.running_mean.tolist() == [0.25] * 12
+    assert int(explainer.decoder.norm.num_batches_tracked) == 0
+    assert len(history) == 5
+
+
+def test_the_decoder_learns_and_is_drawn_to_the_targets_only_after_the_warm_up(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path
+) -> None:
+    history = train_explainer(fresh(tiny), maps, tmp_path).history
+    assert ["reconstruction" in record for record in history] == [False] * 2 + [True] * 3
+    assert [record["phase"] for record in history] == ["warmup"] * 2 + ["joint"] * 3
+    assert "teacher_movement" in history[0]
+    assert "teacher_movement" not in history[1]
+
+
+def test_an_epoch_shows_every_photo_in_a_drawn_view_with_background(maps: TrainingMaps) -> None:
+    config = ExplainerConfig(batch_size=8, background_batch=4, seed=3)
+    batches = list(epoch_batches(maps, config, 5))
+    assert [len(b.photos) for b in batches] == [8, 8, 8]
+    shown = torch.cat([b.photos for b in batches])
+    # The last batch is filled up with the first photos again.
+    assert sorted(shown[:20].tolist()) == list(range(20))
+    assert torch.equal(shown[20:], shown[:4])
+    for batch in batches:
+        assert batch.rows[:8].tolist() == (batch.photos * 3 + batch.view).tolist()
+        assert len(batch.rows) == 12
+        assert set(batch.rows[8:].tolist()) <= set(range(60, 66))
+    views = torch.cat([b.view for b in batches])
+    assert set(views.tolist()) == {0, 1, 2}
+    assert not torch.equal(shown, torch.cat([b.photos for b in epoch_batches(maps, config, 6)]))
+    other = config.changed({"seed": 4})
+    assert not torch.equal(shown, torch.cat([b.photos for b in epoch_batches(maps, other, 5)]))
+    none = config.changed({"background_batch": 0})
+    assert [len(b.rows) for b in epoch_batches(maps, none, 5)] == [8, 8, 8]
+
+
+def test_only_explained_photos_move_the_norm_layers_and_the_warm_up_sees_no_others(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int | None]] = []
+    warm: list[int] = []
+    forward, interpret = Explainer.forward, Explainer.interpret
+
+    def watched(self: Explainer, batch: torch.Tensor, positives: int | None = None) -> Any:
+        asked.append((len(batch), positives))
+        return forward(self, batch, positives)
+
+    def counted(self: Explainer, batch: torch.Tensor) -> Any:
+        if self.draws is not None:
+            warm.append(len(batch))
+        return interpret(self, batch)
+
+    monkeypatch.setattr(Explainer, "forward", watched)
+    monkeypatch.setattr(Explainer, "interpret", counted)
+    train_explainer(fresh(tiny), maps, tmp_path)
+    assert asked == [(12, 8)] * 9
+    assert warm == [8] * 6
+
+
+def test_a_plateau_is_counted_on_the_smoothed_objective() -> None:
+    patience = training._Patience()
+    counted = []
+    for value in (100.0, 50.0, 49.9, 200.0, 10.0, 10.0):
+        patience.follow(value)
+        counted.append((patience.smoothed, patience.stale))
+    # 0.6 of the past: 100, 80, 67.96, 120.776, 76.466, 49.879; a fall of less than a thousandth is none.
+    assert [s for s, _ in counted] == pytest.approx([100, 80, 67.96, 120.776, 76.4656, 49.87936])
+    assert [stale for _, stale in counted] == [0, 0, 0, 1, 2, 0]
+    patience.follow(patience.smoothed * 0.999)
+    assert patience.stale == 1
+
+
+def test_the_classification_needs_its_head(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="upper layers for objective=classification"):
+        train_explainer(fresh(tiny, objective="classification"), maps, tmp_path)
+
+
+def test_views_of_a_photo_are_cut_from_one_decode(tiny: Performer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [np.random.default_rng(k).integers(0, 255, (40, 40, 3), dtype=np.uint8) for k in range(9)]
+    images = ImageSet.from_arrays(pictures)
+    read: list[int] = []
+    whole = ImageSet.read
+
+    def counted(self: ImageSet, index: int) -> Any:
+        if self is images:
+            read.append(index)
+        return whole(self, index)
+
+    monkeypatch.setattr(ImageSet, "read", counted)
+    windows = view_windows(9, 6, torch.Generator().manual_seed(0)).flatten(0, 1)
+    drawn, viewing = viewed_images(images, tiny, np.repeat(np.arange(9), 6), windows)
+    for _ in batches(viewing, drawn, range(54), 8):
+        pass
+    assert sorted(read) == list(range(9))
+
+
+def test_the_event_file_is_closed_after_an_exception(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
+    def stop(_: dict[str, Any]) -> None:
+        raise Killed
+
+    before = threading.active_count()
+    for _ in range(2):
+        with pytest.raises(Killed):
+            train_explainer(fresh(tiny), maps, tmp_path, report=stop)
+    assert threading.active_count() == before

@@ -12,8 +12,8 @@ from torch import nn
 import partlens.network
 from partlens.attribution.average_pictures import crop_of
 from partlens.errors import InputError
-from partlens.explainer.assembly import build_explainer, explainer_structure, performer_head, reference_decoder
 from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.network import build_explainer, explainer_structure, performer_head, reference_decoder
 from partlens.network.fitting import save_classifier
 from partlens.network.flower_network import flower_network, flower_preprocessing
 from partlens.network.preprocessing import Preprocessing

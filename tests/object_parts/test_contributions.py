@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from partlens.errors import InputError
-from partlens.explainer.assembly import build_explainer, explainer_structure, performer_head
 from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.network import build_explainer, explainer_structure, performer_head
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import Performer
 from partlens.object_parts.contributions import (

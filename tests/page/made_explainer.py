@@ -30,7 +30,7 @@ from partlens.evaluation.results import (
 )
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import ExplainerStructure
-from partlens.page.interim import ExplainerRun, Grid, History
+from partlens.explainer.record import ExplainerRun, Grid, History
 from partlens.run import DataInfo, PerformerInfo, Unreadable
 
 LAYERS = ("interpretable", "tap", "top")

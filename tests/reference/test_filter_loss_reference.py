@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from partlens.explainer.filter_loss import (
-    RunningNormaliser,
-    filter_loss,
-    filter_loss_of_scores,
-    single_templates,
-    template_scores,
-)
+from partlens.explainer.filter_loss import filter_loss, filter_loss_of_scores, single_templates, template_scores
 from partlens.explainer.templates import mask_at_peak, part_templates, peak_masks, template_log_prior
 
 
@@ -97,26 +91,38 @@ def test_gradient_equals_finite_differences_and_the_closed_form() -> None:
     assert torch.equal(gradient[:, 1], torch.zeros_like(gradient[:, 1]))
 
 
-def test_frozen_normaliser_gives_the_papers_gradient_with_a_leading_minus() -> None:
+def frozen_gradient(maps: torch.Tensor, family: torch.Tensor, *, single: bool) -> torch.Tensor:
+    """The papers' gradient with Z_T a constant, of one filter: over all templates, or of the one at the peak."""
+    score = template_scores(maps, family)[:, 0]
+    log_z = score.logsumexp(0)
+    weight = (score - log_z).exp() / score.shape[1]
+    printed = weight * (score - (log_z + weight.sum(1, keepdim=True).log()))
+    if single:
+        kept = torch.zeros_like(printed)
+        peak = maps[:, 0].flatten(1).argmax(1, keepdim=True)
+        printed = kept.scatter(1, peak, printed.gather(1, peak))
+    return -torch.einsum("xt,trc->xrc", printed, family)
+
+
+def test_the_approximate_rule_is_the_papers_gradient_with_a_leading_minus() -> None:
     maps = some_maps(4, 5, 1).requires_grad_(requires_grad=True)
     family = part_templates(4, dtype=torch.float64)
-    frozen = RunningNormaliser.started(template_scores(maps.detach(), family))
+    (gradient,) = torch.autograd.grad(filter_loss(maps, family, gradient="approximate")[0], maps)
+    assert torch.allclose(gradient[:, 0], frozen_gradient(maps.detach(), family, single=True), atol=1e-14)
+    assert float(gradient.abs().max()) > 1e-6
 
-    def value(x: torch.Tensor) -> torch.Tensor:
-        return filter_loss(x, family, normaliser=frozen)[0]
-
-    (gradient,) = torch.autograd.grad(value(maps), maps)
-    score = template_scores(maps.detach(), family)[:, 0]
-    log_z = score.logsumexp(0)
-    weight = (score - log_z).exp() / 17
-    anyway = weight.sum(1, keepdim=True)
-    printed = torch.einsum("xt,trc->xrc", weight * (score - (log_z + anyway.log())), family)
-    assert torch.allclose(gradient[:, 0], -printed, atol=1e-14)
     # The sign as finite differences of the frozen-Z loss confirm it.
-    step = torch.zeros_like(maps)
+    log_z = template_scores(maps.detach(), family)[:, 0].logsumexp(0)
+
+    def value(x: torch.Tensor) -> float:
+        log_given = template_scores(x, family)[:, 0] - log_z
+        joint = log_given.exp() / 17
+        return float(-(joint * (log_given - joint.sum(1, keepdim=True).log())).sum())
+
+    step = torch.zeros(5, 1, 4, 4, dtype=torch.float64)
     step[2, 0, 1, 1] = 1e-3
-    slope = float((value(maps.detach() + step) - value(maps.detach() - step)) / 2e-3)
-    assert slope == pytest.approx(float(gradient[2, 0, 1, 1]), rel=1e-5)
+    slope = (value(maps.detach() + step) - value(maps.detach() - step)) / 2e-3
+    assert slope == pytest.approx(float(frozen_gradient(maps.detach(), family, single=False)[2, 1, 1]), rel=1e-5)
 
 
 def test_bounds_and_extremes() -> None:
@@ -160,12 +166,7 @@ def test_approximation_is_good_for_peaked_maps_only() -> None:
     family = part_templates(6, dtype=torch.float64)
 
     def cosine(maps: torch.Tensor) -> float:
-        gradients = []
-        for rule in ("exact", "approximate"):
-            leaf = maps.clone().requires_grad_(requires_grad=True)
-            frozen = RunningNormaliser.started(template_scores(maps, family))
-            (g,) = torch.autograd.grad(filter_loss(leaf, family, normaliser=frozen, gradient=rule).sum(), leaf)
-            gradients.append(g.flatten())
+        gradients = [frozen_gradient(maps, family, single=single).flatten() for single in (False, True)]
         return float(torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0))
 
     # One image per positive template: otherwise templates without an image pull too, which one template cannot show.
@@ -209,12 +210,31 @@ def test_shifting_maps_shifts_the_gradient() -> None:
     assert float((inner - moved).abs().max() / inner.abs().max()) < 0.02
 
 
-def test_running_normaliser_mixes_means() -> None:
-    family = part_templates(3, dtype=torch.float64)
-    first, second = (template_scores(some_maps(3, 4, 2), family) for _ in range(2))
-    running = RunningNormaliser.started(first, momentum=0.75).updated(second)
-    expected = 0.75 * first.exp().mean(0) + 0.25 * second.exp().mean(0)
-    assert torch.allclose(running.log_mean.exp(), expected, rtol=1e-12)
+def unclamped(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and exact gradient as before scores were clamped."""
+    log_prior = template_log_prior(scores.shape[2] - 1).to(scores)
+    log_given = scores - torch.logsumexp(scores, 0)
+    joint = (log_given + log_prior).exp()
+    log_ratio = log_given - joint.sum(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).tiny).log()
+    weighted = joint * log_ratio
+    gradient = -torch.addcmul(weighted, joint, weighted.sum(0) / log_prior.exp(), value=-1)
+    return -weighted.sum((0, 2)), gradient
+
+
+def test_clamping_at_minus_85_nats_changes_no_loss_and_leaves_no_denormal_number() -> None:
+    scores = torch.randn(24, 6, 50) * torch.linspace(1, 90, 6)[:, None]
+    scores.requires_grad_()
+    before, slope = unclamped(scores.detach())
+    loss = filter_loss_of_scores(scores)
+    assert torch.equal(loss, before)
+    (gradient,) = torch.autograd.grad(loss.sum(), scores)
+    assert float((gradient - slope).abs().max()) < 1e-33
+
+    def denormal(values: torch.Tensor) -> int:
+        return int(((values != 0) & (values.abs() < torch.finfo(values.dtype).tiny)).sum())
+
+    assert denormal(slope) > 0  # the scores are such that there were some
+    assert denormal(gradient) == 0
 
 
 def test_bad_maps_are_refused() -> None:

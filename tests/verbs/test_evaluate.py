@@ -145,8 +145,7 @@ def test_an_explainer_of_several_categories_shares_its_filters_out(
 ) -> None:
     path = tmp_path / "run"
     fitted = fit_explainer(flower_judge, few_flowers, out=path, category="petal-red,petal-blue", config=SMALL, seeds=1)
-    assert fitted.manifest["data"]["categories"] == ["petal-blue", "petal-red"]
-    assert fitted.manifest["data"]["category"] == ""
+    assert fitted.record.data.categories == ("petal-blue", "petal-red")
     result = evaluate(path, few_flowers, model=flower_judge, gallery="none", rounds=5)
     each = result.explainer.by_category.values()
     assert sum(one.filters for one in each) == 12

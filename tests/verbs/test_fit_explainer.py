@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
-import os
+import re
 import shutil
 from collections import namedtuple
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+from rich.console import Console
 from torch import nn
 
 import partlens
 from partlens.data.images import ImageSet
 from partlens.errors import AtWorkError, InputError, LayerError, RunError
-from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.teachers import later_places
 from partlens.network.graph import trace
 from partlens.network.zoo import Performer
 from partlens.progress import Progress
 from partlens.records import sole_writer, write_json
-from partlens.verbs import fit_explainer as fitting
+from partlens.run import UsedPhotos
 from partlens.verbs.evaluate import evaluate
 from partlens.verbs.fit_explainer import fit_explainer, load_explainer
-from partlens.verbs.runs import layers, report, run_folder
-from partlens_papers.networks.finetune_config import FinetuneConfig
+from partlens.verbs.runs import layers, report
 
 SMALL: dict[str, Any] = {
     "epochs": 2,
@@ -47,7 +49,7 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
         "flags": [(p.requires_grad, p.grad) for p in module.parameters()],
         "modes": [m.training for m in module.modules()],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in module.modules()],
-        # Python's own generator is left out: the shape checks that run in the tests draw from it.
+        # Without Python's own generator: the shape checks that run in the tests draw from it.
         "random": (torch.get_rng_state(), np.random.get_state()[1].copy()),  # noqa: NPY002
     }
 
@@ -73,12 +75,12 @@ def test_the_performer_is_untouched_by_every_verb_and_traced_once(
     fit_explainer(tiny, few_flowers, out=tmp_path / "a", category=RED, config=SMALL, seeds=1)
     assert_same(before, snapshot(tiny.module))
     evaluate(tmp_path / "a", few_flowers, model=tiny, rounds=5)
+    assert traced == [tiny.module]
     layers(tiny)
     assert_same(before, snapshot(tiny.module))
     with pytest.raises(ValueError, match="a layer"):
         fit_explainer(tiny, few_flowers, out=tmp_path / "b", category=RED, tap="relu9", config=SMALL)
     assert_same(before, snapshot(tiny.module))
-    assert traced == [tiny.module]
 
 
 def test_a_finished_run_is_returned_and_another_configuration_refused(
@@ -88,32 +90,19 @@ def test_a_finished_run_is_returned_and_another_configuration_refused(
     again = fit_explainer(tiny, few_flowers, out=run, category=RED, config=SMALL, seeds=2)
     assert (run / "explainer.safetensors").stat().st_mtime_ns == stamp
     assert len(again.history) == 3
-    with pytest.raises(ValueError, match="one of another configuration. Choose another --out folder"):
+    with pytest.raises(ValueError, match=r"holds a run with eta = 1e\+06, not 7\. Choose another --out or delete it\."):
         fit_explainer(tiny, few_flowers, out=run, category=RED, config={**SMALL, "eta": 7.0}, seeds=2)
 
 
 def test_two_fits_never_write_one_folder_or_one_cache(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
     out, cache = tmp_path / "run", tmp_path / "maps"
-    with sole_writer(out, "run"), pytest.raises(AtWorkError, match="run is locked"):
-        fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1)
-    assert list(out.iterdir()) == []
-    # What another process leaves between the look at the folder and the lock counts.
-    with run_folder(out, "run.json", "mine") as manifest:
-        assert manifest is None
-
-    def other_run(folder: Path, name: str) -> AbstractContextManager[None]:
-        write_json(folder / "run.json", {"identity": "theirs", "status": "running"})
-        return sole_writer(folder, name)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("partlens.verbs.runs.sole_writer", other_run)
-        with pytest.raises(RunError, match="another configuration"), run_folder(out, "run.json", "mine"):
-            pass
-    (out / "run.json").unlink()
-    with sole_writer(cache, "maps"), pytest.raises(AtWorkError, match="maps is locked"):
-        fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1, cache=cache)
-    assert fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1, cache=cache).path == out
-    assert not list(tmp_path.rglob(".*.lock"))
+    given: dict[str, Any] = {"out": out, "category": RED, "config": SMALL, "seeds": 1}
+    with sole_writer(out), pytest.raises(AtWorkError, match="run is locked"):
+        fit_explainer(tiny, few_flowers, **given)
+    assert not [path for path in out.iterdir() if path.suffix != ".lock"]
+    with sole_writer(cache, "rows"), pytest.raises(AtWorkError, match="maps is locked"):
+        fit_explainer(tiny, few_flowers, **given, cache=cache)
+    assert fit_explainer(tiny, few_flowers, **given, cache=cache).path == out
 
 
 @pytest.mark.parametrize("where", ["cache", 1, 2, 4])
@@ -153,7 +142,7 @@ def _interrupting_task(interrupt: Any) -> Any:
     from contextlib import contextmanager
 
     @contextmanager
-    def task(_self: Progress, name: str, _total: int) -> Any:
+    def task(_self: Progress, name: str, _total: int, _shorter: str = "") -> Any:
         def advance(done: int, _remark: str = "") -> None:
             if name == "caching maps" and done > 32:
                 interrupt()
@@ -167,7 +156,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
     tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")  # noqa: PYI024
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="GB free for the maps .* Free space"):
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="GB free for the rows .* Free space"):
         patched.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1))
         fit_explainer(tiny, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1)
     assert fit_explainer(tiny, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1).history
@@ -182,7 +171,7 @@ def test_a_run_killed_before_it_kept_its_photos_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fitting, "write_photos", killed)
+        patch.setattr(UsedPhotos, "write", killed)
         fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1)
     fit_explainer(tiny, few_flowers, out=out, category=RED, config=SMALL, seeds=1)
     assert len(json.loads((out / "photos.json").read_text())["photos"]) == len(few_flowers.indices(split="train"))
@@ -196,7 +185,7 @@ def test_a_run_killed_before_it_kept_its_photos_goes_on(
         ({"category": "petal-rot"}, "Did you mean petal-red"),
         ({"seeds": 0}, "at least 1 seed, got 0"),
         ({"config": {"epoch": 2}}, "Did you mean epochs"),
-        ({"preset": "best"}, "preset partlens, held, candidates, paper, got best"),
+        ({"preset": "best"}, "preset partlens or paper, got best"),
         ({"targets": ["relu1"]}, "relu1"),
     ],
 )
@@ -234,7 +223,7 @@ def test_one_photo_none_and_corrupt_ones(tiny: Performer, tmp_path: Path) -> Non
         Image.fromarray(pixels).save(folder / "train" / f"{index}.png")
     (folder / "train" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
     fitted = fit_explainer(tiny, folder, out=tmp_path / "run", config=SMALL, seeds=1)
-    assert [d["key"] for d in fitted.manifest["data"]["unreadable"]] == ["train/broken.jpg"]
+    assert [photo.key for photo in fitted.record.data.unreadable] == ["train/broken.jpg"]
 
 
 def test_other_folders_are_not_run_directories(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
@@ -261,25 +250,10 @@ def test_explainer_cls_learns_from_the_performers_own_classes(
         fit_explainer(nameless, few_flowers, out=tmp_path / "no", category=RED, config=settings, seeds=1)
 
 
-def test_evidence_is_cached_once_and_guides_the_fit(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
-    fitted = fit_explainer(
-        tiny,
-        few_flowers,
-        out=tmp_path / "run",
-        category=RED,
-        config={**SMALL, "initialisation": "parts", "teachers": 0, "evidence_weight": 4.0},
-        seeds=1,
-        cache=tmp_path / "cache",
-    )
-    assert (tmp_path / "cache" / "evidence.safetensors").exists()
-    assert all("evidence" in record for record in fitted.history)
-    assert "evidence_at_peak" in fitted.history[0]
-
-
 def test_in_a_shared_folder_one_of_two_can_be_begun_again(
     tiny: Performer, few_flowers: ImageSet, tmp_path: Path
 ) -> None:
-    """An explainer of another configuration may go without the selection beside it, and leaves nothing behind."""
+    """An explainer of another configuration may be begun again where a selection stays, and leaves nothing behind."""
     out, alone = tmp_path / "shared", tmp_path / "alone"
     given: dict[str, Any] = {"category": RED, "seeds": 2}
     fit_explainer(tiny, few_flowers, out=out, config=SMALL, **given)
@@ -289,34 +263,12 @@ def test_in_a_shared_folder_one_of_two_can_be_begun_again(
     with pytest.raises(RunError, match=r"delete run\.json in it\.$"):
         fit_explainer(tiny, few_flowers, out=out, config=other, **given)
     (out / "run.json").unlink()
-    again = fit_explainer(tiny, few_flowers, out=out, config=other, **given).manifest["p_by_seed"]
-    assert again == fit_explainer(tiny, few_flowers, out=alone, config=other, **given).manifest["p_by_seed"]
+    again = fit_explainer(tiny, few_flowers, out=out, config=other, **given).record.p_by_seed
+    assert again == fit_explainer(tiny, few_flowers, out=alone, config=other, **given).record.p_by_seed
     assert (out / "selection.json").exists()
     assert not (out / "evaluation.json").exists()
-    with pytest.raises(RunError, match=r"delete this one\.$"):
+    with pytest.raises(RunError, match=r"delete it\.$"):
         fit_explainer(tiny, few_flowers, out=alone, config=SMALL, **given)
-
-
-def test_what_a_killed_write_left_is_no_other_run(tmp_path: Path) -> None:
-    left = tmp_path / ".run.json.abcd.tmp"
-    left.write_text("half")
-    with run_folder(tmp_path, "run.json", "one") as found:
-        assert found is None
-        assert left.exists()  # another kind of run may be writing it now
-    os.utime(left, (0, 0))
-    with run_folder(tmp_path, "run.json", "one"):
-        assert not left.exists()
-
-
-def test_what_an_earlier_revision_made_is_not_taken_for_this_ones(
-    run: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fitting, "REVISION", 1)
-    old = fit_explainer(tiny, few_flowers, out=tmp_path / "old", category=RED, config=SMALL, seeds=1).path
-    monkeypatch.undo()
-    with pytest.raises(RunError, match="one of another configuration"):
-        fit_explainer(tiny, few_flowers, out=old, category=RED, config=SMALL, seeds=1)
-    assert evaluate(old, few_flowers, model=tiny, gallery="none", rounds=5).data.photos  # it can still be measured
 
 
 class _Answers(nn.Module):
@@ -371,27 +323,10 @@ def test_targets_that_are_chosen_can_be_read(few_flowers: ImageSet, tiny: Perfor
     performer = Performer(_Functional().eval(), "functional", tiny.preprocessing, "f-weights", "pool")
     small = {**SMALL, "epochs": 1}
     run = fit_explainer(performer, few_flowers, out=tmp_path / "run", category=RED, config=small, seeds=1)
-    assert {*run.manifest["structure"]["targets"]} <= {"fc1", "fc2"}
+    assert {*run.record.structure.targets} <= {"fc1", "fc2"}
     assert evaluate(run.path, few_flowers, model=performer, gallery="none", rounds=5).data.photos > 1
     with pytest.raises(LayerError, match="at least one target, got none"):
         fit_explainer(performer, few_flowers, out=tmp_path / "no", category=RED, config=small, seeds=1, targets=[])
-
-
-@pytest.mark.parametrize(
-    ("config", "name", "value", "message"),
-    [
-        (ExplainerConfig(), "mask", "false", "mask to be true or false, got 'false'"),
-        (ExplainerConfig(), "epochs", True, "epochs to be a whole number, got True"),
-        (ExplainerConfig(), "eta", "much", "eta to be a number, got 'much'"),
-        (ExplainerConfig(), "kernel", "round", "kernel to be one of full, box, got 'round'"),
-        (FinetuneConfig(), "epochs", "3", "epochs to be .*a whole number.*, got '3'"),
-    ],
-)
-def test_settings_of_the_wrong_kind_are_refused(config: Any, name: str, value: object, message: str) -> None:
-    """The checks of the tests themselves would refuse such a call first: the field is changed behind their back."""
-    object.__setattr__(config, name, value)
-    with pytest.raises(InputError, match=message):
-        config.__post_init__()
 
 
 def test_a_file_is_no_run_directory_and_pictures_are_checked_first(
@@ -405,3 +340,98 @@ def test_a_file_is_no_run_directory_and_pictures_are_checked_first(
     with pytest.raises(InputError, match="Did you mean images"):
         evaluate(run, few_flowers, model=tiny, occlusion={"image": 3})
     assert not (run / "evaluation.json").exists()
+
+
+def test_the_refusal_names_what_differs(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
+    given: dict[str, Any] = {"out": run, "category": RED, "config": SMALL, "seeds": 2}
+    for changes, message in (
+        ({"seeds": 3}, "seeds = 2, not 3"),
+        ({"category": "petal-blue"}, "categories = petal-red, not petal-blue"),
+        ({"config": SMALL | {"views": 4}}, "views = 3, not 4"),
+        ({"background": 5}, r"background = \d+, not 5"),
+        ({"targets": ["relu4"]}, "targets = .*, not relu4"),
+        ({"places_of": later_places}, "places = later, not partlens.explainer.teachers:later_places"),
+    ):
+        with pytest.raises(RunError, match=f"holds a run with {message}"):
+            fit_explainer(tiny, few_flowers, **(given | changes))
+
+
+def test_weights_of_another_run_or_damaged_ones_are_refused(
+    run: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    other = fit_explainer(tiny, few_flowers, out=tmp_path / "b", category=RED, config=SMALL | {"seed": 5}, seeds=1)
+    mine, theirs = (path / "explainer.safetensors" for path in (run, other.path))
+    kept = mine.read_bytes()
+    mine.write_bytes(theirs.read_bytes())
+    with pytest.raises(RunError, match="the weights that this run wrote in .*safetensors, got others"):
+        load_explainer(run, tiny)
+    mine.write_bytes(kept)
+    explainer, _ = load_explainer(run, tiny)
+    assert not explainer.training
+    record = json.loads((run / "run.json").read_text())
+    record["structure"]["channels_out"] = 5
+    write_json(run / "run.json", record)
+    with pytest.raises(RunError, match="weights that fit the structure"):
+        load_explainer(run, tiny)
+
+
+def test_a_record_that_names_code_does_not_run_it(
+    run: Path, tiny: Performer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "holiday.py").write_text("raise SystemExit('this module was imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    record = json.loads((run / "run.json").read_text())
+    record["performer"]["spec"] = "holiday:photos"
+    write_json(run / "run.json", record)
+    with pytest.raises(RunError, match=r"names the code holiday:photos, got none\. If you trust it, give --model"):
+        load_explainer(run)
+    with pytest.raises(RunError, match="names the code"):
+        evaluate(run)
+    assert load_explainer(run, tiny)[1] is tiny
+
+
+def test_a_fit_reads_a_photo_twice_hashes_it_once_and_caches_its_maps_once(
+    tiny: Performer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once to see whether it can be decoded, which hashes it too, and once for all its views, whatever the seeds."""
+    folder = tmp_path / "photos" / "train"
+    folder.mkdir(parents=True)
+    for index in range(8):
+        pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    decoded: list[str] = []
+    load = PngImageFile.load
+
+    def counted(self: PngImageFile) -> Any:
+        if self.fp is not None and self.tile:
+            decoded.append(Path(str(self.filename or getattr(self.fp, "name", ""))).name)
+        return load(self)
+
+    monkeypatch.setattr(PngImageFile, "load", counted)
+    fit_explainer(tiny, folder.parent, out=tmp_path / "run", config=SMALL | {"views": 6}, seeds=3)
+    assert len(decoded) <= 8 * 2 + 1  # and one photo to look at the network's answer
+
+
+def test_teachers_may_come_from_elsewhere(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def middle(_: Any, data: Any, category: int, __: torch.Generator) -> Any:
+        asked.append(category)
+        return lambda number: torch.rand(data.photos, 20, 2, generator=torch.Generator().manual_seed(number))
+
+    given: dict[str, Any] = {"category": RED, "config": SMALL, "seeds": 1}
+    fitted = fit_explainer(tiny, few_flowers, out=tmp_path / "run", places_of=middle, **given)
+    assert asked == [0]
+    assert fitted.record.places.endswith("middle")
+
+
+def test_a_long_fit_says_beforehand_how_long_it_takes_and_what_is_faster(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    told = io.StringIO()
+    clock = itertools.count(0.0, 20.0)  # every look at the clock is 20 seconds later
+    show = Progress(Console(file=told, width=200), clock=lambda: next(clock))
+    fit_explainer(tiny, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1, progress=show)
+    text = told.getvalue()
+    assert re.search(r"learning takes about \d+ min \(fewer --seeds, --explainer.epochs", text), text
+    assert re.search(r"caching maps takes about \d+ min \(fewer --background", text), text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
-from partlens.explainer.assembly import explainer_structure
+from partlens.explainer.network import explainer_structure
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.zoo import Performer, weights_sha256
 from partlens_papers.rivals.interpretable_cnn import (

@@ -20,7 +20,7 @@ from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, RunError
 from partlens.estimate import Estimate
 from partlens.evaluation import places
-from partlens.explainer.config import PRESETS
+from partlens.explainer.config import ExplainerConfig
 from partlens.metrics import part_regions
 from partlens_papers.cli import main
 from partlens_papers.tables import explainer_jobs
@@ -286,7 +286,7 @@ def test_a_result_of_other_defaults_is_not_taken_for_this_one(
     flower_folder: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The preset keeps its name when a later version changes what it means.
-    monkeypatch.setitem(PRESETS["partlens"], "teacher_variety", 0.125)
+    monkeypatch.setitem(ExplainerConfig.PRESETS["partlens"], "teacher_variety", 0.125)
     with pytest.raises(RunError, match=r"\(fields.teacher_variety: 0.5 there, 0.125 here\)"):
         make("instability", flower_folder, begun)
     one = planned("p", flower_folder, performers=TRAINED, methods={"train": {"epochs": 1}})

@@ -83,7 +83,7 @@ def track_grad_cam(
 
     Args:
         explainer: borrowed: modes, weights and gradients stay as they are.
-        head: the performer's layers after the last target (`partlens.explainer.assembly.performer_head`); borrowed.
+        head: the performer's layers after the last target (`partlens.explainer.network.performer_head`); borrowed.
         tap_maps: the performer's maps at the tap.
         classes: output to explain, per image.
         size_px: rows and columns of the performer's input.

@@ -15,7 +15,7 @@ from partlens.estimate import Estimate, bootstrap
 from partlens.evaluation.frames import BATCH, PHOTOS, Frames, GalleryPlan, JoinedMaps, save_photo, small
 from partlens.evaluation.places import photo_numbers, top_layer
 from partlens.evaluation.results import Attention, AttentionPhoto
-from partlens.explainer.assembly import performer_head
+from partlens.explainer.network import performer_head
 from partlens.network.taps import forward_taps
 
 

@@ -39,8 +39,8 @@ from partlens.evaluation.results import (
     PerformerScores,
     SamePeak,
 )
-from partlens.explainer.assembly import performer_head
-from partlens.explainer.network import TRACK_REACH_CELLS, Explainer
+from partlens.explainer.network import TRACK_REACH_CELLS, Explainer, performer_head
+from partlens.explainer.terms import RECONSTRUCTION_WEIGHT
 from partlens.metrics.faithfulness import class_outputs
 from partlens.metrics.localisation import Peaks, peaks_from_cells
 from partlens.metrics.scores import LocalisationScores
@@ -173,7 +173,7 @@ class _Pass:
         self.head: nn.Module = performer_head(performer, structure)
         self.layers = {name: _Layer() for name in ("explainer", structure.tap, self.top)}
         self.lost = {name: LostVariance() for name in structure.targets}
-        self.curve = ShareCurve(config.eta, config.reconstruction_weight)
+        self.curve = ShareCurve(config.eta, RECONSTRUCTION_WEIGHT)
         self.regions: RegionPass | None = None
 
     @cached_property

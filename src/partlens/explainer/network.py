@@ -17,19 +17,26 @@ convolutions take that convolution's place, as in the papers, and the decoder st
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.templates import centroid_cells, mask_around, mask_at_peak, peak_cells, peak_masks
+from partlens.network.borrowed import random_state_kept
+from partlens.network.taps import forward_taps
+from partlens.network.zoo import Performer
+
+_NORM_MOMENTUM = 0.95
+_NORM_FLOOR = 0.1
+_FOLLOWS_POOLING = (nn.Linear, nn.ReLU, nn.Dropout, nn.Flatten, nn.Identity, nn.AdaptiveAvgPool2d)
 
 TRACK_REACH_CELLS = 2
 """How many cells of the tap further a filter of the interpretable track reads on every side: two 3x3 convolutions."""
@@ -47,7 +54,7 @@ class NormLayer(nn.Module):
     magnitude: Tensor
     started: Tensor
 
-    def __init__(self, channels: int, *, momentum: float = 0.95, floor: float = 0.1) -> None:
+    def __init__(self, channels: int, *, momentum: float = _NORM_MOMENTUM, floor: float = _NORM_FLOOR) -> None:
         super().__init__()
         self.momentum = momentum
         self.floor = floor
@@ -80,33 +87,6 @@ class NormLayer(nn.Module):
         if self.training:
             self.update(maps, positives)
         return maps / self.divisor.to(maps.dtype)[:, None, None]
-
-
-class BoxConvolution(nn.Module):
-    """A 3x3 convolution whose nine taps share one weight: channels are mixed, then averaged over 3x3 cells.
-
-    It is what a 3x3 convolution of equal taps computes (zeros outside), with a ninth of its weights and products. The
-    bias is added after the average.
-    """
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels_out, channels_in, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(channels_out))
-
-    @property
-    def in_channels(self) -> int:
-        """Channels that go in."""
-        return int(self.weight.shape[1])
-
-    @property
-    def out_channels(self) -> int:
-        """Channels that come out."""
-        return int(self.weight.shape[0])
-
-    def forward(self, maps: Float[Tensor, "image channel row col"]) -> Float[Tensor, "image filter row col"]:
-        """Convolve."""
-        return F.avg_pool2d(F.conv2d(maps, self.weight), 3, 1, padding=1) + self.bias[:, None, None]
 
 
 class ExplainerOutput(NamedTuple):
@@ -145,41 +125,6 @@ class NormedTracks(NamedTuple):
     ordinary: Tensor
 
 
-@dataclass(frozen=True)
-class ExplainerStructure:
-    """What an explainer is made of, all of it found in the performer.
-
-    Attributes:
-        tap: layer whose maps go in.
-        targets: layers whose features are reconstructed, the last one fed back.
-        channels_in: filters of the tap.
-        channels_out: filters of the encoder's output.
-        side_cells: rows and columns of the tap's maps.
-        replaced: name of the performer's convolution whose place the tracks take; ``None`` where they are inserted.
-        decoder_from: layer whose output the encoder stands for.
-    """
-
-    tap: str
-    targets: tuple[str, ...]
-    channels_in: int
-    channels_out: int
-    side_cells: tuple[int, int]
-    replaced: str | None
-    decoder_from: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return {
-            "tap": self.tap,
-            "targets": list(self.targets),
-            "channels_in": self.channels_in,
-            "channels_out": self.channels_out,
-            "side_cells": list(self.side_cells),
-            "replaced": self.replaced,
-            "decoder_from": self.decoder_from,
-        }
-
-
 def dense_weights(conv: nn.Conv2d) -> Tensor:
     """Return a grouped convolution's kernel as an ordinary one, zero between groups."""
     weight = conv.weight.detach()
@@ -198,16 +143,15 @@ class Explainer(nn.Module):
     """An explainer of one layer of one performer.
 
     Args:
-        structure: from :func:`partlens.explainer.assembly.explainer_structure`.
-        config: weights and initialisation.
+        structure: from :func:`explainer_structure`.
+        config: size, initialisation and rates.
         decoder: takes the encoder's output (times the gain), returns one tensor per target.
         pool: the performer's pooling between encoder and decoder, if any.
-        ordinary: kernel and bias the ordinary track starts from (the replaced convolution's); identity when left out.
+        ordinary: kernel and bias the ordinary track starts from (the replaced convolution's); by default the identity.
         generator: draws the initial weights.
     """
 
     masks: Tensor
-    gain_started: Tensor
     tap_mean: Tensor
     tap_deviation: Tensor
 
@@ -228,40 +172,27 @@ class Explainer(nn.Module):
         self.config = config
         self.draws: torch.Generator | None = None
         """Where training is in its warm-up: draws which channels drop out."""
-        box = config.kernel == "box"
-        self.conv_interp_1 = BoxConvolution(width, hidden) if box else nn.Conv2d(width, hidden, 3, padding=1)
-        self.conv_interp_2 = BoxConvolution(hidden, out) if box else nn.Conv2d(hidden, out, 3, padding=1)
+        self.conv_interp_1 = nn.Conv2d(width, hidden, 3, padding=1)
+        self.conv_interp_2 = nn.Conv2d(hidden, out, 3, padding=1)
         # An inserted ordinary track that is held at its start, the identity, needs no products.
         held = ordinary is None and config.learning_rate_ordinary == 0
         self.conv_ordin = nn.Identity() if held else nn.Conv2d(width, out, 3, padding=1)
         self.pool = nn.Identity() if pool is None else pool
-        self.norm_interp = NormLayer(out, momentum=config.norm_momentum, floor=config.norm_floor)
-        self.norm_ordin = NormLayer(out, momentum=config.norm_momentum, floor=config.norm_floor)
-        self.share_logit = nn.Parameter(torch.logit(torch.tensor(config.p_init / config.p_max)))
+        self.norm_interp = NormLayer(out)
+        self.norm_ordin = NormLayer(out)
+        self.share_logit = nn.Parameter(torch.logit(torch.tensor(config.p_init)))
         self.gain = nn.Parameter(torch.ones(out))
-        self.register_buffer("gain_started", torch.zeros((), dtype=torch.bool))
         self.register_buffer("tap_mean", torch.zeros(width))
         self.register_buffer("tap_deviation", torch.ones(width))
         self.decoder = decoder
-        masks = peak_masks(*structure.side_cells, beta=config.beta)
-        self.register_buffer("masks", masks if config.mask else torch.ones_like(masks), persistent=False)
+        self.register_buffer("masks", peak_masks(*structure.side_cells), persistent=False)
         self._initialise(ordinary, generator)
-        self.register_load_state_dict_pre_hook(_without_identity)
-        self.register_load_state_dict_pre_hook(_as_it_was)
 
     @torch.no_grad()
     def _initialise(self, ordinary: tuple[Tensor, Tensor] | None, generator: torch.Generator | None) -> None:
-        for conv in (self.conv_interp_1, self.conv_interp_2):
-            fan_in = conv.weight[0].numel()
+        for conv in (self.conv_interp_1, self.conv_interp_2):  # He initialisation (papers silent)
             noise = torch.randn(conv.weight.shape, generator=generator)
-            if self.config.initialisation == "random":
-                conv.weight.copy_(noise * math.sqrt(2 / fan_in))
-            else:
-                start = identity_kernel(conv)
-                if ordinary is not None and conv is self.conv_interp_2:
-                    copied = ordinary[0]
-                    start = copied.sum((2, 3), keepdim=True) if isinstance(conv, BoxConvolution) else copied
-                conv.weight.copy_(start + noise * 0.25 * start.std())
+            conv.weight.copy_(noise * math.sqrt(2 / conv.weight[0].numel()))
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         if isinstance(self.conv_ordin, nn.Identity):
             return
@@ -274,15 +205,15 @@ class Explainer(nn.Module):
 
     @property
     def p(self) -> Tensor:
-        """The share of the interpretable track in the encoder's output, in (0, p_max)."""
-        return torch.sigmoid(self.share_logit) * self.config.p_max
+        """The share of the interpretable track in the encoder's output, in (0, 1)."""
+        return torch.sigmoid(self.share_logit)
 
     @torch.no_grad()
     def start_scale(self, maps: Float[Tensor, "image filter row col"]) -> None:
         """Measure mean and deviation of the tap's maps on a sample, for ``standardise``."""
         self.tap_mean.copy_(maps.mean((0, 2, 3)))
         deviation = maps.std((0, 2, 3))
-        # A filter that hardly answers would be blown up to the size of the others.
+        # A filter that is nearly silent would be blown up to the size of the others.
         self.tap_deviation.copy_(deviation.clamp(min=0.05 * float(deviation.mean()) + torch.finfo(maps.dtype).tiny))
 
     @torch.no_grad()
@@ -301,7 +232,6 @@ class Explainer(nn.Module):
             norm.started.fill_(value=False)
             norm.update(values)
         self.gain.copy_(self.norm_ordin.divisor)
-        self.gain_started.fill_(value=True)
 
     @torch.no_grad()
     def restart_norm(self, maps: Float[Tensor, "image filter row col"]) -> None:
@@ -333,7 +263,7 @@ class Explainer(nn.Module):
         return interp1, self.conv_interp_2(self._thinned(mask_at_peak(interp1, self.masks))).relu()
 
     def _thinned(self, maps: Tensor) -> Tensor:
-        """Leave channels out in the warm-up and make up for them; drawn so that a killed run goes on with its bits."""
+        """Drop channels in the warm-up and scale the others up; drawn so that a killed run goes on with its bits."""
         drop = self.config.dropout
         if self.draws is None or not drop:
             return maps
@@ -341,20 +271,20 @@ class Explainer(nn.Module):
         return maps * (kept.to(maps) / (1 - drop))
 
     def places(self, interp2: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter 2"]:
-        """Return the cell (row, col), or the place between cells, at which each filter's part stands.
+        """Return the place (row, col) in cells of each filter's part.
 
         Args:
             interp2: maps of conv-interp-2 after the ReLU, before the mask.
         """
         if self.config.peak == "centroid":
-            return centroid_cells(interp2.detach(), self.config.peak_power)
+            return centroid_cells(interp2.detach())
         index = peak_cells(interp2.detach())
         return torch.stack([index // interp2.shape[3], index % interp2.shape[3]], -1).float()
 
     def masked(self, interp2: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter row col"]:
         """Return maps of conv-interp-2 masked around their places."""
-        if self.config.peak == "centroid" and self.config.mask:
-            return mask_around(interp2, self.places(interp2), beta=self.config.beta)
+        if self.config.peak == "centroid":
+            return mask_around(interp2, self.places(interp2))
         return mask_at_peak(interp2, self.masks)
 
     def normed_tracks(self, maps: Tensor, positives: int | None = None) -> NormedTracks:
@@ -409,25 +339,7 @@ class Explainer(nn.Module):
         return p * interp2 + (1 - p) * ordin.detach() * scale
 
 
-def _without_identity(explainer: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    """Drop the identity convolution that earlier versions stored for an ordinary track that is held."""
-    kernel = state.get("conv_ordin.weight")
-    assert isinstance(explainer, Explainer)
-    if kernel is None or not isinstance(explainer.conv_ordin, nn.Identity):
-        return
-    if torch.equal(kernel, nn.init.dirac_(torch.empty_like(kernel))) and not state["conv_ordin.bias"].any():
-        del state["conv_ordin.weight"], state["conv_ordin.bias"]
-
-
-def _as_it_was(explainer: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    """Give weights of earlier versions, which read the tap's maps as they are, the scale that says so."""
-    assert isinstance(explainer, Explainer)
-    width = explainer.structure.channels_in
-    state.setdefault("tap_mean", torch.zeros(width))
-    state.setdefault("tap_deviation", torch.ones(width))
-
-
-def identity_kernel(conv: nn.Conv2d | BoxConvolution) -> Tensor:
+def identity_kernel(conv: nn.Conv2d) -> Tensor:
     """Return a kernel that copies channel k to channel k."""
     kernel = torch.zeros_like(conv.weight)
     nn.init.dirac_(kernel)
@@ -442,3 +354,129 @@ def parameter_groups(explainer: Explainer) -> dict[str, Sequence[nn.Parameter]]:
         "share": [explainer.share_logit],
         "decoder": [explainer.gain, *explainer.decoder.parameters()],
     }
+
+
+def _replaced_convolution(
+    performer: Performer, tap: str, targets: Sequence[str], side: int
+) -> tuple[str, str, str | None] | None:
+    """Find ``(convolution, activation, pooling)`` after the tap when everything later is fully connected."""
+    modules = dict(performer.module.named_modules())
+    names = performer.graph.cut_points()
+    if tap not in names or targets[-1] not in names:
+        return None
+    chain = names[names.index(tap) + 1 : names.index(targets[-1]) + 1]
+    kinds = [modules.get(name) for name in chain]
+    if len(chain) < 3 or not isinstance(kinds[0], nn.Conv2d) or not isinstance(kinds[1], nn.ReLU):
+        return None
+    conv = kinds[0]
+    same = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1) and conv.dilation == (1, 1)
+    pooling = chain[2] if isinstance(kinds[2], nn.MaxPool2d) else None
+    rest = kinds[3 if pooling else 2 :]
+    linear = any(isinstance(k, nn.Linear) for k in rest)
+    # A flatten written as a function has no module: it is None here and keeps the head fully connected.
+    closed = all(k is None or isinstance(k, _FOLLOWS_POOLING) for k in rest)
+    return (chain[0], chain[1], pooling) if same and linear and closed and side > 1 else None
+
+
+def explainer_structure(
+    performer: Performer, batch: Tensor, tap: str, targets: Sequence[str] | None = None
+) -> ExplainerStructure:
+    """Say what an explainer of a layer consists of.
+
+    Args:
+        performer: the network under study.
+        batch: preprocessed images (image, 3, row, col), at least one; they decide the map size.
+        tap: layer to explain; its maps must be non-negative (after a ReLU) and larger than 1x1.
+        targets: layers to reconstruct; the by default the two of :func:`~partlens.network.layers.default_targets`.
+
+    Returns:
+        The structure.
+
+    Raises:
+        LayerError: the layer is unknown, its maps are 1x1, not maps, or not after a ReLU, or a shortcut goes around.
+    """
+    chosen = tuple(performer.targets(tap) if targets is None else targets)
+    if not chosen:
+        raise LayerError(expected("at least one target", "none", "Name a layer after the tap, or omit targets"))
+    _, maps = forward_taps(performer, batch, [tap])
+    tapped = maps[tap]
+    if tapped.dim() != 4:
+        raise LayerError(
+            expected(f"maps at {tap}", f"a tensor of shape {tuple(tapped.shape)}", "Tap a convolutional layer")
+        )
+    rows, cols = int(tapped.shape[2]), int(tapped.shape[3])
+    if min(rows, cols) < 2:
+        raise LayerError(
+            expected(
+                f"maps larger than 1x1 at {tap}",
+                f"{rows}x{cols}",
+                "Tap an earlier layer (see partlens layers)",
+            )
+        )
+    if float(tapped.min()) < 0:
+        raise LayerError(
+            expected(
+                f"maps after a ReLU at {tap}",
+                f"values down to {float(tapped.min()):.3g}",
+                "Tap an activation (see partlens layers); masks and templates need non-negative maps",
+            )
+        )
+    replaced = _replaced_convolution(performer, tap, chosen, min(rows, cols))
+    channels = int(tapped.shape[1])
+    performer.graph.cut(tap, chosen)  # refuses targets that are not after the tap, before anything is written
+    if replaced is None:
+        return ExplainerStructure(tap, chosen, channels, channels, (rows, cols), None, tap)
+    name, activation, pooling = replaced
+    conv = performer.module.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)
+    return ExplainerStructure(
+        tap,
+        chosen,
+        channels,
+        conv.out_channels,
+        (rows, cols),
+        name,
+        activation if pooling is None else pooling,
+    )
+
+
+def build_explainer(
+    performer: Performer,
+    structure: ExplainerStructure,
+    config: ExplainerConfig,
+    generator: torch.Generator | None = None,
+) -> Explainer:
+    """Build an explainer whose ordinary track and decoder start as the performer's own layers.
+
+    Args:
+        performer: the network under study; it stays as it is.
+        structure: from :func:`explainer_structure`.
+        config: weights and initialisation.
+        generator: draws the interpretable track; by default seeded by ``config.seed``.
+
+    Returns:
+        The explainer on the CPU in float32.
+    """
+    draws = torch.Generator().manual_seed(config.seed) if generator is None else generator
+    decoder = performer.graph.cut(structure.decoder_from, structure.targets).cpu().float()
+    pool: nn.Module | None = None
+    ordinary: tuple[Tensor, Tensor] | None = None
+    if structure.replaced is not None:
+        conv = performer.module.get_submodule(structure.replaced)
+        assert isinstance(conv, nn.Conv2d)
+        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().clone()
+        ordinary = (dense_weights(conv).float().cpu(), bias.float().cpu())
+        layer = performer.module.get_submodule(structure.decoder_from)
+        pool = copy.deepcopy(layer).cpu() if isinstance(layer, nn.MaxPool2d) else None
+    with random_state_kept():  # torch's own initialisation draws from the global state before ours replaces it
+        return Explainer(structure, config, decoder, pool=pool, ordinary=ordinary, generator=draws)
+
+
+def reference_decoder(performer: Performer, structure: ExplainerStructure) -> nn.Module:
+    """Return the performer's own layers from tap to targets, frozen: what the explainer should reproduce."""
+    return performer.graph.cut(structure.tap, structure.targets).cpu().float().requires_grad_(requires_grad=False)
+
+
+def performer_head(performer: Performer, structure: ExplainerStructure) -> nn.Module:
+    """Return the performer's layers after the last target, frozen, for feeding the reconstruction back."""
+    return performer.graph.cut(structure.targets[-1], ["output"]).cpu().float().requires_grad_(requires_grad=False)

@@ -1,7 +1,7 @@
-"""Part teachers: where parts stand according to the performer's own later layers, found without labels.
+"""Part teachers: where parts are according to the performer's own later layers, found without labels.
 
 A layer after the tap sees more of the image and separates the object's regions better than the tap does. The
-interpretable track learns to say from the tap's maps alone where these regions stand:
+interpretable track learns to say from the tap's maps alone where these regions are:
 
 1. *Candidates.* The later layer's features of the category's photos, cell by cell, are factorised into few non-negative
    parts (Lee & Seung 2001), for several numbers of parts and random shares of the photos. The centroid of a part's
@@ -13,40 +13,47 @@ interpretable track learns to say from the tap's maps alone where these regions 
 3. *Places.* The places in all views, taken back to the photo, are averaged.
 
 Factorising a layer's cells into object parts follows Collins, Achanta & Süsstrunk, ECCV 2018; choosing the factors by
-their equivariance, and teaching an explainer with them, is ours. ``docs/study.md`` says what it gives.
+their equivariance, and teaching an explainer with them, is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from partlens.errors import ImageError, expected
+from partlens.explainer.network import Explainer
 from partlens.explainer.templates import cell_grid, centroid_cells
+from partlens.explainer.views import NORM_SAMPLE, TrainingMaps, epoch_generator, gather
 
-PARTS = (3, 4, 5, 6, 8, 10, 12, 16)
-ROUNDS = 3
-SHARE_OF_PHOTOS = 0.7
-MOST_CELLS = 8000
-PHOTOS_AT_ONCE = 1000
+_PARTS = (3, 4, 5, 6, 8, 10, 12, 16)
+_ROUNDS = 3
+_SHARE_OF_PHOTOS = 0.7
+_MOST_CELLS = 8000
+_PHOTOS_AT_ONCE = 1000
 """Photos whose later maps are in memory together; as many, at most, give the cells that candidates are found in."""
-BLUR_CELLS = 1.5
+_BLUR_CELLS = 1.5
 _FIT_STEPS = 40
 _CODE_STEPS = 25
 _CODE_CELLS = 65_536
 _LITTLE = 1e-8
 _BUMP = 0.12  # of the side: about the width of a mask
 _STILL = 1e-6  # a thousandth of the side, squared
-_LEAST_MOVEMENT = 0.02  # nothing is trusted more than what misses a crop by a seventh of its own deviation
+_VIEWS = 6  # that teachers are chosen by, at most
+_LEAST_UPPER_CELLS = 3
 
+Source = Callable[[int], Tensor]
+"""Returns where candidates are in a view of a category's photos, (photo, part, 2) as shares of its sides."""
 
-Source = Callable[[int], Float[Tensor, "photo part 2"]]
-"""Returns where candidates stand in a view, as shares of its sides."""
+PlaceSource = Callable[[Explainer, TrainingMaps, int, torch.Generator], Source]
+"""Finds the candidates of one category in the cached maps."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Teachers:
 
     Attributes:
         places: (row, col) of each part in each photo, as shares of its sides: the mean over views.
-        chosen: number of each among the candidates of all sources, in their order.
+        chosen: number of each among the candidates.
         movement: mean squared error of moving with crops and mirrors over the variance of the place; lower is better.
         correlation: mean correlation of the places of two different parts over photos.
     """
@@ -71,9 +78,7 @@ def nonnegative_parts(
 ) -> Float[Tensor, "part filter"]:
     """Factorise cells into ``count`` non-negative directions by some multiplicative steps (Lee & Seung 2001).
 
-    Only candidates are wanted, so the number of steps is fixed; :func:`partlens_papers.rivals.factors.fit_nmf` is the
-    rival,
-    which goes on until nothing changes.
+    Only candidates are wanted, so the number of steps is fixed.
     """
     scale = float(cells.mean()) + _LITTLE
     codes = torch.rand(len(cells), count, generator=generator).to(cells) * scale
@@ -177,31 +182,6 @@ def _correlations(places: Float[Tensor, "photo part 2"]) -> Float[Tensor, "part 
     return torch.einsum("ipa,iqa->pqa", unit, unit).mean(-1)
 
 
-def in_step(
-    places: Float[Tensor, "photo part 2"], movement: Float[Tensor, " part"], modes: int
-) -> Float[Tensor, "photo part 2"]:
-    """Return where parts stand if the object moves in few ways: places projected on their main modes of variation.
-
-    Parts of one object move together, noise does not. The modes are the first right singular vectors of all places less
-    their means, one column per coordinate, divided by ``movement``, so that what follows no crop has no say.
-
-    Args:
-        places: of all candidates.
-        movement: of each, error over variance (:class:`Teachers`).
-        modes: kept; places are returned as they are where there are no more photos or coordinates than that.
-
-    Source:
-        The point distribution model of Cootes, Taylor, Cooper & Graham, CVIU 1995; weights ours.
-    """
-    mean = places.mean(0)
-    scale = (1 / movement.clamp(min=_LEAST_MOVEMENT)).repeat_interleave(2)
-    moved = (places - mean).flatten(1) * scale
-    if modes >= min(moved.shape):
-        return places
-    kept: Tensor = torch.linalg.svd(moved, full_matrices=False).Vh[:modes]
-    return mean + (moved @ kept.T @ kept / scale).reshape(places.shape)
-
-
 class LaterParts:
     """Non-negative parts of a later layer: candidates to teach.
 
@@ -222,57 +202,50 @@ class LaterParts:
     ) -> None:
         self.view = view
         self.everyone = torch.arange(photos)
-        few = photos <= PHOTOS_AT_ONCE
-        sample = self.everyone if few else torch.randperm(photos, generator=generator)[:PHOTOS_AT_ONCE].sort().values
+        few = photos <= _PHOTOS_AT_ONCE
+        sample = self.everyone if few else torch.randperm(photos, generator=generator)[:_PHOTOS_AT_ONCE].sort().values
         whole = view(sample, 0).clamp(min=0)
         if not bool(whole.any()):
             raise ImageError(expected("a later layer that answers to the photos", "zeros only", "Check the performer"))
         self.dictionaries = []
-        for parts in PARTS:
-            for _ in range(ROUNDS):
-                chosen = torch.rand(len(sample), generator=generator) < SHARE_OF_PHOTOS
+        for parts in _PARTS:
+            for _ in range(_ROUNDS):
+                chosen = torch.rand(len(sample), generator=generator) < _SHARE_OF_PHOTOS
                 cells = whole[chosen if int(chosen.sum()) > 1 else slice(None)].permute(0, 2, 3, 1).flatten(0, 2)
-                cells = cells[torch.randperm(len(cells), generator=generator)[:MOST_CELLS]]
+                cells = cells[torch.randperm(len(cells), generator=generator)[:_MOST_CELLS]]
                 self.dictionaries.append(nonnegative_parts(cells, parts, generator))
 
     def __call__(self, number: int) -> Float[Tensor, "photo part 2"]:
         """Return the places of all candidates in a view, as shares of its sides."""
         found = []
-        for some in self.everyone.split(PHOTOS_AT_ONCE):
+        for some in self.everyone.split(_PHOTOS_AT_ONCE):
             maps = self.view(some, number).clamp(min=0)
             found.append(torch.cat([centroids(part_codes(maps, parts)) for parts in self.dictionaries], 1))
         return torch.cat(found)
 
 
-def part_teachers(
-    sources: Sequence[Source], windows: Float[Tensor, "photo view 5"], count: int, variety: float, modes: int = 0
-) -> Teachers:
+def part_teachers(source: Source, windows: Float[Tensor, "photo view 5"], count: int, variety: float) -> Teachers:
     """Choose parts that move with the photo.
 
     Args:
-        sources: each says where its candidates stand in a view; view 0 is the whole photo.
+        source: says where candidates are in a view; view 0 is the whole photo.
         windows: how each view was cut; at least two views.
         count: parts wanted.
-        variety: how much a part pays for moving like those already taken: cost per unit of mean correlation.
-        modes: ways in which all parts move together (:func:`in_step`); 0 leaves every part to itself.
+        variety: what a part pays for the mean correlation of its place with the places already chosen.
 
     Returns:
-        The parts, the best first.
+        The parts, best first; fewer than ``count`` where there are fewer candidates.
 
     Raises:
         ImageError: fewer than four photos.
     """
-    photos, views = windows.shape[:2]
+    photos, views, _ = windows.shape
     if photos < 4:
         raise ImageError(expected("at least 4 photos to find parts in", int(photos), "Add photos"))
-
-    def places_seen(number: int) -> Tensor:
-        return torch.cat([source(number) for source in sources], 1)
-
-    first = places_seen(0)
+    first = source(0)
     sums, error = first.clone(), torch.zeros(first.shape[1])
     for number in range(1, views):
-        seen = places_seen(number)
+        seen = source(number)
         wanted = places_in_view(first, windows[:, number])
         inside = ((wanted > 0) & (wanted < 1)).all(-1).to(seen.dtype)
         missed = (seen - wanted).square().sum(-1)
@@ -281,22 +254,71 @@ def part_teachers(
     # A place that never moves misses nothing and has no variance: 1, no better than one that moves at random.
     movement = (error + _STILL) / (first.var(0).sum(-1) + _STILL)
     places = sums / views
-    own_cost = movement
-    if modes:
-        moved = places.var(0).sum(-1)
-        places = in_step(places, movement, modes)
-        # What the modes do not explain is not taught, so a candidate that moves in ways of its own is no teacher.
-        own_cost = movement + 1 - places.var(0).sum(-1) / (moved + _STILL)
     alike = _correlations(places)
     taken: list[int] = []
     for _ in range(min(count, len(movement))):
-        cost = own_cost + (variety * alike[:, taken].mean(1) if taken else 0.0)
+        cost = movement + (variety * alike[:, taken].mean(1) if taken else 0.0)
         cost[taken] = torch.inf
         taken.append(int(cost.argmin()))
     own = alike[taken][:, taken]
     pairs = len(taken) * (len(taken) - 1)
     correlation = float(own.sum() - own.diagonal().sum()) / pairs if pairs else 0.0
     return Teachers(places[:, taken], tuple(taken), movement[taken], correlation)
+
+
+def later_places(explainer: Explainer, data: TrainingMaps, category: int, generator: torch.Generator) -> Source:
+    """Return where parts of what comes after the tap are, the candidates of one category.
+
+    After the tap comes, where the tracks replace a convolution, that convolution; elsewhere the last target that has
+    maps of at least 3x3 cells, and the tap itself where none has.
+    """
+    own = data.own(category)
+    mapped = [target for target in data.targets if target.ndim == 4 and min(target.shape[2:]) >= _LEAST_UPPER_CELLS]
+
+    def view(photos: Tensor, number: int) -> Tensor:
+        rows = data.rows(own[photos], number)
+        if explainer.structure.replaced is None:
+            return gather(mapped[-1] if mapped else data.tap, rows)
+        pieces = np.array_split(rows, max(1, math.ceil(len(rows) / NORM_SAMPLE)))
+        with torch.no_grad():
+            return torch.cat([explainer.conv_ordin(gather(data.tap, piece)).relu() for piece in pieces])
+
+    return LaterParts(view, len(own), generator)
+
+
+def find_teachers(
+    explainer: Explainer, data: TrainingMaps, places_of: PlaceSource = later_places
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Find the part teachers of every category and give each filter one.
+
+    Args:
+        explainer: its ordinary track says where channels are active.
+        data: the cached maps.
+        places_of: where candidates come from.
+
+    Returns:
+        ``teachers``, places (photo, teacher, 2) in shares, NaN for photos of other categories, and ``teacher_of``, the
+        teacher of each filter of conv-interp-2 for each category (filter, category), since filters change category; and
+        what was found, for the log.
+    """
+    config, filters = explainer.config, explainer.structure.channels_out
+    places = torch.full((data.photos, config.teachers * data.categories, 2), math.nan)
+    teacher_of = torch.zeros(filters, data.categories, dtype=torch.long)
+    found = {"teacher_movement": 0.0, "teacher_correlation": 0.0}
+    for category in range(data.categories):
+        own = data.own(category)
+        source = places_of(explainer, data, category, epoch_generator(config.seed, -1 - category))
+        views = min(data.views, _VIEWS)
+        teachers = part_teachers(source, data.windows[own, :views], config.teachers, config.teacher_variety)
+        mine = slice(category * config.teachers, category * config.teachers + teachers.places.shape[1])
+        places[own, mine] = teachers.places
+        shown = own[:: max(1, len(own) // NORM_SAMPLE)][:NORM_SAMPLE]
+        with torch.no_grad():
+            ordinary = explainer.conv_ordin(gather(data.tap, data.rows(shown))).relu()
+        teacher_of[:, category] = mine.start + matched_teachers(ordinary, places[shown, mine])
+        found["teacher_movement"] += float(teachers.movement.mean()) / data.categories
+        found["teacher_correlation"] += teachers.correlation / data.categories
+    return {"teachers": places, "teacher_of": teacher_of}, found
 
 
 def place_posterior(
@@ -322,8 +344,8 @@ def teacher_cost(
     target = wanted.nan_to_num()
     logs, mean = place_posterior(maps)
     row, col = torch.arange(rows).to(logs), torch.arange(cols).to(logs)
-    by_row = (-(row - target[..., 0, None]).square() / (2 * BLUR_CELLS**2)).softmax(-1)
-    by_col = (-(col - target[..., 1, None]).square() / (2 * BLUR_CELLS**2)).softmax(-1)
+    by_row = (-(row - target[..., 0, None]).square() / (2 * _BLUR_CELLS**2)).softmax(-1)
+    by_col = (-(col - target[..., 1, None]).square() / (2 * _BLUR_CELLS**2)).softmax(-1)
     blurred = (by_row[..., :, None] * by_col[..., None, :]).flatten(2)
     cost = (mean - target).square().sum(-1) / 4 - 0.3 * (blurred * logs).sum(-1)
     return torch.where(known, cost, torch.zeros_like(cost)).sum(0) / known.sum(0).clamp(min=1)

@@ -19,6 +19,9 @@ from partlens.errors import InputError, expected
 BETA = 4.0
 """Fall-off of a template per side length (CVPR 2018, Sec. 3.1)."""
 
+PEAK_POWER = 6.0
+"""Power by which an explainer's maps are weighted for their centroid (ours)."""
+
 
 def _check_side(rows: int, cols: int) -> None:
     if rows < 2 or cols < 2:
@@ -55,9 +58,9 @@ def part_templates(
 
     Args:
         rows: rows of the map, at least 2.
-        cols: columns of the map; ``rows`` when left out.
+        cols: columns of the map; ``rows`` by default.
         beta: fall-off, 4 in the paper.
-        tau: scale; the paper's ``0.5 / L²`` (``0.5 / (rows * cols)``) when left out.
+        tau: scale; by default the paper's ``0.5 / L²``, here ``0.5 / (rows * cols)``.
         dtype: of the result; computed in float64.
 
     Returns:
@@ -80,20 +83,6 @@ def part_templates(
     return family.reshape(-1, rows, cols).to(dtype)
 
 
-def shuffled(templates: Float[Tensor, "template row col"], seed: int) -> Float[Tensor, "template row col"]:
-    """Return templates whose cells stand in a random order, another for each; for ablations.
-
-    Example:
-        >>> family = part_templates(5).flatten(1)
-        >>> again = shuffled(part_templates(5), 0).flatten(1)
-        >>> bool((again.sort().values == family.sort().values).all()), bool((again == family).all())
-        (True, False)
-    """
-    flat = templates.flatten(1)
-    order = torch.rand(flat.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
-    return flat.gather(1, order.to(flat.device)).reshape(templates.shape)
-
-
 def template_log_prior(cells: int, *, alpha: float | None = None) -> Float[Tensor, " template"]:
     """Return ``log p(T)``: ``alpha / L²`` for each positive template, ``1 - alpha`` for the negative one.
 
@@ -101,7 +90,7 @@ def template_log_prior(cells: int, *, alpha: float | None = None) -> Float[Tenso
 
     Args:
         cells: number of cells ``L²``.
-        alpha: probability that the part is present, in (0, 1); the paper's value when left out.
+        alpha: probability that the part is present, in (0, 1); by default the paper's value.
 
     Example:
         >>> round(float(template_log_prior(196).exp()[0] * 197), 5)
@@ -109,7 +98,7 @@ def template_log_prior(cells: int, *, alpha: float | None = None) -> Float[Tenso
     """
     alpha = cells / (1 + cells) if alpha is None else alpha
     if not 0 < alpha < 1:
-        raise InputError(expected("alpha between 0 and 1", alpha, "Leave it out for the paper's value"))
+        raise InputError(expected("alpha between 0 and 1", alpha, "Omit it for the paper's value"))
     prior = torch.full((cells + 1,), math.log(alpha / cells), dtype=torch.float64)
     prior[-1] = math.log1p(-alpha)
     return prior
@@ -144,13 +133,14 @@ def cell_grid(rows: int, cols: int, like: Tensor) -> Float[Tensor, "cell 2"]:
     return torch.stack([row, col], -1)
 
 
-def centroid_cells(maps: Float[Tensor, "image filter row col"], power: float) -> Float[Tensor, "image filter 2"]:
+def centroid_cells(
+    maps: Float[Tensor, "image filter row col"], power: float = PEAK_POWER
+) -> Float[Tensor, "image filter 2"]:
     """Return the centroid (row, col) of each map raised to a power: its largest cell for a large power.
 
-    Where a map has one narrow peak, this is that peak to a part of a cell; where it answers in two places, it stands
-    between them instead of jumping. It does not depend on the map's scale. An empty map peaks nowhere: it gets cell
-    (0, 0), as its largest cell does, so that filters which do not answer are never taken for filters that stay in the
-    middle.
+    Where a map has one narrow peak, this is that peak to a part of a cell; where the map has two, it is a
+    place between them instead of a jump. It does not depend on the map's scale. An empty map has no peak: it gets cell
+    (0, 0), as its largest cell does, so that silent filters are never taken for filters that stay in the middle.
 
     Args:
         maps: non-negative maps (after a ReLU).

@@ -1,198 +1,134 @@
-"""The explainer's objective, term by term.
+"""The explainer's objective, a list of terms.
 
     Loss = sum_l lambda_l |x_l - x_l*|² - eta log p + sum_f lambda_f Loss_f(x_f)        (ICLR 2020, Eq. (1))
 
-Beyond the papers, and off in the ``paper`` preset, three terms act on the *expected peak* of a map, the mean cell under
-the softmax of its template scores (differentiable, and the same posterior the filter loss uses):
+A *whole* term costs a batch one number: the reconstruction (or the classification that replaces it) and the price of
+the ordinary track. A *filter* term costs each filter of an interpretable layer a number in nats: the filter loss and,
+beyond the papers, the distance to the filter's teacher (:mod:`partlens.explainer.teachers`). In the warm-up the filter
+terms are summed as they are; later their sum is weighted by lambda_f, which balances its gradient with that of the
+reconstruction.
 
-- *diversity*: the filters' expected peaks correlate over photos by at most ``diversity_target`` on average;
-- *equivariance*: a part filter must move with the image: the peak in a crop or mirror is where the crop or mirror takes
-  the peak of the photo;
-- *evidence*: a part that matters stands where the performer's decision hangs on the maps
-  (:mod:`partlens.explainer.evidence`).
-
-A fourth acts on the map of conv-interp-2 itself: a filter stands where its *teacher* does
-(:mod:`partlens.explainer.teachers`).
-
-Without diversity, or teachers that differ, "every filter follows the same part" is an optimum of the filter loss.
+A new term is a class here and a line in :meth:`Objective.of`.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from partlens.errors import InputError, expected
 from partlens.explainer.config import ExplainerConfig
-from partlens.explainer.filter_loss import RunningNormaliser, filter_loss_of_scores, single_templates, template_scores
+from partlens.explainer.filter_loss import filter_loss_of_scores, single_templates, template_scores
 from partlens.explainer.network import Explainer, ExplainerOutput
 from partlens.explainer.teachers import places_in_view, teacher_cost
-from partlens.explainer.templates import cell_grid, part_templates, shuffled
+from partlens.explainer.templates import part_templates
 
-TERMS = (
-    "reconstruction",
-    "share",
-    "filter_1",
-    "filter_2",
-    "correlation",
-    "equivariance",
-    "evidence",
-    "teacher",
-    "classification",
-    "p",
-)
+RECONSTRUCTION_WEIGHT = 5e4
+"""Numerator of lambda_l = 5e4 / E|max(x*, 0)| (ICLR 2020, Sec. 4)."""
+
+_CLASSIFICATION_WEIGHT = 1e6  # of Explainer+cls, in the units of the reconstruction (paper silent)
+_UNIT = 1e6  # Adam does not see the scale; logs stay readable
 _MEASURE_EVERY = 8
 _MEASURE_MOMENTUM = 0.7
 _ACTIVITY_MOMENTUM = 0.9
+_SCALE_MOMENTUM = 0.9
 
-
-class ViewPair(NamedTuple):
-    """Rows of a batch that show the same photos, and how the second view was cut from the first.
-
-    ``windows`` is (pair, 5): left, top, width and height of the crop as shares of the first view, and 1 where the
-    crop was then mirrored.
-    """
-
-    first: slice
-    second: slice
-    windows: Float[Tensor, "pair 5"]
+State = dict[str, Tensor]
+"""Running measurements by name, all of them part of a checkpoint."""
 
 
 class BatchFacts(NamedTuple):
-    """What is known of a batch's images beyond their maps.
+    """What is known of a batch's images beyond their maps; the explained photos come first.
 
     Attributes:
-        positives: the first so many are of the category, or of one of the categories.
-        pair: which of these show the same photos.
-        evidence: where the performer's decision hangs on their maps.
-        labels: their categories, for an explainer of several; the filters are then assigned to categories.
-        taught: the cell (row, col) at which each part teacher stands, NaN where it is cut off or of another category.
+        labels: the category of each explained photo.
+        photos: their numbers.
+        windows: how the views that are seen were cut from them.
     """
 
-    positives: int
-    pair: ViewPair | None = None
-    evidence: Float[Tensor, "positive row col"] | None = None
-    labels: Int[Tensor, " positive"] | None = None
-    taught: Float[Tensor, "positive teacher 2"] | None = None
+    labels: Int[Tensor, " positive"]
+    photos: Int[Tensor, " positive"]
+    windows: Float[Tensor, "positive 5"]
 
 
-class _Group(NamedTuple):
-    """Photos of one category in a batch and the filters that are theirs."""
+class Group(NamedTuple):
+    """The photos of one category in a batch and the filters that belong to it, in one interpretable layer.
 
+    Attributes:
+        layer: ``"1"`` or ``"2"``.
+        category: number of the category.
+        rows: of the batch.
+        filters: of the layer.
+        maps: of the layer, all filters, of the images that the filter loss reads.
+        scores: of these maps with every template.
+    """
+
+    layer: str
     category: int
-    rows: Tensor
-    filters: Tensor
-    pair: ViewPair | None
-    evidence: Tensor | None
-    taught: Tensor | None
+    rows: Int[Tensor, " row"]
+    filters: Int[Tensor, " filter"]
+    maps: Float[Tensor, "image all row col"]
+    scores: Float[Tensor, "image all template"]
 
 
-def expected_peaks(
-    scores: Float[Tensor, "image filter template"], rows: int, cols: int
-) -> Float[Tensor, "image filter 2"]:
-    """Return the mean (row, col) of each map's peak under the softmax of its positive templates' scores."""
-    weight = scores[..., :-1].softmax(-1)
-    return weight @ cell_grid(rows, cols, weight)
+class FilterTerm(ABC):
+    """A cost of every filter of an interpretable layer.
 
-
-def mean_peak_correlation(peaks: Float[Tensor, "image filter 2"]) -> Float[Tensor, " axis"]:
-    """Return the mean correlation over photos of the peaks of two different filters, for rows and for columns.
-
-    Computed as ``(F |mean_f z_f|² - 1) / (F - 1)`` on standardised peaks ``z_f``, which needs no matrix of pairs. A
-    tenth of a cell is added to each deviation, so that a peak that never moves correlates with nothing.
+    Class attributes:
+        NAME: in the log.
+        LAYERS: those it applies to.
+        WEIGHT: in units of the filter loss.
     """
-    filters = peaks.shape[1]
-    standard = (peaks - peaks.mean(0)) / (peaks.std(0) + 0.1)
-    power = standard.mean(1).square().mean(0)
-    return (filters * power - 1) / max(1, filters - 1)
+
+    NAME: ClassVar[str]
+    LAYERS: ClassVar[str]
+    WEIGHT: ClassVar[float]
+
+    @abstractmethod
+    def cost(self, group: Group, facts: BatchFacts) -> Float[Tensor, " filter"]:
+        """Return the cost of each filter of a group in nats."""
 
 
-def equivariance_cost(
-    first: Float[Tensor, "pair filter 2"],
-    second: Float[Tensor, "pair filter 2"],
-    windows: Float[Tensor, "pair 5"],
-    rows: int,
-    cols: int,
-) -> Float[Tensor, ""]:
-    """Return the sum over filters of the mean distance (cells) between a peak and where the crop should have put it.
+class WholeTerm(ABC):
+    """A cost of a batch as a whole.
 
-    Peaks that the crop cuts off are left out. The distance is Huber-like (``sqrt(1 + d²) - 1``).
+    Class attributes:
+        NAME: in the log.
     """
-    side = torch.tensor([rows, cols], dtype=first.dtype, device=first.device)
-    y, x = places_in_view((first + 0.5) / side, windows).unbind(-1)
-    margin = 0.02
-    inside = ((x > margin) & (x < 1 - margin) & (y > margin) & (y < 1 - margin)).detach().to(x.dtype)
-    d2 = ((second[..., 1] + 0.5) - x * cols).square() + ((second[..., 0] + 0.5) - y * rows).square()
-    distance = (1 + d2).sqrt() - 1
-    return ((distance * inside).sum(0) / inside.sum(0).clamp(min=1)).sum()
+
+    NAME: ClassVar[str]
+
+    @abstractmethod
+    def cost(self, output: ExplainerOutput, targets: tuple[Tensor, ...], facts: BatchFacts) -> Float[Tensor, ""]:
+        """Return the weighted cost, the mean over images."""
 
 
-def evidence_cost(
-    scores: Float[Tensor, "image filter template"], evidence: Float[Tensor, "image row col"]
-) -> Float[Tensor, " filter"]:
-    """Return ``mean_x -log sum_mu q(mu|x) e(mu)`` in nats, ``q`` the posterior of the positive templates."""
-    weight = scores[..., :-1].softmax(-1)
-    met = torch.einsum("ift,it->if", weight, evidence.flatten(1).to(weight.dtype))
-    return -met.clamp(min=1e-6).log().mean(0)
+def _picked(values: Tensor, rows: Tensor, filters: Tensor) -> Tensor:
+    """Return ``values[rows][:, filters]``, the tensor itself where that is all of it."""
+    if len(rows) == len(values) and len(filters) == values.shape[1]:
+        return values
+    return values[rows][:, filters]
 
 
-@dataclass
-class Objective:
-    """The objective with its running measurements; all of them are part of a checkpoint.
+@dataclass(frozen=True)
+class FilterLoss(FilterTerm):
+    """The filter loss of the papers (:mod:`partlens.explainer.filter_loss`)."""
 
-    Attributes:
-        config: the weights.
-        explainer: the network it is computed for.
-        target_norms: E|max(x*, 0)| of each target.
-        categories: how many categories the filters are shared among.
-        head: the performer from the last target to its output, for ``objective="classification"``.
-        outputs: the performer's output of each category, for the same.
-        epoch: number N of the running epoch, from 1; the filter loss weighs ``filter_ratio / N ** filter_decay``.
-        state: running tensors by name.
-    """
+    NAME: ClassVar[str] = "filter"
+    LAYERS: ClassVar[str] = "12"
+    WEIGHT: ClassVar[float] = 1.0
 
     config: ExplainerConfig
-    explainer: Explainer
-    target_norms: tuple[float, ...]
-    categories: int = 1
-    head: nn.Module | None = None
-    outputs: tuple[int, ...] = (0,)
-    epoch: int = 1
-    step: int = 0
-    state: dict[str, Tensor] = field(default_factory=dict)
+    state: State
 
-    def __post_init__(self) -> None:
-        """Build the templates."""
-        rows, cols = self.explainer.structure.side_cells
-        templates = part_templates(rows, cols, beta=self.config.beta, tau=self.config.tau_cells / (rows * cols))
-        self._templates = shuffled(templates, self.config.seed) if self.config.templates == "shuffled" else templates
-
-    def to(self, device: torch.device) -> None:
-        """Move what the objective holds; the explainer is moved by its owner."""
-        self._templates = self._templates.to(device)
-        self.state = {name: value.to(device) for name, value in self.state.items()}
-        if self.head is not None:
-            self.head.to(device)
-
-    def reconstruction(self, output: ExplainerOutput, targets: tuple[Tensor, ...]) -> Float[Tensor, ""]:
-        """Return ``sum_l lambda_l |x_l - x_l*|²``, the mean over images, ``lambda_l = 5e4 / E|max(x*, 0)|``."""
-        total = output.p.new_zeros(())
-        for value, target, norm in zip(output.reconstructions, targets, self.target_norms, strict=True):
-            weight = self.config.reconstruction_weight / max(norm, 1e-12)
-            total = total + weight * (value.float() - target).square().flatten(1).sum(1).mean()
-        return total
-
-    def share(self, output: ExplainerOutput) -> Float[Tensor, ""]:
-        """Return ``-eta log p``."""
-        return -self.config.eta * output.p.log()
-
-    def _scale(self, scores: Tensor, name: str, filters: Tensor) -> Tensor:
+    def _scale(self, scores: Tensor, group: Group) -> Float[Tensor, " filter"]:
         """Return what to multiply each filter's scores by, so that its best template scores ``score_scale_nats``.
 
         The mean over the filter's own photos, running over batches. Scores are linear in the maps, so this is the
@@ -200,37 +136,168 @@ class Objective:
         """
         if self.config.score_scale_nats == 0:
             return scores.new_ones(scores.shape[1])
-        with torch.no_grad():
-            largest = scores.amax(-1)
-            # The best score of a map without a peak is negative; a tenth of the scores' range stands in for it, or the
-            # factor would be without bounds.
-            best = torch.maximum(largest, 0.1 * (largest - scores.amin(-1))).mean(0)
-            key = f"scale.{name}"
-            if key not in self.state:
-                self.state[key] = best.new_full((self._filters(name),), math.nan)
-            past = self.state[key][filters]
-            running = torch.where(past.isnan(), best, 0.9 * past + 0.1 * best)
-            self.state[key] = self.state[key].index_copy(0, filters, running)
-            return self.config.score_scale_nats / running.clamp(min=1e-6 * float(running.mean()) + 1e-12)
-
-    def _filters(self, layer: str) -> int:
-        """Return how many filters an interpretable layer has."""
-        return (self.explainer.conv_interp_1 if layer == "1" else self.explainer.conv_interp_2).out_channels
-
-    def _normaliser(self, scores: Tensor, name: str, filters: Tensor) -> RunningNormaliser | None:
-        if self.config.normaliser == "batch":
-            return None
-        key = f"normaliser.{name}"
+        largest = scores.amax(-1)
+        # The best score of a map without a peak is negative; a tenth of the scores' range replaces it, or the factor
+        # would be without bounds.
+        best = torch.maximum(largest, 0.1 * (largest - scores.amin(-1))).mean(0)
+        key = f"scale.{group.layer}"
         if key not in self.state:
-            self.state[key] = scores.new_full((self._filters(name), scores.shape[2]), math.nan)
-        past = self.state[key][filters]
-        started = RunningNormaliser.started(scores)
-        # A filter that has just come to this category starts afresh.
-        known = ~past.isnan().any(1, keepdim=True)
-        mixed = RunningNormaliser(torch.where(known, past, started.log_mean)).updated(scores).log_mean
-        fresh = torch.where(known, mixed, started.log_mean)
-        self.state[key] = self.state[key].index_copy(0, filters, fresh)
-        return RunningNormaliser(fresh)
+            self.state[key] = best.new_full((group.scores.shape[1],), math.nan)
+        past = self.state[key][group.filters]
+        running = torch.where(past.isnan(), best, _SCALE_MOMENTUM * past + (1 - _SCALE_MOMENTUM) * best)
+        self.state[key] = self.state[key].index_copy(0, group.filters, running)
+        return self.config.score_scale_nats / running.clamp(min=1e-6 * float(running.mean()) + 1e-12)
+
+    def cost(self, group: Group, facts: BatchFacts) -> Float[Tensor, " filter"]:  # noqa: ARG002
+        """Return the loss of the group's filters over its photos, or over all images where background counts."""
+        with torch.no_grad():
+            factor = self._scale(_picked(group.scores, group.rows, group.filters), group)[:, None]
+        everyone = torch.arange(len(group.maps), device=group.rows.device)
+        rows = everyone if self.config.filter_background else group.rows
+        chosen = None
+        if self.config.gradient == "approximate":
+            maps = _picked(group.maps, rows, group.filters)
+            chosen = single_templates(maps, torch.isin(rows, group.rows))
+        return filter_loss_of_scores(_picked(group.scores, rows, group.filters) * factor, chosen=chosen)
+
+
+@dataclass(frozen=True)
+class TeacherDistance(FilterTerm):
+    """How far filters of conv-interp-2 are from their teachers (:func:`partlens.explainer.teachers.teacher_cost`)."""
+
+    NAME: ClassVar[str] = "teacher"
+    LAYERS: ClassVar[str] = "2"
+    WEIGHT: ClassVar[float] = 100.0
+
+    state: State
+
+    def cost(self, group: Group, facts: BatchFacts) -> Float[Tensor, " filter"]:
+        """Return the distance over the photos in which the filter's teacher is seen."""
+        teacher = self.state["teacher_of"][group.filters, group.category]
+        places = self.state["teachers"][facts.photos[group.rows]][:, teacher]
+        shares = places_in_view(places, facts.windows[group.rows])
+        side = torch.tensor(group.maps.shape[2:], device=shares.device)
+        # A share of 0 is the left border of the first cell, whose centre is cell 0.
+        cells = torch.where(((shares > 0) & (shares < 1)).all(-1, keepdim=True), shares * side - 0.5, math.nan)
+        return teacher_cost(group.maps[group.rows][:, group.filters].float(), cells)
+
+
+@dataclass(frozen=True)
+class Reconstruction(WholeTerm):
+    """``sum_l lambda_l |x_l - x_l*|²`` with ``lambda_l = 5e4 / E|max(x*, 0)|``.
+
+    Attributes:
+        target_norms: E|max(x*, 0)| of each target.
+    """
+
+    NAME: ClassVar[str] = "reconstruction"
+
+    target_norms: tuple[float, ...]
+
+    def cost(self, output: ExplainerOutput, targets: tuple[Tensor, ...], facts: BatchFacts) -> Float[Tensor, ""]:  # noqa: ARG002
+        """Return the mean over images."""
+        total = output.p.new_zeros(())
+        for value, target, norm in zip(output.reconstructions, targets, self.target_norms, strict=True):
+            weight = RECONSTRUCTION_WEIGHT / max(norm, 1e-12)
+            total = total + weight * (value.float() - target).square().flatten(1).sum(1).mean()
+        return total
+
+
+@dataclass(frozen=True)
+class Share(WholeTerm):
+    """``-eta log p``."""
+
+    NAME: ClassVar[str] = "share"
+
+    eta: float
+
+    def cost(self, output: ExplainerOutput, targets: tuple[Tensor, ...], facts: BatchFacts) -> Float[Tensor, ""]:  # noqa: ARG002
+        """Return the price of the ordinary track."""
+        return -self.eta * output.p.log()
+
+
+@dataclass(frozen=True)
+class Classification(WholeTerm):
+    """The logistic loss of the performer's outputs for the reconstruction that is fed back (ICLR 2020, Table 10).
+
+    It replaces the reconstruction and needs labels; background shows none of the categories.
+
+    Attributes:
+        head: the performer from the last target to its output.
+        outputs: the output of each category.
+    """
+
+    NAME: ClassVar[str] = "classification"
+
+    head: nn.Module
+    outputs: tuple[int, ...]
+
+    def cost(self, output: ExplainerOutput, targets: tuple[Tensor, ...], facts: BatchFacts) -> Float[Tensor, ""]:  # noqa: ARG002
+        """Return the mean over images, summed over the categories' outputs."""
+        scores = self.head(output.reconstructions[-1].float())  # in training the decoder may run in bfloat16
+        scores = (scores[0] if isinstance(scores, tuple) else scores).float()
+        wanted = torch.zeros_like(scores)
+        columns = torch.tensor(self.outputs, device=scores.device)[facts.labels]
+        wanted[torch.arange(len(columns), device=scores.device), columns] = 1
+        losses = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")[:, list(self.outputs)].sum(1)
+        return _CLASSIFICATION_WEIGHT * losses.mean()
+
+
+@dataclass
+class Objective:
+    """The objective with its running measurements; all of them are part of a checkpoint.
+
+    Attributes:
+        explainer: the network it is computed for.
+        fidelity: what the filter terms are balanced with: the reconstruction, or the classification.
+        others: further terms of the whole batch.
+        filter_terms: terms of every filter.
+        categories: how many categories the filters are shared among.
+        state: running tensors by name, shared with the terms.
+        watched: terms that are logged and cost nothing.
+        epoch: number N of the running epoch, from 1; the filter terms weigh ``filter_ratio / N ** filter_decay``.
+        step: steps so far.
+    """
+
+    explainer: Explainer
+    fidelity: WholeTerm
+    others: tuple[WholeTerm, ...]
+    filter_terms: tuple[FilterTerm, ...]
+    categories: int
+    state: State
+    watched: tuple[WholeTerm, ...] = ()
+    epoch: int = 1
+    step: int = 0
+    _templates: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Build the templates."""
+        self._templates = part_templates(*self.explainer.structure.side_cells)
+
+    @classmethod
+    def of(
+        cls,
+        explainer: Explainer,
+        target_norms: tuple[float, ...],
+        categories: int = 1,
+        classification: Classification | None = None,
+    ) -> Objective:
+        """Return the objective that an explainer's configuration asks for."""
+        config, state = explainer.config, State()
+        reconstruction = Reconstruction(target_norms)
+        terms: tuple[FilterTerm, ...] = (FilterLoss(config, state),)
+        if config.teachers:
+            terms += (TeacherDistance(state),)
+        fidelity: WholeTerm = reconstruction if classification is None else classification
+        watched = () if classification is None else (reconstruction,)
+        return cls(explainer, fidelity, (Share(config.eta),), terms, categories, state, watched)
+
+    def to(self, device: torch.device) -> None:
+        """Move what the objective holds; the explainer is moved by its owner."""
+        self._templates = self._templates.to(device)
+        self.state.update({name: value.to(device) for name, value in self.state.items()})
+        if isinstance(self.fidelity, Classification):
+            self.fidelity.head.to(device)
 
     def assigned(self, layer: str) -> Int[Tensor, " filter"]:
         """Return the category of each filter of a layer: the one whose photos excite it most (CVPR 2018, Sec. 3.1).
@@ -244,189 +311,93 @@ class Objective:
     def _follow_activity(self, layer: str, maps: Tensor, labels: Tensor) -> None:
         """Mix a batch into the running mean of ``sum_ij x_ij`` per filter and category (EMA 0.9, as released)."""
         total = maps[: len(labels)].detach().float().sum((2, 3))
-        count = int(labels.max()) + 1
-        key = f"activity.{layer}"
-        past = self.state.get(key)
-        width = max(count, self.categories)
-        means = total.new_zeros(maps.shape[1], width)
-        seen = torch.bincount(labels, minlength=width)
-        means.index_add_(1, labels, total.t())
-        means = means / seen.clamp(min=1)
-        past = torch.full_like(means, math.nan) if past is None else past
+        seen = torch.bincount(labels, minlength=self.categories)
+        means = total.new_zeros(maps.shape[1], self.categories).index_add_(1, labels, total.t()) / seen.clamp(min=1)
+        past = self.state.get(f"activity.{layer}", torch.full_like(means, math.nan))
         mixed = torch.where(past.isnan(), means, _ACTIVITY_MOMENTUM * past + (1 - _ACTIVITY_MOMENTUM) * means)
-        self.state[key] = torch.where(seen > 0, mixed, past)
+        self.state[f"activity.{layer}"] = torch.where(seen > 0, mixed, past)
 
-    def _groups(self, layer: str, maps: Tensor, batch: BatchFacts) -> list[_Group]:
+    def groups(self, layer: str, maps: Tensor, labels: Tensor) -> list[Group]:
         """Split a batch by category: which photos are positive for which filters."""
-        positives = batch.positives
-        if batch.labels is None:
-            everything = torch.arange(maps.shape[1], device=maps.device)
-            rows = torch.arange(positives, device=maps.device)
-            return [_Group(0, rows, everything, batch.pair, batch.evidence, batch.taught)]
-        self._follow_activity(layer, maps, batch.labels)
+        self._follow_activity(layer, maps, labels)
         assigned = self.assigned(layer)
+        used = maps if self.explainer.config.filter_background else maps[: len(labels)]
+        scores = template_scores(used.float(), self._templates)
         found = []
         for category in range(self.categories):
-            rows = (batch.labels == category).nonzero()[:, 0]
+            rows = (labels == category).nonzero()[:, 0]
             filters = (assigned == category).nonzero()[:, 0]
-            if len(rows) < 2 or not len(filters):
-                continue
-            pair = batch.pair
-            if pair is not None:
-                # Both halves of the batch show the same photos in the same order.
-                kept = rows[rows < len(pair.windows)]
-                half = len(kept)
-                pair = ViewPair(slice(0, half), slice(half, 2 * half), pair.windows[kept])
-            evidence, taught = (None if t is None else t[rows] for t in (batch.evidence, batch.taught))
-            found.append(_Group(category, rows, filters, pair, evidence, taught))
+            if len(rows) > 1 and len(filters):  # the filter loss compares photos
+                found.append(Group(layer, category, rows, filters, used, scores))
         return found
 
-    def _layer_cost(self, name: str, maps: Tensor, batch: BatchFacts) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the cost per filter of one interpretable layer and its logged terms."""
-        config = self.config
-        positives = batch.positives
-        used = maps.float() if config.filter_background else maps[:positives].float()
-        scores = template_scores(used, self._templates)
-        total = scores.new_zeros(scores.shape[1])
-        logged: dict[str, list[Tensor]] = {}
-        for group in self._groups(name, maps, batch):
-            rows = torch.arange(len(used), device=used.device) if config.filter_background else group.rows
-            whole = len(rows) == len(used) and len(group.filters) == scores.shape[1]
-            own = scores if whole else scores[rows][:, group.filters]
-            positive = own[: len(group.rows)] if whole else scores[group.rows][:, group.filters]
-            factor = self._scale(positive.detach(), name, group.filters)[:, None]
-            own, positive = own * factor, positive * factor
-            chosen = None
-            if config.gradient == "approximate":
-                present = torch.isin(rows, group.rows)
-                chosen = single_templates(used if whole else used[rows][:, group.filters], present)
-            loss = filter_loss_of_scores(
-                own, normaliser=self._normaliser(own.detach(), name, group.filters), chosen=chosen
-            )
-            logged.setdefault(f"filter_{name}", []).append(loss.detach())
-            extra, terms = self._beyond_the_papers(positive, group)
-            if name == "2" and group.taught is not None:
-                own_maps = maps[group.rows][:, group.filters].float()
-                missed = teacher_cost(
-                    own_maps, group.taught[:, self.state["teacher_of"][group.filters, group.category]]
-                )
-                extra = extra + config.teacher_weight * missed
-                terms["teacher"] = missed.detach().mean()
-            total = total.index_add(0, group.filters, loss + extra)
-            if name == "2":
-                for term, value in terms.items():
-                    logged.setdefault(term, []).append(value.expand(len(group.filters)))
-        return total, {term: torch.cat(values).mean() for term, values in logged.items()}
+    def layer_cost(self, layer: str, maps: Tensor, facts: BatchFacts) -> tuple[Float[Tensor, " filter"], State]:
+        """Return the cost of each filter of one interpretable layer in nats, and the terms for the log."""
+        total = maps.new_zeros(maps.shape[1], dtype=torch.float32)
+        seen: dict[str, list[Tensor]] = {}
+        terms = [term for term in self.filter_terms if layer in term.LAYERS]
+        for group in self.groups(layer, maps, facts.labels):
+            costs = [term.cost(group, facts) for term in terms]
+            weighted = [cost * term.WEIGHT for term, cost in zip(terms, costs, strict=True)]
+            total = total.index_add(0, group.filters, torch.stack(weighted).sum(0))
+            for term, cost in zip(terms, costs, strict=True):
+                name = f"{term.NAME}_{layer}" if len(term.LAYERS) > 1 else term.NAME
+                seen.setdefault(name, []).append(cost.detach())
+        return total, {name: torch.cat(values).mean() for name, values in seen.items()}
 
-    def _beyond_the_papers(self, scores: Tensor, group: _Group) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return diversity, equivariance and evidence of a group's photos and filters, per filter."""
-        config = self.config
-        rows, cols = self.explainer.structure.side_cells
-        extra = scores.new_zeros(scores.shape[1])
-        terms: dict[str, Tensor] = {}
-        if config.diversity_weight > 0 or config.equivariance_weight > 0:
-            peaks = expected_peaks(scores, rows, cols)
-            correlation = mean_peak_correlation(peaks)
-            terms["correlation"] = correlation.detach().mean()
-            extra = extra + config.diversity_weight * (correlation - config.diversity_target).clamp(min=0).sum()
-            if config.equivariance_weight > 0 and group.pair is not None:
-                pair = group.pair
-                moved = equivariance_cost(peaks[pair.first], peaks[pair.second], pair.windows, rows, cols)
-                extra = extra + config.equivariance_weight * moved / len(extra)
-                terms["equivariance"] = moved.detach() / len(extra)
-        if config.evidence_weight > 0 and group.evidence is not None:
-            missed = evidence_cost(scores, group.evidence)
-            extra = extra + config.evidence_weight * missed
-            terms["evidence"] = missed.detach().mean()
-        return extra, terms
-
-    def interpretable(
-        self, output: ExplainerOutput, batch: BatchFacts, *, mix: bool
-    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """Return the logged terms and, for each interpretable layer, the cost per filter in nats.
-
-        Args:
-            output: of a batch whose first ``batch.positives`` images are of the category, or of the categories.
-            batch: what is known of its images.
-            mix: apply the second layer's loss to ``p x_f + (1 - p) x_ordin``.
-        """
-        second = self.explainer.mixed_maps(output.interp2, output.ordin) if mix else output.interp2
-        first_cost, logged = self._layer_cost("1", output.interp1, batch)
-        second_cost, terms = self._layer_cost("2", second, batch)
-        return logged | terms, (first_cost, second_cost)
-
-    def _measure(self, reconstruction: Tensor, output: ExplainerOutput, costs: tuple[Tensor, Tensor]) -> None:
+    def _measure(self, fidelity: Tensor, layers: tuple[Tensor, Tensor], costs: Sequence[Tensor]) -> None:
         """Measure ``E|dLoss_rec/dx_f| / E|dLoss_f/dx_f|`` per filter of both layers (ICLR 2020, App. I)."""
-        layers = (output.interp1, output.interp2)
-        pulled = torch.autograd.grad(reconstruction, layers, retain_graph=True)
-        for name, maps, pull, cost in zip("12", layers, pulled, costs, strict=True):
+        pulled = torch.autograd.grad(fidelity, layers, retain_graph=True)
+        for layer, maps, pull, cost in zip("12", layers, pulled, costs, strict=True):
             (push,) = torch.autograd.grad(cost.sum(), maps, retain_graph=True)
-            ratio_parts = (pull, push)
-            for label, gradient in zip(("pull", "push"), ratio_parts, strict=True):
+            for label, gradient in (("pull", pull), ("push", push)):
                 size = gradient.detach().float().flatten(2).norm(dim=2).mean(0)
-                past = self.state.get(f"{label}.{name}")
+                past = self.state.get(f"{label}.{layer}")
                 mixed = size if past is None else _MEASURE_MOMENTUM * past + (1 - _MEASURE_MOMENTUM) * size
-                self.state[f"{label}.{name}"] = mixed
+                self.state[f"{label}.{layer}"] = mixed
 
     def filter_weights(self, layer: str) -> Float[Tensor, " filter"]:
         """Return lambda_f of a layer: ``filter_ratio / N^decay * E|dLoss_rec/dx_f| / E|dLoss_f/dx_f|``."""
+        config = self.explainer.config
         pull, push = self.state[f"pull.{layer}"], self.state[f"push.{layer}"]
         # Filters whose loss has no gradient (dead on this data) would get an unbounded weight for nothing.
         push = push.clamp(min=1e-3 * float(push.mean()) + 1e-30)
-        strength: float = self.config.filter_ratio / self.epoch**self.config.filter_decay
+        strength: float = config.filter_ratio / self.epoch**config.filter_decay
         return strength * pull / push
 
-    def warmup(self, output: ExplainerOutput, batch: BatchFacts) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the interpretable track's own cost, for passes in which nothing else learns."""
-        logged, costs = self.interpretable(output, batch, mix=False)
+    def warmup(self, interp1: Tensor, interp2: Tensor, facts: BatchFacts) -> tuple[Float[Tensor, ""], State]:
+        """Return the interpretable track's own cost, for passes in which nothing else learns, and its terms."""
+        first, logged = self.layer_cost("1", interp1, facts)
+        second, more = self.layer_cost("2", interp2, facts)
         self.step += 1
-        return costs[0].sum() + costs[1].sum(), logged
-
-    def decision(self, output: ExplainerOutput, batch: BatchFacts) -> Float[Tensor, ""]:
-        """Return the weighted classification loss of the fed-back reconstruction, the mean over images in nats.
-
-        Explainer+cls (ICLR 2020, Table 10): it takes the reconstruction's place and needs labels. The loss is that
-        of the performers: logistic per output. A batch's background is no category.
-
-        Raises:
-            InputError: no layers after the targets are known, or outputs that are not the categories.
-        """
-        if self.head is None:
-            raise InputError(
-                expected("the performer's upper layers for objective=classification", "none", "Give head= to training")
-            )
-        scores = self.head(output.reconstructions[-1].float())  # in training the decoder may run in bfloat16
-        scores = (scores[0] if isinstance(scores, tuple) else scores).float()
-        wanted = torch.zeros_like(scores)
-        own = torch.zeros(batch.positives, dtype=torch.long, device=scores.device)
-        columns = torch.tensor(self.outputs, device=scores.device)[own if batch.labels is None else batch.labels]
-        wanted[torch.arange(batch.positives, device=scores.device), columns] = 1
-        losses = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")[:, list(self.outputs)].sum(1)
-        return self.config.classification_weight * losses.mean()
+        return first.sum() + second.sum(), logged | more
 
     def joint(
-        self, output: ExplainerOutput, targets: tuple[Tensor, ...], batch: BatchFacts
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the whole objective divided by 1e6 (Adam does not see the scale; logs stay readable)."""
-        reconstruction = self.reconstruction(output, targets)
-        fidelity = self.decision(output, batch) if self.config.objective == "classification" else reconstruction
-        share = self.share(output)
-        logged, costs = self.interpretable(output, batch, mix=self.config.filter_mix)
-        total = fidelity + share
+        self, output: ExplainerOutput, targets: tuple[Tensor, ...], facts: BatchFacts
+    ) -> tuple[Float[Tensor, ""], State]:
+        """Return the whole objective divided by 1e6, and its terms for the log."""
+        explainer = self.explainer
+        fidelity = total = self.fidelity.cost(output, targets, facts)
+        logged = {self.fidelity.NAME: fidelity.detach(), "p": output.p.detach()}
+        for term in self.others:
+            cost = term.cost(output, targets, facts)
+            total = total + cost
+            logged[term.NAME] = cost.detach()
+        with torch.no_grad():
+            logged |= {term.NAME: term.cost(output, targets, facts) for term in self.watched}
+        mixed = explainer.mixed_maps(output.interp2, output.ordin) if explainer.config.filter_mix else output.interp2
+        costs = []
+        for layer, maps in (("1", output.interp1), ("2", mixed)):
+            cost, terms = self.layer_cost(layer, maps, facts)
+            costs.append(cost)
+            logged |= terms
         if output.interp1.requires_grad:  # a track that is held has nothing to learn from its own terms
             if self.step % _MEASURE_EVERY == 0 or "pull.1" not in self.state:
-                self._measure(fidelity, output, costs)
+                self._measure(fidelity, (output.interp1, output.interp2), costs)
             for layer, cost in zip("12", costs, strict=True):
                 total = total + (self.filter_weights(layer) * cost).sum()
-        logged |= {
-            "reconstruction": reconstruction.detach(),
-            "share": share.detach(),
-            "p": output.p.detach(),
-        }
-        if self.config.objective == "classification":
-            logged["classification"] = fidelity.detach()
         self.step += 1
-        return total / 1e6, logged
+        return total / _UNIT, logged
 
 
 def target_norm(target: Float[Tensor, "image ..."]) -> float:

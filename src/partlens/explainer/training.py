@@ -1,4 +1,4 @@
-"""Learn an explainer from cached maps: epochs, checkpoints, resumption.
+"""Learn an explainer from cached maps: start, epochs, checkpoints, resumption.
 
 Everything drawn in an epoch comes from a generator seeded by (seed, epoch), and a checkpoint holds the weights, the
 optimiser's moments and the objective's running measurements; so a run that was killed and started again ends, on the
@@ -7,39 +7,31 @@ same machine and with the same number of threads, with the same bits as one that
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partlens.checkpoint import Checkpoint, moments, restore_moments
 from partlens.errors import ImageError, InputError, RunError, expected, listed
-from partlens.explainer.config import REVISION, ExplainerConfig
-from partlens.explainer.network import Explainer, ExplainerOutput, parameter_groups
-from partlens.explainer.starting import find_teachers, start_explainer
-from partlens.explainer.teachers import places_in_view
-from partlens.explainer.terms import BatchFacts, Objective, ViewPair, target_norm
-from partlens.explainer.training_maps import (
-    Batch,
-    TrainingMaps,
-    epoch_batches,
-    epoch_generator,
-    gather,
-    norm_sample,
-    read_evidence,
-)
-from partlens.records import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
+from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.network import Explainer, parameter_groups
+from partlens.explainer.record import History
+from partlens.explainer.teachers import PlaceSource, find_teachers, later_places
+from partlens.explainer.terms import BatchFacts, Classification, Objective, target_norm
+from partlens.explainer.views import Batch, TrainingMaps, epoch_batches, epoch_generator, gather
+from partlens.records import content_hash, plain
 
-CHECKPOINT_STATE = "checkpoint.json"
-HISTORY = "history.json"
 _DECODER = "decoder."
 _WARM_STEPS = 50
+_LEAST_RATE = 0.05
 _SMOOTHING = 0.6
 _LEAST_IMPROVEMENT = 1e-3
 
@@ -59,22 +51,48 @@ class TrainingResult:
     stopped: str
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a fit takes from outside its configuration.
+
+    Attributes:
+        places_of: where candidates to teach come from.
+        classification: replaces the reconstruction, for ``objective="classification"``.
+        device: where the explainer learns.
+    """
+
+    places_of: PlaceSource = later_places
+    classification: Classification | None = None
+    device: str | torch.device = "cpu"
+
+
 def _schedule(step: int, total: int) -> float:
     """Share of the learning rate: a short rise, then a cosine to 5 %."""
     rise = min(1.0, (step + 1) / min(_WARM_STEPS, max(1, total // 10)))
-    return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total)))))
+    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+    return rise * (_LEAST_RATE + (1 - _LEAST_RATE) * fall)
 
 
-def _event_writer(folder: Path, step: int) -> Any:
-    """Open TensorBoard's event file, dropping records from ``step`` on; ``None`` without the extra ``log``.
+@contextlib.contextmanager
+def _events(folder: Path, step: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Write epochs to TensorBoard's event file, records from ``step`` on anew; to nowhere without the extra ``log``.
 
-    The same terms always stand in ``history.json``; the event file is for people who watch several runs at once.
+    The same terms are in ``history.json``; the event file is for people who watch several runs at once.
     """
     if importlib.util.find_spec("tensorboard") is None:
-        return None
+        yield lambda _: None
+        return
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=step) as events:
+
+        def write(record: Mapping[str, Any]) -> None:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    events.add_scalar(name, value, record["epoch"])
+            events.flush()
+
+        yield write
 
 
 def decoder_rate(decoder: nn.Module, config: ExplainerConfig) -> float:
@@ -91,210 +109,176 @@ def decoder_rate(decoder: nn.Module, config: ExplainerConfig) -> float:
     return min(config.learning_rate_decoder, config.decoder_step_max * size)
 
 
-def _optimiser(explainer: Explainer, config: ExplainerConfig, of_decoder: float, *, warm: bool) -> torch.optim.AdamW:
+def _optimiser(explainer: Explainer, of_decoder: float, *, warm: bool) -> torch.optim.AdamW:
+    config = explainer.config
     rates = {
         "interpretable": config.learning_rate if warm else config.learning_rate_joint,
         "ordinary": config.learning_rate_ordinary,
         "share": config.learning_rate_p,
         "decoder": of_decoder,
     }
+    groups = []
     for role, parameters in parameter_groups(explainer).items():
         for parameter in parameters:
             parameter.requires_grad_(rates[role] > 0)  # what is held needs no gradient
-    groups = [
-        {
-            "params": list(parameters),
-            "lr": rates[role],
-            "base": rates[role],
-            "weight_decay": config.weight_decay if role == "interpretable" else 0.0,
-        }
-        for role, parameters in parameter_groups(explainer).items()
-    ]
+        decay = config.weight_decay if role == "interpretable" else 0.0
+        groups.append({"params": list(parameters), "lr": rates[role], "base": rates[role], "weight_decay": decay})
     return torch.optim.AdamW(groups)
 
 
-def _check(data: TrainingMaps) -> None:
-    if data.photos < 2:
-        raise ImageError(
-            expected("at least 2 photos of the category to learn from", data.photos, "Add photos or another category")
-        )
+class _Patience:
+    """Counts the epochs in which the smoothed objective of the joint phase did not fall."""
+
+    def __init__(self) -> None:
+        self.best, self.smoothed, self.stale = math.inf, math.nan, 0
+
+    def follow(self, value: float) -> None:
+        past = self.smoothed
+        self.smoothed = value if math.isnan(past) else _SMOOTHING * past + (1 - _SMOOTHING) * value
+        if self.smoothed < self.best * (1 - _LEAST_IMPROVEMENT):
+            self.best, self.stale = self.smoothed, 0
+        else:
+            self.stale += 1
 
 
-@dataclass(frozen=True)
-class Head:
-    """The performer after the last target, for ``objective="classification"``.
+class _Training:
+    """One training with its state on disk."""
 
-    Attributes:
-        module: takes the last target, returns the outputs.
-        outputs: the output of each category.
-    """
-
-    module: nn.Module
-    outputs: tuple[int, ...]
-
-
-class _Run:
-    """One training run with its state on disk."""
-
-    def __init__(self, explainer: Explainer, data: TrainingMaps, folder: Path, head: Head | None = None) -> None:
-        self.explainer, self.data, self.folder = explainer, data, folder
-        self.device = torch.device("cpu")
+    def __init__(self, explainer: Explainer, data: TrainingMaps, folder: Path, extras: Extras) -> None:
+        self.explainer, self.data, self.folder, self.extras = explainer, data, folder, extras
         self.config = explainer.config
         # Measured on the performer's copy, before a checkpoint is read, so that a killed run goes on at the same rate.
         self.of_decoder = decoder_rate(explainer.decoder, self.config)
-        self.optimiser = _optimiser(explainer, self.config, self.of_decoder, warm=self.config.warmup_epochs > 0)
-        photos = norm_sample(data)
-        sample = data.rows(photos, torch.zeros_like(photos))
-        norms = tuple(target_norm(t) for t in data.read(sample)[1])
-        self.objective = Objective(
-            self.config,
-            explainer,
-            norms,
-            data.categories,
-            None if head is None else head.module,
-            (0,) if head is None else head.outputs,
-        )
+        self.optimiser = _optimiser(explainer, self.of_decoder, warm=self.config.warmup_epochs > 0)
+        norms = tuple(target_norm(gather(target, data.sample)) for target in data.targets)
+        self.objective = Objective.of(explainer, norms, data.categories, extras.classification)
         self.history: list[dict[str, Any]] = []
-        self.best = math.inf
-        self.stale = 0
-        self.smoothed = math.nan
+        self.patience = _Patience()
+        self.stopped = "finished"
+        self.device = torch.device(extras.device)
         self.found: dict[str, float] = {}
-        self.fingerprint = content_hash(
-            {
-                "config": self.config.to_dict(),
-                "structure": explainer.structure.to_dict(),
-                "photos": data.photos,
-                "background": len(data.background_rows),
-                "evidence": data.evidence is not None,
-                "categories": data.categories,
-                "revision": REVISION,
-                "ordinary": sum(p.numel() for p in explainer.conv_ordin.parameters()),
-            }
-        )
+        settings = {
+            "config": self.config,
+            "structure": explainer.structure,
+            "photos": data.photos,
+            "background": len(data.background_rows),
+            "categories": data.categories,
+        }
+        self.checkpoint = Checkpoint(folder, content_hash(plain(settings)))
 
-    def to(self, device: torch.device) -> None:
-        """Move everything that learns; the optimiser's moments follow their weights."""
-        self.device = device
+    def begin(self) -> None:
+        """Measure what the explainer starts from and find its teachers, or go on from a checkpoint."""
+        if self._restored():
+            # A kill between two writes may have left it an epoch behind.
+            self._write_history()
+        else:
+            sample = gather(self.data.tap, self.data.sample)
+            if self.config.standardise:
+                self.explainer.start_scale(sample)
+            self.explainer.start_norms(sample)
+            if self.config.teachers:
+                state, self.found = find_teachers(self.explainer, self.data, self.extras.places_of)
+                self.objective.state.update(state)
+        device = self.device
         self.explainer.to(device)
         self.objective.to(device)
-        for moments in self.optimiser.state.values():
-            for name, value in moments.items():
-                if isinstance(value, Tensor) and name != "step":
-                    moments[name] = value.to(device)
+        for kept in self.optimiser.state.values():  # moments follow their weights
+            kept.update({n: v.to(device) for n, v in kept.items() if isinstance(v, Tensor) and n != "step"})
 
-    def restore(self) -> bool:
-        """Continue from a checkpoint if there is one.
-
-        Raises:
-            RunError: the checkpoint belongs to another configuration.
-        """
-        remedy = "Choose another --out folder, or delete this one"
-        found = read_checkpoint(self.folder / CHECKPOINT_STATE, self.fingerprint, remedy)
+    def _restored(self) -> bool:
+        found = self.checkpoint.load()
         if found is None:
             return False
-        state, tensors = found
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        missing, strange = self.explainer.load_state_dict(part("network."), strict=False)
+        values, tensors = found
+        missing, strange = self.explainer.load_state_dict(tensors["network"], strict=False)
         if strange or any(not name.startswith(_DECODER) for name in missing):
-            raise RunError(expected(f"a whole checkpoint in {self.folder}", listed([*strange, *missing]), remedy))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in part("optimiser.").items():
-            index, key = name.split(".", 1)
-            moments.setdefault(int(index), {})[key] = value
-        if len(state["history"]) > self.config.warmup_epochs:
-            self.optimiser = _optimiser(self.explainer, self.config, self.of_decoder, warm=False)
-        plain = self.optimiser.state_dict()
-        self.optimiser.load_state_dict({"state": moments, "param_groups": plain["param_groups"]})
-        self.objective.state = part("objective.")
-        self.objective.step = int(state["step"])
-        self.history = list(state["history"])
-        self.best, self.stale = _number(state["best"]), int(state["stale"])
-        self.smoothed = math.nan if state["smoothed"] is None else float(state["smoothed"])
+            rule = f"a whole checkpoint in {self.folder}"
+            raise RunError(expected(rule, listed([*strange, *missing]), "Delete the folder and run the command again"))
+        self.history = list(values["history"])
+        if len(self.history) > self.config.warmup_epochs:
+            self.optimiser = _optimiser(self.explainer, self.of_decoder, warm=False)
+        restore_moments(self.optimiser, tensors["optimiser"])
+        self.objective.state.update(tensors["objective"])
+        self.objective.step = values["step"]
+        for record in self.history:
+            self._follow(record)
         return True
 
-    def save(self) -> None:
-        """Write a checkpoint: tensors under a new name first, then the state that points to them."""
+    def _save(self) -> None:
         # The decoder is still the performer's copy in the warm-up, and often the largest part by far.
         held = _DECODER if len(self.history) <= self.config.warmup_epochs else ()
-        tensors = {f"network.{k}": v for k, v in self.explainer.state_dict().items() if not k.startswith(held)}
-        for index, moments in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{k}": v for k, v in moments.items() if isinstance(v, Tensor)}
-        tensors |= {f"objective.{k}": v for k, v in self.objective.state.items()}
-        name = f"checkpoint-{len(self.history) % 2}.safetensors"
-        write_tensors(self.folder / name, tensors)
-        write_json(
-            self.folder / CHECKPOINT_STATE,
-            {
-                "schema": SCHEMA,
-                "fingerprint": self.fingerprint,
-                "tensors": name,
-                "step": self.objective.step,
-                "history": self.history,
-                "best": None if math.isinf(self.best) else self.best,
-                "stale": self.stale,
-                "smoothed": self.smoothed,
-            },
+        network = {name: value for name, value in self.explainer.state_dict().items() if not name.startswith(held)}
+        self.checkpoint.save(
+            {"step": self.objective.step, "history": self.history},
+            network=network,
+            optimiser=moments(self.optimiser),
+            objective=self.objective.state,
         )
-        write_json(self.folder / HISTORY, {"schema": SCHEMA, "epochs": self.history})
+        self._write_history()
 
-    def epoch(self, number: int) -> dict[str, Any]:
+    def _write_history(self) -> None:
+        History(epochs=tuple(self.history)).write(self.folder)
+
+    def _follow(self, record: Mapping[str, Any]) -> None:
+        if record["phase"] == "joint":
+            self.patience.follow(record[self.objective.fidelity.NAME] + record["share"])
+
+    def epochs(self) -> Iterator[dict[str, Any]]:
+        """Run the epochs that are left; each is saved before its record is given."""
+        config = self.config
+        for number in range(len(self.history) + 1, config.warmup_epochs + config.epochs + 1):
+            if 0 < config.patience <= self.patience.stale:
+                self.stopped = "plateau"
+                return
+            record = self._epoch(number) | (self.found if number == 1 else {})
+            self.history.append(record)
+            self._follow(record)
+            self._save()
+            yield record
+
+    def _epoch(self, number: int) -> dict[str, Any]:
         """Run one epoch and return its logged means."""
         config, explainer = self.config, self.explainer
         warm = number <= config.warmup_epochs
         explainer.draws = epoch_generator(config.seed + 1, number) if warm else None
         if number == config.warmup_epochs + 1:
             # The joint objective has other units: moments of the warm-up would all but stop the interpretable track.
-            self.optimiser = _optimiser(explainer, config, self.of_decoder, warm=False)
+            self.optimiser = _optimiser(explainer, self.of_decoder, warm=False)
             if config.warmup_epochs:
-                photos = norm_sample(self.data)
-                maps = gather(self.data.tap, self.data.rows(photos, torch.zeros_like(photos)))
-                explainer.restart_norm(maps.to(self.device))
+                explainer.restart_norm(gather(self.data.tap, self.data.sample).to(self.device))
         explainer.train()
         explainer.decoder.eval()  # copies of the performer's norm and dropout layers stay as they are
         self.objective.epoch = max(1, number - config.warmup_epochs)
         batches = list(epoch_batches(self.data, config, number))
-        epochs = config.warmup_epochs if warm else config.epochs
-        done = (number - 1 if warm else number - 1 - config.warmup_epochs) * len(batches)
+        epochs, before = (config.warmup_epochs, 0) if warm else (config.epochs, config.warmup_epochs)
         sums: dict[str, float] = {}
         started = time.monotonic()
         for index, batch in enumerate(batches):
-            share = _schedule(done + index, epochs * len(batches))
+            share = _schedule((number - 1 - before) * len(batches) + index, epochs * len(batches))
             for group in self.optimiser.param_groups:
                 group["lr"] = group["base"] * share
-            terms = self._step(batch, warm=warm)
-            for name, value in terms.items():
+            for name, value in self._step(batch, warm=warm).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         means = {name: value / len(batches) for name, value in sums.items()}
         phase = "warmup" if warm else "joint"
         return {"epoch": number, "phase": phase, "seconds": round(time.monotonic() - started, 3), **means}
 
     def _step(self, batch: Batch, *, warm: bool) -> Mapping[str, Tensor]:
-        explainer = self.explainer
-        rows = batch.rows[: batch.positives] if warm else batch.rows
-        maps, targets = (gather(self.data.tap, rows), ()) if warm else self.data.read(rows)
-        evidence = read_evidence(self.data, self.config, rows[: batch.positives])
-        device = self.device
-        maps, targets = maps.to(device), tuple(target.to(device) for target in targets)
-        pair = batch.pair
-        if pair is not None:
-            pair = ViewPair(pair.first, pair.second, pair.windows.to(device))
-        labels = None if batch.labels is None else batch.labels.to(device)
-        learns = warm or self.config.learning_rate_joint > 0  # a track that is held needs no teacher
-        taught = self._taught(rows[: batch.positives]) if learns else None
-        evidence = None if evidence is None else evidence.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            if warm:
-                interp1, interp2 = explainer.interpret(maps)
-                output = ExplainerOutput(interp1, interp2, interp2, explainer.p, ())
-            else:
-                output = explainer(maps, batch.positives if self.config.norm_positives_only else None)
-        facts = BatchFacts(batch.positives, pair, evidence, labels, taught)
+        explainer, data, device = self.explainer, self.data, self.device
+        positives = len(batch.photos)
+        known = (data.labels[batch.photos], batch.photos, data.windows[batch.photos, batch.view])
+        facts = BatchFacts(*(value.to(device) for value in known))
+        rows = batch.rows[:positives] if warm else batch.rows
+        maps = gather(data.tap, rows).to(device)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
         if warm:
-            loss, terms = self.objective.warmup(output, facts)
+            with autocast:
+                interp1, interp2 = explainer.interpret(maps)
+            loss, terms = self.objective.warmup(interp1, interp2, facts)
         else:
+            with autocast:
+                output = explainer(maps, positives)
+            targets = tuple(gather(target, rows).to(device) for target in data.targets)
             loss, terms = self.objective.joint(output, targets, facts)
         if not bool(torch.isfinite(loss.detach())):
             raise InputError(
@@ -305,52 +289,24 @@ class _Run:
         self.optimiser.step()
         return terms
 
-    def _taught(self, rows: np.ndarray) -> Tensor | None:
-        """Return the cells at which teachers stand in views of the category's photos."""
-        if not self.config.teachers:
-            return None
-        photo, view = (torch.from_numpy(v) for v in np.divmod(rows, self.data.views))
-        places = self.objective.state["teachers"][photo.to(self.device)]
-        shares = places_in_view(places, self.data.windows[photo, view].to(self.device))
-        side = torch.tensor(self.explainer.structure.side_cells, device=self.device)
-        return torch.where(((shares > 0) & (shares < 1)).all(-1, keepdim=True), shares * side - 0.5, math.nan)
-
-    def follow(self, record: dict[str, Any]) -> None:
-        """Keep count of the epochs in which the smoothed objective of the joint phase did not fall."""
-        if record["phase"] == "warmup":
-            return
-        value = record.get("classification", record["reconstruction"]) + record["share"]
-        past = self.smoothed
-        self.smoothed = value if math.isnan(past) else _SMOOTHING * past + (1 - _SMOOTHING) * value
-        if self.smoothed < self.best * (1 - _LEAST_IMPROVEMENT):
-            self.best, self.stale = self.smoothed, 0
-        else:
-            self.stale += 1
-
-
-def _number(value: float | None) -> float:
-    """Read back a number that JSON could not hold."""
-    return math.inf if value is None else float(value)
-
 
 def train_explainer(
     explainer: Explainer,
     data: TrainingMaps,
     folder: Path,
     *,
-    head: Head | None = None,
-    device: str | torch.device = "cpu",
+    extras: Extras | None = None,
     report: EpochReport | None = None,
 ) -> TrainingResult:
     """Learn an explainer; continue where a killed run stopped.
 
     Args:
-        explainer: from :func:`partlens.explainer.assembly.build_explainer`; holds its configuration.
+        explainer: from :func:`partlens.explainer.network.build_explainer`; holds its configuration, and is handed back
+            on the CPU.
         data: cached maps.
-        folder: where checkpoints, ``history.json`` and, with the extra ``log``, TensorBoard's event files are written,
-            after every epoch.
-        head: what classifies the reconstruction; needed for ``objective="classification"`` only.
-        device: where it learns; the explainer is handed back on the CPU.
+        folder: where the checkpoint, ``history.json`` and, with the extra ``log``, TensorBoard's event files are
+            written, after every epoch.
+        extras: what is not in the configuration.
         report: gets each epoch's record; an exception from it ends training with the last checkpoint intact.
 
     Returns:
@@ -358,42 +314,23 @@ def train_explainer(
 
     Raises:
         ImageError: fewer than two photos.
-        InputError: the objective is not finite.
+        InputError: the objective is not finite, or the classification has no head.
         RunError: ``folder`` holds a checkpoint of another configuration.
     """
-    _check(data)
-    config = explainer.config
-    run = _Run(explainer, data, folder, head)
-    if not run.restore():
-        run.found = start_explainer(explainer, data)
-        if config.teachers:
-            state, found = find_teachers(explainer, data)
-            run.objective.state |= state
-            run.found |= found
-    else:
-        # A kill between two writes may have left it an epoch behind.
-        write_json(folder / HISTORY, {"schema": SCHEMA, "epochs": run.history})
-    run.to(torch.device(device))
-    total = config.warmup_epochs + config.epochs
-    stopped = "finished"
-    events = _event_writer(folder, len(run.history) + 1)
-    for number in range(len(run.history) + 1, total + 1):
-        if run.config.patience and run.stale >= run.config.patience:
-            stopped = "plateau"
-            break
-        record = run.epoch(number) | (run.found if number == 1 else {})
-        run.history.append(record)
-        run.follow(record)
-        run.save()
-        if events is not None:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    events.add_scalar(name, value, number)
-            events.flush()
-        if report is not None:
-            report(record)
-    if events is not None:
-        events.close()
+    if data.photos < 2:
+        remedy = "Add photos or another category"
+        raise ImageError(expected("at least 2 photos of the category to learn from", data.photos, remedy))
+    extras = Extras() if extras is None else extras
+    if (explainer.config.objective == "classification") != (extras.classification is not None):
+        remedy = "Give Classification(performer_head(...), outputs) with objective=classification, and only with it"
+        raise InputError(expected("the performer's upper layers for objective=classification", "none", remedy))
+    training = _Training(explainer, data, folder, extras)
+    training.begin()
+    with _events(folder, len(training.history) + 1) as write:
+        for record in training.epochs():
+            write(record)
+            if report is not None:
+                report(record)
     explainer.draws = None
     explainer.cpu().eval()
-    return TrainingResult(tuple(run.history), stopped)
+    return TrainingResult(tuple(training.history), training.stopped)

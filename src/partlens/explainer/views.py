@@ -1,13 +1,19 @@
-"""Views of photos: the photo, its mirror, and crops whose windows are known.
+"""Views of photos, and the cached maps of views that training reads.
 
-A part filter must move with the image; to ask that of it, training has to know where a crop was cut.
+A view is the photo, its mirror, or a crop whose window is known. A part must move with the image; to ask that of a
+filter, training has to know where a crop was cut.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +23,23 @@ from torch import Tensor
 
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected
+from partlens.explainer.config import ExplainerConfig
+from partlens.network.preprocessing import Preprocessing
 from partlens.network.zoo import Performer
 
+CROP_AREA_MIN = 0.55
+"""Smallest share of a photo's area in a crop (ours)."""
+
+NORM_SAMPLE = 256
+"""Photos that norms and target norms are measured on, at most."""
+
 _ASPECT = 0.2
+_FRAMES_KEPT = 64
 
 
-def view_windows(photos: int, views: int, area_min: float, generator: torch.Generator) -> Float[Tensor, "photo view 5"]:
+def view_windows(
+    photos: int, views: int, generator: torch.Generator, area_min: float = CROP_AREA_MIN
+) -> Float[Tensor, "photo view 5"]:
     """Draw the windows of every view.
 
     View 0 is the whole photo, view 1 its mirror; the others are crops of ``area_min`` to all of the area, sides
@@ -31,8 +48,8 @@ def view_windows(photos: int, views: int, area_min: float, generator: torch.Gene
     Args:
         photos: number of photos.
         views: views of each.
-        area_min: smallest share of the area, in (0, 1).
         generator: source of the draws.
+        area_min: smallest share of the area, in (0, 1).
 
     Returns:
         Left, top, width and height as shares of the photo's frame, and 1 where the view is mirrored.
@@ -60,17 +77,41 @@ def view_windows(photos: int, views: int, area_min: float, generator: torch.Gene
     return windows
 
 
+class _Slot:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.frame: Image.Image | None = None
+
+
+class _Frames:
+    """Photos as the network sees them; the last ones are kept, since the views of a photo are read one by one."""
+
+    def __init__(self, images: ImageSet, preprocessing: Preprocessing) -> None:
+        self._images, self._preprocessing = images, preprocessing
+        self._slots: OrderedDict[int, _Slot] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, photo: int) -> Image.Image:
+        with self._lock:
+            slot = self._slots.setdefault(photo, _Slot())
+            while len(self._slots) > _FRAMES_KEPT:
+                self._slots.popitem(last=False)
+        with slot.lock:  # of several threads that ask for one photo, one decodes
+            if slot.frame is None:
+                slot.frame = self._preprocessing.frame(self._images.read(photo))
+            return slot.frame
+
+
 @dataclass(frozen=True)
 class _Viewer:
     """Draws row ``k``: photo ``photos[k]`` seen through window ``windows[k]``."""
 
-    images: ImageSet
-    performer: Performer
+    frames: _Frames
     photos: np.ndarray
     windows: np.ndarray
 
     def __call__(self, row: int) -> np.ndarray:
-        frame = self.performer.preprocessing.frame(self.images.read(int(self.photos[row])))
+        frame = self.frames(int(self.photos[row]))
         left, top, width, height, mirrored = self.windows[row].tolist()
         if (left, top, width, height) != (0.0, 0.0, 1.0, 1.0):
             wide, high = frame.size
@@ -89,7 +130,8 @@ def viewed_images(
 ) -> tuple[ImageSet, Performer]:
     """Return views as images of their own, and the performer that takes them as they are.
 
-    Views are cut from the frame the network sees, so the returned performer only scales colours.
+    Views are cut from the frame the network sees, so the returned performer only scales colours. A photo is decoded
+    once for views that are read one after another.
 
     Args:
         images: the photos.
@@ -109,6 +151,101 @@ def viewed_images(
     digest = hashlib.sha256(table.tobytes() + np.ascontiguousarray(photos, dtype=np.int64).tobytes()).hexdigest()
     keys = [f"{images.keys[int(photo)]}#{row}" for row, photo in enumerate(photos)]
     recipe = f"views {images.fingerprint()} {digest} {performer.preprocessing.to_dict()}"
-    drawn = ImageSet.from_generator(_Viewer(images, performer, photos, table), keys, recipe=recipe)
+    viewer = _Viewer(_Frames(images, performer.preprocessing), photos, table)
+    drawn = ImageSet.from_generator(viewer, keys, recipe=recipe)
     as_framed = dataclasses.replace(performer.preprocessing, resize="squash", resize_px=None)
     return drawn, dataclasses.replace(performer, preprocessing=as_framed)
+
+
+@dataclass(frozen=True)
+class TrainingMaps:
+    """What training reads: cached maps of views of photos.
+
+    Attributes:
+        tap: maps at the tap, ``[row, filter, row, col]``; memory maps are read batch by batch.
+        targets: features to reconstruct, one array per target.
+        windows: how each view of the explained photos was cut, see :func:`view_windows`; row
+            ``photo * views + view`` of the arrays.
+        labels: the category of each of these photos, from 0.
+        background_rows: rows of the arrays that hold other photos; may be empty.
+    """
+
+    tap: np.ndarray
+    targets: tuple[np.ndarray, ...]
+    windows: Float[Tensor, "photo view 5"]
+    labels: Int[Tensor, " photo"]
+    background_rows: Int[np.ndarray, " background"]
+
+    @property
+    def categories(self) -> int:
+        """Number of categories that filters are shared among."""
+        return int(self.labels.max()) + 1
+
+    @property
+    def photos(self) -> int:
+        """Number of photos of the categories."""
+        return int(self.windows.shape[0])
+
+    @property
+    def views(self) -> int:
+        """Views of each photo."""
+        return int(self.windows.shape[1])
+
+    def rows(self, photos: Tensor, view: Tensor | int = 0) -> np.ndarray:
+        """Return the array rows of photos in views."""
+        found: np.ndarray = (photos * self.views + view).numpy()
+        return found
+
+    def own(self, category: int) -> Tensor:
+        """Return the photos of one category."""
+        return (self.labels == category).nonzero()[:, 0]
+
+    @property
+    def sample(self) -> np.ndarray:
+        """Rows of whole photos that norms and target norms are measured on: with several categories, some of each."""
+        count = min(self.photos, NORM_SAMPLE)
+        # Photos often come in the order of their categories. Of one category the first ones are as good as any.
+        several = self.categories > 1
+        return self.rows(torch.arange(count) * self.photos // count if several else torch.arange(count))
+
+
+def gather(array: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Read rows as float32: in the file's order, which a memory map serves best, returned in the order asked."""
+    order = np.argsort(rows, kind="stable")
+    read = torch.from_numpy(np.asarray(array[rows[order]])).float()
+    return read[torch.from_numpy(np.argsort(order, kind="stable"))]
+
+
+class Batch(NamedTuple):
+    """Rows of one step.
+
+    Attributes:
+        rows: of the arrays: explained photos first, then background.
+        photos: the explained photos.
+        view: in which view each is seen.
+    """
+
+    rows: np.ndarray
+    photos: Int[Tensor, " positive"]
+    view: Int[Tensor, " positive"]
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Return the generator of an epoch; what is drawn before the first one takes epochs of 0 and below."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch * 7_919 + 17) % (2**63))
+
+
+def epoch_batches(data: TrainingMaps, config: ExplainerConfig, epoch: int) -> Iterator[Batch]:
+    """Draw an epoch from (seed, epoch): every photo once or twice, each time in a drawn view, with background."""
+    generator = epoch_generator(config.seed, epoch)
+    size = min(config.batch_size, data.photos)
+    order = torch.randperm(data.photos, generator=generator)
+    for step in range(math.ceil(data.photos / size)):
+        # The last batch is filled up from the start of the order, so that all batches have one size.
+        photos = order[(torch.arange(size) + step * size) % data.photos]
+        view = torch.randint(0, data.views, (size,), generator=generator)
+        rows = data.rows(photos, view)
+        if len(data.background_rows) and config.background_batch:
+            drawn = torch.randint(len(data.background_rows), (config.background_batch,), generator=generator)
+            rows = np.concatenate([rows, data.background_rows[drawn.numpy()]])
+        yield Batch(rows, photos, view)

@@ -112,7 +112,7 @@ def class_score(explainer: Explainer, head: nn.Module, classes: Int[Tensor, " im
 
     Args:
         explainer: in eval mode.
-        head: the performer from the last target to its output (:func:`partlens.explainer.assembly.performer_head`).
+        head: the performer from the last target to its output (:func:`partlens.explainer.network.performer_head`).
         classes: the performer's output whose score is shared, one per image.
     """
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple, cast
 
 from partlens.estimate import Estimate
 from partlens.evaluation.results import AttentionPhoto, Evaluation, Gallery, GalleryFilter, RegionScores
+from partlens.explainer.record import ExplainerRun, History
 from partlens.metrics.scores import FIDELITY, LOCALISATION, REGION_READINGS
 from partlens.page import figures, notation
 from partlens.page.environment import count_of, environment, pairs
-from partlens.page.interim import ExplainerRun, History
 from partlens.page.reading import Pictures
 from partlens.page.views import Chapter, Figure, Origin, Remarks
 from partlens.records import plain

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.errors import ImageError, InputError, expected
 from partlens.evaluation.results import EvaluatedData, Evaluation, FieldKind, GalleryKind
+from partlens.explainer.record import ExplainerRun
 from partlens.progress import Progress
-from partlens.records import read_json
 from partlens.run import Run, UsedPhotos
 from partlens.verbs.runs import labels_of, open_photos, rows_and_others, sampled
 
@@ -78,7 +78,7 @@ def evaluate(
     if rounds < 1:
         raise InputError(expected("rounds of at least 1", rounds, "Set --rounds to 1 or more"))
     explainer, performer = load_explainer(run, model)
-    record = _record(handle.folder)
+    record = handle.read(ExplainerRun)
     plan = GalleryPlan.of(gallery, fields, performer.preprocessing.size_px, occlusion, seed)
     images, unreadable = open_photos(data, record)
     categories = record.data.categories
@@ -160,16 +160,3 @@ def _counter(advance: Callable[..., None]) -> Callable[[int], None]:
         advance(done)
 
     return more
-
-
-def _record(run: Path) -> Any:
-    """Read what is needed of run.json."""
-    from types import SimpleNamespace
-
-    content = read_json(run / "run.json")
-    data = content["data"]
-    several = tuple(data.get("categories") or (data.get("category") or "",))
-    return SimpleNamespace(
-        p_by_seed=content["p_by_seed"],
-        data=SimpleNamespace(categories=several, fingerprint=data["fingerprint"], path=data["path"]),
-    )

@@ -20,12 +20,13 @@ from partlens.attribution.record import (
     Preset,
 )
 from partlens.errors import ImageError, InputError, RunError, expected, listed, nearest
+from partlens.explainer.record import WEIGHTS as EXPLAINER_WEIGHTS
+from partlens.explainer.record import ExplainerRun
 from partlens.object_parts.record import PartsFile
 from partlens.progress import Progress
-from partlens.records import read_json, write_tensors
-from partlens.run import EXPLAINER, SELECTION
+from partlens.records import write_tensors
+from partlens.run import SELECTION, Run
 from partlens.selection.record import SelectionRecord
-from partlens.verbs.fit_explainer import WEIGHTS as EXPLAINER_WEIGHTS
 from partlens.verbs.select_features import OpenedSelection, load_selection, output_name
 
 if TYPE_CHECKING:
@@ -304,8 +305,7 @@ def _known_outputs(run: Path, performer: Performer) -> dict[str, int]:
     """Return the performer's output of each category of an explainer; nothing where one is no output."""
     from partlens.selection.relevance import class_of_category
 
-    data = read_json(run / EXPLAINER)["data"]
-    names = [name for name in data.get("categories") or [data.get("category")] if name]
+    names = [name for name in Run(run).read(ExplainerRun).data.categories if name]
     outputs = {name: class_of_category(performer, name) for name in names}
     found = {name: output for name, output in outputs.items() if output is not None}
     return found if len(found) == len(outputs) else {}

@@ -16,8 +16,7 @@ from partlens.attribution.pictures import overlay, save_png
 from partlens.attribution.record import ExplainedByParts, PartShare, StrongFilter
 from partlens.errors import InputError, RunError, expected, nearest
 from partlens.estimate import Estimate, percentile_interval
-from partlens.explainer.assembly import performer_head
-from partlens.explainer.network import Explainer
+from partlens.explainer.network import Explainer, performer_head
 from partlens.metrics.faithfulness import class_outputs
 from partlens.network.receptive_field import grid_of
 from partlens.network.taps import forward_taps

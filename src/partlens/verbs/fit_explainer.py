@@ -5,53 +5,49 @@ Torch is imported when a verb runs, not when this module is read, so that help t
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partlens.errors import ImageError, InputError, RunError, expected, listed
-from partlens.explainer.config import REVISION, ExplainerConfig, Preset
+from partlens.explainer.config import ExplainerConfig, Preset
+from partlens.explainer.record import WEIGHTS, ExplainerRun, ExplainerStructure, Grid, History
 from partlens.progress import Progress
-from partlens.records import SCHEMA, content_hash, read_json, read_tensors, write_json, write_tensors
+from partlens.records import file_sha256, read_tensors, write_tensors
+from partlens.run import EXPLAINER, PHOTOS, Run, Unreadable, UsedPhotos, command, now, versions
 from partlens.verbs.runs import (
-    EVALUATION,
-    PHOTOS,
-    RUN,
-    category_rows,
     check_answer,
+    chosen_categories,
+    data_info,
     device_of,
+    labels_of,
     loaded,
-    manifest_head,
     on_device,
-    opened,
-    performer_of,
-    rows_of,
-    run_folder,
+    open_performer,
+    open_photos,
+    performer_info,
+    rows_and_others,
     sampled,
-    several,
-    write_photos,
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import nn
 
     from partlens.data.images import ImageSet
-    from partlens.explainer.network import Explainer, ExplainerStructure
-    from partlens.explainer.training import Head
-    from partlens.explainer.training_maps import TrainingMaps
+    from partlens.explainer.network import Explainer
+    from partlens.explainer.teachers import PlaceSource
+    from partlens.explainer.training import Extras
+    from partlens.explainer.views import TrainingMaps
     from partlens.network.zoo import Performer
 
-WEIGHTS = "explainer.safetensors"
-MOST_BACKGROUND = 1500
-DEFAULT_SEEDS = 3
-BACKGROUND_VIEWS = 2
-_EVIDENCE_BATCH = 64
+_MOST_BACKGROUND = 1500
+_DEFAULT_SEEDS = 3
+_BACKGROUND_VIEWS = 2
+_SHORTER = "fewer --seeds, --explainer.epochs or --explainer.warmup_epochs"
 
 
 @dataclass(frozen=True)
@@ -60,130 +56,37 @@ class FittedExplainer:
 
     Attributes:
         path: the run directory.
-        manifest: content of ``run.json``.
-        history: one record per epoch.
+        record: what ``run.json`` says.
+        history: one mapping of logged terms per epoch, of the explainer that is kept.
     """
 
     path: Path
-    manifest: Mapping[str, Any]
+    record: ExplainerRun
     history: tuple[Mapping[str, Any], ...]
 
 
-def _cached_maps(
-    performer: Performer,
-    images: ImageSet,
-    photos: Sequence[int],
-    background: Sequence[int],
-    structure: ExplainerStructure,
-    config: ExplainerConfig,
-    folder: Path,
-    device: torch.device,
-    progress: Progress,
-) -> TrainingMaps:
-    """Stream the views of all photos once and keep tap and targets on disk."""
-    import numpy as np
-    import torch
+@dataclass(frozen=True)
+class _Photos:
+    """What is learned from: rows of the categories and of others."""
 
-    from partlens.explainer.training_maps import TrainingMaps
-    from partlens.explainer.views import view_windows, viewed_images
-    from partlens.network.stream import stream_maps
-
-    generator = torch.Generator().manual_seed(config.seed)
-    windows = view_windows(len(photos), config.views, config.crop_area_min, generator)
-    others = view_windows(len(background), 1 + BACKGROUND_VIEWS, config.crop_area_min, generator)[:, [0, 2]]
-    rows = np.concatenate(
-        [np.repeat(np.array(photos), config.views), np.repeat(np.array(background), BACKGROUND_VIEWS)]
-    ).astype(np.int64)
-    table = torch.cat([windows.flatten(0, 1), others.flatten(0, 1)])
-    drawn, viewing = viewed_images(images, performer, rows, table)
-    taps = [structure.tap, *structure.targets]
-    with progress.task("caching maps", len(rows)) as advance:
-        shown = on_device(viewing, device)
-        arrays = stream_maps(shown, drawn, taps, folder, progress=lambda done, _: advance(done))
-    first = len(photos) * config.views
-    evidence = None
-    if config.evidence_weight > 0:
-        evidence = _cached_evidence(performer, structure.tap, arrays[structure.tap], first, folder, device, progress)
-    return TrainingMaps(
-        tap=arrays[structure.tap],
-        targets=tuple(arrays[t] for t in structure.targets),
-        windows=windows,
-        background_rows=np.arange(first, len(rows)),
-        evidence=evidence,
-    )
+    images: ImageSet
+    categories: tuple[str, ...]
+    own: tuple[int, ...]
+    others: tuple[int, ...]
+    unreadable: tuple[Unreadable, ...]
 
 
-def _cached_evidence(
-    performer: Performer,
-    tap: str,
-    maps: np.ndarray,
-    count: int,
-    folder: Path,
-    device: torch.device,
-    progress: Progress,
-) -> np.ndarray:
-    """Return the evidence of the first ``count`` rows of cached maps, computed once per cache."""
-    import numpy as np
-    import torch
+@dataclass(frozen=True)
+class _Fit:
+    """Everything a fit reads; nothing of it changes."""
 
-    from partlens.explainer.evidence import evidence_maps
-
-    path = folder / "evidence.safetensors"
-    if path.exists():
-        kept: np.ndarray = read_tensors(path)["evidence"].numpy()
-        if kept.shape == (count, *maps.shape[2:]):
-            return kept
-    upper = performer.graph.cut(tap, ["output"]).to(device).float()
-    found = np.empty((count, *maps.shape[2:]), np.float32)
-    with progress.task("reading evidence", count) as advance:
-        for start in range(0, count, _EVIDENCE_BATCH):
-            part = torch.from_numpy(np.array(maps[start : min(start + _EVIDENCE_BATCH, count)])).float()
-            found[start : start + len(part)] = evidence_maps(upper, part.to(device)).cpu().numpy()
-            advance(start + len(part))
-    write_tensors(path, {"evidence": torch.from_numpy(found)})
-    return found
-
-
-def _single(category: str | Sequence[str] | None) -> str | None:
-    """Return the one category that is meant, however it was given."""
-    if category is None or isinstance(category, str):
-        return category
-    return category[0] if category else None
-
-
-def _head_of(
-    performer: Performer, structure: ExplainerStructure, config: ExplainerConfig, categories: Sequence[str]
-) -> Head | None:
-    """Return what classifies the reconstruction for Explainer+cls; ``None`` for the other objective.
-
-    Raises:
-        InputError: the performer has no output for a category.
-    """
-    if config.objective != "classification":
-        return None
-    from partlens.explainer.assembly import performer_head
-    from partlens.explainer.training import Head
-
-    known = performer.class_names or ()
-    missing = [name for name in categories if name not in known]
-    if missing or not categories:
-        raise InputError(
-            expected(
-                "a performer with an output for each category (objective=classification learns from labels)",
-                f"outputs {', '.join(known[:8]) or 'without names'} for {', '.join(categories) or 'no category'}",
-                "Train one with partlens train-performer, or leave the objective as it is",
-            )
-        )
-    return Head(performer_head(performer, structure), tuple(known.index(name) for name in categories))
-
-
-def _say_dropped(dropped: Sequence[Mapping[str, str]], show: Progress) -> None:
-    if dropped:
-        show.say(f"{len(dropped)} photos could not be read and are left out: {listed([d['key'] for d in dropped])}")
-
-
-def _example_batch(performer: Performer, images: ImageSet, row: int) -> Any:
-    return performer.preprocessing([images.read(row)])
+    performer: Performer
+    photos: _Photos
+    asked: ExplainerRun
+    out: Path
+    cache: Path
+    extras: Extras
+    show: Progress
 
 
 def fit_explainer(
@@ -196,11 +99,12 @@ def fit_explainer(
     targets: Sequence[str] | None = None,
     preset: Preset = "partlens",
     config: ExplainerConfig | Mapping[str, Any] | None = None,
-    seeds: int = DEFAULT_SEEDS,
-    background: int = MOST_BACKGROUND,
+    seeds: int = _DEFAULT_SEEDS,
+    background: int = _MOST_BACKGROUND,
     cache: str | Path | None = None,
     keep_cache: bool = False,
     device: str = "cpu",
+    places_of: PlaceSource | None = None,
     progress: Progress | None = None,
 ) -> FittedExplainer:
     """Learn an explainer of one layer without labels of parts, and write a run directory.
@@ -213,178 +117,208 @@ def fit_explainer(
         out: the run directory.
         category: the category to explain; the other photos then serve as background for the reconstruction. Several (a
             list, or names with commas) make one explainer whose filters are shared among them: each belongs to the
-            category whose photos excite it most. All photos as one category when left out.
-        tap: the layer to explain; the model's default tap when left out.
-        targets: layers to reconstruct; chosen after the tap when left out.
-        preset: ``partlens``, ``held``, ``candidates`` or ``paper``, which also takes tap, targets and eta from the
-            papers where the network is theirs and these are not named.
+            category whose photos excite it most. By default all photos are one category.
+        tap: the layer to explain; by default the model's own.
+        targets: layers to reconstruct; by default two after the tap.
+        preset: ``partlens`` or ``paper``.
         config: a whole configuration, or fields to change in the preset.
         seeds: explainers learned with different seeds; the first is the one that is kept, all of them give p's spread.
         background: most photos of other categories that are used.
         cache: folder for the cached maps, kept afterwards; runs of the same photos, layers, ``views`` and ``seed`` may
-            share it, one after the other.
-            ``cache`` in the run directory when left out.
+            share it, one after the other. By default ``cache`` in the run directory.
         keep_cache: keep the run directory's cached maps, too.
         device: where maps are computed and the explainer learns: ``cpu``, ``cuda``, ``cuda:1``. Not part of what makes
             a run the same.
-        progress: how to show progress; silent when left out.
+        places_of: where candidates for teachers come from (:data:`partlens.explainer.teachers.PlaceSource`); by default
+            the performer's later layer.
+        progress: how to show progress; by default it is not shown.
 
     Returns:
         The finished run.
 
     Raises:
+        AtWorkError: another process writes to ``out`` or ``cache``.
         ImageError: no photos, too few, or an unknown category.
         LayerError: a tap that is unknown or cannot be explained.
-        RunError: ``out`` holds another run.
+        RunError: ``out`` holds another run; the text names the setting that differs.
         StorageError: the disk is full; what was finished stays.
     """
-    import torch
+    started, show, folder = time.monotonic(), progress or Progress.silent(), Path(out)
+    where, settings = device_of(device), _settings(preset, config, seeds=seeds, background=background)
+    performer = loaded(model)
+    photos = _chosen(data, category, background, settings.seed)
+    structure, grid = _opened(performer, photos, tap, targets)
+    asked = ExplainerRun(
+        created=now(),
+        command=command(),
+        versions=versions(),
+        performer=performer_info(performer, model),
+        data=data_info(photos.images, photos.unreadable, photos.images.fingerprint(), photos.categories),
+        train_photos=len(photos.own),
+        background=len(photos.others),
+        structure=structure,
+        preset="custom" if isinstance(config, ExplainerConfig) else preset,
+        config=settings,
+        seeds=seeds,
+        places="later" if places_of is None else f"{places_of.__module__}:{places_of.__qualname__}",
+        grid=grid,
+    )
+    maps = folder / "cache" if cache is None else Path(cache)
+    fit = _Fit(performer, photos, asked, folder, maps, _extras(performer, asked, places_of, where), show)
+    with Run(folder).begun(asked) as begun:
+        record = begun
+        if record.finished:
+            show.say(f"{out} is finished already; nothing to do")
+        else:
+            shares = _learned(fit)
+            if cache is None and not keep_cache:
+                shutil.rmtree(maps)
+            weights = file_sha256(folder / WEIGHTS)
+            record = Run(folder).finish(begun, started, p_by_seed=shares, weights_sha256=weights)
+            show.say(f"wrote {folder / WEIGHTS} in {record.seconds:.0f} s; p = {shares[0]:.3f}")
+    return FittedExplainer(folder, record, History.read(folder).epochs)
 
-    from partlens.explainer.assembly import explainer_structure
 
-    started = time.monotonic()
-    show = progress or Progress.silent()
-    out = Path(out)
-    where = device_of(device)
+def _settings(
+    preset: Preset, config: ExplainerConfig | Mapping[str, Any] | None, *, seeds: int, background: int
+) -> ExplainerConfig:
+    """Check the numbers and return the configuration."""
     if background < 0:
         raise InputError(expected("background of at least 0", background, "Set --background to 0 or more"))
     if seeds < 1:
         raise InputError(expected("at least 1 seed", seeds, "Set --seeds to 1 or more"))
-    performer = loaded(model)
-    changes = {} if isinstance(config, ExplainerConfig) else dict(config or {})
-    settings = config if isinstance(config, ExplainerConfig) else ExplainerConfig.preset(preset, **changes)
-    images, dropped = opened(data)
-    joint = several(category, images.category_counts())
-    category = None if joint else _single(category)
-    photos, others = rows_of(images, joint, "train") if joint else category_rows(images, category, "train")
-    named = f" of {', '.join(joint) or category}" if joint or category else ""
-    if len(photos) < 2:
-        raise ImageError(
-            expected(
-                f"at least 2 training photos{named}",
-                len(photos),
-                "Add photos, or rows with split train",
-            )
-        )
-    others = tuple(sampled(others, background, settings.seed))
+    return config if isinstance(config, ExplainerConfig) else ExplainerConfig.preset(preset, **dict(config or {}))
+
+
+def _chosen(data: str | Path | ImageSet, category: str | Sequence[str] | None, background: int, seed: int) -> _Photos:
+    """Open the photos and choose those of the training split."""
+    images, unreadable = open_photos(data)
+    categories = chosen_categories(category, images.category_counts())
+    own, others = rows_and_others(images, categories, "train")
+    if len(own) < 2:
+        named = ", ".join(filter(None, categories))
+        rule = f"at least 2 training photos{f' of {named}' if named else ''}"
+        raise ImageError(expected(rule, len(own), "Add photos, or rows with split train"))
+    return _Photos(images, categories, own, tuple(sampled(others, background, seed)), unreadable)
+
+
+def _opened(
+    performer: Performer, photos: _Photos, tap: str | None, targets: Sequence[str] | None
+) -> tuple[ExplainerStructure, Grid]:
+    """Say what an explainer of the tap consists of, and refuse a network that cannot be explained before any work."""
+    from partlens.explainer.network import explainer_structure
+
     tap = tap or performer.tap
-    performer.layer(tap)
-    example = _example_batch(performer, images, photos[0])
+    performer.layer(tap)  # refuses one that is unknown
+    example = performer.preprocessing([photos.images.read(photos.own[0])])
     check_answer(performer, example, scores=True)
     structure = explainer_structure(performer, example, tap, targets)
-    contents = images.digests()
-    fingerprint = images.fingerprint()
-    identity = content_hash(
-        {
-            "performer": performer.weights_sha256,
-            "preprocessing": performer.preprocessing.to_dict(),
-            "data": fingerprint,
-            "category": list(joint) if joint else category,
-            "structure": structure.to_dict(),
-            "config": settings.to_dict(),
-            "revision": REVISION,
-            "seeds": seeds,
-            "background": len(others),
-        }
-    )
-    with run_folder(out, RUN, identity) as earlier:
-        manifest = earlier
-        if manifest is not None and manifest["status"] == "finished":
-            show.say(f"{out} is finished already; nothing to do")
-            return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
-        field = performer.field(tap)
-        if manifest is None:
-            for stale in (out / WEIGHTS, out / EVALUATION, out / PHOTOS, *out.glob(f"seeds/*/{WEIGHTS}")):
-                stale.unlink(missing_ok=True)  # of a run whose run.json was deleted
-            manifest = {
-                **manifest_head(SCHEMA, "explainer", identity, performer, model),
-                "data": {
-                    "name": images.name,
-                    "path": None if images.path is None else str(images.path),
-                    "fingerprint": fingerprint,
-                    "category": category or "",
-                    "categories": list(joint),
-                    "train_photos": len(photos),
-                    "background_photos": len(others),
-                    "unreadable": dropped,
-                },
-                "structure": structure.to_dict(),
-                "preset": preset if not isinstance(config, ExplainerConfig) else "custom",
-                "config": settings.to_dict(),
-                "seeds": seeds,
-                "receptive_field": {
-                    "stride_px": list(field.stride_px),
-                    "size_px": list(field.size_px),
-                    "start_px": list(field.start_px),
-                },
-                "status": "running",
-                "seconds": 0.0,
-            }
-            write_json(out / RUN, manifest)
-        if not (out / PHOTOS).exists():
-            write_photos(out, (contents[i] for i in (*photos, *others)))
-        show.say(
-            f"{performer.name} · {tap} → {', '.join(structure.targets)} · "
-            f"{len(photos)} photos{named}, {len(others)} others"
-        )
-        _say_dropped(dropped, show)
-        shares: list[float] = []
-        head = _head_of(performer, structure, settings, joint or ((category,) if category else ()))
-        folder_of_maps = out / "cache" if cache is None else Path(cache)
-        for number in range(seeds):
-            seeded = dataclasses.replace(settings, seed=settings.seed + number)
-            folder = out if number == 0 else out / "seeds" / str(seeded.seed)
-            maps = _cached_maps(performer, images, photos, others, structure, settings, folder_of_maps, where, show)
-            if joint:
-                labels = torch.tensor([joint.index(images.categories[i]) for i in photos])
-                maps = dataclasses.replace(maps, labels=labels)
-            shares.append(_fit_one(performer, structure, seeded, maps, folder, show, head, where))
-        del maps  # some systems remove no file that is mapped
-        if cache is None and not keep_cache:
-            shutil.rmtree(folder_of_maps)
-        seconds = round(float(manifest["seconds"]) + time.monotonic() - started, 1)
-        manifest |= {"status": "finished", "seconds": seconds, "p_by_seed": shares}
-        write_json(out / RUN, manifest)
-        show.say(f"wrote {out / WEIGHTS} in {seconds:.0f} s; p = {shares[0]:.3f}")
-        return FittedExplainer(out, manifest, tuple(read_json(out / "history.json")["epochs"]))
+    field = performer.field(tap)
+    return structure, Grid(stride_px=field.stride_px, size_px=field.size_px, start_px=field.start_px)
 
 
-def _fit_one(
-    performer: Performer,
-    structure: ExplainerStructure,
-    config: ExplainerConfig,
-    maps: TrainingMaps,
-    folder: Path,
-    progress: Progress,
-    head: Head | None,
-    device: torch.device,
-) -> float:
-    """Train one explainer in a folder and return its p; a finished one is only read."""
+def _extras(performer: Performer, asked: ExplainerRun, places_of: PlaceSource | None, device: torch.device) -> Extras:
+    """Return what training takes from outside its configuration.
+
+    Raises:
+        InputError: the classification is asked for, and the performer has no output for a category.
+    """
+    from partlens.explainer.network import performer_head
+    from partlens.explainer.teachers import later_places
+    from partlens.explainer.terms import Classification
+    from partlens.explainer.training import Extras
+
+    classification = None
+    if asked.config.objective == "classification":
+        known, categories = performer.class_names or (), asked.data.categories
+        if not set(categories) <= set(known):
+            rule = "a performer with an output for each category (objective=classification learns from labels)"
+            outputs = ", ".join(known[:8]) or "without names"
+            got = f"outputs {outputs} for {', '.join(filter(None, categories)) or 'no category'}"
+            raise InputError(expected(rule, got, "Use another network, or leave the objective as it is"))
+        head = performer_head(performer, asked.structure)
+        classification = Classification(head, tuple(known.index(name) for name in categories))
+    return Extras(places_of or later_places, classification, device)
+
+
+def _cached_maps(fit: _Fit) -> TrainingMaps:
+    """Stream the views of all photos once and keep tap and targets on disk."""
+    import numpy as np
     import torch
 
-    from partlens.explainer.assembly import build_explainer
-    from partlens.explainer.training import CHECKPOINT_STATE, train_explainer
+    from partlens.explainer.views import TrainingMaps, view_windows, viewed_images
+    from partlens.network.stream import stream_maps
 
-    explainer = build_explainer(performer, structure, config)
+    photos, config, structure = fit.photos, fit.asked.config, fit.asked.structure
+    generator = torch.Generator().manual_seed(config.seed)
+    windows = view_windows(len(photos.own), config.views, generator)
+    # Of others a whole photo and a crop.
+    others = view_windows(len(photos.others), 1 + _BACKGROUND_VIEWS, generator)[:, [0, 2]]
+    counts = [config.views] * len(photos.own) + [_BACKGROUND_VIEWS] * len(photos.others)
+    rows = np.repeat(np.array([*photos.own, *photos.others], dtype=np.int64), counts)
+    table = torch.cat([windows.flatten(0, 1), others.flatten(0, 1)])
+    drawn, viewing = viewed_images(photos.images, fit.performer, rows, table)
+    with fit.show.task("caching maps", len(rows), "fewer --background or --explainer.views") as advance:
+        arrays = stream_maps(
+            on_device(viewing, torch.device(fit.extras.device)),
+            drawn,
+            [structure.tap, *structure.targets],
+            fit.cache,
+            progress=lambda done, _: advance(done),
+        )
+    return TrainingMaps(
+        tap=arrays[structure.tap],
+        targets=tuple(arrays[target] for target in structure.targets),
+        windows=windows,
+        labels=labels_of(photos.images, photos.categories, photos.own),
+        background_rows=np.arange(len(windows.flatten(0, 1)), len(rows)),
+    )
+
+
+def _learned(fit: _Fit) -> tuple[float, ...]:
+    """Learn the explainers of all seeds that are not there yet, and return their shares p."""
+    photos, asked, show = fit.photos, fit.asked, fit.show
+    if not (fit.out / PHOTOS).exists():
+        digests = photos.images.digests()
+        UsedPhotos.of(digests[i] for i in (*photos.own, *photos.others)).write(fit.out)
+    layers = f"{asked.structure.tap} → {', '.join(asked.structure.targets)}"
+    counted = f"{len(photos.own)} photos {asked.data.of}".rstrip()
+    show.say(f"{fit.performer.name} · {layers} · {counted}, {len(photos.others)} others")
+    if photos.unreadable:
+        names = listed([photo.key for photo in photos.unreadable])
+        show.say(f"{len(photos.unreadable)} photos could not be read and are not used: {names}")
+    maps = _cached_maps(fit)
+    epochs = asked.config.warmup_epochs + asked.config.epochs
+    with show.task("learning", asked.seeds * epochs, _SHORTER) as advance:
+        return tuple(
+            _learned_once(fit, maps, number, lambda done, text, before=number * epochs: advance(before + done, text))
+            for number in range(asked.seeds)
+        )
+
+
+def _learned_once(fit: _Fit, maps: TrainingMaps, number: int, advance: Callable[..., None]) -> float:
+    """Learn one explainer and return its p; a finished one is only read."""
+    from partlens.checkpoint import Checkpoint
+    from partlens.explainer.network import build_explainer
+    from partlens.explainer.training import train_explainer
+
+    config = fit.asked.config.changed({"seed": fit.asked.config.seed + number})
+    folder = fit.out if number == 0 else fit.out / "seeds" / str(config.seed)
+    explainer = build_explainer(fit.performer, fit.asked.structure, config)
     if (folder / WEIGHTS).exists():
         explainer.load_state_dict(read_tensors(folder / WEIGHTS))
         return float(explainer.p.detach())
-    total = config.warmup_epochs + config.epochs
-    with progress.task(f"learning (seed {config.seed})", total) as advance:
-        result = train_explainer(
-            explainer,
-            maps,
-            folder,
-            head=head,
-            device=device,
-            report=lambda record: advance(record["epoch"], progress.summary(record)),
-        )
-    with torch.no_grad():
-        share = float(explainer.p)
-    write_tensors(folder / WEIGHTS, explainer.state_dict(), {"schema": SCHEMA})
-    for leftover in (CHECKPOINT_STATE, "checkpoint-0.safetensors", "checkpoint-1.safetensors"):
-        (folder / leftover).unlink(missing_ok=True)
-    progress.say(f"seed {config.seed}: {result.stopped} after {len(result.history)} epochs, p = {share:.3f}")
+    result = train_explainer(
+        explainer,
+        maps,
+        folder,
+        extras=fit.extras,
+        report=lambda record: advance(record["epoch"], fit.show.summary(record)),
+    )
+    share = float(explainer.p.detach())
+    write_tensors(folder / WEIGHTS, explainer.state_dict())
+    Checkpoint(folder, "").remove()
+    fit.show.say(f"seed {config.seed}: {result.stopped} after {len(result.history)} epochs, p = {share:.3f}")
     return share
 
 
@@ -393,32 +327,30 @@ def load_explainer(run: str | Path, model: str | nn.Module | Performer | None = 
 
     Args:
         run: the run directory.
-        model: the performer; loaded by the name in the manifest when left out.
+        model: the performer; by default it is loaded by its name, unless that would run somebody's code.
 
     Returns:
         The explainer in eval mode and the performer.
 
     Raises:
-        RunError: the run is missing or unfinished, or the performer's weights are not those of the run.
+        RunError: the run is missing or unfinished, the performer's weights are not those of the run, or the explainer's
+            were changed.
     """
-    from partlens.explainer.assembly import build_explainer
-    from partlens.explainer.network import ExplainerStructure
+    from partlens.explainer.network import build_explainer
+    from partlens.network.weights import check_finite
 
-    run = Path(run)
-    manifest = read_json(run / RUN)
-    if manifest.get("kind") != "explainer" or manifest.get("status") != "finished":
-        raise RunError(
-            expected(
-                f"a finished explainer run in {run}",
-                str(manifest.get("status", "another kind of run")),
-                "Run fit-explainer again with the same arguments; it goes on where it stopped",
-            )
-        )
-    performer = performer_of(manifest, run, model)
-    values = manifest["structure"]
-    structure = ExplainerStructure(
-        **{**values, "targets": tuple(values["targets"]), "side_cells": tuple(values["side_cells"])}
-    )
-    explainer = build_explainer(performer, structure, ExplainerConfig.from_dict(manifest["config"]))
-    explainer.load_state_dict(read_tensors(run / WEIGHTS))
+    folder = Path(run)
+    record = Run(folder).read(ExplainerRun)
+    performer = open_performer(record, model)
+    weights = read_tensors(folder / WEIGHTS)
+    if file_sha256(folder / WEIGHTS) != record.weights_sha256:
+        rule = f"the weights that this run wrote in {folder / WEIGHTS}"
+        raise RunError(expected(rule, "others", "Restore the file, or delete the folder and fit again"))
+    explainer = build_explainer(performer, record.structure, record.config)
+    try:
+        explainer.load_state_dict(weights)
+    except RuntimeError as error:
+        rule = f"weights that fit the structure in {folder / EXPLAINER}"
+        raise RunError(expected(rule, "others", "Restore the files, or delete the folder and fit again")) from error
+    check_finite(weights, WEIGHTS)
     return explainer.eval(), performer

@@ -15,8 +15,8 @@ from partlens.data.images import ImageSet
 from partlens.errors import ImageError, expected
 from partlens.evaluation.gallery import region_px
 from partlens.evaluation.places import landmarks_in_input, photo_numbers
-from partlens.explainer.assembly import performer_head
-from partlens.explainer.network import Explainer
+from partlens.explainer.network import Explainer, performer_head
+from partlens.explainer.record import ExplainerRun
 from partlens.metrics.localisation import peaks_from_cells
 from partlens.network.receptive_field import grid_of
 from partlens.network.stream import stream
@@ -34,10 +34,9 @@ from partlens.object_parts.rules import SeenPhotos, chosen_rule, find_parts
 from partlens.object_parts.shares import mean_contributions, part_shares
 from partlens.object_parts.trust import assignment_stability
 from partlens.progress import Progress
-from partlens.records import read_json
-from partlens.run import command, versions
+from partlens.run import Run, command, versions
 from partlens.verbs.fit_explainer import load_explainer
-from partlens.verbs.runs import RUN, labels_of, photos_of_run, rows_and_others, sampled
+from partlens.verbs.runs import labels_of, open_photos, rows_and_others, sampled
 
 _BATCH = 16
 _STRIP_FILTERS = 4
@@ -88,15 +87,15 @@ def opened_explainer(
         RunError: the run is missing or unfinished, or its performer or photos are not found.
     """
     explainer, performer = load_explainer(run, model)
-    manifest = read_json(run / RUN)
-    images, _ = photos_of_run(run, manifest, data, "find the parts of")
-    categories = tuple(manifest["data"].get("categories") or (manifest["data"]["category"] or "",))
+    record = Run(run).read(ExplainerRun)
+    images, _ = open_photos(data, record)
+    categories = record.data.categories
     rows = sampled(rows_and_others(images, categories, split)[0], how.photos_max, how.seed)
     if len(rows) < 2:
         of = f" of {', '.join(categories)}" if any(categories) else ""
         rule = f"at least 2 photos{of} in the split {split}"
         raise ImageError(expected(rule, len(rows), "Add photos, or name another split (--split)"))
-    as_fitted = images.fingerprint() == manifest["data"]["fingerprint"]
+    as_fitted = images.fingerprint() == record.data.fingerprint
     head = performer_head(performer, explainer.structure)
     return OpenedExplainer(run, explainer, performer, head, images, tuple(rows), split, categories, as_fitted, how)
 

@@ -32,6 +32,7 @@ EVALUATION = "evaluation.json"
 SELECTION = "selection.json"
 _OURS = (".lock", ".tmp")
 _OLD_SECONDS = 3600.0
+_SAFE = ("torchvision:", "timm:", "partlens:")
 
 
 def versions() -> dict[str, str]:
@@ -126,6 +127,10 @@ def open_performer(run: RunRecord, model: str | nn.Module | Performer | None) ->
     if named is None:
         rule = "a model for this run, which was made with a network object"
         raise RunError(expected(rule, "none", "Give the network again (model=)"))
+    if model is None and not str(named).startswith(_SAFE):
+        # The file may be a stranger's, and a factory is code that would run before its weights are compared.
+        rule = f"a model for this run, which names the code {named}"
+        raise RunError(expected(rule, "none", f"If you trust it, give --model {named}"))
     performer, wanted = loaded(named), run.performer.weights_sha256
     if performer.weights_sha256 != wanted:
         rule, remedy = f"the performer of the run (weights {wanted[:12]})", "Give the model the run was made with"

@@ -28,7 +28,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, fx, nn
 
 from partlens.errors import InputError, LayerError, expected
-from partlens.explainer.network import ExplainerStructure, identity_kernel
+from partlens.explainer.network import identity_kernel
+from partlens.explainer.record import ExplainerStructure
 from partlens.network.borrowed import random_state_kept
 from partlens.network.zoo import Performer
 from partlens_papers.rivals.interpretable_config import InterpretableConfig
@@ -253,7 +254,7 @@ def build_interpretable_cnn(
 
     Args:
         performer: the network; it stays as it is.
-        structure: from :func:`partlens.explainer.assembly.explainer_structure`, which finds the top convolution and the
+        structure: from :func:`partlens.explainer.network.explainer_structure`, which finds the top convolution and the
             pooling after a tap.
         config: the method and the new layers.
         categories: number of outputs, 1 for one category against the rest.

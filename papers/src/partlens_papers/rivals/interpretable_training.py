@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, expected
-from partlens.explainer.training import CHECKPOINT_STATE, HISTORY, EpochReport, TrainingResult
+from partlens.explainer.training import EpochReport, TrainingResult
 from partlens.network.borrowed import random_state_kept
 from partlens.network.stream import stream_maps
 from partlens.network.zoo import Performer
@@ -32,6 +32,9 @@ from partlens_papers.rivals.masks import ReleasedMask
 _BIAS_RATE = 2.0
 _TOP_BIAS_RATE = 5.0
 _RADIUS_RATE = 0.05
+
+CHECKPOINT_STATE = "checkpoint.json"
+HISTORY = "history.json"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from partlens.errors import RunError, expected
-from partlens.records import Settings, plain, read_json
+from partlens.records import Settings, plain
 from partlens.verbs.runs import RUN, category_rows, loaded, opened, sampled
 from partlens_papers.given import settings_of
 from partlens_papers.tables.jobs import Job, Made
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from partlens.data.images import ImageSet
-    from partlens.explainer.network import ExplainerStructure
+    from partlens.explainer.record import ExplainerStructure
     from partlens.network.zoo import Performer
     from partlens_papers.networks.settings import PublishedChoice
     from partlens_papers.rivals.cells import Rival
@@ -158,15 +158,15 @@ def explain(job: Job, folder: Path) -> Made:
         device=job_device(),
     )
     found = evaluate(run, images, split=settings["split"], seed=job.seed, gallery="none", rounds=BOOTSTRAP_ROUNDS)
-    manifest = fitted.manifest
+    record = fitted.record
     facts = {
-        "network": manifest["performer"]["name"],
-        "weights_sha256": manifest["performer"]["weights_sha256"],
-        "structure": manifest["structure"],
+        "network": record.performer.name,
+        "weights_sha256": record.performer.weights_sha256,
+        "structure": plain(record.structure),
         "epochs": len(fitted.history),
         "device": job_device(),
         "note": chosen.note,
-        "photos": {"train": manifest["data"]["train_photos"], "background": manifest["data"]["background_photos"]},
+        "photos": {"train": record.train_photos, "background": record.background},
         "warnings": [text.partition(" (")[0] for text in found.warnings],
         "errors_by": found.reconstruction.errors_by,
     }
@@ -191,8 +191,8 @@ def _evaluation_rows(images: ImageSet, category: str, split: str, seed: int) -> 
 
 def compare(job: Job, folder: Path) -> Made:
     """Fit the rivals on the tap's maps of the explainer's training photos and measure them as the explainer is."""
-    from partlens.explainer.config import ExplainerConfig
-    from partlens.explainer.network import ExplainerStructure
+    from partlens.explainer.record import ExplainerRun
+    from partlens.explainer.templates import PEAK_POWER
     from partlens_papers.tables.rival_measures import RivalBench, measure_rivals
 
     images, performer = photos_of(job), loaded(performer_spec(job))
@@ -200,14 +200,11 @@ def compare(job: Job, folder: Path) -> Made:
     if not run.is_file():
         remedy = f"Delete {folder.parent / EXPLAINER} as well, and the explainer is fitted again"
         raise RunError(expected(f"the explainer's run at {run.parent}", "only its result", remedy))
-    manifest = read_json(run)
-    values, how = manifest["structure"], ExplainerConfig.from_dict(manifest["config"])
-    structure = ExplainerStructure(
-        **{**values, "targets": tuple(values["targets"]), "side_cells": tuple(values["side_cells"])}
-    )
+    record = ExplainerRun.read(run.parent)
+    structure, how = record.structure, record.config
     fitted, facts = _fitted_rivals(job, images, performer, structure, folder / "maps")
     measured = measure_rivals(
-        RivalBench.of(performer, structure, how.peak_power if how.peak == "centroid" else None),
+        RivalBench.of(performer, structure, PEAK_POWER if how.peak == "centroid" else None),
         fitted,
         images,
         _evaluation_rows(images, job.category, job.settings["split"], job.seed),
@@ -258,7 +255,7 @@ def interpret(job: Job, folder: Path) -> Made:
 
     The layers below the tap stay as they are, see :mod:`partlens_papers.rivals.interpretable_cnn`.
     """
-    from partlens.explainer.assembly import explainer_structure
+    from partlens.explainer.network import explainer_structure
     from partlens.records import write_tensors
     from partlens_papers.rivals.interpretable_cnn import build_interpretable_cnn
     from partlens_papers.rivals.interpretable_config import InterpretableConfig
@@ -285,7 +282,7 @@ def interpret(job: Job, folder: Path) -> Made:
     facts = {
         "network": performer.name,
         "weights_sha256": performer.weights_sha256,
-        "structure": structure.to_dict(),
+        "structure": plain(structure),
         "config": dict(config),
         "epochs": len(history),
         "note": chosen.note,

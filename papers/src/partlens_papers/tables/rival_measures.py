@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from partlens.data.images import ImageSet
-    from partlens.explainer.network import ExplainerStructure
+    from partlens.explainer.record import ExplainerStructure
     from partlens.metrics.faithfulness import HeadErrors
     from partlens.metrics.localisation import Peaks
     from partlens.network.zoo import Performer
@@ -77,7 +77,7 @@ class RivalBench:
     @staticmethod
     def of(performer: Performer, structure: ExplainerStructure, power: float | None = None) -> RivalBench:
         """Cut the performer at tap and targets."""
-        from partlens.explainer.assembly import performer_head, reference_decoder
+        from partlens.explainer.network import performer_head, reference_decoder
 
         decoder, head = reference_decoder(performer, structure), performer_head(performer, structure)
         return RivalBench(performer, structure, decoder, head, power)
@@ -281,7 +281,7 @@ def measure_interpretable(
     from partlens.estimate import Estimate, proportion
     from partlens.evaluation.part_regions import PartRegions, RegionPass
     from partlens.evaluation.places import NULL_FILTERS, landmarks_in_input, photo_numbers, top_layer
-    from partlens.explainer.assembly import performer_head
+    from partlens.explainer.network import performer_head
     from partlens.metrics.faithfulness import class_outputs
     from partlens.metrics.localisation import localisation_scores, null_peaks
     from partlens.network.receptive_field import grid_of, widened

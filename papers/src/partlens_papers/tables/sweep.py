@@ -300,7 +300,7 @@ def _explainer_jobs(plan: Plan, point: Job) -> list[Job]:
 
     def explained(changes: Mapping[str, Any]) -> dict[str, Any]:
         # A preset is only a name: with its fields noted, a result is not taken for one of other defaults.
-        fields = ExplainerConfig.preset(plan.sweep.preset, **changes).to_dict()
+        fields = dict(ExplainerConfig.preset(plan.sweep.preset, **changes))
         return {"explainer": dict(changes), "fields": _without_seed(fields)}
 
     if plan.table == "interpretable-cnn":

@@ -1,19 +1,18 @@
-"""Part candidates to start from, found without labels in the tap's own features.
+"""Teachers from the tap: parts that the tap's own features vote for, found without labels.
 
-Learning the interpretable track from noise or from the identity ends, with the filter loss alone, in filters that all
-follow one part. Starting it from part candidates ends more stable and more diverse (``docs/study.md``):
+They are better than the later layer's parts on AlexNet's birds, and hardly anywhere else::
+
+    fit_explainer("partlens-papers:alexnet-caffe", birds, out="runs/birds", places_of=tap_places)
 
 1. *Candidates.* Features of the category's photos, averaged over 3x3 cells and whitened by the covariance of all
    photos' features, are clustered by spherical k-means, for several numbers of clusters and random shares of the
    photos. Only the half of the cells that a linear discriminant finds most typical of the category take part. A cluster
    centre is a linear part detector (a discriminant against everything else in the photos).
-2. *Selection.* Ranks, all without labels, are added: how exactly a candidate's peak moves with crops and mirrors of the
-   photo, how much more strongly it answers to photos of the category than to others (area under the curve), and, where
-   evidence is given, how much of the performer's evidence stands at its peaks.
-3. *Votes.* conv-interp-1 becomes the best candidates. In conv-interp-2 each filter averages, after the mask, the
-   candidates whose peaks move most like its own.
+2. *Selection.* Two ranks, both without labels, are added: how exactly a candidate's peak moves with crops and mirrors
+   of the photo, and how much stronger its response is to photos of the category than to others (area under the curve).
+3. *Votes.* A part is the average, after the mask, of the candidates whose peaks move most like its own.
 
-Whitened (linear discriminant) detectors follow Hariharan, Malik & Ramanan, ECCV 2012; the use as a start is ours.
+Whitened (linear discriminant) detectors follow Hariharan, Malik & Ramanan, ECCV 2012; the rest is ours.
 """
 
 from __future__ import annotations
@@ -21,24 +20,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from partlens.errors import ImageError, expected
-from partlens.explainer.network import BoxConvolution, Explainer
-from partlens.explainer.teachers import places_in_view
-from partlens.explainer.templates import mask_at_peak, peak_cells, peak_masks
+from partlens.explainer.network import Explainer
+from partlens.explainer.teachers import Source, centroids, places_in_view
+from partlens.explainer.templates import PEAK_POWER, mask_at_peak, peak_cells, peak_masks
+from partlens.explainer.views import NORM_SAMPLE, TrainingMaps, gather
 
 CLUSTERS = (6, 8, 12, 16)
 ROUNDS = 12
 SHARE_OF_PHOTOS = 0.7
 SHRINKAGE = 0.05
 MOST_PHOTOS = 400
+_VIEWS = 5
+_VOTERS = 256
+_VOTES = 128
+_CANDIDATES = 16 * _VOTERS
 _FAR_CELLS = 5.0
 _AT_ONCE = 256
-_EVIDENCE_SHARE = 2.0  # as much as the other two ranks together
 
 
 def _smooth(maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter row col"]:
@@ -116,7 +120,7 @@ def part_candidates(
 
     Args:
         photos: tap maps of photos of the category.
-        others: tap maps of other photos; may be empty, then the category's own mean stands in.
+        others: tap maps of other photos; may be empty, then the category's own mean is taken.
         count: detectors wanted, at least.
         generator: source of the draws.
 
@@ -164,7 +168,7 @@ class VotedParts:
     found: dict[str, float]
 
     def maps(self, maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image part row col"]:
-        """Return where the parts stand: what an interpretable track that was set to them answers."""
+        """Return where the parts stand: the votes of their detectors."""
         answers = torch.einsum("vf,ifrc->ivrc", self.detectors, _smooth(maps)) + self.bias[:, None, None]
         masked = mask_at_peak(answers.relu(), peak_masks(*maps.shape[2:]).to(maps))
         return torch.einsum("pv,ivrc->iprc", self.votes, _smooth(masked))
@@ -176,7 +180,6 @@ def voted_parts(
     windows: Float[Tensor, "view image 5"],
     others: Float[Tensor, "other filter row col"],
     generator: torch.Generator,
-    evidence: Float[Tensor, "image row col"] | None = None,
     *,
     voters: int,
     parts: int,
@@ -190,8 +193,6 @@ def voted_parts(
         windows: how each view was cut.
         others: tap maps of other photos; may be empty.
         generator: source of the draws.
-        evidence: where the performer's decision hangs on the maps of view 0, at most 1; candidates whose peaks meet it
-            are preferred. The other two ranks decide alone when left out.
         voters: detectors that are kept.
         parts: parts that are voted for.
         candidates: detectors to choose from, at least.
@@ -219,53 +220,19 @@ def voted_parts(
     moved = errors.nanmean(0).nan_to_num(_FAR_CELLS)
     area = _areas(peaks, _peaks_of(detectors, mean, others)[1]) if others.shape[0] else torch.full_like(moved, 0.5)
     cost = _rank(moved) - _rank(area)
-    met: Tensor | None = None
-    if evidence is not None:
-        cells = (at[..., 0] * side[1] + at[..., 1]).long()
-        met = evidence.flatten(1).gather(1, cells).mean(0)
-        cost = cost - _EVIDENCE_SHARE * _rank(met)
     order = cost.argsort(stable=True)
     chosen = order[torch.arange(voters) % order.numel()]
     strength = peaks.mean(0)[chosen].clamp(min=1e-6)
-    extra = {} if met is None else {"evidence_at_peak": float(met[chosen].mean())}
     return VotedParts(
         detectors[chosen] / strength[:, None],
         -(detectors[chosen] @ mean) / strength,
         _votes(at[:, chosen], at[:, order[torch.arange(parts) % order.numel()]], votes),
-        extra
-        | {
+        {
             "candidates": float(detectors.shape[0]),
             "movement_error_cells": float(moved[chosen].mean()),
             "category_auc": float(area[chosen].mean()),
         },
     )
-
-
-@torch.no_grad()
-def seed_parts(
-    explainer: Explainer, parts: VotedParts, filters: tuple[Int[Tensor, " first"], Int[Tensor, " second"]] | None = None
-) -> None:
-    """Set the interpretable track to part candidates and their votes.
-
-    Args:
-        explainer: its conv-interp-1/2 are overwritten.
-        parts: as many voters and parts as filters are set.
-        filters: which filters of conv-interp-1 and conv-interp-2 are set, for an explainer of several categories, whose
-            filters are shared out; all of them when left out.
-    """
-    first, second = explainer.conv_interp_1, explainer.conv_interp_2
-    own_first = torch.arange(first.out_channels) if filters is None else filters[0]
-    own_second = torch.arange(second.out_channels) if filters is None else filters[1]
-    first.weight[own_first] = _spread(parts.detectors[:, :, None, None], first)
-    first.bias[own_first] = parts.bias  # type: ignore[index]
-    wide = parts.votes.new_zeros(len(own_second), second.in_channels).index_copy_(1, own_first, parts.votes)
-    second.weight[own_second] = _spread(wide[:, :, None, None], second)
-    second.bias[own_second] = 0  # type: ignore[index]
-
-
-def _spread(kernel: Float[Tensor, "filter channel 1 1"], conv: nn.Conv2d | BoxConvolution) -> Tensor:
-    """Return a kernel of one cell as one that averages over 3x3 cells."""
-    return kernel if isinstance(conv, BoxConvolution) else kernel.expand(-1, -1, 3, 3) / 9
 
 
 def _votes(
@@ -280,3 +247,42 @@ def _votes(
     best: tuple[Tensor, Int[Tensor, "filter vote"]] = alike.topk(min(count, alike.shape[1]), dim=1)
     weights = torch.zeros_like(alike).scatter_(1, best[1], best[0].clamp(min=1e-3).square())
     return weights / weights.sum(1, keepdim=True)
+
+
+def tap_parts(data: TrainingMaps, category: int, generator: torch.Generator) -> VotedParts:
+    """Find the parts of one category that the tap's own features vote for."""
+    own = data.own(category)
+    photos = own[torch.randperm(len(own), generator=generator)[:MOST_PHOTOS]].sort().values
+    views = min(_VIEWS, data.views)
+    maps = torch.stack([gather(data.tap, data.rows(photos, view)) for view in range(views)])
+    strangers = (data.labels != category).nonzero()[:, 0]
+    rest = np.concatenate([data.background_rows, data.rows(strangers)])
+    others = rest[:: max(1, len(rest) // (2 * MOST_PHOTOS))][: 2 * MOST_PHOTOS]
+    return voted_parts(
+        maps,
+        data.windows[photos, :views].transpose(0, 1),
+        gather(data.tap, others),
+        generator,
+        voters=_VOTERS,
+        parts=_VOTERS,
+        candidates=_CANDIDATES,
+        votes=_VOTES,
+    )
+
+
+def tap_places(
+    explainer: Explainer,  # noqa: ARG001 -- as every source of places
+    data: TrainingMaps,
+    category: int,
+    generator: torch.Generator,
+) -> Source:
+    """Return where the parts of the tap are: a source of places for :func:`partlens.fit_explainer`."""
+    parts, own = tap_parts(data, category, generator), data.own(category)
+
+    def places(number: int) -> Tensor:
+        rows = data.rows(own, number)
+        pieces = np.array_split(rows, max(1, math.ceil(len(rows) / NORM_SAMPLE)))
+        with torch.no_grad():
+            return torch.cat([centroids(parts.maps(gather(data.tap, piece)), PEAK_POWER) for piece in pieces])
+
+    return places

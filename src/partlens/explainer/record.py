@@ -1,0 +1,97 @@
+"""What a run directory says of an explainer: its structure, its record, its history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from partlens.explainer.config import ExplainerConfig
+from partlens.records import Record, Value
+from partlens.run import EXPLAINER, RunRecord
+
+WEIGHTS = "explainer.safetensors"
+
+
+@dataclass(frozen=True)
+class ExplainerStructure:
+    """What an explainer is made of, all of it found in the performer.
+
+    Attributes:
+        tap: layer whose maps go in.
+        targets: layers whose features are reconstructed, the last one fed back.
+        channels_in: filters of the tap.
+        channels_out: filters of the encoder's output.
+        side_cells: rows and columns of the tap's maps.
+        replaced: name of the performer's convolution that the tracks replace; ``None`` where they are inserted.
+        decoder_from: layer whose output the encoder's output replaces.
+    """
+
+    tap: str
+    targets: tuple[str, ...]
+    channels_in: int
+    channels_out: int
+    side_cells: tuple[int, int]
+    replaced: str | None
+    decoder_from: str
+
+
+class Grid(Value):
+    """Where the cells of the tap's maps are in the input, (row, col) in pixels.
+
+    Attributes:
+        stride_px: from one cell's receptive field to the next one's.
+        size_px: of a receptive field.
+        start_px: of the first cell's.
+    """
+
+    stride_px: tuple[float, float]
+    size_px: tuple[float, float]
+    start_px: tuple[float, float]
+
+
+class ExplainerRun(RunRecord):
+    """A fitted explainer.
+
+    Attributes:
+        train_photos: photos of the categories that it learned from.
+        background: other photos that it learned from.
+        structure: what it is made of.
+        preset: the one its configuration began with, or ``custom``.
+        config: how it was built and learned.
+        seeds: explainers that were learned.
+        places: where teachers were sought: ``later``, in the performer's later layer, or the name of a function.
+        grid: where the tap's cells are in the input.
+        p_by_seed: the share of the interpretable track in each.
+        weights_sha256: of the weights of the first.
+    """
+
+    FILE: ClassVar[str] = EXPLAINER
+    SCHEMA: ClassVar[str] = "partlens.explainer/2"
+    AGAIN: ClassVar[str] = "Run fit-explainer again"
+    SETTINGS: ClassVar[tuple[str, ...]] = ("structure", "config", "seeds", "background", "places")
+    RESULTS: ClassVar[tuple[str, ...]] = (WEIGHTS, "evaluation.json", "photos.json", f"seeds/*/{WEIGHTS}")
+
+    train_photos: int
+    background: int
+    structure: ExplainerStructure
+    preset: str
+    config: ExplainerConfig
+    seeds: int
+    places: str = "later"
+    grid: Grid
+    p_by_seed: tuple[float, ...] = ()
+    weights_sha256: str = ""
+
+
+class History(Record):
+    """What training logged.
+
+    Attributes:
+        epochs: logged terms by name, one mapping per epoch.
+    """
+
+    FILE: ClassVar[str] = "history.json"
+    SCHEMA: ClassVar[str] = "partlens.history/1"
+    AGAIN: ClassVar[str] = "Run fit-explainer again"
+
+    epochs: tuple[dict[str, Any], ...] = ()
