@@ -15,8 +15,6 @@ from collections.abc import Iterable, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-AXES = ("image", "filter", "row", "col")
-
 BACKGROUND = "background"
 """The category of photos that show something else."""
 

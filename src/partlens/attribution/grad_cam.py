@@ -1,4 +1,4 @@
-"""Grad-CAM of the explainer's part filters beside that of the performer's own filters, for the same class.
+"""Grad-CAM of the explainer's part filters and, for comparison, of the performer's own, for the same class.
 
 For maps ``A_k`` and the class score ``s`` (before the softmax), Grad-CAM is ``max(Σ_k w_k A_k, 0)`` with ``w_k`` the
 mean of ``∂s/∂A_k`` over cells, enlarged bilinearly to the input. For the performer, ``A`` are the maps of a layer. For
@@ -55,9 +55,8 @@ def grad_cam(
 def _picked(scores: Tensor, classes: Tensor) -> Tensor:
     """Return the sum of each image's class score; images do not mix, so its gradient is that of each image's own."""
     if int(classes.min()) < 0 or int(classes.max()) >= scores.shape[1]:
-        raise InputError(
-            expected(f"classes from 0 to {scores.shape[1] - 1}", f"{classes.tolist()}", "Name existing classes")
-        )
+        rule = f"classes from 0 to {scores.shape[1] - 1}"
+        raise InputError(expected(rule, f"{classes.tolist()}", "Name existing classes"))
     return scores.gather(1, classes.to(scores.device)[:, None]).sum()
 
 
@@ -67,7 +66,7 @@ def _check(images: int, classes: Tensor, batch_size: int) -> None:
             expected("one class for each of at least 1 image", f"{images} images, {len(classes)} classes", "Give both")
         )
     if batch_size < 1:
-        raise InputError(expected("a batch_size of at least 1", batch_size, f"Leave it out for {BATCH}"))
+        raise InputError(expected("a batch_size of at least 1", batch_size, f"Use the default, {BATCH}"))
 
 
 def track_grad_cam(
@@ -123,9 +122,7 @@ def layer_grad_cam(
 ) -> Float[Tensor, "image height width"]:
     """Return Grad-CAM of one layer of the performer.
 
-    `partlens_papers.flowers.baselines.cam` asks the package grad-cam for the same and stretches it to 0 … 1; this one
-    needs
-    no package, takes any tap and keeps the units of the score.
+    It takes any tap and keeps the units of the score.
 
     Args:
         performer: the network; borrowed.
@@ -154,39 +151,39 @@ def layer_grad_cam(
         for part, of in zip(batch.split(batch_size), classes.split(batch_size), strict=True):
             images = part.detach().clone()
             images = images if weight is None else images.to(device=weight.device, dtype=weight.dtype)
-            written: list[int] = []
-
-            def keep(value: Tensor, written: list[int] = written) -> Tensor:
-                """Keep the tensor itself, which the gradient is asked for, and count how often it was written to."""
-                written.append(value._version)  # noqa: SLF001
-                return value
-
-            with torch.enable_grad(), read_taps(network, [layer], reduce=keep) as taps:
-                # An input that wants a gradient has everything recorded, also where all weights are frozen; a copy of
-                # it, because a network may write into its input.
-                output = network(images.requires_grad_().clone())
-                maps = taps[layer]
-                if maps.ndim != 4:
-                    raise LayerError(
-                        expected(f"maps at {layer}", f"shape {tuple(maps.shape)}", "Choose a layer that has maps")
-                    )
-                if maps._version != written[-1]:  # noqa: SLF001
-                    raise LayerError(
-                        expected(
-                            f"maps at {layer} that stay as they were",
-                            "a network that overwrites them",
-                            "Choose the layer after, or replace x += y by x = x + y in the network's forward",
-                        )
-                    )
-                score = _picked(class_scores(output), of)
-                connected = maps.requires_grad and score.requires_grad
-                gradient = torch.autograd.grad(score, [maps], allow_unused=True)[0] if connected else None
-            if gradient is None:
-                raise LayerError(
-                    expected(f"scores that depend on {layer}", "a layer with no way to them", "Choose another layer")
-                )
+            maps, gradient = _maps_and_gradient(network, images, layer, of)
             pieces.append(grad_cam(maps.detach().float().cpu(), gradient.float().cpu(), size_px))
     return torch.cat(pieces)
+
+
+def _maps_and_gradient(network: nn.Module, images: Tensor, layer: str, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a layer's maps and the gradient of the class scores with regard to them."""
+    written: list[int] = []
+
+    def keep(value: Tensor) -> Tensor:
+        """Keep the tensor itself, which the gradient is asked for, and count how often it was written to."""
+        written.append(value._version)  # noqa: SLF001
+        return value
+
+    with torch.enable_grad(), read_taps(network, [layer], reduce=keep) as taps:
+        # An input that wants a gradient has everything recorded, also where all weights are frozen; a copy of it,
+        # because a network may write into its input.
+        output = network(images.requires_grad_().clone())
+        maps = taps[layer]
+        if maps.ndim != 4:
+            shape = f"shape {tuple(maps.shape)}"
+            raise LayerError(expected(f"maps at {layer}", shape, "Choose a layer that has maps"))
+        if maps._version != written[-1]:  # noqa: SLF001
+            rule, got = f"maps at {layer} that stay as they were", "a network that overwrites them"
+            remedy = "Choose the layer after, or replace x += y by x = x + y in the network's forward"
+            raise LayerError(expected(rule, got, remedy))
+        score = _picked(class_scores(output), classes)
+        connected = maps.requires_grad and score.requires_grad
+        gradient = torch.autograd.grad(score, [maps], allow_unused=True)[0] if connected else None
+    if gradient is None:
+        rule = f"scores that depend on {layer}"
+        raise LayerError(expected(rule, "a layer with no way to them", "Choose another layer"))
+    return maps, gradient
 
 
 def concentration_frac(maps: Float[Tensor, "image row col"], energy: float = 0.5) -> Float[Tensor, " image"]:
@@ -209,7 +206,7 @@ def concentration_frac(maps: Float[Tensor, "image row col"], energy: float = 0.5
         [0.25, 0.5, nan]
     """
     if not 0 < energy < 1:
-        raise InputError(expected("an energy between 0 and 1", energy, "Leave it out for one half"))
+        raise InputError(expected("an energy between 0 and 1", energy, "Use the default, one half"))
     flat = maps.flatten(1).double()
     if flat.numel() and float(flat.min()) < 0:
         raise InputError(expected("maps without negative values", float(flat.min()), "Clamp them at 0 first"))

@@ -5,10 +5,10 @@ that need no hand, and a person names or joins what they give:
 
 - *landmarks*: the landmark that the filter's peak is nearest to on average, unless it is far from all of them or its
   peak does not predict that landmark's position better than a random peak would;
-- *clusters*: filters that move together over the photos and answer to similar features of the performer.
+- *clusters*: filters that move together over the photos and respond to similar features of the performer.
 
 A filter that fits nowhere, or is dead, belongs to "other" (:data:`OTHER`). Everything here takes tensors; the scores
-that say how far an assignment can be trusted are in :mod:`partlens.metrics.parts`.
+that say how far an assignment can be trusted are in :mod:`partlens.object_parts.trust`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def parts_by_landmark(
         distances: from :func:`landmark_distances`.
         consistency: cross-validated R² with which the peak predicts each landmark; NaN where undefined, and such a
             landmark is no candidate.
-        live: filters that answer to any photo.
+        live: filters that activate on any photo.
         distance_max_frac: a filter whose nearest landmark is farther than this is "other".
         consistency_min: a filter that predicts its nearest landmark no better than this is "other".
 
@@ -215,7 +215,7 @@ def clustered(
 
     Args:
         vectors: from :func:`filter_vectors`.
-        live: filters that answer to any photo; the others get :data:`OTHER`.
+        live: filters that activate on any photo; the others get :data:`OTHER`.
         fewest: fewest groups tried, 2 or more.
         most: most groups tried; fewer where there are not enough filters.
 

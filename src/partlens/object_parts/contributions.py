@@ -339,20 +339,20 @@ def shares_of_random_parts(
     draws: int = 20,
     generator: torch.Generator,
 ) -> Float[Tensor, "draw image part"]:
-    """Return each part's sum when the filters are dealt to the parts at random, the sizes kept: the null of a share.
+    """Return each part's sum when the filters are shuffled among the parts, the sizes kept: the null of a share.
 
     A part with many filters adds much whatever it is; a part is of interest where it adds more or less than as many
-    filters drawn by lot. No pass through a network is needed, as each filter keeps its own contribution.
+    random filters. No pass through a network is needed, as each filter keeps its own contribution.
 
     Args:
         filters: contributions that are known per filter (integrated gradients).
         part_of: the part of each filter.
         count: number of parts.
-        draws: number of random deals; the same deal serves all images.
+        draws: how often they are shuffled; the same order serves all images.
         generator: draws them.
     """
-    dealt = torch.stack([part_of[torch.randperm(len(part_of), generator=generator)] for _ in range(draws)])
-    members = torch.nn.functional.one_hot(dealt, count).to(filters.dtype)  # [draw, filter, part]
+    shuffled = torch.stack([part_of[torch.randperm(len(part_of), generator=generator)] for _ in range(draws)])
+    members = torch.nn.functional.one_hot(shuffled, count).to(filters.dtype)  # [draw, filter, part]
     return torch.einsum("if,dfp->dip", filters, members)
 
 
