@@ -193,3 +193,11 @@ def test_outputs_of_several_tensors_and_repeated_calls_are_listed() -> None:
     assert layers["pair"].shape == (3, 4, 4)
     assert layers["relu_1"].is_default
     assert not layers["relu"].is_default
+
+
+def test_the_output_is_a_target_only_where_there_is_no_other() -> None:
+    convs = [layer for filters in (3, 4, 4) for layer in (nn.Conv2d(filters, 4, 1), nn.ReLU())]
+    graph = trace(nn.Sequential(*convs))
+    assert default_targets(graph, "1", (8, 8)) == ("3",)
+    assert default_targets(graph, "3", (8, 8)) == ("4",)
+    assert default_targets(graph, "4", (8, 8)) == ("5",)

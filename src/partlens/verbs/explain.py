@@ -315,14 +315,14 @@ def _part_classes(
     selection: OpenedSelection | None, parts: OpenedParts, known: Mapping[str, int], classes: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """Return those of the named classes whose score parts can share, and why others cannot."""
-    from partlens.verbs.explained_parts import output_called, output_count
+    from partlens.verbs.explained_parts import output_count
 
     outputs: list[int | None] = []
     for name in classes:
         if selection is not None:
             outputs.append(selection.found.outputs[_class_column(selection, name)])
         else:
-            outputs.append(output_called(parts.performer, output_count(parts), name))
+            outputs.append(parts.performer.output(name, output_count(parts)))
     notes = []
     if None in outputs:
         notes.append("a class that is no output of the performer has no score that parts could share")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from partlens.attribution.pictures import overlay, save_png
 from partlens.attribution.record import ExplainedByParts, PartShare, StrongFilter
-from partlens.errors import InputError, RunError, expected, nearest
+from partlens.errors import RunError, expected
 from partlens.estimate import Estimate, percentile_interval
 from partlens.explainer.network import Explainer, performer_head
 from partlens.metrics.faithfulness import class_outputs
@@ -81,21 +81,6 @@ def load_parts(run: Path, model: str | nn.Module | Performer | None = None) -> O
     return OpenedParts(explainer, performer, performer_head(performer, explainer.structure), file)
 
 
-def output_called(performer: Performer, outputs: int, name: str) -> int:
-    """Return the performer's output with a name or number.
-
-    Raises:
-        InputError: it has none of that name.
-    """
-    names = [output_name(performer, k) for k in range(outputs)]
-    if name in names:
-        return names.index(name)
-    if name.isdigit() and int(name) < outputs:
-        return int(name)
-    rule = f"a class of {performer.name}"
-    raise InputError(expected(rule, name, f"Nearest: {', '.join(nearest(name, names))}"))
-
-
 def output_count(opened: OpenedParts) -> int:
     """Return how many outputs the performer has."""
     structure = opened.explainer.structure
@@ -143,7 +128,7 @@ def explain_parts(
     outputs, maps = outputs[chosen], taps[structure.tap].cpu()[chosen]
     wanted = outputs.argmax(1)[:, None]
     if classes is not None:
-        named = [output_called(opened.performer, outputs.shape[1], name) for name in classes]
+        named = [opened.performer.output(name, outputs.shape[1]) for name in classes]
         wanted = torch.tensor([named] * len(outputs))
     parts, seed = opened.file.named, opened.file.config.seed
     # Image by image: the integral stops where its remainder is small, which must not depend on the other images.

@@ -25,7 +25,6 @@ from partlens.verbs.runs import (
     device_of,
     labels_of,
     loaded,
-    on_device,
     open_performer,
     open_photos,
     performer_info,

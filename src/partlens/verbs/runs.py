@@ -179,9 +179,9 @@ def labels_of(images: ImageSet, categories: Sequence[str], rows: Sequence[int]) 
 
 def loaded(model: str | nn.Module | Performer) -> Performer:
     """Return the performer that a name, a network or a performer means."""
-    from partlens.network.zoo import Performer, load_performer
+    from partlens.network.zoo import load_performer
 
-    return model if isinstance(model, Performer) else load_performer(model)
+    return load_performer(model)
 
 
 def opened(data: str | Path | ImageSet) -> tuple[ImageSet, list[dict[str, str]]]:
@@ -349,16 +349,6 @@ def device_of(name: str) -> torch.device:
     if device.type not in {"cpu", "cuda"} or (device.type == "cuda" and not torch.cuda.is_available()):
         raise InputError(expected("a device that this machine has", name, "Choose cpu"))
     return device
-
-
-def on_device(performer: Performer, device: torch.device) -> Performer:
-    """Return the performer for a device: itself on the CPU, else with a copy of its network there."""
-    import copy
-    import dataclasses
-
-    if device.type == "cpu":
-        return performer
-    return dataclasses.replace(performer, module=copy.deepcopy(performer.module).to(device))
 
 
 def described(performer: Performer, spec: str | None) -> dict[str, Any]:
