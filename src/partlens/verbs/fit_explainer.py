@@ -259,7 +259,7 @@ def _cached_maps(fit: _Fit) -> TrainingMaps:
     drawn, viewing = viewed_images(photos.images, fit.performer, rows, table)
     with fit.show.task("caching maps", len(rows), "fewer --background or --explainer.views") as advance:
         arrays = stream_maps(
-            on_device(viewing, torch.device(fit.extras.device)),
+            viewing.on(torch.device(fit.extras.device)),
             drawn,
             [structure.tap, *structure.targets],
             fit.cache,
