@@ -222,3 +222,20 @@ def test_few_photos_make_a_short_strip() -> None:
     )
     assert found[0].crops.shape[0] == 3
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_crops_stay_on_the_peak_in_a_scaled_photo_and_random_ones_reach_all_of_it(
+    pattern: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PICTURE_PX", 6)
+    performer = _performer(_pattern_network(pattern))
+    layers = {"relu": module._Layer(crop_of(performer, ["relu"])["relu"], [0])}
+    assert layers["relu"].side == (6, 6)
+    cells = np.tile(np.array([20, 10]), (200, 1, 1))
+    top = np.arange(200)[None]
+    corner, at_random = module._corners(performer, [("relu", 0)], cells, top, layers, 0)
+    # A kernel of 9 at cell (20, 10) has its middle at (24.5, 14.5) px; two thirds of that is (16.33, 9.67), a crop of 6
+    # around it begins at (13, 7), and the photo behind a border of 6.
+    assert corner[0, 0].tolist() == [13 + 6, 7 + 6]
+    assert at_random.min() <= 4
+    assert at_random.max() >= 6 + 27 - 3 - 2

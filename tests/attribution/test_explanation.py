@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -169,6 +171,8 @@ def test_smoothing_keeps_flat_maps_flat_and_spreads_a_point() -> None:
     spread = smoothed(point, 2.0)[0]
     ratio = float(spread[10, 12] / spread[10, 10])
     assert ratio == pytest.approx(torch.exp(torch.tensor(-0.5)).item(), rel=1e-3)
+    assert float(spread[10, 15] / spread[10, 10]) == pytest.approx(math.exp(-25 / 8), rel=5e-3)  # 2.5 sigma away
+    assert float(spread[10, 17]) == 0  # beyond 3 sigma
     assert torch.equal(smoothed(point, 0.0), point)
 
 
