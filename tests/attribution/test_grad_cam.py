@@ -117,7 +117,7 @@ def test_the_tracks_map_is_autograd_by_hand(explained: tuple[Explainer, nn.Modul
         want = F.interpolate(joined.clamp(min=0)[None, None], size=SIZE, mode="bilinear")[0, 0]
         assert torch.allclose(ours[image], want, atol=1e-6)
         # The mixture written out here is the explainer's own.
-        assert torch.allclose(mixed, explainer.encode(maps[image : image + 1])[3], atol=1e-6)
+        assert torch.allclose(mixed, explainer.encoded(explainer.normed_tracks(maps[image : image + 1])), atol=1e-6)
     assert float(ours.max()) > 0
     assert torch.allclose(track_grad_cam(explainer, head, maps, CLASSES, size_px=SIZE, batch_size=2), ours, atol=1e-6)
 

@@ -44,13 +44,9 @@ def template_scores(
 ) -> Float[Tensor, "image filter template"]:
     """Return ``tr(x · T)`` in nats for every map and template."""
     if maps.shape[2:] != templates.shape[1:]:
-        raise InputError(
-            expected(
-                f"maps of {templates.shape[1]}x{templates.shape[2]} cells like the templates",
-                f"{maps.shape[2]}x{maps.shape[3]}",
-                "Build the templates with part_templates(rows, cols)",
-            )
-        )
+        rule, got = ("x".join(map(str, size)) for size in (templates.shape[1:], maps.shape[2:]))
+        remedy = "Build the templates with part_templates(rows, cols)"
+        raise InputError(expected(f"maps of {rule} cells like the templates", got, remedy))
     return maps.flatten(2) @ templates.to(maps.dtype).flatten(1).t()
 
 

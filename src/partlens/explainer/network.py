@@ -225,12 +225,9 @@ class Explainer(nn.Module):
         """
         _, interp2 = self.interpret(maps)
         ordin = self.conv_ordin(maps).relu()
-        for norm, values in (
-            (self.norm_interp, self.pool(self.masked(interp2))),
-            (self.norm_ordin, self.pool(ordin)),
-        ):
+        for norm, values in ((self.norm_interp, self.masked(interp2)), (self.norm_ordin, ordin)):
             norm.started.fill_(value=False)
-            norm.update(values)
+            norm.update(self.pool(values))
         self.gain.copy_(self.norm_ordin.divisor)
 
     @torch.no_grad()
@@ -250,13 +247,8 @@ class Explainer(nn.Module):
         """Return the maps of both interpretable layers, after the ReLU and before the mask."""
         if maps.shape[1] != self.structure.channels_in or tuple(maps.shape[2:]) != self.structure.side_cells:
             wanted = (self.structure.channels_in, *self.structure.side_cells)
-            raise InputError(
-                expected(
-                    f"maps (filter, row, col) of {wanted} from {self.structure.tap}",
-                    str(tuple(maps.shape[1:])),
-                    "Use photos preprocessed as in the fit",
-                )
-            )
+            rule, got = f"maps (filter, row, col) of {wanted} from {self.structure.tap}", str(tuple(maps.shape[1:]))
+            raise InputError(expected(rule, got, "Use photos preprocessed as in the fit"))
         if self.config.standardise:
             maps = (maps - self.tap_mean[:, None, None]) / self.tap_deviation[:, None, None]
         interp1 = self.conv_interp_1(self._thinned(maps)).relu()
@@ -299,12 +291,10 @@ class Explainer(nn.Module):
             self.norm_ordin(self.pool(ordin), positives),
         )
 
-    def encode(self, maps: Tensor, positives: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return interp1, interp2, ordin (before pooling) and x_enc."""
-        tracks = self.normed_tracks(maps, positives)
+    def encoded(self, tracks: NormedTracks) -> Tensor:
+        """Return x_enc, both tracks mixed by p."""
         p = self.p.to(tracks.interp2.dtype)
-        mixed = p * tracks.interpretable + (1 - p) * tracks.ordinary
-        return tracks.interp1, tracks.interp2, tracks.ordin, mixed
+        return p * tracks.interpretable + (1 - p) * tracks.ordinary
 
     def decode(self, encoded: Tensor) -> tuple[Tensor, ...]:
         """Return the reconstruction of every target."""
@@ -321,8 +311,9 @@ class Explainer(nn.Module):
         Raises:
             InputError: the maps' size is not the tap's.
         """
-        interp1, interp2, ordin, encoded = self.encode(maps, positives)
-        return ExplainerOutput(interp1, interp2, ordin, self.p, self.decode(encoded))
+        tracks = self.normed_tracks(maps, positives)
+        encoded = self.encoded(tracks)
+        return ExplainerOutput(*tracks[:3], self.p, self.decode(encoded))
 
     def mixed_maps(self, interp2: Tensor, ordin: Tensor) -> Tensor:
         """Return ``p x_f + (1 - p) x_ordin`` at the tap's size, in units of interp2, the ordinary track detached.
@@ -330,10 +321,6 @@ class Explainer(nn.Module):
         The papers apply conv-interp-2's filter loss to this mixture of normed maps (ICLR 2020, App. I); multiplying
         by the interpretable norm's divisor keeps the scale of ``x_f``.
         """
-        if interp2.shape != ordin.shape:
-            raise LayerError(
-                expected("tracks of one size", f"{tuple(interp2.shape)} and {tuple(ordin.shape)}", "Report this")
-            )
         scale = (self.norm_interp.divisor / self.norm_ordin.divisor)[:, None, None].to(interp2.dtype)
         p = self.p.to(interp2.dtype)
         return p * interp2 + (1 - p) * ordin.detach() * scale
@@ -378,6 +365,21 @@ def _replaced_convolution(
     return (chain[0], chain[1], pooling) if same and linear and closed and side > 1 else None
 
 
+def _map_size(tap: str, maps: Tensor) -> tuple[int, int, int]:
+    """Return filters, rows and columns of maps that can be explained; refuse others."""
+    if maps.dim() != 4:
+        got = f"a tensor of shape {tuple(maps.shape)}"
+        raise LayerError(expected(f"maps at {tap}", got, "Tap a convolutional layer"))
+    channels, rows, cols = (int(size) for size in maps.shape[1:])
+    if min(rows, cols) < 2:
+        remedy = "Tap an earlier layer (see partlens layers)"
+        raise LayerError(expected(f"maps larger than 1x1 at {tap}", f"{rows}x{cols}", remedy))
+    if float(maps.min()) < 0:
+        remedy = "Tap an activation (see partlens layers); masks and templates need non-negative maps"
+        raise LayerError(expected(f"maps after a ReLU at {tap}", f"values down to {float(maps.min()):.3g}", remedy))
+    return channels, rows, cols
+
+
 def explainer_structure(
     performer: Performer, batch: Tensor, tap: str, targets: Sequence[str] | None = None
 ) -> ExplainerStructure:
@@ -387,7 +389,7 @@ def explainer_structure(
         performer: the network under study.
         batch: preprocessed images (image, 3, row, col), at least one; they decide the map size.
         tap: layer to explain; its maps must be non-negative (after a ReLU) and larger than 1x1.
-        targets: layers to reconstruct; the by default the two of :func:`~partlens.network.layers.default_targets`.
+        targets: layers to reconstruct; by default the two of :func:`~partlens.network.layers.default_targets`.
 
     Returns:
         The structure.
@@ -398,66 +400,33 @@ def explainer_structure(
     chosen = tuple(performer.targets(tap) if targets is None else targets)
     if not chosen:
         raise LayerError(expected("at least one target", "none", "Name a layer after the tap, or omit targets"))
-    _, maps = forward_taps(performer, batch, [tap])
-    tapped = maps[tap]
-    if tapped.dim() != 4:
-        raise LayerError(
-            expected(f"maps at {tap}", f"a tensor of shape {tuple(tapped.shape)}", "Tap a convolutional layer")
-        )
-    rows, cols = int(tapped.shape[2]), int(tapped.shape[3])
-    if min(rows, cols) < 2:
-        raise LayerError(
-            expected(
-                f"maps larger than 1x1 at {tap}",
-                f"{rows}x{cols}",
-                "Tap an earlier layer (see partlens layers)",
-            )
-        )
-    if float(tapped.min()) < 0:
-        raise LayerError(
-            expected(
-                f"maps after a ReLU at {tap}",
-                f"values down to {float(tapped.min()):.3g}",
-                "Tap an activation (see partlens layers); masks and templates need non-negative maps",
-            )
-        )
+    channels, rows, cols = _map_size(tap, forward_taps(performer, batch, [tap])[1][tap])
     replaced = _replaced_convolution(performer, tap, chosen, min(rows, cols))
-    channels = int(tapped.shape[1])
     performer.graph.cut(tap, chosen)  # refuses targets that are not after the tap, before anything is written
     if replaced is None:
         return ExplainerStructure(tap, chosen, channels, channels, (rows, cols), None, tap)
     name, activation, pooling = replaced
     conv = performer.module.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
-    return ExplainerStructure(
-        tap,
-        chosen,
-        channels,
-        conv.out_channels,
-        (rows, cols),
-        name,
-        activation if pooling is None else pooling,
-    )
+    return ExplainerStructure(tap, chosen, channels, conv.out_channels, (rows, cols), name, pooling or activation)
 
 
 def build_explainer(
     performer: Performer,
     structure: ExplainerStructure,
     config: ExplainerConfig,
-    generator: torch.Generator | None = None,
 ) -> Explainer:
     """Build an explainer whose ordinary track and decoder start as the performer's own layers.
 
     Args:
         performer: the network under study; it stays as it is.
         structure: from :func:`explainer_structure`.
-        config: weights and initialisation.
-        generator: draws the interpretable track; by default seeded by ``config.seed``.
+        config: its seed draws the interpretable track.
 
     Returns:
         The explainer on the CPU in float32.
     """
-    draws = torch.Generator().manual_seed(config.seed) if generator is None else generator
+    draws = torch.Generator().manual_seed(config.seed)
     decoder = performer.graph.cut(structure.decoder_from, structure.targets).cpu().float()
     pool: nn.Module | None = None
     ordinary: tuple[Tensor, Tensor] | None = None

@@ -25,13 +25,8 @@ PEAK_POWER = 6.0
 
 def _check_side(rows: int, cols: int) -> None:
     if rows < 2 or cols < 2:
-        raise InputError(
-            expected(
-                "maps of at least 2x2 cells",
-                f"{rows}x{cols}",
-                "Tap a layer further from the output, where maps are larger",
-            )
-        )
+        remedy = "Tap a layer further from the output, where maps are larger"
+        raise InputError(expected("maps of at least 2x2 cells", f"{rows}x{cols}", remedy))
 
 
 def _distance_cells(rows: int, cols: int, device: torch.device | None = None) -> Float[Tensor, "cell cell"]:
