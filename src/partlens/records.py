@@ -106,7 +106,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if isinstance(value, BaseModel):
-        return json.loads(value.model_dump_json())
+        content = json.loads(value.model_dump_json())
+        return {"schema": value.SCHEMA, **content} if isinstance(value, Record) else content
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, Path):

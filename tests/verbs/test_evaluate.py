@@ -158,13 +158,14 @@ def test_an_explainer_of_several_categories_shares_its_filters_out(
     assert result.reconstruction.errors_by == "performer"
     held = len(few_flowers.indices(split="test"))
     assert result.reconstruction.performer_error_percent.n == held
-    found = parts(path, few_flowers, model=flower_judge, config={"photos_max": 12, "rounds": 2, "random_parts": 2})
-    assert found["photos"] == min(12, held)
-    # Every filter has the category that the evaluation gives it, and a part of that category.
+    found = parts(path, few_flowers, model=flower_judge, config={"photos_max": 12, "rounds": 2, "null_filters": 20})
+    assert found.photos == min(12, held)
+    assert found.categories == ("petal-blue", "petal-red")
+    # Every filter has a part of the category that the evaluation gives it.
     evaluated = {row.filter: row.category for row in result.filters["explainer"]}
-    assert {row["filter"]: row["category"] for row in found["filters"]} == evaluated
-    assert all(part["id"].startswith(f"{part['category']}: ") for part in found["parts"])
-    assert {k: part["category"] for part in found["parts"] for k in part["filters"]} == evaluated
+    assert {row.filter: row.part.partition(": ")[0] for row in found.filters} == evaluated
+    assert all(part.id.startswith(f"{part.category}: ") for part in found.parts)
+    assert {k: part.category for part in found.parts for k in part.filters} == evaluated
     page = report(path).read_text()
     assert "petal-blue, petal-red" in page
     assert "a filter belongs to the one whose photos excite it most" in page
