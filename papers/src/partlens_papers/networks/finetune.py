@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from partlens.checkpoint import Checkpoint, moments, restore_moments
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected, listed
 from partlens.network.borrowed import borrowed, random_state_kept
 from partlens.network.stream import batches
 from partlens.network.zoo import Performer, module_of
 from partlens.progress import Progress
-from partlens.records import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
+from partlens.records import content_hash
 from partlens_papers.networks.finetune_config import FinetuneConfig
 from partlens_papers.networks.finetune_network import Prepared, run_blank, upper
 from partlens_papers.networks.finetune_photos import (
@@ -39,8 +40,6 @@ from partlens_papers.networks.finetune_photos import (
     reader_of_frames,
     reader_of_maps,
 )
-
-CHECKPOINT = "checkpoint.json"
 
 _HELD_BATCH = 64
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -150,16 +149,15 @@ class _Run:
         self.performer, self.prepared, self.images, self.labels = performer, prepared, images, labels
         self.outputs, self.config, self.folder, self.device, self.progress = outputs, config, folder, device, progress
         self.history: list[dict[str, Any]] = []
-        self.fingerprint = content_hash(
-            {
-                "performer": performer.weights_sha256,
-                "preprocessing": performer.preprocessing.to_dict(),
-                "images": images.fingerprint(),
-                "labels": labels.tolist(),
-                "outputs": outputs,
-                "config": dict(config),
-            }
-        )
+        identity = {
+            "performer": performer.weights_sha256,
+            "preprocessing": performer.preprocessing.to_dict(),
+            "images": images.fingerprint(),
+            "labels": labels.tolist(),
+            "outputs": outputs,
+            "config": dict(config),
+        }
+        self.checkpoint = Checkpoint(folder, content_hash(identity))
         self.late = False
         self.begin(late=False)
 
@@ -199,30 +197,18 @@ class _Run:
         Raises:
             RunError: the checkpoint belongs to another configuration.
         """
-        remedy = "Choose another --out file, or delete this folder"
-        found = read_checkpoint(self.folder / CHECKPOINT, self.fingerprint, remedy)
-        if found is None:
+        if (found := self.checkpoint.load()) is None:
             return
-        state, tensors = found
-        self.history = list(state["history"])
+        self.history = list(found.values["history"])
         if len(self.history) > self.config.epochs:
             self.begin(late=True)
-        network = {n.removeprefix("network."): v for n, v in tensors.items() if n.startswith("network.")}
-        self.trained.load_state_dict(network)
-        for name, parameter in self.trained.named_parameters():
-            if (momentum := tensors.get(f"momentum.{name}")) is not None:
-                self.optimiser.state[parameter]["momentum_buffer"] = momentum.to(self.device)
+        self.trained.load_state_dict(found.tensors["network"])
+        restore_moments(self.optimiser, found.tensors["optimiser"])
 
     def save(self) -> None:
-        """Write a checkpoint: tensors under a new name first, then the state that points to them."""
-        tensors = {f"network.{name}": value for name, value in self.trained.state_dict().items()}
-        for name, parameter in self.trained.named_parameters():
-            if isinstance(momentum := self.optimiser.state.get(parameter, {}).get("momentum_buffer"), Tensor):
-                tensors[f"momentum.{name}"] = momentum
-        name = f"checkpoint-{len(self.history) % 2}.safetensors"
-        write_tensors(self.folder / name, tensors)
-        content = {"schema": SCHEMA, "fingerprint": self.fingerprint, "tensors": name, "history": self.history}
-        write_json(self.folder / CHECKPOINT, content)
+        """Write a checkpoint."""
+        values = {"history": self.history}
+        self.checkpoint.save(values, network=self.trained.state_dict(), optimiser=moments(self.optimiser))
 
     def epoch(self, number: int, read: Read) -> dict[str, Any]:
         """Run one epoch and return its record."""

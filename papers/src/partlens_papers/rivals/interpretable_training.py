@@ -19,22 +19,19 @@ from jaxtyping import Bool
 from PIL import ImageOps
 from torch import Tensor, nn
 
+from partlens.checkpoint import Checkpoint, moments, restore_moments
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, expected
-from partlens.explainer.training import EpochReport, TrainingResult
 from partlens.network.borrowed import random_state_kept
 from partlens.network.stream import stream_maps
 from partlens.network.zoo import Performer
-from partlens.records import SCHEMA, content_hash, read_checkpoint, write_json, write_tensors
+from partlens.records import content_hash
 from partlens_papers.rivals.interpretable_cnn import InterpretableCNN
 from partlens_papers.rivals.masks import ReleasedMask
 
 _BIAS_RATE = 2.0
 _TOP_BIAS_RATE = 5.0
 _RADIUS_RATE = 0.05
-
-CHECKPOINT_STATE = "checkpoint.json"
-HISTORY = "history.json"
 
 
 @dataclass(frozen=True)
@@ -133,14 +130,13 @@ class _Run:
         self.optimiser = _optimiser(network)
         self.density = data.labels.float().mean(0)
         self.history: list[dict[str, Any]] = []
-        self.fingerprint = content_hash(
-            {
-                "config": dict(self.config),
-                "weights": {name: list(value.shape) for name, value in network.state_dict().items()},
-                "rows": len(data.labels),
-                "positives": data.labels.sum(0).tolist(),
-            }
-        )
+        identity = {
+            "config": dict(self.config),
+            "weights": {name: list(value.shape) for name, value in network.state_dict().items()},
+            "rows": len(data.labels),
+            "positives": data.labels.sum(0).tolist(),
+        }
+        self.checkpoint = Checkpoint(folder, content_hash(identity))
 
     def restore(self) -> None:
         """Continue from a checkpoint if there is one.
@@ -148,34 +144,15 @@ class _Run:
         Raises:
             RunError: the checkpoint belongs to another configuration.
         """
-        remedy = "Choose another folder, or delete this one"
-        found = read_checkpoint(self.folder / CHECKPOINT_STATE, self.fingerprint, remedy)
-        if found is None:
-            return
-        state, tensors = found
-        weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
-        self.network.load_state_dict(weights)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimiser."):
-                _, index, key = name.split(".", 2)
-                moments.setdefault(int(index), {})[key] = value
-        plain = self.optimiser.state_dict()
-        self.optimiser.load_state_dict({"state": moments, "param_groups": plain["param_groups"]})
-        self.history = list(state["history"])
+        if (found := self.checkpoint.load()) is not None:
+            self.network.load_state_dict(found.tensors["network"])
+            restore_moments(self.optimiser, found.tensors["optimiser"])
+            self.history = list(found.values["history"])
 
     def save(self) -> None:
-        """Write a checkpoint: tensors under a new name first, then the state that points to them."""
-        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        for index, moments in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{k}": v for k, v in moments.items() if isinstance(v, Tensor)}
-        name = f"checkpoint-{len(self.history) % 2}.safetensors"
-        write_tensors(self.folder / name, tensors)
-        write_json(
-            self.folder / CHECKPOINT_STATE,
-            {"schema": SCHEMA, "fingerprint": self.fingerprint, "tensors": name, "history": self.history},
-        )
-        write_json(self.folder / HISTORY, {"schema": SCHEMA, "epochs": self.history})
+        """Write a checkpoint."""
+        values = {"history": self.history}
+        self.checkpoint.save(values, network=self.network.state_dict(), optimiser=moments(self.optimiser))
 
     def epoch(self, number: int) -> dict[str, Any]:
         """Run one epoch and return its logged means."""
@@ -226,8 +203,8 @@ class _Run:
 
 
 def train_interpretable_cnn(
-    network: InterpretableCNN, data: LabelledMaps, folder: Path, *, report: EpochReport | None = None
-) -> TrainingResult:
+    network: InterpretableCNN, data: LabelledMaps, folder: Path, *, report: Callable[[dict[str, Any]], None] | None = None
+) -> tuple[dict[str, Any], ...]:
     """Train an interpretable CNN; continue where a killed run stopped.
 
     The loss of a batch is the mean over images of ``sum_c log(1 + exp(-y_c out_c))``, ``y_c`` 1 or -1, plus the filter
@@ -237,7 +214,7 @@ def train_interpretable_cnn(
     Args:
         network: from :func:`~partlens_papers.rivals.interpretable_cnn.build_interpretable_cnn`; it is changed.
         data: cached maps of the training photos and what they show.
-        folder: where checkpoints and ``history.json`` are written, after every epoch.
+        folder: where a checkpoint is written after every epoch.
         report: gets each epoch's record; an exception from it ends training with the last checkpoint intact.
 
     Returns:
@@ -269,4 +246,4 @@ def train_interpretable_cnn(
         if report is not None:
             report(record)
     network.eval()
-    return TrainingResult(tuple(run.history), "finished")
+    return tuple(run.history)

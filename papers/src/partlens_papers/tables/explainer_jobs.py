@@ -273,7 +273,7 @@ def interpret(job: Job, folder: Path) -> Made:
     rows = [*photos, *sampled(others, settings["background"], job.seed)]
     maps = labelled_maps(performer, images.take(rows), [job.category], structure.tap, run / "maps")
     network = build_interpretable_cnn(performer, structure, config, 1)
-    history = train_interpretable_cnn(network, maps, run).history
+    history = train_interpretable_cnn(network, maps, run)
     write_tensors(run / "network.safetensors", network.state_dict())
     held = _evaluation_rows(images, job.category, settings["split"], job.seed)
     found = measure_interpretable(network, performer, structure, images, held, job.category, job.seed)
