@@ -20,7 +20,6 @@ from partlens.network.zoo import Performer, weights_sha256
 from partlens.records import read_json
 from partlens.rows import read_rows
 from partlens_papers.networks.finetune import (
-    CHECKPOINT,
     _groups,
     _learning,
     category_loss,
@@ -428,10 +427,10 @@ def test_the_checkpoint_names_its_tensors(
     small: Performer, reds: tuple[ImageSet, torch.Tensor], tmp_path: Path
 ) -> None:
     trained(small, reds, tmp_path, epochs=2)
-    state = read_json(tmp_path / CHECKPOINT)
+    state = read_json(tmp_path / "checkpoint.json")
     assert (tmp_path / state["tensors"]).exists()
-    assert [record["epoch"] for record in state["history"]] == [1, 2]
-    assert [r["learning_rate"] for r in state["history"]] == pytest.approx([1e-3, 1e-4])
+    assert [record["epoch"] for record in state["values"]["history"]] == [1, 2]
+    assert [r["learning_rate"] for r in state["values"]["history"]] == pytest.approx([1e-3, 1e-4])
 
 
 @pytest.mark.parametrize(

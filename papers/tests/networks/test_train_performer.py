@@ -185,7 +185,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(
         train_performer(small, images, out=out, category="red", config=settings)
     monkeypatch.undo()
     assert not out.exists()
-    assert json.loads((tmp_path / "b.work" / "checkpoint.json").read_text())["history"]
+    assert json.loads((tmp_path / "b.work" / "checkpoint.json").read_text())["values"]["history"]
     with pytest.raises(RunError, match="another configuration"):
         train_performer(small, images, out=out, category="blue", config=settings)
     train_performer(small, images, out=out, category="red", config=settings, keep_cache=True)

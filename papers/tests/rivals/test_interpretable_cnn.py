@@ -193,7 +193,7 @@ def test_training_learns_the_category_and_gathers_the_maps(performer: Performer,
     history = {}
     for used in (0.0, strength):
         network = build(performer, method=method, strength=used, **changes)
-        history[used] = train_interpretable_cnn(network, data, tmp_path / str(used)).history
+        history[used] = train_interpretable_cnn(network, data, tmp_path / str(used))
     with_loss = history[strength]
     assert with_loss[-1]["task"] < 0.2 * with_loss[0]["task"]
     assert with_loss[-1]["error"] < 0.05
@@ -221,7 +221,7 @@ def test_a_killed_run_continues_bit_equal(performer: Performer, tmp_path: Path, 
         again.inserted.weight.add_(1)  # what the process had in memory is lost
     torch.rand(17)  # and the global random state is another
     result = train_interpretable_cnn(again, data, tmp_path / "killed")
-    assert [r["epoch"] for r in result.history] == [1, 2, 3]
+    assert [r["epoch"] for r in result] == [1, 2, 3]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 

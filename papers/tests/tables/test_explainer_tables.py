@@ -459,6 +459,17 @@ def test_a_sweep_writes_down_how_its_photos_are_opened(
         photos_of(made[0][1][0])
 
 
+def test_teachers_can_come_from_the_tap(
+    finished: tuple[Path, TableRecord], flower_folder: Path, tmp_path: Path
+) -> None:
+    found = make("instability", flower_folder, tmp_path, teachers="tap")
+    assert found.status == "complete", [job["error"] for job in found.jobs.values()]
+    run = json.loads((tmp_path / "jobs" / SEEDS[0] / "run" / "run.json").read_text())
+    assert run["places"] == "partlens_papers.tap_teachers:tap_places"
+    later = scores(finished[0], SEEDS[0])["explainer", "instability"].value
+    assert scores(tmp_path, SEEDS[0])["explainer", "instability"].value != later
+
+
 def test_rivals_are_read_as_the_explainer_is() -> None:
     maps = torch.zeros(1, 1, 5, 5)
     maps[0, 0, 2, 0], maps[0, 0, 2, 4] = 1.0, 0.99

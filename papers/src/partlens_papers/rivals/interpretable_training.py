@@ -203,7 +203,11 @@ class _Run:
 
 
 def train_interpretable_cnn(
-    network: InterpretableCNN, data: LabelledMaps, folder: Path, *, report: Callable[[dict[str, Any]], None] | None = None
+    network: InterpretableCNN,
+    data: LabelledMaps,
+    folder: Path,
+    *,
+    report: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[dict[str, Any], ...]:
     """Train an interpretable CNN; continue where a killed run stopped.
 

@@ -139,6 +139,7 @@ def explain(job: Job, folder: Path) -> Made:
     """Fit an explainer with one seed and measure it on held-out photos."""
     from partlens.verbs.evaluate import evaluate
     from partlens.verbs.fit_explainer import fit_explainer
+    from partlens_papers.tap_teachers import tap_places
 
     settings, images = job.settings, photos_of(job)
     spec = performer_spec(job)
@@ -156,6 +157,7 @@ def explain(job: Job, folder: Path) -> Made:
         seeds=1,
         background=settings["background"],
         device=job_device(),
+        places_of=tap_places if settings["teachers"] == "tap" else None,
     )
     found = evaluate(run, images, split=settings["split"], seed=job.seed, gallery="none", rounds=BOOTSTRAP_ROUNDS)
     record = fitted.record

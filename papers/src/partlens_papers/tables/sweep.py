@@ -60,6 +60,8 @@ class SweepConfig(Settings):
         tap: layer to explain; by default the preset's choice.
         targets: layers that are reconstructed; by default the preset's choice.
         preset: ``partlens`` or ``paper``, which has the papers' tap, targets and eta where they studied the network.
+        teachers: places of the part teachers: the performer's ``later`` layer, or the ``tap``'s own features, which is
+            better on AlexNet's birds (:mod:`partlens_papers.tap_teachers`).
         background: folder or table of photos that count as background, with the data's own.
         others: most photos of other categories in a fit.
         split: what is measured.
@@ -74,6 +76,7 @@ class SweepConfig(Settings):
     tap: str | None = None
     targets: tuple[str, ...] | None = None
     preset: Literal["partlens", "paper"] = "partlens"
+    teachers: Literal["later", "tap"] = "later"
     background: str | None = None
     others: int = Field(1500, ge=0)
     split: str = "test"
@@ -246,6 +249,7 @@ def jobs_of(plan: Plan, photos: Photos, out: Path) -> list[Job]:
         "preset": plan.sweep.preset,
         "tap": plan.sweep.tap,
         "targets": plan.sweep.targets,
+        "teachers": plan.sweep.teachers,
         "explainer": plan.methods.explainer,
         "background": plan.sweep.others,
         "split": plan.sweep.split,
