@@ -134,11 +134,8 @@ def test_a_table_has_every_number_and_its_nulls(finished: tuple[Path, TableRecor
         assert row.cells[null].defined
     # Like with like: the explainer by its largest cells, the tap by centroids.
     same = [evaluation(out, key)["same_peak"] for key in SEEDS]
-    for key, (peak, layer) in {
-        "explainer_largest": ("largest", "explainer"),
-        "tap_centroid": ("centroid", "tap"),
-    }.items():
-        each = [of[peak][layer]["instability"]["value"] for of in same]
+    for key in ("explainer_largest", "tap_centroid"):
+        each = [of[key]["instability"]["value"] for of in same]
         assert row.cells[key].value == pytest.approx(sum(each) / 2)
         assert row.cells[key].value != row.cells[key.partition("_")[0]].value
     assert row.cells["ratio"].value == pytest.approx(row.cells["explainer_largest"].value / row.cells["top"].value)
@@ -151,7 +148,7 @@ def test_a_table_has_every_number_and_its_nulls(finished: tuple[Path, TableRecor
     regions = cells(found, "regions-explainer")
     assert list(regions)[:2] == ["explainer", "… explainer: its regions on other photos"]
     for reading in ("round", "part_sized", "scaled"):
-        own = [evaluation(out, key)["part_interpretability"][reading] for key in SEEDS]
+        own = [evaluation(out, key)["part_interpretability"]["readings"][reading] for key in SEEDS]
         for label, of in (
             ("explainer", [one["layers"]["explainer"] for one in own]),
             ("… explainer: its regions on other photos", [one["other_photo"]["explainer"] for one in own]),

@@ -111,11 +111,11 @@ def test_scores_of_an_evaluation_are_rows() -> None:
         return {"value": value, "interval": [None, None], "n": n, "unit": "photos"}
 
     evaluation = {
-        "photos": 5,
+        "data": {"photos": 5},
         "explainer": {"instability": cell(0.1), "landmarks": ["a"]},
         "performer": {"top": {"instability": cell(0.2)}, "top_layer": "x"},
         "nulls": {"centre": {"instability": cell(0.3)}},
-        "same_peak": {"largest": {"explainer": {"instability": cell(0.4)}}},
+        "same_peak": {"explainer_largest": {"instability": cell(0.4)}},
         "p": cell(0.7),
         "reconstruction": {
             "relative_error": {"first": cell(0.9), "last": cell(0.25)},
@@ -123,8 +123,7 @@ def test_scores_of_an_evaluation_are_rows() -> None:
             "explainer_error_percent": cell(6.0),
         },
         "part_interpretability": {
-            "photos": {"a": 1},
-            **{
+            "readings": {
                 reading: {
                     "layers": {"explainer": cell(0.5)},
                     "other_photo": {"explainer": cell(0.6)},

@@ -159,7 +159,8 @@ def explain(job: Job, folder: Path) -> Made:
         device=job_device(),
         places_of=tap_places if settings["teachers"] == "tap" else None,
     )
-    found = evaluate(run, images, split=settings["split"], seed=job.seed, gallery="none", rounds=BOOTSTRAP_ROUNDS)
+    how: dict[str, Any] = {"split": settings["split"], "seed": job.seed, "rounds": BOOTSTRAP_ROUNDS}
+    found = evaluate(run, images, model=spec, gallery="none", **how)
     record = fitted.record
     facts = {
         "network": record.performer.name,
