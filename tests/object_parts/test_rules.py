@@ -103,6 +103,31 @@ def test_groups_are_found_within_categories(seen: SeenPhotos, generator: torch.G
         assert one.null_silhouette.n == 10
 
 
+def test_groups_of_different_categories_are_different_groups(seen: SeenPhotos, generator: torch.Generator) -> None:
+    found = find_parts("clusters", seen, CATEGORIES, HOW, generator)
+    labels = found.assign(torch.arange(60))
+    assert not set(labels[:4].tolist()) & set(labels[4:].tolist()) - {-1}
+    assert int(labels[:4].max()) >= 0
+    assert int(labels[4:].max()) >= 0
+
+
+def test_a_filter_that_moves_alone_is_in_no_part(seen: SeenPhotos, generator: torch.Generator) -> None:
+    marks = torch.randint(0, SIDE, (60, 2, 2), generator=generator)
+    cells = torch.cat([marks[:, :1].expand(-1, 4, -1), marks[:, 1:].expand(-1, 3, -1)], 1)
+    cells = torch.cat([cells, torch.randint(0, SIDE, (60, 1, 2), generator=generator)], 1)
+    alone = dataclasses.replace(
+        _one_category(seen), peaks=peaks_from_cells(cells, seen.peaks.scores, (SIDE, SIDE), *GRID)
+    )
+    two = HOW.changed({"clusters_max": 2})
+    found = find_parts("clusters", alone, ("",), two, generator)
+    assert {part.id: part.filters for part in found.parts} == {
+        "part 1": (0, 1, 2, 3),
+        "part 2": (4, 5, 6),
+        "other": (7,),
+    }
+    assert found.filters[7].agreement <= found.filters[7].agreement_min
+
+
 def test_where_filters_peak_on_average(seen: SeenPhotos, generator: torch.Generator) -> None:
     found = find_parts("landmarks", seen, CATEGORIES, HOW, generator)
     head = next(part for part in found.parts if part.id == "cat: head")

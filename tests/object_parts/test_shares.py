@@ -1,0 +1,113 @@
+"""The mean over photos of what parts add: every number of a made-up batch by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from partlens.object_parts import shares
+from partlens.object_parts.contributions import FilterContributions, PartContributions
+from partlens.object_parts.record import Contributions, NamedPart
+from partlens.object_parts.shares import PartShares, mean_contributions, part_labels
+
+PARTS = (NamedPart("head", ("a",), (0, 3)), NamedPart("rest", ("b",), (1,)), NamedPart("leg", ("c",), (2,)))
+SHAPLEY = torch.tensor([[2.0, 1.0, 0.5], [4.0, 1.0, 1.5], [3.0, -1.0, 1.0]])
+REMOVAL = torch.tensor([[3.0, 1.0, 0.5], [5.0, 2.0, 1.0], [4.0, -1.0, 0.0]])
+ORDINARY = torch.tensor([1.0, 2.0, 3.0])
+BASELINE = torch.tensor([-1.0, 0.0, 1.0])
+INTEGRATED = torch.tensor([[1.0, 1.0, 2.0], [2.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+OUTPUTS = torch.tensor([[5.0, 0.0], [1.0, 8.0], [7.0, 2.0]])
+
+
+def _batch(rows: slice, sign: float = 1.0) -> PartShares:
+    shapley, ordinary = sign * SHAPLEY[rows], sign * ORDINARY[rows]
+    score = BASELINE[rows] + shapley.sum(1) + ordinary
+    zeros = torch.zeros(len(shapley), 4)
+    parts = PartContributions(shapley, ordinary, score, BASELINE[rows], REMOVAL[rows], 0 * shapley + 0.25, ordinary)
+    filters = FilterContributions(zeros, ordinary, zeros, score, BASELINE[rows], torch.full((len(shapley),), 0.5), 8)
+    drawn = torch.stack([INTEGRATED[rows], INTEGRATED[rows].flip(1)])
+    fed = torch.tensor([[1.0, 0.0]] * 3)[rows]
+    return PartShares(
+        parts, filters, INTEGRATED[rows], 2 * INTEGRATED[rows], drawn, torch.zeros(len(shapley), 3, 1, 1), fed, "exact"
+    )
+
+
+def _found(monkeypatch: pytest.MonkeyPatch, sign: float = 1.0) -> Contributions:
+    monkeypatch.setattr(shares, "_ROUNDS", 10)
+    batches = [_batch(slice(0, 2), sign), _batch(slice(2, 3), sign)]
+    return mean_contributions(batches, PARTS, OUTPUTS, torch.arange(3), seed=0)
+
+
+def _line(x: Tensor, y: Tensor) -> tuple[float, float]:
+    x, y = x.flatten() - x.mean(), y.flatten() - y.mean()
+    return float((x * y).sum() / (x.norm() * y.norm())), float((x * y).sum() / (x * x).sum())
+
+
+def test_every_number_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _found(monkeypatch)
+    rise = SHAPLEY.sum(1) + ORDINARY
+    assert found.performer_score.value == pytest.approx((5 + 8 + 7) / 3)
+    assert found.fed_back.value == pytest.approx(float((BASELINE + rise).mean()))
+    assert found.baseline.value == 0
+    assert found.agreement_top1.value == pytest.approx(2 / 3)
+    assert found.interpretable_share.value == pytest.approx(13 / 19)
+    assert found.ordinary_share.value == pytest.approx(6 / 19)
+    assert found.shapley_remainder_frac == pytest.approx(0, abs=1e-12)
+    assert found.integrated_remainder_frac == pytest.approx(0.5 / (19 / 3))
+    assert found.standard_error == 0.25
+    assert found.score_of == "the performer's own answer to each photo"
+    head, rest, leg = found.parts
+    assert [p.name for p in found.parts] == ["head", "rest", "leg"]
+    assert [p.filters for p in found.parts] == [(0, 3), (1,), (2,)]
+    assert head.shapley.value == 3
+    assert (head.share.value, rest.share.value, leg.share.value) == pytest.approx((9 / 13, 1 / 13, 3 / 13))
+    assert head.share_of_score.value == pytest.approx(9 / 19)
+    assert (head.integrated_share.value, rest.integrated_share.value) == pytest.approx((0.4, 0.2))
+    assert head.gradient_activation.value == pytest.approx(8 / 3)
+    assert head.gradient_activation_share.value == pytest.approx(0.4)
+    assert head.removal.value == 4
+    assert head.predicted == (2.0, 4.0, 3.0)
+    assert head.measured == (3.0, 5.0, 4.0)
+    # Two draws of the filters: as they are, and with the first and last part swapped, over all photos together.
+    assert head.integrated_null.value == pytest.approx((0.4 + 0.4) / 2)
+    assert rest.integrated_null.value == pytest.approx(0.2)
+    assert (head.integrated_null.n, head.integrated_null.unit) == (2, "draws")
+
+
+def test_each_measure_is_checked_against_removal(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _found(monkeypatch).removal_check
+    sizes = torch.tensor([2.0, 1.0, 1.0])
+    for name, predicted in (
+        ("shapley", SHAPLEY),
+        ("integrated_gradients", INTEGRATED),
+        ("gradient_activation", 2 * INTEGRATED),
+        ("part_size", SHAPLEY.sum(1, keepdim=True) * sizes / 4),
+    ):
+        correlation, slope = _line(predicted, REMOVAL)
+        assert found[name].correlation.value == pytest.approx(correlation)
+        assert found[name].slope.value == pytest.approx(slope)
+        assert found[name].pairs == 9
+
+
+def test_a_share_of_a_whole_that_is_not_positive_is_undefined(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _found(monkeypatch, sign=-1.0)
+    assert found.parts[0].shapley.value == -3
+    for share in (found.interpretable_share, found.ordinary_share, found.parts[0].share, found.parts[0].share_of_score):
+        assert math.isnan(share.value)
+
+
+def test_the_only_output_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "_ROUNDS", 2)
+    batch = _batch(slice(0, 3))
+    single = PartShares(**{**batch.__dict__, "fed_outputs": torch.tensor([[1.0], [1.0], [-1.0]])})
+    found = mean_contributions([single], PARTS, torch.tensor([[2.0], [-1.0], [-3.0]]), torch.arange(3), seed=0)
+    assert found.score_of == "the performer's only output, whatever the answer"
+    assert found.performer_score.value == pytest.approx(-2 / 3)
+    assert found.agreement_top1.value == pytest.approx(2 / 3)  # by the sign
+
+
+def test_every_filter_gets_the_position_of_its_part() -> None:
+    assert part_labels(PARTS, 4).tolist() == [0, 1, 2, 0]
