@@ -163,7 +163,7 @@ class RowStore:
         self.done += count
         if state is not None:
             self.state = dict(state)
-        if self.done == self.rows or time.monotonic() - self._settled[1] > _SETTLE_SECONDS:
+        if time.monotonic() - self._settled[1] > _SETTLE_SECONDS:
             self._settle()
 
     def read(self, name: str) -> np.ndarray:

@@ -247,3 +247,21 @@ def made():
     assert trained.preprocessing.size_px == (32, 32)
     with pytest.raises(WeightsError):
         load_performer("given_network:made@nowhere.safetensors")
+
+
+def test_the_header_must_name_as_many_classes_as_the_network_has(tmp_path: Path) -> None:
+    weights = load_performer("partlens:flower-demo@random:0").module.state_dict()  # six outputs, the usual number
+    write_tensors(tmp_path / "w.safetensors", weights, {"class_names": '["a", "b"]'})
+    with pytest.raises(WeightsError, match="6 class names as a JSON list in the header of w.safetensors"):
+        load_performer(f"partlens:flower-demo@{tmp_path}/w.safetensors")
+
+
+def test_a_replaced_last_layer_of_the_same_size_is_filled(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    for outputs in (2, 5):
+        weights = {name: value.clone() for name, value in module.state_dict().items()}
+        weights |= {"3.weight": torch.ones(outputs, 4), "3.bias": torch.zeros(outputs)}
+        write_tensors(tmp_path / "w.safetensors", weights, {"output_layer": "3"})
+        performer = load_performer(module, weights=tmp_path / "w.safetensors")
+        assert performer.module[3].weight.tolist() == [[1.0] * 4] * outputs
+    assert module[3].weight.shape == (2, 4)
