@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from partlens.data.flower_categories import DOUBLE_CATEGORIES, PARTS
-from partlens.data.flowers import flower_labels, render_flower
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, RunError
 from partlens_papers.flowers import sets as flower_sets
+from partlens_papers.flowers.categories import DOUBLE_CATEGORIES, PARTS
+from partlens_papers.flowers.drawing import flower_labels, render_flower
 from partlens_papers.flowers.sets import FLOWER_SETS, FlowerSet, flower_set, make_flowers, open_flower_set
 
 SINGLE, DOUBLE = FLOWER_SETS

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import nn
 
-from partlens.data.flowers import flower_seed, render_flower
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, RunError
 from partlens.metrics.likeness import rank_correlation, ranks
 from partlens.network.zoo import Performer, load_performer
+from partlens_papers.flowers.drawing import flower_seed, render_flower
 from partlens_papers.networks.randomised import layers_from_top, randomised
 from partlens_papers.sanity.bench import SanityConfig, fit_bench, make_bench, mean_of
 from partlens_papers.sanity.checks import check_classes, check_layers, sanity_checks

@@ -1,35 +1,39 @@
-"""Generated flowers whose parts are known to the pixel: one part's colour decides the class, all else varies.
+"""Generated flowers whose parts are known to the pixel: the colour of the petals decides the class, all else varies.
 
-A stand-in for an8Flower (Oramas et al., ICLR 2019: in its set single-6c the colour of one part is the class,
-in double-12c the colour and the part that bears it), drawn here so that nothing need be downloaded;
-``PETAL_CATEGORIES`` play the first part, ``DOUBLE_CATEGORIES`` the second (:mod:`partlens.data.flower_categories`;
-:mod:`partlens_papers.flowers.sets` makes the two sets of them). The six class colours also stand on the centre
-of the blossom, on blossoms out of focus, on fallen petals, lights and backgrounds, drawn without regard to the
-class: a network has to find the part, not the colour.
+The six class colours are also those of blossoms out of focus, fallen petals, backgrounds and centres, drawn without
+regard to the class: a network has to find the petals, not the colour. Only sums, products, quotients and square roots
+touch the pixels, so that a seed gives the same bytes on every processor.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from partlens.data.annotations import PartTruth
-from partlens.data.flower_background import background, grass
-from partlens.data.flower_canvas import BoolArray, ByteArray, Canvas, Dice
-from partlens.data.flower_categories import PARTS, PETAL_CATEGORIES, checked_category
-from partlens.data.flower_light import Light, develop, draw_light
-from partlens.data.flower_plant import plant
+from partlens.data.annotations import BoolArray, FloatArray, PartTruth
+from partlens.data.files import ByteArray
 from partlens.data.images import ImageSet
-from partlens.data.splits import split_of
-from partlens.errors import InputError, expected
+from partlens.errors import InputError, expected, listed, nearest
 
-MINIMUM_SIZE_PX = 32
+PARTS = ("stem", "leaf", "petal", "centre")
+_COLOURS = {
+    "red": (0.82, 0.10, 0.12), "orange": (0.96, 0.50, 0.08), "yellow": (0.98, 0.86, 0.16),
+    "pink": (0.95, 0.48, 0.68), "violet": (0.52, 0.24, 0.74), "blue": (0.20, 0.36, 0.86),
+}
+PETAL_CATEGORIES = tuple(f"petal-{colour}" for colour in _COLOURS)
+_CLASSES, _BROWN = tuple(_COLOURS.values()), (0.40, 0.25, 0.11)
+_GREENS = ((0.34, 0.50, 0.20), (0.22, 0.40, 0.14), (0.40, 0.56, 0.26))
+_GROUNDS = (*_GREENS, (0.52, 0.70, 0.90), (0.42, 0.32, 0.22), (0.70, 0.72, 0.66))
+_LAYERS = ("stem", "leaf", "leaf", "petal", "centre")  # of a plant, back to front
 
-_VERSION = "partlens.flowers/1"
+_Pair, _Colour = tuple[float, float], tuple[float, float, float]
+_Draw = Callable[[float, float], float]
+_Window = tuple[slice, slice]
+_Layer = tuple[_Window, FloatArray, FloatArray]  # pixels, how much of each is covered, how light it is there
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,147 +42,158 @@ class Flower:
 
     Attributes:
         image: uint8 ``[row, col, 3]``.
-        category: ``petal-COLOUR``, ``stem-COLOUR`` or ``petal-COLOUR-stem-COLOUR``.
-        masks: for each of :data:`~partlens.data.flower_categories.PARTS`, a boolean array ``[row, col]``: where
-            that part is what one sees. No pixel belongs to two parts.
-        landmarks: for each part, x and y in pixels of the mean pixel of its mask (for ``leaf``, of the leaf
-            of which most is seen; for ``petal``, of all petals, thus near the blossom's middle). ``nan``
-            where nothing of the part is seen.
-        sizes: for each part, width and height in pixels of the box around the same pixels; ``nan`` where
-            unseen.
+        category: ``petal-COLOUR``.
+        masks: for each of :data:`PARTS`, boolean ``[row, col]``: where it is seen. No pixel has two parts.
+        landmarks: for each part, x and y in pixels of its mask's mean pixel (``leaf``: of the leaf of which most is
+            seen); ``nan`` where it is not seen.
+        sizes: for each part, width and height in pixels of the box around these pixels; ``nan`` where not seen.
     """
 
     image: ByteArray
     category: str
     masks: Mapping[str, BoolArray]
-    landmarks: Mapping[str, tuple[float, float]]
-    sizes: Mapping[str, tuple[float, float]]
+    landmarks: Mapping[str, _Pair]
+    sizes: Mapping[str, _Pair]
 
 
-def _checked_size(size: int) -> None:
-    if size < MINIMUM_SIZE_PX:
-        raise InputError(expected(f"a size of at least {MINIMUM_SIZE_PX} px", size, "Draw larger flowers"))
+def _dice(seed: int, stream: int) -> _Draw:
+    """Return what draws numbers between two bounds; streams of one seed do not disturb one another."""
+    pool = iter(np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, stream]))).random(256).tolist())
+    return lambda low, high: low + (high - low) * next(pool)
 
 
-def _checked_seed(seed: int) -> None:
-    if seed < 0:
-        raise InputError(expected("a seed >= 0", seed, "Give a whole number that is not negative"))
+def _pick(draw: _Draw, options: Sequence[_Colour], spread: float) -> FloatArray:
+    """Return the light ``[3, 1, 1]`` of one of the colours, brighter or darker and a little shifted."""
+    colour, bright = options[int(draw(0, len(options)))], 1 + draw(-spread, spread)
+    values = [min(max(value * bright + draw(-spread, spread) / 4, 0.0), 1.0) ** 2 for value in colour]
+    return np.array(values, dtype=np.float32)[:, None, None]
 
 
-def _places(labels: ByteArray, leaves: ByteArray) -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
-    """Return for each part the mean pixel and the size of the box around what is seen of it."""
-    places = {}
-    for part, name in enumerate(PARTS, start=1):
-        seen = labels == part
-        if name == "leaf":
-            seen = leaves == 1 + int(np.argmax(np.bincount(leaves.ravel(), minlength=4)[1:]))
-        rows, cols = np.nonzero(seen)
-        if rows.size == 0:
-            places[name] = ((math.nan, math.nan), (math.nan, math.nan))
-            continue
-        mean = (float(cols.mean()) + 0.5, float(rows.mean()) + 0.5)
-        places[name] = (mean, (float(np.ptp(cols)) + 1, float(np.ptp(rows)) + 1))
-    return places
+def _turn(angle: float) -> _Pair:
+    """Return cosine and sine, rounded so that the last bit of a processor's library does not matter."""
+    return round(math.cos(angle), 7), round(math.sin(angle), 7)
 
 
-def _draw(seed: int, category: str, size: int, *, colours: bool) -> tuple[Canvas, ByteArray, Dice, Light]:
-    """Draw everything up to the development; without ``colours`` only what decides the masks."""
-    petal_colour, stem_colour = checked_category(category)
-    canvas = Canvas(size, colours=colours)
-    light = draw_light(Dice(seed, 1))
-    if colours:
-        background(canvas, Dice(seed, 2), light)
-    leaves = plant(canvas, Dice(seed, 3), light, petal_colour, stem_colour)
-    front = Dice(seed, 4)
-    for _ in range(max(0, front.whole(-2, 2))):
-        grass(canvas, front, light, soft=front.between(0.012, 0.03))
-    leaves[canvas.labels != 1 + PARTS.index("leaf")] = 0
-    return canvas, leaves, front, light
+def _turned(size: int, place: _Pair, reach: float, angle: float, axes: _Pair) -> tuple[_Window, FloatArray, FloatArray]:
+    """Return the pixels within reach of a place, and where they lie along and across a direction, in half axes."""
+    cols, rows = (slice(max(0, int((at - reach) * size)), max(0, int((at + reach) * size) + 2)) for at in place)
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size
+    x, y = axis[cols] - place[0], axis[rows, None] - place[1]
+    (cos, sin), long, wide = _turn(angle), 1 / axes[0], 1 / axes[1]
+    return (rows, cols), x * (cos * long) + y * (sin * long), y * (cos * wide) - x * (sin * wide)
 
 
-def _masks(labels: ByteArray) -> dict[str, BoolArray]:
-    return {name: labels == part for part, name in enumerate(PARTS, start=1)}
+def _edge(inside: FloatArray, pixels: float) -> FloatArray:
+    """Return how much of each pixel is covered, from the distance inside a shape whose unit has so many pixels."""
+    return np.clip(inside * pixels + 0.5, 0, 1)
+
+
+def _oval(size: int, place: _Pair, axes: _Pair, angle: float, soft: float) -> _Layer:
+    """Return an ellipse with an edge that is ``soft`` wide (a share of its half axes)."""
+    window, along, across = _turned(size, place, max(axes) * (1 + soft), angle, axes)
+    far = np.sqrt(along * along + across * across)
+    return window, _edge(1 - far, 1 / soft), 1 - 0.2 * far
+
+
+def _plant(draw: _Draw, size: int) -> list[_Layer]:
+    """Return the layers of a plant; nothing in them depends on a colour."""
+    radius = draw(0.13, 0.27)
+    x, y = draw(radius + 0.02, 0.98 - radius), draw(radius + 0.02, 0.72 - radius)
+    lean, bend, thick, height = draw(-0.25, 0.25), draw(-0.12, 0.12), radius * draw(0.06, 0.1), 1.05 - y
+    # the stem's axis is a parabola from the blossom to below the lower edge
+    window, aside, down = _turned(size, (x, y + height / 2), height, 0, (1, height))
+    down += 0.5
+    aside = ((aside - down * (lean + 4 * bend * (1 - down))) / thick) ** 2
+    layers = [(window, _edge(1 - aside, thick * size / 2) * (down > 0), 0.95 - 0.3 * aside)]
+    for side in (1, -1) if draw(0, 1) < 0.5 else (-1, 1):
+        share, length, half = draw(0.35, 0.75), radius * draw(0.75, 1.15), draw(0.16, 0.24)
+        foot = x + share * (lean + 4 * bend * (1 - share)), y + height * share
+        angle = side * draw(0.6, 1.2) - math.pi / 2
+        window, along, across = _turned(size, foot, length, angle, (length, half * length))
+        inside = 4 * along * (1 - along) - abs(across)
+        layers.append((window, _edge(inside, half * length * size), 0.85 + 0.25 * (along + (abs(across) < 0.1))))
+    return [*layers, *_blossom(draw, size, (x, y), radius)]
+
+
+def _blossom(draw: _Draw, size: int, place: _Pair, radius: float) -> list[_Layer]:
+    """Return the petals, five to nine ellipses around the middle, and the centre, foreshortened alike."""
+    window, u, v = _turned(size, place, radius * 1.05, draw(0, math.pi), (radius, radius / draw(1.0, 1.7)))
+    count, start = int(draw(5, 10)), draw(0, 2 * math.pi)
+    half = min(0.46, math.pi * 0.55 / count * draw(0.9, 1.3))
+    turns = [_turn(start + petal * 2 * math.pi / count + draw(-0.12, 0.12)) for petal in range(count)]
+    cos, sin = np.array(turns, np.float32).T[:, :, None, None]
+    out, across = (u * cos + v * sin - 0.54) / 0.46, (v * cos - u * sin) / half
+    inside = 1 - np.sqrt((out * out + across * across).min(axis=0))  # of the petal that covers a pixel most
+    petals = _edge(inside, half * radius * size), 0.72 + 0.3 * np.clip(inside * 2, 0, 1)
+    dots = (np.floor((u + v) * 9) + np.floor((u - v) * 9)) % 2
+    centre = _edge(draw(0.22, 0.34) - np.sqrt(u * u + v * v), radius * size), 0.8 + 0.25 * dots
+    return [(window, *petals), (window, *centre)]
+
+
+def _paint(seed: int, category: str, size: int, layers: Sequence[_Layer]) -> ByteArray:
+    """Paint surroundings and plant; colours are squared before and rooted after, to mix as light does."""
+    draw, scene = _dice(seed, 2), []
+    tones = _CLASSES if draw(0, 1) < 0.35 else _GROUNDS
+    light = np.ones((3, size, size), np.float32) * _pick(draw, tones, 0.3)
+    for least, most, options, long, wide, top, blur in (
+        (2, 5, tones, 0.5, 0.4, 1.0, 1.2),  # the background
+        (4, 8, _CLASSES, 0.15, 0.12, 1.0, 0.6),  # blossoms and lights out of focus
+        (2, 6, _CLASSES, 0.06, 0.025, 0.25, 0.3),  # fallen petals, at the bottom
+    ):
+        for _ in range(int(draw(least, most))):
+            place, axes = (draw(0, 1), 1 - top * draw(0, 1)), (long * draw(0.5, 1.2), wide * draw(0.6, 1.2))
+            scene.append((_oval(size, place, axes, draw(-1, 1), blur * draw(0.6, 1.4)), _pick(draw, options, 0.15)))
+    natural = [_GREENS, _GREENS[:1], _GREENS[1:], (_COLOURS[category[6:]],), (*_CLASSES, _BROWN)]
+    colours = [_pick(draw, options, 0.1) for options in natural]
+    for (window, cover, shade), colour in [*scene, *zip(layers, colours, strict=True)]:
+        region = light[:, *window]
+        region *= 1 - cover
+        region += colour * (cover * shade)
+    _, across, down = _turned(size, (0.5, 0.5), 1, 0, (1, 1))
+    fall = draw(-0.4, 0.4) * across + draw(-0.4, 0.4) * down
+    light *= (1 + fall) * draw(0.75, 1.25)
+    light = np.sqrt(np.clip(light, 0, 1)) * 255 + 0.5
+    return np.ascontiguousarray(light.astype(np.uint8).transpose(1, 2, 0))
+
+
+def _check(categories: Sequence[str], **numbers: tuple[int, int]) -> None:
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise InputError(expected(f"{name} >= {least}", value, f"Give a larger {name}"))
+    if not categories or len(set(categories)) < len(categories):
+        raise InputError(expected("different categories, at least one", list(categories), "Name each once"))
+    for category in set(categories) - set(PETAL_CATEGORIES):
+        remedy = f"Choose one of {listed(nearest(category, PETAL_CATEGORIES, 5))}"
+        raise InputError(expected("a flower category", f"{category!r}", remedy))
 
 
 def render_flower(seed: int, category: str | None = None, size: int = 128) -> Flower:
-    """Draw one flower.
+    """Draw one flower; equal bytes for equal arguments.
 
-    Position, size, tilt, bend, shape and number of petals and leaves, light, background and what stands
-    around all follow from the seed; the category changes nothing but the colour of the petals, stem or both and,
-    where it would be the same, of the centre. So two categories with one seed make a pair that differs in one
-    part's colour.
+    Position, size, tilt, light and surroundings follow from the seed; the category is the colour of the petals alone.
 
     Args:
         seed: a whole number >= 0.
-        category: one of :mod:`partlens.data.flower_categories`: of ``PETAL_CATEGORIES`` (leaves and stem green),
-            ``STEM_CATEGORIES`` (petals white, leaves green) or ``DOUBLE_CATEGORIES`` (leaves green); drawn from
-            ``PETAL_CATEGORIES`` by the seed when left out.
+        category: one of :data:`PETAL_CATEGORIES`; by default drawn from them by the seed.
         size: side of the picture in pixels, at least 32. The scene does not depend on it.
-
-    Returns:
-        The picture, its category, masks and landmarks; equal bytes for equal arguments.
 
     Raises:
         InputError: a negative seed, an unknown category, or a size below 32.
-
-    Example:
-        >>> flower = render_flower(7, "petal-red", size=64)
-        >>> flower.image.shape, sorted(flower.masks)
-        ((64, 64, 3), ['centre', 'leaf', 'petal', 'stem'])
     """
-    _checked_seed(seed)
-    _checked_size(size)
-    if category is None:
-        category = PETAL_CATEGORIES[Dice(seed, 5).whole(0, len(PETAL_CATEGORIES) - 1)]
-    canvas, leaves, front, light = _draw(seed, category, size, colours=True)
-    places = _places(canvas.labels, leaves)
-    return Flower(
-        image=develop(canvas, front, light),
-        category=category,
-        masks=_masks(canvas.labels),
-        landmarks={name: place[0] for name, place in places.items()},
-        sizes={name: place[1] for name, place in places.items()},
-    )
-
-
-def flower_seed(seed: int, index: int) -> int:
-    """Return the seed of one flower of a set: the first eight bytes of the SHA-256 of ``seed/index``.
-
-    Args:
-        seed: of the set.
-        index: of the flower in it, from 0.
-
-    Example:
-        >>> flower_seed(0, 0) == flower_seed(0, 1)
-        False
-    """
-    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
-
-
-def flower_labels(seed: int, category: str, size: int = 128) -> ByteArray:
-    """Say which part each pixel of a flower shows, without drawing the picture (about five times faster).
-
-    Args:
-        seed: of the flower, a whole number >= 0.
-        category: as for :func:`render_flower`; it does not change the answer.
-        size: side in pixels, at least 32.
-
-    Returns:
-        uint8 ``[row, col]``: 0 where no part is seen, else 1 + the position in
-            :data:`~partlens.data.flower_categories.PARTS`.
-
-    Raises:
-        InputError: as :func:`render_flower`.
-
-    Example:
-        >>> labels = flower_labels(7, "petal-red", size=64)
-        >>> bool(((labels == 1 + PARTS.index("petal")) == render_flower(7, "petal-red", size=64).masks["petal"]).all())
-        True
-    """
-    _checked_seed(seed)
-    _checked_size(size)
-    return _draw(seed, category, size, colours=False)[0].labels
+    category = category or PETAL_CATEGORIES[int(_dice(max(seed, 0), 3)(0, 6))]
+    _check((category,), seed=(seed, 0), size=(size, 32))
+    layers, labels = _plant(_dice(seed, 1), size), np.zeros((size, size), dtype=np.uint8)
+    for number, (window, cover, _) in enumerate(layers, start=1):
+        labels[window][cover > 0.5] = number
+    masks, landmarks, sizes = {}, dict.fromkeys(PARTS, (math.nan, math.nan)), dict.fromkeys(PARTS, (math.nan, math.nan))
+    for part in PARTS:
+        own = [labels == number for number, name in enumerate(_LAYERS, start=1) if name == part]
+        masks[part] = np.logical_or.reduce(own)
+        rows, cols = np.nonzero(max(own, key=np.count_nonzero))
+        if rows.size:
+            landmarks[part] = float(cols.mean()) + 0.5, float(rows.mean()) + 0.5
+            sizes[part] = float(np.ptp(cols)) + 1, float(np.ptp(rows)) + 1
+    return Flower(_paint(seed, category, size, layers), category, masks, landmarks, sizes)
 
 
 @dataclass(frozen=True)
@@ -189,98 +204,51 @@ class _Garden:
     size: int
     categories: tuple[str, ...]
 
-    def seed_of(self, index: int) -> int:
-        return flower_seed(self.seed, index)
-
-    def category_of(self, index: int) -> str:
-        return self.categories[index % len(self.categories)]
+    def flower(self, index: int) -> Flower:
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{index}".encode()).digest()[:8], "big")
+        return render_flower(seed, self.categories[index % len(self.categories)], self.size)
 
     def __call__(self, index: int) -> ByteArray:
-        canvas, _, front, light = _draw(self.seed_of(index), self.category_of(index), self.size, colours=True)
-        return develop(canvas, front, light)
+        return self.flower(index).image
 
-    def outline(self, index: int) -> tuple[ByteArray, ByteArray]:
-        """Return labels and leaves without drawing the picture."""
-        canvas, leaves, _, _ = _draw(self.seed_of(index), self.category_of(index), self.size, colours=False)
-        return canvas.labels, leaves
-
-    def masks(self, key: str) -> dict[str, BoolArray]:
-        return _masks(self.outline(_index_of(key))[0])
+    def masks(self, key: str) -> Mapping[str, BoolArray]:
+        return self.flower(int(key[7:])).masks
 
     def truth(self, keys: tuple[str, ...]) -> PartTruth:
-        places = [_places(*self.outline(_index_of(key))) for key in keys]
-        values = np.array([[place[name] for name in PARTS] for place in places], dtype=np.float32)
-        return PartTruth(
-            landmarks=PARTS,
-            keys=keys,
-            positions_px=values[:, :, 0],
-            sizes_px=values[:, :, 1],
-            image_size_px=np.full((len(keys), 2), self.size, dtype=np.float32),
-            masks=self.masks,
-        )
-
-
-def _key_of(index: int) -> str:
-    return f"flower-{index:06d}"
-
-
-def _index_of(key: str) -> int:
-    return int(key.removeprefix("flower-"))
+        flowers = [self.flower(int(key[7:])) for key in keys]
+        places = np.array([[*zip(flower.landmarks.values(), flower.sizes.values(), strict=True)] for flower in flowers])
+        sides = np.full((len(keys), 2), self.size)
+        return PartTruth(PARTS, keys, *places.transpose(2, 0, 1, 3), sides, self.masks)
 
 
 def generated_flowers(
-    count: int,
-    seed: int = 0,
-    size: int = 128,
-    categories: Sequence[str] = PETAL_CATEGORIES,
-    *,
-    splits: Sequence[str] | None = None,
-    name: str = "flowers",
+    count: int, seed: int = 0, size: int = 128, categories: Sequence[str] = PETAL_CATEGORIES
 ) -> ImageSet:
     """Make a set of generated flowers, each drawn when it is read.
 
-    The categories take turns, so each has the same number of images (one more or less). Flower ``index``
-    depends on ``seed`` and ``index`` alone: a larger set begins with the images of a smaller one. About a
-    quarter is for testing, by a hash of the index.
+    The categories take turns. Flower ``index`` depends on ``seed`` and ``index`` alone: a larger set begins with the
+    images of a smaller one. About a quarter is for testing, by a hash of the index.
 
     Args:
         count: number of images, at least 1.
         seed: a whole number >= 0.
         size: side of the pictures in pixels, at least 32.
-        categories: which of ``PETAL_CATEGORIES``, ``STEM_CATEGORIES`` and ``DOUBLE_CATEGORIES`` of
-            :mod:`partlens.data.flower_categories` to draw.
-        splits: the side of each flower; :func:`~partlens.data.splits.split_of` of its key when left out.
-        name: what to call the set in reports.
+        categories: which of :data:`PETAL_CATEGORIES` to draw.
 
     Returns:
-        The images; ``part_truth`` holds position, box and mask of stem, leaf, petal and centre in each, found
-        when first asked for by drawing the outlines only.
+        The images; ``part_truth`` holds position, size and mask of every part.
 
     Raises:
-        InputError: a count below 1, a negative seed, a size below 32, or an unknown or repeated category, or
-            none.
+        InputError: a number out of range, or an unknown or repeated category, or none.
 
     Example:
         >>> flowers = generated_flowers(12, size=32)
         >>> flowers.read(0).size, flowers.categories[:2], flowers.part_truth.landmarks
         ((32, 32), ('petal-red', 'petal-orange'), ('stem', 'leaf', 'petal', 'centre'))
     """
-    _checked_seed(seed)
-    _checked_size(size)
-    if count < 1:
-        raise InputError(expected("count >= 1", count, "Ask for at least one flower"))
-    if not categories or len(set(categories)) < len(categories):
-        raise InputError(expected("different categories, at least one", list(categories), "Name each once"))
-    for category in categories:
-        checked_category(category)
+    _check(categories, count=(count, 1), seed=(seed, 0), size=(size, 32))
     garden = _Garden(seed, size, tuple(categories))
-    keys = [_key_of(index) for index in range(count)]
-    return ImageSet.from_generator(
-        garden,
-        keys,
-        categories=[garden.category_of(index) for index in range(count)],
-        splits=splits if splits is not None else [split_of(key) for key in keys],
-        recipe=f"{_VERSION} seed={seed} size={size} categories={','.join(categories)}",
-        truth=garden.truth,
-        name=name,
-    )
+    keys = [f"flower-{index:06d}" for index in range(count)]
+    kinds = [garden.categories[index % len(categories)] for index in range(count)]
+    recipe = f"partlens.flowers/2 seed={seed} size={size} categories={','.join(categories)}"
+    return ImageSet.from_generator(garden, keys, kinds, recipe=recipe, truth=garden.truth, name="flowers")

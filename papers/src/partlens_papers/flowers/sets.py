@@ -1,7 +1,7 @@
 """The flower benchmark's two sets: classes, held-out flowers, five folds, and the region that decides the class.
 
 A stand-in for an8Flower (Oramas et al., ICLR 2019), whose files are not to be had; the flowers are those of
-:mod:`partlens.data.flowers`.
+:mod:`partlens_papers.flowers.drawing`.
 
 ``flowers-single-6c``: the colour of the petals is the class, six colours. The region is the petals.
 
@@ -35,13 +35,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from partlens.data.flower_categories import DOUBLE_CATEGORIES, PARTS, PETAL_CATEGORIES
-from partlens.data.flowers import flower_labels, flower_seed, generated_flowers, render_flower
 from partlens.data.images import ImageSet
 from partlens.data.tables import IMAGE_TABLE, LANDMARK_TABLE
 from partlens.errors import InputError, RunError, StorageError, expected, failed
 from partlens.progress import Progress
 from partlens.records import read_json, write_json, write_text
+from partlens_papers.flowers.categories import DOUBLE_CATEGORIES, PARTS, PETAL_CATEGORIES
+from partlens_papers.flowers.drawing import flower_labels, flower_seed, generated_flowers, render_flower
 
 ByteArray = npt.NDArray[np.uint8]
 BoolArray = npt.NDArray[np.bool_]
@@ -118,7 +118,7 @@ class FlowerSet:
 
         Returns:
             uint8 ``[image, row, col]``: 0 for no part, else 1 + the position in
-            :data:`partlens.data.flower_categories.PARTS`.
+            :data:`partlens_papers.flowers.categories.PARTS`.
         """
         if not len(rows):
             raise InputError(expected("at least one flower", "none", "Choose another split or fold"))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from partlens.data.flower_categories import PETAL_CATEGORIES
-from partlens.data.flowers import flower_seed, render_flower
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected
+from partlens_papers.flowers.categories import PETAL_CATEGORIES
+from partlens_papers.flowers.drawing import flower_seed, render_flower
 
 MARKED = "marked"
 CLASSES = (*PETAL_CATEGORIES[1:], MARKED)

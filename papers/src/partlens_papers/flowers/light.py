@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from partlens.data.flower_canvas import ByteArray, Canvas, Dice, turn
+from partlens_papers.flowers.canvas import ByteArray, Canvas, Dice, turn
 
 
 @dataclass(frozen=True)

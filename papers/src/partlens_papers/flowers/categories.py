@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from partlens.data.flower_canvas import Colour
 from partlens.errors import InputError, expected, listed, nearest
+from partlens_papers.flowers.canvas import Colour
 
 PARTS = ("stem", "leaf", "petal", "centre")
 COLOURS: dict[str, Colour] = {

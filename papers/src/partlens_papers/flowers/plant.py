@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from partlens.data.flower_canvas import (
+from partlens_papers.flowers.canvas import (
     Blade,
     ByteArray,
     Canvas,
@@ -20,8 +20,8 @@ from partlens.data.flower_canvas import (
     rotation,
     turn,
 )
-from partlens.data.flower_categories import CENTRES, PARTS, WHITE
-from partlens.data.flower_light import Light
+from partlens_papers.flowers.categories import CENTRES, PARTS, WHITE
+from partlens_papers.flowers.light import Light
 
 
 def plant(
