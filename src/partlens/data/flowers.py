@@ -1,8 +1,7 @@
 """Generated flowers whose parts are known to the pixel: the colour of the petals decides the class, all else varies.
 
-The six class colours are also those of blossoms out of focus, fallen petals, backgrounds and centres, drawn without
-regard to the class: a network has to find the petals, not the colour. Only sums, products, quotients and square roots
-touch the pixels, so that a seed gives the same bytes on every processor.
+The class colours are also those of blossoms out of focus, fallen petals, backgrounds and centres, so that a network has
+to find the petals. Only sums, products and roots touch the pixels: a seed gives the same bytes on every processor.
 """
 
 from __future__ import annotations
@@ -13,16 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from partlens.data.annotations import BoolArray, FloatArray, PartTruth
+from partlens.data.annotations import BoolArray, PartTruth
 from partlens.data.files import ByteArray
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected, listed, nearest
 
 PARTS = ("stem", "leaf", "petal", "centre")
 _COLOURS = {
-    "red": (0.82, 0.10, 0.12), "orange": (0.96, 0.50, 0.08), "yellow": (0.98, 0.86, 0.16),
-    "pink": (0.95, 0.48, 0.68), "violet": (0.52, 0.24, 0.74), "blue": (0.20, 0.36, 0.86),
+    "red": (0.82, 0.10, 0.12),
+    "orange": (0.96, 0.50, 0.08),
+    "yellow": (0.98, 0.86, 0.16),
+    "pink": (0.95, 0.48, 0.68),
+    "violet": (0.52, 0.24, 0.74),
+    "blue": (0.20, 0.36, 0.86),
 }
 PETAL_CATEGORIES = tuple(f"petal-{colour}" for colour in _COLOURS)
 _CLASSES, _BROWN = tuple(_COLOURS.values()), (0.40, 0.25, 0.11)
@@ -30,10 +34,11 @@ _GREENS = ((0.34, 0.50, 0.20), (0.22, 0.40, 0.14), (0.40, 0.56, 0.26))
 _GROUNDS = (*_GREENS, (0.52, 0.70, 0.90), (0.42, 0.32, 0.22), (0.70, 0.72, 0.66))
 _LAYERS = ("stem", "leaf", "leaf", "petal", "centre")  # of a plant, back to front
 
-_Pair, _Colour = tuple[float, float], tuple[float, float, float]
+_Pair = tuple[float, float]
+_Colour = tuple[float, float, float]
+_Floats = npt.NDArray[np.floating]  # float32 throughout, which numpy's types do not know of products with numbers
 _Draw = Callable[[float, float], float]
-_Window = tuple[slice, slice]
-_Layer = tuple[_Window, FloatArray, FloatArray]  # pixels, how much of each is covered, how light it is there
+_Layer = tuple[tuple[slice, slice], _Floats, _Floats]  # pixels, how much of each is covered, how light it is there
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +49,8 @@ class Flower:
         image: uint8 ``[row, col, 3]``.
         category: ``petal-COLOUR``.
         masks: for each of :data:`PARTS`, boolean ``[row, col]``: where it is seen. No pixel has two parts.
-        landmarks: for each part, x and y in pixels of its mask's mean pixel (``leaf``: of the leaf of which most is
-            seen); ``nan`` where it is not seen.
-        sizes: for each part, width and height in pixels of the box around these pixels; ``nan`` where not seen.
+        landmarks: for each part, x and y of its mean pixel (of the leaf of which most is seen); ``nan`` if hidden.
+        sizes: for each part, width and height in pixels of the box around these pixels; ``nan`` if hidden.
     """
 
     image: ByteArray
@@ -62,7 +66,7 @@ def _dice(seed: int, stream: int) -> _Draw:
     return lambda low, high: low + (high - low) * next(pool)
 
 
-def _pick(draw: _Draw, options: Sequence[_Colour], spread: float) -> FloatArray:
+def _pick(draw: _Draw, options: Sequence[_Colour], spread: float) -> _Floats:
     """Return the light ``[3, 1, 1]`` of one of the colours, brighter or darker and a little shifted."""
     colour, bright = options[int(draw(0, len(options)))], 1 + draw(-spread, spread)
     values = [min(max(value * bright + draw(-spread, spread) / 4, 0.0), 1.0) ** 2 for value in colour]
@@ -74,7 +78,7 @@ def _turn(angle: float) -> _Pair:
     return round(math.cos(angle), 7), round(math.sin(angle), 7)
 
 
-def _turned(size: int, place: _Pair, reach: float, angle: float, axes: _Pair) -> tuple[_Window, FloatArray, FloatArray]:
+def _turned(size: int, place: _Pair, reach: float, angle: float, axes: _Pair) -> _Layer:
     """Return the pixels within reach of a place, and where they lie along and across a direction, in half axes."""
     cols, rows = (slice(max(0, int((at - reach) * size)), max(0, int((at + reach) * size) + 2)) for at in place)
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
@@ -83,9 +87,10 @@ def _turned(size: int, place: _Pair, reach: float, angle: float, axes: _Pair) ->
     return (rows, cols), x * (cos * long) + y * (sin * long), y * (cos * wide) - x * (sin * wide)
 
 
-def _edge(inside: FloatArray, pixels: float) -> FloatArray:
+def _edge(inside: _Floats, pixels: float) -> _Floats:
     """Return how much of each pixel is covered, from the distance inside a shape whose unit has so many pixels."""
-    return np.clip(inside * pixels + 0.5, 0, 1)
+    covered: _Floats = np.clip(inside * pixels + 0.5, 0, 1)
+    return covered
 
 
 def _oval(size: int, place: _Pair, axes: _Pair, angle: float, soft: float) -> _Layer:
@@ -100,16 +105,15 @@ def _plant(draw: _Draw, size: int) -> list[_Layer]:
     radius = draw(0.13, 0.27)
     x, y = draw(radius + 0.02, 0.98 - radius), draw(radius + 0.02, 0.72 - radius)
     lean, bend, thick, height = draw(-0.25, 0.25), draw(-0.12, 0.12), radius * draw(0.06, 0.1), 1.05 - y
-    # the stem's axis is a parabola from the blossom to below the lower edge
-    window, aside, down = _turned(size, (x, y + height / 2), height, 0, (1, height))
-    down += 0.5
+    window, aside, down = _turned(size, (x, y), height, 0, (1, height))  # the stem is a parabola downwards
     aside = ((aside - down * (lean + 4 * bend * (1 - down))) / thick) ** 2
     layers = [(window, _edge(1 - aside, thick * size / 2) * (down > 0), 0.95 - 0.3 * aside)]
     for side in (1, -1) if draw(0, 1) < 0.5 else (-1, 1):
         share, length, half = draw(0.35, 0.75), radius * draw(0.75, 1.15), draw(0.16, 0.24)
         foot = x + share * (lean + 4 * bend * (1 - share)), y + height * share
-        angle = side * draw(0.6, 1.2) - math.pi / 2
-        window, along, across = _turned(size, foot, length, angle, (length, half * length))
+        window, along, across = _turned(
+            size, foot, length, side * draw(0.6, 1.2) - math.pi / 2, (length, half * length)
+        )
         inside = 4 * along * (1 - along) - abs(across)
         layers.append((window, _edge(inside, half * length * size), 0.85 + 0.25 * (along + (abs(across) < 0.1))))
     return [*layers, *_blossom(draw, size, (x, y), radius)]
@@ -150,10 +154,8 @@ def _paint(seed: int, category: str, size: int, layers: Sequence[_Layer]) -> Byt
         region *= 1 - cover
         region += colour * (cover * shade)
     _, across, down = _turned(size, (0.5, 0.5), 1, 0, (1, 1))
-    fall = draw(-0.4, 0.4) * across + draw(-0.4, 0.4) * down
-    light *= (1 + fall) * draw(0.75, 1.25)
-    light = np.sqrt(np.clip(light, 0, 1)) * 255 + 0.5
-    return np.ascontiguousarray(light.astype(np.uint8).transpose(1, 2, 0))
+    light *= (1 + draw(-0.4, 0.4) * across + draw(-0.4, 0.4) * down) * draw(0.75, 1.25)
+    return np.ascontiguousarray((np.sqrt(np.clip(light, 0, 1)) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0))
 
 
 def _check(categories: Sequence[str], **numbers: tuple[int, int]) -> None:
@@ -174,7 +176,7 @@ def render_flower(seed: int, category: str | None = None, size: int = 128) -> Fl
 
     Args:
         seed: a whole number >= 0.
-        category: one of :data:`PETAL_CATEGORIES`; by default drawn from them by the seed.
+        category: one of :data:`PETAL_CATEGORIES`; drawn by the seed by default.
         size: side of the picture in pixels, at least 32. The scene does not depend on it.
 
     Raises:
@@ -211,14 +213,13 @@ class _Garden:
     def __call__(self, index: int) -> ByteArray:
         return self.flower(index).image
 
-    def masks(self, key: str) -> Mapping[str, BoolArray]:
-        return self.flower(int(key[7:])).masks
+    def masks(self, key: str) -> dict[str, BoolArray]:
+        return dict(self.flower(int(key[7:])).masks)
 
     def truth(self, keys: tuple[str, ...]) -> PartTruth:
         flowers = [self.flower(int(key[7:])) for key in keys]
         places = np.array([[*zip(flower.landmarks.values(), flower.sizes.values(), strict=True)] for flower in flowers])
-        sides = np.full((len(keys), 2), self.size)
-        return PartTruth(PARTS, keys, *places.transpose(2, 0, 1, 3), sides, self.masks)
+        return PartTruth(PARTS, keys, places[:, :, 0], places[:, :, 1], np.full((len(keys), 2), self.size), self.masks)
 
 
 def generated_flowers(
@@ -227,16 +228,13 @@ def generated_flowers(
     """Make a set of generated flowers, each drawn when it is read.
 
     The categories take turns. Flower ``index`` depends on ``seed`` and ``index`` alone: a larger set begins with the
-    images of a smaller one. About a quarter is for testing, by a hash of the index.
+    images of a smaller one. About a quarter is for testing, by a hash of the index; ``part_truth`` holds every part.
 
     Args:
         count: number of images, at least 1.
         seed: a whole number >= 0.
         size: side of the pictures in pixels, at least 32.
         categories: which of :data:`PETAL_CATEGORIES` to draw.
-
-    Returns:
-        The images; ``part_truth`` holds position, size and mask of every part.
 
     Raises:
         InputError: a number out of range, or an unknown or repeated category, or none.
