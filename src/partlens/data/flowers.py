@@ -61,7 +61,7 @@ class Flower:
 
 
 def _dice(seed: int, stream: int) -> _Draw:
-    """Return what draws numbers between two bounds; streams of one seed do not disturb one another."""
+    """Return what draws a number between two bounds; streams of one seed do not disturb one another."""
     pool = iter(np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, stream]))).random(256).tolist())
     return lambda low, high: low + (high - low) * next(pool)
 
@@ -246,7 +246,6 @@ def generated_flowers(
     """
     _check(categories, count=(count, 1), seed=(seed, 0), size=(size, 32))
     garden = _Garden(seed, size, tuple(categories))
-    keys = [f"flower-{index:06d}" for index in range(count)]
-    kinds = [garden.categories[index % len(categories)] for index in range(count)]
+    keys, kinds = zip(*((f"flower-{i:06d}", categories[i % len(categories)]) for i in range(count)), strict=True)
     recipe = f"partlens.flowers/2 seed={seed} size={size} categories={','.join(categories)}"
     return ImageSet.from_generator(garden, keys, kinds, recipe=recipe, truth=garden.truth, name="flowers")
