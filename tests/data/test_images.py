@@ -344,6 +344,7 @@ def test_rows_of_several_categories():
     assert images.rows_of([""], "test") == ((2, 3), ())
     with pytest.raises(ImageError, match=r"a category of arrays, got 'foxx'. Choose one of fox"):
         images.rows_of(["cat", "foxx"], "train")
+    assert images.rows_of(["cat"], "test") == ((), (2, 3))
     with pytest.raises(ImageError, match="photos of cat in the split test, got none"):
         images.rows_of(["fox", "cat"], "test")
     with pytest.raises(ImageError, match="a split of arrays, got 'tset'"):

@@ -182,7 +182,7 @@ def test_a_run_killed_before_it_kept_its_photos_goes_on(
     [
         ({"tap": "relu22"}, r"relu2"),
         ({"tap": "pool4"}, "1x1"),
-        ({"category": "petal-rot"}, "Did you mean petal-red"),
+        ({"category": "petal-rot"}, "Choose one of petal-red"),
         ({"seeds": 0}, "at least 1 seed, got 0"),
         ({"config": {"epoch": 2}}, "Did you mean epochs"),
         ({"preset": "best"}, "preset partlens or paper, got best"),

@@ -361,7 +361,7 @@ class ImageSet:
             Positions in ascending order; the second tuple is empty for all photos as one.
 
         Raises:
-            ImageError: an unknown split or category, or a category without photos in the split.
+            ImageError: an unknown split or category, or one of several categories without photos in the split.
 
         Example:
             >>> import numpy as np
@@ -377,11 +377,11 @@ class ImageSet:
         for name in categories:
             if name not in self.categories:
                 raise self._unknown("category", name, self.categories)
-            if name not in there:
-                raise ImageError(expected(f"photos of {name} in the split {split}", "none", "Add photos"))
-        chosen = set(categories)
-        own = tuple(row for row in inside if self.categories[row] in chosen)
-        return own, tuple(row for row in inside if self.categories[row] not in chosen)
+            if len(categories) > 1 and name not in there:
+                remedy = "Add photos of it or choose other categories"
+                raise ImageError(expected(f"photos of {name} in the split {split}", "none", remedy))
+        own = tuple(row for row in inside if self.categories[row] in categories)
+        return own, tuple(row for row in inside if self.categories[row] not in categories)
 
     def select(
         self, category: str | None = None, split: str | None = None, exclude_category: str | None = None

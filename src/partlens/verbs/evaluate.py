@@ -14,7 +14,7 @@ from partlens.evaluation.results import EvaluatedData, Evaluation, FieldKind, Ga
 from partlens.explainer.record import ExplainerRun
 from partlens.progress import Progress
 from partlens.run import Run, UsedPhotos
-from partlens.verbs.runs import labels_of, open_photos, rows_and_others, sampled
+from partlens.verbs.runs import labels_of, open_photos, sampled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,14 +131,14 @@ def _rows(images: ImageSet, categories: tuple[str, ...], split: str, seed: int) 
     """Choose the photos that are measured on, and at most three times as many others."""
     from partlens.evaluation.explainer_evaluation import EvaluationRows
 
-    held, held_others = rows_and_others(images, categories, split)
+    held, held_others = images.rows_of(categories, split)
     if len(held) < 2:
         named = ", ".join(filter(None, categories))
         rule = f"at least 2 photos{f' of {named}' if named else ''} in the split {split}"
         raise ImageError(expected(rule, len(held), "Add photos, or name another split (--split)"))
     # Other photos than the fit's may have no training split: then nothing is fitted on them.
     needed = len(categories) > 1 or "train" in images.splits
-    train, train_others = rows_and_others(images, categories, "train") if needed else ((), ())
+    train, train_others = images.rows_of(categories, "train") if needed else ((), ())
     most = 3 * max(len(train), len(held))
     return EvaluationRows(
         held,

@@ -28,7 +28,6 @@ from partlens.verbs.runs import (
     open_performer,
     open_photos,
     performer_info,
-    rows_and_others,
     sampled,
 )
 
@@ -193,7 +192,7 @@ def _chosen(data: str | Path | ImageSet, category: str | Sequence[str] | None, b
     """Open the photos and choose those of the training split."""
     images, unreadable = open_photos(data)
     categories = chosen_categories(category, images.category_counts())
-    own, others = rows_and_others(images, categories, "train")
+    own, others = images.rows_of(categories, "train")
     if len(own) < 2:
         named = ", ".join(filter(None, categories))
         rule = f"at least 2 training photos{f' of {named}' if named else ''}"

@@ -36,7 +36,7 @@ from partlens.object_parts.trust import assignment_stability
 from partlens.progress import Progress
 from partlens.run import Run, command, versions
 from partlens.verbs.fit_explainer import load_explainer
-from partlens.verbs.runs import labels_of, open_photos, rows_and_others, sampled
+from partlens.verbs.runs import labels_of, open_photos, sampled
 
 _BATCH = 16
 _STRIP_FILTERS = 4
@@ -90,7 +90,7 @@ def opened_explainer(
     record = Run(run).read(ExplainerRun)
     images, _ = open_photos(data, record)
     categories = record.data.categories
-    rows = sampled(rows_and_others(images, categories, split)[0], how.photos_max, how.seed)
+    rows = sampled(images.rows_of(categories, split)[0], how.photos_max, how.seed)
     if len(rows) < 2:
         of = f" of {', '.join(categories)}" if any(categories) else ""
         rule = f"at least 2 photos{of} in the split {split}"
@@ -148,7 +148,7 @@ def _filter_categories(opened: OpenedExplainer, show: Progress) -> Tensor:
     structure = opened.explainer.structure
     if len(opened.categories) == 1:
         return torch.zeros(structure.channels_out, dtype=torch.long)
-    train = [rows_and_others(opened.images, (name,), "train")[0] for name in opened.categories]
+    train = [opened.images.rows_of((name,), "train")[0] for name in opened.categories]
     means, done = [], 0
     with show.task("finding the filters' categories", sum(map(len, train))) as advance, torch.no_grad():
         for own in train:

@@ -148,27 +148,6 @@ def chosen_categories(category: str | Sequence[str] | None, known: Collection[st
     return ("",) if category is None else tuple(sorted(category_names(category, known))) or ("",)
 
 
-def rows_and_others(images: ImageSet, categories: Sequence[str], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the positions of the photos of the categories in a split, and those of all others.
-
-    Raises:
-        ImageError: an unknown category or split, or one of several categories without photos there.
-    """
-    everything = images.indices(split=split)
-    if tuple(categories) == ("",):
-        return everything, ()
-    known = sorted(images.category_counts())
-    for name in categories:
-        if name not in known:
-            remedy = f"Did you mean {nearest(name, known)[0]}?"
-            raise ImageError(expected(f"a category among {', '.join(known)}", name, remedy))
-        if len(categories) > 1 and not images.indices(category=name, split=split):
-            remedy = "Add photos of it or choose other categories"
-            raise ImageError(expected(f"photos of {name} in the split {split}", "none", remedy))
-    own = tuple(i for i in everything if images.categories[i] in categories)
-    return own, tuple(i for i in everything if images.categories[i] not in categories)
-
-
 def labels_of(images: ImageSet, categories: Sequence[str], rows: Sequence[int]) -> torch.Tensor:
     """Return the category of each row, an index into ``categories``; all 0 where all photos count as one."""
     import torch
@@ -293,24 +272,6 @@ def several(category: str | Sequence[str] | None, known: Collection[str] = ()) -
     """
     unique = () if category is None else tuple(sorted(category_names(category, known)))
     return unique if len(unique) > 1 else ()
-
-
-def rows_of(images: ImageSet, categories: Sequence[str], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the positions of the photos of several categories and of all others in a split.
-
-    Raises:
-        ImageError: an unknown category, or one without photos in the split.
-    """
-    found: list[int] = []
-    for name in categories:
-        own, _ = category_rows(images, name, split)
-        if not own:
-            raise ImageError(
-                expected(f"photos of {name} in the split {split}", "none", "Leave the category out or add photos")
-            )
-        found.extend(own)
-    chosen = set(found)
-    return tuple(sorted(found)), tuple(i for i in images.indices(split=split) if i not in chosen)
 
 
 def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
