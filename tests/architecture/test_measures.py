@@ -33,21 +33,7 @@ WANTED = {
     "comment_share": 0.03,
 }
 # What is not yet as wanted: the number reached, which no change may worsen. Delete a line when its bound is met.
-REACHED: dict[str, float] = {
-    "lines": 29_975,
-    "files": 128,
-    "long_functions": 57,
-    "complex_functions": 114,
-    "mean_complexity": 4.38,
-    "record_classes": 176,
-    "record_fields": 1_061,
-    "many_parameters": 33,
-    "public_names": 641,
-    "inner_imports": 162,
-    "import_cycles": 2,
-    "tests_per_line": 0.478,
-    "comment_share": 0.004,
-}
+REACHED: dict[str, float] = {REACHED_LINES}
 
 
 @pytest.fixture(scope="module")
