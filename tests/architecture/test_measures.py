@@ -33,7 +33,20 @@ WANTED = {
     "comment_share": 0.03,
 }
 # What is not yet as wanted: the number reached, which no change may worsen. Delete a line when its bound is met.
-REACHED: dict[str, float] = {REACHED_LINES}
+REACHED: dict[str, float] = {
+    "lines": 26_221,
+    "files": 111,
+    "complex_functions": 85,
+    "mean_complexity": 4.05,
+    "record_classes": 191,
+    "record_fields": 985,
+    "many_parameters": 16,
+    "public_names": 591,
+    "inner_imports": 105,
+    "import_cycles": 1,
+    "tests_per_line": 0.628,
+    "comment_share": 0.005,
+}
 
 
 @pytest.fixture(scope="module")
