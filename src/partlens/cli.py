@@ -152,10 +152,9 @@ def _add_settings(parser: Any, settings: Any) -> None:
     """Add an option per field; a field that is not given stays the verb's choice."""
     group = parser.add_argument_group(f"{_group(settings)} options")
     texts = _described(settings)
-    for name, kind in get_type_hints(settings).items():
-        if name in texts:
-            help_text = texts[name] + _defaults(settings, name)
-            group.add_argument(f"--{_group(settings)}.{name}", type=kind, default=argparse.SUPPRESS, help=help_text)
+    for name in settings.model_fields:
+        kind, text = get_type_hints(settings)[name], texts[name] + _defaults(settings, name)
+        group.add_argument(f"--{_group(settings)}.{name}", type=kind, default=argparse.SUPPRESS, help=text)
 
 
 def _add_parameter(parser: Any, parameter: inspect.Parameter, module: Mapping[str, Any], text: str) -> None:
