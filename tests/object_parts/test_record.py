@@ -197,6 +197,12 @@ def test_a_quarter_of_overlap_is_enough_for_a_name() -> None:
     assert unplaced == ()
 
 
+def test_of_equal_overlaps_the_same_id_keeps_the_name() -> None:
+    earlier = _file(("part 1", "head", (0, 1)), ("part 2", "tail", (2, 3)))
+    new = _parts(("part 2", "part 2", (0, 2)), ("part 1", "part 1", (1, 3)))
+    assert [(p.id, p.name) for p in with_edits(new, earlier)[0]] == [("part 2", "tail"), ("part 1", "head")]
+
+
 def test_a_filter_that_was_moved_by_hand_moves_again() -> None:
     assigned = tuple(FilterPart(filter=k, part="part 1" if k < 4 else "part 2", dead=False) for k in range(8))
     earlier = _file(
