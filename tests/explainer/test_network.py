@@ -204,6 +204,10 @@ def test_a_standardised_track_is_the_same_function_with_other_weights(tiny: Perf
         plain.conv_interp_1.bias.copy_(standard.conv_interp_1.bias - (kernel.sum((2, 3)) * standard.tap_mean).sum(1))
         inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
         assert torch.allclose(standard.interpret(maps)[0][inner], plain.interpret(maps)[0][inner], atol=1e-4)
+    quiet = maps.clone()
+    quiet[:, 0] *= 1e-6
+    standard.start_scale(quiet)  # a filter that is nearly silent is blown up no more than to a twentieth of the mean
+    assert float(standard.tap_deviation[0]) == pytest.approx(0.05 * float(quiet.std((0, 2, 3)).mean()), rel=1e-4)
     dead = torch.zeros(4, 12, 8, 8)
     standard.start_scale(dead)
     assert bool(standard.interpret(dead)[1].isfinite().all())

@@ -473,3 +473,28 @@ def test_the_event_file_is_closed_after_an_exception(tiny: Performer, maps: Trai
         with pytest.raises(Killed):
             train_explainer(fresh(tiny), maps, tmp_path, report=stop)
     assert threading.active_count() == before
+
+
+def test_patience_follows_fidelity_and_share_of_the_joint_phase(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(training._Patience, "follow", lambda _, value: seen.append(value))
+    history = train_explainer(fresh(tiny), maps, tmp_path).history
+    assert seen == [record["reconstruction"] + record["share"] for record in history if record["phase"] == "joint"]
+
+
+def test_views_are_the_photo_its_mirror_and_crops_of_at_least_the_given_area() -> None:
+    windows = view_windows(400, 4, torch.Generator().manual_seed(0), 0.5)
+    assert windows[:, 0].unique(dim=0).tolist() == [[0, 0, 1, 1, 0]]
+    assert windows[:, 1].unique(dim=0).tolist() == [[0, 0, 1, 1, 1]]
+    left, top, width, height, mirrored = windows[:, 2:].flatten(0, 1).unbind(-1)
+    # A side that would be longer than the photo is cut to it, which takes area off: only crops that were not cut count.
+    area = (width * height)[(width < 1) & (height < 1)]
+    assert 0.5 <= float(area.min()) < 0.52
+    assert 0.9 < float(area.max()) <= 1
+    assert float(mirrored.mean()) == pytest.approx(0.5, abs=0.06)
+    assert bool(((left >= 0) & (left + width <= 1 + 1e-6) & (top >= 0) & (top + height <= 1 + 1e-6)).all())
+    default = view_windows(400, 3, torch.Generator().manual_seed(0))[:, 2]
+    sides = default[(default[:, 2] < 1) & (default[:, 3] < 1)]
+    assert 0.55 <= float((sides[:, 2] * sides[:, 3]).min()) < 0.58
