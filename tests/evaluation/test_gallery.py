@@ -16,6 +16,7 @@ from PIL import Image
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, StorageError
 from partlens.evaluation import attention, frames, gallery
+from partlens.evaluation.fidelity import rescaling_error
 from partlens.evaluation.frames import Frames, GalleryPlan
 from partlens.evaluation.gallery import write_gallery
 from partlens.evaluation.places import MeasuredPhotos, filter_scores
@@ -253,3 +254,13 @@ def test_fields_may_be_the_theory_and_settings_may_be_changed(made: dict[str, An
         written(tmp_path, made, occlusion={"stride": 6})
     with pytest.raises(InputError, match="fields to be occlusion or analytic, got 'round'"):
         written(tmp_path, made, fields="round")
+
+
+def test_p_cannot_be_had_by_scale_unless_the_norm_layer_stands_still(
+    made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames, explainer = made["frames"], made["explainer"]
+    tapped = forward_taps(frames.performer, frames.batch([0, 1, 2]), ["relu2"])[1]["relu2"]
+    assert rescaling_error(explainer, tapped) < 1e-4
+    monkeypatch.setattr(type(explainer.norm_interp), "update", lambda *_, **__: None)
+    assert rescaling_error(explainer, tapped) == pytest.approx(9.0, rel=1e-4)  # ten times as strong
