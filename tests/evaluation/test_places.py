@@ -91,7 +91,7 @@ def test_filters_are_measured_on_photos_of_their_category_and_weigh_alike(seen: 
     corner = (torch.tensor([8.0, 8.0]) - landmark[~fox]).norm(dim=-1) / math.hypot(*SIZE)
     assert nulls["corner"].by_category["cat"].instability.value == pytest.approx(float(corner.std()))
     assert not nulls["corner"].distinct_parts.defined
-    assert nulls["random"].distinct_parts.value > 100  # 256 random filters; a constant null is one
+    assert nulls["random"].distinct_parts.value > 5  # many random filters; one of them has 1
 
 
 def test_categories_without_filters_or_with_one_photo_are_skipped(seen: tuple[Peaks, torch.Tensor]) -> None:

@@ -137,7 +137,8 @@ def _rows(images: ImageSet, categories: tuple[str, ...], split: str, seed: int) 
         rule = f"at least 2 photos{f' of {named}' if named else ''} in the split {split}"
         raise ImageError(expected(rule, len(held), "Add photos, or name another split (--split)"))
     # Other photos than the fit's may have no training split: then nothing is fitted on them.
-    needed = len(categories) > 1 or "train" in images.splits
+    there = {"", *(c for c, s in zip(images.categories, images.splits, strict=True) if s == "train")}
+    needed = len(categories) > 1 or ("train" in images.splits and categories[0] in there)
     train, train_others = images.rows_of(categories, "train") if needed else ((), ())
     most = 3 * max(len(train), len(held))
     return EvaluationRows(

@@ -1,22 +1,15 @@
-"""What every run directory shares: which model, data and versions, and who may write into the folder."""
+"""What verbs share: the photos and the performer of a run; and the verbs layers and report."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import platform
-import shlex
-import sys
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from partlens.errors import ImageError, InputError, LayerError, RunError, expected, nearest
+from partlens.errors import InputError, LayerError, RunError, expected
 from partlens.progress import Progress
-from partlens.records import read_json, sole_writer
-from partlens.run import DataInfo, PerformerInfo, Run, RunRecord, Unreadable, UsedPhotos
+from partlens.run import DataInfo, PerformerInfo, Run, RunRecord, Unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -26,34 +19,7 @@ if TYPE_CHECKING:
     from partlens.network.layers import LayerInfo
     from partlens.network.zoo import Performer
 
-RUN = "run.json"
-PHOTOS = "photos.json"
-EVALUATION = "evaluation.json"
-SELECTION = "selection.json"
-_OURS = (".lock", ".tmp")
-_OLD_SECONDS = 3600.0
 _SAFE = ("torchvision:", "timm:", "partlens:")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions a figure depends on."""
-    names = ("partlens", "torch", "torchvision", "numpy", "pillow", "safetensors", "scikit-learn")
-    found = {name: metadata.version(name) for name in names if _installed(name)}
-    return found | {"python": platform.python_version(), "platform": platform.platform()}
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def command() -> str:
-    """Return the command line that started this, empty when Python called."""
-    started = Path(sys.argv[0]).name.startswith("partlens")
-    return shlex.join(["partlens", *sys.argv[1:]]) if started else ""
 
 
 def spec(model: str | nn.Module | Performer) -> str | None:
@@ -163,30 +129,6 @@ def loaded(model: str | nn.Module | Performer) -> Performer:
     return load_performer(model)
 
 
-def opened(data: str | Path | ImageSet) -> tuple[ImageSet, list[dict[str, str]]]:
-    """Open a data set and drop what cannot be read, by name."""
-    from partlens.data.images import ImageSet
-
-    images = data if isinstance(data, ImageSet) else ImageSet.open(Path(data))
-    readable, dropped = images.readable()
-    return readable, [{"key": d.key, "reason": d.reason} for d in dropped]
-
-
-def photos_of_run(
-    run: Path, manifest: Mapping[str, Any], data: str | Path | ImageSet | None, purpose: str
-) -> tuple[ImageSet, list[dict[str, str]]]:
-    """Open the photos a run was fitted to, or others where they are given; see :func:`opened`.
-
-    Raises:
-        RunError: none are given, and the run was fitted to photos that no path names.
-    """
-    where = manifest["data"]["path"] if data is None else data
-    if where is None:
-        rule = f"photos to {purpose} {run} on, which was not fitted to a folder or table"
-        raise RunError(expected(rule, "none", "Give them again (data=)"))
-    return opened(where)
-
-
 def check_answer(performer: Performer, example: torch.Tensor, *, scores: bool) -> None:
     """Run one image through a network before any work is done, and refuse what could not be used afterwards.
 
@@ -229,18 +171,6 @@ def layers(model: str | nn.Module | Performer) -> list[LayerInfo]:
     return list(loaded(model).layers)
 
 
-def category_rows(images: ImageSet, category: str | None, split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the positions of the category's photos and of other photos in a split."""
-    if category is None:
-        return images.indices(split=split), ()
-    known = sorted(images.category_counts())
-    if category not in known:
-        raise ImageError(
-            expected(f"a category among {', '.join(known)}", category, f"Did you mean {nearest(category, known)[0]}?")
-        )
-    return images.indices(category=category, split=split), images.indices(exclude_category=category, split=split)
-
-
 def category_names(given: str | Sequence[str], known: Collection[str] = ()) -> tuple[str, ...]:
     """Read names from a list, or from a text with commas, each once.
 
@@ -263,17 +193,6 @@ def category_names(given: str | Sequence[str], known: Collection[str] = ()) -> t
     return category_names(found)
 
 
-def several(category: str | Sequence[str] | None, known: Collection[str] = ()) -> tuple[str, ...]:
-    """Return the categories of an explainer of several, in alphabetical order; empty for one category or none.
-
-    Example:
-        >>> several("fox,cat"), several("fox"), several(["fox"]), several(None)
-        (('cat', 'fox'), (), (), ())
-    """
-    unique = () if category is None else tuple(sorted(category_names(category, known)))
-    return unique if len(unique) > 1 else ()
-
-
 def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
     """Draw at most ``count`` rows, in their order."""
     import torch
@@ -282,17 +201,6 @@ def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
         return list(rows)
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return [rows[int(i)] for i in drawn]
-
-
-def write_photos(run: Path, contents: Iterable[str]) -> None:
-    """Keep which photos a fit used, by what their set's ``digests`` say, so that they are known under other names."""
-    UsedPhotos.of(contents).write(run)
-
-
-def photos_seen(run: Path, contents: Iterable[str]) -> int:
-    """Return how many photos, or photos that they are cut from, the run's fit used; 0 for runs that did not keep it."""
-    used = UsedPhotos.read_if_there(run)
-    return 0 if used is None else used.count(contents)
 
 
 def device_of(name: str) -> torch.device:
@@ -312,119 +220,14 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def described(performer: Performer, spec: str | None) -> dict[str, Any]:
-    """Return what a manifest says of the performer."""
-    return {
-        "name": performer.name,
-        "spec": spec,
-        "weights_sha256": performer.weights_sha256,
-        "preprocessing": performer.preprocessing.to_dict(),
-        "notes": list(performer.notes),
-    }
+def on_device(performer: Performer, device: torch.device) -> Performer:
+    """Return the performer for a device: itself on the CPU, else with a copy of its network there."""
+    import copy
+    import dataclasses
 
-
-def prepare_folder(out: Path, manifest: str, identity: str) -> dict[str, Any] | None:
-    """Return the manifest of an earlier start of the same run, refuse one of another configuration.
-
-    Args:
-        out: the run directory; an explainer and a selection may share one.
-        manifest: file name of the run's manifest, :data:`RUN` or :data:`SELECTION`.
-        identity: hash of everything the result depends on.
-
-    Returns:
-        The manifest, ``None`` for a new run.
-
-    Raises:
-        RunError: the folder holds other files, or a run of another configuration.
-    """
-    if out.exists() and not out.is_dir():
-        raise RunError(expected(f"a folder at {out}", "a file", "Choose another --out"))
-    if not out.exists() or all(path.name.startswith(".") and path.suffix in _OURS for path in out.iterdir()):
-        return None
-    if not any((out / name).exists() for name in (RUN, SELECTION)):
-        raise RunError(
-            expected(f"a new or partlens folder at {out}", "a folder with other files", "Choose another --out")
-        )
-    if not (out / manifest).exists():
-        return None
-    found = read_json(out / manifest)
-    if found.get("identity") != identity:
-        shared = (out / RUN).exists() and (out / SELECTION).exists()
-        raise RunError(
-            expected(
-                f"a run of this model, data and configuration in {out}",
-                "one of another configuration",
-                f"Choose another --out folder, or delete {f'{manifest} in it' if shared else 'this one'}",
-            )
-        )
-    return found
-
-
-def manifest_head(
-    schema: str, kind: str, identity: str, performer: Performer, model: str | nn.Module | Performer
-) -> dict[str, Any]:
-    """Return what every manifest of a new run begins with: what it is, when, by which command, and of which network."""
-    return {
-        "schema": schema,
-        "kind": kind,
-        "identity": identity,
-        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": command(),
-        "versions": versions(),
-        "performer": described(performer, spec(model)),
-    }
-
-
-@contextlib.contextmanager
-def run_folder(out: Path, manifest: str, identity: str) -> Iterator[dict[str, Any] | None]:
-    """Hold a run directory while it is written, and give what :func:`prepare_folder` finds in it.
-
-    What was found before the folder was held may be out of date, so it is read again; a finished run is not held.
-
-    Raises:
-        AtWorkError: another process writes there.
-        RunError: see :func:`prepare_folder`.
-    """
-    found = prepare_folder(out, manifest, identity)
-    if found is not None and found.get("status") == "finished":
-        yield found
-        return
-    with sole_writer(out, Path(manifest).stem):
-        for leftover in out.glob(".*.tmp"):
-            # What a killed write left. Another kind of run may be writing here now, but not for an hour.
-            if time.time() - leftover.stat().st_mtime > _OLD_SECONDS:
-                leftover.unlink(missing_ok=True)
-        yield prepare_folder(out, manifest, identity)
-
-
-def performer_of(manifest: dict[str, Any], run: Path, model: str | nn.Module | Performer | None) -> Performer:
-    """Load the performer of a finished run and check that it is the same.
-
-    Args:
-        manifest: of the run.
-        run: its folder, for error texts.
-        model: the performer; loaded by the name in the manifest when left out.
-
-    Raises:
-        RunError: the run was made with a network object and none is given, or the weights are others.
-    """
-    spec = manifest["performer"]["spec"] if model is None else model
-    if spec is None:
-        raise RunError(
-            expected(
-                f"a model for {run}, which was made with a network object", "none", "Give the network again (model=)"
-            )
-        )
-    performer = loaded(spec)
-    if performer.weights_sha256 != manifest["performer"]["weights_sha256"]:
-        raise RunError(
-            expected(
-                f"the performer of the run (weights {manifest['performer']['weights_sha256'][:12]})",
-                performer.weights_sha256[:12],
-                "Give the model the run was made with (--model)",
-            )
-        )
-    return performer
+    if device.type == "cpu":
+        return performer
+    return dataclasses.replace(performer, module=copy.deepcopy(performer.module).to(device))
 
 
 def report(run: str | Path, *, out: str | Path | None = None, progress: Progress | None = None) -> Path:

@@ -17,20 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.errors import BACKGROUND, ImageError, InputError, RunError, expected, listed
 from partlens.progress import Progress
-from partlens.records import SCHEMA, content_hash, sole_writer, write_json, write_tensors
-from partlens.verbs.runs import (
-    RUN,
-    category_names,
-    category_rows,
-    command,
-    described,
-    device_of,
-    loaded,
-    opened,
-    prepare_folder,
-    spec,
-    versions,
-)
+from partlens.records import SCHEMA, content_hash, plain, read_json, sole_writer, write_json, write_tensors
+from partlens.run import EXPLAINER, SELECTION, command, versions
+from partlens.verbs.runs import category_names, device_of, loaded, open_photos, performer_info
 from partlens_papers.given import settings_of
 from partlens_papers.networks.finetune_config import FinetuneConfig
 
@@ -61,11 +50,11 @@ def _single(images: ImageSet, category: str, against: Sequence[str] | None) -> _
     labels: list[tuple[int, ...]] = []
     wanted = None if against is None else set(against)
     for name in against or ():
-        category_rows(images, name, "train")  # refuses an unknown name with the nearest one
+        images.rows_of((name,), "train")  # refuses an unknown name with the nearest one
     if wanted is not None and category in wanted:
         raise InputError(expected("other categories than the one to learn (against)", category, "Leave it out"))
     for split in ("train", "test"):
-        photos, others = category_rows(images, category, split)
+        photos, others = images.rows_of((category,), split)
         others = tuple(i for i in others if wanted is None or images.categories[i] in wanted)
         for what, found in ((f"photos of {category}", photos), ("photos of other categories", others)):
             if not found:
@@ -97,7 +86,7 @@ def _multi(images: ImageSet, categories: str | Sequence[str]) -> _Task:
     for split in ("train", "test"):
         rows: list[int] = []
         for name in names:
-            photos = category_rows(images, name, split)[0]
+            photos = images.rows_of((name,), split)[0]
             if not photos:
                 raise ImageError(
                     expected(f"photos of {name} in the split {split}", "none", "Add such photos, or leave it out")
@@ -210,6 +199,32 @@ def _finished(out: Path, identity: str) -> bool:
     return True
 
 
+def _prepare_folder(out: Path, manifest: str, identity: str) -> dict[str, Any] | None:
+    """Return the manifest of an earlier start of the same run, ``None`` for a new one; refuse another's folder."""
+    if out.exists() and not out.is_dir():
+        raise RunError(expected(f"a folder at {out}", "a file", "Choose another --out"))
+    if not out.exists() or all(
+        path.name.startswith(".") and path.suffix in {".lock", ".tmp"} for path in out.iterdir()
+    ):
+        return None
+    if not any((out / name).exists() for name in (EXPLAINER, SELECTION)):
+        raise RunError(
+            expected(f"a new or partlens folder at {out}", "a folder with other files", "Choose another --out")
+        )
+    if not (out / manifest).exists():
+        return None
+    found = read_json(out / manifest)
+    if found.get("identity") != identity:
+        raise RunError(
+            expected(
+                f"a run of this model, data and configuration in {out}",
+                "one of another configuration",
+                "Choose another --out folder, or delete this one",
+            )
+        )
+    return found
+
+
 def train_performer(
     model: str | nn.Module | Performer,
     data: str | Path | ImageSet,
@@ -291,7 +306,7 @@ def train_performer(
     where = device_of(device)
     performer = loaded(model)
     header = performer.preprocessing.to_metadata()  # refused before the work, where the header has no words for it
-    images, dropped = opened(data)
+    images, dropped = open_photos(data)
     others = None if against is None else category_names(against, images.category_counts())
     task = _single(images, category, others) if category is not None else _multi(images, categories or ())
     fingerprint = images.fingerprint()
@@ -311,13 +326,13 @@ def train_performer(
     prepared = prepare_network(performer, len(task.names), settings)
     work = out.with_suffix(".work")
     with sole_writer(work, "run"):
-        manifest = prepare_folder(work, RUN, identity) or {
+        manifest = _prepare_folder(work, EXPLAINER, identity) or {
             "schema": SCHEMA,
             "kind": "performer",
             "identity": identity,
             "command": command(),
             "versions": versions(),
-            "base": described(performer, spec(model)),
+            "base": plain(performer_info(performer, model)),
             "data": {
                 "name": images.name,
                 "fingerprint": fingerprint,
@@ -325,13 +340,13 @@ def train_performer(
                 "against": None if others is None else list(others),
                 "train_photos": _counts(task.names, task.train_labels),
                 "held_photos": _counts(task.names, task.held_labels),
-                "unreadable": dropped,
+                "unreadable": plain(dropped),
             },
             "config": dict(settings),
             "new_layers": list(prepared.new_layers),
             "seconds": 0.0,
         }
-        write_json(work / RUN, manifest)
+        write_json(work / EXPLAINER, manifest)
         show.say(
             f"{performer.name}: {listed(prepared.new_layers)} drawn anew; {settings.train_from or 'all layers'} "
             f"trained on {len(task.train)} photos for {listed(task.names)}"
@@ -349,7 +364,7 @@ def train_performer(
             work,
             cache=None if cache is None else Path(cache),
             device=where,
-            report=lambda _record: write_json(work / RUN, {**manifest, "seconds": spent()}),
+            report=lambda _record: write_json(work / EXPLAINER, {**manifest, "seconds": spent()}),
             progress=show,
         )
         learned = dataclasses.replace(performer, module=trained.module, weights_sha256=weights_sha256(trained.module))

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.errors import InputError, RunError, expected
 from partlens.progress import Progress
-from partlens.records import content_hash, read_json, write_json
-from partlens.verbs.runs import command, described, loaded, opened, spec, versions
+from partlens.records import content_hash, plain, read_json, write_json
+from partlens.run import command, versions
+from partlens.verbs.runs import loaded, open_photos, performer_info
 from partlens_papers.given import settings_of
 from partlens_papers.removal.fit import fitted, found_features, readout
 from partlens_papers.removal.plan import FeatureSet, RemovalConfig, divide, masks_of, plans_of
@@ -166,7 +167,7 @@ def feature_removal(
     how = settings_of(RemovalConfig, config)
     out = Path(out)
     performer = loaded(model)
-    images, dropped = opened(data)
+    images, dropped = open_photos(data)
     identity = content_hash(
         {
             "performer": performer.weights_sha256,
@@ -185,8 +186,8 @@ def feature_removal(
         "identity": identity,
         "versions": versions(),
         "command": command(),
-        "performer": described(performer, spec(model)),
-        "data": {"name": images.name, "fingerprint": images.fingerprint(), "unreadable": dropped},
+        "performer": plain(performer_info(performer, model)),
+        "data": {"name": images.name, "fingerprint": images.fingerprint(), "unreadable": plain(dropped)},
         "config": dict(how),
         "seconds": 0.0 if earlier is None else earlier["seconds"],
     }

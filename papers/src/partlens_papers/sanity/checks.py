@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.errors import InputError, RunError, expected
 from partlens.progress import Progress
-from partlens.records import content_hash, read_json, write_json
-from partlens.verbs.runs import command, described, loaded, opened, spec, versions
+from partlens.records import content_hash, plain, read_json, write_json
+from partlens.run import command, versions
+from partlens.verbs.runs import loaded, open_photos, performer_info
 from partlens_papers.given import settings_of
 from partlens_papers.removal.feature_removal import feature_removal
 from partlens_papers.removal.plan import RemovalConfig
@@ -359,7 +360,7 @@ def sanity_checks(
         "identity": identity,
         "versions": versions(),
         "command": command(),
-        "performer": described(performer, spec(model) if model is not None else None),
+        "performer": plain(performer_info(performer, performer if model is None else model)),
         "data": {"name": images.name, "fingerprint": images.fingerprint()},
         "config": dict(how),
         "checks": {},
@@ -407,7 +408,7 @@ def _subject(
 
     if data is not None and data not in FLOWER_SETS:
         assert model is not None
-        return loaded(model), opened(data)[0], None
+        return loaded(model), open_photos(data)[0], None
     flowers = flower_set(str(data or FLOWER_SETS[0]), config.images_per_class, config.seed, SIDE_PX)
     performer = (
         loaded(model) if model is not None else _trained(flowers.images, out / "flowers.safetensors", config, show)

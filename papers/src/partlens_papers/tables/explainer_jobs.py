@@ -15,7 +15,9 @@ from pydantic import Field
 
 from partlens.errors import RunError, expected
 from partlens.records import Settings, plain
-from partlens.verbs.runs import RUN, category_rows, loaded, opened, sampled
+from partlens.run import EXPLAINER as RUN
+from partlens.verbs import runs
+from partlens.verbs.runs import loaded, sampled
 from partlens_papers.given import settings_of
 from partlens_papers.tables.jobs import Job, Made
 from partlens_papers.tables.scores import Score, estimate_of, scores_of
@@ -60,9 +62,7 @@ class RivalsConfig(Settings):
 
 def open_photos(data: str) -> ImageSet:
     """Open the readable photos of a data set, and keep them for :func:`photos_of`."""
-    from partlens.data.images import ImageSet
-
-    images = opened(ImageSet.open(Path(data)))[0]
+    images = runs.open_photos(data)[0]
     _OPENED.clear()
     _OPENED[data, images.fingerprint()] = images
     return images
@@ -181,8 +181,8 @@ def explain(job: Job, folder: Path) -> Made:
 
 def _evaluation_rows(images: ImageSet, category: str, split: str, seed: int) -> dict[str, list[int]]:
     """Return the photos that :func:`partlens.evaluate` takes for the same category, split and seed."""
-    held, held_others = category_rows(images, category, split)
-    train_rows, train_others = category_rows(images, category, "train")
+    held, held_others = images.rows_of((category,), split)
+    train_rows, train_others = images.rows_of((category,), "train")
     most = 3 * max(len(train_rows), len(held))
     return {
         "held": list(held),
@@ -238,7 +238,7 @@ def _fitted_rivals(
         "topk-sae": ("TopK SAE", fit_topk_sae),
     }
     settings = settings_of(RivalsConfig, job.settings["rivals"])
-    photos, others = category_rows(images, job.category, "train")
+    photos, others = images.rows_of((job.category,), "train")
     rows = [*photos, *sampled(others, settings.background, job.seed)]
     maps = stream_maps(performer, images.take(rows), [structure.tap], folder)[structure.tap]
     fitted = {}
@@ -268,7 +268,7 @@ def interpret(job: Job, folder: Path) -> Made:
     settings, images, performer = job.settings, photos_of(job), loaded(performer_spec(job))
     chosen = choose_layers(performer, settings)
     tap = chosen.tap or performer.tap
-    photos, others = category_rows(images, job.category, "train")
+    photos, others = images.rows_of((job.category,), "train")
     example = performer.preprocessing([images.read(photos[0])])
     structure = explainer_structure(performer, example, tap, chosen.targets)
     config = InterpretableConfig(**{"method": settings["loss"], "seed": job.seed, **settings["icnn"]})
