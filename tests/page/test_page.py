@@ -545,7 +545,8 @@ def test_several_categories_are_shown_apart(tmp_path):
     two = scores()
     two = two.__class__(**{**dict(two), "by_category": dict.fromkeys(("cat", "fox"), two.by_category["fox"])})
     assert 'aria-label="Scores per category"' not in render_page(collect_page(write_run(tmp_path / "one")))
-    html = render_page(collect_page(write_run(tmp_path / "two", measured=evaluation(explainer=two))))
+    measured = evaluation(explainer=two, data={"categories": ("cat", "fox")})
+    html = render_page(collect_page(write_run(tmp_path / "two", measured=measured)))
     table = re.search(r'aria-label="Scores per category".*?</table>', html, re.DOTALL)[0]
     cat, fox = re.findall(r"<tr.*?</tr>", table, re.DOTALL)[1:]
     assert "–</td>" in cat  # neither the null nor the performer has filters of it here
