@@ -14,7 +14,7 @@ def test_the_demo_makes_everything_and_goes_on_where_it_was(tmp_path: Path, monk
     monkeypatch.setattr(demonstration, "EPOCHS", 1)
     short = {"epochs": 1, "warmup_epochs": 1, "views": 2}
     monkeypatch.setattr(demonstration, "_EXPLAINER", demonstration._EXPLAINER | short)
-    page = demo(tmp_path / "demo", flowers=120)
+    page = demo(out=tmp_path / "demo", flowers=120)
     assert page.exists()
     assert len(list((tmp_path / "demo" / "run" / "explanations").glob("*/explanation.json"))) == 6
     text = page.read_text()
@@ -23,7 +23,7 @@ def test_the_demo_makes_everything_and_goes_on_where_it_was(tmp_path: Path, monk
     weights = tmp_path / "demo" / "run" / "explainer.safetensors"
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
     page.unlink()
-    assert demo(tmp_path / "demo", flowers=120).exists()
+    assert demo(out=tmp_path / "demo", flowers=120).exists()
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
 
 

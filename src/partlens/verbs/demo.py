@@ -61,8 +61,8 @@ def train_flower_network(
 
 
 def demo(
-    out: str | Path = "partlens-demo",
     *,
+    out: str | Path = "partlens-demo",
     flowers: int = DEMO_FLOWERS,
     seed: int = 0,
     progress: Progress | None = None,
