@@ -31,8 +31,8 @@ from torch import nn  # noqa: E402
 
 from partlens.data.flowers import generated_flowers  # noqa: E402
 from partlens.data.images import ImageSet  # noqa: E402
+from partlens.network.performer import Performer, weights_sha256  # noqa: E402
 from partlens.network.preprocessing import Preprocessing  # noqa: E402
-from partlens.network.zoo import Performer, weights_sha256  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile(

@@ -28,8 +28,9 @@ from PIL import Image
 from torch import Tensor
 
 from partlens.attribution.backprop import guided_backprop
+from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer, load_performer
+from partlens.network.zoo import load_performer
 from partlens_papers.flowers.lattice import lattice_energy_frac, lattice_index
 
 SEED, THREADS, PHOTOS, STRIDES = 0, 1, 12, (2, 4, 8)

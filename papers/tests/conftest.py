@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from partlens.data.images import ImageSet
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.zoo import Performer, weights_sha256
 
 COLOURS = {"blue": (30, 30, 220), "green": (30, 220, 30), "red": (220, 30, 30), "white": (220, 220, 220)}
 SIDE = 16

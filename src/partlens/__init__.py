@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from partlens.explainer.config import ExplainerConfig
     from partlens.explainer.filter_loss import filter_loss
     from partlens.explainer.network import Explainer
+    from partlens.network.performer import Performer
     from partlens.network.preprocessing import Preprocessing
-    from partlens.network.zoo import Performer, load_performer
+    from partlens.network.zoo import load_performer
     from partlens.object_parts.record import PartsConfig
     from partlens.selection.lasso import LassoSolution, mu_lasso
     from partlens.selection.record import DescriptorConfig
@@ -53,7 +54,7 @@ _HOMES = {
     "PartTruth": "partlens.data.annotations",
     "PartlensError": "partlens.errors",
     "PartsConfig": "partlens.object_parts.record",
-    "Performer": "partlens.network.zoo",
+    "Performer": "partlens.network.performer",
     "Preprocessing": "partlens.network.preprocessing",
     "SelectedFeatures": "partlens.verbs.select_features",
     "check_data": "partlens.data.check",

@@ -13,9 +13,9 @@ from partlens.attribution import average_pictures as module
 from partlens.attribution.average_pictures import STRIP_PHOTOS, average_pictures, crop_of, strongest
 from partlens.data.images import ImageSet
 from partlens.errors import InputError
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.stream import stream
-from partlens.network.zoo import Performer, weights_sha256
 
 SIDE = 40
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from partlens.attribution.backprop import backward_signals, guided_backprop, heat_map
 from partlens.attribution.rules import rewritten, strided_gradient
 from partlens.errors import InputError, InputTypeError, LayerError
-from partlens.network.zoo import Performer, weights_sha256
+from partlens.network.performer import Performer, weights_sha256
 from partlens_papers.flowers.lattice import lattice_energy_frac, lattice_index
 
 

@@ -18,8 +18,8 @@ from partlens.attribution.explanation import (
 )
 from partlens.attribution.record import ExplanationConfig
 from partlens.errors import InputError
+from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer
 from partlens.selection.measured_layers import feature_index
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.selection.responses import image_descriptors

@@ -19,8 +19,8 @@ from partlens.attribution.grad_cam import (
 from partlens.errors import InputError, LayerError
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, build_explainer, explainer_structure, performer_head
+from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer
 
 SIZE = (32, 32)
 CLASSES = torch.tensor([0, 3, 1, 1, 2])

@@ -23,9 +23,9 @@ from partlens.attribution.receptive_pictures import (
 from partlens.attribution.record import OcclusionConfig
 from partlens.errors import InputError
 from partlens.network.graph import trace
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.receptive_field import receptive_field
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer, weights_sha256
 
 SIDE = 32
 OFFSETS = ((-4, -4), (4, 0), (0, 0), (2, -3))

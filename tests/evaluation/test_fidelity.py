@@ -24,7 +24,7 @@ from partlens.evaluation.fidelity import (
 )
 from partlens.evaluation.results import EvaluatedData, Fidelity
 from partlens.metrics.scores import LOCALISATION, LocalisationScores
-from partlens.network.zoo import Performer
+from partlens.network.performer import Performer
 
 
 def fed(own: list[int], after: list[int], features: list[list[float]] | None = None) -> FedBack:

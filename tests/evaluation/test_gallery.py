@@ -24,9 +24,9 @@ from partlens.evaluation.results import Gallery, GalleryKind
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import build_explainer, explainer_structure
 from partlens.metrics.localisation import peaks_from_cells
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.receptive_field import grid_of
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer, weights_sha256
 from partlens.records import plain
 
 COARSE = {"stride_px": 7}

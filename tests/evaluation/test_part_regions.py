@@ -17,9 +17,9 @@ from partlens.errors import ImageError
 from partlens.estimate import Estimate
 from partlens.evaluation.part_regions import PartRegions, RegionPass, _strangers
 from partlens.evaluation.results import RegionScores
+from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import ReceptiveField
-from partlens.network.zoo import Performer
 from partlens.page.explainer import judge_regions
 from partlens.verbs.evaluate import evaluate
 from partlens.verbs.fit_explainer import fit_explainer

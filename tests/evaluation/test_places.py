@@ -26,9 +26,9 @@ from partlens.evaluation.places import (
 )
 from partlens.evaluation.results import FilterScores
 from partlens.metrics.localisation import Peaks, peaks_from_cells
+from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import ReceptiveField
-from partlens.network.zoo import Performer
 
 GRID = ((8.0, 8.0), (16.0, 16.0))
 SIZE = (64, 64)

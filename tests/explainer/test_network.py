@@ -15,9 +15,9 @@ from partlens.explainer.network import (
     performer_head,
     reference_decoder,
 )
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer, weights_sha256
 from partlens_papers.networks.paper_networks import PaperNet
 from partlens_papers.networks.settings import paper_setting
 

@@ -19,8 +19,8 @@ from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.terms import Objective
 from partlens.explainer.training import decoder_rate, train_explainer
 from partlens.explainer.views import TrainingMaps, epoch_batches, gather, view_windows, viewed_images
+from partlens.network.performer import Performer
 from partlens.network.stream import batches
-from partlens.network.zoo import Performer
 from partlens.records import read_json, read_tensors, write_tensors
 
 STRUCTURE = ExplainerStructure("relu2", ("relu3", "relu4"), 12, 12, (8, 8), None, "relu2")

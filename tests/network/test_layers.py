@@ -8,8 +8,8 @@ from torch import nn
 from partlens.errors import LayerError
 from partlens.network.graph import trace
 from partlens.network.layers import default_targets, list_layers
+from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.zoo import Performer
 
 
 def of(module: nn.Module, size: tuple[int, int]) -> Performer:

@@ -16,8 +16,9 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import build_explainer, explainer_structure, performer_head, reference_decoder
 from partlens.network.fitting import save_classifier
 from partlens.network.flower_network import flower_network, flower_preprocessing
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.zoo import Performer, load_performer, weights_sha256
+from partlens.network.zoo import load_performer
 from partlens.selection.measured_layers import feature_index
 
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, RunError, StorageError
+from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.stream import stream, stream_maps
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer, load_performer
+from partlens.network.zoo import load_performer
 from partlens.rows import RowRecord, read_rows
 
 

@@ -12,10 +12,10 @@ from partlens.errors import InputError, InputTypeError, LayerError
 from partlens.network.borrowed import borrowed
 from partlens.network.graph import trace
 from partlens.network.layers import default_targets, list_layers
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import receptive_field
 from partlens.network.taps import forward_taps, read_taps
-from partlens.network.zoo import Performer, weights_sha256
 
 
 def of(module: nn.Module, size: tuple[int, int]) -> Performer:

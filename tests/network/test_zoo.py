@@ -17,9 +17,10 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from partlens.errors import InputError, InputTypeError, LayerError, WeightsError
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.weights import with_outputs
-from partlens.network.zoo import Performer, load_performer, weights_sha256
+from partlens.network.zoo import load_performer
 from partlens.records import write_tensors
 
 
@@ -217,7 +218,7 @@ import torch
 from torch import nn
 
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.zoo import Performer, weights_sha256
+from partlens.network.performer import Performer, weights_sha256
 
 
 def made():

@@ -12,8 +12,8 @@ from torch import Tensor
 from partlens.errors import InputError
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import build_explainer, explainer_structure, performer_head
+from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer
 from partlens.object_parts.contributions import (
     PartContributions,
     Tracks,

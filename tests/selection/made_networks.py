@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.zoo import Performer, weights_sha256
 
 
 def as_performer(module: nn.Module, size: int = 16, names: tuple[str, ...] | None = None) -> Performer:

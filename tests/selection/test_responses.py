@@ -15,8 +15,8 @@ from torch import nn
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, RunError
+from partlens.network.performer import weights_sha256
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import weights_sha256
 from partlens.rows import RowRecord
 from partlens.selection.descriptors import descriptor
 from partlens.selection.record import DescriptorConfig, FeatureIndex

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from partlens.data.flowers import generated_flowers
-from partlens.network.zoo import Performer
+from partlens.network.performer import Performer
 from partlens.verbs.fit_explainer import fit_explainer
 
 SMALL: dict[str, Any] = {

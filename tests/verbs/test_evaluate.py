@@ -18,7 +18,7 @@ from partlens.errors import AtWorkError
 from partlens.evaluation.explainer_evaluation import EvaluationRows, Need
 from partlens.evaluation.results import Evaluation, Gallery
 from partlens.explainer.config import ExplainerConfig
-from partlens.network.zoo import Performer
+from partlens.network.performer import Performer
 from partlens.records import plain
 from partlens.run import Run
 from partlens.verbs.evaluate import evaluate

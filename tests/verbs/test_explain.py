@@ -16,7 +16,7 @@ from partlens.attribution.record import ExplanationRecord
 from partlens.data.flowers import generated_flowers
 from partlens.data.images import ImageSet
 from partlens.errors import InputError
-from partlens.network.zoo import Performer
+from partlens.network.performer import Performer
 from partlens.progress import Progress
 from partlens.verbs import explained_parts
 from partlens.verbs.select_features import select_features

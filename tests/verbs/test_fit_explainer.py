@@ -24,7 +24,7 @@ from partlens.data.images import ImageSet
 from partlens.errors import AtWorkError, InputError, LayerError, RunError
 from partlens.explainer.teachers import later_places
 from partlens.network.graph import trace
-from partlens.network.zoo import Performer
+from partlens.network.performer import Performer
 from partlens.progress import Progress
 from partlens.records import sole_writer, write_json
 from partlens.run import UsedPhotos

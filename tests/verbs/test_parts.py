@@ -16,7 +16,7 @@ import partlens
 from partlens.cli import main
 from partlens.data.images import ImageSet
 from partlens.errors import AtWorkError, ImageError, InputError, RunError
-from partlens.network.zoo import Performer, weights_sha256
+from partlens.network.performer import Performer, weights_sha256
 from partlens.object_parts import shares
 from partlens.object_parts.record import PartsFile
 from partlens.records import read_json, read_tensors

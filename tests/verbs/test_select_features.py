@@ -16,7 +16,7 @@ from partlens.attribution.average_pictures import average_pictures
 from partlens.cli import main
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, RunError
-from partlens.network.zoo import Performer, weights_sha256
+from partlens.network.performer import Performer, weights_sha256
 from partlens.progress import Progress
 from partlens.records import read_json, read_tensors
 from partlens.selection.lasso import mu_lasso

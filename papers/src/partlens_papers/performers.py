@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.weights import load_into, read_weights, seed_of, seeded
-from partlens.network.zoo import Performer, class_names_of, own_weights, weights_sha256
+from partlens.network.zoo import class_names_of, own_weights
 from partlens_papers.flowers.network import flower_net
 from partlens_papers.networks.paper_networks import PLANS, PaperNet
 

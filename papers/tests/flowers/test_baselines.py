@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from partlens.attribution.backprop import guided_backprop, heat_map
 from partlens.errors import InputError, LayerError
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer, load_performer, weights_sha256
+from partlens.network.zoo import load_performer
 from partlens_papers.flowers import baselines
 from partlens_papers.flowers.baselines import (
     BASELINES,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from partlens.errors import InputError, RunError
-from partlens.network.zoo import Performer, load_performer, weights_sha256
+from partlens.network.performer import Performer, weights_sha256
+from partlens.network.zoo import load_performer
 from partlens_papers.flowers import benchmark as module
 from partlens_papers.flowers.baselines import BASELINES, upsampled_activation
 from partlens_papers.flowers.benchmark import RECALLED, FlowersConfig, flower_benchmark, train_network

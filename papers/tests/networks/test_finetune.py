@@ -15,8 +15,8 @@ from torch import nn
 
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, LayerError, RunError, StorageError, WeightsError
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.zoo import Performer, weights_sha256
 from partlens.records import read_json
 from partlens.rows import read_rows
 from partlens_papers.networks.finetune import (

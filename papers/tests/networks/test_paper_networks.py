@@ -8,10 +8,11 @@ from safetensors.torch import save_file
 
 from partlens.errors import WeightsError
 from partlens.network.graph import trace
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import cell_centre_px, receptive_field
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer, load_performer, weights_sha256
+from partlens.network.zoo import load_performer
 from partlens_papers.networks.paper_networks import PaperNet
 
 

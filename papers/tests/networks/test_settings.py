@@ -12,8 +12,8 @@ from torch import nn
 from partlens.errors import InputTypeError
 from partlens.network.graph import trace
 from partlens.network.layers import default_targets
+from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.zoo import Performer
 from partlens_papers.networks.paper_networks import PaperNet
 from partlens_papers.networks.settings import known_networks, paper_setting
 

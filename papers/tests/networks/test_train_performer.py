@@ -18,8 +18,9 @@ from partlens.cli import main as product
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, PartlensError, RunError, WeightsError
 from partlens.evaluation.places import photo_numbers
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.zoo import Performer, load_performer, weights_sha256
+from partlens.network.zoo import load_performer
 from partlens.verbs.runs import chosen_categories
 from partlens_papers.cli import main
 from partlens_papers.networks.paper_networks import PaperNet

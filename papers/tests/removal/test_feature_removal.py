@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, RunError
-from partlens.network.zoo import Performer, load_performer
+from partlens.network.performer import Performer
+from partlens.network.zoo import load_performer
 from partlens.records import read_tensors, write_tensors
 from partlens.selection.measured_layers import feature_index
 from partlens.selection.record import DescriptorConfig, FeatureIndex

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from partlens.errors import InputError, LayerError
-from partlens.network.zoo import Performer
+from partlens.network.performer import Performer
 from partlens_papers.removal.removal import channel_effects, removed, scores_without
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
 from partlens.explainer.network import explainer_structure
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.zoo import Performer, weights_sha256
 from partlens_papers.rivals.interpretable_cnn import (
     InterpretableCNN,
     build_interpretable_cnn,

@@ -17,7 +17,8 @@ from torch import nn
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, RunError
 from partlens.metrics.likeness import rank_correlation, ranks
-from partlens.network.zoo import Performer, load_performer
+from partlens.network.performer import Performer
+from partlens.network.zoo import load_performer
 from partlens_papers.flowers.drawing import flower_seed, render_flower
 from partlens_papers.networks.randomised import layers_from_top, randomised
 from partlens_papers.sanity.bench import SanityConfig, fit_bench, make_bench, mean_of

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.zoo import Performer, weights_sha256
+from partlens.network.performer import Performer, weights_sha256
 
 
 def tiny():

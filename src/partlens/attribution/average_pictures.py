@@ -20,8 +20,8 @@ from PIL import Image
 
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected
+from partlens.network.performer import Performer
 from partlens.network.receptive_field import ReceptiveField, cell_centre_px, receptive_fields
-from partlens.network.zoo import Performer
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from partlens.attribution.rules import POOLINGS, RULES, STRIDES, Pooling, Rule, Strides, rewritten
 from partlens.errors import InputError, InputTypeError, LayerError, expected, first_line
 from partlens.network.borrowed import borrowed
+from partlens.network.performer import Performer, module_of
 from partlens.network.taps import read_taps
-from partlens.network.zoo import Performer, module_of
 
 __all__ = ["Pooling", "Rule", "Start", "Strides", "backward_signals", "guided_backprop", "heat_map"]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from partlens.attribution.backprop import backward_signals, heat_map
 from partlens.attribution.record import ExplanationConfig
 from partlens.errors import InputError, expected
-from partlens.network.zoo import Performer
+from partlens.network.performer import Performer
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.selection.responses import image_descriptors
 

@@ -21,8 +21,8 @@ from partlens.attribution.backprop import class_scores
 from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.network import Explainer
 from partlens.network.borrowed import borrowed
+from partlens.network.performer import Performer, module_of
 from partlens.network.taps import read_taps
-from partlens.network.zoo import Performer, module_of
 
 BATCH = 32
 

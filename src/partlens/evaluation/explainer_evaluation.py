@@ -44,9 +44,9 @@ from partlens.explainer.terms import RECONSTRUCTION_WEIGHT
 from partlens.metrics.faithfulness import class_outputs
 from partlens.metrics.localisation import Peaks, peaks_from_cells
 from partlens.metrics.scores import LocalisationScores
+from partlens.network.performer import Performer
 from partlens.network.receptive_field import ReceptiveField, grid_of, widened
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer
 from partlens.run import versions
 
 BATCH = 32

@@ -23,7 +23,7 @@ from partlens.metrics.faithfulness import (
     category_error_increase,
     decision_errors,
 )
-from partlens.network.zoo import Performer
+from partlens.network.performer import Performer
 
 SHARES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 0.95)
 

@@ -17,8 +17,8 @@ from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected
 from partlens.evaluation.results import FieldKind, GalleryKind
 from partlens.explainer.network import Explainer
+from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer
 from partlens.records import write_atomically
 
 PHOTOS = 6

@@ -30,7 +30,7 @@ from partlens.metrics.localisation import (
     spread_per_filter,
 )
 from partlens.metrics.scores import LOCALISATION, LocalisationScores
-from partlens.network.zoo import Performer
+from partlens.network.performer import Performer
 
 ROUNDS = 100
 NULL_FILTERS = 256

@@ -31,8 +31,8 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.templates import centroid_cells, mask_around, mask_at_peak, peak_cells, peak_masks
 from partlens.network.borrowed import random_state_kept
+from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer
 
 _NORM_MOMENTUM = 0.95
 _NORM_FLOOR = 0.1

@@ -24,8 +24,8 @@ from torch import Tensor
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected
 from partlens.explainer.config import ExplainerConfig
+from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.zoo import Performer
 
 CROP_AREA_MIN = 0.55
 """Smallest share of a photo's area in a crop (ours)."""

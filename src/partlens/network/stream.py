@@ -16,8 +16,8 @@ from torch import Tensor
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, expected, failed
+from partlens.network.performer import Performer
 from partlens.network.taps import Reduce, forward_taps
-from partlens.network.zoo import Performer
 from partlens.rows import row_store
 
 _FLOAT16_MAX = 65504.0

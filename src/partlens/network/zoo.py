@@ -32,7 +32,7 @@ from torch import nn
 from partlens.errors import InputError, InputTypeError, PartlensError, WeightsError, expected, first_line, nearest
 from partlens.network.borrowed import unwrapped
 from partlens.network.flower_network import FLOWER_DEMO, flower_network, flower_preprocessing
-from partlens.network.performer import Performer, module_of, weights_sha256
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from partlens.network.weights import (
     OUTPUT_LAYER,
@@ -46,8 +46,6 @@ from partlens.network.weights import (
     seeded,
     with_outputs,
 )
-
-__all__ = ["Performer", "load_performer", "module_of", "weights_sha256"]
 
 _IMAGENET_OUTPUTS = 1000
 _FLOWER_OUTPUTS = 6

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from partlens.errors import LayerError, expected, first_line
 from partlens.network.borrowed import borrowed
 from partlens.network.graph import ACTIVATIONS, Graph
+from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer
 from partlens.selection.descriptors import channels_only
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from partlens.errors import ImageError, InputError, expected, listed
-from partlens.network.zoo import Performer
+from partlens.network.performer import Performer
 from partlens.selection.lasso import LassoSolution, OnFailure, mu_lasso
 from partlens.selection.record import DEFAULT_MU, FeatureIndex
 

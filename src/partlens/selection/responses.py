@@ -14,9 +14,9 @@ from torch import Tensor
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, expected
+from partlens.network.performer import Performer
 from partlens.network.stream import stream
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer
 from partlens.records import plain
 from partlens.rows import row_store
 from partlens.selection.descriptors import energy, energy_and_peak, normalised

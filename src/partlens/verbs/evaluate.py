@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from partlens.attribution.record import OcclusionConfig
     from partlens.data.images import ImageSet
     from partlens.evaluation.explainer_evaluation import EvaluationRows
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
 
 _ROUNDS = 100
 _MEANING = (

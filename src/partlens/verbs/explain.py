@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from partlens.attribution.explanation import Explanations
     from partlens.data.images import ImageSet
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
     from partlens.verbs.explained_parts import ExplainedParts, OpenedParts
 
 Style = Literal["glow", "jet"]

@@ -18,9 +18,9 @@ from partlens.errors import RunError, expected
 from partlens.estimate import Estimate, percentile_interval
 from partlens.explainer.network import Explainer, performer_head
 from partlens.metrics.faithfulness import class_outputs
+from partlens.network.performer import Performer
 from partlens.network.receptive_field import grid_of
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer
 from partlens.object_parts.assignment import upsampled
 from partlens.object_parts.record import NamedPart, PartsFile
 from partlens.object_parts.shares import PartShares, part_shares

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from partlens.explainer.teachers import PlaceSource
     from partlens.explainer.training import Extras
     from partlens.explainer.views import TrainingMaps
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
 
 _MOST_BACKGROUND = 1500
 _DEFAULT_SEEDS = 3

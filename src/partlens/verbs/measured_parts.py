@@ -18,9 +18,9 @@ from partlens.evaluation.places import landmarks_in_input, photo_numbers
 from partlens.explainer.network import Explainer, performer_head
 from partlens.explainer.record import ExplainerRun
 from partlens.metrics.localisation import peaks_from_cells
+from partlens.network.performer import Performer
 from partlens.network.receptive_field import grid_of
 from partlens.network.stream import stream
-from partlens.network.zoo import Performer
 from partlens.object_parts.record import (
     Contributions,
     FoundPart,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from partlens.data.images import ImageSet
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
 
 
 def parts(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from partlens.data.images import ImageSet
     from partlens.network.layers import LayerInfo
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
 
 _SAFE = ("torchvision:", "timm:", "partlens:")
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from partlens.data.images import ImageSet
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
     from partlens.selection.relevance import LabelMatrix, Selection
     from partlens.selection.responses import Responses
 

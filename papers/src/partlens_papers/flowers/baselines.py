@@ -23,8 +23,8 @@ from partlens.attribution.backprop import guided_backprop, heat_map
 from partlens.attribution.rules import Rule
 from partlens.errors import InputError, LayerError, expected
 from partlens.network.borrowed import borrowed
+from partlens.network.performer import Performer, module_of
 from partlens.network.taps import forward_taps
-from partlens.network.zoo import Performer, module_of
 
 Method = Callable[[Performer, Tensor, Tensor], Tensor]
 Cam = Literal["grad-cam", "grad-cam++"]

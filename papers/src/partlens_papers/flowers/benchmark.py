@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from partlens.data.images import ImageSet
     from partlens.estimate import Estimate
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
     from partlens_papers.flowers.baselines import Method
     from partlens_papers.flowers.sets import FlowerSet
 
@@ -417,7 +417,7 @@ def _randomised(performer: Performer, seed: int) -> Performer:
     import torch
 
     from partlens.network.borrowed import random_state_kept
-    from partlens.network.zoo import weights_sha256
+    from partlens.network.performer import weights_sha256
 
     module = copy.deepcopy(performer.module)
     with random_state_kept():

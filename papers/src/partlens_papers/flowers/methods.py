@@ -17,7 +17,7 @@ from partlens.selection.responses import stream_responses
 from partlens_papers.flowers.baselines import BASELINES, Method, upsampled_activation
 
 if TYPE_CHECKING:
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
     from partlens.selection.relevance import Selection
     from partlens_papers.flowers.sets import FlowerSet
 

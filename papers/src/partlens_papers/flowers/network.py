@@ -10,9 +10,10 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from partlens.errors import InputTypeError, expected
 from partlens.network.flower_network import flower_preprocessing
+from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.weights import load_into, read_weights, seed_of, seeded
-from partlens.network.zoo import Performer, class_names_of, own_weights, weights_sha256
+from partlens.network.zoo import class_names_of, own_weights
 
 _CELLS = 7
 _SPEC = "partlens_papers.performers:flower_net"

@@ -24,8 +24,8 @@ from partlens.checkpoint import Checkpoint, moments, restore_moments
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected, listed
 from partlens.network.borrowed import borrowed, random_state_kept
+from partlens.network.performer import Performer, module_of
 from partlens.network.stream import batches
-from partlens.network.zoo import Performer, module_of
 from partlens.progress import Progress
 from partlens.records import content_hash
 from partlens_papers.networks.finetune_config import FinetuneConfig

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from partlens.errors import InputError, LayerError, WeightsError, expected, first_line, listed
 from partlens.network.borrowed import random_state_kept
 from partlens.network.graph import trace
+from partlens.network.performer import Performer, module_of
 from partlens.network.taps import place_of
 from partlens.network.weights import with_outputs
-from partlens.network.zoo import Performer, module_of
 from partlens_papers.networks.finetune_config import FinetuneConfig
 from partlens_papers.networks.paper_networks import PaperNet
 

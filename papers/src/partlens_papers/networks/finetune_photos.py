@@ -16,9 +16,9 @@ from torch import Tensor
 
 from partlens.data.images import ImageSet
 from partlens.explainer.views import viewed_images
+from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.stream import stream_maps
-from partlens.network.zoo import Performer
 from partlens.progress import Progress
 from partlens.rows import row_store
 from partlens_papers.networks.finetune_config import FinetuneConfig

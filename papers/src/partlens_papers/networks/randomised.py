@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from partlens.network.borrowed import borrowed
-from partlens.network.zoo import Performer, module_of, weights_sha256
+from partlens.network.performer import Performer, module_of, weights_sha256
 from partlens.records import content_hash
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from partlens.network.zoo import Performer, module_of
+from partlens.network.performer import Performer, module_of
 from partlens_papers.networks.paper_networks import PaperNet
 
 ETA_SHALLOW = 1.0e6

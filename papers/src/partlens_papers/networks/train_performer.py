@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from partlens.data.images import ImageSet
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
 
 ALL = "all"
 _ENTRY = "training"
@@ -284,8 +284,8 @@ def train_performer(
     import torch
 
     from partlens.evaluation.places import photo_numbers
+    from partlens.network.performer import weights_sha256
     from partlens.network.weights import OUTPUT_LAYER
-    from partlens.network.zoo import weights_sha256
     from partlens_papers.networks.finetune import category_scores, finetune
     from partlens_papers.networks.finetune_network import prepare_network
 

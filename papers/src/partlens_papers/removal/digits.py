@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from partlens.data.images import ImageSet
+    from partlens.network.performer import Performer
     from partlens.network.preprocessing import Preprocessing
-    from partlens.network.zoo import Performer
 
 SIDE_PX = 28
 CLASSES = tuple(str(digit) for digit in range(10))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from partlens.data.images import ImageSet
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
     from partlens.selection.record import FeatureIndex
     from partlens_papers.removal.removal import ChannelEffects
 

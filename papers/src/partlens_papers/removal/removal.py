@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from partlens.attribution.backprop import class_scores as scores_of
 from partlens.errors import InputError, InputTypeError, LayerError, expected, listed
 from partlens.network.borrowed import borrowed
+from partlens.network.performer import Performer, module_of
 from partlens.network.taps import place_of, read_taps, tensor_at
-from partlens.network.zoo import Performer, module_of
 
 __all__ = ["ChannelEffects", "channel_effects", "removed", "scores_without"]
 

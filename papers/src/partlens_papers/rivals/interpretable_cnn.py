@@ -31,7 +31,7 @@ from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.network import identity_kernel
 from partlens.explainer.record import ExplainerStructure
 from partlens.network.borrowed import random_state_kept
-from partlens.network.zoo import Performer
+from partlens.network.performer import Performer
 from partlens_papers.rivals.interpretable_config import InterpretableConfig
 from partlens_papers.rivals.masks import FilterCategories, PublishedMask, ReleasedMask
 

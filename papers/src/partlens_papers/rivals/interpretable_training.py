@@ -23,8 +23,8 @@ from partlens.checkpoint import Checkpoint, moments, restore_moments
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, expected
 from partlens.network.borrowed import random_state_kept
+from partlens.network.performer import Performer
 from partlens.network.stream import stream_maps
-from partlens.network.zoo import Performer
 from partlens.records import content_hash
 from partlens_papers.rivals.interpretable_cnn import InterpretableCNN
 from partlens_papers.rivals.masks import ReleasedMask

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from partlens.attribution.record import ExplanationConfig
     from partlens.data.images import ImageSet
     from partlens.estimate import Estimate
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
     from partlens.selection.record import DescriptorConfig, FeatureIndex
 
 

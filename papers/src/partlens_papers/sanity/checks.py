@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from partlens.data.images import ImageSet
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
     from partlens_papers.flowers.sets import FlowerSet
 
 SCHEMA = "partlens.sanity/1"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from partlens.data.images import ImageSet
     from partlens.explainer.record import ExplainerStructure
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
     from partlens_papers.networks.settings import PublishedChoice
     from partlens_papers.rivals.cells import Rival
 

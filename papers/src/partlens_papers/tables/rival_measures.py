@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from partlens.explainer.record import ExplainerStructure
     from partlens.metrics.faithfulness import HeadErrors
     from partlens.metrics.localisation import Peaks
-    from partlens.network.zoo import Performer
+    from partlens.network.performer import Performer
     from partlens_papers.rivals.cells import Rival
     from partlens_papers.rivals.interpretable_cnn import InterpretableCNN
 
