@@ -288,28 +288,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_checkpoint(state_file: Path, fingerprint: str, remedy: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Read the checkpoint of a training: its state, and the tensors of the file that the state names.
-
-    Args:
-        state_file: JSON with ``fingerprint`` and ``tensors``, a file beside it.
-        fingerprint: of the configuration that wants to go on.
-        remedy: what to do when the checkpoint is another's.
-
-    Returns:
-        State and tensors; ``None`` where there is no checkpoint yet.
-
-    Raises:
-        RunError: the checkpoint belongs to another configuration, or cannot be read.
-    """
-    if not state_file.exists():
-        return None
-    state = read_json(state_file)
-    if state.get("fingerprint") != fingerprint:
-        raise RunError(expected(f"a checkpoint of this configuration in {state_file.parent}", "one of another", remedy))
-    return state, read_tensors(state_file.parent / state["tensors"])
-
-
 def file_sha256(path: Path) -> str:
     """Hash a file's bytes."""
     digest = hashlib.sha256()
