@@ -20,7 +20,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -123,24 +123,29 @@ _OUT_OF_PLACE: dict[Any, Any] = {
 }
 
 
+def _plain_name(name: str) -> str | None:
+    """Return the name without the underscore that marks an in-place operation of torch."""
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else None
+
+
 def _without_overwriting(node: fx.Node, root: nn.Module) -> bool:
     """Rewrite an in-place operation to its counterpart; return whether the node was one."""
     if node.op == "call_module":  # copies are made to work out of place
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
     if node.op == "call_method":
-        name = str(node.target)
-        found = name.endswith("_") and not name.endswith("__") and hasattr(Tensor, name[:-1])
-        node.target = name[:-1] if found else name
-        return found
+        method = _plain_name(str(node.target))
+        if method is None or not hasattr(Tensor, method):
+            return False
+        node.target = method
+        return True
     if node.op != "call_function":
         return False
     if node.kwargs.get("inplace") is True:
         node.update_kwarg("inplace", False)  # noqa: FBT003
         return True
-    name = getattr(node.target, "__name__", "")
     plain = _OUT_OF_PLACE.get(node.target)
-    if plain is None and name.endswith("_") and not name.endswith("__"):
-        plain = getattr(F, name[:-1], getattr(torch, name[:-1], None))
+    if plain is None and (name := _plain_name(getattr(node.target, "__name__", ""))) is not None:
+        plain = getattr(F, name, getattr(torch, name, None))
     if not callable(plain):
         return False
     node.target = plain
@@ -162,6 +167,17 @@ def _make_out_of_place(graph: fx.Graph, root: nn.Module) -> None:
                     user.replace_input_with(written, node)
 
 
+def _reached(start: Iterable[fx.Node], steps: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    waiting = list(start)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(steps(node))
+    return seen
+
+
 def is_size(node: fx.Node) -> bool:
     """Whether a node holds sizes, not values."""
     if node.op == "call_method" and node.target in {"size", "dim", "numel", "new_zeros", "new_ones"}:
@@ -171,17 +187,22 @@ def is_size(node: fx.Node) -> bool:
     return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
 
 
+def _calls(node: Any, op: str, target: str) -> bool:
+    """Whether a node is a call of a function or method by name."""
+    return isinstance(node, fx.Node) and node.op == op and getattr(node.target, "__name__", node.target) == target
+
+
 def _batch_of(node: fx.Node) -> fx.Node | None:
     """Return ``x`` when a node is the number of images of ``x``: ``x.size(0)``, ``x.shape[0]``."""
-    if node.op == "call_method" and node.target == "size" and tuple(node.args[1:]) == (0,):
+    if _calls(node, "call_method", "size") and node.args[1:] == (0,):
         return node.all_input_nodes[0]
-    if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem" and node.args[1] == 0:
-        sizes = node.args[0]
-        if isinstance(sizes, fx.Node) and (
-            (sizes.op == "call_method" and sizes.target == "size" and len(sizes.args) == 1)
-            or (sizes.op == "call_function" and sizes.target is getattr and sizes.args[1] == "shape")
-        ):
-            return sizes.all_input_nodes[0]
+    if not _calls(node, "call_function", "getitem") or node.args[1] != 0:
+        return None
+    sizes: Any = node.args[0]
+    if (_calls(sizes, "call_method", "size") and len(sizes.args) == 1) or (
+        _calls(sizes, "call_function", "getattr") and sizes.args[1] == "shape"
+    ):
+        return cast("fx.Node", sizes.all_input_nodes[0])
     return None
 
 
@@ -194,21 +215,19 @@ def _assemble(parts: dict[str, Any], graph: fx.Graph, module: nn.Module) -> nn.M
     try:
         copies = copy.deepcopy(parts, memo)
     except RuntimeError as error:
-        raise LayerError(
-            expected(
-                f"layers of {type(module).__name__} that can be copied",
-                str(error).splitlines()[0],
-                "Remove weight normalisation first (torch.nn.utils.remove_weight_norm)",
-            )
-        ) from error
+        rule = f"layers of {type(module).__name__} that can be copied"
+        remedy = "Remove weight normalisation first (torch.nn.utils.remove_weight_norm)"
+        raise LayerError(expected(rule, first_line(error), remedy)) from error
     made = fx.GraphModule(copies, graph, class_name="Cut")
     for each in made.modules():
         if getattr(each, "inplace", False):
             each.inplace = False  # type: ignore[assignment]
-    for parameter in made.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad = True
+    for parameter in filter(torch.is_floating_point, made.parameters()):
+        parameter.requires_grad = True
     return made.eval()
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 class Graph:
@@ -266,13 +285,8 @@ class Graph:
             return inside
         if name == _OUTPUT and self.result is not None:
             return self.result
-        raise LayerError(
-            expected(
-                f"a layer of {type(self.root).__name__}",
-                name,
-                f"Nearest: {', '.join(nearest(name, self.all_names()))}",
-            )
-        )
+        remedy = f"Nearest: {', '.join(nearest(name, self.all_names()))}"
+        raise LayerError(expected(f"a layer of {type(self.root).__name__}", name, remedy))
 
     def label(self, node: fx.Node) -> str:
         """Return the name to show: the block that ends in this node, else the layer itself.
@@ -280,12 +294,12 @@ class Graph:
         A block is the innermost module with submodules that returns the node; plain ``Sequential`` containers
         do not count, so that ``features.30`` is not called ``features``.
         """
-        ends = [name for name, end in self.containers.items() if end is node]
-        kinds = {name: self._module_of(name) for name in ends}
-        blocks = [name for name in ends if not isinstance(kinds[name], (nn.Sequential, nn.ModuleList))]
-        blocks = blocks or [name for name in ends if type(kinds[name]) not in {nn.Sequential, nn.ModuleList}]
-        if blocks:
-            return max(blocks, key=len)
+        # Subclasses of containers (torchvision's ConvNormActivation) are blocks only where nothing else ends.
+        ends = {name: self._module_of(name) for name, end in self.containers.items() if end is node}
+        for plain in (_CONTAINERS, ()):
+            blocks = [n for n, m in ends.items() if not isinstance(m, plain) and type(m) not in _CONTAINERS]
+            if blocks:
+                return max(blocks, key=len)
         if node is self.result and node not in self.names:
             return _OUTPUT
         return self.names.get(node, node.name)
@@ -306,25 +320,11 @@ class Graph:
 
     def ancestors(self, targets: Iterable[fx.Node]) -> set[fx.Node]:
         """Return all nodes that the targets need, themselves included."""
-        seen: set[fx.Node] = set()
-        waiting = list(targets)
-        while waiting:
-            node = waiting.pop()
-            if node not in seen:
-                seen.add(node)
-                waiting.extend(node.all_input_nodes)
-        return seen
+        return _reached(targets, lambda node: node.all_input_nodes)
 
     def descendants(self, source: fx.Node) -> set[fx.Node]:
         """Return all nodes that depend on the source, itself included."""
-        seen: set[fx.Node] = set()
-        waiting = [source]
-        while waiting:
-            node = waiting.pop()
-            if node not in seen:
-                seen.add(node)
-                waiting.extend(node.users)
-        return seen
+        return _reached([source], lambda node: node.users)
 
     @functools.cached_property
     def cut_nodes(self) -> tuple[fx.Node, ...]:
@@ -332,16 +332,16 @@ class Graph:
 
         Nodes that read only sizes are not paths.
         """
-        live = self.ancestors([self.last]) & self.descendants(self.input)
-        path = [n for n in self.nodes if n in live and not is_size(n) and n.op != "output"]
+        live = {n for n in self.ancestors([self.last]) & self.descendants(self.input) if not is_size(n)}
+        path = [n for n in self.nodes if n in live and n is not self._end]
         places = {node: place for place, node in enumerate(path)}
         found, reach = [], -1  # reach: the furthest reader of anything before this node
         for place, node in enumerate(path):
-            if reach <= place and node is not self.input:
+            if reach <= place:
                 found.append(node)
-            readers = (user for user in node.users if user in live and not is_size(user))
-            reach = max([reach, *(places.get(user, len(path)) for user in readers)])
-        return tuple(found)
+            # Of the live readers only the end is on no place of the path; it is behind them all.
+            reach = max([reach, *(places.get(user, len(path)) for user in live.intersection(node.users))])
+        return tuple(found[1:])  # the input comes first
 
     @property
     def last(self) -> fx.Node:
@@ -423,44 +423,40 @@ class Graph:
         needed: set[fx.Node] = set()
         for name in targets:
             whole = name == _OUTPUT and self.result is None  # several outputs, joined by the last node
-            end = self._end.args[0] if whole else self.find(name)
-            for node in self._end.all_input_nodes if whole else [self.find(name)]:
+            ends.append(self._end.args[0] if whole else self.find(name))
+            for node in self._end.all_input_nodes if whole else [ends[-1]]:
                 if node is start or node not in after:
-                    later = list(dict.fromkeys(self.label(n) for n in self.after(start))) or [_OUTPUT]
-                    got, remedy = f"{name}, which does not depend on it", f"Choose among {listed(later, 6)}"
-                    raise LayerError(expected(f"a target after {source}", got, remedy))
-                needed |= self._between(source, start, name, node, after)
-            ends.append(end)
+                    raise self._not_behind(source, start, name)
+                between = self._between(start, node, after)
+                if self.input in between:
+                    raise self.bypassed(source, start, name)
+                needed |= between
         return self._copied(start, after, needed, ends)
 
-    def _between(self, source: str, start: fx.Node, name: str, target: fx.Node, after: set[fx.Node]) -> set[fx.Node]:
-        """Return the nodes between source and target; refuse paths around the source."""
-        seen: set[fx.Node] = set()
-        waiting = [target]
-        while waiting:
-            node = waiting.pop()
-            if node in seen or node is start:
-                continue
-            if node is self.input:
-                raise self.bypassed(source, start, name)
-            seen.add(node)
+    def _not_behind(self, source: str, start: fx.Node, target: str) -> LayerError:
+        later = list(dict.fromkeys(map(self.label, self.after(start)))) or [_OUTPUT]
+        got, remedy = f"{target}, which does not depend on it", f"Choose among {listed(later, 6)}"
+        return LayerError(expected(f"a target after {source}", got, remedy))
+
+    def _between(self, start: fx.Node, target: fx.Node, after: set[fx.Node]) -> set[fx.Node]:
+        """Return the nodes that the target needs beside the start: with the input where a path goes around it."""
+
+        def sources(node: fx.Node) -> list[fx.Node]:
             base = _batch_of(node)
-            if base is None or base in after:
-                waiting.extend(node.all_input_nodes)
-        return seen
+            # The number of images is known from the map itself, whatever it was read from.
+            known = base is not None and base not in after
+            return [] if known else [n for n in node.all_input_nodes if n is not start]
+
+        return _reached([target], sources)
 
     def bypassed(self, source: str, start: fx.Node, target: str) -> LayerError:
         """Build the error of a layer that not everything passes."""
         before = [n for n in self.cut_nodes if self.index(n) < self.index(start)][-2:]
         behind = [n for n in self.cut_nodes if self.index(n) > self.index(start)][:2]
         near = list(dict.fromkeys(self.label(n) for n in before + behind if n in self.readable))
-        return LayerError(
-            expected(
-                f"a layer through which everything that {target} reads must pass",
-                f"{source}, which a shortcut goes around",
-                f"Nearest layers that can be cut: {', '.join(near) or 'none'}",
-            )
-        )
+        rule = f"a layer through which everything that {target} reads must pass"
+        remedy = f"Nearest layers that can be cut: {', '.join(near) or 'none'}"
+        return LayerError(expected(rule, f"{source}, which a shortcut goes around", remedy))
 
     def _copied(self, start: fx.Node, after: set[fx.Node], needed: set[fx.Node], ends: list[Any]) -> nn.Module:
         """Copy the needed nodes into a graph of their own, and the layers that they call."""
@@ -488,15 +484,7 @@ class Graph:
         return [n for n in self.nodes if n.op == "call_module" and isinstance(self.leaf(n), kinds)]
 
     def shapes(self, input_size: tuple[int, int], upto: Iterable[fx.Node] | None = None) -> dict[fx.Node, Any]:
-        """Run the graph once on a zero image and note what each node gives.
-
-        Args:
-            input_size: rows and columns of the input.
-            upto: run only what these nodes need.
-
-        Returns:
-            For a tensor its ``torch.Size``, for a list of tensors a list of sizes, for other values the
-            value.
+        """Run the graph once on a zero image and note the size of each tensor, and other values as they are.
 
         Raises:
             LayerError: the network does not accept this input size.
@@ -516,13 +504,11 @@ def refused_size(module: nn.Module, size: tuple[int, int]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a network may raise anything
-        raise LayerError(
-            expected(
-                f"an input size that {type(module).__name__} accepts",
-                f"{size[0]}x{size[1]} px ({first_line(error)})",
-                "Give the size the network was made for",
-            )
-        ) from error
+        rule, got = (
+            f"an input size that {type(module).__name__} accepts",
+            f"{size[0]}x{size[1]} px ({first_line(error)})",
+        )
+        raise LayerError(expected(rule, got, "Give the size the network was made for")) from error
 
 
 def blank_image(module: nn.Module, size: tuple[int, int], first: nn.Module | None = None) -> Tensor:
@@ -584,24 +570,20 @@ def trace(module: nn.Module) -> Graph:
         try:
             graph = tracer.trace(network)
         except Exception as error:
-            raise LayerError(
-                expected(
-                    "a network that torch.fx can trace",
-                    f"{type(inner).__name__} ({first_line(error)})",
-                    "Rewrite its forward without branches on values, or explain a part that has none",
-                )
-            ) from error
+            got, remedy = (
+                f"{type(inner).__name__} ({first_line(error)})",
+                "Rewrite its forward without branches on values, or explain a part that has none",
+            )
+            raise LayerError(expected("a network that torch.fx can trace", got, remedy)) from error
         finally:  # the tracer hangs tensor constants on the network
             constants = {name: inner.__dict__.pop(name) for name in set(inner.__dict__) - attributes}
         _make_out_of_place(graph, network)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     needed = [node for node in placeholders if not node.args]
     if len(needed) != 1 and len(placeholders) != 1:
-        raise LayerError(
-            expected(
-                "a network with one input, the images",
-                f"{type(inner).__name__} with {len(needed)}",
-                "Wrap it in a module whose forward takes only the images",
-            )
+        got, remedy = (
+            f"{type(inner).__name__} with {len(needed)}",
+            "Wrap it in a module whose forward takes only the images",
         )
+        raise LayerError(expected("a network with one input, the images", got, remedy))
     return Graph(inner, graph, tracer, (needed or placeholders)[0], constants)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,7 @@ def _seen_layers(module: nn.Module, image: Tensor) -> dict[str, _Seen]:
         def hook(owner: nn.Module, _inputs: Any, output: Any) -> None:
             call = calls.get(path, 0)
             calls[path] = call + 1
-            if not isinstance(output, Tensor):
-                entries = output.values() if isinstance(output, Mapping) else output
-                tensors = [v for v in entries if isinstance(v, Tensor)] if isinstance(entries, Iterable) else []
-                output = next((v for v in tensors if v.ndim == 4), None)
+            output = _first_maps(output)
             if output is not None and output.ndim >= 2:
                 lowest = float(output.min()) if output.numel() else 0.0
                 seen[f"{path}_{call}" if call else path] = _Seen(type(owner).__name__, tuple(output.shape[1:]), lowest)
@@ -81,6 +78,15 @@ def _seen_layers(module: nn.Module, image: Tensor) -> dict[str, _Seen]:
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _first_maps(output: Any) -> Any:
+    """Return the output, or of several the first with four dimensions; ``None`` where there is none."""
+    if isinstance(output, Tensor):
+        return output
+    entries = output.values() if isinstance(output, Mapping) else output
+    given = entries if isinstance(entries, Iterable) else ()
+    return next((v for v in given if isinstance(v, Tensor) and v.ndim == 4), None)
 
 
 def list_layers(
@@ -112,21 +118,16 @@ def list_layers(
     if default is None and graph is not None:
         with contextlib.suppress(LayerError):  # none suits; each says why
             default = default_tap(graph, maps)
-    return tuple(
-        LayerInfo(
-            name=name,
-            kind=each.kind,
-            shape=each.shape,
-            stride_px=fields[name].stride_px if name in fields else None,
-            receptive_field_px=fields[name].size_px if name in fields else None,
-            is_default=name == default,
-            reason=_reason(each, graph, None if graph is None else _known(graph, name)),
-        )
-        for name, each in seen.items()
-    )
+    found = []
+    for name, each in seen.items():
+        field = fields.get(name)
+        stride, size = (None, None) if field is None else (field.stride_px, field.size_px)
+        reason = _reason(each, graph, name)
+        found.append(LayerInfo(name, each.kind, each.shape, stride, size, is_default=name == default, reason=reason))
+    return tuple(found)
 
 
-def _reason(layer: _Seen, graph: Graph | None, node: fx.Node | None) -> str:
+def _reason(layer: _Seen, graph: Graph | None, name: str) -> str:
     """Say why no explainer can be fitted to a layer."""
     if len(layer.shape) != 3:
         return "gives vectors, no maps" if len(layer.shape) == 1 else "gives no maps"
@@ -134,6 +135,7 @@ def _reason(layer: _Seen, graph: Graph | None, node: fx.Node | None) -> str:
         return "maps of one row or column"
     if graph is None:
         return "torch.fx cannot trace the network"
+    node = _known(graph, name)
     if node is None or node not in graph.cut_nodes:
         return "a shortcut goes around it"
     if layer.lowest < 0:
@@ -143,17 +145,15 @@ def _reason(layer: _Seen, graph: Graph | None, node: fx.Node | None) -> str:
 
 def _hidden_layers(graph: Graph, start: fx.Node) -> list[fx.Node]:
     """Activations of the fully connected layers after a node, but for the last layer; cut points only."""
-    cuts = [n for n in graph.cut_nodes if graph.index(n) > graph.index(start)]
-    found = []
-    for place, node in enumerate(cuts):
-        if node.op != "call_module" or not isinstance(graph.leaf(node), nn.Linear):
+    found, after_linear = [], False
+    for node in graph.cut_nodes:
+        if graph.index(node) <= graph.index(start):
             continue
-        for follower in cuts[place + 1 :]:
-            if graph.is_activation(follower):
-                found.append(follower)
-                break
-            if follower.op == "call_module" and isinstance(graph.leaf(follower), nn.Linear):
-                break
+        if node.op == "call_module" and isinstance(graph.leaf(node), nn.Linear):
+            after_linear = True
+        elif after_linear and graph.is_activation(node):
+            found.append(node)
+            after_linear = False  # the first activation after each linear layer is its own
     return found
 
 
@@ -187,21 +187,25 @@ def default_targets(graph: Graph, source: str, input_size: tuple[int, int]) -> t
     hidden = [node for node in _hidden_layers(graph, start) if node in graph.readable]
     if len(hidden) >= 2:
         return tuple(graph.label(node) for node in hidden[:2])
-    shapes = graph.shapes(input_size)
+    judged = next(filter(None, _judging(graph, start, input_size)), None)
+    if judged is None:
+        earlier = listed([graph.label(n) for n in graph.cut_nodes][-6:], 6)
+        raise LayerError(expected(f"layers after {source}", "none", f"Choose an earlier tap, among {earlier}"))
+    return tuple(graph.label(node) for node in judged[-2:])
+
+
+def _judging(graph: Graph, start: fx.Node, input_size: tuple[int, int]) -> Iterator[list[fx.Node]]:
+    """Layers by which a reconstruction can be judged, the best kind first."""
     # The output itself leaves nothing to judge the reconstruction by, where there is anything else.
     later = [n for n in graph.after(start) if n is not graph.result] or graph.after(start)
-    maps = [n for n in later if isinstance(s := shapes.get(n), torch.Size) and len(s) == 4 and s[2] * s[3] > 1]
-    for choice in (
-        [n for n in maps if graph.is_block(n)],
-        [n for n in maps if graph.is_activation(n)],
-        maps,
-        [n for n in later if graph.is_activation(n)],
-        [n for n in later if isinstance(shapes.get(n), torch.Size)],
-    ):
-        if choice:
-            return tuple(graph.label(node) for node in choice[-2:])
-    earlier = listed([graph.label(n) for n in graph.cut_nodes][-6:], 6)
-    raise LayerError(expected(f"layers after {source}", "none", f"Choose an earlier tap, among {earlier}"))
+    shapes = graph.shapes(input_size)
+    sizes = {n: shapes[n] for n in later if isinstance(shapes.get(n), torch.Size)}
+    maps = [n for n, size in sizes.items() if len(size) == 4 and size[2] * size[3] > 1]
+    yield list(filter(graph.is_block, maps))
+    yield list(filter(graph.is_activation, maps))
+    yield maps
+    yield list(filter(graph.is_activation, later))
+    yield list(sizes)
 
 
 def default_tap(graph: Graph, maps: Mapping[str, tuple[int, int, int]]) -> str:
@@ -229,20 +233,9 @@ def default_tap(graph: Graph, maps: Mapping[str, tuple[int, int, int]]) -> str:
     names: dict[fx.Node | None, list[str]] = {}
     for name in maps:
         names.setdefault(_known(graph, name), []).append(name)
-    of_papers = next((names[node] for node in _before_last_convolution(graph) if node in names), None)
-    if of_papers is not None:
-        return of_papers[0]
-    weighted = graph.leaves_of(nn.Conv2d, nn.Linear)
-    candidates: list[tuple[int, int, list[str]]] = []  # rows, filters, names
-    for node in graph.cut_nodes:
-        if node not in names or not (graph.is_activation(node) or graph.is_block(node)):
-            continue
-        filters, rows, cols = maps[names[node][0]]
-        following = [n for n in weighted if graph.index(n) > graph.index(node)]
-        if len(following) >= 2 and min(rows, cols) > 1:
-            widest = max([filters, *(earlier for _, earlier, _ in candidates)])
-            if 2 * filters >= widest:  # not a bottleneck
-                candidates.append((rows, filters, names[node]))
+    if of_papers := [node for node in _before_last_convolution(graph) if node in names]:
+        return names[of_papers[0]][0]
+    candidates = _candidates(graph, maps, names)
     if not candidates:
         rule = f"a layer of {type(graph.root).__name__} with maps larger than 1x1 and two layers after it"
         raise LayerError(expected(rule, "none", "Name a layer yourself, or use a larger input"))
@@ -250,6 +243,25 @@ def default_tap(graph: Graph, maps: Mapping[str, tuple[int, int, int]]) -> str:
     chosen = [found for rows, _, found in candidates if rows >= enough][-1]
     # The same values often have several names; the shortest is the stage (layer3 rather than layer3.1).
     return min(chosen, key=lambda n: (n.count("."), len(n)))
+
+
+def _candidates(
+    graph: Graph, maps: Mapping[str, tuple[int, int, int]], names: Mapping[fx.Node | None, list[str]]
+) -> list[tuple[int, int, list[str]]]:
+    """Rows, filters and names of the activations and blocks that the second rule of `default_tap` allows."""
+    weighted = [graph.index(n) for n in graph.leaves_of(nn.Conv2d, nn.Linear)]
+    found: list[tuple[int, int, list[str]]] = []
+    widest = 0
+    for node in graph.cut_nodes:
+        if node not in names or not (graph.is_activation(node) or graph.is_block(node)):
+            continue
+        filters, rows, cols = maps[names[node][0]]
+        if min(rows, cols) < 2 or sum(place > graph.index(node) for place in weighted) < 2:
+            continue
+        if 2 * filters >= widest:  # no bottleneck
+            found.append((rows, filters, names[node]))
+            widest = max(widest, filters)
+    return found
 
 
 def _before_last_convolution(graph: Graph) -> list[fx.Node]:

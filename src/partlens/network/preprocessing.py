@@ -19,10 +19,7 @@ from torch import Tensor
 
 from partlens.errors import InputError, WeightsError, expected
 
-Resize = Literal["squash", "crop"]
-ChannelOrder = Literal["RGB", "BGR"]
-Interpolation = Literal["bilinear", "bicubic"]
-
+_CHOICES = {"resize": ("squash", "crop"), "channel_order": ("RGB", "BGR"), "interpolation": ("bilinear", "bicubic")}
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -59,42 +56,35 @@ class Preprocessing:
     """
 
     size_px: tuple[int, int] = (224, 224)
-    resize: Resize = "crop"
+    resize: Literal["squash", "crop"] = "crop"
     resize_px: int | None = None
-    channel_order: ChannelOrder = "RGB"
+    channel_order: Literal["RGB", "BGR"] = "RGB"
     scale: float = 1 / 255
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    interpolation: Interpolation = "bilinear"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
         if len(self.size_px) != 2 or min(self.size_px) < 1:
             raise InputError(expected("size_px as (rows, columns) of at least 1", self.size_px, "Correct the size"))
-        for name, value, options in (
-            ("resize", self.resize, ("squash", "crop")),
-            ("channel_order", self.channel_order, ("RGB", "BGR")),
-            ("interpolation", self.interpolation, tuple(_FILTERS)),
-        ):
-            if value not in options:
+        for name, options in _CHOICES.items():
+            if (value := getattr(self, name)) not in options:
                 raise InputError(expected(f"{name} to be one of {', '.join(options)}", value, f"Choose {options[0]}"))
         if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
+            got = f"mean {self.mean}, std {self.std}"
             raise InputError(
-                expected(
-                    "three means and three positive standard deviations",
-                    f"mean {self.mean}, std {self.std}",
-                    "Give one value per channel",
-                )
+                expected("three means and three positive standard deviations", got, "Give one value per channel")
             )
-        if self.resize == "crop" and self.resize_px is None:
-            object.__setattr__(self, "resize_px", max(self.size_px))
-        if self.resize == "crop" and cast("int", self.resize_px) < max(self.size_px):
-            raise InputError(
-                expected(
-                    f"resize_px of at least {max(self.size_px)} px, the crop's longer side",
-                    self.resize_px,
-                    "Raise resize_px or choose resize squash",
-                )
-            )
+        if self.resize == "crop":
+            self._check_crop()
+
+    def _check_crop(self) -> None:
+        longer = max(self.size_px)
+        if self.resize_px is None:
+            object.__setattr__(self, "resize_px", longer)
+        elif self.resize_px < longer:
+            rule = f"resize_px of at least {longer} px, the crop's longer side"
+            raise InputError(expected(rule, self.resize_px, "Raise resize_px or choose resize squash"))
 
     def _scaled_size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after scaling, before the crop (torchvision's rounding)."""
@@ -107,14 +97,9 @@ class Preprocessing:
         return int(short * width / height), short
 
     def box_in_input(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Say where the whole original image lies in the input's coordinates.
+        """Say where the whole original image lies in the input's coordinates, as ``x0, y0, x1, y1``.
 
-        Args:
-            width: of the original image, pixels.
-            height: of the original image, pixels.
-
-        Returns:
-            ``x0, y0, x1, y1`` in input pixels; what was cropped away lies outside the input (``x0`` below 0).
+        What was cropped away lies outside the input (``x0`` below 0).
 
         Raises:
             InputError: a side below 1 pixel.
@@ -136,25 +121,17 @@ class Preprocessing:
         Returns:
             Float64 array ``[..., 2]`` in input pixels.
         """
-        x0, y0, x1, y1 = self.box_in_input(*image_size)
-        factor = np.array([(x1 - x0) / image_size[0], (y1 - y0) / image_size[1]])
-        mapped: np.ndarray = np.asarray(xy, dtype=np.float64) * factor + np.array([x0, y0])
-        return mapped
+        factor, offset = self._mapping(image_size)
+        return np.asarray(np.asarray(xy, dtype=np.float64) * factor + offset)
 
     def to_image_px(self, xy: Any, image_size: tuple[int, int]) -> np.ndarray:
-        """Map points of the input back to the original image: the inverse of `to_input_px`.
+        """Map points of the input back to the original image: the inverse of `to_input_px`."""
+        factor, offset = self._mapping(image_size)
+        return np.asarray((np.asarray(xy, dtype=np.float64) - offset) / factor)
 
-        Args:
-            xy: points ``[..., 2]`` as (x, y) in continuous pixels of the input.
-            image_size: width and height of the original image.
-
-        Returns:
-            Float64 array ``[..., 2]`` in pixels of the original image.
-        """
+    def _mapping(self, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         x0, y0, x1, y1 = self.box_in_input(*image_size)
-        factor = np.array([(x1 - x0) / image_size[0], (y1 - y0) / image_size[1]])
-        mapped: np.ndarray = (np.asarray(xy, dtype=np.float64) - np.array([x0, y0])) / factor
-        return mapped
+        return np.array([(x1 - x0) / image_size[0], (y1 - y0) / image_size[1]]), np.array([x0, y0])
 
     def frame(self, image: Image.Image) -> Image.Image:
         """Return what the network sees of an image, as an RGB image of the input's size."""
@@ -165,14 +142,7 @@ class Preprocessing:
         return scaled.crop((left, top, left + cols, top + rows))
 
     def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "image 3 row col"]:
-        """Turn images into one float32 batch on the CPU.
-
-        Args:
-            images: Pillow images of any mode and size.
-
-        Returns:
-            Batch in the order of ``images``; an empty sequence gives a batch of length 0.
-        """
+        """Turn images of any mode and size into one float32 batch on the CPU, in their order."""
         rows, cols = self.size_px
         batch = np.empty((len(images), rows, cols, 3), dtype=np.float32)
         for index, image in enumerate(images):
@@ -180,14 +150,7 @@ class Preprocessing:
         return self._normalised(batch)
 
     def of_bytes(self, frames: UInt8[Tensor, "image row col 3"]) -> Float[Tensor, "image 3 row col"]:
-        """Turn what `frame` gave, kept as bytes, into a float32 batch on the CPU.
-
-        Args:
-            frames: RGB, of the input's size.
-
-        Returns:
-            The same batch, bit for bit, as calling this object with the images.
-        """
+        """Turn what `frame` gave, kept as bytes, into the same batch, bit for bit, as calling this object gives."""
         return self._normalised(frames.numpy().astype(np.float32))
 
     def _normalised(self, batch: np.ndarray) -> Tensor:
@@ -245,39 +208,36 @@ class Preprocessing:
         text = metadata.get("input")
         if text is None:
             return None
-        sizes = re.search(r"(\d+)\s*x\s*(\d+)", metadata.get("input_size", "")) or re.search(r"(\d+)\s*x\s*(\d+)", text)
-        order = re.search(r"\b(RGB|BGR)\b", text)
-        span = re.search(r"\b0-(1|255)\b", text)
+        order, span = re.search(r"\b(RGB|BGR)\b", text), re.search(r"\b0-(1|255)\b", text)
         crop = re.search(r"\bcrop (\d+)\b", text)
         mean, std = _numbers(text, "mean"), _numbers(text, "std")
         if order is None or span is None or mean is None:
-            raise WeightsError(
-                expected(
-                    'metadata such as "RGB, 0-1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, 224x224"',
-                    text,
-                    "Correct the header or give the preprocessing yourself",
-                )
-            )
-        size = (int(sizes[1]), int(sizes[2])) if sizes else (224, 224)
-        unit = span[1] == "1"
+            rule = 'metadata such as "RGB, 0-1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, 224x224"'
+            raise WeightsError(expected(rule, text, "Correct the header or give the preprocessing yourself"))
+        resized: dict[str, Any] = {"resize": "squash"}
+        if crop is not None:
+            resized = {"resize": "crop", "resize_px": int(crop[1])}
         return cls(
-            size_px=size,
-            resize="squash" if crop is None else "crop",
-            resize_px=None if crop is None else int(crop[1]),
-            channel_order=cast("ChannelOrder", order[1]),
-            scale=1 / 255 if unit else 1.0,
+            size_px=_size(metadata.get("input_size", "")) or _size(text) or (224, 224),
+            channel_order="BGR" if order[1] == "BGR" else "RGB",
+            scale=1 / 255 if span[1] == "1" else 1.0,
             mean=mean,
             std=std or (1.0, 1.0, 1.0),
             interpolation="bicubic" if re.search(r"\bbicubic\b", text) else "bilinear",
+            **resized,
         )
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    """Read rows and columns such as 224x224."""
+    found = re.search(r"(\d+)\s*x\s*(\d+)", text)
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def _numbers(text: str, word: str) -> tuple[float, float, float] | None:
     """Read one or three numbers after a word."""
     found = re.search(rf"\b{word}((?:\s+[-+.\deE]+)+)", text)
-    if found is None:
-        return None
-    values = [float(v) for v in found[1].split()]
+    values = [] if found is None else [float(v) for v in found[1].split()]
     if len(values) == 1:
         values *= 3
     return (values[0], values[1], values[2]) if len(values) == 3 else None

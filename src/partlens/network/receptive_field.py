@@ -13,7 +13,7 @@ stride_px · i + size_px - 1``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,41 +46,28 @@ class ReceptiveField:
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """Cells along one axis: cell ``i`` sees pixels ``low + jump·i`` to ``high + jump·i``."""
+class _Field(ReceptiveField):
+    """What is known on the way through the graph, too."""
 
-    jump: int
-    low: int
-    high: int
-
-    def slide(self, kernel: int, stride: int, padding: int, dilation: int = 1) -> _Axis:
-        """Slide a window over the cells."""
-        reach = dilation * (kernel - 1)
-        return _Axis(self.jump * stride, self.low - self.jump * padding, self.high + self.jump * (reach - padding))
-
-
-@dataclass(frozen=True)
-class _Field:
-    row: _Axis
-    col: _Axis
     whole: bool = False  # every value sees the whole image
-    gated: bool = False
     channels_last: bool = False
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, (list, tuple)):
-        return (int(value[0]), int(value[-1]))
-    return int(value), int(value)
+    return (int(value[0]), int(value[-1])) if isinstance(value, (list, tuple)) else (int(value), int(value))
 
 
-def _slide(field: _Field, kernel: Any, stride: Any, padding: Any, dilation: Any = 1) -> _Field:
-    k, s, d = _pair(kernel), _pair(stride), _pair(dilation)
-    if padding == "same":
-        p = (d[0] * (k[0] - 1) // 2, d[1] * (k[1] - 1) // 2)
-    else:
-        p = (0, 0) if padding == "valid" else _pair(padding)
-    return replace(field, row=field.row.slide(k[0], s[0], p[0], d[0]), col=field.col.slide(k[1], s[1], p[1], d[1]))
+def _slide(field: _Field, kernel: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> _Field:
+    """Slide a window over the cells."""
+    jump, steps = field.stride_px, _pair(stride)
+    reach = [d * (k - 1) for k, d in zip(_pair(kernel), _pair(dilation), strict=True)]
+    before = [r // 2 for r in reach] if padding == "same" else _pair(0 if padding == "valid" else padding)
+    return replace(
+        field,
+        stride_px=(jump[0] * steps[0], jump[1] * steps[1]),
+        size_px=(field.size_px[0] + jump[0] * reach[0], field.size_px[1] + jump[1] * reach[1]),
+        start_px=(field.start_px[0] - jump[0] * before[0], field.start_px[1] - jump[1] * before[1]),
+    )
 
 
 # fmt: off
@@ -107,118 +94,113 @@ _RESHAPES = frozenset((
 ))
 # fmt: on
 _POINTWISE_TORCHVISION = frozenset(("StochasticDepth", "FrozenBatchNorm2d"))
-_GLOBAL_NORMS = frozenset(["group_norm", "instance_norm"])
+_JOINS = _POINTWISE_NAMES | {"stack"}
+_NORMS = frozenset(("layer_norm", "group_norm", "instance_norm"))
+# Modules that do what a function does; their attributes carry the names of its arguments.
+_FUNCTION_OF: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.Linear, "linear"),
+    (nn.Flatten, "flatten"),
+    (nn.LayerNorm, "layer_norm"),
+    (nn.GroupNorm, "group_norm"),
+    (nn.InstanceNorm2d, "instance_norm"),
+    (nn.AdaptiveAvgPool2d, "adaptive_avg_pool2d"),
+    (nn.AdaptiveMaxPool2d, "adaptive_max_pool2d"),
+    (nn.ZeroPad2d, "pad"),
+    (nn.ConstantPad2d, "pad"),
+    (nn.Conv2d, "conv2d"),
+    (nn.MaxPool2d, "max_pool2d"),
+    (nn.AvgPool2d, "avg_pool2d"),
+    (nn.LPPool2d, "avg_pool2d"),
+)
 
 
 class _Calculator:
     """Carry receptive fields through a graph."""
 
-    def __init__(self, graph: Graph, shapes: dict[fx.Node, Any], input_size: tuple[int, int]) -> None:
+    def __init__(self, graph: Graph, nodes: Iterable[fx.Node], input_size: tuple[int, int]) -> None:
         self.graph = graph
-        self.shapes = shapes
+        self.wanted = graph.ancestors(nodes)
+        self.shapes = graph.shapes(input_size, self.wanted)
         self.size = input_size
         self.fields: dict[fx.Node, _Field] = {}
 
-    def run(self, wanted: set[fx.Node]) -> None:
-        """Fill `fields` for the wanted nodes; a node behind an unknown operation stays absent."""
+    def run(self) -> None:
+        """Fill `fields` for the wanted nodes, in order, up to an unknown operation."""
         for node in self.graph.nodes:
             if node is self.graph.input:
-                self.fields[node] = _Field(_Axis(1, 0, 0), _Axis(1, 0, 0))
-            elif node in wanted and not is_size(node) and node.op not in {"get_attr", "placeholder", "output"}:
+                self.fields[node] = _Field((1, 1), (1, 1), (0, 0))
+            elif node in self.wanted and not is_size(node) and node.op not in {"get_attr", "placeholder", "output"}:
                 sources = [n for n in node.all_input_nodes if n in self.fields]
                 if sources:
                     self.fields[node] = self.step(node, sources)
 
     def step(self, node: fx.Node, sources: list[fx.Node]) -> _Field:
-        field, source = self.fields[sources[0]], sources[0]
+        field = self.fields[sources[0]]
         if node.op == "call_module":
-            return self.module_step(node, self.graph.leaf(node), field, source)
-        name = _name_of(node)
+            module = self.graph.leaf(node)
+            name = next((name for kind, name in _FUNCTION_OF if isinstance(module, kind)), "")
+            if field.whole or _is_pointwise(module):
+                return field
+            return self.moved(node, name, type(module).__name__, field, sources[0])
+        return self.function_step(node, _name_of(node), field, sources)
+
+    def function_step(self, node: fx.Node, name: str, field: _Field, sources: list[fx.Node]) -> _Field:
         if len(sources) > 1 or name in _POINTWISE_NAMES:
-            return self.joined(node, name, sources)
+            if name not in _JOINS:
+                raise self.unknown(node, name)
+            return self.joined(node, sources)
+        # Resizing what sees everything makes cells of it, whose places are not known.
         if field.whole and name not in {"interpolate", "upsample"}:
             return field
-        return self.function_step(node, name, field, source)
+        return self.moved(node, name, name, field, sources[0])
 
-    def module_step(self, node: fx.Node, module: nn.Module, field: _Field, source: fx.Node) -> _Field:
-        if field.whole or isinstance(module, _POINTWISE_MODULES) or is_of_torchvision(module, _POINTWISE_TORCHVISION):
-            return field
-        if isinstance(module, nn.Linear):
-            return self.linear(field, source)
-        if isinstance(module, nn.Flatten):
-            return self.reshaped(node, "flatten", field, source)
-        if isinstance(module, nn.LayerNorm):
-            return self.layer_norm(field, module.normalized_shape)
-        if field.channels_last:
-            raise self.unknown(node, f"{type(module).__name__} on channels-last maps")
-        if isinstance(module, (nn.GroupNorm, nn.InstanceNorm2d)):
-            return replace(field, gated=True)
-        if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
-            return self.adaptive(node, field, source)
-        if isinstance(module, (nn.ZeroPad2d, nn.ConstantPad2d)):
-            left, _, top, _ = module.padding
-            return _padded(field, int(left), int(top))
-        return self.window_module(node, module, field)
-
-    def window_module(self, node: fx.Node, module: nn.Module, field: _Field) -> _Field:
-        """A module that slides a window: convolution or pooling."""
-        if isinstance(module, nn.Conv2d):
-            return _slide(field, module.kernel_size, module.stride, module.padding, module.dilation)
-        if isinstance(module, nn.MaxPool2d):
-            stride = module.stride if module.stride is not None else module.kernel_size
-            return _slide(field, module.kernel_size, stride, module.padding, module.dilation)
-        if isinstance(module, (nn.AvgPool2d, nn.LPPool2d)):
-            padding = module.padding if isinstance(module, nn.AvgPool2d) else 0
-            return _slide(field, module.kernel_size, module.stride or module.kernel_size, padding)
-        raise self.unknown(node, type(module).__name__)
-
-    def function_step(self, node: fx.Node, name: str, field: _Field, source: fx.Node) -> _Field:
+    def moved(self, node: fx.Node, name: str, shown: str, field: _Field, source: fx.Node) -> _Field:
+        """An operation on one map that is not pointwise."""
         if name in _RESHAPES:
             return self.reshaped(node, name, field, source)
         if name == "linear":
-            return self.linear(field, source)
-        if name == "layer_norm":
-            return self.layer_norm(field, self.argument(node, 1, "normalized_shape", ()))
-        if name in _GLOBAL_NORMS:
-            return replace(field, gated=True)
+            per_cell = field.channels_last and len(self.cells(source)) == 2
+            return field if per_cell else self.whole(gated=field.gated)
+        if name in _NORMS:  # over the whole image, but for a layer norm over the channels of channels-last maps
+            axes = self.argument(node, 1, "normalized_shape", ())
+            per_cell = name == "layer_norm" and field.channels_last and len(axes) == 1
+            return field if per_cell else replace(field, gated=True)
+        return self.spread(node, name, shown, field, source)
+
+    def spread(self, node: fx.Node, name: str, shown: str, field: _Field, source: fx.Node) -> _Field:
+        """An operation over rows and columns."""
         if field.channels_last:
-            raise self.unknown(node, f"{name} on channels-last maps")
-        if name in {"adaptive_avg_pool2d", "adaptive_max_pool2d"}:
+            raise self.unknown(node, f"{shown} on channels-last maps")
+        if name.startswith("adaptive_"):
             return self.adaptive(node, field, source)
         if name == "mean":
             return self.whole(gated=field.gated)
-        if name == "pad":
-            pad = self.argument(node, 1, "pad")
-            if len(pad) in {2, 4} and self.argument(node, 2, "mode", "constant") == "constant":
-                return _padded(field, int(pad[0]), int(pad[2]) if len(pad) == 4 else 0)
-        return self.window_function(node, name, field)
+        if name in {"conv2d", "max_pool2d", "avg_pool2d"}:
+            return self.window(node, name, field)
+        if name == "pad" and (edges := self.padded(node)) is not None:
+            return _slide(field, 1, padding=edges)
+        raise self.unknown(node, shown)
 
-    def window_function(self, node: fx.Node, name: str, field: _Field) -> _Field:
-        """A function that slides a window: convolution or pooling."""
-        if name == "conv2d":
+    def window(self, node: fx.Node, name: str, field: _Field) -> _Field:
+        """Convolution and pooling."""
+        place, module = (3 if name == "conv2d" else 2), node.op == "call_module"
+        if name == "conv2d" and not module:
             weight: Any = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-            return _slide(
-                field,
-                tuple(self.shapes[weight][-2:]),
-                self.argument(node, 3, "stride", 1),
-                self.argument(node, 4, "padding", 0),
-                self.argument(node, 5, "dilation", 1),
-            )
-        if name in {"max_pool2d", "avg_pool2d"}:
+            kernel = tuple(self.shapes[weight][-2:])
+        else:
             kernel = self.argument(node, 1, "kernel_size")
-            stride = self.argument(node, 2, "stride")
-            dilation = self.argument(node, 4, "dilation", 1) if name == "max_pool2d" else 1
-            return _slide(field, kernel, stride or kernel, self.argument(node, 3, "padding", 0), dilation)
-        raise self.unknown(node, name)
+        stride = self.argument(node, place, "stride") or (1 if name == "conv2d" else kernel)
+        padding = self.argument(node, place + 1, "padding", 0)
+        # The argument in this place is ``ceil_mode`` in average pooling, which has no dilation.
+        dilation = 1 if name == "avg_pool2d" else self.argument(node, place + 2, "dilation", 1)
+        return _slide(field, kernel, stride, padding, dilation)
 
-    def linear(self, field: _Field, source: fx.Node) -> _Field:
-        shape = self.shapes.get(source)
-        per_cell = field.channels_last and isinstance(shape, torch.Size) and len(shape) == 4
-        return field if per_cell else self.whole(gated=field.gated)
-
-    def layer_norm(self, field: _Field, normalised: Any) -> _Field:
-        """Per cell over the channels of channels-last maps, else over the whole image."""
-        return field if len(normalised) == 1 and field.channels_last else replace(field, gated=True)
+    def padded(self, node: fx.Node) -> tuple[int, int] | None:
+        """Rows above and columns to the left that constant padding adds; other padding repeats cells."""
+        pad = self.argument(node, 1, "padding" if node.op == "call_module" else "pad")
+        if len(pad) not in {2, 4} or self.argument(node, 2, "mode", "constant") != "constant":
+            return None
+        return (int(pad[2]) if len(pad) == 4 else 0), int(pad[0])
 
     def adaptive(self, node: fx.Node, field: _Field, source: fx.Node) -> _Field:
         """Adaptive pooling: windows of one size where they divide evenly, else the whole image."""
@@ -226,90 +208,87 @@ class _Calculator:
         if any(b % a for b, a in zip(before, after, strict=True)) or after == (1, 1):
             return field if before == after else self.whole(gated=field.gated)
         window = tuple(int(b // a) for b, a in zip(before, after, strict=True))
-        return _slide(field, window, window, 0)
+        return _slide(field, window, window)
 
-    def joined(self, node: fx.Node, name: str, sources: list[fx.Node]) -> _Field:
+    def joined(self, node: fx.Node, sources: list[fx.Node]) -> _Field:
         """Pointwise functions and joins: the union of what the operands see."""
-        if name not in _POINTWISE_NAMES and name != "stack":
-            raise self.unknown(node, name)
-        given = [self.fields[n] for n in sources]
+        placed = [n for n in sources if not self.fields[n].whole]
         # A factor of one cell per channel is a gate: it scales the map and adds no place of its own.
-        local = [f for f, n in zip(given, sources, strict=True) if not f.whole and self.cells(n, f) != (1, 1)]
-        local = local or [f for f in given if not f.whole]
+        local = [n for n in placed if self.cells(n) != (1, 1)] or placed
+        gated = any(self.fields[n].gated for n in sources)
         if not local:
-            return self.whole(gated=any(f.gated for f in given))
-        first = local[0]
-        if any((f.row.jump, f.col.jump) != (first.row.jump, first.col.jump) for f in local):
-            raise self.unknown(node, f"a join of maps with strides {[(f.row.jump, f.col.jump) for f in local]}")
+            return self.whole(gated=gated)
+        gated = gated or len(local) < len(sources)
+        return replace(self.union(node, [self.fields[n] for n in local]), gated=gated)
 
-        def union(axes: list[_Axis]) -> _Axis:
-            return _Axis(axes[0].jump, min(a.low for a in axes), max(a.high for a in axes))
-
-        gated = any(f.gated for f in given) or len(local) < len(given)
-        return replace(first, row=union([f.row for f in local]), col=union([f.col for f in local]), gated=gated)
+    def union(self, node: fx.Node, fields: list[_Field]) -> _Field:
+        strides = [f.stride_px for f in fields]
+        if len(set(strides)) > 1:
+            raise self.unknown(node, f"a join of maps with strides {strides}")
+        starts, sizes = np.array([f.start_px for f in fields]), np.array([f.size_px for f in fields])
+        start = starts.min(axis=0)
+        size = (starts + sizes).max(axis=0) - start
+        return replace(fields[0], start_px=_pair(start.tolist()), size_px=_pair(size.tolist()))
 
     def reshaped(self, node: fx.Node, name: str, field: _Field, source: fx.Node) -> _Field:
         """Keep the field where rows and columns stay apart; where they mix, the whole image is seen."""
         before, after = _first(self.shapes.get(source)), _first(self.shapes.get(node))
         if field.whole or not isinstance(before, torch.Size) or not isinstance(after, torch.Size):
             return field
-        if name == "permute" and (turned := self.turned(node, field)) is not None:
-            return turned
-        kept = len(after) >= 3 and tuple(before[-2:]) == tuple(after[-2:]) and not field.channels_last
-        if name in {"transpose", "permute", "movedim"} and kept:
-            axes = [axis % len(before) for axis in self.axes(node)]
-            last = len(before) - 2
-            kept = axes[last:] == [last, last + 1] if name == "permute" else max(axes) < last
-        if kept:
+        # Channels moved to the last place or back: cells stay cells.
+        if name == "permute" and tuple(self.axes(node)) == ((0, 3, 1, 2) if field.channels_last else (0, 2, 3, 1)):
+            return replace(field, channels_last=not field.channels_last)
+        if not field.channels_last and self.keeps_cells(node, name, before, after):
             return field
         if name in {"flatten", "view", "reshape", "squeeze"}:
             return self.whole(gated=field.gated)
         raise self.unknown(node, f"{name} of rows or columns")
 
-    def turned(self, node: fx.Node, field: _Field) -> _Field | None:
-        """Return the field of maps whose channels moved to the last place or back."""
-        order = tuple(self.axes(node))
-        if order == ((0, 3, 1, 2) if field.channels_last else (0, 2, 3, 1)):
-            return replace(field, channels_last=not field.channels_last)
-        return None
+    def keeps_cells(self, node: fx.Node, name: str, before: torch.Size, after: torch.Size) -> bool:
+        if len(after) < 3 or before[-2:] != after[-2:]:
+            return False
+        if name not in {"transpose", "permute", "movedim"}:
+            return True
+        axes, last = [axis % len(before) for axis in self.axes(node)], len(before) - 2
+        # Equal sizes do not show that square maps were turned; the axes do.
+        return axes[last:] == [last, last + 1] if name == "permute" else max(axes) < last
 
     def axes(self, node: fx.Node) -> list[int]:
         """Axes given as one list or as several arguments."""
         given = self.value(list(node.args[1:]))
         return list(given[0]) if isinstance(given[0], (list, tuple)) else given
 
-    def whole(self, *, gated: bool = False) -> _Field:
-        rows, cols = self.size
-        return _Field(_Axis(0, 0, rows - 1), _Axis(0, 0, cols - 1), whole=True, gated=gated)
+    def whole(self, *, gated: bool) -> _Field:
+        return _Field((0, 0), self.size, (0, 0), gated=gated, whole=True)
 
-    def cells(self, node: fx.Node, field: _Field) -> tuple[int, ...]:
+    def cells(self, node: fx.Node) -> tuple[int, ...]:
         """Rows and columns of a map."""
         shape = self.shapes.get(node)
         if not isinstance(shape, torch.Size) or len(shape) < 4:
             return ()
-        return tuple(shape[1:3] if field.channels_last else shape[-2:])
+        return tuple(shape[1:3] if self.fields[node].channels_last else shape[-2:])
 
     def value(self, node: Any) -> Any:
         """Return an argument's value; sizes computed in the graph are known from the shape run."""
         if isinstance(node, fx.Node):
             return self.shapes.get(node)
-        if isinstance(node, (list, tuple)):
-            return type(node)(self.value(v) for v in node)
-        return node
+        return type(node)(self.value(v) for v in node) if isinstance(node, (list, tuple)) else node
 
     def argument(self, node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+        """Return an argument of a function, or the attribute of that name of a module."""
+        if node.op == "call_module":
+            return getattr(self.graph.leaf(node), name, default)
         if name in node.kwargs:
             return self.value(node.kwargs[name])
         return self.value(node.args[place]) if len(node.args) > place else default
 
     def unknown(self, node: fx.Node, what: str) -> LayerError:
-        return LayerError(
-            expected(
-                "operations whose receptive field is known (convolution, pooling, pointwise, joins)",
-                f"{what} at {self.graph.label(node)}",
-                "Choose a layer before it",
-            )
-        )
+        rule = "operations whose receptive field is known (convolution, pooling, pointwise, joins)"
+        return LayerError(expected(rule, f"{what} at {self.graph.label(node)}", "Choose a layer before it"))
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, _POINTWISE_MODULES) or is_of_torchvision(module, _POINTWISE_TORCHVISION)
 
 
 def _name_of(node: fx.Node) -> str:
@@ -327,43 +306,19 @@ def _first(shape: Any) -> Any:
     return shape[0] if isinstance(shape, list) else shape
 
 
-def _padded(field: _Field, left: int, top: int) -> _Field:
-    def move(axis: _Axis, by: int) -> _Axis:
-        return _Axis(axis.jump, axis.low - axis.jump * by, axis.high - axis.jump * by)
-
-    return replace(field, row=move(field.row, top), col=move(field.col, left))
-
-
 def _publish(field: _Field) -> ReceptiveField:
-    return ReceptiveField(
-        stride_px=(field.row.jump, field.col.jump),
-        size_px=(field.row.high - field.row.low + 1, field.col.high - field.col.low + 1),
-        start_px=(field.row.low, field.col.low),
-        gated=field.gated,
-    )
+    return ReceptiveField(field.stride_px, field.size_px, field.start_px, field.gated)
 
 
 def receptive_fields(graph: Graph, taps: Sequence[str], input_size: tuple[int, int]) -> dict[str, ReceptiveField]:
-    """Compute the receptive fields of many taps at once; those that cannot be computed are absent.
-
-    Args:
-        graph: of the network.
-        taps: names of layers.
-        input_size: rows and columns of the input.
-
-    Returns:
-        Fields by tap name.
-    """
+    """Compute the receptive fields of many taps at once; those that cannot be computed are absent."""
     nodes = {}
     for name in taps:
-        try:
+        with contextlib.suppress(LayerError):  # a layer that the graph does not pass has no field
             nodes[name] = graph.find(name)
-        except LayerError:
-            continue
-    wanted = graph.ancestors(nodes.values())
-    calculator = _Calculator(graph, graph.shapes(input_size, nodes.values()), input_size)
+    calculator = _Calculator(graph, nodes.values(), input_size)
     with contextlib.suppress(LayerError):  # what comes before an unknown operation is known
-        calculator.run(wanted)
+        calculator.run()
     return {name: _publish(calculator.fields[node]) for name, node in nodes.items() if node in calculator.fields}
 
 
@@ -371,9 +326,9 @@ def receptive_field(graph: Graph, tap: str, input_size: tuple[int, int]) -> Rece
     """Compute what the cells of a tap see, from the network's operations.
 
     A window of ``k`` cells with stride ``s``, padding ``p`` and dilation ``d`` over cells that start at pixel
-    ``a``, end at ``b`` and lie ``j`` pixels apart gives cells with ``a' = a - j p``, ``b' = b + j (d (k - 1)
-    - p)``, ``j' = j s``. Sums and concatenations take the union; pooling of everything and linear layers see
-    the whole image; adaptive pooling whose windows differ in size counts as the whole image.
+    ``a``, see ``n`` pixels and lie ``j`` pixels apart gives cells with ``a' = a - j p``, ``n' = n + j d (k - 1)``,
+    ``j' = j s``. Sums and concatenations take the union; pooling of everything and linear layers see the whole
+    image; adaptive pooling whose windows differ in size counts as the whole image.
 
     Args:
         graph: of the network.
@@ -395,22 +350,12 @@ def receptive_field(graph: Graph, tap: str, input_size: tuple[int, int]) -> Rece
         ((2, 2), (4, 4), (-1, -1))
     """
     node = graph.find(tap)
-    calculator = _Calculator(graph, graph.shapes(input_size, [node]), input_size)
-    calculator.run(graph.ancestors([node]))
+    calculator = _Calculator(graph, [node], input_size)
+    calculator.run()
     if node not in calculator.fields:
-        raise LayerError(
-            expected(f"{tap} to depend on the image", "a layer that does not", "Choose a layer on the image's path")
-        )
+        rule = f"{tap} to depend on the image"
+        raise LayerError(expected(rule, "a layer that does not", "Choose a layer on the image's path"))
     return _publish(calculator.fields[node])
-
-
-def _cells(cells: Any) -> np.ndarray:
-    array = np.asarray(cells, dtype=np.float64)
-    if array.ndim < 1 or array.shape[-1] != 2:
-        raise InputError(
-            expected("cells as (row, col) in the last axis", f"shape {array.shape}", "Stack rows and columns last")
-        )
-    return array
 
 
 def cell_centre_px(field: ReceptiveField, cells: Any) -> np.ndarray:
@@ -432,9 +377,12 @@ def cell_centre_px(field: ReceptiveField, cells: Any) -> np.ndarray:
         >>> cell_centre_px(vgg16, [[0, 1]]).tolist()
         [[24.0, 8.0]]
     """
-    centre = np.array(field.start_px) + np.array(field.size_px) / 2.0 + _cells(cells) * np.array(field.stride_px)
-    flipped: np.ndarray = centre[..., ::-1]
-    return np.ascontiguousarray(flipped)
+    places = np.asarray(cells, dtype=np.float64)
+    if places.ndim < 1 or places.shape[-1] != 2:
+        rule = "cells as (row, col) in the last axis"
+        raise InputError(expected(rule, f"shape {places.shape}", "Stack rows and columns last"))
+    centre = np.array(field.start_px) + np.array(field.size_px) / 2.0 + places * np.array(field.stride_px)
+    return np.ascontiguousarray(centre[..., ::-1])
 
 
 def grid_of(receptive: ReceptiveField) -> tuple[tuple[float, float], tuple[float, float]]:
