@@ -160,7 +160,8 @@ def _add_settings(parser: Any, settings: Any) -> None:
 def _add_parameter(parser: Any, parameter: inspect.Parameter, module: Mapping[str, Any], text: str) -> None:
     kind, several = _kind(str(parameter.annotation), module)
     required = parameter.default is inspect.Parameter.empty
-    options: dict[str, Any] = {"help": text} | ({} if required else {"default": parameter.default})
+    default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+    options: dict[str, Any] = {"help": text} | ({} if required else {"default": default})
     if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
         many = ("+" if required else "*") if several else ("" if required else "?")
         parser.add_argument(parameter.name, type=kind, **options, **({"nargs": many} if many else {}))
