@@ -30,7 +30,9 @@ def commands() -> list[str]:
         text = page.read_text(encoding="utf-8")
         blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
         found += re.findall(r"^(?:uv run )?(partlens(?:-papers)? .+)$", blocks, re.MULTILINE)
-        inside = re.findall(r"`(partlens(?:-papers)? [^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+        inside = re.findall(
+            r"`(partlens(?:-papers)? [^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        )
         found += [line for line in inside if "…" not in line]
     return list(dict.fromkeys(found))
 
