@@ -20,7 +20,7 @@ from partlens.evaluation.results import RegionScores
 from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import ReceptiveField
-from partlens.page.explainer import judge_regions
+from partlens.page.explainer import _judge_regions
 from partlens.verbs.evaluate import evaluate
 from partlens.verbs.fit_explainer import fit_explainer
 from partlens.verbs.runs import report
@@ -202,4 +202,4 @@ def score(own: float, other: float, centre: float, half: float = 0.02) -> Region
     ],
 )
 def test_what_a_score_is_worth(given: RegionScores, worth: str) -> None:
-    assert judge_regions(given) == worth
+    assert _judge_regions(given) == worth

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 from partlens.estimate import Estimate
-from partlens.evaluation.results import AttentionPhoto, Evaluation, Gallery, GalleryFilter, RegionScores
+from partlens.evaluation.results import Attention, AttentionPhoto, Evaluation, Gallery, GalleryFilter, RegionScores
 from partlens.explainer.record import ExplainerRun, History
 from partlens.metrics.scores import FIDELITY, LOCALISATION, REGION_READINGS
 from partlens.page import figures, notation
@@ -19,16 +19,12 @@ from partlens.page.reading import Pictures
 from partlens.page.views import Chapter, Figure, Origin, Remarks
 from partlens.records import plain
 
-DEAD_LIMIT = 0.05
-CORRELATION_LIMIT = 0.9
-CORRELATION_NOTICE = 0.5
-SPREAD_LIMIT_CELLS = 1.0
-BORDER_LIMIT = 0.5
-AGREEMENT_LIMIT = 0.5
+_CORRELATION_NOTICE = 0.5
+# Beyond these a low instability would mean nothing, or the reconstruction little.
+_LIMITS = {"filter_correlation": 0.9, "peak_spread_cells": 1.0, "border_frac": 0.5, "dead_frac": 0.05}
+_AGREEMENT_LIMIT = 0.5
 
-NULLS = {"random": "random cells", "centre": "a peak fixed at the centre", "corner": "a peak fixed in the corner"}
-
-CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+_CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("Reconstruction loss", (("reconstruction", "reconstruction"),)),
     ("Relative error of the reconstruction", (("relative_error", "relative error"),)),
     ("p, the share of part filters", (("p", "p"),)),
@@ -38,7 +34,7 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 )
 """Panels of training curves: title, and (logged key, label) of each curve."""
 
-Comparison = Literal["better", "level", "worse"]
+_Comparison = Literal["better", "level", "worse"]
 
 
 @dataclass(frozen=True)
@@ -76,14 +72,7 @@ class ExplainerData:
 
 
 def collect_explainer(run: Path, pictures: Pictures) -> ExplainerData | None:
-    """Read what the page says of an explainer.
-
-    Args:
-        run: the folder of a run.
-        pictures: reads those of the gallery.
-
-    Returns:
-        The content, or ``None`` where the folder has no ``run.json``.
+    """Read what the page says of an explainer; ``None`` where the folder has no ``run.json``.
 
     Raises:
         RunError: a file of the run is damaged or of another version, or a picture is missing; the text names it.
@@ -114,10 +103,7 @@ def _files(gallery: Gallery) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-# --- what is judged ---------------------------------------------------------------------------------------------------
-
-
-def compare(measure: Estimate, null: Estimate, *, lower_is_better: bool) -> Comparison:
+def _compare(measure: Estimate, null: Estimate, *, lower_is_better: bool) -> _Comparison:
     """Compare a score with its null; intervals that overlap are level."""
     overlap = measure.has_interval and null.has_interval
     if (overlap and max(measure.low, null.low) <= min(measure.high, null.high)) or measure.value == null.value:
@@ -125,7 +111,7 @@ def compare(measure: Estimate, null: Estimate, *, lower_is_better: bool) -> Comp
     return "better" if (measure.value < null.value) == lower_is_better else "worse"
 
 
-def against_nulls(evaluation: Evaluation, score: str, *, lower_is_better: bool) -> dict[str, Comparison]:
+def _against_nulls(evaluation: Evaluation, score: str, *, lower_is_better: bool) -> dict[str, _Comparison]:
     """Compare the explainer's score with that of each null.
 
     What was drawn on the same photos is compared on the same photos; two intervals of one score each say less.
@@ -136,7 +122,7 @@ def against_nulls(evaluation: Evaluation, score: str, *, lower_is_better: bool) 
         gap = paired.get(key, Estimate.undefined())
         measure, other = (gap, nothing) if gap.defined else (evaluation.explainer.of(score), null.of(score))
         if other.defined:
-            found[key] = compare(measure, other, lower_is_better=lower_is_better)
+            found[key] = _compare(measure, other, lower_is_better=lower_is_better)
     return found
 
 
@@ -154,56 +140,50 @@ def judge(evaluation: Evaluation) -> dict[str, str]:
         return "unknown" if not scores.of(name).defined else "warning" if bad else "good"
 
     together = scores.filter_correlation.value
-    correlation = limit("filter_correlation", bad=together > CORRELATION_LIMIT)
     collapse = {
-        "filter_correlation": "caution" if CORRELATION_NOTICE < together <= CORRELATION_LIMIT else correlation,
-        "peak_spread_cells": limit("peak_spread_cells", bad=scores.peak_spread_cells.value < SPREAD_LIMIT_CELLS),
-        "border_frac": limit("border_frac", bad=scores.border_frac.value > BORDER_LIMIT),
+        "filter_correlation": limit("filter_correlation", bad=together > _LIMITS["filter_correlation"]),
+        "peak_spread_cells": limit(
+            "peak_spread_cells", bad=scores.peak_spread_cells.value < _LIMITS["peak_spread_cells"]
+        ),
+        "border_frac": limit("border_frac", bad=scores.border_frac.value > _LIMITS["border_frac"]),
     }
-    stable, predictive = (
-        against_nulls(evaluation, name, lower_is_better=lower)
-        for name, lower in (("instability", True), ("consistency", False))
-    )
-    if not scores.instability.defined or not stable:
-        instability = "unknown"
-    elif stable.get("random") in {"level", "worse"}:
-        instability = "chance"
-    elif "warning" in collapse.values():
-        instability = "collapse"
-    else:
-        instability = "good" if set(stable.values()) == {"better"} else "fixed"
+    if collapse["filter_correlation"] == "good" and together > _CORRELATION_NOTICE:
+        collapse["filter_correlation"] = "caution"
+    predictive = _against_nulls(evaluation, "consistency", lower_is_better=False)
     agreement = evaluation.reconstruction.agreement_top1
+    faithful = "warning" if agreement.value < _AGREEMENT_LIMIT else "good"
     return {
-        "instability": instability,
+        "instability": _stability(evaluation, collapsed="warning" in collapse.values()),
         "consistency": limit("consistency", bad=set(predictive.values()) != {"better"}),
         **collapse,
-        "dead_frac": limit("dead_frac", bad=scores.dead_frac.value >= DEAD_LIMIT),
-        "agreement": "unknown" if not agreement.defined else "warning" if agreement.value < AGREEMENT_LIMIT else "good",
+        "dead_frac": limit("dead_frac", bad=scores.dead_frac.value >= _LIMITS["dead_frac"]),
+        "agreement": faithful if agreement.defined else "unknown",
     }
 
 
-def judge_regions(score: RegionScores) -> str:
+def _stability(evaluation: Evaluation, *, collapsed: bool) -> str:
+    stable = _against_nulls(evaluation, "instability", lower_is_better=True)
+    if not evaluation.explainer.instability.defined or not stable:
+        return "unknown"
+    if stable.get("random") in {"level", "worse"}:
+        return "chance"
+    if collapsed:
+        return "collapse"
+    return "good" if set(stable.values()) == {"better"} else "fixed"
+
+
+def _judge_regions(score: RegionScores) -> str:
     """Say what a part interpretability is worth: ``undefined``, ``nothing``, ``level`` or ``above``."""
     own = score.layers["explainer"]
     if not own.defined or not score.centre.defined:
         return "undefined"
     if score.centre.value >= own.value:
         return "nothing"
-    return "above" if compare(own, score.other_photo["explainer"], lower_is_better=False) == "better" else "level"
+    return "above" if _compare(own, score.other_photo["explainer"], lower_is_better=False) == "better" else "level"
 
 
-# --- what is drawn ----------------------------------------------------------------------------------------------------
-
-
-class Subject(NamedTuple):
-    """One column of the table of scores: a layer or a null."""
-
-    label: str
-    role: str
-    scores: Any
-
-
-def _subjects(data: ExplainerData, evaluation: Evaluation) -> tuple[Subject, ...]:
+def _subjects(data: ExplainerData, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the columns of the table of scores: layers and nulls."""
     labels = {
         "explainer": ("explainer", "explainer"),
         "tap": (f"performer, {data.tap}", "performer"),
@@ -212,36 +192,38 @@ def _subjects(data: ExplainerData, evaluation: Evaluation) -> tuple[Subject, ...
         "centre": ("null: centre", "null"),
         "corner": ("null: corner", "null"),
     }
-    return tuple(Subject(*labels[key], scores) for key, scores in evaluation.subjects())
+    return [
+        {"label": labels[key][0], "role": labels[key][1], "scores": scores} for key, scores in evaluation.subjects()
+    ]
 
 
-def _common_counts(subjects: tuple[Subject, ...]) -> dict[str, str]:
+def _common_counts(subjects: list[dict[str, Any]]) -> dict[str, str]:
     """Return the count that a whole row of the table has, said once; rows with several say them in their cells."""
     found = {}
     for key in LOCALISATION:
-        counts = {count_of(measure) for s in subjects if (measure := s.scores.of(key)).defined}
+        counts = {count_of(measure) for s in subjects if (measure := s["scores"].of(key)).defined}
         found[key] = counts.pop() if len(counts) == 1 else ""
     return found
 
 
-def _score_figures(subjects: tuple[Subject, ...]) -> tuple[Figure, ...]:
+def _score_figures(subjects: list[dict[str, Any]]) -> list[Figure]:
     drawn = []
     for key in ("instability", "consistency"):
         score = LOCALISATION[key]
         rows = [
-            figures.ScoreRow(s.label, s.role, m.value, m.low, m.high, notation.number(m.value))
+            figures.ScoreRow(s["label"], s["role"], m.value, m.low, m.high, notation.number(m.value))
             for s in subjects
-            for m in [s.scores.of(key)]
+            for m in [s["scores"].of(key)]
         ]
         svg = figures.scores_chart(score.title, score.direction, rows)
         drawn.append(Figure(f"{score.title}: {score.direction}", svg))
     # Instability is never shown alone: the pair is shown whole or not at all.
-    return tuple(drawn) if all(f.svg for f in drawn) else ()
+    return drawn if all(f.svg for f in drawn) else []
 
 
 def _filter_figure(evaluation: Evaluation) -> Figure | None:
     dots = [
-        figures.Dot(
+        (
             f"{role} filter {f.filter}: instability {notation.number(f.instability)}, "
             f"consistency {notation.number(f.consistency)}" + (f", {f.landmark}" if f.landmark else ""),
             role,
@@ -256,36 +238,27 @@ def _filter_figure(evaluation: Evaluation) -> Figure | None:
     return Figure("Every filter: consistency (up) against instability (right)", svg) if svg else None
 
 
-def _parts_figure(subjects: tuple[Subject, ...]) -> Figure | None:
-    shares = [(s.label, s.role, s.scores.landmark_shares) for s in subjects if s.role != "null"]
+def _parts_figure(subjects: list[dict[str, Any]]) -> Figure | None:
+    shares = [(s["label"], s["role"], s["scores"].landmark_shares) for s in subjects if s["role"] != "null"]
     svg = figures.parts_chart("Share of filters by landmark", shares)
     return Figure("Share of filters by the landmark that their peak predicts best", svg) if svg else None
 
 
-def _curve_figures(data: ExplainerData) -> tuple[Figure, ...]:
+def _curve_figures(data: ExplainerData) -> list[Figure]:
     shaded = figures.phase_span([(e["epoch"], str(e.get("phase", ""))) for e in data.epochs])
     drawn = []
-    for title, curves in CURVES:
-        series = [
-            figures.Series(label, [(e["epoch"], e.get(key, math.nan)) for e in data.epochs])
-            for key, label in curves
+    for title, keys in _CURVES:
+        curves = [
+            (label, [(e["epoch"], e.get(key, math.nan)) for e in data.epochs])
+            for key, label in keys
             if any(key in e for e in data.epochs)
         ]
-        svg = figures.curves_chart(title, series, shaded)
-        if svg:
-            drawn.append(Figure(title, svg))
-    return tuple(drawn)
+        drawn.append(Figure(title, figures.curves_chart(title, curves, shaded)))
+    return [figure for figure in drawn if figure.svg]
 
 
-class DrawnFilter(NamedTuple):
-    """A gallery filter with its photos and maps drawn."""
-
-    filter: GalleryFilter
-    photos: tuple[str, ...]
-    maps: tuple[str, ...]
-
-
-def _drawn_filter(kind: str, one: GalleryFilter | None, pictures: Mapping[str, str]) -> DrawnFilter | None:
+def _drawn_filter(kind: str, one: GalleryFilter | None, pictures: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return a filter of the gallery with its photos and maps drawn."""
     if one is None:
         return None
     number, photos, maps = one.scores.filter, [], []
@@ -299,94 +272,86 @@ def _drawn_filter(kind: str, one: GalleryFilter | None, pictures: Mapping[str, s
         photos.append(figures.photo_with_region(uri, shot.size_px, box, shot.peak_px, label))
         label = f"{shot.key}: feature map of {kind} filter {number}"
         maps.append(figures.photo_with_region(pictures[shot.map_file], shot.size_px, None, None, label))
-    return DrawnFilter(one, tuple(photos), tuple(maps))
-
-
-class AttentionRow(NamedTuple):
-    """One network's Grad-CAM: its maps drawn, and how concentrated they are, with random ones for comparison."""
-
-    kind: str
-    role: str
-    layer: str
-    share: Estimate
-    random: Estimate
-    empty: int
-    photos: tuple[str, ...]
+    return {"filter": one, "photos": photos, "maps": maps}
 
 
 def _label(photo: AttentionPhoto) -> str:
     return f"{photo.label}{' (answer: no)' if photo.denied else ''}"
 
 
-def _attention(data: ExplainerData) -> tuple[tuple[str, ...], tuple[AttentionRow, ...]]:
-    if data.gallery is None:
-        return (), ()
-    of = data.gallery.attention
+def _attention(of: Attention, pictures: Mapping[str, str]) -> dict[str, Any]:
+    """Return Grad-CAM of each layer, drawn, and how concentrated it is, with random maps for comparison."""
 
     def drawn(photo: AttentionPhoto, file: str, label: str) -> str:
-        return figures.photo_with_region(data.pictures[file], of.size_px, None, None, f"{photo.key}: {label}")
+        return figures.photo_with_region(pictures[file], of.size_px, None, None, f"{photo.key}: {label}")
 
-    rows = []
-    for kind, layer in of.layers.items():
-        if kind == "top" and layer == of.layers["tap"]:
-            continue  # one layer, one row
-        maps = tuple(drawn(p, p.maps[kind], f"Grad-CAM of {layer} for {_label(p)}") for p in of.photos)
-        role = "explainer" if kind == "interpretable" else "performer"
-        rows.append(
-            AttentionRow(kind, role, layer, of.concentration_frac[kind], of.random_frac[kind], of.empty[kind], maps)
-        )
-    return tuple(drawn(p, p.file, _label(p)) for p in of.photos), tuple(rows)
+    # Where the tap is the top layer, it has one row.
+    shown = {kind: layer for kind, layer in of.layers.items() if kind != "top" or layer != of.layers["tap"]}
+    rows = [
+        {
+            "kind": kind,
+            "role": "explainer" if kind == "interpretable" else "performer",
+            "layer": layer,
+            "share": of.concentration_frac[kind],
+            "random": of.random_frac[kind],
+            "empty": of.empty[kind],
+            "photos": [drawn(p, p.maps[kind], f"Grad-CAM of {layer} for {_label(p)}") for p in of.photos],
+        }
+        for kind, layer in shown.items()
+    ]
+    return {"attention_photos": [drawn(p, p.file, _label(p)) for p in of.photos], "attention": rows}
 
 
-def _log(data: ExplainerData) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+def _log(data: ExplainerData) -> dict[str, Any]:
     """Return column names and rows of the training log, in the order in which the columns first appear."""
-    keys = tuple(dict.fromkeys(key for e in data.epochs for key in e))
-    rows = tuple(
-        tuple(str(v) if isinstance(v, (str, int)) else notation.number(v) for v in (e.get(k, math.nan) for k in keys))
-        for e in data.epochs
-    )
-    return keys, rows
+    keys = list(dict.fromkeys(key for e in data.epochs for key in e))
+    values = [[e.get(k, math.nan) for k in keys] for e in data.epochs]
+    rows = [[str(v) if isinstance(v, (str, int)) else notation.number(v) for v in row] for row in values]
+    return {"log_columns": keys, "log_rows": rows}
+
+
+def _measured(data: ExplainerData, evaluation: Evaluation) -> dict[str, Any]:
+    subjects, regions = _subjects(data, evaluation), evaluation.part_interpretability
+    return {
+        "states": judge(evaluation),
+        "found": {
+            name: _against_nulls(evaluation, name, lower_is_better=name == "instability")
+            for name in ("instability", "consistency")
+        },
+        "subjects": subjects,
+        "common_n": _common_counts(subjects),
+        "worth": {name: _judge_regions(one) for name, one in regions.readings.items()} if regions else {},
+        "score_figures": _score_figures(subjects),
+        "filter_figure": _filter_figure(evaluation),
+        "parts_figure": _parts_figure(subjects),
+    }
+
+
+def _drawn(gallery: Gallery, pictures: Mapping[str, str]) -> dict[str, Any]:
+    kinds = ("explainer", "performer")
+    filters = [
+        tuple(_drawn_filter(kind, one, pictures) for kind, one in zip(kinds, pair, strict=True))
+        for pair in zip_longest(*(gallery.layers[kind] for kind in kinds))
+    ]
+    return {"filters": filters, **_attention(gallery.attention, pictures)}
 
 
 def explainer_view(data: ExplainerData) -> dict[str, Any]:
     """Return what the template shows."""
-    evaluation, gallery = data.evaluation, data.gallery
-    subjects = _subjects(data, evaluation) if evaluation else ()
-    columns, log = _log(data)
-    photos, attention = _attention(data)
-    layers = gallery.layers if gallery else {}
-    regions = evaluation.part_interpretability if evaluation else None
     return {
         "data": data,
         "run": data.run,
-        "evaluation": evaluation,
-        "gallery": gallery,
+        "evaluation": data.evaluation,
+        "gallery": data.gallery,
         "scores": LOCALISATION,
         "fidelity": FIDELITY,
-        "states": judge(evaluation) if evaluation else {},
-        "null_names": NULLS,
-        "found": {
-            name: against_nulls(evaluation, name, lower_is_better=name == "instability")
-            for name in ("instability", "consistency")
-        }
-        if evaluation
-        else {},
-        "subjects": subjects,
-        "common_n": _common_counts(subjects),
         "readings": REGION_READINGS,
-        "worth": {name: judge_regions(one) for name, one in regions.readings.items()} if regions else {},
-        "score_figures": _score_figures(subjects),
-        "filter_figure": _filter_figure(evaluation) if evaluation else None,
-        "parts_figure": _parts_figure(subjects) if evaluation else None,
-        "filters": tuple(
-            (_drawn_filter("explainer", ours, data.pictures), _drawn_filter("performer", theirs, data.pictures))
-            for ours, theirs in zip_longest(layers.get("explainer", ()), layers.get("performer", ()))
-        ),
-        "attention_photos": photos,
-        "attention": attention,
+        "parts_figure": None,
+        "attention": (),
         "curves": _curve_figures(data),
-        "log_columns": columns,
-        "log_rows": log,
+        **_log(data),
+        **(_measured(data, data.evaluation) if data.evaluation else {}),
+        **(_drawn(data.gallery, data.pictures) if data.gallery else {}),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from partlens.attribution.record import ExplanationRecord
 from partlens.errors import InputError, RunError, expected
@@ -47,11 +48,10 @@ from partlens.page.views import Chapter
 from partlens.records import write_text
 from partlens.selection.record import SelectionRecord
 
+# Room for pictures on one page, in characters; with its texts the page stays below about 15 MB.
 PICTURES_BYTES = 13_500_000
-"""Room for pictures on one page, in characters; with its texts the page stays below about 15 MB."""
-
+# The explained images take at most this part of the room.
 EXPLANATIONS_SHARE = 0.4
-"""The explained images take at most this part of the room."""
 
 
 @dataclass(frozen=True)
@@ -163,20 +163,6 @@ def render_page(data: PageData) -> str:
         other file or host. The same data gives the same text. Every text of the data is escaped.
     """
     chapters = _chapters(data)
-    mains = [chapter for chapter in chapters if chapter.kind != "explanation"]
-    sha256 = next(iter(data.weights), "")
-    images = tuple(
-        explanation_view(one, image_anchor(position), sha256) for position, one in enumerate(data.explanations.shown)
-    )
-    explained = [(column.name, view.anchor, view.data.record.image) for view in images for column in view.columns]
-    in_photos = [
-        (view.data.record.image, view.anchor, f"{of.name}: {of.headline}") for view in images for of in view.parts
-    ]
-    origins = [selection_origin(data.selection)] if data.selection else []
-    remarks = [selection_remarks(data.selection)] if data.selection else []
-    if data.explainer:
-        origins.append(explainer_origin(data.explainer))
-        remarks.append(explainer_remarks(data.explainer))
     return (
         environment()
         .get_template("page.html.j2")
@@ -184,20 +170,41 @@ def render_page(data: PageData) -> str:
             title=_title(data),
             brand="report" if data.selection else "explainer report",
             chapters=chapters,
-            mains=mains,
+            mains=[chapter for chapter in chapters if chapter.kind != "explanation"],
             banners=_banners(data),
             level=3 if len(chapters) > 1 else 2,
-            selection=selection_view(data.selection, explained) if data.selection else None,
-            explainer=explainer_view(data.explainer) if data.explainer else None,
-            images=images,
-            parts=parts_view(data.named_parts, in_photos) if data.named_parts else None,
             explanations=data.explanations,
-            origins=origins,
-            remarks=remarks,
             made_by=_made_by(data),
             figure_css=figures.FIGURE_CSS,
+            **_views(data),
+            **_notes(data),
         )
     )
+
+
+def _views(data: PageData) -> dict[str, Any]:
+    """Return what each chapter's template shows."""
+    sha256 = next(iter(data.weights), "")
+    images = [
+        explanation_view(one, image_anchor(position), sha256) for position, one in enumerate(data.explanations.shown)
+    ]
+    explained = [(column.name, view.anchor, view.data.record.image) for view in images for column in view.columns]
+    in_photos = [
+        (view.data.record.image, view.anchor, f"{of.name}: {of.headline}") for view in images for of in view.parts
+    ]
+    return {
+        "images": images,
+        "selection": selection_view(data.selection, explained) if data.selection else None,
+        "explainer": explainer_view(data.explainer) if data.explainer else None,
+        "parts": parts_view(data.named_parts, in_photos) if data.named_parts else None,
+    }
+
+
+def _notes(data: PageData) -> dict[str, Any]:
+    """Return how the results are made again, and the notes at the end."""
+    ends = [(selection_origin(data.selection), selection_remarks(data.selection))] if data.selection else []
+    ends += [(explainer_origin(data.explainer), explainer_remarks(data.explainer))] if data.explainer else []
+    return {"origins": [origin for origin, _ in ends], "remarks": [remarks for _, remarks in ends]}
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
