@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,15 +34,15 @@ def test_too_few_flowers() -> None:
 
 
 def test_the_summary_shows_a_dash_for_what_is_undefined() -> None:
-    nothing = {"value": None}
-    layer = {"instability": nothing, "consistency": nothing}
-    scores = {
-        "explainer": layer,
-        "performer": {"tap": layer},
-        "nulls": {"random": layer},
-        "p": {"value": 0.25},
-        "reconstruction": {"agreement_top1": {"value": 1.0}},
-    }
+    nothing, known = SimpleNamespace(defined=False), lambda value: SimpleNamespace(defined=True, value=value)
+    layer = SimpleNamespace(instability=nothing, consistency=nothing)
+    scores = SimpleNamespace(
+        explainer=layer,
+        performer=SimpleNamespace(tap=layer),
+        nulls={"random": layer},
+        p=known(0.25),
+        reconstruction=SimpleNamespace(agreement_top1=known(1.0)),
+    )
     text = demonstration._summary(scores)
     assert "p = 0.25" in text
     assert "instability is – (the layer's own filters: –, random: –)" in text
