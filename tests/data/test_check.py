@@ -115,6 +115,16 @@ def test_class_index_is_the_category_where_there_is_no_other(tmp_path):
     assert ImageSet.open(tmp_path).categories == ("fox",)
 
 
+def test_enough_images_and_landmarks_at_the_border_are_no_warning(tmp_path):
+    for name in ("train/a/0.png", "train/a/1.png", "test/a/2.png", "test/a/3.png"):
+        photo(tmp_path / name, int(name[-5]))
+    places = [("train/a/0.png", 0, 9), ("train/a/1.png", 12, 0), ("test/a/2.png", 3, -0.5), ("test/a/3.png", 3, 9.5)]
+    table(tmp_path / "landmarks.csv", ["image", "landmark", "x", "y"], [[key, "eye", x, y] for key, x, y in places])
+    found = check_data(tmp_path, few=2)
+    assert found.warnings == ("landmarks outside their image: test/a/2.png eye, test/a/3.png eye",)
+    assert check_data(tmp_path, few=3).warnings[0] == "fewer than 3 images: a in train (2), a in test (2)"
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(ImageError, match="nothing there"):
         check_data(tmp_path / "none")

@@ -36,6 +36,15 @@ def test_a_flower_is_complete():
     assert flower.sizes["leaf"][0] < np.ptp(cols)
 
 
+def test_the_leaf_is_that_of_which_most_is_seen():
+    for seed in range(12):
+        flower, labels = render_flower(seed, "petal-red", 64), np.zeros((64, 64), int)
+        for number, (window, cover, _) in enumerate(flowers_module._plant(flowers_module._dice(seed, 1), 64), start=1):
+            labels[window][cover > 0.5] = number
+        rows, cols = np.nonzero(labels == max((2, 3), key=lambda number: np.count_nonzero(labels == number)))
+        assert flower.landmarks["leaf"] == pytest.approx((cols.mean() + 0.5, rows.mean() + 0.5))
+
+
 def test_the_category_changes_the_colour_of_the_petals_only():
     for seed in range(12):
         red, blue = render_flower(seed, "petal-red"), render_flower(seed, "petal-blue")

@@ -373,15 +373,18 @@ def test_unknown_names_and_empty_choices():
 # Reading
 
 
-def test_exif_orientation_is_applied(tmp_path):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
     image = Image.new("RGB", (6, 4), (255, 255, 255))
     image.putpixel((0, 0), (0, 0, 0))
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned left; shown turned by 90 degrees to the right
+    exif[0x0112] = orientation
     image.save(tmp_path / "a.png", exif=exif)
     images = ImageSet.open(tmp_path)
-    assert images.read(0).size == images.size_px(0) == (4, 6)
-    assert images.read(0).getpixel((3, 0)) == (0, 0, 0)
+    size, corner = ((6, 4), (4, 6))[orientation > 4], ["lt", "rt", "rb", "lb", "lt", "rt", "rb", "lb"][orientation - 1]
+    assert images.read(0).size == images.size_px(0) == size
+    place = (0 if corner[0] == "l" else size[0] - 1, 0 if corner[1] == "t" else size[1] - 1)
+    assert images.read(0).getpixel(place) == (0, 0, 0)
 
 
 def grey(values, dtype) -> Image.Image:
@@ -400,6 +403,7 @@ def grey(values, dtype) -> Image.Image:
         ("int-wide.tif", grey([-1000, 1000], np.int32), [0, 255]),
         ("float-unit.tif", grey([0, 0.6], np.float32), [0, 153]),
         ("float-8.tif", grey([0, 90], np.float32), [0, 90]),
+        ("float-low.tif", grey([0, 2], np.float32), [0, 2]),
         ("float-wide.tif", grey([-3, 1], np.float32), [0, 255]),
         ("float-flat.tif", grey([-3, -3], np.float32), [0, 0]),
     ],
