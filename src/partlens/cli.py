@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: without the program's name; those of the process when left out.
+        arguments: without the program's name; by default those of the process.
 
     Returns:
         The exit code.

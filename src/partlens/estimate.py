@@ -101,10 +101,10 @@ def bootstrap(
         unit: what ``count`` counts.
         level: coverage of the interval.
         groups: an integer per row, equal for crops of one photo: a photo is drawn with all its crops, since these are
-            not independent, and ``n`` counts photos. Every row on its own when left out.
+            not independent, and ``n`` counts photos. By default every row on its own.
 
     Returns:
-        The value on all photos and the percentile interval; rounds where the statistic is ``nan`` are left out.
+        The value on all photos and the percentile interval; rounds where the statistic is ``nan`` are excluded.
 
     Raises:
         InputError: no photos, or not a group for every row.
@@ -129,7 +129,7 @@ def resampler(
 
     Args:
         count: number of rows.
-        groups: an integer per row; every row on its own when left out.
+        groups: an integer per row; by default every row on its own.
 
     Example:
         >>> import torch
@@ -197,7 +197,7 @@ def proportion(
     Args:
         successes: a 0 or 1 per row.
         groups: an integer per row, equal for crops of one photo. The interval is then as wide as if crops of one photo
-            always had the same answer: Wilson's for Kish's effective number ``(sum c)² / sum c²`` of photos with ``c``
+            always had the same result: Wilson's for Kish's effective number ``(sum c)² / sum c²`` of photos with ``c``
             crops each, which errs on the wide side. ``n`` counts photos.
         z: quantile of the normal distribution.
 

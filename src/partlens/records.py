@@ -253,7 +253,7 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors as safetensors (contiguous copies on the CPU; shared storage is split).
 
-    Several entries of metadata stand in the file in no fixed order; a file that has to be the same byte for byte each
+    Several entries of metadata have no fixed order in the file; a file that has to be the same byte for byte each
     time takes one.
     """
     from safetensors import SafetensorError

@@ -26,7 +26,7 @@ def _performer(module: nn.Module) -> Performer:
 
 
 def _pattern_network(pattern: np.ndarray) -> nn.Module:
-    """One filter that answers to a pattern, centred so that flat colour gives nothing."""
+    """One filter that activates on a pattern, centred so that flat colour gives nothing."""
     conv = nn.Conv2d(3, 1, pattern.shape[0], bias=False)
     kernel = torch.from_numpy(pattern - pattern.mean()).float().permute(2, 0, 1)
     conv.weight = nn.Parameter(kernel[None])

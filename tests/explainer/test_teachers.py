@@ -148,7 +148,7 @@ def test_variety_chooses_parts_that_move_apart() -> None:
 
 @pytest.mark.parametrize(
     ("photos", "maps", "message"),
-    [(3, 1.0, "at least 4 photos to find parts in, got 3"), (8, 0.0, "a later layer that answers")],
+    [(3, 1.0, "at least 4 photos to find parts in, got 3"), (8, 0.0, "a later layer that activates")],
 )
 def test_what_cannot_teach_is_refused(photos: int, maps: float, message: str) -> None:
     windows = view_windows(photos, 2, draws(), 0.6)
@@ -216,7 +216,7 @@ def test_filters_get_the_teacher_at_whose_place_their_channel_answers() -> None:
     bumps = torch.stack([blob(photos.part), blob(photos.other)], 1)
     channels = 0.2 * torch.rand(40, 6, SIDE, SIDE, generator=draws(9)) + bumps[:, kinds]
     assert matched_teachers(channels, where).tolist() == kinds.tolist()
-    # A channel that answers to both goes to the teacher with a seat left; dead channels are seated, too.
+    # A channel that activates on both goes to the teacher with a seat left; dead channels are seated, too.
     channels[:, 2] += 3 * bumps.sum(1)
     channels[:, 5] = 0
     found = matched_teachers(channels, where)

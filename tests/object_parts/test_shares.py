@@ -58,7 +58,7 @@ def test_every_number_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.shapley_remainder_frac == pytest.approx(0, abs=1e-12)
     assert found.integrated_remainder_frac == pytest.approx(0.5 / (19 / 3))
     assert found.standard_error == 0.25
-    assert found.score_of == "the performer's own answer to each photo"
+    assert found.score_of == "the performer's own prediction for each photo"
     head, rest, leg = found.parts
     assert [p.name for p in found.parts] == ["head", "rest", "leg"]
     assert [p.filters for p in found.parts] == [(0, 3), (1,), (2,)]
@@ -104,7 +104,7 @@ def test_the_only_output_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = _batch(slice(0, 3))
     single = PartShares(**{**batch.__dict__, "fed_outputs": torch.tensor([[1.0], [1.0], [-1.0]])})
     found = mean_contributions([single], PARTS, torch.tensor([[2.0], [-1.0], [-3.0]]), torch.arange(3), seed=0)
-    assert found.score_of == "the performer's only output, whatever the answer"
+    assert found.score_of == "the performer's only output, whatever it predicts"
     assert found.performer_score.value == pytest.approx(-2 / 3)
     assert found.agreement_top1.value == pytest.approx(2 / 3)  # by the sign
 

@@ -137,7 +137,7 @@ def test_what_was_explained_is_on_the_page(run):
         "partlens fit-explainer torchvision:resnet18 photos --category fox",
         "a note",
         "few photos show legs",
-        "1 file could not be read and was left out",
+        "1 file could not be read and was skipped",
         "truncated",
         "head (47), front legs (35)",
     ):

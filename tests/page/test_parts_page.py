@@ -86,7 +86,7 @@ def run(tmp_path):
         ],
         "unplaced_names": [{"name": "tail", "filters": [9], "best_overlap": 0.1}],
         "contributions": {
-            "score_of": "the performer's own answer to each photo",
+            "score_of": "the performer's own prediction for each photo",
             "method": "exact",
             "performer_score": estimate(9.5),
             "fed_back": estimate(9.4),

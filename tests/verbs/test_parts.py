@@ -316,7 +316,7 @@ def test_what_a_single_output_says_is_kept_or_turned(
         rows = few_flowers.indices(category=RED, split="test")
         signs = judge.module(judge.preprocessing([few_flowers.read(i) for i in rows])) > 0
     assert content.agreement_top1.value == pytest.approx(1 - float(signs.double().mean()))
-    assert content.score_of == "the performer's only output, whatever the answer"
+    assert content.score_of == "the performer's only output, whatever it predicts"
 
 
 def test_a_landmark_may_be_called_other(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:

@@ -1,4 +1,4 @@
-"""The papers' experiments on top of partlens: data sets, networks, rivals, and tables beside the printed ones."""
+"""The papers' experiments on top of partlens: data sets, networks, rivals, and tables next to the printed ones."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def settings_of(kind: type[S], given: S | Mapping[str, Any] | None, **more: Any) -> S:
-    """Return settings of a kind: as they are, or from fields by name; lists stand for tuples.
+    """Return settings of a kind: as they are, or from fields by name; lists replace tuples.
 
     Args:
         kind: the class.

@@ -55,7 +55,7 @@ def paper_performer(name: str, weights: str | None) -> Performer:
         if load_into(module, state, Path(weights).name, may_lack):
             untrained = _HEAD
             remedy = "train them (partlens-papers train-performer)"
-            notes = (f"fc6, fc7 and fc8 are absent from the file and stand at their random start; {remedy}",)
+            notes = (f"fc6, fc7 and fc8 are absent from the file and have random weights; {remedy}",)
         else:
             names = class_names_of(metadata, outputs, Path(weights).name)
     module.eval()

@@ -168,7 +168,7 @@ class VotedParts:
     found: dict[str, float]
 
     def maps(self, maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image part row col"]:
-        """Return where the parts stand: the votes of their detectors."""
+        """Return where the parts are located: the votes of their detectors."""
         answers = torch.einsum("vf,ifrc->ivrc", self.detectors, _smooth(maps)) + self.bias[:, None, None]
         masked = mask_at_peak(answers.relu(), peak_masks(*maps.shape[2:]).to(maps))
         return torch.einsum("pv,ivrc->iprc", self.votes, _smooth(masked))

@@ -140,7 +140,7 @@ def test_photos_in_a_voc_folder_beside_and_a_box_in_the_file(voc):
     assert images.keys[4] == "VOCdevkit/VOC2010/JPEGImages/2008_000003.jpg#1"
     assert images.size_px(4) == (12, 10)
     (voc / "VOCdevkit").rename(voc / "elsewhere")
-    with pytest.raises(ImageError, match=r"folder JPEGImages in .*Copy or link JPEGImages beside Annotations_Part"):
+    with pytest.raises(ImageError, match=r"folder JPEGImages in .*Copy or link JPEGImages next to Annotations_Part"):
         opened(voc)
 
 
@@ -174,7 +174,7 @@ def test_everything_unusable_is_named(voc):
 
 def test_a_folder_without_one_usable_object(tmp_path):
     annotate(tmp_path, "2008_000001", [thing("unicorn", (0, 0, 9, 9))])
-    with pytest.raises(ImageError, match=r"objects of bird, cat, .* got none \(1 left out: .*unicorn"):
+    with pytest.raises(ImageError, match=r"objects of bird, cat, .* got none \(1 skipped: .*unicorn"):
         opened(tmp_path)
 
 

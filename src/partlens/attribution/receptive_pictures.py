@@ -120,7 +120,7 @@ class _Seen(NamedTuple):
 
 
 def _cell_anchors(receptive: ReceptiveField, rows: int, cols: int, size_px: tuple[int, int]) -> Int[Tensor, "cell 2"]:
-    """Return the pixel (row, col) at which each cell stands, row-major, moved into the image where it is outside."""
+    """Return the pixel (row, col) of each cell, row-major, moved into the image where it is outside."""
     grid = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).numpy()
     centres = torch.from_numpy(cell_centre_px(receptive, grid))[:, [1, 0]]
     return torch.minimum(centres.floor().long().clamp(min=0), torch.tensor(size_px) - 1)
@@ -177,7 +177,7 @@ def occlusion_receptive_fields(
         map_of: takes preprocessed images and returns the maps of one layer; called without gradients. That a network
             in it is left as it was is for it to see to (`partlens.network.taps.forward_taps` does).
         batch: the pool of photos, preprocessed.
-        receptive: where the cells of the maps stand.
+        receptive: where the cells of the maps are located.
         filters: filters wanted; by default all.
         config: settings; by default those for the input's size.
         batch_size: images per forward pass.
@@ -323,7 +323,7 @@ def regions(
     thresholds: Float[Tensor, " shown"],
     receptive: ReceptiveField,
 ) -> Bool[Tensor, "shown height width"]:
-    """Return the regions of photos that maps stand for.
+    """Return the regions of photos that maps represent.
 
     Cells below ``min(threshold, max x)`` are set to 0 and the rest becomes ``v = min(1.5 · x / max x, 1)``. The
     weight of a pixel is the highest ``v · field`` over cells, the field moved so that its centre lies on the cell's
@@ -334,7 +334,7 @@ def regions(
         fields: from `occlusion_receptive_fields` or `round_fields`, twice the input's size.
         of: for each map which field is its filter's.
         thresholds: for each map the value from which a cell is active.
-        receptive: where the cells stand.
+        receptive: where the cells are located.
 
     Returns:
         True inside; all False for a map or a field of zeros.

@@ -125,7 +125,7 @@ def stretched(signal: Tensor, size: Sequence[int], stride: Sequence[int], stride
 
     Returns:
         The signal at that size, divided by the mean number of repeats, so that branches with different numbers of
-        strided convolutions (one beside a strided pooling, say) still add in the proportions of the true gradient.
+        strided convolutions (one parallel to a strided pooling, say) still add in the proportions of the true gradient.
     """
     cells = signal.shape[2:]
     repeats = 1.0

@@ -1,4 +1,4 @@
-"""Where the parts of the objects are: landmark positions, part sizes and masks, row by row beside the images.
+"""Where the parts of the objects are: landmark positions, part sizes and masks, one row per image.
 
 Positions are in the image's own pixels (x to the right, y downwards, the top left corner of the image is 0,
 0). What is not known is ``nan``, never zero, and :meth:`PartTruth.count` says how much is known.
@@ -50,7 +50,7 @@ class PartTruth:
 
     Raises:
         ImageError: an array whose shape does not follow from ``keys`` and ``landmarks``, or a name that
-            stands twice.
+            occurs twice.
 
     Example:
         >>> import numpy as np

@@ -106,7 +106,7 @@ class DataCheck(Value):
 
 
 def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
-    """Look at every image and annotation of a folder or table, and say what is there.
+    """Check every image and annotation of a folder or table, and list what it holds.
 
     Every file is read once; nothing is written.
 

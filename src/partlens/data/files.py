@@ -235,7 +235,7 @@ class Arrays:
 
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """A function that draws; a recipe stands for the content of all it draws."""
+    """A function that draws; a recipe identifies the content of all it draws."""
 
     draw: Callable[[int], ByteArray]
     recipe: str

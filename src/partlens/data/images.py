@@ -146,7 +146,7 @@ class ImageSet:
         ``""``. When the first sub-folders are called ``train`` and ``test`` (or ``val``, ``valid``,
         ``validation``, which count as test where there is no ``test``), they give the split, and the next
         level gives the categories. Hidden files, files with other endings than
-        :data:`~partlens.data.folders.SUFFIXES` and, beside ``landmarks.csv``, the folder ``masks`` are passed over.
+        :data:`~partlens.data.folders.SUFFIXES` and, next to ``landmarks.csv``, the folder ``masks`` are skipped.
 
         Raises:
             ImageError: the folder does not exist or holds no image.
@@ -277,8 +277,8 @@ class ImageSet:
             keys: one name per image.
             categories: what each image shows.
             splits: the side of each image.
-            recipe: text from which all images follow (with their positions); it stands for their content in
-                :meth:`fingerprint`. When left out, the images are drawn and hashed.
+            recipe: text from which all images follow (with their positions); it replaces their content in
+                :meth:`fingerprint`. Without it, the images are drawn and hashed.
             truth: gives the annotated parts of the images with these keys; called once, when first needed.
             name: what to call the set in reports.
 
@@ -354,7 +354,7 @@ class ImageSet:
         """Return the positions of the photos of some categories in a split, and those of all others there.
 
         Args:
-            categories: names; ``""`` alone stands for all photos as one.
+            categories: names; ``""`` alone means all photos as one.
             split: name of the split.
 
         Returns:
@@ -408,7 +408,7 @@ class ImageSet:
         """Return the images at these positions, in this order.
 
         Raises:
-            ImageError: a position outside the set, one that stands twice, or no position at all.
+            ImageError: a position outside the set, one that occurs twice, or no position at all.
         """
         chosen = [self._checked(index) for index in indices]
         known = self._known_digests
@@ -513,7 +513,7 @@ class ImageSet:
     def digests(self) -> tuple[str, ...]:
         """Return a text per image that is equal for equal content (of the file, and the box that is cut out).
 
-        The files are read once, here or in :meth:`readable`: a set stands for its images as they were then.
+        The files are read once, here or in :meth:`readable`: a set holds its images as they were then.
 
         Raises:
             ImageError: a file is missing; the text names it.

@@ -14,8 +14,8 @@ def split_of(photo: str) -> str:
     """Return the side on which a photo falls where no split was given.
 
     The first eight bytes of the SHA-256 of the name, read as a fraction of their range, decide: below 0.25
-    the photo is for testing. So the answer depends on the name alone, never on the order or number of the
-    images, and all crops of one photo stand on the same side.
+    the photo is for testing. So the side depends on the name alone, never on the order or number of the
+    images, and all crops of one photo are on the same side.
 
     Args:
         photo: the photo group's name.

@@ -301,7 +301,7 @@ def _centres(receptive: ReceptiveField, side: tuple[int, int]) -> Float[Tensor, 
 def _strangers(photos: Int[Tensor, " row"], generator: torch.Generator) -> list[int]:
     """Return, for each row, a row of another photo (its own where there is no other), each row once."""
     _, numbers, crops = photos.unique(return_inverse=True, return_counts=True)
-    order = torch.randperm(len(crops), generator=generator)[numbers].argsort(stable=True)  # crops of one stand together
+    order = torch.randperm(len(crops), generator=generator)[numbers].argsort(stable=True)  # crops of one are neighbours
     most = int(crops.max())
     found = torch.empty_like(order)
     found[order] = order.roll(-most)

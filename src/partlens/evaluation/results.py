@@ -223,7 +223,7 @@ class GalleryPhoto(Value):
 
     Attributes:
         key: the photo's name in the data set.
-        file: the photo itself; files lie beside the record.
+        file: the photo itself; files are in the folder of the record.
         region_file: what the filter reads there, drawn; ``None`` where that is nothing.
         map_file: the filter's map over the photo.
         score: the peak's value.

@@ -2,7 +2,7 @@
 
 The defaults of the fields are the papers' values (preset ``paper``). Where the papers are silent the value is ours, and
 the docstring says so. The preset ``partlens``, which the verbs use, changes the fields in ``ExplainerConfig.PRESETS``.
-What nobody should change is a constant beside the code that uses it.
+What nobody should change is a constant next to the code that uses it.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def places_in_view(
 def places_in_photo(
     places: Float[Tensor, "photo part 2"], windows: Float[Tensor, "photo 5"]
 ) -> Float[Tensor, "photo part 2"]:
-    """Return where places of a view stand in the photo; the inverse of :func:`places_in_view`."""
+    """Return where places of a view are in the photo; the inverse of :func:`places_in_view`."""
     left, top, width, height, mirrored = (windows[:, None, k] for k in range(5))
     col = torch.where(mirrored > 0.5, 1 - places[..., 1], places[..., 1])
     return torch.stack([top + height * places[..., 0], left + width * col], -1)
@@ -138,7 +138,7 @@ def places_in_photo(
 def matched_teachers(
     maps: Float[Tensor, "photo filter row col"], places: Float[Tensor, "photo part 2"]
 ) -> Int[Tensor, " filter"]:
-    """Give every filter the teacher at whose place its channel answers most, all teachers as many filters.
+    """Give every filter the teacher at whose place its channel activates most, all teachers as many filters.
 
     The interpretable track is added to the ordinary one channel by channel: a part in a channel that is active there
     paraphrases it, in any other it is noise. A channel is compared with a bump at the teacher's place (Pearson's
@@ -206,7 +206,9 @@ class LaterParts:
         sample = self.everyone if few else torch.randperm(photos, generator=generator)[:_PHOTOS_AT_ONCE].sort().values
         whole = view(sample, 0).clamp(min=0)
         if not bool(whole.any()):
-            raise ImageError(expected("a later layer that answers to the photos", "zeros only", "Check the performer"))
+            raise ImageError(
+                expected("a later layer that activates on the photos", "zeros only", "Check the performer")
+            )
         self.dictionaries = []
         for parts in _PARTS:
             for _ in range(_ROUNDS):
@@ -333,7 +335,7 @@ def place_posterior(
 def teacher_cost(
     maps: Float[Tensor, "image filter row col"], wanted: Float[Tensor, "image filter 2"]
 ) -> Float[Tensor, " filter"]:
-    """Return how far filters are from where their teachers stand; NaN in ``wanted`` asks for nothing.
+    """Return how far filters are from their teachers' places; NaN in ``wanted`` asks for nothing.
 
     The mean over photos of ``|E mu - mu*|² / 4 + 0.3 H(b, q)``, ``q`` the softmax of the filter's map over its cells:
     the squared distance (cells) between the mean cell and the teacher's place, which makes ``q`` as wide as the place

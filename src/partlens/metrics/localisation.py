@@ -80,7 +80,7 @@ def _check(peaks: Peaks, landmarks_px: Tensor) -> None:
 
 
 def dead_filters(peaks: Peaks) -> Bool[Tensor, " filter"]:
-    """Return which filters answer nowhere: their peak is not above 0 on any image."""
+    """Return which filters never activate: their peak is not above 0 on any image."""
     return peaks.scores.amax(0) <= 0
 
 
@@ -174,7 +174,7 @@ def consistency_per_filter(
     Args:
         peaks: of every filter on every image.
         landmarks_px: x, y; NaN where absent.
-        photos: an integer per image, equal for crops of one photo; every image its own when left out.
+        photos: an integer per image, equal for crops of one photo; by default every image its own.
 
     Returns:
         The score and the index of the landmark it belongs to; NaN where no landmark has ten images.
@@ -225,8 +225,8 @@ def filter_correlation_of(peaks: Peaks, live: Bool[Tensor, " filter"]) -> float:
 def distinct_parts(peaks: Peaks, live: Bool[Tensor, " filter"]) -> float:
     """Return the effective number of distinct parts that the live filters hold.
 
-    Each filter's peak *relative to the mean filter layout* is what makes a part: filters are distinct when they stand
-    at different places of the object or move differently. Over both axes and all images, the peak positions of the
+    Each filter's peak *relative to the mean filter layout* is what makes a part: filters are distinct when they peak at
+    different places of the object or move differently. Over both axes and all images, the peak positions of the
     live filters form a matrix (filter, image x 2); two filters are similar by ``exp(-d² / 2 s²)`` where ``d`` is the
     root mean square distance of their peaks in cells and ``s`` one cell. The number is the effective size of the
     population under that similarity (Leinster & Cobbold 2012, order 2): ``1 / mean_fg similarity``. It is 1 when all
@@ -246,7 +246,7 @@ def distinct_parts(peaks: Peaks, live: Bool[Tensor, " filter"]) -> float:
 
 
 def border_share(peaks: Peaks) -> float:
-    """Return the share of peaks that stand on the outermost ring of cells; 0.27 for random cells of a 14x14 map."""
+    """Return the share of peaks on the outermost ring of cells; 0.27 for random cells of a 14x14 map."""
     limit = torch.tensor(peaks.side_cells, dtype=peaks.cells.dtype) - 1
     return float(((peaks.cells < 0.5) | (peaks.cells > limit - 0.5)).any(-1).double().mean())
 
@@ -262,10 +262,10 @@ def localisation_scores(
     rounds: int = 100,
     fixed_null: bool = False,
 ) -> LocalisationScores:
-    """Measure one layer: instability and, beside it, what degenerate filters cannot win.
+    """Measure one layer: instability together with scores that degenerate filters cannot win.
 
     Dead filters are counted in ``dead_frac`` and, as in the released code, stay in the mean instability (their peak
-    is cell (0, 0), which is the corner null); they are left out of consistency, correlation and distinct parts.
+    is cell (0, 0), which is the corner null); they are excluded from consistency, correlation and distinct parts.
 
     Args:
         peaks: of every filter on every image.
@@ -393,7 +393,7 @@ def null_peaks(
 
     Args:
         kind: ``"random"`` (a uniformly random cell per image and filter), ``"centre"`` (exactly the
-            middle of the input) or ``"corner"`` (cell (0, 0), where the argmax of an empty map stands).
+            middle of the input) or ``"corner"`` (cell (0, 0), which is the argmax of an empty map).
         images: number of images.
         side_cells: rows and columns of the map.
         start_px: centre (row, col) of cell (0, 0)'s receptive field.

@@ -165,8 +165,8 @@ def meets_parts(
         valid: the valid cells on a photo (:meth:`ValidCells.on`).
         filters: how many there are.
         parts: on each photo, which points of the input belong to each part; no point where the part is absent.
-        cover: which points each cell stands for.
-        photos: whose cells are laid on ``parts[i]``; each photo's own when left out. Cells of other photos are a null:
+        cover: which points each cell covers.
+        photos: whose cells are laid on ``parts[i]``; by default each photo's own. Cells of other photos are a null:
             the same regions, which know nothing of the photo.
         overlap: above which a filter meets a part.
     """
@@ -212,7 +212,7 @@ def part_interpretability(
 
     Args:
         met: of :func:`meets_parts`.
-        present: which part is on which photo; parts on fewer than :data:`FEWEST_PHOTOS` are left out.
+        present: which part is on which photo; parts on fewer than :data:`FEWEST_PHOTOS` are excluded.
         photos: an integer per row, equal for crops of one photo.
         generator: draws of the bootstrap.
         rounds: bootstrap rounds.

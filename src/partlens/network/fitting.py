@@ -148,7 +148,7 @@ def right_answers(
 def save_classifier(
     path: Path, network: nn.Module, preprocessing: Preprocessing, class_names: tuple[str, ...] = ()
 ) -> None:
-    """Write a network's weights with what :func:`~partlens.network.zoo.load_performer` has to know beside them.
+    """Write a network's weights with what :func:`~partlens.network.zoo.load_performer` also has to know.
 
     Args:
         path: ends in ``.safetensors``.

@@ -395,7 +395,7 @@ class Graph:
 
         Args:
             source: tap whose output the copy takes, as `partlens.network.taps.read_taps` names it; a module
-                with submodules stands for what it returns.
+                with submodules is replaced by what it returns.
             targets: taps whose outputs the copy returns; ``"output"`` is the network's own output.
 
         Returns:
@@ -439,7 +439,7 @@ class Graph:
         return LayerError(expected(f"a target after {source}", got, remedy))
 
     def _between(self, start: fx.Node, target: fx.Node, after: set[fx.Node]) -> set[fx.Node]:
-        """Return the nodes that the target needs beside the start: with the input where a path goes around it."""
+        """Return the nodes that the target needs besides the start: with the input where a path goes around it."""
 
         def sources(node: fx.Node) -> list[fx.Node]:
             base = _batch_of(node)

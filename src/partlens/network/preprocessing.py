@@ -36,7 +36,7 @@ class Preprocessing:
         resize: ``"squash"`` stretches the whole image to ``size_px`` (the explainer papers do this with
             object crops); ``"crop"`` scales the shorter side to ``resize_px`` and takes the middle.
         resize_px: shorter side before the crop, in pixels; ``None`` with ``"squash"``, where it is not used.
-        channel_order: order of the channels of the input; ``mean`` and ``std`` stand in this order, so that
+        channel_order: order of the channels of the input; ``mean`` and ``std`` have this order, so that
             Caffe's ``104 117 123`` are blue, green, red.
         scale: factor on the byte values, 1/255 or 1.
         mean: per channel, after scaling.

@@ -1,4 +1,4 @@
-"""Which input pixels a cell of a map can see, and where on the image a cell stands.
+"""Which input pixels a cell of a map can see, and where on the image a cell is located.
 
 Coordinates are continuous: pixel ``i`` covers ``[i, i + 1)``. A cell's receptive field from pixel ``a``
 through pixel ``b`` is the interval ``[a, b + 1)`` and its centre is ``(a + b + 1) / 2``. MATLAB tables that
@@ -36,7 +36,7 @@ class ReceptiveField:
         start_px: first pixel of cell 0; negative where padding reaches out.
         gated: whether the map is also scaled or normalised by numbers taken from the whole image (squeeze and
             excitation, instance norm). The field describes the local path alone, since that decides where a
-            cell stands.
+            cell is located.
     """
 
     stride_px: tuple[int, int]

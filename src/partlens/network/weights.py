@@ -123,7 +123,7 @@ def with_outputs(module: nn.Module, layer: str, outputs: int) -> None:
     Args:
         module: the network, changed.
         layer: its last layer with weights, by name: a linear layer or a convolution.
-        outputs: of the new layer, whose weights stand at torch's random start.
+        outputs: of the new layer, whose weights are torch's random start.
 
     Raises:
         LayerError: the layer is missing or of another kind.

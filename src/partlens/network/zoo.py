@@ -11,7 +11,7 @@ A performer is written as one string:
 ``partlens:flower-demo@my.safetensors``   the demo's network
 ``package.module:factory``                your own callable that returns a module or a `Performer`
 ``package.module:factory@my.safetensors`` the same with weights from a file; a callable with a parameter
-                                          ``weights`` gets what stands after ``@`` and loads it itself
+                                          ``weights`` gets what follows ``@`` and loads it itself
 ========================================  ===========================================================
 """
 
@@ -310,7 +310,7 @@ def load_performer(
         model: its name (see the top of this module), the network itself, or a performer.
         preprocessing: how images become its input; when ``None``, what the weights say, else ImageNet's
             usual.
-        weights: what else would stand after ``@``: a file, the name of a set of weights, or ``random:SEED``.
+        weights: what would otherwise follow ``@``: a file, the name of a set of weights, or ``random:SEED``.
             With a module as ``model``, a file to load into a copy of it.
 
     Returns:

@@ -214,7 +214,7 @@ class PartContribution(Value):
 
 
 class Contributions(Value):
-    """What the parts add to the performer's own answers, from the score with both tracks silent (``x_enc = 0``).
+    """What the parts add to the performer's own predictions, from the score with both tracks silent (``x_enc = 0``).
 
     Attributes:
         score_of: whose score it is, in words.
@@ -349,7 +349,7 @@ class PartsFile(Record):
 
 
 def _wrong_edit(file: PartsFile) -> tuple[str, str, str] | None:
-    """Return of the first wrong edit what is expected, what is there, and what to do if it is something special."""
+    """Return of the first wrong edit what is expected, what was found, and what to do if it is something special."""
     total = len(file.filters)
     ids: set[str] = set()
     home: dict[int, str] = {}

@@ -151,7 +151,7 @@ def mean_contributions(
     photos: Int[Tensor, " image"],
     seed: int,
 ) -> Contributions:
-    """Join what the parts add to the performer's own answers to all photos.
+    """Join what the parts add to the performer's own predictions for all photos.
 
     Args:
         batches: from :func:`part_shares`, in the order of the photos.
@@ -170,7 +170,9 @@ def mean_contributions(
     rows = tuple(_of_part(part, p, found, over) for p, part in enumerate(parts))
     several = outputs.shape[1] > 1
     whose = (
-        "the performer's own answer to each photo" if several else "the performer's only output, whatever the answer"
+        "the performer's own prediction for each photo"
+        if several
+        else "the performer's only output, whatever it predicts"
     )
     missed = found.rise - found.shapley.sum(1) - found.ordinary
     return Contributions(

@@ -267,7 +267,7 @@ def _drawn_filter(kind: str, one: GalleryFilter | None, pictures: Mapping[str, s
         label = (
             f"{shot.key}: {kind} filter {number} peaks at ({x:.0f}, {y:.0f}) px, score {notation.number(shot.score)}"
         )
-        # The picture of what is read shows the region itself; the box stands in for it where nothing was found.
+        # The picture of what is read shows the region itself; the box replaces it where nothing was found.
         uri, box = pictures[shot.region_file or shot.file], None if shot.region_file else shot.box_px
         photos.append(figures.photo_with_region(uri, shot.size_px, box, shot.peak_px, label))
         label = f"{shot.key}: feature map of {kind} filter {number}"

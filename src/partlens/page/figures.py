@@ -175,7 +175,7 @@ def filters_chart(title: str, dots: Sequence[Dot]) -> str:
     roles = [role for _, role, _, _ in shown]
     spoken = f"{roles.count('explainer')} filters of the explainer and {roles.count('performer')} of the performer"
     if len(shown) < len(dots):
-        spoken += f"; {len(dots) - len(shown)} without a defined score are left out"
+        spoken += f"; {len(dots) - len(shown)} without a defined score are not shown"
     return svg((WIDTH, bottom + 38), "chart", title, spoken, *parts)
 
 

@@ -74,11 +74,11 @@ def unfinished(status: str, what: str) -> str:
 
     Example:
         >>> unfinished("finished", "fit"), unfinished("", "fit")
-        ('', "The fit's status is “unknown”; what stands here may still change.")
+        ('', "The fit's status is “unknown”; this page may still change.")
     """
     if status == "finished":
         return ""
-    return f"The {what}'s status is “{status or 'unknown'}”; what stands here may still change."
+    return f"The {what}'s status is “{status or 'unknown'}”; this page may still change."
 
 
 def counted(count: int, noun: str) -> str:

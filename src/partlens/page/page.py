@@ -212,7 +212,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Args:
         run: the folder of a fitted explainer, of a selection, or of both.
-        out: the HTML file; ``report.html`` in the run when left out.
+        out: the HTML file; by default ``report.html`` in the run.
 
     Returns:
         The file that was written. It is written whole or not at all.

@@ -1,4 +1,4 @@
-"""Figures of the chapter on parts: shares beside their null, and predicted against measured loss."""
+"""Figures of the chapter on parts: shares with their null for comparison, and predicted against measured loss."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def removal_chart(title: str, series: Sequence[tuple[str, Sequence[float], Seque
 
 
 def escaped(name: str) -> str:
-    """Return a name as it may stand inside an element."""
+    """Return a name as it may occur inside an element."""
     from html import escape
 
     return escape(name)

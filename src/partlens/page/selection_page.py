@@ -76,7 +76,7 @@ class SelectionData:
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """Of partlens and what it stands on."""
+        """Of partlens and the packages it uses."""
         return self.record.versions
 
     def at(self, place: Place) -> tuple[ShownClass, ...]:
@@ -220,7 +220,7 @@ def _readout_figure(rows: Iterable[tuple[str, str, Estimate]], *, of_predictions
         figures.ScoreRow(label, role, one.value, *one.interval, notation.rate(one.value).replace(notation.GAP, " "))
         for label, role, one in rows
     ]
-    title = "Held-out photos with the network's own answer" if of_predictions else "Held-out photos that are right"
+    title = "Held-out photos with the network's own prediction" if of_predictions else "Held-out photos that are right"
     svg = figures.scores_chart(title, "higher is better", drawn) if drawn else ""
     return Figure(f"{title}: higher is better", svg) if svg else None
 
@@ -282,7 +282,7 @@ def selection_headline(data: SelectionData) -> str:
 
 def _facts(data: SelectionData) -> tuple[tuple[str, str], ...]:
     record, index = data.record, data.found.index
-    of = {"data": "the data's labels", "predictions": "the network's own answers"}[record.config.labels]
+    of = {"data": "the data's labels", "predictions": "the network's own predictions"}[record.config.labels]
     split = notation.SPLITS.get(record.config.split, record.config.split)
     facts = (
         ("Performer", data.performer),

@@ -68,7 +68,7 @@ class Scale:
 
 
 def limits(values: Sequence[float], *, zero: bool = False, margin: float = 0.06) -> tuple[float, float]:
-    """Return limits around finite values, never empty; with ``zero`` they include 0 and leave no margin beside it."""
+    """Return limits around finite values, never empty; with ``zero`` they include 0 and leave no margin next to it."""
     low, high = min(values), max(values)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)

@@ -56,7 +56,7 @@ _GATHER_BYTES = 256 << 20  # inner products of the working sets of one group of 
 
 
 class NotConvergedError(PartlensError, ArithmeticError):
-    """The μ-lasso stopped before its gap was small enough; ``solution`` holds where it stood."""
+    """The μ-lasso stopped before its gap was small enough; ``solution`` holds its last point."""
 
     def __init__(self, message: str, solution: LassoSolution) -> None:
         super().__init__(message)

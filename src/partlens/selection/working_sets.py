@@ -122,7 +122,7 @@ def _solve_small(small: _Small, limit: int) -> int:
     """Bring ``small.weights`` to the optimum of each class; return the number of batched solves."""
     count, device = len(small.weights), small.weights.device
     rows = torch.arange(count, device=device)  # classes that still move
-    check = rows  # classes that stand at the optimum of their free features
+    check = rows  # classes that are at the optimum of their free features
     free = small.weights > 0
     root = small.products.diagonal(dim1=1, dim2=2).clamp_min(_TINY).rsqrt()
     bound = torch.zeros(count, dtype=torch.float64, device=device)

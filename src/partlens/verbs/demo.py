@@ -73,7 +73,7 @@ def demo(
         out: folder for what is made; a demo that was stopped in it goes on.
         flowers: number of generated flowers, a quarter of them held out.
         seed: of everything.
-        progress: how to show progress; silent when left out.
+        progress: how to show progress; silent by default.
 
     Returns:
         Path of the page.
@@ -90,7 +90,7 @@ def demo(
     from partlens.verbs.select_features import select_features
 
     if flowers < 120:
-        raise InputError(expected("at least 120 flowers", flowers, "Leave --flowers out"))
+        raise InputError(expected("at least 120 flowers", flowers, "Omit --flowers, or raise it"))
     started = time.monotonic()
     show = progress or Progress.silent()
     out = Path(out)

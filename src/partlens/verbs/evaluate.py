@@ -1,6 +1,6 @@
 """The verb evaluate, a function and a sub-command of the same name.
 
-Torch is imported when a verb runs, not when this module is read, so that help texts answer at once.
+Torch is imported when a verb runs, not when this module is read, so that help is shown at once.
 """
 
 from __future__ import annotations

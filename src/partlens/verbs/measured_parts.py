@@ -194,7 +194,7 @@ def _seen(opened: OpenedExplainer, show: Progress) -> SeenPhotos:
 
 
 def _contributions(opened: OpenedExplainer, seen: SeenPhotos, file: PartsFile, show: Progress) -> Contributions:
-    """Measure what each part adds to the performer's own answer to each photo."""
+    """Measure what each part adds to the performer's own prediction for each photo."""
     chosen, batches = seen.outputs.argmax(1), []
     with show.task("measuring parts", len(chosen)) as advance:
         for first in range(0, len(chosen), _BATCH):

@@ -138,7 +138,7 @@ def check_answer(performer: Performer, example: torch.Tensor, *, scores: bool) -
         scores: its answer has to be a tensor (image, output), since the reconstruction is judged by it.
 
     Raises:
-        LayerError: it does not take the image, or answers otherwise.
+        LayerError: it does not take the image, or returns something else.
     """
     import torch
 
@@ -235,8 +235,8 @@ def report(run: str | Path, *, out: str | Path | None = None, progress: Progress
 
     Args:
         run: the run directory; evaluated already, for the page to have numbers.
-        out: the file; ``report.html`` in the run directory when left out.
-        progress: how to show progress; silent when left out.
+        out: the file; by default ``report.html`` in the run directory.
+        progress: how to show progress; silent by default.
 
     Returns:
         Path of the page.

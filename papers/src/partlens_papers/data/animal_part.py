@@ -6,7 +6,7 @@ The data set comes in two pieces, which are read together when both lie below on
   and ``nXXXXXXXX_obj/img/data.mat``, the objects' boxes;
 - ``nXXXXXXXX/truth_part01.mat`` and ``truth_part02.mat``, the heads and the front legs of some of them.
 
-A folder ``neg`` of photos beside them is the category ``background``.
+A folder ``neg`` of photos next to them is the category ``background``.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def _struct(h5py: Any, file: Any, item: Any, fields: Collection[str] | None) -> 
 
 
 def _values(h5py: Any, file: Any, item: Any) -> Any:
-    """Numbers, text, or what an array of references points to; MATLAB's axes stand there in reverse order."""
+    """Numbers, text, or what an array of references points to; MATLAB's axes are there in reverse order."""
     values = item[()]
     if values.dtype.kind == "f":  # neither text nor empty: both are stored as whole numbers
         return values.T

@@ -1,7 +1,7 @@
 """Pascal-Part: silhouettes of objects and their parts for the photos of PASCAL VOC 2010.
 
 ``Annotations_Part/2008_000008.mat`` holds one struct ``anno`` per photo with ``objects(k).class``, ``.mask`` and
-``.parts(j).part_name``, ``.mask``; the photos lie in VOC's ``JPEGImages``, beside it or in a VOC folder beside it.
+``.parts(j).part_name``, ``.mask``; the photos lie in VOC's ``JPEGImages``, next to it or in a VOC folder next to it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def read(folder: Path, choice: Choice, categories: Sequence[str] = ANIMALS) -> L
     """List the objects (or the photos) of Pascal-Part.
 
     With ``crop="box"`` every object is an image, and only its own parts are its landmarks. With ``crop="photo"``
-    every photo is one image; photos that show several of the categories are left out, and a part that the photo
+    every photo is one image; photos that show several of the categories are skipped, and a part that the photo
     shows more than once is ``nan``. A landmark is the centre of the box around the part's silhouette. The data
     set's own parts are kept as they are (left and right legs apart); photos have no split of their own.
 
@@ -67,13 +67,13 @@ def read(folder: Path, choice: Choice, categories: Sequence[str] = ANIMALS) -> L
     (``~/.cache/partlens`` where that is not set) until a file of the data set changes.
 
     Args:
-        folder: holds ``Annotations_Part``, and VOC's ``JPEGImages`` beside it, in ``VOC2010`` or in
+        folder: holds ``Annotations_Part``, and VOC's ``JPEGImages`` next to it, in ``VOC2010`` or in
             ``VOCdevkit/VOC2010``.
         choice: crop, and the landmarks: all, or ``head``, ``neck`` and ``torso``.
         categories: classes of VOC to list.
 
     Raises:
-        ImageError: no photos beside the annotations, an unknown category, not one usable object, or the package
+        ImageError: no photos next to the annotations, an unknown category, not one usable object, or the package
             that reads the files is missing.
     """
     unknown = [name for name in categories if name not in CLASSES]
@@ -85,7 +85,7 @@ def read(folder: Path, choice: Choice, categories: Sequence[str] = ANIMALS) -> L
     photos = next((folder / name / _PHOTOS for name in _BESIDE if (folder / name / _PHOTOS).is_dir()), None)
     if photos is None:
         rule = f"VOC 2010's folder {_PHOTOS} in {folder}"
-        raise ImageError(expected(rule, "nothing there", f"Copy or link {_PHOTOS} beside {_FOLDER}"))
+        raise ImageError(expected(rule, "nothing there", f"Copy or link {_PHOTOS} next to {_FOLDER}"))
     with os.scandir(photos) as entries:
         photo_of = {Path(entry.name).stem: Path(entry.path) for entry in entries if entry.name.endswith(_SUFFIXES)}
     records, notes = _records(folder / _FOLDER)
@@ -118,7 +118,7 @@ def read(folder: Path, choice: Choice, categories: Sequence[str] = ANIMALS) -> L
         elif names:
             rows.append(_Row(key, path, stem, tuple(wanted)))
     if not rows:
-        got = f"none ({len(left_out)} left out: {left_out[0].key}, {left_out[0].reason})" if left_out else "none"
+        got = f"none ({len(left_out)} skipped: {left_out[0].key}, {left_out[0].reason})" if left_out else "none"
         raise ImageError(expected(f"objects of {listed(categories, 6)} in {folder}", got, "Complete the data set"))
     if others:
         notes.append(f"objects of other classes, not used: {listed([f'{t} {n}' for n, t in others.most_common()], 20)}")

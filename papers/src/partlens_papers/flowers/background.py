@@ -1,4 +1,4 @@
-"""What stands behind and around a generated flower, drawn without regard to its class."""
+"""What is behind and around a generated flower, drawn without regard to its class."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _bokeh(canvas: Canvas, dice: Dice) -> None:
 
 
 def grass(canvas: Canvas, dice: Dice, light: Light, soft: float) -> None:
-    """Draw one blade of grass from the lower edge, covering whatever part stands there."""
+    """Draw one blade of grass from the lower edge, covering whatever part is there."""
     length = dice.between(0.3, 0.75)
     blade = Blade(length, dice.between(0.008, 0.02), -0.3, 0.5, curve=dice.between(-0.7, 0.7))
     angle = dice.between(-0.5, 0.5) - math.pi / 2

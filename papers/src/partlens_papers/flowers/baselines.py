@@ -1,4 +1,4 @@
-"""Heat maps by other methods, all of one form, to stand beside ours in every table.
+"""Heat maps by other methods, all of one form, for comparison with ours in every table.
 
 A method takes a performer, a preprocessed batch and the class of each image, and returns one map per image from 0 to 1
 at the input's resolution. None sees the regions it is measured on. A map without any positive value is all zeros.

@@ -2,7 +2,7 @@
 
 The evaluation of Oramas et al. (ICLR 2019) on a stand-in for its set an8Flower: heat maps are thresholded and compared
 with the known region by intersection over union; the area under the curve over thresholds is averaged over five folds.
-Beside each method stand maps that know nothing of the network, and the same methods on a network with random weights.
+For comparison: maps that know nothing of the network, and the same methods on a network with random weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SCHEMA = "partlens.flower-benchmark/1"
 REFERENCE = "deconvnet + guided backprop"
 # Mean and standard deviation of the area, as recalled of the paper's table (single-6c, double-12c); never seen again,
-# so no gate, only something to look at beside ours.
+# so no gate, only something to compare ours with.
 RECALLED = {
     "upsampled activation": ((16.8, 2.63), (16.1, 1.30)),
     "deconvnet + guided backprop": ((21.3, 0.77), (21.9, 0.72)),

@@ -48,7 +48,7 @@ class Dice:
         return options[int(self.unit() * len(options))]
 
     def near(self, colour: Colour, spread: float) -> Colour:
-        """Return a colour beside ``colour``: lighter or darker, and a little shifted."""
+        """Return a colour near ``colour``: lighter or darker, and a little shifted."""
         light = self.between(-spread, spread)
         red, green, blue = (
             min(1.0, max(0.0, value * (1 + light) + self.between(-spread, spread) * 0.25)) for value in colour

@@ -3,7 +3,7 @@
 A stand-in for an8Flower (Oramas et al., ICLR 2019: in its set single-6c the colour of one part is the class,
 in double-12c the colour and the part that bears it), drawn here because its files are not to be had;
 ``PETAL_CATEGORIES`` play the first part, ``DOUBLE_CATEGORIES`` the second (:mod:`partlens_papers.flowers.categories`;
-:mod:`partlens_papers.flowers.sets` makes the two sets of them). The six class colours also stand on the centre
+:mod:`partlens_papers.flowers.sets` makes the two sets of them). The six class colours are also on the centre
 of the blossom, on blossoms out of focus, on fallen petals, lights and backgrounds, drawn without regard to the
 class: a network has to find the part, not the colour.
 """
@@ -112,7 +112,7 @@ def render_flower(seed: int, category: str | None = None, size: int = 128) -> Fl
         seed: a whole number >= 0.
         category: one of :mod:`partlens_papers.flowers.categories`: of ``PETAL_CATEGORIES`` (leaves and stem green),
             ``STEM_CATEGORIES`` (petals white, leaves green) or ``DOUBLE_CATEGORIES`` (leaves green); drawn from
-            ``PETAL_CATEGORIES`` by the seed when left out.
+            ``PETAL_CATEGORIES`` by the seed when not given.
         size: side of the picture in pixels, at least 32. The scene does not depend on it.
 
     Returns:
@@ -249,7 +249,7 @@ def generated_flowers(
         size: side of the pictures in pixels, at least 32.
         categories: which of ``PETAL_CATEGORIES``, ``STEM_CATEGORIES`` and ``DOUBLE_CATEGORIES`` of
             :mod:`partlens_papers.flowers.categories` to draw.
-        splits: the side of each flower; :func:`~partlens.data.splits.split_of` of its key when left out.
+        splits: the side of each flower; :func:`~partlens.data.splits.split_of` of its key by default.
         name: what to call the set in reports.
 
     Returns:

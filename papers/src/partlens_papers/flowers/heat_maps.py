@@ -1,7 +1,7 @@
 """How well heat maps show a known region: overlap over thresholds, recall per part, pointing, insertion and deletion.
 
 Every score is one value per image, so that means, folds and bootstrap intervals can be taken afterwards
-(:mod:`partlens.estimate`). Beside a method's scores belong those of the null maps at the end of this module:
+(:mod:`partlens.estimate`). A method's scores are compared with those of the null maps at the end of this module:
 a random map, a box in the centre and an edge detector know nothing of the network.
 
 A heat map has values from 0 to 1, higher where the image speaks more for the class. What is 0 is never part of an
@@ -111,7 +111,7 @@ def iou_curve(
     masks: Bool[Tensor, "image row col"],
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> Float[Tensor, " threshold"]:
-    """Return the mean of :func:`iou_per_image` over the images at each threshold; undefined values are left out."""
+    """Return the mean of :func:`iou_per_image` over the images at each threshold; undefined values are excluded."""
     return iou_per_image(maps, masks, thresholds).nanmean(0)
 
 
@@ -292,7 +292,7 @@ def insertion_deletion(
         images: preprocessed.
         maps: the heat map of each image, 0 to 1.
         classes: whose probability is followed.
-        baseline: what stands where a pixel is missing: a value per channel, or a blurred copy of the images.
+        baseline: what replaces a missing pixel: a value per channel, or a blurred copy of the images.
         steps: at least 1.
         generator: ranks pixels of equal value by chance, in the same order for both scores.
 

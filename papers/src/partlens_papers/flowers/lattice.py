@@ -44,16 +44,16 @@ def _spectrum(
 
 
 def lattice_index(signal: Float[Tensor, "image channel row col"], stride: int) -> Float[Tensor, " image"]:
-    """Say how far the grid of a stride stands out of a signal's spectrum.
+    """Say how far the grid of a stride rises above a signal's spectrum.
 
     ``max over lattice frequencies of log10(energy there / background there)``. Lattice frequencies are the multiples
-    of 1/stride cycles a pixel along both axes, zero left out. The background is the highest of three medians: of the
+    of 1/stride cycles a pixel along both axes, zero excluded. The background is the highest of three medians: of the
     bins up to 4 away along the row of the spectrum, along its column, and in the square, each without the bins next
     to the middle. It is local because natural signals have more energy at low frequencies, and it follows rows and
     columns because the picture's borders draw a cross through the spectrum; neither is a grid.
 
     Args:
-        signal: signals on the image; channels are added, borders beyond whole strides are left out.
+        signal: signals on the image; channels are added, borders beyond whole strides are excluded.
         stride: of the grid looked for, in pixels: the product of the strides up to a layer, or a part of it.
 
     Returns:
@@ -91,11 +91,11 @@ def lattice_index(signal: Float[Tensor, "image channel row col"], stride: int) -
 def lattice_energy_frac(signal: Float[Tensor, "image channel row col"], stride: int) -> Float[Tensor, " image"]:
     """Return the share of a signal's energy that lies on the grid of a stride.
 
-    Energy at the multiples of 1/stride cycles a pixel over energy at all frequencies, frequency zero left out of
+    Energy at the multiples of 1/stride cycles a pixel over energy at all frequencies, frequency zero excluded from
     both.
 
     Args:
-        signal: signals on the image; channels are added, borders beyond whole strides are left out.
+        signal: signals on the image; channels are added, borders beyond whole strides are excluded.
         stride: of the grid looked for, in pixels.
 
     Returns:

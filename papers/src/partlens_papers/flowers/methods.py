@@ -92,7 +92,7 @@ def relevant_feature_methods(
     """Return the maker of our methods that :func:`partlens_papers.flowers.benchmark.flower_benchmark` takes.
 
     Args:
-        variants: configurations by name; :data:`VARIANTS` when left out.
+        variants: configurations by name; :data:`VARIANTS` by default.
         mu: bound on the sum of a class's weights.
         images_per_class: training flowers of each class the features are selected on.
     """

@@ -10,7 +10,7 @@ colours, and for each pair two ways to put them: red petals on an orange stem ar
 a red one. Why so: the facts that survive of the original are twelve classes, two "visual features" of colour in its
 internal name (SynDVFColor), and that the combination of a colour and the part that bears it is the class. Twelve
 classes of one coloured part each (six on petals, six on stems) would fit the count, but then a look at one part
-would settle the class, and "are both parts covered?" would have no answer. Here every colour stands on petals and on
+would settle the class, and "are both parts covered?" could not be decided. Here every colour is on petals and on
 stems equally often, every petal colour belongs to two classes and so does every stem colour: neither the set of
 colours nor one part alone gives the class away, and the region is petals and stem.
 """
@@ -98,8 +98,8 @@ class FlowerSet:
         """Return the positions of the flowers of a split and a fold, in order.
 
         Args:
-            split: ``"train"`` or ``"test"``; both when left out.
-            fold: 0 to 4; all when left out.
+            split: ``"train"`` or ``"test"``; both by default.
+            fold: 0 to 4; all by default.
 
         Raises:
             InputError: a fold that does not exist.
@@ -339,7 +339,7 @@ def make_flowers(
         size: side of the pictures in pixels, at least 32.
         workers: processes that draw. With more than 1, a script must call this under
             ``if __name__ == "__main__":``.
-        progress: how to show progress; silent when left out.
+        progress: how to show progress; silent by default.
 
     Returns:
         The folder.

@@ -281,7 +281,7 @@ def finetune(
             out.
         device: where it is trained: ``cpu``, ``cuda``, ``cuda:1``.
         report: gets each epoch's record; an exception from it ends training with the last checkpoint intact.
-        progress: how to show progress; silent when left out.
+        progress: how to show progress; silent by default.
 
     Returns:
         The network and its history.
@@ -339,7 +339,7 @@ def category_scores(
         performer: the network; left as it was.
         images: the photos.
         device: where it runs.
-        progress: how to show progress; silent when left out.
+        progress: how to show progress; silent by default.
 
     Returns:
         The outputs on the CPU, photos in their order.

@@ -103,7 +103,7 @@ def _layers_in_order(module: nn.Module, size_px: tuple[int, int]) -> list[str]:
 
 
 def _closing_layers(module: nn.Module, order: Sequence[str]) -> list[str]:
-    """Return the fully connected layers at the end that stand side by side (fc6, fc7, fc8), in order."""
+    """Return the fully connected layers at the end that follow each other (fc6, fc7, fc8), in order."""
     found: list[str] = []
     for name in reversed(order):
         beside = not found or name.rpartition(".")[0] == found[0].rpartition(".")[0]
@@ -118,7 +118,7 @@ def fixed_before(module: nn.Module, layer: str) -> str:
 
     Args:
         module: the network; left as it was.
-        layer: by name; a block stands for its first operation.
+        layer: by name; a block means its first operation.
 
     Returns:
         The name of the tap.

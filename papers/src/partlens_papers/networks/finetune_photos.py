@@ -54,7 +54,7 @@ def epoch_photos(
     groups = [torch.nonzero(labels == value).flatten() for value in labels.unique()]
     sizes = [len(group) for group in groups]
     if outputs == 1 and len(groups) == 2:
-        share = config.positive_share  # groups stand in the order others, category
+        share = config.positive_share  # groups are in the order others, category
         positive = max(sizes[1], math.ceil(sizes[0] * share / (1 - share)))
         sizes = [max(sizes[0], round(positive * (1 - share) / share)), positive]
     else:

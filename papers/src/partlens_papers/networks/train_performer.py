@@ -1,6 +1,6 @@
 """The verb train-performer: a network for categories of photos, as the explainer papers made theirs.
 
-Torch is imported when the verb runs, not when this module is read, so that help texts answer at once.
+Torch is imported when the verb runs, not when this module is read, so that help is shown at once.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def held_out_scores(
 
 
 def read_training(path: str | Path) -> dict[str, Any]:
-    """Read what stands in the header of a file that :func:`train_performer` wrote.
+    """Read the header of a file that :func:`train_performer` wrote.
 
     Args:
         path: the file.
@@ -244,13 +244,13 @@ def train_performer(
     Fully connected layers of AlexNet and VGG are drawn anew, of other networks the last layer; a file that holds the
     convolutions only (``partlens_papers.performers:alexnet_caffe@convs.safetensors``) is completed in this way.
     Training reads the split
-    ``train``, the scores are of the split ``test``; all crops of one photo stand on the same side. Run again with the
+    ``train``, the scores are of the split ``test``; all crops of one photo are on the same side. Run again with the
     same arguments, it goes on where it was stopped; a finished file is left as it is.
 
     Args:
         model: the network with the given weights; see :func:`partlens.layers`. It is not changed.
         data: a folder, a table or an :class:`~partlens.data.images.ImageSet`.
-        out: the file, ``NAME.safetensors``; ``NAME.work`` beside it holds caches and checkpoints while it runs.
+        out: the file, ``NAME.safetensors``; ``NAME.work`` next to it holds caches and checkpoints while it runs.
         category: one category against other photos: one output, logistic loss.
         categories: several, told apart on their own photos: a list, a text with commas, or ``all`` (every category but
             ``background``): one output each.
@@ -259,9 +259,9 @@ def train_performer(
         config: a whole configuration, or fields of :class:`~partlens_papers.networks.finetune_config.FinetuneConfig`.
         device: ``cpu`` or ``cuda``.
         cache: folder for the maps of the fixed layers (``train_from``), kept afterwards; calls on the same photos, one
-            after the other, may share it. Inside ``NAME.work`` when left out.
+            after the other, may share it. By default inside ``NAME.work``.
         keep_cache: keep ``NAME.work``.
-        progress: how to show progress; silent when left out.
+        progress: how to show progress; silent by default.
 
     Returns:
         The file. Load it as ``NETWORK@FILE`` (``torchvision:resnet18@FILE``), or with
@@ -278,7 +278,7 @@ def train_performer(
     Source:
         CVPR 2018 (arXiv 1710.00935), Sec. 5: convolutions from given weights, fully connected layers re-initialised,
         logistic loss; the explainer papers studied these networks. Where the released code differs, and where we do,
-        stands in :class:`~partlens_papers.networks.finetune_config.FinetuneConfig`. The authors' split leaks (several
+        is in :class:`~partlens_papers.networks.finetune_config.FinetuneConfig`. The authors' split leaks (several
         crops of one photo); ours is by photo.
     """
     import torch
@@ -399,7 +399,7 @@ def train_performer(
 
 
 def _counts(names: Sequence[str], labels: Sequence[int]) -> dict[str, int]:
-    """Count photos by category; others stand under an empty name."""
+    """Count photos by category; others have an empty name."""
     counts = {name: labels.count(i) for i, name in enumerate(names)}
     return counts | ({"": others} if (others := labels.count(-1)) else {})
 

@@ -1,7 +1,7 @@
 """Do the relevant features matter to the network? A class's accuracy without them, and without as many others.
 
-The μ-lasso is fitted on some photos, features are removed while the network looks at others. Beside the relevant ones
-stand as many features of the same layers (as many in each layer): drawn at random, those with the highest mean
+The μ-lasso is fitted on some photos, features are removed while the network looks at others. For comparison, as
+many other features of the same layers are removed (as many in each layer): drawn at random, those with the highest mean
 activation on the class, and those with the largest gradient times activation. Everything is chosen on the photos of
 the fit alone.
 
@@ -123,7 +123,7 @@ def feature_removal(
 ) -> dict[str, Any]:
     """Measure what a class loses without its relevant features, and without others.
 
-    Interrupted, it goes on with the next condition; finished, it returns what stands in ``out``.
+    Interrupted, it goes on with the next condition; finished, it returns what is in ``out``.
 
     Args:
         model: the performer; see :func:`partlens.layers`. It is not changed.
@@ -132,7 +132,7 @@ def feature_removal(
         out: folder for ``removal.json`` and ``conditions/``.
         config: how, or fields to change.
         keep_cache: keep the descriptors of all photos.
-        progress: how to show progress; silent when left out.
+        progress: how to show progress; silent by default.
 
     Returns:
         The content of ``removal.json``::
@@ -219,7 +219,7 @@ def _earlier(out: Path, identity: str) -> dict[str, Any] | None:
 
 
 def _measured(performer: Performer, images: ImageSet, how: RemovalConfig, out: Path, show: Progress) -> dict[str, Any]:
-    """Do the whole experiment; what is finished stands in ``out`` and is not done again."""
+    """Do the whole experiment; what is finished is in ``out`` and is not done again."""
     import numpy as np
     import torch
 

@@ -1,4 +1,4 @@
-"""Removal experiments as Markdown tables, beside the published figures."""
+"""Removal experiments as Markdown tables, with the published figures for comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PUBLISHED = (
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return Markdown lines: accuracy intact and without features, beside the published figures.
+    """Return Markdown lines: accuracy intact and without features, with the published figures for comparison.
 
     Args:
         results: what `feature_removal` returned, one row each.

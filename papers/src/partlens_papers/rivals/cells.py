@@ -23,7 +23,7 @@ from torch import Tensor
 from partlens.errors import InputError, InputTypeError, WeightsError, expected, listed
 
 CELLS = 16_384
-"""Cells a rival learns from when the number is left out: about 100 photos of 13x13 cells, drawn from all of them."""
+"""Cells a rival learns from when no number is given: about 100 photos of 13x13 cells, drawn from all of them."""
 
 _CELLS_AT_ONCE = 8192
 _IMAGES_AT_ONCE = 64
@@ -56,7 +56,7 @@ class Rival(ABC):
 
     @abstractmethod
     def decode(self, codes: Float[Tensor, "cell unit"]) -> Float[Tensor, "cell filter"]:
-        """Return the cells that codes stand for."""
+        """Return the cells that codes encode."""
 
     def maps(self, tap_maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image unit row col"]:
         """Return every unit's map: its code at each cell, at least 0.
@@ -71,7 +71,7 @@ class Rival(ABC):
         return _as_maps(torch.cat(parts), tap_maps)
 
     def reconstruct(self, tap_maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter row col"]:
-        """Return the maps that the codes stand for, to be fed back through the performer's upper layers.
+        """Return the maps that the codes encode, to be fed back through the performer's upper layers.
 
         Args:
             tap_maps: as for :meth:`maps`.

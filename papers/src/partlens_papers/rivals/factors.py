@@ -63,7 +63,7 @@ def nonnegative_codes(
     Args:
         gram: ``H Hᵀ``.
         target: ``x Hᵀ``, one row per cell.
-        start: codes to begin with; zero when left out.
+        start: codes to begin with; zero by default.
         tolerance: residual at which a row is done; with ``None`` all ``steps`` are taken.
         steps: most steps.
 

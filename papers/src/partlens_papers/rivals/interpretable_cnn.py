@@ -9,7 +9,7 @@ published networks were trained whole. The layers after it are the performer's o
 
 Where the tap is followed by one convolution and then by fully connected layers only (AlexNet, VGG), that convolution is
 the top one and is trained, too. Otherwise (residual networks) the convolution is inserted at the tap: the block's maps,
-which are fixed here, stand for the top convolution's, unmasked, because nothing could teach their filters to be parts.
+which are fixed here, replace the top convolution's, unmasked, because nothing could teach their filters to be parts.
 
 Source: Zhang, Wu & Zhu, CVPR 2018; the authors' released MATLAB code, which differs
 (:mod:`partlens_papers.rivals.masks`);
@@ -66,7 +66,7 @@ class InterpretableCNN(nn.Module):
         categories: number of outputs: 1 for one category against the rest, else one per category.
         channels: filters of the inserted convolution, and of the maps it takes.
         head: takes the pooled maps, returns a tuple with the outputs.
-        top: the top convolution; ``None`` where the tap's maps stand for its.
+        top: the top convolution; ``None`` where the tap's maps replace its.
         pool: the performer's pooling before the head.
         generator: draws the inserted convolution's weights.
     """
@@ -267,7 +267,7 @@ def build_interpretable_cnn(
         LayerError: a network that does not end in a fully connected layer.
     """
     if categories < 1:
-        raise InputError(expected("at least 1 category", categories, "Name what the outputs stand for"))
+        raise InputError(expected("at least 1 category", categories, "Name what the outputs mean"))
     generator = torch.Generator().manual_seed(config.seed)
     top: nn.Conv2d | None = None
     pool: nn.Module | None = None

@@ -15,14 +15,14 @@ class InterpretableConfig(Settings):
     """How an interpretable CNN is built and trained.
 
     Attributes:
-        method: ``published`` (CVPR 2018) or ``released`` (the MATLAB code, whose second mask stands after the pooling).
+        method: ``published`` (CVPR 2018) or ``released`` (the MATLAB code, whose second mask comes after the pooling).
         strength: factor on the filter loss; 1 is the released code's own weight and, for the published method, whose
             paper leaves a factor open, about as much. 0 trains masks without a filter loss.
         inserted: the inserted convolution starts as ``gaussian`` (published) or as the ``identity`` plus such noise.
         head: the fully connected layers are ``new`` (published) or ``copied`` from the performer; the last one is new
             anyway where the number of outputs differs.
         weight_std: of new weights; 0.01 in the released code. 0 takes ``sqrt(2 / fan-in)``, for small networks.
-        dropout: rate in the performer's own dropout layers; theirs when left out (the authors' demo sets 0.8).
+        dropout: rate in the performer's own dropout layers; theirs by default (the authors' demo sets 0.8).
         learning_rate: SGD, first epoch; 1e-4 times 30, 30, 10 and 1 for AlexNet, VGG-M, VGG-S and VGG-16 in the code.
         learning_rate_end: reached after ``decay_epochs``; a tenth of the first in the code.
         decay_epochs: epochs over which the rate falls in equal ratios; in the code 10 for one category and all 80 for

@@ -86,7 +86,7 @@ def labelled_maps(
     Args:
         performer: the network; left as it was.
         images: photos with categories, of the training split.
-        categories: what the outputs stand for; photos of other categories are negative for all.
+        categories: what the outputs mean; photos of other categories are negative for all.
         tap: the layer.
         folder: where the maps are kept; a killed pass goes on there.
         mirror: every photo and its mirror image, as released; row ``2 photo + 1`` is the mirror.

@@ -39,11 +39,11 @@ _PAST = 0.9
 
 
 class FilterCategories(nn.Module):
-    """Which category each filter stands for, followed from batch to batch.
+    """Which category each filter belongs to, followed from batch to batch.
 
     ``c_f = argmax_c M_fc``, ``M_fc`` a running mean over the images of category ``c`` of the map's sum (published) or
     of its peak (released). The released code keeps 0.9 of the past and begins with at least 0.1; the paper does not say
-    how it averages, and the same is done for it. Before the first batch every filter stands for all categories
+    how it averages, and the same is done for it. Before the first batch every filter belongs to all categories
     together.
 
     Where a filter is silent on a category's images of a batch, the released code takes the running mean of the first
@@ -51,7 +51,7 @@ class FilterCategories(nn.Module):
 
     Args:
         filters: number of filters.
-        categories: number of categories; with one, every filter stands for it.
+        categories: number of categories; with one, every filter belongs to it.
         method: sum or peak.
     """
 
@@ -234,7 +234,7 @@ class ReleasedMask(nn.Module):
             maps: after the ReLU.
             positive: which images are of each filter's category.
             epoch: from 1.
-            weight: ``w_pos`` and ``w_neg`` of every filter; 1 when left out.
+            weight: ``w_pos`` and ``w_neg`` of every filter; 1 by default.
             strength: factor on what is added; 1 is the released code's.
             share: factor on it and on the radius' gradient: one over the batch size where the loss is a mean over the
                 batch (the released code sums the loss and divides the gradients of the weights later).

@@ -3,7 +3,7 @@
     z(x) = TopK(max((x - c) Eᵀ + e, 0)),      x ≈ z D + c,      |d_j| = 1
 
 ``E`` and ``e`` encode, the rows ``d_j`` of ``D`` are the units' directions, ``c`` is a common offset. Training
-minimises ``|x - z D - c|²`` relative to the cells' variance. Units that have not answered for a while start anew at
+minimises ``|x - z D - c|²`` relative to the cells' variance. Units that have not been active for a while start anew at
 what the others leave over.
 
 Sources: Gao et al., Scaling and evaluating sparse autoencoders, 2024 (TopK, unit directions); Makhzani & Frey, k-Sparse
@@ -27,10 +27,10 @@ from partlens.errors import InputError, expected
 from partlens_papers.rivals.cells import Rival, sample_cells, spread_directions
 
 SAE_CELLS = 65_536
-"""Cells to learn from when left out; as float32 with 384 filters they take 100 MB."""
+"""Cells to learn from by default; as float32 with 384 filters they take 100 MB."""
 
 ACTIVE = 16
-"""Most units per cell when left out (fewer where there are not four times as many units)."""
+"""Most units per cell by default (fewer where there are not four times as many units)."""
 
 _DEAD_AFTER = 50
 _STEADY_SHARE = 0.7
@@ -49,7 +49,7 @@ class TopKSae(Rival):
         active: k, a number.
         non_negative: whether the sample had no value below 0; reconstructions are then clipped at 0, which can only
             bring them nearer.
-        answering: for each unit, the share of the sample's cells that it answers in; 0 for a dead one.
+        answering: for each unit, the share of the sample's cells that it is active in; 0 for a dead one.
         history: ``|x - z D - c|² / |x - mean|²`` over the batch, every tenth step.
     """
 
@@ -106,13 +106,13 @@ def fit_topk_sae(
 
     Adam; the learning rate is constant for seven tenths of the steps, then falls to 0 in a line. Directions start at
     cells that differ, the encoder at their transpose. After each step the directions are put back to length 1. A unit
-    that has not answered for 50 steps starts anew, except in the last three tenths.
+    that has not been active for 50 steps starts anew, except in the last three tenths.
 
     Args:
         maps: ``[row, filter, row, col]`` of the tap on training photos; a tensor or a memory map.
         units: number of units, at most the number of cells.
         seed: of the cells, the start and the batches.
-        active: k, most units that answer in one cell; a quarter of the units but at most :data:`ACTIVE` when left out.
+        active: k, most units that are active in one cell; a quarter of the units but at most :data:`ACTIVE` by default.
         cells: cells to learn from.
         steps: training steps.
         batch: cells per step.
@@ -189,7 +189,7 @@ def _start_anew(
     optimiser: torch.optim.Adam,
     generator: torch.Generator,
 ) -> None:
-    """Point units without an answer at what the others left over of cells, drawn in proportion to how much that is.
+    """Point units that are never active at what the others left over of cells, drawn in proportion to how much that is.
 
     The encoder becomes the same direction and the bias 0; Adam forgets what it knew of these units.
     """

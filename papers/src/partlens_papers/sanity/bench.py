@@ -62,7 +62,7 @@ class SanityConfig(Settings):
 
 
 def mean_of(values: Tensor, config: SanityConfig) -> dict[str, Any]:
-    """Return mean and bootstrap interval over photos; undefined values are counted and left out."""
+    """Return mean and bootstrap interval over photos; undefined values are counted and excluded."""
     import torch
 
     from partlens.estimate import Estimate, bootstrap

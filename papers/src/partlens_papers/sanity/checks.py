@@ -5,7 +5,7 @@ top and the μ-lasso fitted again, the map falls apart. ``cue``: a mark planted 
 learn, lights up, and does not in a model that never saw it. ``labels``: features found for shuffled labels tell nothing
 and their removal costs no more than that of random ones.
 
-Plain guided backpropagation from the class score and the plain gradient are measured beside ours in each: guided
+Plain guided backpropagation from the class score and the plain gradient are measured for comparison in each: guided
 backpropagation is known to change little with class and weights (arXiv 1805.07039, 1810.03292), so what ours has of
 both comes from which features are chosen.
 
@@ -307,12 +307,12 @@ def sanity_checks(
 
     Args:
         out: folder for ``sanity.json``, one JSON file per check, and the networks trained here.
-        model: the performer of all checks but ``cue``; the flower benchmark's network, trained here, when left out.
-        data: its photos; the generated flowers of six classes when left out. Categories have to be outputs of the
+        model: the performer of all checks but ``cue``; the flower benchmark's network, trained here, by default.
+        data: its photos; the generated flowers of six classes by default. Categories have to be outputs of the
             model.
         checks: which of :data:`CHECKS`.
         config: how much, or fields to change.
-        progress: how to show progress; silent when left out.
+        progress: how to show progress; silent by default.
 
     Returns:
         The content of ``sanity.json``: ``{schema, versions, command, performer, data, config, checks: {name: what

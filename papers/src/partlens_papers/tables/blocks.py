@@ -74,7 +74,7 @@ class TableRecord(Record):
         versions: of the packages.
         data: the photos: name, path, fingerprint, categories, the papers' name, …
         plan: what was asked for.
-        jobs: by key: status, error, seconds, the version that did it, and what it says beside its scores.
+        jobs: by key: status, error, seconds, the version that did it, and what it reports besides its scores.
         blocks: the numbers.
         verdicts: how the papers' expectations fared.
         remarks: what a reader must know.

@@ -1,4 +1,4 @@
-"""The tables themselves: which numbers are beside which, and what the papers lead to expect of them.
+"""The tables themselves: which numbers are compared with which, and what the papers lead to expect of them.
 
 ``instability``: where filters peak; ``p``: the share of part filters; ``errors``: what feeding the reconstruction back
 costs, and an explainer that learns from the classification loss; ``interpretable-cnn``: the network that is trained to

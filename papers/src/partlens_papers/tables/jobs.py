@@ -44,7 +44,7 @@ class JobRecord(Record):
     Attributes:
         identity: hash of everything it depends on.
         partlens: the version that did it.
-        settings: what it depends on beside its name, for people.
+        settings: what it depends on besides its name, for people.
         status: ``missing`` is never written; it says that there is none.
         error: one line; empty unless failed.
         traceback: of an error.
@@ -110,7 +110,7 @@ class Job:
         return content_hash({name: getattr(self, name) for name in depends})
 
     def folder(self, out: Path) -> Path:
-        """Return the job's folder in a sweep's; jobs of other kinds on the same point are beside it."""
+        """Return the job's folder in a sweep's; jobs of other kinds on the same point are next to it."""
         return out / "jobs" / self.key
 
     def record(self, status: Literal["finished", "failed", "missing"], **found: Any) -> JobRecord:

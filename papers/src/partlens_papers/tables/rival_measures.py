@@ -62,7 +62,7 @@ class RivalBench:
 
     Attributes:
         performer: the network, borrowed.
-        structure: tap and targets of the explainer that the rivals stand beside.
+        structure: tap and targets of the explainer that the rivals are compared with.
         decoder: the performer's own layers from the tap to the targets.
         head: its layers after the last target.
         power: rivals' maps peak at centroids with this power, where the explainer's do; ``None`` for largest cells.
@@ -100,7 +100,7 @@ def measure_rivals(
     """Measure other ways to explain a tap with the explainer's own measures.
 
     A rival's maps give peaks, its reconstruction of the tap goes through the performer's own upper layers. So its
-    figures stand on the same photos, landmarks, targets and outputs as those of an evaluation.
+    figures are of the same photos, landmarks, targets and outputs as those of an evaluation.
 
     Args:
         bench: performer, tap and targets.
