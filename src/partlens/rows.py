@@ -1,17 +1,8 @@
 """Rows on disk: named arrays that grow batch by batch, survive a kill, and are read as memory maps.
 
 One folder holds one store: a plain ``NAME.npy`` per array, and ``rows.json``, which says what the rows belong to and
-how many are complete. To fill one::
-
-    identity = {"performer": performer.weights_sha256, "images": images.fingerprint()}
-    with row_store(folder, identity, len(images)) as store:
-        for start in range(store.done, store.rows, 32):  # a killed run goes on where it stopped
-            store.append({"peak": peaks, "logits": logits}, {"dead": dead})  # the same names each time
-        peaks = store.read("peak")
-
-``append`` takes arrays with one row per item and the kind they are to have on disk (``.astype("float16")``); the second
-argument, optional, is kept in ``store.state`` for the run that goes on. With ``folder=None`` the arrays stay in memory.
-`read_rows` opens a finished store later.
+how many are complete. `row_store` fills one, and goes on with it where a killed run stopped; `read_rows` opens a
+finished one.
 """
 
 from __future__ import annotations
@@ -35,15 +26,7 @@ _SETTLE_SECONDS = 2.0
 
 
 class RowRecord(Record):
-    """What the rows of a folder belong to and how many are complete.
-
-    Args:
-        identity: everything that the rows depend on.
-        rows: how many there will be.
-        rows_done: how many are complete.
-        arrays: kind and shape of one row, by name.
-        state: what the writer wants to know when it goes on.
-    """
+    """What the rows of a folder belong to, how many are complete, kind and shape of a row, the writer's state."""
 
     FILE: ClassVar[str] = "rows.json"
     SCHEMA: ClassVar[str] = "partlens/rows/1"
@@ -57,26 +40,26 @@ class RowRecord(Record):
 
 
 class _Array:
-    """One ``.npy`` file that grows, or an array in memory.
+    """One ``.npy`` file that grows, or an array in memory."""
 
-    Rows are written, not mapped: mapped pages would count as the process's memory, and a full disk would kill the
-    process instead of raising an error. The header names all rows from the start; the file's size says how many are
-    there, so that a file that was cut or deleted is never taken for one with zeros.
-    """
+    # Rows are written, not mapped: mapped pages would count as the process's memory, and a full disk would kill the
+    # process instead of raising an error. The header names all rows from the start; the file's size says how many are
+    # there, so that a file that was cut or deleted is never taken for one with zeros.
 
     def __init__(self, folder: Path | None, name: str, rows: int, kind: str, shape: tuple[int, ...]) -> None:
         self.rows, self.kind, self.shape = rows, np.dtype(kind), shape
         self.row_bytes = self.kind.itemsize * math.prod(shape)
         self.path = None if folder is None else folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.npy"
-        self.held = np.zeros((rows, *shape), self.kind) if folder is None else None
+        self.held = np.zeros((rows if folder is None else 0, *shape), self.kind)
         self.handle: BinaryIO | None = None
         self.offset = 0
 
     def create(self) -> None:
         if self.path is not None:
+            header = {"descr": self.kind.str, "fortran_order": False, "shape": (self.rows, *self.shape)}
             with self.path.open("wb") as file:
-                header = {"descr": self.kind.str, "fortran_order": False, "shape": (self.rows, *self.shape)}
                 np.lib.format.write_array_header_1_0(file, header)
+            self.open(0)
 
     def open(self, done: int, *, to_write: bool = True) -> None:
         """Check that the finished rows are there, and drop what a killed run wrote behind them."""
@@ -104,31 +87,23 @@ class _Array:
         return RunError(expected(rule, got, RowRecord.AGAIN))
 
     def write(self, start: int, rows: np.ndarray) -> None:
-        if self.held is not None:
+        if self.handle is None:
             self.held[start : start + len(rows)] = rows
             return
-        assert self.handle is not None
         left = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
-        while left:
+        while left:  # an unbuffered write may take a part only
             left = left[self.handle.write(left) :]
 
     def read(self, done: int) -> np.ndarray:
-        if self.held is not None:
+        if self.path is None:
             return self.held
         if done == 0 or self.row_bytes == 0:  # an empty file cannot be mapped
             return np.zeros((done, *self.shape), self.kind)
-        assert self.path is not None
         return np.memmap(self.path, self.kind, "r", self.offset, (done, *self.shape))
 
 
 class RowStore:
-    """Named arrays of one folder, filled row by row; made by `row_store`.
-
-    Attributes:
-        rows: how many rows there will be.
-        done: how many are complete.
-        state: what the last `append` kept, of an earlier run too.
-    """
+    """Named arrays of one folder, filled row by row: ``done`` of ``rows`` are complete; made by `row_store`."""
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], rows: int) -> None:
         self.rows, self.done = rows, 0
@@ -142,27 +117,25 @@ class RowStore:
 
         Args:
             arrays: by name, each with the same number of rows; names, kinds and shapes are the same each time.
-            state: what `state` holds from now on; optional.
+            state: what `state` holds from now on, for the run that goes on; optional.
 
         Raises:
             StorageError: no room on the disk, or no permission; the rows of before are complete.
         """
-        counts = {len(array) for array in arrays.values()}
-        if not self._arrays:
-            self._create({name: (array.dtype.str, array.shape[1:]) for name, array in arrays.items()})
         given = {name: (array.dtype, array.shape[1:]) for name, array in arrays.items()}
-        if len(counts) != 1 or given != {name: (a.kind, a.shape) for name, a in self._arrays.items()}:
-            known = {name: (a.kind.name, a.shape) for name, a in self._arrays.items()}
+        if not self._arrays:
+            self._create({name: (kind.str, shape) for name, (kind, shape) in given.items()})
+        count, *others = set(map(len, arrays.values()))
+        known = self._kinds()
+        if others or given != known:
             raise RunError(expected(f"rows of {known}", str(given), "Give the same arrays each time"))
-        count = counts.pop()
         if self.done + count > self.rows:
             raise RunError(expected(f"at most {self.rows} rows", self.done + count, "Give the right number of rows"))
         with _written(self._folder):
             for name, array in arrays.items():
                 self._arrays[name].write(self.done, array)
         self.done += count
-        if state is not None:
-            self.state = dict(state)
+        self.state = self.state if state is None else dict(state)
         if time.monotonic() - self._settled[1] > _SETTLE_SECONDS:
             self._settle()
 
@@ -170,27 +143,23 @@ class RowStore:
         """Return the complete rows of an array, a read-only memory map where there is a folder."""
         return self._arrays[name].read(self.done)
 
+    def _kinds(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        return {name: (each.kind, each.shape) for name, each in self._arrays.items()}
+
     def _create(self, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         self._arrays = {name: _Array(self._folder, name, self.rows, *each) for name, each in arrays.items()}
         if self._folder is None:
             return
         needed = sum(self.rows * each.row_bytes for each in self._arrays.values())
         if needed > (free := shutil.disk_usage(self._folder).free):
-            raise StorageError(
-                expected(
-                    f"{needed / 1e9:.1f} GB free for the rows in {self._folder}",
-                    f"{free / 1e9:.1f} GB",
-                    "Free space, choose another folder, or fewer images or layers",
-                )
-            )
+            rule = f"{needed / 1e9:.1f} GB free for the rows in {self._folder}"
+            remedy = "Free space, choose another folder, or fewer images or layers"
+            raise StorageError(expected(rule, f"{free / 1e9:.1f} GB", remedy))
         with _written(self._folder):
             for each in self._arrays.values():
                 each.create()
-                each.open(0)
 
-    def _resume(self) -> None:
-        assert self._folder is not None
-        found = RowRecord.read(self._folder)
+    def _resume(self, found: RowRecord) -> None:
         wanted = self._identity | {"rows": self.rows}
         got = found.identity | {"rows": found.rows}
         if different := [name for name in {**wanted, **got} if wanted.get(name) != got.get(name)]:
@@ -210,9 +179,9 @@ class RowStore:
             return
         with _written(self._folder):
             for each in self._arrays.values():
-                assert each.handle is not None
-                os.fsync(each.handle.fileno())
-        arrays = {name: (each.kind.str, each.shape) for name, each in self._arrays.items()}
+                if each.handle is not None:
+                    os.fsync(each.handle.fileno())
+        arrays = {name: (kind.str, shape) for name, (kind, shape) in self._kinds().items()}
         RowRecord(
             identity=self._identity, rows=self.rows, rows_done=self.done, arrays=arrays, state=plain(self.state)
         ).write(self._folder)
@@ -230,9 +199,8 @@ def _written(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(
-            failed(f"write rows in {folder}", error, "Free space and run the same command again")
-        ) from error
+        remedy = "Free space and run the same command again"
+        raise StorageError(failed(f"write rows in {folder}", error, remedy)) from error
 
 
 @contextlib.contextmanager
@@ -241,17 +209,14 @@ def row_store(
 ) -> Iterator[RowStore]:
     """Open the rows of a folder to fill or to finish them; this process is their only writer meanwhile.
 
-    Rows count as complete once they are on the disk, which is every two seconds and at the end of the block, after an
-    exception or Ctrl-C too. A killed process loses at most two seconds of work.
+    Rows are complete once they are on the disk, every two seconds and at the end of the block, also after an exception
+    or Ctrl-C. A killed process loses at most two seconds of work.
 
     Args:
         folder: of this store alone, made when missing; ``None`` keeps the rows in memory.
         identity: everything that the rows depend on, as plain values by name.
         rows: how many there will be.
         resume: go on with the rows found in ``folder``; ``False`` starts again.
-
-    Yields:
-        The store.
 
     Raises:
         AtWorkError: another process writes there.
@@ -270,7 +235,7 @@ def row_store(
     with contextlib.nullcontext() if folder is None else sole_writer(folder, "rows"):
         if folder is not None and (folder / RowRecord.FILE).exists():
             if resume:
-                store._resume()  # noqa: SLF001
+                store._resume(RowRecord.read(folder))  # noqa: SLF001
             else:
                 for path in (folder / RowRecord.FILE, *folder.glob("*.npy")):
                     path.unlink()
@@ -284,13 +249,7 @@ def row_store(
 
 
 def read_rows(folder: Path) -> dict[str, np.ndarray]:
-    """Open the arrays of a finished store as read-only memory maps.
-
-    Args:
-        folder: of the store.
-
-    Returns:
-        Arrays by name.
+    """Open the arrays of a finished store by name, as read-only memory maps.
 
     Raises:
         RunError: no rows there, rows that are not complete, or a damaged file.

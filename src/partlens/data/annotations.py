@@ -77,21 +77,14 @@ class PartTruth:
             if twice:
                 raise ImageError(expected(f"every {what} name once", listed(twice), "Remove the repeated names"))
         images, landmarks = len(self.keys), len(self.landmarks)
-        shapes = {
-            "positions_px": (images, landmarks, 2),
-            "sizes_px": (images, landmarks, 2),
-            "image_size_px": (images, 2),
-        }
+        parts = (images, landmarks, 2)
+        shapes = {"positions_px": parts, "sizes_px": parts, "image_size_px": (images, 2)}
         for name, shape in shapes.items():
             array = np.asarray(getattr(self, name), dtype=np.float32)
             if array.shape != shape:
-                raise ImageError(
-                    expected(
-                        f"{name} of shape {shape} for {images} images and {landmarks} landmarks",
-                        str(array.shape),
-                        "Give one row per key and one column per landmark",
-                    )
-                )
+                rule = f"{name} of shape {shape} for {images} images and {landmarks} landmarks"
+                remedy = "Give one row per key and one column per landmark"
+                raise ImageError(expected(rule, str(array.shape), remedy))
             object.__setattr__(self, name, array)
 
     def __len__(self) -> int:
@@ -99,14 +92,7 @@ class PartTruth:
         return len(self.keys)
 
     def for_keys(self, keys: Sequence[str]) -> PartTruth:
-        """Return the same truth with one row for each of ``keys``, in that order.
-
-        Args:
-            keys: images; those without an annotation get rows of ``nan``.
-
-        Returns:
-            A truth whose ``keys`` are exactly ``keys``.
-        """
+        """Return the same truth with one row for each of ``keys``, in that order; ``nan`` for unknown images."""
         row_of = {key: row for row, key in enumerate(self.keys)}
         rows = np.array([row_of.get(key, -1) for key in keys], dtype=np.intp)
         known = rows >= 0

@@ -66,23 +66,10 @@ class DataCheck(Value):
     def lines(self) -> list[str]:
         """Return the findings as lines for the terminal, the longest lists cut short and counted."""
         width = max([len(name) for name in (*self.categories, *self.landmarks)] + [12])
-        out = [f"{self.path}: a {self.kind} of {_count(self.images, 'image')}"]
-        out.append(f"  {'category':<{width}}  {'images':>7}" + "".join(f"  {name:>7}" for name in self.splits))
-        for category, count in list(self.categories.items())[:_ROWS]:
-            sides = "".join(f"  {counts.get(category, 0):>7}" for counts in self.splits.values())
-            out.append(f"  {category or '(none)':<{width}}  {count:>7}{sides}")
-        if len(self.categories) > _ROWS:
-            out.append(f"  {len(self.categories) - _ROWS} more categories")
-        if self.landmarks:
-            out.append(f"  {'landmark':<{width}}  {'images':>7}  with size")
-            out += [
-                f"  {name:<{width}}  {sum(counts.values()):>7}  {self.sized[name]:>9}"
-                for name, counts in self.landmarks.items()
-            ]
-            out.append(f"  masks of the landmarks: {'yes' if self.masks else 'no'}")
-        else:
-            out.append("  no landmarks")
         (narrow, low), (wide, high) = self.smallest_px, self.largest_px
+        out = [f"{self.path}: a {self.kind} of {_count(self.images, 'image')}"]
+        out += self._category_lines(width)
+        out += self._landmark_lines(width) if self.landmarks else ["  no landmarks"]
         out.append(f"  width {narrow} to {wide} px, height {low} to {high} px{self._cuts()}")
         if self.other_columns:
             out.append(f"  columns that are not used: {', '.join(self.other_columns)}")
@@ -92,11 +79,24 @@ class DataCheck(Value):
             ("equal content", [" = ".join(group) for group in self.duplicates]),
         ):
             out += [f"  {what}: {text}" for text in found[:_SHOWN]]
-            if len(found) > _SHOWN:
-                out.append(f"  {what}: {len(found) - _SHOWN} more")
+            out += [f"  {what}: {len(found) - _SHOWN} more"] * (len(found) > _SHOWN)
         out += [f"  warning: {text}" for text in self.warnings]
-        out.append(f"  fingerprint {self.fingerprint}")
-        return out
+        return [*out, f"  fingerprint {self.fingerprint}"]
+
+    def _category_lines(self, width: int) -> list[str]:
+        out = [f"  {'category':<{width}}  {'images':>7}" + "".join(f"  {name:>7}" for name in self.splits)]
+        for category, count in list(self.categories.items())[:_ROWS]:
+            sides = "".join(f"  {counts.get(category, 0):>7}" for counts in self.splits.values())
+            out.append(f"  {category or '(none)':<{width}}  {count:>7}{sides}")
+        return out + [f"  {len(self.categories) - _ROWS} more categories"] * (len(self.categories) > _ROWS)
+
+    def _landmark_lines(self, width: int) -> list[str]:
+        rows = [
+            f"  {name:<{width}}  {sum(counts.values()):>7}  {self.sized[name]:>9}"
+            for name, counts in self.landmarks.items()
+        ]
+        masks = f"  masks of the landmarks: {'yes' if self.masks else 'no'}"
+        return [f"  {'landmark':<{width}}  {'images':>7}  with size", *rows, masks]
 
     def _cuts(self) -> str:
         if not self.boxes:
@@ -131,14 +131,14 @@ def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
     images, bad = ImageSet.open(path).readable()
     table = path / IMAGE_TABLE if path.is_dir() else path
     columns = read_table(table).columns if table.is_file() else {}
-    sizes = np.array([images.size_px(index) for index in range(len(images))])
+    sizes = np.array(list(map(images.size_px, range(len(images)))))
     truth = images.part_truth
     duplicates = _duplicates(images)
     pairs = Counter(zip(images.splits, images.categories, strict=True))
     splits: dict[str, dict[str, int]] = {name: {} for name in sorted(set(images.splits), reverse=True)}  # train first
     for (split, category), count in sorted(pairs.items()):
         splits[split][category] = count
-    landmarks = {} if truth is None else _known(truth, images.categories)
+    landmarks, sized, unused = ({}, {}, ()) if truth is None else (_known(truth, images), _sized(truth), truth.unused)
     return DataCheck(
         path=str(path),
         kind="table" if columns else "folder",
@@ -146,26 +146,26 @@ def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
         categories=images.category_counts(),
         splits=splits,
         landmarks=landmarks,
-        sized={} if truth is None else _sized(truth),
+        sized=sized,
         masks=truth is not None and truth.masks is not None,
         boxes=sum(box is not None for box in images.boxes_px),
         other_columns=tuple(name for name in columns if name not in KNOWN_COLUMNS),
         smallest_px=(int(sizes[:, 0].min()), int(sizes[:, 1].min())),
         largest_px=(int(sizes[:, 0].max()), int(sizes[:, 1].max())),
         unreadable=bad,
-        unused_parts=() if truth is None else truth.unused,
+        unused_parts=unused,
         duplicates=duplicates,
         warnings=tuple(_warnings(images, splits, duplicates, truth, landmarks, few)),
         fingerprint=images.fingerprint(),
     )
 
 
-def _known(truth: PartTruth, categories: Sequence[str]) -> dict[str, dict[str, int]]:
+def _known(truth: PartTruth, images: ImageSet) -> dict[str, dict[str, int]]:
     """Count, for each landmark and category, the images in which the position is known."""
     known = np.isfinite(truth.positions_px[:, :, 0] + truth.positions_px[:, :, 1])
     found: dict[str, dict[str, int]] = {}
     for column, name in enumerate(truth.landmarks):
-        counts = Counter(category for category, here in zip(categories, known[:, column], strict=True) if here)
+        counts = Counter(category for category, here in zip(images.categories, known[:, column], strict=True) if here)
         found[name] = dict(sorted(counts.items()))
     return found
 
@@ -194,35 +194,36 @@ def _warnings(
     few: int,
 ) -> list[str]:
     found = []
-    side = dict(zip(images.keys, images.splits, strict=True))
-    crossing = [group for group in duplicates if len({side[key] for key in group}) > 1]
+    crossing = _torn(duplicates, dict(zip(images.keys, images.splits, strict=True)))
     if crossing:
-        shown = listed([" = ".join(group) for group in crossing], 3)
         found.append(
-            f"the same photo is on both sides of the split ({len(crossing)} times: {shown}); "
+            f"the same photo is on both sides of the split ({len(crossing)} times: {listed(crossing, 3)}); "
             "name it once in the column 'photo', or remove the copy"
         )
-    category_of = dict(zip(images.keys, images.categories, strict=True))
-    torn = [group for group in duplicates if len({category_of[key] for key in group}) > 1]
-    if torn:
-        found.append(f"the same photo is in several categories: {listed([' = '.join(g) for g in torn], 3)}")
+    torn = _torn(duplicates, dict(zip(images.keys, images.categories, strict=True)))
     small = [
         f"{category or '(none)'} in {split} ({counts.get(category, 0)})"
         for split, counts in splits.items()
         for category in images.category_counts()
         if counts.get(category, 0) < few
     ]
-    if small:
-        found.append(f"fewer than {few} images: {listed(small)}")
-    if len(splits) < 2:
-        found.append(f"every image is in the split {next(iter(splits))!r}; nothing is held out to measure on")
     astray = () if truth is None else _outside(truth)
-    if astray:
-        found.append(f"landmarks outside their image: {listed(astray)}")
     nowhere = [name for name, counts in parts.items() if not counts]
-    if nowhere:
-        found.append(f"landmarks without a single position: {listed(nowhere)}")
+    for names, text in (
+        (torn, f"the same photo is in several categories: {listed(torn, 3)}"),
+        (small, f"fewer than {few} images: {listed(small)}"),
+        (len(splits) < 2, f"every image is in the split {next(iter(splits))!r}; nothing is held out to measure on"),
+        (astray, f"landmarks outside their image: {listed(astray)}"),
+        (nowhere, f"landmarks without a single position: {listed(nowhere)}"),
+    ):
+        if names:
+            found.append(text)
     return found
+
+
+def _torn(groups: Sequence[Sequence[str]], value_of: Mapping[str, str]) -> list[str]:
+    """Write down the groups of equal images in which something differs."""
+    return [" = ".join(group) for group in groups if len({value_of[key] for key in group}) > 1]
 
 
 def _outside(truth: PartTruth) -> list[str]:

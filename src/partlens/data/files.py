@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from partlens.errors import ImageError, expected
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 ByteArray = npt.NDArray[np.uint8]
 
 _EXIF_ORIENTATION = 0x0112
@@ -36,12 +36,7 @@ class Source(Protocol):
         ...
 
     def digest(self, row: int, *, decode: bool = False) -> str:
-        """Return a text that is equal for equal content.
-
-        Args:
-            row: of the image.
-            decode: also read the image, and raise what :meth:`read` would raise.
-        """
+        """Return a text that is equal for equal content; where asked, decode the image too, as :meth:`read` does."""
         ...
 
 
@@ -182,32 +177,29 @@ class Files:
         return f"{len(content)}:{hashlib.sha256(content).hexdigest()}" + (f"@{box}" if box else "")
 
 
+_COLOURS_LAST = {
+    False: "Give colours in the last axis (or leave that axis out for grey)",
+    True: "Move the colours to the last axis, as with images.transpose(0, 2, 3, 1)",
+}
+
+
 def as_bytes(image: npt.NDArray[Any], where: str) -> ByteArray:
     """Check one array and bring it to uint8 ``[row, col]`` or ``[row, col, 3]``."""
-    if image.ndim == 3 and image.shape[2] == 1:
+    if image.shape[2:] == (1,):
         image = image[:, :, 0]
-    if image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
-        remedy = "Give colours in the last axis (or leave that axis out for grey)"
-        if image.ndim == 3 and image.shape[0] in {1, 3}:
-            remedy = "Move the colours to the last axis, as with images.transpose(0, 2, 3, 1)"
-        raise ImageError(expected(f"shape [row, col, 3] for {where}", str(image.shape), remedy))
+    if image.ndim not in {2, 3} or image.shape[2:] not in {(), (3,)} or 0 in image.shape:
+        turned = image.ndim == 3 and image.shape[0] in {1, 3}
+        raise ImageError(expected(f"shape [row, col, 3] for {where}", str(image.shape), _COLOURS_LAST[turned]))
     if image.dtype == np.uint8:
         return image
     if not np.issubdtype(image.dtype, np.floating):
-        raise ImageError(
-            expected(
-                f"uint8 (0–255) or float (0–1) values for {where}",
-                str(image.dtype),
-                'Convert them, as with images.astype("uint8")',
-            )
-        )
+        rule = f"uint8 (0–255) or float (0–1) values for {where}"
+        raise ImageError(expected(rule, str(image.dtype), 'Convert them, as with images.astype("uint8")'))
     low, high = float(image.min()), float(image.max())
     if not (low >= 0 and high <= 1):  # also catches nan, which neither min nor max lets pass
-        unknown = int(np.count_nonzero(np.isnan(image)))
-        got = f"{unknown} nan values" if unknown else f"values from {low:g} to {high:g}"
-        raise ImageError(
-            expected(f"float values from 0 to 1 for {where}", got, "Scale the images, or give them as uint8")
-        )
+        got = f"{np.count_nonzero(np.isnan(image))} nan values" if np.isnan(low) else f"values from {low:g} to {high:g}"
+        rule = f"float values from 0 to 1 for {where}"
+        raise ImageError(expected(rule, got, "Scale the images, or give them as uint8"))
     scaled: ByteArray = np.rint(image * 255).astype(np.uint8)
     return scaled
 
@@ -244,13 +236,8 @@ class Generated:
         """Return an image as 8-bit RGB."""
         image = self.draw(row)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ImageError(
-                expected(
-                    "uint8 arrays [row, col, 3] from the generator",
-                    f"{image.dtype} {image.shape}",
-                    "Change the function that draws",
-                )
-            )
+            rule, got = "uint8 arrays [row, col, 3] from the generator", f"{image.dtype} {image.shape}"
+            raise ImageError(expected(rule, got, "Change the function that draws"))
         return Image.fromarray(image)
 
     def size_px(self, row: int) -> tuple[int, int]:
@@ -264,7 +251,7 @@ class Generated:
         return Arrays([np.asarray(self.read(row))]).digest(0)
 
 
-def parallel(work: Callable[[int], Result], rows: Iterable[int]) -> Iterator[Result]:
+def parallel(work: Callable[[int], _Result], rows: Iterable[int]) -> Iterator[_Result]:
     """Map over rows in at most eight threads, results in order (decoding and hashing release the lock)."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(work, rows)

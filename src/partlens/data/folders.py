@@ -44,28 +44,20 @@ def image_files(path: Path) -> tuple[Path, ...]:
         raise ImageError(expected(f"a folder of images at {path}", got, "Check the path"))
     files = tuple(_below(path))
     if not files:
-        raise ImageError(
-            expected(
-                f"images in {path}",
-                "none",
-                f"Add files ending in {', '.join(sorted(SUFFIXES))}, or give another folder",
-            )
-        )
+        remedy = f"Add files ending in {', '.join(sorted(SUFFIXES))}, or give another folder"
+        raise ImageError(expected(f"images in {path}", "none", remedy))
     return files
 
 
 def categories_and_splits(parts: Sequence[tuple[str, ...]]) -> tuple[list[str] | None, list[str] | None]:
-    """Read category and split of each image off its path, None where the sub-folders do not say them.
+    """Read category and split of each image off its path below the folder, None where it does not say them."""
+    top = _top_folders(parts)
+    if top is None or not {"train"} <= set(top) <= _SPLIT_FOLDERS:
+        return top, None
+    rename = {} if "test" in top else dict.fromkeys(_VALIDATION_FOLDERS, "test")
+    return _top_folders([names[1:] for names in parts]), [rename.get(name, name) for name in top]
 
-    Args:
-        parts: the path of each image below the folder.
-    """
-    top = {names[0] for names in parts} if all(len(names) > 1 for names in parts) else set()
-    splits: list[str] | None = None
-    below = parts
-    if top and top <= _SPLIT_FOLDERS and "train" in top:
-        rename = {} if "test" in top else dict.fromkeys(_VALIDATION_FOLDERS, "test")
-        splits = [rename.get(names[0], names[0]) for names in parts]
-        below = [names[1:] for names in parts]
-    in_folders = all(len(names) > 1 for names in below)
-    return [names[0] for names in below] if in_folders else None, splits
+
+def _top_folders(parts: Sequence[tuple[str, ...]]) -> list[str] | None:
+    """Return the first folder of each path, None where a file lies in none."""
+    return [names[0] for names in parts] if all(len(names) > 1 for names in parts) else None

@@ -73,13 +73,8 @@ class ImageSet:
             raise ImageError(expected(f"at least one image in {self.name}", "none", "Add images"))
         if len(set(self.keys)) < len(self.keys):
             twice = [key for key, times in Counter(self.keys).items() if times > 1]
-            raise ImageError(
-                expected(
-                    f"every image once in {self.name}",
-                    f"{listed(twice)} more than once",
-                    "Remove the repeated rows",
-                )
-            )
+            got = f"{listed(twice)} more than once"
+            raise ImageError(expected(f"every image once in {self.name}", got, "Remove the repeated rows"))
 
     # Constructors
 
@@ -99,9 +94,8 @@ class ImageSet:
         count = len(keys)
         for what, values in (("categories", categories), ("splits", splits), ("photos", photos)):
             if values is not None and len(values) != count:
-                raise ImageError(
-                    expected(f"{count} {what}, one for each image", len(values), f"Give {what} in image order")
-                )
+                rule = f"{count} {what}, one for each image"
+                raise ImageError(expected(rule, len(values), f"Give {what} in image order"))
         photo_of = [photo or key for photo, key in zip(photos or keys, keys, strict=True)]
         return cls(
             keys=tuple(keys),
@@ -244,9 +238,8 @@ class ImageSet:
                 different lengths, or no image at all.
         """
         if isinstance(images, np.ndarray) and images.ndim < 3:
-            raise ImageError(
-                expected("shape [image, row, col, 3] for the images", str(images.shape), "Stack the images first")
-            )
+            rule = "shape [image, row, col, 3] for the images"
+            raise ImageError(expected(rule, str(images.shape), "Stack the images first"))
         ready = [as_bytes(np.asarray(image), f"image {index}") for index, image in enumerate(images)]
         return cls._build(
             [f"{index:06d}" for index in range(len(ready))],
@@ -314,26 +307,13 @@ class ImageSet:
             return (None,) * len(self)
         return tuple(self._source.boxes[row] for row in self._rows)
 
-    def _unknown(self, what: str, wanted: str, have: Sequence[str]) -> ImageError:
-        options = sorted(set(have) - {""})
-        remedy = "Sort the images into sub-folders, or add a column to the table"
-        if options:
-            remedy = f"Choose one of {listed(nearest(wanted, options, 5))}"
-        return ImageError(expected(f"a {what} of {self.name}", f"{wanted!r}", remedy))
-
     def indices(
         self, category: str | None = None, split: str | None = None, exclude_category: str | None = None
     ) -> tuple[int, ...]:
         """Return the positions of the images that fulfil all the given conditions, possibly none.
 
-        Args:
-            category: keep only images of this category.
-            split: keep only images of this split.
-            exclude_category: keep no image of this category.
-
         Raises:
-            ImageError: no image of the set has that category or split; the text names the nearest that
-                exists.
+            ImageError: no image of the set has that category or split; the text names the nearest that exists.
         """
         for what, wanted, have in (
             ("category", category, self.categories),
@@ -341,13 +321,15 @@ class ImageSet:
             ("split", split, self.splits),
         ):
             if wanted is not None and wanted not in have:
-                raise self._unknown(what, wanted, have)
+                options = sorted(set(have) - {""})
+                remedy = "Sort the images into sub-folders, or add a column to the table"
+                if options:
+                    remedy = f"Choose one of {listed(nearest(wanted, options, 5))}"
+                raise ImageError(expected(f"a {what} of {self.name}", repr(wanted), remedy))
         return tuple(
             index
-            for index in range(len(self))
-            if (category is None or self.categories[index] == category)
-            and (split is None or self.splits[index] == split)
-            and (exclude_category is None or self.categories[index] != exclude_category)
+            for index, (own, side) in enumerate(zip(self.categories, self.splits, strict=True))
+            if category in {None, own} and split in {None, side} and own != exclude_category
         )
 
     def rows_of(self, categories: Sequence[str], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -375,23 +357,17 @@ class ImageSet:
             return inside, ()
         there = {self.categories[row] for row in inside}
         for name in categories:
-            if name not in self.categories:
-                raise self._unknown("category", name, self.categories)
+            self.indices(name)  # refuses an unknown category
             if len(categories) > 1 and name not in there:
                 remedy = "Add photos of it or choose other categories"
                 raise ImageError(expected(f"photos of {name} in the split {split}", "none", remedy))
         own = tuple(row for row in inside if self.categories[row] in categories)
-        return own, tuple(row for row in inside if self.categories[row] not in categories)
+        return own, tuple(sorted({*inside} - {*own}))
 
     def select(
         self, category: str | None = None, split: str | None = None, exclude_category: str | None = None
     ) -> ImageSet:
         """Return the images that fulfil all the given conditions, in the same order.
-
-        Args:
-            category: keep only images of this category.
-            split: keep only images of this split.
-            exclude_category: keep no image of this category.
 
         Raises:
             ImageError: no image of the set has that category or split, or none fulfils all conditions

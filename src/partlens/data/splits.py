@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from partlens.errors import ImageError, expected, listed
 
-TEST_SHARE = 0.25
+_TEST_SHARE = 0.25
 
 
 def split_of(photo: str) -> str:
@@ -17,18 +17,12 @@ def split_of(photo: str) -> str:
     the photo is for testing. So the side depends on the name alone, never on the order or number of the
     images, and all crops of one photo are on the same side.
 
-    Args:
-        photo: the photo group's name.
-
-    Returns:
-        ``"test"`` for about a quarter of all names, else ``"train"``.
-
     Example:
         >>> [split_of(name) for name in ("cat.jpg", "dog.jpg", "fox.jpg")]
         ['test', 'train', 'train']
     """
     digest = hashlib.sha256(photo.encode("utf-8", "surrogatepass")).digest()
-    return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
+    return "test" if int.from_bytes(digest[:8], "big") < _TEST_SHARE * 2**64 else "train"
 
 
 def filled_splits(splits: Sequence[str], photos: Sequence[str]) -> tuple[str, ...]:
@@ -39,11 +33,7 @@ def filled_splits(splits: Sequence[str], photos: Sequence[str]) -> tuple[str, ..
         if split and given.setdefault(photo, split) != split:
             crossing.append(photo)
     if crossing:
-        raise ImageError(
-            expected(
-                "all crops of a photo in one split",
-                f"crops in several splits of {listed(list(dict.fromkeys(crossing)))}",
-                "Give every crop of a photo the same split, or leave out the photo groups",
-            )
-        )
+        got = f"crops in several splits of {listed(list(dict.fromkeys(crossing)))}"
+        remedy = "Give every crop of a photo the same split, or leave out the photo groups"
+        raise ImageError(expected("all crops of a photo in one split", got, remedy))
     return tuple(split or given.get(photo) or split_of(photo) for split, photo in zip(splits, photos, strict=True))

@@ -18,13 +18,7 @@ KNOWN_COLUMNS = ("image", "file", *CATEGORY_COLUMNS, "split", "photo", *BOX_COLU
 
 @dataclass(frozen=True)
 class Table:
-    """The cells of a table, without the blanks around them.
-
-    Attributes:
-        path: its file.
-        columns: cells by the column's name, all of one length.
-        lines: for each row its line in the file, for texts.
-    """
+    """The cells of a table by column, without the blanks around them; ``lines`` are the rows' lines in the file."""
 
     path: Path
     columns: dict[str, list[str]]
@@ -51,30 +45,30 @@ class Table:
         return cells
 
     def numbers(self, column: str, *, optional: bool = False, least: float = -math.inf) -> list[float]:
-        """Return the cells of a column as finite numbers.
+        """Return the cells of a column as finite numbers, none below ``least``.
 
-        Args:
-            column: its name.
-            optional: a cell may be empty, or the whole column be missing; it is then ``nan``.
-            least: the least number that is allowed.
+        Where ``optional``, an empty cell, or each of a missing column, is ``nan``.
 
         Raises:
             ImageError: a cell holds no such number.
         """
         if optional and column not in self.columns:
             return [math.nan] * len(self)
-        found = []
-        for row, cell in enumerate(self.columns[column]):
-            try:
-                value = float(cell) if cell or not optional else math.nan
-            except ValueError:
-                value = math.inf
-            if math.isinf(value) or value < least or (math.isnan(value) and (cell or not optional)):
-                rule = "a number" if least == -math.inf else f"a number >= {least:g}"
-                where = self.where(column, row)
-                raise ImageError(expected(f"{rule} in {where}", repr(cell), "Correct the cell or delete the row"))
-            found.append(value)
-        return found
+        return [self._number(column, row, optional, least) for row in range(len(self))]
+
+    def _number(self, column: str, row: int, empty_allowed: bool, least: float) -> float:
+        cell = self.columns[column][row]
+        if not cell and empty_allowed:
+            return math.nan
+        try:
+            value = float(cell)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and value >= least:
+            return value
+        rule = "a number" if least == -math.inf else f"a number >= {least:g}"
+        remedy = "Correct the cell or delete the row"
+        raise ImageError(expected(f"{rule} in {self.where(column, row)}", repr(cell), remedy))
 
     def boxes(self) -> tuple[Box | None, ...]:
         """Return the box to which each image is cut, None for rows whose four cells are empty.
@@ -125,14 +119,10 @@ def _from_parquet(path: Path) -> Table:
 
 
 def read_table(path: Path, required: tuple[str, ...] = ("image",)) -> Table:
-    """Read a table as columns of text.
-
-    Args:
-        path: a CSV file in UTF-8, or a Parquet file.
-        required: columns that it must have.
+    """Read a CSV file in UTF-8, or a Parquet file, as columns of text.
 
     Raises:
-        ImageError: the table is missing, of another kind or damaged, or lacks a column.
+        ImageError: the table is missing, of another kind or damaged, or lacks a required column.
     """
     if not path.is_file():
         got = "a folder" if path.is_dir() else "nothing there"

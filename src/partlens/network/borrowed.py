@@ -45,21 +45,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         module = module.module
     if isinstance(module, torch.jit.ScriptModule):
-        raise InputTypeError(
-            expected(
-                "a network in Python, whose layers can be read",
-                f"a TorchScript module ({type(module).__name__})",
-                "Pass the original module that was scripted or traced",
-            )
-        )
+        rule, got = "a network in Python, whose layers can be read", f"a TorchScript module ({type(module).__name__})"
+        raise InputTypeError(expected(rule, got, "Pass the original module that was scripted or traced"))
     if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-        raise InputTypeError(
-            expected(
-                "a network whose layers can be read",
-                f"one compiled by torch.compile ({type(module).__name__})",
-                "Pass the original module (module._orig_mod)",
-            )
-        )
+        rule, got = "a network whose layers can be read", f"one compiled by torch.compile ({type(module).__name__})"
+        raise InputTypeError(expected(rule, got, "Pass the original module (module._orig_mod)"))
     return module
 
 
@@ -106,30 +96,15 @@ class _Snapshot:
 
     def __init__(self, module: nn.Module, *, copy_weights: bool) -> None:
         self.module = module
-        self.copied = copy_weights
-        self.modules = list(module.modules())
         # Of each module its dictionaries, by owner and name, with their entries; most are empty (hooks).
         self.dictionaries: list[tuple[dict[str, Any], str, Any, tuple[tuple[Any, Any], ...]]] = []
-        self.flags: list[tuple[nn.Module, str, Any]] = []
-        for each in self.modules:
-            content = each.__dict__
-            for name in _DICTIONARIES:
-                if (mapping := content.get(name)) is not None:
-                    self.dictionaries.append((content, name, mapping, tuple(mapping.items()) if mapping else ()))
-            for name in _FLAGS:
-                if name in content:
-                    self.flags.append((each, name, content[name]))
-        self.parameters = [
-            (
-                p,
-                p.data,
-                p.data.clone() if copy_weights else None,
-                p.requires_grad,
-                p.grad,
-                p._version,  # noqa: SLF001
-            )
-            for p in module.parameters()
-        ]
+        self.flags: list[tuple[dict[str, Any], str, Any]] = []
+        for content in (each.__dict__ for each in module.modules()):
+            for name in filter(content.__contains__, _DICTIONARIES):
+                self.dictionaries.append((content, name, content[name], tuple((content[name] or {}).items())))
+            self.flags += [(content, name, content[name]) for name in _FLAGS if name in content]
+        # A version that has grown shows that values were written to, without a copy to compare with.
+        self.parameters = [_kept(p, copy_weights=copy_weights) for p in module.parameters()]
         self.buffers = [(b, b.data, b.detach().clone()) for b in module.buffers()]
         for p, *_ in self.parameters:
             p.grad = None  # gradients made while borrowed must not be added to the owner's
@@ -141,28 +116,39 @@ class _Snapshot:
             content[name] = mapping  # nn.Sequential puts another one in its place when it loses a layer
             if mapping or saved:
                 _restore_mapping(mapping, saved)
-        for owner, name, value in self.flags:
-            owner.__dict__[name] = value
-        lost = []
+        for content, name, value in self.flags:
+            content[name] = value
+        return self._restore_tensors()
+
+    def _restore_tensors(self) -> list[str]:
         with torch.no_grad():
-            for p, data, copied, requires_grad, grad, version in self.parameters:
-                if p.data_ptr() != data.data_ptr() or p.dtype != data.dtype or p.shape != data.shape:
-                    p.data = data
-                if copied is not None and not _same(p.data, copied):
-                    p.data.copy_(copied)
-                elif copied is None and p._version != version:  # noqa: SLF001
-                    lost.append(p)
-                p.requires_grad_(requires_grad)
-                p.grad = grad
-            for b, data, before in self.buffers:
-                if b.data_ptr() != data.data_ptr() or b.dtype != data.dtype or b.shape != data.shape:
-                    b.data = data
-                if not _same(b.data, before):
-                    b.data.copy_(before)
-        if not lost:
-            return []
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        return [names.get(id(p), "?") for p in lost]
+            lost = {id(each[0]) for each in self.parameters if not _restored(*each)}
+            for buffer, data, before in self.buffers:
+                _put_back(buffer, data, before)
+        return [name for name, p in self.module.named_parameters() if id(p) in lost] if lost else []
+
+
+def _kept(p: nn.Parameter, *, copy_weights: bool) -> tuple[Any, ...]:
+    return p, p.data, p.data.clone() if copy_weights else None, p.requires_grad, p.grad, p._version  # noqa: SLF001
+
+
+def _put_back(tensor: Tensor, data: Tensor, before: Tensor | None) -> None:
+    """Give a tensor its storage, and its values where there is a copy of them."""
+    if tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype or tensor.shape != data.shape:
+        tensor.data = data
+    if before is not None and not _same(tensor.data, before):
+        tensor.data.copy_(before)
+
+
+def _restored(
+    p: nn.Parameter, data: Tensor, before: Tensor | None, requires_grad: bool, grad: Tensor | None, version: int
+) -> bool:
+    """Put a weight back; say whether its values are surely those of before."""
+    _put_back(p, data, before)
+    unchanged = before is not None or p._version == version  # noqa: SLF001
+    p.requires_grad_(requires_grad)
+    p.grad = grad
+    return unchanged
 
 
 @contextlib.contextmanager
@@ -204,10 +190,6 @@ def borrowed(module: nn.Module, *, copy_weights: bool = True) -> Iterator[nn.Mod
         finally:
             lost = snapshot.restore()
     if lost:
-        raise InputError(
-            expected(
-                "a network that leaves its weights alone in eval mode",
-                f"{type(inner).__name__}, which changed {lost[0]}",
-                "Wrap it so that its forward pass does not write weights",
-            )
-        )
+        got = f"{type(inner).__name__}, which changed {lost[0]}"
+        remedy = "Wrap it so that its forward pass does not write weights"
+        raise InputError(expected("a network that leaves its weights alone in eval mode", got, remedy))

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -102,18 +103,22 @@ class Performer:
         """
         maps = {layer.name: layer for layer in self.layers if len(layer.shape) == 3}
         if tap not in maps:
-            known = [name for name, _ in unwrapped(self.module).named_modules() if name]
-            if tap not in known and tap not in {layer.name for layer in self.layers}:
-                rule = f"a layer of {type(unwrapped(self.module)).__name__}"
-                raise LayerError(expected(rule, tap, f"Nearest: {', '.join(nearest(tap, known))}"))
-            rule = f"{tap} to give maps (image, filter, row, col)"
-            raise LayerError(expected(rule, "another output", f"Choose among {', '.join(nearest(tap, maps))}"))
+            raise self._without_maps(tap, maps)
         if maps[tap].shape[1:] == (1, 1):
             finer = [layer.name for layer in maps.values() if layer.has_places]
             remedy = f"Choose an earlier layer such as {finer[-1]}" if finer else "Use a larger input"
             rule = f"{tap} to have maps of more than one cell"
             raise LayerError(expected(rule, "1x1 maps, in which nothing has a place", remedy))
         return maps[tap]
+
+    def _without_maps(self, tap: str, maps: Collection[str]) -> LayerError:
+        module = unwrapped(self.module)
+        known = [name for name, _ in module.named_modules() if name]
+        if tap not in {*known, *(layer.name for layer in self.layers)}:
+            rule = f"a layer of {type(module).__name__}"
+            return LayerError(expected(rule, tap, f"Nearest: {', '.join(nearest(tap, known))}"))
+        rule = f"{tap} to give maps (image, filter, row, col)"
+        return LayerError(expected(rule, "another output", f"Choose among {', '.join(nearest(tap, maps))}"))
 
     def field(self, tap: str) -> ReceptiveField:
         """Return what the cells of a tap see (`partlens.network.receptive_field.receptive_field`)."""

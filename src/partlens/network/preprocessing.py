@@ -214,17 +214,15 @@ class Preprocessing:
         if order is None or span is None or mean is None:
             rule = 'metadata such as "RGB, 0-1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, 224x224"'
             raise WeightsError(expected(rule, text, "Correct the header or give the preprocessing yourself"))
-        resized: dict[str, Any] = {"resize": "squash"}
-        if crop is not None:
-            resized = {"resize": "crop", "resize_px": int(crop[1])}
         return cls(
             size_px=_size(metadata.get("input_size", "")) or _size(text) or (224, 224),
-            channel_order="BGR" if order[1] == "BGR" else "RGB",
+            channel_order=cast("Any", order[1]),
             scale=1 / 255 if span[1] == "1" else 1.0,
             mean=mean,
             std=std or (1.0, 1.0, 1.0),
-            interpolation="bicubic" if re.search(r"\bbicubic\b", text) else "bilinear",
-            **resized,
+            interpolation="bicubic" if "bicubic" in text else "bilinear",
+            resize="squash" if crop is None else "crop",
+            resize_px=crop and int(crop[1]),
         )
 
 

@@ -25,7 +25,6 @@ _AHEAD = 2  # batches decoded in advance
 _THREADS = 4
 
 Progress = Callable[[int, int], None]
-Dtype = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,24 +48,14 @@ def _decode(performer: Performer, images: ImageSet, row: int) -> Tensor:
     try:
         return performer.preprocessing([images.read(row)])
     except OSError as error:
-        raise ImageError(
-            failed(f"read the image {images.keys[row]}", str(error), "Remove or replace the file")
-        ) from error
+        what = f"read the image {images.keys[row]}"
+        raise ImageError(failed(what, str(error), "Remove or replace the file")) from error
 
 
 def batches(
     performer: Performer, images: ImageSet, rows: Sequence[int], batch_size: int = 32
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Decode batches in a few threads, a little ahead of the network.
-
-    Args:
-        performer: for its preprocessing.
-        images: the photos.
-        rows: positions in ``images``, in the order they are read.
-        batch_size: images per batch.
-
-    Yields:
-        The positions of a batch, and the network's input.
+    """Decode batches in a few threads, a little ahead of the network: their rows and the network's input.
 
     Raises:
         ImageError: an image that cannot be read, with its name.
@@ -135,23 +124,14 @@ def _file(number: int, tap: str) -> str:
 
 def _as_stored(tap: str, values: Tensor, dtype: str, names: Sequence[str]) -> np.ndarray:
     if values.ndim not in {2, 4}:
-        raise LayerError(
-            expected(
-                f"{tap} to give maps (image, filter, row, col) or vectors (image, filter)",
-                f"shape {tuple(values.shape)}",
-                "Choose another layer",
-            )
-        )
+        rule = f"{tap} to give maps (image, filter, row, col) or vectors (image, filter)"
+        raise LayerError(expected(rule, f"shape {tuple(values.shape)}", "Choose another layer"))
     if dtype == "float16" and values.numel():
         largest = values.abs().flatten(1).amax(dim=1)
         if float(largest.max()) > _FLOAT16_MAX:
-            raise InputError(
-                expected(
-                    f"values up to {_FLOAT16_MAX:.0f} for float16 maps of {tap}",
-                    f"{float(largest.max()):.6g} on {names[int(largest.argmax())]}",
-                    "Use dtype float32",
-                )
-            )
+            rule = f"values up to {_FLOAT16_MAX:.0f} for float16 maps of {tap}"
+            got = f"{float(largest.max()):.6g} on {names[int(largest.argmax())]}"
+            raise InputError(expected(rule, got, "Use dtype float32"))
     return values.cpu().numpy().astype(dtype)
 
 
@@ -160,7 +140,7 @@ def stream_maps(
     images: ImageSet,
     taps: Sequence[str],
     folder: Path,
-    dtype: Dtype = "float16",
+    dtype: Literal["float16", "float32"] = "float16",
     batch_size: int = 32,
     *,
     resume: bool = True,

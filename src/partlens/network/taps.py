@@ -22,6 +22,8 @@ from partlens.errors import InputError, InputTypeError, LayerError, expected, ne
 from partlens.network.borrowed import borrowed, unwrapped
 from partlens.network.performer import Performer, module_of
 
+_AGAINST_OVERFLOW = "Use float32 weights (module.float())"
+
 Reduce = Callable[[Tensor], Tensor]
 """Turns a layer's output into what is kept of it; it must not keep the output itself, which may be overwritten."""
 
@@ -51,31 +53,29 @@ def tensor_at(tap: str, output: Any, key: str | None) -> Tensor:
     """Choose the tensor of a layer's output: by key, else the first with four dimensions."""
     if isinstance(output, Tensor) and key is None:
         return output
+    tensors = _tensors(output)
+    maps = (value for value in tensors.values() if value.ndim == 4)
+    found = next(maps, None) if key is None else tensors.get(key)
+    if found is None:
+        wanted = f"an entry {key}" if key else "a tensor of 4 dimensions"
+        got = f"{type(output).__name__} with {', '.join(tensors) or 'no tensors'}"
+        remedy = "Name an entry, as in layer:key" if tensors else "Choose another layer"
+        raise LayerError(expected(f"the output of {tap.partition(':')[0]} to hold {wanted}", got, remedy))
+    return found
+
+
+def _tensors(output: Any) -> dict[str, Tensor]:
+    """Return the tensors of a dictionary, tuple or list by key, number, and name in a named tuple."""
+    entries: dict[str, Any] = {}
     if isinstance(output, Mapping):
         entries = {str(k): v for k, v in output.items()}
     elif isinstance(output, (list, tuple)):
         entries = {str(i): v for i, v in enumerate(output)}
         entries |= dict(zip(getattr(output, "_fields", ()), output, strict=False))
-    else:
-        entries = {}
-    tensors: dict[str, Tensor] = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
-    if key is not None and key in tensors:
-        return tensors[key]
-    if key is None:
-        for value in tensors.values():
-            if value.ndim == 4:
-                return value
-    raise LayerError(
-        expected(
-            f"the output of {tap.partition(':')[0]} to hold "
-            + (f"an entry {key}" if key else "a tensor of 4 dimensions"),
-            f"{type(output).__name__} with {', '.join(tensors) or 'no tensors'}",
-            "Name an entry, as in layer:key" if tensors else "Choose another layer",
-        )
-    )
+    return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
 
 
-class Taps(Mapping[str, Tensor]):
+class _Taps(Mapping[str, Tensor]):
     """What the taps held in the latest forward pass: a read-only mapping from name to tensor."""
 
     def __init__(self, names: Sequence[str], reduce: Reduce | None = None) -> None:
@@ -96,7 +96,7 @@ class Taps(Mapping[str, Tensor]):
         """Whether every tap has been read in this pass."""
         return len(self._held) == len(self._names)
 
-    def _record(self, places: Mapping[str, _Place], path: str, device: torch.device | None, output: Any) -> None:
+    def record(self, places: Mapping[str, _Place], path: str, device: torch.device | None, output: Any) -> None:
         with self._lock:
             call = self._calls.get((path, device), 0)
             self._calls[path, device] = call + 1
@@ -110,13 +110,10 @@ class Taps(Mapping[str, Tensor]):
             raise LayerError(expected(f"one of the taps {', '.join(self._names)}", name, "Ask for it in read_taps"))
         pieces = self._held.get(name)
         if not pieces:
-            raise LayerError(
-                expected(
-                    f"{name} to take part in the forward pass",
-                    "a pass in which it was not called that often",
-                    "Run the network inside the with block, or choose a layer that its forward calls",
-                )
-            )
+            rule = f"{name} to take part in the forward pass"
+            remedy = "Run the network inside the with block, or choose a layer that its forward calls"
+            raise LayerError(expected(rule, "a pass in which it was not called that often", remedy))
+        # The replicas of DataParallel finish in any order; their batches were dealt in that of the devices.
         ordered = [pieces[d] for d in sorted(pieces, key=lambda d: (d.type, d.index or 0))]
         return ordered[0] if len(ordered) == 1 else torch.cat([p.to(ordered[0].device) for p in ordered])
 
@@ -127,15 +124,8 @@ class Taps(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _first_device(inputs: Any) -> torch.device | None:
-    for value in inputs:
-        if isinstance(value, Tensor):
-            return value.device
-    return None
-
-
 @contextlib.contextmanager
-def read_taps(module: nn.Module, names: Sequence[str], reduce: Reduce | None = None) -> Iterator[Taps]:
+def read_taps(module: nn.Module, names: Sequence[str], reduce: Reduce | None = None) -> Iterator[_Taps]:
     """Read layers while a network runs.
 
     Args:
@@ -160,52 +150,43 @@ def read_taps(module: nn.Module, names: Sequence[str], reduce: Reduce | None = N
         True
     """
     inner = unwrapped(module)
-    places = {name: place_of(inner, name) for name in names}
-    taps = Taps(names, reduce)
+    taps = _Taps(names, reduce)
     by_path: dict[str, dict[str, _Place]] = {}
-    for name, place in places.items():
+    for name in names:
+        place = place_of(inner, name)
         by_path.setdefault(place.path, {})[name] = place
-    handles = []
-    try:
-        handles.append(module.register_forward_pre_hook(lambda _module, _inputs: taps.clear()))
-        for path, wanted in by_path.items():
 
-            def hook(
-                _module: nn.Module,
-                inputs: Any,
-                output: Any,
-                path: str = path,
-                wanted: Mapping[str, _Place] = wanted,
-            ) -> None:
-                taps._record(wanted, path, _first_device(inputs), output)  # noqa: SLF001
+    def hook_of(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: Any, output: Any) -> None:
+            device = next((value.device for value in inputs if isinstance(value, Tensor)), None)
+            taps.record(by_path[path], path, device, output)
 
-            handles.append(inner.get_submodule(path).register_forward_hook(hook))
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(module.register_forward_pre_hook(lambda _module, _inputs: taps.clear()).remove)
+        for path in by_path:
+            hooks.callback(inner.get_submodule(path).register_forward_hook(hook_of(path)).remove)
         yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first_bad_layer(module: nn.Module, batch: Tensor) -> str:
     """Name the first layer whose output is not finite."""
     found: list[str] = []
-    handles = []
 
-    def watch(name: str) -> None:
+    def hook_of(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+            if isinstance(output, Tensor) and not _finite(output):
                 found.append(name)
 
-        handles.append(module.get_submodule(name).register_forward_hook(hook))
+        return hook
 
-    try:
-        for name, _ in module.named_modules():
-            watch(name)
+    # Layers finish before the modules that contain them, so the first one found is the innermost.
+    with contextlib.ExitStack() as hooks:
+        for name, each in module.named_modules():
+            hooks.callback(each.register_forward_hook(hook_of(name)).remove)
         module(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found and found[0] else "the output"
+    return next(iter(found), "") or "the output"
 
 
 def _as_float(value: Any) -> Any:
@@ -264,14 +245,9 @@ def forward_taps(
             expected("a tensor of images", type(batch).__name__, "Use performer.preprocessing to make the batch")
         )
     if batch.ndim != 4:
-        raise InputError(
-            expected(
-                "a batch with axes image, channel, row, col",
-                f"shape {tuple(batch.shape)}",
-                "Add the missing axis",
-            )
-        )
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+        rule = "a batch with axes image, channel, row, col"
+        raise InputError(expected(rule, f"shape {tuple(batch.shape)}", "Add the missing axis"))
+    weight = next(filter(torch.is_floating_point, module.parameters()), None)
     ready = batch.to(device=weight.device, dtype=weight.dtype) if weight is not None else batch
     with borrowed(module, copy_weights=False) as network, torch.no_grad():
         with read_taps(network, names, reduce) as taps:
@@ -279,12 +255,6 @@ def forward_taps(
             held = {name: taps[name].detach().float() for name in names}
         if not (_finite(output) and _finite(held)):
             cause = "the batch itself" if not _finite(ready) else _first_bad_layer(network, ready)
-            half = weight is not None and weight.dtype == torch.float16
-            raise InputError(
-                expected(
-                    "finite values in the network",
-                    f"NaN or infinity first in {cause}",
-                    "Use float32 weights (module.float())" if half else "Check the weights and the images",
-                )
-            )
+            remedy = _AGAINST_OVERFLOW if ready.dtype == torch.float16 else "Check the weights and the images"
+            raise InputError(expected("finite values in the network", f"NaN or infinity first in {cause}", remedy))
     return _as_float(output), held

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,50 +22,46 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a weights file: float32 tensors by name and the header, without running code from the file."""
     if not path.is_file():
         raise WeightsError(expected(f"a weights file {path}", "nothing there", "Check the path after @"))
-    metadata: dict[str, str] = {}
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), "pt") as handle:
-                metadata = dict(handle.metadata() or {})
-                content: Any = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise WeightsError(
-                expected(f"safetensors in {path.name}", str(error), "Download or convert the file again")
-            ) from error
-    else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise WeightsError(
-                expected(
-                    f"only tensors in {path.name}",
-                    "a pickle that would run code when opened, or that is damaged",
-                    "Convert its state dict to safetensors where you trust the file: "
-                    "safetensors.torch.save_file(module.state_dict(), 'weights.safetensors')",
-                )
-            ) from error
-        except Exception as error:  # the unpickler raises whatever a text or a damaged file leads to
-            raise WeightsError(
-                expected(f"PyTorch weights in {path.name}", first_line(error), "Save the state dict again")
-            ) from error
-        for wrapper in ("state_dict", "model_state_dict", "model"):
-            if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-                content = content[wrapper]
-                break
+    content, metadata = (_safetensors if path.suffix == ".safetensors" else _pickled)(path)
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise WeightsError(
-            expected(
-                f"a state dict (names and tensors) in {path.name}",
-                type(content).__name__,
-                "Save module.state_dict() as safetensors",
-            )
+        rule = f"a state dict (names and tensors) in {path.name}"
+        raise WeightsError(expected(rule, type(content).__name__, "Save module.state_dict() as safetensors"))
+    prefix = "module." if all(str(name).startswith("module.") for name in content) else ""  # saved from DataParallel
+    return {str(name).removeprefix(prefix): _as_float32(value) for name, value in content.items()}, metadata
+
+
+def _as_float32(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def _safetensors(path: Path) -> tuple[Any, dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        remedy = "Download or convert the file again"
+        raise WeightsError(expected(f"safetensors in {path.name}", str(error), remedy)) from error
+
+
+def _pickled(path: Path) -> tuple[Any, dict[str, str]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        got = "a pickle that would run code when opened, or that is damaged"
+        remedy = (
+            "Convert its state dict to safetensors where you trust the file: "
+            "safetensors.torch.save_file(module.state_dict(), 'weights.safetensors')"
         )
-    weights = {str(name): value for name, value in content.items()}
-    if weights and all(name.startswith("module.") for name in weights):  # saved from DataParallel
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return {n: v.float() if v.is_floating_point() else v for n, v in weights.items()}, metadata
+        raise WeightsError(expected(f"only tensors in {path.name}", got, remedy)) from error
+    except Exception as error:  # the unpickler raises whatever a text or a damaged file leads to
+        rule = f"PyTorch weights in {path.name}"
+        raise WeightsError(expected(rule, first_line(error), "Save the state dict again")) from error
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            return content[wrapper], {}
+    return content, {}
 
 
 def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
@@ -73,13 +69,21 @@ def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
     for name, value in weights.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
+            got = f"{bad} NaN or infinite values in {name}"
             raise WeightsError(
-                expected(
-                    f"finite weights in {where}",
-                    f"{bad} NaN or infinite values in {name}",
-                    "Use weights from a run that did not diverge",
-                )
+                expected(f"finite weights in {where}", got, "Use weights from a run that did not diverge")
             )
+
+
+def _check_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            rule = f"{name} of shape {tuple(own[name].shape)} in {where}"
+            raise WeightsError(expected(rule, str(tuple(value.shape)), "Give the weights of this network"))
+
+
+def _without(names: Iterable[str], others: Container[str]) -> list[str]:
+    return [name for name in names if name not in others]
 
 
 def load_into(
@@ -88,30 +92,15 @@ def load_into(
     """Fill a network strictly; return the names that were absent and allowed to be."""
     own = module.state_dict()
     # Batch counters are bookkeeping that old files lack; everything else must be there.
-    missing = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
-    absent = tuple(n for n in missing if n.startswith(may_lack)) if may_lack else ()
-    missing = [n for n in missing if n not in absent]
-    surplus = [n for n in weights if n not in own]
-    if missing or surplus:
-        parts = ([f"missing {listed(missing, 4)}"] if missing else []) + (
-            [f"unexpected {listed(surplus, 4)}"] if surplus else []
-        )
-        raise WeightsError(
-            expected(
-                f"the {len(own)} tensors of {type(module).__name__} in {where}",
-                "; ".join(parts),
-                "Give the weights of this network, or rename them to its layer names",
-            )
-        )
-    for name, value in weights.items():
-        if value.shape != own[name].shape:
-            raise WeightsError(
-                expected(
-                    f"{name} of shape {tuple(own[name].shape)} in {where}",
-                    str(tuple(value.shape)),
-                    "Give the weights of this network",
-                )
-            )
+    lacking = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
+    absent = tuple(n for n in lacking if n.startswith(may_lack))
+    faults = {"missing": _without(lacking, absent), "unexpected": _without(weights, own)}
+    if any(faults.values()):
+        rule = f"the {len(own)} tensors of {type(module).__name__} in {where}"
+        got = "; ".join(f"{what} {listed(names, 4)}" for what, names in faults.items() if names)
+        remedy = "Give the weights of this network, or rename them to its layer names"
+        raise WeightsError(expected(rule, got, remedy))
+    _check_shapes(weights, own, where)
     check_finite(weights, where)
     module.load_state_dict(dict(weights), strict=False)
     return absent
@@ -145,9 +134,8 @@ def with_outputs(module: nn.Module, layer: str, outputs: int) -> None:
         )
     else:
         got = "none of that name" if old is None else type(old).__name__
-        raise LayerError(
-            expected(f"{layer} to be a linear layer or a convolution without groups", got, "Use another network")
-        )
+        rule = f"{layer} to be a linear layer or a convolution without groups"
+        raise LayerError(expected(rule, got, "Use another network"))
     new.to(device=old.weight.device, dtype=old.weight.dtype).train(old.training)
     setattr(module.get_submodule(owner), name, new)
 
@@ -184,10 +172,6 @@ def is_file(weights: str) -> bool:
 
 def no_download(name: str, error: Exception) -> WeightsError:
     """Build the error of a failed download, with the remedy."""
-    return WeightsError(
-        expected(
-            f"to download the weights of {name}",
-            f"{type(error).__name__}: {first_line(error)}",
-            f"Fetch them on a connected machine and give {name.partition('@')[0]}@weights.safetensors",
-        )
-    )
+    rule, got = f"to download the weights of {name}", f"{type(error).__name__}: {first_line(error)}"
+    body = name.partition("@")[0]
+    return WeightsError(expected(rule, got, f"Fetch them on a connected machine and give {body}@weights.safetensors"))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -47,6 +48,7 @@ from partlens.network.weights import (
     with_outputs,
 )
 
+_USUAL = Preprocessing(resize_px=256)
 _IMAGENET_OUTPUTS = 1000
 _FLOWER_OUTPUTS = 6
 _WITH_AUX = frozenset(("googlenet", "inception_v3"))
@@ -90,7 +92,9 @@ def _filled(build: _Build, preprocessing: Preprocessing, usual: int, weights: st
 
 
 def _preset_of(weights: Any) -> Preprocessing:
-    """Read torchvision's ``ImageClassification`` preset."""
+    """Read torchvision's ``ImageClassification`` preset; ImageNet's usual without weights."""
+    if weights is None:
+        return _USUAL
     preset = weights.transforms()
     crop = _number_in(getattr(preset, "crop_size", None), 224)
     name = getattr(getattr(preset, "interpolation", None), "value", "bilinear")
@@ -112,6 +116,11 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
     return float(values[0]), float(values[1]), float(values[2])
 
 
+def _has_aux(weights: Path) -> bool:
+    """Whether a file holds the auxiliary classifiers of GoogLeNet and Inception, which many leave away."""
+    return any(name.startswith(("aux", "AuxLogits")) for name in read_weights(weights)[0])
+
+
 def _load_torchvision(name: str, weights: str | None, spec: str) -> Performer:
     from torchvision import models  # two seconds of CPU that only its own networks cost
 
@@ -122,7 +131,7 @@ def _load_torchvision(name: str, weights: str | None, spec: str) -> Performer:
         )
     enum = models.get_model_weights(name)
     default = getattr(enum, "DEFAULT", None)
-    preprocessing = _preset_of(default) if default is not None else Preprocessing(resize_px=256)
+    preprocessing = _preset_of(default)
     with_aux = False
 
     def build(outputs: int | None) -> nn.Module:
@@ -134,14 +143,21 @@ def _load_torchvision(name: str, weights: str | None, spec: str) -> Performer:
     if weights is not None and weights.startswith("random:"):
         return _drawn(build, preprocessing, weights, spec)
     if weights is not None and is_file(weights):
-        with_aux = name in _WITH_AUX and any(n.startswith(("aux", "AuxLogits")) for n in read_weights(Path(weights))[0])
+        with_aux = name in _WITH_AUX and _has_aux(Path(weights))
         filled, outputs = _filled(build, preprocessing, _IMAGENET_OUTPUTS, weights)
-        assumed = default.meta.get("categories") if default is not None and outputs is None else None
+        assumed = getattr(default, "meta", {}).get("categories") if outputs is None else None
         if filled.class_names is not None or assumed is None:
             return filled
         note = "class names assumed to be torchvision's ImageNet list"
         return dataclasses.replace(filled, class_names=tuple(assumed), notes=(note,))
-    members = enum.__members__
+    return _published(name, enum, weights, spec)
+
+
+def _published(name: str, enum: Any, weights: str | None, spec: str) -> Performer:
+    """Load a network of torchvision with weights that torchvision publishes."""
+    from torchvision import models
+
+    members, default = enum.__members__, getattr(enum, "DEFAULT", None)
     if weights not in {None, "DEFAULT", *members}:
         rule = f"weights of {name} among {', '.join(members)}"
         raise InputError(expected(rule, str(weights), "Choose one, or give the path of a file"))
@@ -244,18 +260,8 @@ def _load_own(name: str, weights: str | None, spec: str) -> Performer:
     return _filled(build, flower_preprocessing(), _FLOWER_OUTPUTS, weights)[0]
 
 
-def _load_factory(source: str, name: str, weights: str | None, spec: str) -> Performer:
-    """Call a factory; weights that it does not take itself are filled into a copy of what it made."""
-    try:
-        found = getattr(importlib.import_module(source), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            expected(
-                "torchvision:NAME, timm:NAME, partlens:NAME or package.module:factory",
-                f"{spec} ({error})",
-                "Check the spelling, and that Python can import the package (PYTHONPATH)",
-            )
-        ) from error
+def _made(found: Any, weights: str | None, spec: str) -> tuple[nn.Module | Performer, str | None]:
+    """Return what a factory gives, and the weights that it has not taken itself."""
     try:
         if not callable(found) or isinstance(found, nn.Module):
             made = found
@@ -271,15 +277,30 @@ def _load_factory(source: str, name: str, weights: str | None, spec: str) -> Per
     if not isinstance(made, (nn.Module, Performer)):
         rule = f"{spec} to give a torch.nn.Module or a Performer"
         raise InputTypeError(expected(rule, type(made).__name__, "Return the network from it"))
+    return made, weights
+
+
+def _load_factory(source: str, name: str, weights: str | None, spec: str) -> Performer:
+    """Call a factory; weights that it does not take itself are filled into a copy of what it made."""
+    try:
+        found = getattr(importlib.import_module(source), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            expected(
+                "torchvision:NAME, timm:NAME, partlens:NAME or package.module:factory",
+                f"{spec} ({error})",
+                "Check the spelling, and that Python can import the package (PYTHONPATH)",
+            )
+        ) from error
+    made, weights = _made(found, weights, spec)
     if isinstance(made, nn.Module):
-        performer = _with_weights(made, weights, Preprocessing(resize_px=256))
+        performer = _with_weights(made, weights, _USUAL)
     elif weights is None:
         return made
     else:  # what the header says of inputs and outputs goes with the weights
         filled = _with_weights(made.module, weights, made.preprocessing)
         names = filled.class_names or made.class_names
         performer = dataclasses.replace(filled, default_tap=made.default_tap, class_names=names)
-    performer.module.eval()
     return performer
 
 
@@ -330,27 +351,29 @@ def load_performer(
     if isinstance(model, Performer):
         return model if preprocessing is None else dataclasses.replace(model, preprocessing=preprocessing)
     if not isinstance(model, str):
-        module = unwrapped(model)
-        return _finished(
-            _with_weights(module, wanted, Preprocessing(resize_px=256)), type(module).__name__, preprocessing
-        )
+        return _finished(_with_weights(model, wanted, _USUAL), type(unwrapped(model)).__name__, preprocessing)
     body, _, tail = model.partition("@")
-    source, colon, name = body.partition(":")
+    source, _, name = body.partition(":")
     wanted = wanted or tail or None
-    if not colon or not source or not name:
+    if "" in {source, name}:
         rule = "a performer such as torchvision:resnet18 or package.module:factory"
         raise InputError(expected(rule, model, "Write the source, a colon and the name"))
     loaders = {"torchvision": _load_torchvision, "timm": _load_timm, "partlens": _load_own}
-    if source in loaders:
-        performer = loaders[source](name, wanted, model)
-        performer.module.eval()
-    else:
-        performer = _load_factory(source, name, wanted, model)
-    path = Path(wanted) if wanted is not None and is_file(wanted) else None
-    label = body + ("" if wanted is None else f"@{wanted if path is None else path.name}")
-    again = body + ("" if wanted is None else f"@{wanted if path is None else path.resolve()}")
-    named = performer.name if performer.name and wanted is None else label
+    loader = loaders.get(source, functools.partial(_load_factory, source))
+    performer = loader(name, wanted, model)
+    performer.module.eval()
+    label, again = _labels(body, wanted)
+    named = performer.name or label if wanted is None else label
     return dataclasses.replace(_finished(performer, named, preprocessing), loaded_as=(again, performer.preprocessing))
+
+
+def _labels(body: str, weights: str | None) -> tuple[str, str]:
+    """Return the name to show, with the file's name alone, and the one that loads the same from any folder."""
+    if weights is None:
+        return body, body
+    path = Path(weights)
+    shown, again = (path.name, path.resolve()) if is_file(weights) else (weights, weights)
+    return f"{body}@{shown}", f"{body}@{again}"
 
 
 def _finished(performer: Performer, name: str, preprocessing: Preprocessing | None) -> Performer:
