@@ -113,11 +113,9 @@ class RowStore:
         self._settled = (0, 0.0)  # rows and time
 
     def append(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any] | None = None) -> None:
-        """Add rows.
+        """Add rows: by name arrays with as many rows each, of the same names, kinds and shapes each time.
 
-        Args:
-            arrays: by name, each with the same number of rows; names, kinds and shapes are the same each time.
-            state: what `state` holds from now on, for the run that goes on; optional.
+        ``state``, optional, is what `state` holds from now on, for the run that goes on.
 
         Raises:
             StorageError: no room on the disk, or no permission; the rows of before are complete.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from partlens.data.files import Source, parallel
-from partlens.data.tables import LANDMARK_TABLE, MASK_FOLDER, read_table
+from partlens.data.tables import LANDMARK_TABLE, MASK_FOLDER, Table, read_table
 from partlens.errors import ImageError, expected, listed, nearest
 
 FloatArray = npt.NDArray[np.float32]
@@ -118,6 +118,18 @@ class PartTruth:
         return {name: int(number) for name, number in zip(self.landmarks, known, strict=True)}
 
 
+def _instances(table: Table) -> list[int]:
+    """How many parts of its kind each row stands for, 1 where the table does not say."""
+    if "instances" not in table.columns:
+        return [1] * len(table)
+    found = table.numbers("instances", least=0)
+    broken = next((row for row, number in enumerate(found) if number != int(number)), None)
+    if broken is not None:
+        rule = f"a whole number in {table.where('instances', broken)}"
+        raise ImageError(expected(rule, found[broken], "Correct the cell"))
+    return list(map(int, found))
+
+
 def read_landmark_table(path: Path | str) -> PartTruth:
     r"""Read part positions from a table with one row per image and landmark.
 
@@ -126,12 +138,8 @@ def read_landmark_table(path: Path | str) -> PartTruth:
     the image shows; 1 where the column is missing). A landmark is used only where the image shows it exactly once:
     other numbers of instances, and pairs of image and landmark in several rows, become ``nan``.
 
-    Args:
-        path: the table.
-
-    Returns:
-        The truth, images in the order of their first row, landmarks in alphabetical order; landmarks that an image
-        shows more than once are named in ``unused``.
+    Images come in the order of their first row, landmarks in alphabetical order; those that an image shows more than
+    once are named in ``unused``.
 
     Raises:
         ImageError: the file is missing, lacks a column, has no rows, or holds a cell that is not a number;
@@ -149,19 +157,15 @@ def read_landmark_table(path: Path | str) -> PartTruth:
         raise ImageError(expected(f"at least one landmark in {path}", "no rows", "Add a row per image and landmark"))
     images, names = table.words("image"), table.words("landmark")
     values = [table.numbers("x"), table.numbers("y")]
-    values += [table.numbers(name, optional=True, least=0) for name in ("width", "height")]
-    instances = table.numbers("instances", least=0) if "instances" in table.columns else [1.0] * len(table)
-    broken = next((row for row, number in enumerate(instances) if number != int(number)), None)
-    if broken is not None:
-        rule = f"a whole number in {table.where('instances', broken)}"
-        raise ImageError(expected(rule, instances[broken], "Correct the cell"))
+    values += [table.numbers("width", optional=True, least=0), table.numbers("height", optional=True, least=0)]
+    instances = _instances(table)
     keys, landmarks = tuple(dict.fromkeys(images)), tuple(sorted(set(names)))
     row_of = {key: index for index, key in enumerate(keys)}
     column_of = {name: index for index, name in enumerate(landmarks)}
     found = np.full((len(keys), len(landmarks), 4), np.nan, dtype=np.float32)
     times: Counter[tuple[str, str]] = Counter()
     for image, name, number, *place in zip(images, names, instances, *values, strict=True):
-        times[image, name] += int(number)
+        times[image, name] += number
         if number:
             found[row_of[image], column_of[name]] = place
     several = {pair: number for pair, number in times.items() if number > 1}

@@ -130,7 +130,7 @@ def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
     path = Path(path)
     images, bad = ImageSet.open(path).readable()
     table = path / IMAGE_TABLE if path.is_dir() else path
-    columns = read_table(table).columns if table.is_file() else {}
+    columns = list(read_table(table).columns) if table.is_file() else []
     sizes = np.array(list(map(images.size_px, range(len(images)))))
     truth = images.part_truth
     duplicates = _duplicates(images)
@@ -149,7 +149,7 @@ def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
         sized=sized,
         masks=truth is not None and truth.masks is not None,
         boxes=sum(box is not None for box in images.boxes_px),
-        other_columns=tuple(name for name in columns if name not in KNOWN_COLUMNS),
+        other_columns=tuple(sorted(set(columns) - {*KNOWN_COLUMNS}, key=columns.index)),
         smallest_px=(int(sizes[:, 0].min()), int(sizes[:, 1].min())),
         largest_px=(int(sizes[:, 0].max()), int(sizes[:, 1].max())),
         unreadable=bad,
@@ -201,12 +201,7 @@ def _warnings(
             "name it once in the column 'photo', or remove the copy"
         )
     torn = _torn(duplicates, dict(zip(images.keys, images.categories, strict=True)))
-    small = [
-        f"{category or '(none)'} in {split} ({counts.get(category, 0)})"
-        for split, counts in splits.items()
-        for category in images.category_counts()
-        if counts.get(category, 0) < few
-    ]
+    small = _small(splits, images, few)
     astray = () if truth is None else _outside(truth)
     nowhere = [name for name, counts in parts.items() if not counts]
     for names, text in (
@@ -219,6 +214,16 @@ def _warnings(
         if names:
             found.append(text)
     return found
+
+
+def _small(splits: Mapping[str, Mapping[str, int]], images: ImageSet, few: int) -> list[str]:
+    """Name the categories with too few images in a split."""
+    counts = {
+        f"{category or '(none)'} in {split}": there.get(category, 0)
+        for split, there in splits.items()
+        for category in images.category_counts()
+    }
+    return [f"{where} ({count})" for where, count in counts.items() if count < few]
 
 
 def _torn(groups: Sequence[Sequence[str]], value_of: Mapping[str, str]) -> list[str]:

@@ -188,7 +188,7 @@ def as_bytes(image: npt.NDArray[Any], where: str) -> ByteArray:
     if image.shape[2:] == (1,):
         image = image[:, :, 0]
     if image.ndim not in {2, 3} or image.shape[2:] not in {(), (3,)} or 0 in image.shape:
-        turned = image.ndim == 3 and image.shape[0] in {1, 3}
+        turned = (image.ndim, image.shape[0]) in {(3, 1), (3, 3)}
         raise ImageError(expected(f"shape [row, col, 3] for {where}", str(image.shape), _COLOURS_LAST[turned]))
     if image.dtype == np.uint8:
         return image
@@ -196,7 +196,7 @@ def as_bytes(image: npt.NDArray[Any], where: str) -> ByteArray:
         rule = f"uint8 (0–255) or float (0–1) values for {where}"
         raise ImageError(expected(rule, str(image.dtype), 'Convert them, as with images.astype("uint8")'))
     low, high = float(image.min()), float(image.max())
-    if not (low >= 0 and high <= 1):  # also catches nan, which neither min nor max lets pass
+    if not 0 <= low <= high <= 1:  # also catches nan, which neither min nor max lets pass
         got = f"{np.count_nonzero(np.isnan(image))} nan values" if np.isnan(low) else f"values from {low:g} to {high:g}"
         rule = f"float values from 0 to 1 for {where}"
         raise ImageError(expected(rule, got, "Scale the images, or give them as uint8"))

@@ -26,10 +26,9 @@ class LayerInfo:
         name: tap name.
         kind: class of the module.
         shape: of its output for one image: filters, rows, columns of maps, or the length of a vector.
-        stride_px: input pixels from one cell to the next (rows, columns); 0 where every cell sees the whole image,
-            ``None`` where it cannot be derived.
-        receptive_field_px: pixels one cell sees (rows, columns), beyond the image's border too; ``None``
-            likewise.
+        stride_px: input pixels from one cell to the next (rows, columns), as in
+            `partlens.network.receptive_field.ReceptiveField`; ``None`` where it cannot be derived.
+        receptive_field_px: pixels one cell sees (rows, columns); ``None`` likewise.
         is_default: whether it is the layer explained when none is named.
         reason: why no explainer can be fitted to it; empty where one can.
     """

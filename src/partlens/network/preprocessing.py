@@ -215,7 +215,7 @@ class Preprocessing:
             rule = 'metadata such as "RGB, 0-1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, 224x224"'
             raise WeightsError(expected(rule, text, "Correct the header or give the preprocessing yourself"))
         return cls(
-            size_px=_size(metadata.get("input_size", "")) or _size(text) or (224, 224),
+            size_px=_size(f"{metadata.get('input_size', '')} {text} 224x224"),
             channel_order=cast("Any", order[1]),
             scale=1 / 255 if span[1] == "1" else 1.0,
             mean=mean,
@@ -226,10 +226,10 @@ class Preprocessing:
         )
 
 
-def _size(text: str) -> tuple[int, int] | None:
-    """Read rows and columns such as 224x224."""
-    found = re.search(r"(\d+)\s*x\s*(\d+)", text)
-    return None if found is None else (int(found[1]), int(found[2]))
+def _size(text: str) -> tuple[int, int]:
+    """Read the first rows and columns such as 224x224."""
+    rows, cols = re.findall(r"(\d+)\s*x\s*(\d+)", text)[0]
+    return int(rows), int(cols)
 
 
 def _numbers(text: str, word: str) -> tuple[float, float, float] | None:

@@ -31,11 +31,8 @@ Progress = Callable[[int, int], None]
 class Batch:
     """What one forward pass gave.
 
-    Args:
-        rows: positions of the images in their set.
-        inputs: what the network got, on the CPU.
-        outputs: what it returned, float32 on its device.
-        maps: by tap, what the layer gave (or what ``reduce`` kept of it), float32 on the network's device.
+    ``inputs`` are what the network got, on the CPU; ``outputs`` and ``maps`` (by tap, what `stream` kept of them) are
+    float32 on its device.
     """
 
     rows: tuple[int, ...]
