@@ -129,9 +129,6 @@ def test_responses_of_another_configuration_are_refused(tiny, images, tmp_path) 
         with pytest.raises(RunError, match="delete this one"):
             stream_responses(**{"performer": tiny, "images": images, "out": tmp_path, **change})
     assert (tmp_path / RowRecord.FILE).read_text() == before
-    fresh = stream_responses(tiny, images.take([0, 1]), PLAIN, out=tmp_path, resume=False, peaks=False)
-    assert fresh.descriptor.shape[0] == 2
-    assert not (tmp_path / "peak.npy").exists()
 
 
 def test_a_corrupt_image_is_named_and_finished_batches_stay(tiny, tmp_path) -> None:

@@ -41,13 +41,7 @@ _STRIP_PADDING = 0.9  # grey of what lies beyond the photo
 
 @dataclass(frozen=True)
 class Crop:
-    """The region that the cells of a layer see, on the network's input.
-
-    Attributes:
-        side_px: rows and columns of the region.
-        field: ``None`` where every cell sees the whole input (fully connected layers, global pooling), so that there
-            is nothing to align.
-    """
+    """Rows and columns of the input that a cell of a layer sees; no ``field`` where each sees the whole input."""
 
     side_px: tuple[int, int]
     field: ReceptiveField | None
@@ -83,14 +77,7 @@ class AveragePicture:
 
 
 def strongest(peak: npt.NDArray[np.floating], count: int) -> IntArray:
-    """Return the images with the largest peaks of each filter.
-
-    Args:
-        peak: ``[image, filter]``.
-        count: images wanted per filter.
-
-    Returns:
-        ``[filter, count]``, best first; equal peaks in the order of the images.
+    """Return the images with the largest peaks, ``[filter, count]``, best first; equal ones in the images' order.
 
     Example:
         >>> strongest(np.array([[1.0], [3.0], [3.0]]), 2).tolist()
@@ -198,24 +185,12 @@ def average_pictures(
     *,
     top_photos: int = 100,
     seed: int = 0,
-    advance: Advance | None = None,
+    advance: Advance = lambda *_: None,
 ) -> list[AveragePicture]:
-    """Average what the strongest photos of each filter show at its peak.
+    """Average what the strongest photos of each filter (layer, channel) show at its peak; a picture per filter.
 
-    Args:
-        performer: for the frame the network sees and its receptive fields.
-        images: the photos.
-        filters: (layer, channel) of each filter.
-        peaks: the largest value of each map, ``[photo, filter]``, and its cell (row, col), ``[photo, filter, 2]``.
-        top_photos: photos averaged per filter, at most all.
-        seed: of the random crops.
-        advance: called with (photos done, photos in all); optional.
-
-    Returns:
-        One picture per filter, in order.
-
-    Raises:
-        InputError: arrays that do not fit the filters.
+    ``peaks`` are the largest value of each map, ``[photo, filter]``, and its cell (row, col), ``[photo, filter, 2]``.
+    ``advance`` is called with (photos done, photos in all).
     """
     peak, peak_cell = peaks
     count = len(images)
@@ -223,23 +198,26 @@ def average_pictures(
         rule, got = f"peaks of shape ({count}, {len(filters)})", f"{peak.shape} and {peak_cell.shape}"
         raise InputError(expected(rule, got, "Give one column per filter and one row per photo"))
     top = strongest(peak, min(top_photos, count))
-    crops = crop_of(performer, [layer for layer, _ in filters])
-    layers = {
-        layer: _Layer(crop, [k for k, (name, _) in enumerate(filters) if name == layer])
-        for layer, crop in crops.items()
-    }
+    crops = crop_of(performer, list(dict(filters)))
+    own = {layer: [k for k, (name, _) in enumerate(filters) if name == layer] for layer in crops}
+    layers = {layer: _Layer(crop, own[layer]) for layer, crop in crops.items()}
     corner, at_random = _corners(performer, filters, peak_cell, top, layers, seed)
+    wanted = _uses(filters, top)
+    for done, (photo, uses) in enumerate(wanted, start=1):
+        frame = performer.preprocessing.frame(images.read(photo))
+        for layer, members in uses.items():
+            layers[layer].add(frame, members, corner, at_random)
+        advance(done, len(wanted))
+    return [_finished(owner, layers[owner[0]], k, top[k].tolist()) for k, owner in enumerate(filters)]
+
+
+def _uses(filters: Sequence[tuple[str, int]], top: IntArray) -> list[tuple[int, dict[str, list[tuple[int, int]]]]]:
+    """Return, photo by photo, the filters (position in the list) of each layer that use it and its rank for them."""
     wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
     for k, (layer, _) in enumerate(filters):
         for rank, photo in enumerate(top[k].tolist()):
             wanted.setdefault(photo, {}).setdefault(layer, []).append((k, rank))
-    for done, (photo, uses) in enumerate(sorted(wanted.items()), start=1):
-        frame = performer.preprocessing.frame(images.read(photo))
-        for layer, members in uses.items():
-            layers[layer].add(frame, members, corner, at_random)
-        if advance is not None:
-            advance(done, len(wanted))
-    return [_finished(owner, layers[owner[0]], k, top[k].tolist()) for k, owner in enumerate(filters)]
+    return sorted(wanted.items())
 
 
 def _corners(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from partlens.attribution.rules import POOLINGS, RULES, STRIDES, Pooling, Rule, 
 from partlens.errors import InputError, InputTypeError, LayerError, expected, first_line
 from partlens.network.borrowed import borrowed
 from partlens.network.performer import Performer, module_of
-from partlens.network.taps import read_taps
+from partlens.network.taps import class_scores, read_taps
 
 __all__ = ["Pooling", "Rule", "Start", "Strides", "backward_signals", "guided_backprop", "heat_map"]
 
@@ -57,6 +57,12 @@ def _checked(module: nn.Module, images: Tensor) -> Tensor:
     if images.ndim != 4 or len(images) == 0:
         rule = "a batch of at least one image with axes image, channel, row, col"
         raise InputError(expected(rule, f"shape {tuple(images.shape)}", "Add the missing axis or image"))
+    _check_module(module)
+    return like_weights(module, images)
+
+
+def _check_module(module: nn.Module) -> None:
+    """Refuse parts whose operations autograd does not record one by one, and weights it cannot use."""
     for path, child in module.named_modules():
         compiled = isinstance(getattr(child, "_orig_mod", None), nn.Module) or child._compiled_call_impl is not None  # noqa: SLF001
         if compiled or isinstance(child, torch.jit.ScriptModule):
@@ -68,16 +74,19 @@ def _checked(module: nn.Module, images: Tensor) -> Tensor:
             remedy = "Load the network outside inference_mode (calling partlens inside it is allowed)"
             rule = "weights that autograd can use"
             raise InputTypeError(expected(rule, f"{name}, made inside torch.inference_mode", remedy))
+
+
+def like_weights(module: nn.Module, images: Tensor) -> Tensor:
+    """Return images in the type and on the device of a network's weights."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    return images.to(device=weight.device, dtype=weight.dtype) if weight is not None else images
+    return images if weight is None else images.to(device=weight.device, dtype=weight.dtype)
 
 
 @contextlib.contextmanager
 def _recorded(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Run the network forward with gradients on, as far as the layers need it.
 
-    Yields:
-        The leaf in the images' place, and the layers' outputs by name; the scores under ``""``.
+    Yields the leaf in the images' place, and the layers' outputs by name; the scores under ``""``.
     """
     # The snapshot of `borrowed` puts these back: the owner's backward hooks must not act on our signals.
     for child in network.modules():
@@ -85,21 +94,9 @@ def _recorded(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> Itera
         child._backward_pre_hooks.clear()  # noqa: SLF001
     with torch.enable_grad():
         leaf = batch.detach().clone().requires_grad_()
-        outputs: Any = None
-        with read_taps(network, layers) as taps:
-            watched = network.modules() if layers else ()
-            stops = [m.register_forward_hook(lambda *_: _leave(taps.complete)) for m in watched]
-            try:
-                # A copy, because a network may write into its input, which is forbidden on a leaf.
-                outputs = network(leaf.clone())
-            except _ReadEnough:
-                pass
-            finally:
-                for stop in stops:
-                    stop.remove()
-            found = {name: taps[name] for name in layers}
-        if not layers:
-            found[""] = class_scores(outputs)
+        # A copy, because a network may write into its input, which is forbidden on a leaf.
+        given = leaf.clone()
+        found = _read(network, given, layers) if layers else {"": class_scores(network(given))}
         for name, value in found.items():
             if not value.requires_grad:
                 rule = f"{name or 'the scores'} to depend on the images through recorded operations"
@@ -109,26 +106,23 @@ def _recorded(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> Itera
         yield leaf, found
 
 
+def _read(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Return the outputs of layers; what of the network comes after them is not run."""
+    with read_taps(network, layers) as taps:
+        stops = [m.register_forward_hook(lambda *_: _leave(taps.complete)) for m in network.modules()]
+        try:
+            network(batch)
+        except _ReadEnough:
+            pass
+        finally:
+            for stop in stops:
+                stop.remove()
+        return {name: taps[name] for name in layers}
+
+
 def _leave(enough: bool) -> None:
     if enough:
         raise _ReadEnough
-
-
-def class_scores(output: Any) -> Tensor:
-    """Choose the scores in what a network returns: its tensor, ``logits``, or the first with two axes."""
-    if isinstance(output, Mapping):
-        entries = {str(k): v for k, v in output.items()}
-    elif isinstance(output, (list, tuple)):
-        entries = {str(i): v for i, v in enumerate(output)}
-        entries |= dict(zip(getattr(output, "_fields", ()), output, strict=False))
-    else:
-        entries = {"logits": output}
-    ordered = [entries.get("logits"), *entries.values()]
-    for value in ordered:
-        if isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point():
-            return value
-    got = f"{type(output).__name__} {tuple(output.shape) if isinstance(output, Tensor) else ''}".strip()
-    raise LayerError(expected("scores with axes image, output", got, "Name a layer and filters instead"))
 
 
 def _maps(name: str, output: Tensor) -> Tensor:
@@ -199,20 +193,11 @@ def backward_signals(
 
     Args:
         model: the network; borrowed.
-        images: preprocessed, moved to the network's device and type.
+        images: preprocessed.
         starts: one mapping a round, from layer name to a weight for every image and filter (mostly 0).
-        rule: at activations, see `partlens.attribution.rules.rewritten`.
-        fix_strides: whether strided convolutions leave no lattice, see `guided_backprop`.
-        pooling: how signals pass poolings, see `partlens.attribution.rules.rewritten`.
-
-    Returns:
-        Signals on the images, in the network's type and on its device.
-
-    Raises:
-        LayerError: an unknown layer, one without maps, one that does not depend on the images, or an operation that
-            cannot be looked into.
-        InputError: weights of the wrong shape, an empty batch or list of rounds, signals that are not finite.
-        InputTypeError: images that are not floating point, a compiled or scripted network.
+        rule: as the other settings and errors, see `guided_backprop`.
+        fix_strides: likewise.
+        pooling: likewise.
 
     Source:
         Oramas et al., ICLR 2019, section 3 and its released code: the start is the activation map of the filter.
@@ -356,17 +341,17 @@ def _wanted(
     layer: str | None, filters: int | Sequence[int] | None, target: int | Tensor | None, images: int
 ) -> list[int]:
     """Return the filters as a list, after refusing contradictory requests."""
-    if layer is None and filters is not None:
-        raise InputError(expected("a layer for the filters", "none", "Name the layer, or give no filters"))
-    if layer is not None and target is not None:
-        raise InputError(expected("either a target or a layer", f"both ({layer})", "Give one of them"))
-    if layer is not None and filters is None:
-        raise InputError(expected(f"the filters of {layer} to explain", "none", "Give filters=7 or filters=[3, 7, 12]"))
-    if isinstance(target, Tensor) and tuple(target.shape) != (images,):
-        rule = f"one target for each of {images} images"
-        raise InputError(expected(rule, f"shape {tuple(target.shape)}", "Give one per image"))
-    if filters is None:
+    if layer is None:
+        if filters is not None:
+            raise InputError(expected("a layer for the filters", "none", "Name the layer, or give no filters"))
+        if isinstance(target, Tensor) and tuple(target.shape) != (images,):
+            rule = f"one target for each of {images} images"
+            raise InputError(expected(rule, f"shape {tuple(target.shape)}", "Give one per image"))
         return []
+    if target is not None:
+        raise InputError(expected("either a target or a layer", f"both ({layer})", "Give one of them"))
+    if filters is None:
+        raise InputError(expected(f"the filters of {layer} to explain", "none", "Give filters=7 or filters=[3, 7, 12]"))
     wanted = [int(k) for k in filters] if isinstance(filters, Sequence) else [int(filters)]
     if not wanted:
         raise InputError(expected("at least one filter", "an empty sequence", "Give filters=[3, 7, 12]"))
@@ -380,19 +365,10 @@ def _check_filters(layer: str, wanted: Sequence[int], count: int) -> None:
 
 
 def heat_map(signal: Float[Tensor, "*any channel row col"]) -> Float[Tensor, "*any row col"]:
-    """Turn a signal on the image into a map from 0 to 1.
+    """Turn each signal ``g`` on an image into a map from 0 to 1; a constant map becomes zeros.
 
     ``h = ‖max(g, 0)‖₂`` over the colour channels, 0 where the channels' sum is exactly 0, then
     ``(h - min h) / (max h - min h)`` for each map by itself.
-
-    Args:
-        signal: ``g``, from `guided_backprop` or `backward_signals`.
-
-    Returns:
-        Maps from 0 to 1; a constant map (where the original divides 0 by 0) is all zeros.
-
-    Raises:
-        InputError: values that are not finite.
 
     Source:
         Oramas et al., ICLR 2019, released code (normalizeHeatmap).

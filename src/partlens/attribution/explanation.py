@@ -134,12 +134,6 @@ def explain_batch(
         descriptor: how the descriptor is made; the one the weights were fitted with.
         classes: columns of ``weights`` to explain, per image; or what chooses them, such as :func:`choose_top`.
         config: how to explain; the authors' way by default.
-
-    Returns:
-        Chosen features, their contributions, and the maps.
-
-    Raises:
-        InputError: weights that do not fit the index.
     """
     config = config or ExplanationConfig()
     if weights.shape[0] != index.size:
@@ -194,15 +188,9 @@ def _signals(
 
 
 def choose_top(outputs: Sequence[int | None], count: int) -> Chooser:
-    """Return a chooser of the classes the performer holds most likely.
+    """Return a chooser of the classes whose outputs are the largest, the most likely first.
 
-    Args:
-        outputs: the performer's output of each class of the weights, ``None`` for classes that are no output.
-        count: classes per image, the most likely first.
-
-    Returns:
-        A function for :func:`explain_batch`. Where no class is an output of the performer, the largest scores ``w . x``
-        decide.
+    Where no class is an output of the performer, the largest scores ``w . x`` decide.
     """
     known = [(column, output) for column, output in enumerate(outputs) if output is not None]
 

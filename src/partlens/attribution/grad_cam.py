@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from partlens.attribution.backprop import class_scores
+from partlens.attribution.backprop import like_weights
 from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.network import Explainer
 from partlens.network.borrowed import borrowed
 from partlens.network.performer import Performer, module_of
-from partlens.network.taps import read_taps
+from partlens.network.taps import class_scores, read_taps
 
 BATCH = 32
 
@@ -34,13 +34,7 @@ def grad_cam(
 ) -> Float[Tensor, "image height width"]:
     """Join maps by the means of their gradients: ``max(Σ_k mean(G_k) A_k, 0)``, enlarged bilinearly.
 
-    Args:
-        maps: of a layer.
-        gradients: of the class score with regard to the maps.
-        size_px: rows and columns of the input.
-
-    Returns:
-        Non-negative maps in units of the score, cell middles on their places, borders repeated.
+    Cell middles stay on their places; borders are repeated. The unit is that of the score.
 
     Example:
         >>> maps = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
@@ -78,21 +72,10 @@ def track_grad_cam(
     size_px: tuple[int, int],
     batch_size: int = BATCH,
 ) -> Float[Tensor, "image height width"]:
-    """Return Grad-CAM of the interpretable track.
+    """Return Grad-CAM of the interpretable track; zeros where no part filter raises the class score.
 
-    Args:
-        explainer: borrowed: modes, weights and gradients stay as they are.
-        head: the performer's layers after the last target (`partlens.explainer.network.performer_head`); borrowed.
-        tap_maps: the performer's maps at the tap.
-        classes: output to explain, per image.
-        size_px: rows and columns of the performer's input.
-        batch_size: images at a time.
-
-    Returns:
-        Maps as `grad_cam` returns them; all zeros where no part filter raises the class score.
-
-    Raises:
-        InputError: maps of another size than the fit's, a class that does not exist, no image.
+    ``head`` are the performer's layers after the last target, ``classes`` the output to explain of each image. The
+    explainer and the head are borrowed: modes, weights and gradients stay as they are.
     """
     _check(len(tap_maps), classes, batch_size)
     pieces = []
@@ -120,19 +103,7 @@ def layer_grad_cam(
     *,
     batch_size: int = BATCH,
 ) -> Float[Tensor, "image height width"]:
-    """Return Grad-CAM of one layer of the performer.
-
-    It takes any tap and keeps the units of the score.
-
-    Args:
-        performer: the network; borrowed.
-        batch: preprocessed images.
-        layer: tap whose maps are joined.
-        classes: output to explain, per image.
-        batch_size: images at a time.
-
-    Returns:
-        Maps as `grad_cam` returns them.
+    """Return Grad-CAM of any layer (a tap) of the performer, which is borrowed.
 
     Raises:
         LayerError: an unknown layer, one without maps or without influence on the scores, or one whose maps a later
@@ -142,16 +113,13 @@ def layer_grad_cam(
     _check(len(batch), classes, batch_size)
     module = module_of(performer)
     size_px = (int(batch.shape[2]), int(batch.shape[3]))
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     pieces = []
     with torch.inference_mode(mode=False), borrowed(module, copy_weights=False) as network:
         for child in network.modules():
             if getattr(child, "inplace", False):
                 child.inplace = False  # type: ignore[assignment]  # borrowed puts it back
         for part, of in zip(batch.split(batch_size), classes.split(batch_size), strict=True):
-            images = part.detach().clone()
-            images = images if weight is None else images.to(device=weight.device, dtype=weight.dtype)
-            maps, gradient = _maps_and_gradient(network, images, layer, of)
+            maps, gradient = _maps_and_gradient(network, like_weights(network, part.detach().clone()), layer, of)
             pieces.append(grad_cam(maps.detach().float().cpu(), gradient.float().cpu(), size_px))
     return torch.cat(pieces)
 
@@ -186,18 +154,10 @@ def _maps_and_gradient(network: nn.Module, images: Tensor, layer: str, classes: 
     return maps, gradient
 
 
-def concentration_frac(maps: Float[Tensor, "image row col"], energy: float = 0.5) -> Float[Tensor, " image"]:
+def concentration_frac(maps: Float[Tensor, "image row col"]) -> Float[Tensor, " image"]:
     """Return the smallest share of a map's pixels that holds half of its sum; lower is more concentrated.
 
-    Args:
-        maps: non-negative.
-        energy: the share of the sum that is asked for, in (0, 1).
-
-    Returns:
-        Shares from ``1 / (row · col)`` (one pixel holds it) to ``energy`` (a flat map); ``nan`` for a map of zeros.
-
-    Raises:
-        InputError: negative values, or an ``energy`` outside (0, 1).
+    From ``1 / (row · col)`` (one pixel holds it) to a half (a flat map); ``nan`` for a map of zeros.
 
     Example:
         >>> maps = torch.zeros(3, 2, 2)
@@ -205,15 +165,13 @@ def concentration_frac(maps: Float[Tensor, "image row col"], energy: float = 0.5
         >>> concentration_frac(maps).tolist()
         [0.25, 0.5, nan]
     """
-    if not 0 < energy < 1:
-        raise InputError(expected("an energy between 0 and 1", energy, "Use the default, one half"))
     flat = maps.flatten(1).double()
     if flat.numel() and float(flat.min()) < 0:
         raise InputError(expected("maps without negative values", float(flat.min()), "Clamp them at 0 first"))
     ordered = flat.sort(dim=1, descending=True).values
     total = ordered.sum(1, keepdim=True)
     # The tolerance keeps rounding of the running sum from costing a flat map one pixel more.
-    needed = (ordered.cumsum(1) < total * energy * (1 - 1e-9)).sum(1) + 1
+    needed = (ordered.cumsum(1) < total * 0.5 * (1 - 1e-9)).sum(1) + 1
     return torch.where(total[:, 0] > 0, needed.double() / flat.shape[1], torch.nan).float()
 
 
@@ -222,11 +180,7 @@ def random_grad_cam(
 ) -> Float[Tensor, "image height width"]:
     """Return the null: cells drawn evenly from 0 … 1, enlarged as `grad_cam` enlarges.
 
-    Args:
-        images: number of maps.
-        side_cells: rows and columns of the layer's maps, since a coarse grid is less concentrated by itself.
-        size_px: rows and columns of the input.
-        generator: source of the draws.
+    The grid is the layer's, since a coarse one is less concentrated by itself.
     """
     drawn = torch.rand(images, 1, *side_cells, generator=generator)
     return F.interpolate(drawn, size=size_px, mode="bilinear", align_corners=False)[:, 0]

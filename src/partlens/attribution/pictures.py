@@ -23,14 +23,7 @@ _JET_ALPHA = 0.75
 
 
 def coloured(heat: FloatArray, style: str = "glow") -> ByteArray:
-    """Colour a heat map.
-
-    Args:
-        heat: ``[row, col]`` in [0, 1].
-        style: ``glow``, or ``jet`` as in the authors' figures.
-
-    Returns:
-        ``[row, col, 3]``.
+    """Colour a heat map in [0, 1]: ``glow``, or ``jet`` as in the authors' figures.
 
     Example:
         >>> coloured(np.array([[0.0, 1.0]]))[0].tolist()
@@ -48,15 +41,10 @@ def coloured(heat: FloatArray, style: str = "glow") -> ByteArray:
 
 
 def overlay(photo: Image.Image, heat: FloatArray, style: str = "glow") -> Image.Image:
-    """Lay a heat map over a photo.
+    """Lay a heat map in [0, 1] over a photo.
 
     ``glow`` keeps the photo, greyed and darkened, and lets the heat shine in proportion to its value, so that what was
     not looked at stays visible; ``jet`` covers it evenly with alpha 0.75 as the authors did.
-
-    Args:
-        photo: RGB.
-        heat: ``[row, col]`` in [0, 1]; resized to the photo.
-        style: see above.
     """
     base = photo.convert("RGB")
     resized = Image.fromarray(np.asarray(heat, dtype=np.float32)).resize(base.size, Image.Resampling.BILINEAR)

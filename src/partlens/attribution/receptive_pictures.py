@@ -66,9 +66,6 @@ class OcclusionFields:
 def occluder_places(size_px: tuple[int, int], occluder_px: int = 33, stride_px: int = 9) -> Int[Tensor, "place 2"]:
     """Return the upper left corners (row, col) of all places of the occluder inside an image.
 
-    Raises:
-        InputError: the occluder is larger than the image.
-
     Example:
         >>> len(occluder_places((224, 224)))
         484
@@ -174,20 +171,13 @@ def occlusion_receptive_fields(
     stride; twice the stride is a quarter of it). Memory holds ``photos · places · filters`` sums.
 
     Args:
-        map_of: takes preprocessed images and returns the maps of one layer; called without gradients. That a network
-            in it is left as it was is for it to see to (`partlens.network.taps.forward_taps` does).
+        map_of: takes preprocessed images and returns the maps of one layer; called without gradients.
         batch: the pool of photos, preprocessed.
-        receptive: where the cells of the maps are located.
+        receptive: where the cells of the maps are.
         filters: filters wanted; by default all.
         config: settings; by default those for the input's size.
         batch_size: images per forward pass.
         advance: called with the number of images just run.
-
-    Returns:
-        One field per filter.
-
-    Raises:
-        InputError: an empty batch, a filter that does not exist, an occluder larger than the images.
 
     Source:
         ``step_drawRF.m`` of Zhang et al., CVPR 2018. Two differences: the code draws ten random photos for each
@@ -299,17 +289,10 @@ def effective_side_px(fields: Float[Tensor, "filter row col"]) -> Float[Tensor, 
 
 
 def round_fields(size_px: tuple[int, int], diameters_px: Float[Tensor, " filter"]) -> Float[Tensor, "filter row col"]:
-    """Return discs around the centre of a canvas of twice the input's size: a round field of the given diameter.
+    """Return discs around the centre of a canvas of twice the input's size: a round field per filter.
 
     Laid at each active cell (`regions`), these overlap to the pictures of the paper's appendix, where "a round RF for
-    each neural activation" is drawn; what diameter it has there is not said.
-
-    Args:
-        size_px: rows and columns of the input.
-        diameters_px: per filter; the theoretical field's size (`ReceptiveField.size_px`) or an effective side.
-
-    Source:
-        ICLR 2020 submission, App. B.
+    each neural activation" is drawn (ICLR 2020 submission, App. B); what diameter it has there is not said.
     """
     row, col = (torch.arange(-side, side, dtype=torch.float64) for side in size_px)
     distance = torch.sqrt(row[:, None] ** 2 + col[None, :] ** 2)
@@ -360,15 +343,7 @@ def regions(
 
 
 def region_picture(photo: Image.Image, region: npt.NDArray[np.bool_]) -> Image.Image:
-    """Draw a region on a photo: what lies outside is darkened by half, the border is a white line on black.
-
-    Args:
-        photo: any size; the region is stretched to it.
-        region: ``[row, col]``.
-
-    Returns:
-        An RGB picture of the photo's size.
-    """
+    """Draw a region on a photo: what lies outside is darkened by half, the border is a white line on black."""
     base = photo.convert("RGB")
     mask = Image.fromarray(np.asarray(region, dtype=np.uint8) * 255).resize(base.size, Image.Resampling.BILINEAR)
     inside = torch.from_numpy(np.asarray(mask) >= 128)

@@ -314,6 +314,17 @@ def _mean_pool(node: Any, count: int, strides: Strides) -> _Replacement | None:
     return replace
 
 
+def _resampled(node: Any, kind: str, strides: Strides | None, pooling: Pooling) -> _Replacement | None:
+    """Return what replaces the backward pass of a strided convolution or a pooling, if anything does."""
+    if strides and kind == "ConvolutionBackward":
+        return _convolution(node, strides)
+    if pooling != "route" and kind in _MAX_POOLS:
+        return _max_pool(node, _MAX_POOLS[kind], pooling, strides or "nearest")
+    if pooling == "resample" and kind in _MEAN_POOLS:
+        return _mean_pool(node, _MEAN_POOLS[kind], strides or "nearest")
+    return None
+
+
 def _refuse(kind: str) -> Callable[[_Grads], None]:
     """Stop a signal that would pass an operation which cannot be looked into."""
 
@@ -375,21 +386,13 @@ def rewritten(
     try:
         for node in _nodes(tensors):
             kind = _kind(node)
-            replace: _Replacement | None = None
             if rule != "gradient" and _is_activation(node, kind):
-                if rule == "guided":
-                    handles.append(node.register_prehook(_positive_in))
-                else:
-                    replace = _positive_through
-            elif strides and kind == "ConvolutionBackward":
-                replace = _convolution(node, strides)
-            elif pooling != "route" and kind in _MAX_POOLS:
-                replace = _max_pool(node, _MAX_POOLS[kind], pooling, strides or "nearest")
-            elif pooling == "resample" and kind in _MEAN_POOLS:
-                replace = _mean_pool(node, _MEAN_POOLS[kind], strides or "nearest")
+                guided = rule == "guided"
+                hook = node.register_prehook(_positive_in) if guided else node.register_hook(_positive_through)
+                handles.append(hook)
             elif (rule != "gradient" or strides) and _opaque(node, kind):
                 handles.append(node.register_prehook(_refuse(kind)))
-            if replace is not None:
+            elif (replace := _resampled(node, kind, strides, pooling)) is not None:
                 handles.append(node.register_hook(replace))
         yield
     finally:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from partlens.attribution.backprop import class_scores
 from partlens.attribution.grad_cam import concentration_frac, layer_grad_cam, random_grad_cam, track_grad_cam
 from partlens.attribution.pictures import overlay
 from partlens.estimate import Estimate, bootstrap
@@ -16,7 +15,7 @@ from partlens.evaluation.frames import BATCH, PHOTOS, Frames, GalleryPlan, Joine
 from partlens.evaluation.places import photo_numbers, top_layer
 from partlens.evaluation.results import Attention, AttentionPhoto
 from partlens.explainer.network import performer_head
-from partlens.network.taps import forward_taps
+from partlens.network.taps import class_scores, forward_taps
 
 
 def attention(

@@ -75,6 +75,20 @@ def _tensors(output: Any) -> dict[str, Tensor]:
     return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
 
 
+def class_scores(output: Any) -> Tensor:
+    """Choose the scores (image, class) in what a network returns: its tensor, ``logits``, or the first that fits.
+
+    Maps of a single cell count as scores.
+    """
+    entries = {"logits": output} if isinstance(output, Tensor) else _tensors(output)
+    for value in sorted(entries.values(), key=lambda value: value is not entries.get("logits")):
+        if value.is_floating_point() and (value.ndim == 2 or (value.ndim == 4 and value.shape[2:] == (1, 1))):
+            return value.flatten(1)
+    got = f"{type(output).__name__} {tuple(output.shape) if isinstance(output, Tensor) else ''}".strip()
+    remedy = "Wrap the network so that it returns them, or name a layer and filters instead"
+    raise LayerError(expected("class scores with axes image, class", got, remedy))
+
+
 class _Taps(Mapping[str, Tensor]):
     """What the taps held in the latest forward pass: a read-only mapping from name to tensor."""
 

@@ -15,18 +15,14 @@ from partlens.page.reading import Embedded, Pictures
 from partlens.page.views import Chapter
 from partlens.records import plain, write_text
 
-PAGE_BYTES = 13_500_000
-"""Room for the pictures of one image's own page, in characters."""
+_PAGE_BYTES = 13_500_000  # room for the pictures of one image's own page, in characters
 
 
 @dataclass(frozen=True)
 class ExplanationData:
-    """One explained image.
+    """One explained image: its folder's name, its record, and pictures by their names in the record.
 
-    Attributes:
-        folder: name of its folder.
-        record: what was found.
-        pictures: by the name that the record has for them; an average that is out of reach is missing.
+    An average that is out of reach is missing.
     """
 
     folder: str
@@ -73,13 +69,7 @@ class ExplanationView:
 
 @dataclass(frozen=True)
 class Explanations:
-    """The explained images of a run.
-
-    Attributes:
-        shown: those on the page, by folder name.
-        without_room: folders for whose pictures the page has no room.
-        incomplete: folders without ``explanation.json``.
-    """
+    """The explained images of a run: those on the page, folders that have no room there, and unfinished folders."""
 
     shown: tuple[ExplanationData, ...] = field(default=())
     without_room: tuple[str, ...] = ()
@@ -108,16 +98,7 @@ def _average(each: Contribution, folder: Path, pictures: Pictures, *, alone: boo
 
 
 def read_explanation(folder: Path, pictures: Pictures, *, alone: bool = False) -> ExplanationData:
-    """Read the folder of one explained image.
-
-    Args:
-        folder: holds ``explanation.json`` and its pictures.
-        pictures: reads the pictures.
-        alone: whether the folder is outside a run, so that averages may be out of reach.
-
-    Raises:
-        RunError: ``explanation.json`` or a picture is missing, damaged or of another version.
-    """
+    """Read the folder of one explained image; ``alone`` outside a run, where averages may be out of reach."""
     record = ExplanationRecord.read(folder)
     found = {name: pictures.read(folder, name) for name in _files(record)}
     for each in (f for one in record.explained for f in one.filters if f.average is not None):
@@ -125,22 +106,20 @@ def read_explanation(folder: Path, pictures: Pictures, *, alone: bool = False) -
     return ExplanationData(folder.name, record, {name: picture for name, picture in found.items() if picture})
 
 
+def _folders(run: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """Return the folders of explained images, and the names of those that are not finished."""
+    found = sorted(path for path in (run / "explanations").glob("[!.]*") if path.is_dir())
+    whole = [path for path in found if (path / ExplanationRecord.FILE).exists()]
+    return whole, tuple(path.name for path in found if path not in whole)
+
+
 def collect_explanations(run: Path, pictures: Pictures, limit_bytes: int) -> Explanations:
     """Read every explained image of a run, in the order of their folders' names.
 
-    Args:
-        run: the folder of a run.
-        pictures: reads the pictures and counts them.
-        limit_bytes: from the first image on whose pictures would go beyond this, no more are read; the first image of
-            all is always shown.
-
-    Raises:
-        RunError: an explanation is damaged.
+    From the first image on whose pictures would go beyond ``limit_bytes``, no more are read; the first of all is always
+    shown.
     """
-    folder = run / "explanations"
-    paths = folder.iterdir() if folder.is_dir() else ()
-    found = sorted(path for path in paths if path.is_dir() and not path.name.startswith("."))
-    whole = [path for path in found if (path / ExplanationRecord.FILE).exists()]
+    whole, unfinished = _folders(run)
     shown: list[ExplanationData] = []
     for path in whole:
         before = pictures.spent_bytes
@@ -149,21 +128,14 @@ def collect_explanations(run: Path, pictures: Pictures, limit_bytes: int) -> Exp
             pictures.spent_bytes = before
             break
         shown.append(one)
-    without_room = tuple(path.name for path in whole[len(shown) :])
-    return Explanations(tuple(shown), without_room, tuple(path.name for path in found if path not in whole))
+    return Explanations(tuple(shown), tuple(path.name for path in whole[len(shown) :]), unfinished)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
 def explanation_view(data: ExplanationData, anchor: str = "image-1", weights_sha256: str = "") -> ExplanationView:
-    """Draw what the template needs.
-
-    Args:
-        data: one explained image.
-        anchor: its id on the page.
-        weights_sha256: of the performer that the rest of the page is about; another one is warned of.
-    """
+    """Draw what the template needs; other weights than those the rest of the page is about are warned of."""
     top = max((f.contribution for one in data.record.explained for f in one.filters), default=0.0)
     return ExplanationView(anchor, data, top, bool(weights_sha256) and data.record.weights_sha256 != weights_sha256)
 
@@ -187,15 +159,10 @@ def image_anchor(position: int) -> str:
 
 
 def write_explanation_page(folder: Path, out: Path | None = None) -> Path:
-    """Write the page of one explained image.
+    """Write the page of one explained image, by default ``explanation.html`` in its folder; return the file.
 
-    Args:
-        folder: holds ``explanation.json`` and its pictures; inside a run's ``explanations/`` the averages of the
-            run's ``pictures/`` are shown too.
-        out: the HTML file; ``explanation.html`` in the folder by default.
-
-    Returns:
-        The file that was written. It is one file that loads nothing, written whole or not at all.
+    It is one file that loads nothing, written whole or not at all. Inside a run's ``explanations/`` the averages of the
+    run's ``pictures/`` are shown too.
 
     Raises:
         RunError: the folder is missing, or ``explanation.json`` or a picture is missing, damaged or of another version.
@@ -210,7 +177,7 @@ def write_explanation_page(folder: Path, out: Path | None = None) -> Path:
     if target.is_dir():
         raise InputError(expected("a file name for the page", target.as_posix(), "Give a path that ends in .html"))
     within = folder.parent.name == "explanations" and (folder.parent.parent / "selection.json").is_file()
-    pictures = Pictures(folder.parent.parent if within else folder, ExplanationRecord.AGAIN, PAGE_BYTES)
+    pictures = Pictures(folder.parent.parent if within else folder, ExplanationRecord.AGAIN, _PAGE_BYTES)
     data = read_explanation(folder, pictures, alone=not within)
     method = pairs(plain(data.record.method)) if data.record.method else []
     template = environment().get_template("explanation_page.html.j2")

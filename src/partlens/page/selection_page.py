@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -15,20 +16,14 @@ from partlens.page.reading import Embedded, Pictures
 from partlens.page.selection_figures import class_shares, layer_shares, layers_chart, layers_width
 from partlens.page.views import Chapter, Figure, Origin, Remarks
 from partlens.records import plain
-from partlens.selection.record import FilterPicture, RelevantFilter, SelectedClass, SelectionFound, SelectionRecord
+from partlens.selection.record import RelevantFilter, SelectedClass, SelectionFound, SelectionRecord
 
-OPEN_CLASSES = 12
-"""So many classes are shown open."""
-
-DRAWN_CLASSES = 60
-"""So many classes are shown with pictures; the others are listed in a table."""
-
-TABLE_CLASSES = 30
-"""Up to so many classes are shown as a table of classes by layers."""
-
-GAP_LIMIT = 1e-4
-GAP_BAD = 1e-2
-FEW_FILTERS = 16
+_OPEN_CLASSES = 12  # shown open
+_DRAWN_CLASSES = 60  # shown with pictures; the others are listed in a table
+_TABLE_CLASSES = 30  # most of a table of classes by layers
+_GAP_LIMIT = 1e-4
+_GAP_BAD = 1e-2
+_FEW_FILTERS = 16
 
 Place = Literal["open", "folded", "table"]
 State = Literal["good", "caution", "warning", "unknown"]
@@ -36,13 +31,9 @@ State = Literal["good", "caution", "warning", "unknown"]
 
 @dataclass(frozen=True)
 class ShownClass:
-    """One class on the page.
+    """One class on the page: its id, what was found, where it is shown, and pictures of each filter.
 
-    Attributes:
-        anchor: its id.
-        data: what was found.
-        place: whether the page shows it open, folded, or in the table only.
-        pictures: average, control and crops of each filter, ``None`` where it has none or they have no room.
+    The pictures are average, control and crops; ``None`` where a filter has none or they have no room.
     """
 
     anchor: str
@@ -125,42 +116,31 @@ def pending_command(run: Path) -> str:
 
 
 def _files(each: RelevantFilter) -> tuple[str, ...]:
-    picture: FilterPicture | None = each.picture
-    return () if picture is None else (picture.average, picture.control, picture.crops)
+    one = each.picture
+    return () if one is None else (one.average, one.control, one.crops)
+
+
+def _read(each: RelevantFilter, pictures: Pictures) -> tuple[Embedded | None, ...] | None:
+    return tuple(pictures.read(pictures.root, file) for file in _files(each)) or None
 
 
 def _classes(found: SelectionFound, pictures: Pictures, first: Iterable[str]) -> tuple[ShownClass, ...]:
     """Place the classes, explained ones first; from the first whose pictures have no room on, all go to the table."""
-    order = {name: position for position, name in reversed(list(enumerate(first)))}
+    wanted = list(dict.fromkeys(first))
+    ordered = sorted(found.classes, key=lambda one: wanted.index(one.name) if one.name in wanted else len(wanted))
     made: list[ShownClass] = []
-    for position, one in enumerate(sorted(found.classes, key=lambda one: order.get(one.name, len(order)))):
-        place: Place = "open" if position < OPEN_CLASSES else "folded"
-        named = [file for each in one.filters for file in _files(each)]
-        full = bool(made) and made[-1].place == "table"
-        if full or position >= DRAWN_CLASSES or not pictures.fit(pictures.root, named):
-            place = "table"
-        read = [
-            tuple(pictures.read(pictures.root, file) for file in _files(each)) if place != "table" else ()
-            for each in one.filters
-        ]
-        made.append(ShownClass(f"class-{position + 1}", one, place, tuple(files or None for files in read)))
+    room = True
+    for position, one in enumerate(ordered):
+        files = chain.from_iterable(map(_files, one.filters))
+        room = room and position < _DRAWN_CLASSES and pictures.fit(pictures.root, files)
+        place: Place = "table" if not room else "open" if position < _OPEN_CLASSES else "folded"
+        read = tuple(_read(each, pictures) if room else None for each in one.filters)
+        made.append(ShownClass(f"class-{position + 1}", one, place, read))
     return tuple(made)
 
 
 def collect_selection(run: Path, pictures: Pictures, first: Iterable[str] = ()) -> SelectionData | None:
-    """Read a selection for the page.
-
-    Args:
-        run: the folder of a run.
-        pictures: reads the pictures and knows how many have room.
-        first: names of classes to show first.
-
-    Returns:
-        The content, or ``None`` where the folder has no ``selection.json`` or one that has no result yet.
-
-    Raises:
-        RunError: ``selection.json`` or a picture is missing, damaged or of another version.
-    """
+    """Read a selection for the page, some classes first; ``None`` where a run has none or an unfinished one."""
     record = SelectionRecord.read_if_there(run)
     if record is None or record.found is None:
         return None
@@ -191,8 +171,8 @@ def _states(found: SelectionFound, sharp: Estimate) -> dict[str, State]:
     gap = found.relative_gap
     states: dict[str, State] = {
         "readout": "unknown" if not found.accuracy.defined else "good" if above_nulls(found) else "warning",
-        "few": "caution" if found.mean_filters > FEW_FILTERS else "good",
-        "solved": "warning" if gap > GAP_BAD else "caution" if gap > GAP_LIMIT else "good",
+        "few": "caution" if found.mean_filters > _FEW_FILTERS else "good",
+        "solved": "warning" if gap > _GAP_BAD else "caution" if gap > _GAP_LIMIT else "good",
     }
     low, high = sharp.interval
     apart: State = "good" if low > 0.5 else "warning" if high < 0.5 else "caution"
@@ -226,23 +206,12 @@ def _readout_figure(rows: Iterable[tuple[str, str, Estimate]], *, of_predictions
 
 
 def selection_view(data: SelectionData, explained: Iterable[tuple[str, str, str]] = ()) -> SelectionView:
-    """Draw what the template needs.
-
-    Args:
-        data: the selection.
-        explained: (class name, anchor, image) of the explanations on the same page.
-    """
+    """Draw what the template needs; ``explained`` are (class name, anchor, image) of explanations on the page."""
     found = data.found
     links: dict[str, list[tuple[str, str]]] = {}
     for name, anchor, image in explained:
         links.setdefault(name, []).append((anchor, image))
-    shares = [class_shares(one.data) for one in data.classes]
-    columns = tuple(layer for layer in found.index.layers if any(layer in has for has in shares))
-    rows = tuple(
-        (one.anchor, one.data.name, tuple(100 * has[c] if c in has else None for c in columns))
-        for one, has in zip(data.classes, shares, strict=True)
-    )
-    small = bool(columns) and len(rows) <= TABLE_CLASSES
+    columns, rows = _heat_table(data)
     title = "Share of a class's weight by layer"
     layers = layer_shares(found)
     svg = layers_chart(title, layers)
@@ -260,9 +229,21 @@ def selection_view(data: SelectionData, explained: Iterable[tuple[str, str, str]
         readout_figure=_readout_figure(readouts, of_predictions=data.record.config.labels == "predictions"),
         layers_figure=Figure(f"{title}, mean over the classes", svg) if svg else None,
         layers_width=round(layers_width(len(layers))),
-        heat_columns=columns if small else (),
-        heat_rows=rows if small else (),
+        heat_columns=columns,
+        heat_rows=rows,
     )
+
+
+def _heat_table(data: SelectionData) -> tuple[tuple[str, ...], tuple[tuple[str, str, tuple[float | None, ...]], ...]]:
+    """Return the layers with weight, and each class's share by layer in percent; nothing for many classes."""
+    shares = [class_shares(one.data) for one in data.classes]
+    columns = tuple(layer for layer in data.found.index.layers if any(layer in has for has in shares))
+    if not columns or len(shares) > _TABLE_CLASSES:
+        return (), ()
+    rows = []
+    for one, has in zip(data.classes, shares, strict=True):
+        rows.append((one.anchor, one.data.name, tuple(100 * has[c] if c in has else None for c in columns)))
+    return columns, tuple(rows)
 
 
 # --- the chapter ------------------------------------------------------------------------------------------------------

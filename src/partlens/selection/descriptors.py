@@ -47,10 +47,7 @@ def _squares(flat: Tensor) -> Tensor:
 def energy(
     values: Float[Tensor, "image filter row col"] | Float[Tensor, "image filter"],
 ) -> Float[Tensor, "image filter"]:
-    """Sum the squares of each channel over its cells: ``e_k = sum a_k²``, no root, float32.
-
-    Args:
-        values: one layer's output; vectors count as maps of one cell. Negative values count, because of the square.
+    """Sum the squares of each channel over its cells: ``e_k = sum a_k²``, no root, float32; a vector has one cell.
 
     Example:
         >>> energy(torch.tensor([[[[3.0, -4.0]], [[1.0, 0.0]]]])).tolist()
@@ -88,21 +85,7 @@ def normalised(energies: Tensor, index: FeatureIndex, config: DescriptorConfig) 
 def descriptor(
     energies: Mapping[str, Tensor], index: FeatureIndex, config: DescriptorConfig | None = None
 ) -> Float[Tensor, "image feature"]:
-    """Make descriptors from the energies of all layers.
-
-    Args:
-        energies: by layer, ``[image, channel]`` squared energies (`energy`), or the layer's maps
-            ``[image, channel, row, col]``, from which they are computed.
-        index: the layers and their order.
-        config: energies and normalisations.
-
-    Returns:
-        ``x``, float32, at least 0. Features of a layer without any activation are 0; an image without activation in
-        any layer has a descriptor of zeros.
-
-    Raises:
-        LayerError: a layer of the index is missing.
-        InputError: another number of channels than in the index, or negative energies.
+    """Make descriptors, float32, from the energies ``[image, channel]`` or the maps of all layers.
 
     Example:
         >>> index = FeatureIndex(("a", "b"), (2, 1))

@@ -58,33 +58,37 @@ def _unchanged(module: nn.Module, before: Any, after: Any) -> bool:
 def _traced_outputs(traced: Graph, size: tuple[int, int]) -> list[_Output]:
     """List outputs before the class scores, from the network's graph."""
     shapes = traced.shapes(size)
-    last = traced.last
-    live = traced.ancestors([last])
-    weighted = [
-        n for n in traced.nodes if n in live and n.op == "call_module" and isinstance(traced.leaf(n), _WEIGHTED)
-    ]
-    after = traced.descendants(weighted[-1]) if weighted else set()
-    after |= {last}
-    containers: dict[Any, str] = {}
-    for name, node in traced.containers.items():  # the innermost module gives its name to the operation that it returns
-        if node not in containers or len(name) > len(containers[node]):
-            containers[node] = name
+    live, containers = traced.ancestors([traced.last]) - _scores_on(traced), _containers(traced)
     found = []
     for node in traced.nodes:
-        if node not in live or node in after or node is traced.input:
-            continue
         shape = shapes.get(node)
-        if not isinstance(shape, torch.Size) or len(shape) not in {2, 4}:
+        if node not in live or node is traced.input or not isinstance(shape, torch.Size) or len(shape) not in {2, 4}:
             continue
+        module = None
+        name = containers.get(node)
         if node.op == "call_module":
             name, module = traced.names[node], traced.leaf(node)
             if _unchanged(module, shapes.get(node.all_input_nodes[0]) if node.all_input_nodes else None, shape):
                 continue
-        elif node in containers:
-            name, module = containers[node], None
-        else:
-            continue
-        found.append(_Output(name, _kind_of(module, activation=traced.is_activation(node)), tuple(shape)))
+        if name is not None:
+            found.append(_Output(name, _kind_of(module, activation=traced.is_activation(node)), tuple(shape)))
+    return found
+
+
+def _scores_on(traced: Graph) -> set[Any]:
+    """Return the nodes after the last layer with weights, itself and the output of the network included."""
+    live = traced.ancestors([traced.last])
+    weighted = [n for n in traced.nodes if n in live and n.op == "call_module"]
+    weighted = [n for n in weighted if isinstance(traced.leaf(n), _WEIGHTED)]
+    return {traced.last, *(traced.descendants(weighted[-1]) if weighted else ())}
+
+
+def _containers(traced: Graph) -> dict[Any, str]:
+    """Return the name of the innermost module that returns each operation."""
+    found: dict[Any, str] = {}
+    for name, node in traced.containers.items():
+        if node not in found or len(name) > len(found[node]):
+            found[node] = name
     return found
 
 

@@ -103,21 +103,12 @@ class FeatureIndex:
         return self._number[layer]
 
     def rows(self, layer: str) -> slice:
-        """Return the positions of the features of a layer.
-
-        Raises:
-            LayerError: a layer that is not measured.
-        """
+        """Return the positions of the features of a layer."""
         number = self._layer(layer)
         return slice(self._starts[number], self._starts[number + 1])
 
     def feature(self, layer: str, channel: int) -> int:
-        """Return the number of a feature.
-
-        Raises:
-            LayerError: a layer that is not measured.
-            InputError: a channel that it does not have.
-        """
+        """Return the number of a feature."""
         number = self._layer(layer)
         if not 0 <= channel < self.channels[number]:
             rule = f"a channel of {layer} from 0 to {self.channels[number] - 1}"
@@ -125,11 +116,7 @@ class FeatureIndex:
         return self._starts[number] + int(channel)
 
     def place(self, feature: int) -> tuple[str, int]:
-        """Return layer and channel of a feature: the inverse of `feature`.
-
-        Raises:
-            InputError: a number outside the descriptor.
-        """
+        """Return layer and channel of a feature: the inverse of `feature`."""
         if not 0 <= feature < self.size:
             raise InputError(expected(f"a feature from 0 to {self.size - 1}", feature, "Count from 0"))
         number = bisect_right(self._starts, feature) - 1

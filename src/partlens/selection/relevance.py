@@ -28,13 +28,7 @@ _READ_ROWS = 4096  # descriptors that are read out at a time
 
 @dataclass(frozen=True)
 class LabelMatrix:
-    """One-hot labels of images.
-
-    Args:
-        matrix: ``L`` transposed: 1 where an image is of a class, float64; zeros for an image of none.
-        classes: name of each column.
-        outputs: the performer's output of each column where it is known, else ``None``.
-    """
+    """One-hot labels, float64, zeros for an image of no class; of each column its name and the performer's output."""
 
     matrix: Float[Tensor, "image class"]
     classes: tuple[str, ...]
@@ -47,15 +41,9 @@ def _key(name: str) -> str:
 
 
 def class_of_category(performer: Performer, category: str) -> int | None:
-    """Find the performer's output that a category of the data means.
+    """Find the performer's output that a category of the data means, ``None`` where it is no or more than one output.
 
-    Args:
-        performer: its ``class_names`` are searched.
-        category: a whole number such as ``"281"``, which is that output; or a class name, where case, underscores and
-            spaces do not matter.
-
-    Returns:
-        The output, ``None`` where the category is neither, or names several outputs.
+    A whole number is that output; in class names case, underscores and spaces do not matter.
     """
     names = performer.class_names
     if re.fullmatch(r"\d+", category.strip()):
@@ -73,39 +61,22 @@ def label_matrix(
     Args:
         names: the class of each image: its category, or the output that the network decides for.
         output_of: the performer's output of a class.
-        classes: the classes to make columns for, in this order; by default all that occur, sorted. An image of none
-            of them has a row of zeros.
-
-    Returns:
-        Labels; a class without an image has no column.
-
-    Raises:
-        ImageError: an image without a class, or no class with an image.
+        classes: columns to make, in this order; by default all that occur, sorted. One without an image is dropped.
     """
     if empty := [str(place) for place, name in enumerate(names) if not name]:
         rule, remedy = "a category for every image", "Sort the images into sub-folders"
         raise ImageError(expected(rule, f"none for images {listed(empty)}", remedy))
     wanted = sorted(set(names)) if classes is None else list(dict.fromkeys(classes))
-    present = [name for name in wanted if name in set(names)]
+    present = tuple(name for name in wanted if name in set(names))
     if not present:
         raise ImageError(expected(f"an image of {listed(wanted)}", "none", "Check the names of the classes"))
-    column = {name: place for place, name in enumerate(present)}
-    matrix = torch.zeros(len(names), len(present), dtype=torch.float64)
-    for row, name in enumerate(names):
-        if name in column:
-            matrix[row, column[name]] = 1.0
-    return LabelMatrix(matrix, tuple(present), tuple(map(output_of, present)))
+    columns = [torch.tensor([one == name for one in names], dtype=torch.float64) for name in present]
+    return LabelMatrix(torch.stack(columns, 1), present, tuple(map(output_of, present)))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The relevant features of each class.
-
-    Args:
-        solution: weights and certificate.
-        index: layer and channel of every feature.
-        classes: name of each column.
-    """
+    """The relevant features of each class: weights with certificate, the features' layers, a name per column."""
 
     solution: LassoSolution
     index: FeatureIndex
@@ -137,20 +108,7 @@ def select_relevant(
     nonnegative: bool = True,
     on_failure: OnFailure = "raise",
 ) -> Selection:
-    """Find the few features that indicate each class.
-
-    Args:
-        descriptors: ``x`` of every image.
-        labels: the class of every image.
-        index: layer and channel of every feature.
-        mu: bound on the sum of a class's absolute weights; the authors' demo has 10 for all data sets, 5 for an8Flower.
-        nonnegative: whether weights must be at least 0; see :mod:`partlens.selection.lasso`.
-        on_failure: as in `mu_lasso`.
-
-    Raises:
-        InputError: an index of other features, or as `mu_lasso`.
-        NotConvergedError: as `mu_lasso`.
-    """
+    """Find the few features that indicate each class (see :mod:`partlens.selection.lasso`)."""
     if descriptors.shape[1] != index.size:
         rule = f"descriptors of the {index.size} features of the index"
         raise InputError(expected(rule, descriptors.shape[1], "Use the index of the same pass"))
@@ -176,12 +134,6 @@ def with_shuffled_labels(
 def told_right(
     selection: Selection, descriptors: Float[Tensor, "image feature"], truth: Int[Tensor, " image"]
 ) -> Bool[Tensor, " image"]:
-    """Tell for each image whether its class is the one with the largest ``w_j · x``, the sum over all features.
-
-    Args:
-        selection: the fitted weights.
-        descriptors: of images that were not fitted.
-        truth: the column of each image's class.
-    """
+    """Tell for each image whether its class, a column, is the one with the largest ``w_j · x`` over all features."""
     told = [(rows.double() @ selection.weights).argmax(1) for rows in descriptors.split(_READ_ROWS)]
     return torch.cat(told) == truth

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, expected
 from partlens.network.performer import Performer
 from partlens.network.stream import stream
-from partlens.network.taps import forward_taps
+from partlens.network.taps import class_scores, forward_taps
 from partlens.records import plain
 from partlens.rows import row_store
 from partlens.selection.descriptors import energy, energy_and_peak, normalised
@@ -26,29 +25,12 @@ from partlens.selection.record import DescriptorConfig, FeatureIndex
 Progress = Callable[[int, int], None]
 
 
-# One batch
-
-
-def _scores(output: Any) -> Tensor:
-    """Find the class scores ``[image, class]`` in a network's output."""
-    values = list(output.values()) if isinstance(output, Mapping) else output
-    options = [output] if isinstance(output, Tensor) else values if isinstance(values, (list, tuple)) else []
-    for value in options:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            if value.ndim == 2:
-                return value
-            if value.ndim == 4 and value.shape[2:] == (1, 1):
-                return value[:, :, 0, 0]
-    shown = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
-    rule = "a network that returns class scores (image, class)"
-    raise LayerError(expected(rule, shown, "Wrap it so that it returns them"))
-
-
-def _check_index(values: Mapping[str, Tensor], index: FeatureIndex) -> None:
+def _joined(values: Mapping[str, Tensor], index: FeatureIndex) -> Tensor:
     for layer, channels in zip(index.layers, index.channels, strict=True):
         if values[layer].shape[1] != channels:
             remedy = "Use the index of this network and input"
             raise LayerError(expected(f"{channels} channels in {layer}", values[layer].shape[1], remedy))
+    return torch.cat([values[layer] for layer in index.layers], dim=1)
 
 
 def image_descriptors(
@@ -57,29 +39,10 @@ def image_descriptors(
     index: FeatureIndex,
     config: DescriptorConfig | None = None,
 ) -> tuple[Float[Tensor, "image feature"], Float[Tensor, "image output"]]:
-    """Run a batch and return its descriptors and class scores.
-
-    Args:
-        performer: the network; left as it was.
-        batch: its input.
-        index: the layers (`feature_index`).
-        config: how descriptors are made.
-
-    Returns:
-        Descriptors and scores, float32 on the CPU.
-
-    Raises:
-        LayerError: a layer of the index is not there or has another number of channels, or the network does not return
-            class scores.
-        InputError: values that are not finite.
-    """
+    """Run a batch and return its descriptors and class scores, float32 on the CPU; the network stays as it was."""
     output, values = forward_taps(performer, batch, index.layers, energy)
-    _check_index(values, index)
-    x, _ = normalised(torch.cat([values[layer] for layer in index.layers], dim=1), index, config or DescriptorConfig())
-    return x.cpu(), _scores(output).cpu()
-
-
-# One pass over a data set
+    x, _ = normalised(_joined(values, index), index, config or DescriptorConfig())
+    return x.cpu(), class_scores(output).cpu()
 
 
 @dataclass(frozen=True)
@@ -89,31 +52,23 @@ class Responses:
     Args:
         keys: names of the images.
         index: layer and channel of every feature.
-        config: how the descriptors were made.
         descriptor: ``[image, feature]`` float32.
         peak: ``[image, feature]`` float32: the largest value of each channel; ``None`` where not asked for.
         peak_cell: ``[image, feature, 2]`` int16: its place (row, col), the first of equal ones; likewise.
         logits: ``[image, class]`` float32: the network's class scores.
         dead_layers: pairs of an image and a layer without any activation; their features are 0.
-        path: the folder; ``None`` when in memory.
     """
 
     keys: tuple[str, ...]
     index: FeatureIndex
-    config: DescriptorConfig
     descriptor: np.ndarray
     peak: np.ndarray | None
     peak_cell: np.ndarray | None
     logits: np.ndarray
     dead_layers: int
-    path: Path | None
 
     def peaks(self, features: Sequence[int], photos: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the peaks of some features on the first photos, and their cells.
-
-        Raises:
-            InputError: peaks were not kept.
-        """
+        """Return the peaks of some features on the first photos, and their cells."""
         if self.peak is None or self.peak_cell is None:
             raise InputError(expected("responses with peaks", "none", "Stream them with peaks=True"))
         return np.asarray(self.peak[:photos])[:, features], np.asarray(self.peak_cell[:photos])[:, features]
@@ -126,35 +81,19 @@ def stream_responses(
     *,
     out: Path | None = None,
     batch_size: int = 32,
-    resume: bool = True,
     peaks: bool = True,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Responses:
     """Run every image through the performer once and keep its descriptor, peaks and scores.
 
     Each layer is reduced to a few numbers per channel while the pass is there; the maps of all layers are never in
-    memory together. With a folder, rows are written as they come, and a killed run goes on with the next batch.
-
-    Args:
-        performer: the network; left as it was.
-        images: the photos.
-        config: which layers, and how descriptors are made.
-        out: folder for ``descriptor.npy``, ``logits.npy``, ``peak.npy`` and ``peak_cell.npy`` (`partlens.rows`), made
-            when missing; ``None`` keeps all in memory.
-        batch_size: images per forward pass; also the granularity at which a killed run resumes.
-        resume: go on with what is found in ``out``; ``False`` starts again.
-        peaks: keep where and how strongly each channel is activated most.
-        progress: called as ``progress(images_done, images)`` after each batch.
-
-    Returns:
-        The responses.
+    memory together. With a folder ``out``, rows are written as they come, and a killed run goes on with the next batch.
 
     Raises:
         ImageError: no images, or one that cannot be read (with its name); finished batches stay on disk.
         LayerError: no such layers, or a network without class scores.
         InputError: values that are not finite, or ``batch_size`` below 1.
         RunError: ``out`` holds responses of another configuration.
-        StorageError: not enough space, or no permission.
     """
     config = config or DescriptorConfig()
     if batch_size < 1:
@@ -170,28 +109,26 @@ def stream_responses(
         "index": plain(index),
         "peaks": peaks,
     }
-    with row_store(out, identity, len(images), resume=resume) as store:
+    with row_store(out, identity, len(images)) as store:
         reduce = energy_and_peak if peaks else energy
         rows = range(store.done, store.rows)
         for batch in stream(performer, images, rows, index.layers, batch_size=batch_size, reduce=reduce):
-            _check_index(batch.maps, index)
-            kept = torch.cat([batch.maps[layer] for layer in index.layers], dim=1)
+            kept = _joined(batch.maps, index)
             x, lost = normalised(kept[:, :, 0] if peaks else kept, index, config)
-            arrays = {"descriptor": x.cpu().numpy(), "logits": _scores(batch.outputs).cpu().numpy()}
+            arrays = {"descriptor": x.cpu().numpy(), "logits": class_scores(batch.outputs).cpu().numpy()}
             if peaks:
-                arrays["peak"] = kept[:, :, 1].cpu().numpy()
-                arrays["peak_cell"] = kept[:, :, 2:].cpu().numpy().astype(np.int16)
+                arrays |= {
+                    "peak": kept[:, :, 1].cpu().numpy(),
+                    "peak_cell": kept[:, :, 2:].cpu().numpy().astype(np.int16),
+                }
             store.append(arrays, {"dead_layers": store.state.get("dead_layers", 0) + int(lost.sum())})
-            if progress is not None:
-                progress(store.done, store.rows)
+            progress(store.done, store.rows)
         return Responses(
             keys=tuple(images.keys),
             index=index,
-            config=config,
             descriptor=store.read("descriptor"),
             peak=store.read("peak") if peaks else None,
             peak_cell=store.read("peak_cell") if peaks else None,
             logits=store.read("logits"),
             dead_layers=int(store.state["dead_layers"]),
-            path=out,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -88,28 +87,29 @@ def explain(
     show = progress or Progress.silent()
     if count < 1:
         raise InputError(expected("at least 1 class to explain", count, "Set --count to 1 or more"))
-    how = config if isinstance(config, ExplanationConfig) else ExplanationConfig.preset(preset, **dict(config or {}))
-    stage = _opened(Path(run), model, classes, count, how, style)
-    found, skipped = _image_files(images)
-    for line in skipped:
-        show.say(line)
-    target = Path(out) if out is not None else Path(run) / "explanations"
-    names = _folder_names(found.keys, target)
-    folders = []
+    stage = _opened(Path(run), model, classes, count, _settings(preset, config), style)
+    found = _image_files(images, show)
+    target = Path(out or Path(run) / "explanations")
+    folders = [target / name for name in _folder_names(found.keys, target)]
     with show.task("explaining", len(found)) as advance:
         for first in range(0, len(found), _BATCH):
             part = range(first, min(first + _BATCH, len(found)))
             pictures = [found.read(i) for i in part]
             batch = stage.explained(pictures)
             for position, row in enumerate(part):
-                record = stage.write(target / names[row], found.keys[row], pictures[position], batch, position)
-                folders.append(target / names[row])
-                write_explanation_page(folders[-1])
+                record = stage.write(folders[row], found.keys[row], pictures[position], batch, position)
+                write_explanation_page(folders[row])
                 for line in stage.said(record):
-                    show.say(f"{names[row]}: {line}")
+                    show.say(f"{folders[row].name}: {line}")
             advance(first + len(part))
     show.say(f"wrote {len(folders)} explanation{'s' if len(folders) != 1 else ''} to {target}")
     return folders
+
+
+def _settings(preset: Preset, config: ExplanationConfig | Mapping[str, Any] | None) -> ExplanationConfig:
+    if isinstance(config, ExplanationConfig):
+        return config
+    return ExplanationConfig.preset(preset, **dict(config or {}))
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,7 @@ class _Stage:
         explained: tuple[ExplainedClass, ...] = ()
         parts: tuple[ExplainedByParts, ...] = ()
         if self.selection is not None and batch.selected is not None:
-            if self.classes is None:
-                notes += _prediction_notes(self.selection, batch.outputs[i])
+            notes += _prediction_notes(self.selection, batch.outputs[i]) if self.classes is None else []
             explained = _by_filters(self.selection, batch.selected, i, folder, shown, self.style)
             tensors |= _selection_tensors(batch.selected, i)
         if self.parts is not None:
@@ -240,8 +239,7 @@ def _enlarged(frame: Image.Image) -> Image.Image:
 
 
 def _outputs(performer: Performer, batch: Tensor) -> Tensor:
-    from partlens.attribution.backprop import class_scores
-    from partlens.network.taps import forward_taps
+    from partlens.network.taps import class_scores, forward_taps
 
     return class_scores(forward_taps(performer, batch, [])[0]).cpu()
 
@@ -258,47 +256,58 @@ def _opened(
     style: Style,
 ) -> _Stage:
     """Open what a run has to explain with, and check the classes before any image is read."""
-    has_explainer, selection = (run / EXPLAINER_WEIGHTS).exists(), None
-    notes: list[str] = []
-    if (run / SELECTION).exists():
-        if has_explainer and not SelectionRecord.read(run).finished:
-            notes.append("the selection of this run is not finished: only parts are explained")
-        else:
-            selection = load_selection(run, model)
-    if selection is None and not has_explainer:
-        rule = f"a selection or an explainer in {run}"
-        raise RunError(expected(rule, "none", "Run select-features or fit-explainer first"))
-    if selection is not None:
-        for name in classes or ():
-            _class_column(selection, name)
+    has_explainer = (run / EXPLAINER_WEIGHTS).exists()
+    selection, notes = _open_selection(run, model, classes, has_explainer)
     parts: OpenedParts | None = None
     known: dict[str, int] = {}
     of_parts = classes
-    if has_explainer and selection is not None and not (run / PartsFile.FILE).exists():
-        notes.append(f"the filters have no parts yet: run partlens parts {run}, then explain again")
+    if has_explainer and (selection is None or (run / PartsFile.FILE).exists()):
+        parts, known, of_parts, more = _open_parts(run, model, selection, classes)
+        notes += more
     elif has_explainer:
-        parts, known = _open_parts(run, model, selection)
-        if classes is not None:
-            of_parts, more = _part_classes(selection, parts, known, classes)
-            notes += more
+        notes.append(f"the filters have no parts yet: run partlens parts {run}, then explain again")
     opened = selection or parts
-    assert opened is not None
-    if parts is not None and of_parts == []:
-        if selection is None:
-            raise InputError(expected(f"a class among {listed(sorted(known))}", listed(list(classes or ())), notes[-1]))
-        parts = None
+    if opened is None:
+        rule = f"a selection or an explainer in {run}"
+        raise RunError(expected(rule, "none", "Run select-features or fit-explainer first"))
     return _Stage(opened.performer, selection, parts, known, classes, of_parts, count, how, style, tuple(notes))
 
 
+def _open_selection(
+    run: Path, model: str | nn.Module | Performer | None, classes: Sequence[str] | None, has_explainer: bool
+) -> tuple[OpenedSelection | None, list[str]]:
+    """Open the selection of a run where it has one; with an explainer, an unfinished one is only noted."""
+    if not (run / SELECTION).exists():
+        return None, []
+    if has_explainer and not SelectionRecord.read(run).finished:
+        return None, ["the selection of this run is not finished: only parts are explained"]
+    selection = load_selection(run, model)
+    for name in classes or ():
+        _class_column(selection, name)  # an unknown class is refused before any image is read
+    return selection, []
+
+
 def _open_parts(
-    run: Path, model: str | nn.Module | Performer | None, selection: OpenedSelection | None
-) -> tuple[OpenedParts, dict[str, int]]:
-    """Open the parts of a run, and name the outputs of the performer that they explain."""
+    run: Path,
+    model: str | nn.Module | Performer | None,
+    selection: OpenedSelection | None,
+    classes: Sequence[str] | None,
+) -> tuple[OpenedParts | None, dict[str, int], Sequence[str] | None, list[str]]:
+    """Open the parts of a run; return the outputs they explain, those of ``classes`` among them, and what to note.
+
+    There are no parts where a selection explains all of the classes that are asked for.
+    """
     from partlens.verbs.explained_parts import load_parts
 
     # A network is loaded once, but an explainer of other weights has to be told.
     parts = load_parts(run, selection.performer if selection is not None and model is None else model)
-    return parts, _known_outputs(run, parts.performer)
+    known = _known_outputs(run, parts.performer)
+    if classes is None:
+        return parts, known, None, []
+    shared, notes = _part_classes(selection, parts, known, classes)
+    if not shared and selection is None:
+        raise InputError(expected(f"a class among {listed(sorted(known))}", listed(list(classes)), notes[-1]))
+    return (parts if shared else None), known, shared, notes
 
 
 def _known_outputs(run: Path, performer: Performer) -> dict[str, int]:
@@ -334,13 +343,12 @@ def _part_classes(
     return [str(output) for output in shared], notes
 
 
-def _image_files(images: str | Path | Sequence[str | Path] | ImageSet) -> tuple[ImageSet, list[str]]:
-    """Return the images to explain, and which files cannot be read: folders mean the readable files in them."""
+def _image_files(images: str | Path | Sequence[str | Path] | ImageSet, show: Progress) -> ImageSet:
+    """Return the images to explain; of folders the files that can be read, the others are told."""
     from partlens.data.images import ImageSet
 
     if isinstance(images, ImageSet):
-        return images, []
-    skipped: list[str] = []
+        return images
     given = [images] if isinstance(images, (str, Path)) else list(images)
     files: list[Path] = []
     for path in map(Path, given):
@@ -349,10 +357,11 @@ def _image_files(images: str | Path | Sequence[str | Path] | ImageSet) -> tuple[
             continue
         readable, dropped = ImageSet.from_folder(path).readable()
         files += [path / key for key in readable.keys]
-        skipped += [f"skipped {path / one.key}: {one.reason}" for one in dropped]
+        for one in dropped:
+            show.say(f"skipped {path / one.key}: {one.reason}")
     if not files:
         raise ImageError(expected("at least 1 image to explain", 0, "Name image files or a folder"))
-    return ImageSet.from_files(files), skipped
+    return ImageSet.from_files(files)
 
 
 def _explains(folder: Path, name: str) -> bool:
@@ -372,15 +381,14 @@ def _folder_names(names: Sequence[str], target: Path) -> list[str]:
     """
     plain = [re.sub(r"[^\w.-]", "_", Path(name).stem) or "image" for name in names]
     own = {name.casefold() for name in plain}  # some file systems take A and a for one name
-    taken: set[str] = set()
-    result = []
+    result: list[str] = []
     for name, whole in zip(plain, names, strict=True):
-        free = name
-        if name.casefold() in taken or not _explains(target / name, whole):
-            # A number that neither another image's own name has nor one given before.
-            numbered = (f"{name}-{number}" for number in itertools.count(2))
-            free = next(n for n in numbered if n.casefold() not in taken | own and _explains(target / n, whole))
-        taken.add(free.casefold())
+        taken = {each.casefold() for each in result}
+        free, number = name, 1
+        # A number that neither another image's own name has nor one given before.
+        while free.casefold() in (taken if number == 1 else taken | own) or not _explains(target / free, whole):
+            number += 1
+            free = f"{name}-{number}"
         result.append(free)
     return result
 

@@ -62,15 +62,7 @@ class SelectedFeatures:
 
 @dataclass(frozen=True)
 class OpenedSelection:
-    """A selection with its weights and its network.
-
-    Attributes:
-        path: the run directory.
-        record: content of ``selection.json``.
-        found: its result.
-        weights: ``[feature, class]`` float64.
-        performer: the network.
-    """
+    """A selection with its weights, ``[feature, class]`` float64, and its network."""
 
     path: Path
     record: SelectionRecord
@@ -253,18 +245,18 @@ def _readouts(
 
     from partlens.selection.relevance import told_right, with_shuffled_labels
 
-    column = {name: place for place, name in enumerate(labels.classes)}
-    there = [(row, name) for row, name in enumerate(_decided(photos, logits)) if row >= photos.fit and name in column]
-    if not there:
+    decided = _decided(photos, logits)
+    rows = [row for row in range(photos.fit, len(decided)) if decided[row] in labels.classes]
+    if not rows:
         return Estimate.undefined(), Estimate.undefined(), Estimate.undefined()
-    rows, truth = [row for row, _ in there], torch.tensor([column[name] for _, name in there])
+    truth = torch.tensor([labels.classes.index(decided[row]) for row in rows])
     generator = torch.Generator().manual_seed(photos.config.seed)
     null = with_shuffled_labels(selection, x[: photos.fit], labels, generator)
-    right, by_chance = (proportion(told_right(one, x[rows], truth).double()) for one in (selection, null))
+    right = proportion(told_right(selection, x[rows], truth).double())
+    by_chance = proportion(told_right(null, x[rows], truth).double())
     own = Estimate.undefined()
-    outputs = [output for output in labels.outputs if output is not None]
-    if photos.config.labels == "data" and len(outputs) == len(labels.outputs):
-        own = proportion((logits[rows].argmax(1) == torch.tensor(outputs)[truth]).double())
+    if photos.config.labels == "data" and None not in labels.outputs:
+        own = proportion((logits[rows].argmax(1) == torch.tensor(labels.outputs)[truth]).double())
     return right, by_chance, own
 
 

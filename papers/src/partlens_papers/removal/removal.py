@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from partlens.attribution.backprop import class_scores as scores_of
 from partlens.errors import InputError, InputTypeError, LayerError, expected, listed
 from partlens.network.borrowed import borrowed
 from partlens.network.performer import Performer, module_of
+from partlens.network.taps import class_scores as scores_of
 from partlens.network.taps import place_of, read_taps, tensor_at
 
 __all__ = ["ChannelEffects", "channel_effects", "removed", "scores_without"]
