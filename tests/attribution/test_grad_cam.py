@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from partlens.attribution import grad_cam as room
 from partlens.attribution.grad_cam import (
     concentration_frac,
     grad_cam,
@@ -90,14 +91,19 @@ def by_hand(performer: Performer, batch: Tensor, layer: str) -> Tensor:
 
 
 @pytest.mark.parametrize("layer", ["relu3", "relu2"])
-def test_a_layers_map_is_its_formula(layer: str, tiny: Performer, batch: Tensor) -> None:
+def test_a_layers_map_is_its_formula(
+    layer: str, tiny: Performer, batch: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = layer_grad_cam(tiny, batch, layer, CLASSES)
     assert torch.allclose(ours, by_hand(tiny, batch, layer), atol=1e-6)
-    assert torch.allclose(layer_grad_cam(tiny, batch, layer, CLASSES, batch_size=2), ours, atol=1e-6)
     assert not ours.requires_grad
+    monkeypatch.setattr(room, "_BATCH", 2)
+    assert torch.allclose(layer_grad_cam(tiny, batch, layer, CLASSES), ours, atol=1e-6)
 
 
-def test_the_tracks_map_is_autograd_by_hand(explained: tuple[Explainer, nn.Module], maps: Tensor) -> None:
+def test_the_tracks_map_is_autograd_by_hand(
+    explained: tuple[Explainer, nn.Module], maps: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     explainer, head = explained
     ours = track_grad_cam(explainer, head, maps, CLASSES, size_px=SIZE)
     for image in range(5):
@@ -119,7 +125,8 @@ def test_the_tracks_map_is_autograd_by_hand(explained: tuple[Explainer, nn.Modul
         # The mixture written out here is the explainer's own.
         assert torch.allclose(mixed, explainer.encoded(explainer.normed_tracks(maps[image : image + 1])), atol=1e-6)
     assert float(ours.max()) > 0
-    assert torch.allclose(track_grad_cam(explainer, head, maps, CLASSES, size_px=SIZE, batch_size=2), ours, atol=1e-6)
+    monkeypatch.setattr(room, "_BATCH", 2)
+    assert torch.allclose(track_grad_cam(explainer, head, maps, CLASSES, size_px=SIZE), ours, atol=1e-6)
 
 
 def test_without_a_share_the_track_has_no_map(explained: tuple[Explainer, nn.Module], maps: Tensor) -> None:
@@ -208,8 +215,6 @@ def test_frozen_networks_and_inference_mode_are_welcome(tiny: Performer, batch: 
 def test_inputs_are_checked(tiny: Performer, explained: tuple[Explainer, nn.Module], batch: Tensor) -> None:
     with pytest.raises(InputError, match="one class for each"):
         layer_grad_cam(tiny, batch[:0], "relu2", CLASSES[:0])
-    with pytest.raises(InputError, match="batch_size"):
-        layer_grad_cam(tiny, batch, "relu2", CLASSES, batch_size=0)
     with pytest.raises(InputError, match="maps"):
         track_grad_cam(*explained, torch.rand(5, 12, 4, 4), CLASSES, size_px=SIZE)
 

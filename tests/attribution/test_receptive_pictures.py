@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from partlens.attribution.receptive_pictures import (
     OcclusionFields,
+    _effective_side_px,
     covered,
-    effective_side_px,
     occluder_places,
     occlusion_receptive_fields,
     region_picture,
@@ -203,7 +203,7 @@ def test_places_lie_inside_and_squares_are_zero(generator: torch.Generator) -> N
 def test_one_place_gives_the_smallest_size_that_can_be_told() -> None:
     square = torch.zeros(1, 448, 448)
     square[0, 10:43, 100:133] = 2.0
-    assert float(effective_side_px(square)) == pytest.approx(33 / math.sqrt(2), rel=0.001)
+    assert float(_effective_side_px(square)) == pytest.approx(33 / math.sqrt(2), rel=0.001)
 
 
 def test_round_fields_overlap_to_discs_around_active_cells() -> None:

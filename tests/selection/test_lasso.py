@@ -256,7 +256,7 @@ def test_bad_inputs_are_named() -> None:
     with pytest.raises(InputTypeError, match="real numbers"):
         mu_lasso(x.astype(complex), labels, 1.0)
     with pytest.raises(InputTypeError, match="torch tensor, got list"):
-        inner_products.check_kind([[1.0]], "responses")
+        inner_products.check_matrix([[1.0]], "responses", "image, feature")
     with pytest.raises(InputTypeError, match="mu as a number, got bool"):
         lasso._check_options(True, 1e-6, "raise")
 

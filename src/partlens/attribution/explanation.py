@@ -4,8 +4,7 @@ The descriptor ``x`` of the image (:mod:`partlens.selection.descriptors`) and th
 give each feature's contribution ``r = w * x``, elementwise. The features with the largest positive contributions are
 propagated back to the image, each from the activation map of its own channel alone, by guided backpropagation with
 strides resampled (:mod:`partlens.attribution.backprop`); the maps are scaled to [0, 1] each and joined by their
-pixelwise
-maximum (Oramas et al. 2019; the order of the steps is that of the authors' code, which shows three features).
+pixelwise maximum (Oramas et al. 2019; the order of the steps is that of the authors' code, which shows three features).
 
 All images, all explained classes and all features of one rank travel in one backward pass: images do not touch each
 other in a network in eval mode, so each may start from another layer and channel.
@@ -28,8 +27,7 @@ from partlens.network.performer import Performer
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.selection.responses import image_descriptors
 
-Chooser = Callable[[Tensor, Tensor], Tensor]
-"""Called with the performer's output ``[image, output]`` and the scores ``[image, class]``; returns classes."""
+_Chooser = Callable[[Tensor, Tensor], Tensor]  # output [image, output], scores [image, class] -> classes
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def explain_batch(
     weights: Float[Tensor, "feature class"],
     index: FeatureIndex,
     descriptor: DescriptorConfig,
-    classes: Int[Tensor, "image explained"] | Chooser,
+    classes: Int[Tensor, "image explained"] | _Chooser,
     config: ExplanationConfig | None = None,
 ) -> Explanations:
     """Explain a batch of images.
@@ -187,7 +185,7 @@ def _signals(
     return signals.view(explained, ranks, *batch.shape).permute(2, 0, 1, 3, 4, 5)
 
 
-def choose_top(outputs: Sequence[int | None], count: int) -> Chooser:
+def choose_top(outputs: Sequence[int | None], count: int) -> _Chooser:
     """Return a chooser of the classes whose outputs are the largest, the most likely first.
 
     Where no class is an output of the performer, the largest scores ``w . x`` decide.

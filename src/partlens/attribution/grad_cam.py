@@ -24,7 +24,7 @@ from partlens.network.borrowed import borrowed
 from partlens.network.performer import Performer, module_of
 from partlens.network.taps import class_scores, read_taps
 
-BATCH = 32
+_BATCH = 32  # images at a time
 
 
 def grad_cam(
@@ -54,13 +54,11 @@ def _picked(scores: Tensor, classes: Tensor) -> Tensor:
     return scores.gather(1, classes.to(scores.device)[:, None]).sum()
 
 
-def _check(images: int, classes: Tensor, batch_size: int) -> None:
+def _check(images: int, classes: Tensor) -> None:
     if not images or len(classes) != images:
         raise InputError(
             expected("one class for each of at least 1 image", f"{images} images, {len(classes)} classes", "Give both")
         )
-    if batch_size < 1:
-        raise InputError(expected("a batch_size of at least 1", batch_size, f"Use the default, {BATCH}"))
 
 
 def track_grad_cam(
@@ -70,17 +68,16 @@ def track_grad_cam(
     classes: Int[Tensor, " image"],
     *,
     size_px: tuple[int, int],
-    batch_size: int = BATCH,
 ) -> Float[Tensor, "image height width"]:
     """Return Grad-CAM of the interpretable track; zeros where no part filter raises the class score.
 
     ``head`` are the performer's layers after the last target, ``classes`` the output to explain of each image. The
     explainer and the head are borrowed: modes, weights and gradients stay as they are.
     """
-    _check(len(tap_maps), classes, batch_size)
+    _check(len(tap_maps), classes)
     pieces = []
     with torch.inference_mode(mode=False), borrowed(explainer, copy_weights=False), borrowed(head, copy_weights=False):
-        for part, of in zip(tap_maps.split(batch_size), classes.split(batch_size), strict=True):
+        for part, of in zip(tap_maps.split(_BATCH), classes.split(_BATCH), strict=True):
             with torch.no_grad():
                 tracks = explainer.normed_tracks(part)
                 masked = explainer.masked(tracks.interp2)
@@ -100,8 +97,6 @@ def layer_grad_cam(
     batch: Float[Tensor, "image channel row col"],
     layer: str,
     classes: Int[Tensor, " image"],
-    *,
-    batch_size: int = BATCH,
 ) -> Float[Tensor, "image height width"]:
     """Return Grad-CAM of any layer (a tap) of the performer, which is borrowed.
 
@@ -110,7 +105,7 @@ def layer_grad_cam(
             operation overwrites.
         InputError: a class that does not exist, no image.
     """
-    _check(len(batch), classes, batch_size)
+    _check(len(batch), classes)
     module = module_of(performer)
     size_px = (int(batch.shape[2]), int(batch.shape[3]))
     pieces = []
@@ -118,7 +113,7 @@ def layer_grad_cam(
         for child in network.modules():
             if getattr(child, "inplace", False):
                 child.inplace = False  # type: ignore[assignment]  # borrowed puts it back
-        for part, of in zip(batch.split(batch_size), classes.split(batch_size), strict=True):
+        for part, of in zip(batch.split(_BATCH), classes.split(_BATCH), strict=True):
             maps, gradient = _maps_and_gradient(network, like_weights(network, part.detach().clone()), layer, of)
             pieces.append(grad_cam(maps.detach().float().cpu(), gradient.float().cpu(), size_px))
     return torch.cat(pieces)

@@ -29,7 +29,7 @@ from partlens.attribution.record import OcclusionConfig
 from partlens.errors import InputError, expected
 from partlens.network.receptive_field import ReceptiveField, cell_centre_px
 
-MapOf = Callable[[Tensor], Tensor]
+_MapOf = Callable[[Tensor], Tensor]
 
 BATCH = 32
 _FILTERS_AT_ONCE = 32
@@ -128,7 +128,7 @@ def _peaks_px(maps: Tensor, receptive: ReceptiveField, size_px: tuple[int, int])
     return anchors[maps.flatten(2).argmax(-1).cpu()]
 
 
-def _run(map_of: MapOf, batch: Tensor, filters: Sequence[int] | None) -> Tensor:
+def _run(map_of: _MapOf, batch: Tensor, filters: Sequence[int] | None) -> Tensor:
     with torch.no_grad():
         maps = map_of(batch)
     if maps.ndim != 4 or len(maps) != len(batch):
@@ -150,7 +150,7 @@ def _run(map_of: MapOf, batch: Tensor, filters: Sequence[int] | None) -> Tensor:
 
 
 def occlusion_receptive_fields(
-    map_of: MapOf,
+    map_of: _MapOf,
     batch: Float[Tensor, "image channel row col"],
     receptive: ReceptiveField,
     filters: Sequence[int] | None = None,
@@ -232,7 +232,7 @@ def _fields(seen: _Seen, chosen: Tensor, config: OcclusionConfig) -> tuple[Tenso
         peaks = seen.peaks_px[photos, k[:, None]][:, :, None]
         corners = seen.places[best] - peaks + torch.tensor(seen.size_px)
         canvas = _pasted(corners, drops, seen.size_px, config.occluder_px)
-        sides.append(effective_side_px(canvas))
+        sides.append(_effective_side_px(canvas))
         fields.append(smoothed(canvas, config.smoothing_px, config.smoothing_sigma_px))
     return torch.cat(fields), torch.cat(sides)
 
@@ -270,7 +270,7 @@ def smoothed(
     return F.conv2d(F.conv2d(wide, kernel[None, None, :, None]), kernel[None, None, None])[:, 0]
 
 
-def effective_side_px(fields: Float[Tensor, "filter row col"]) -> Float[Tensor, " filter"]:
+def _effective_side_px(fields: Float[Tensor, "filter row col"]) -> Float[Tensor, " filter"]:
     """Return the side of a square as large as the smallest set of pixels that holds half of a non-negative picture.
 
     ``nan`` for a picture of zeros.
@@ -278,7 +278,7 @@ def effective_side_px(fields: Float[Tensor, "filter row col"]) -> Float[Tensor, 
     Example:
         >>> picture = torch.zeros(2, 6, 6)
         >>> picture[0, :4, :4] = 1.0
-        >>> [round(v, 2) for v in effective_side_px(picture).tolist()]
+        >>> [round(v, 2) for v in _effective_side_px(picture).tolist()]
         [2.83, nan]
     """
     values = fields.flatten(1).double().sort(dim=1, descending=True).values

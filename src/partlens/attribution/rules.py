@@ -115,19 +115,13 @@ def _positive_through(grads_in: _Grads, grads_out: _Grads) -> _Grads:
 def stretched(signal: Tensor, size: Sequence[int], stride: Sequence[int], strides: Strides = "nearest") -> Tensor:
     """Resize a signal from a strided operation's output to what it would be with stride 1, its total kept.
 
-    Args:
-        signal: what arrives from above, axes image, filter, then one to three axes of space.
-        size: cells wanted along each axis of space.
-        stride: of the operation along each axis of space; only ``"aligned"`` reads it.
-        strides: ``"nearest"``, the authors' way: cell ``j`` takes the value of cell ``floor((j + 0.5) · n / size)``,
-            as MATLAB's ``imresize`` does and PyTorch calls ``nearest-exact``. ``"aligned"``: cell ``j`` lies at ``j /
-            stride`` between the windows that were really computed, and takes its value by linear interpolation.
-
-    Returns:
-        The signal at that size, divided by the mean number of repeats, so that branches with different numbers of
-        strided convolutions (one parallel to a strided pooling, say) still add in the proportions of the true gradient.
+    ``"nearest"`` is the authors' way: cell ``j`` takes the value of cell ``floor((j + 0.5) · n / size)``, as MATLAB's
+    ``imresize`` does and PyTorch calls ``nearest-exact``. ``"aligned"``: cell ``j`` lies at ``j / stride`` between the
+    windows that were really computed, and takes its value by linear interpolation.
     """
     cells = signal.shape[2:]
+    # Divided by the mean number of repeats, branches with different numbers of strided convolutions (one next to a
+    # strided pooling, say) still add in the proportions of the true gradient.
     repeats = 1.0
     for wanted, have in zip(size, cells, strict=True):
         repeats *= wanted / have
@@ -156,24 +150,9 @@ def strided_gradient(
 ) -> Float[Tensor, "image channel ..."]:
     """Data gradient of a strided convolution without the lattice that its stride leaves.
 
-    ``S = H + 2·padding - dilation·(kernel - 1)`` cells is what the convolution would give with stride 1. The signal
-    is resized to ``S`` (`stretched`), then goes through the ordinary stride-1 data gradient with the same weights.
-
-    Args:
-        signal: what arrives at the convolution's output; one to three axes of space.
-        weight: the convolution's weights.
-        input_size: H, cells of the convolution's input along each axis of space.
-        stride: of the convolution, per axis.
-        padding: zeros added at each side, per axis.
-        dilation: per axis.
-        groups: of the convolution.
-        strides: how the signal is resized.
-
-    Returns:
-        The signal at the convolution's input, exactly of ``input_size``.
-
-    Raises:
-        LayerError: the sizes do not belong to one convolution.
+    ``S = H + 2·padding - dilation·(kernel - 1)`` cells is what the convolution would give with stride 1, ``H`` its
+    input's cells. The signal that arrives at its output is resized to ``S`` (`stretched`), then goes through the
+    ordinary stride-1 data gradient with the same weights.
 
     Source:
         Oramas et al., ICLR 2019, the released code, which computes ``S`` from the *network's* input and is therefore

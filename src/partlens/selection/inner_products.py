@@ -8,8 +8,7 @@ matrix ``AᵀA`` (``N m²`` operations once, then the images are no longer neede
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,21 +23,6 @@ _TILE = 1024  # features of one tile of the Gram matrix
 KEPT_BYTES = 2 << 30  # responses up to this size are kept in float64
 
 
-# What the μ-lasso is given: finite real numbers, checked once and made float64
-
-
-def check_kind(value: object, name: str) -> None:
-    """Refuse what is no array or tensor of real numbers."""
-    if not isinstance(value, (Tensor, np.ndarray)):
-        raise InputTypeError(
-            expected(f"{name} as a NumPy array or a torch tensor", type(value).__name__, "Convert it, as np.asarray")
-        )
-    if value.dtype in {torch.complex64, torch.complex128} or (
-        isinstance(value, np.ndarray) and value.dtype.kind not in "fiub"
-    ):
-        raise InputTypeError(expected(f"real numbers in {name}", str(value.dtype), "Convert them to float"))
-
-
 def to_double(value: Array, device: torch.device) -> Tensor:
     """Give float64 on the device; a copy only where the kind changes or the array cannot be written."""
     if isinstance(value, Tensor):
@@ -49,15 +33,19 @@ def to_double(value: Array, device: torch.device) -> Tensor:
     return torch.from_numpy(ready).to(device)
 
 
-def check_matrix(value: Array, name: str, axes: str) -> None:
-    """Refuse what has not two axes, or no entry along one of them."""
-    check_kind(value, name)
+def check_matrix(value: object, name: str, axes: str) -> None:
+    """Refuse what is no array of real numbers with two axes and an entry along each."""
+    if not isinstance(value, (Tensor, np.ndarray)):
+        remedy = "Convert it, as np.asarray"
+        raise InputTypeError(expected(f"{name} as a NumPy array or a torch tensor", type(value).__name__, remedy))
+    whole = value.is_complex() if isinstance(value, Tensor) else value.dtype.kind not in "fiub"
+    if whole:
+        raise InputTypeError(expected(f"real numbers in {name}", str(value.dtype), "Convert them to float"))
+    shape = f"shape {tuple(value.shape)}"
     if value.ndim != 2:
-        raise InputError(expected(f"{name} with axes {axes}", f"shape {tuple(value.shape)}", "Add or drop an axis"))
+        raise InputError(expected(f"{name} with axes {axes}", shape, "Add or drop an axis"))
     if 0 in value.shape:
-        raise InputError(
-            expected(f"at least one entry on each axis of {name} ({axes})", f"shape {tuple(value.shape)}", "Add data")
-        )
+        raise InputError(expected(f"at least one entry on each axis of {name} ({axes})", shape, "Add data"))
 
 
 def _first_bad(value: Array) -> tuple[int, int] | None:
@@ -80,50 +68,10 @@ def refuse_bad(value: Array, name: str, axes: tuple[str, str]) -> None:
     raise InputError(expected(f"finite values in {name}", got, remedy))
 
 
-def check_same_images(responses: Array, labels: Array) -> None:
-    """Refuse responses and labels of different numbers of images."""
-    if len(responses) != len(labels):
-        raise InputError(
-            expected(
-                "as many rows of labels as of responses",
-                f"{len(labels)} and {len(responses)}",
-                "Give one row per image in both",
-            )
-        )
-
-
-# Where the inner products come from
-
-
-@runtime_checkable
-class Products(Protocol):
-    """Inner products of features, for a solver that looks at few of them.
-
-    ``cross[j, k] = <a_k, l_j>`` and ``energy[k] = ||a_k||²``.
-    """
-
-    cross: Tensor
-    energy: Tensor
-    label_energy: Tensor
-
-    def enter(self, features: Tensor) -> Tensor:
-        """Take in features; return their inner products with all taken in so far, new ones last."""
-        ...
-
-    def forget(self) -> None:
-        """Forget the features taken in."""
-        ...
-
-    def slope(self, weights: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Half the gradient ``Aᵀ(A w - l)`` ``[class, feature]`` and the objective ``[class]``.
-
-        ``weights[class, taken]`` belong to the features in the order in which they were taken in.
-        """
-        ...
-
-
 class FromGram:
     """Inner products read from the Gram matrix ``AᵀA``, which is summed from blocks of images.
+
+    ``cross[j, k] = <a_k, l_j>`` and ``energy[k] = ||a_k||²`` of features k and classes j.
 
     Only the upper triangle is summed, in tiles, so that a block costs half a matrix product and no copy of the matrix.
     Memory is ``8 m²`` bytes for ``m`` features (0.13 GB at 4,096, 3 GB at 19,456), whatever the number of images.
@@ -152,19 +100,22 @@ class FromGram:
         self.forget()
 
     def forget(self) -> None:
-        """See `Products.forget`."""
+        """Forget the features taken in."""
         self.features = torch.zeros(0, dtype=torch.int64, device=self.gram.device)
         self.rows: list[Tensor] = []
 
     def enter(self, features: Tensor) -> Tensor:
-        """See `Products.enter`."""
+        """Take in features; return their inner products with all taken in so far, new ones last."""
         self.features = torch.cat([self.features, features])
         rows = self.gram.index_select(0, features)
         self.rows.append(rows)
         return rows.index_select(1, self.features)
 
     def slope(self, weights: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Products.slope`."""
+        """Half the gradient ``Aᵀ(A w - l)`` ``[class, feature]`` and the objective ``[class]``.
+
+        ``weights[class, taken]`` belong to the features in the order in which they were taken in.
+        """
         half = -self.cross[classes]
         start = 0
         for rows in self.rows:
@@ -183,43 +134,26 @@ class FromResponses:
         self.labels = labels.T.contiguous()
         self.label_energy = self.labels.square().sum(1)
         self.device = device
-        keep = images * features * 8 <= KEPT_BYTES
-        self.kept: Tensor | None = None
-        self.source = responses
+        self.whole = images * features * 8 <= KEPT_BYTES
+        self.source = to_double(responses, device) if self.whole else responses
         self.cross = torch.zeros(len(self.labels), features, dtype=torch.float64, device=device)
         self.energy = torch.zeros(features, dtype=torch.float64, device=device)
-        whole = (
-            torch.empty(images, features, dtype=torch.float64, device=device)
-            if keep and responses.dtype not in {torch.float64, np.dtype(np.float64)}
-            else None
-        )
-        for start, block in self._blocks():
-            if whole is not None:
-                whole[start : start + len(block)] = block
+        # In blocks of rows, so that the sums are the same numbers whether the responses are kept or not.
+        for start in range(0, images, ROW_BLOCK):
+            block = to_double(self.source[start : start + ROW_BLOCK], device)
             self.cross.addmm_(self.labels[:, start : start + len(block)], block)
             self.energy += block.square().sum(0)
         if not bool(torch.isfinite(self.energy).all()):
             refuse_bad(responses, "responses", ("image", "feature"))
-        if keep:
-            self.kept = whole if whole is not None else to_double(responses, device)
         self.forget()
 
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        if self.kept is not None:
-            yield 0, self.kept
-            return
-        for start in range(0, self.source.shape[0], ROW_BLOCK):
-            yield start, to_double(self.source[start : start + ROW_BLOCK], self.device)
-
     def forget(self) -> None:
-        """See `Products.forget`."""
+        """Forget the features taken in."""
         self.columns: list[Tensor] = []
 
     def enter(self, features: Tensor) -> Tensor:
-        """See `Products.enter`."""
-        if self.kept is not None:
-            taken = self.kept.index_select(1, features)
-        elif isinstance(self.source, Tensor):
+        """As `FromGram.enter`."""
+        if isinstance(self.source, Tensor):
             taken = to_double(self.source.index_select(1, features.to(self.source.device)), self.device)
         else:
             taken = torch.empty(self.source.shape[0], len(features), dtype=torch.float64, device=self.device)
@@ -231,13 +165,18 @@ class FromResponses:
         return torch.cat([taken.T @ block for block in self.columns], dim=1)
 
     def slope(self, weights: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Products.slope`."""
+        """As `FromGram.slope`."""
         rest = -self.labels[classes]
         start = 0
         for block in self.columns:
             rest.addmm_(weights[:, start : start + block.shape[1]], block.T)
             start += block.shape[1]
         half = torch.zeros(len(classes), self.cross.shape[1], dtype=torch.float64, device=self.device)
-        for start, block in self._blocks():
+        step = len(self.source) if self.whole else ROW_BLOCK
+        for start in range(0, len(self.source), step):
+            block = to_double(self.source[start : start + step], self.device)
             half.addmm_(rest[:, start : start + len(block)], block)
         return half, rest.square().sum(1)
+
+
+Products = FromGram | FromResponses

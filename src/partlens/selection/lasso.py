@@ -43,7 +43,6 @@ from partlens.selection.inner_products import (
     FromResponses,
     Products,
     check_matrix,
-    check_same_images,
     refuse_bad,
     to_double,
 )
@@ -198,7 +197,9 @@ def mu_lasso(
     mu = _check_options(mu, tolerance, on_failure)
     check_matrix(responses, "responses", "image, feature")
     check_matrix(labels, "labels", "image, class")
-    check_same_images(responses, labels)
+    if len(responses) != len(labels):
+        got, remedy = f"{len(labels)} and {len(responses)}", "Give one row per image in both"
+        raise InputError(expected("as many rows of labels as of responses", got, remedy))
     if method not in {"auto", "responses", "gram"}:
         raise InputError(expected("method auto, responses or gram", method, "Choose auto"))
     device = responses.device if isinstance(responses, Tensor) else torch.device("cpu")

@@ -61,12 +61,9 @@ class SelectedFeatures:
 
 
 @dataclass(frozen=True)
-class OpenedSelection:
+class OpenedSelection(SelectedFeatures):
     """A selection with its weights, ``[feature, class]`` float64, and its network."""
 
-    path: Path
-    record: SelectionRecord
-    found: SelectionFound
     weights: Tensor
     performer: Performer
 
