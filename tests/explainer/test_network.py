@@ -8,8 +8,8 @@ from torch import nn
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import (
     NormLayer,
+    _dense_weights,
     build_explainer,
-    dense_weights,
     explainer_structure,
     parameter_groups,
     performer_head,
@@ -109,7 +109,7 @@ def test_structure_of_the_papers_alexnet() -> None:
 def test_grouped_convolution_becomes_dense() -> None:
     conv = nn.Conv2d(8, 6, 3, padding=1, groups=2)
     maps = torch.rand(2, 8, 5, 5)
-    dense = nn.functional.conv2d(maps, dense_weights(conv), conv.bias, padding=1)
+    dense = nn.functional.conv2d(maps, _dense_weights(conv), conv.bias, padding=1)
     assert torch.allclose(dense, conv(maps), atol=1e-6)
 
 

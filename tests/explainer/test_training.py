@@ -17,7 +17,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, build_explainer
 from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.terms import Objective
-from partlens.explainer.training import decoder_rate, train_explainer
+from partlens.explainer.training import _decoder_rate, train_explainer
 from partlens.explainer.views import TrainingMaps, epoch_batches, gather, view_windows, viewed_images
 from partlens.network.performer import Performer
 from partlens.network.stream import batches
@@ -219,10 +219,10 @@ def test_the_decoder_takes_no_step_that_is_large_beside_its_weights() -> None:
             layer.weight.fill_(size)
             layer.bias.fill_(5.0)  # no kernel
     config = ExplainerConfig(learning_rate_decoder=1e-3, decoder_step_max=0.01)
-    assert decoder_rate(fine, config) == pytest.approx(0.01 * (2.5e-4) ** 0.5)
+    assert _decoder_rate(fine, config) == pytest.approx(0.01 * (2.5e-4) ** 0.5)
     for unlimited in (config.changed({"decoder_step_max": 0.0}), config.changed({"decoder_step_max": 1.0})):
-        assert decoder_rate(fine, unlimited) == pytest.approx(1e-3)
-    assert decoder_rate(torch.nn.ReLU(), config) == pytest.approx(1e-3)
+        assert _decoder_rate(fine, unlimited) == pytest.approx(1e-3)
+    assert _decoder_rate(torch.nn.ReLU(), config) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("preset", ["partlens", "paper"])

@@ -34,7 +34,7 @@ from torch import Tensor
 from partlens.errors import InputError, expected
 from partlens.explainer.templates import peak_cells, template_log_prior
 
-GradientRule = Literal["exact", "approximate"]
+_GradientRule = Literal["exact", "approximate"]
 
 _LEAST_LOG = -85.0
 
@@ -118,7 +118,7 @@ def filter_loss(
     templates: Float[Tensor, "template side_row side_col"],
     *,
     alpha: float | None = None,
-    gradient: GradientRule = "exact",
+    gradient: _GradientRule = "exact",
     positive: Bool[Tensor, " image"] | None = None,
 ) -> Float[Tensor, " filter"]:
     """Return ``Loss_f = -MI(X; T)`` of every filter, differentiable in the maps.

@@ -107,16 +107,8 @@ class ExplainerOutput(NamedTuple):
     reconstructions: tuple[Tensor, ...]
 
 
-class NormedTracks(NamedTuple):
-    """Both tracks of a batch before they are mixed.
-
-    Attributes:
-        interp1: as in :class:`ExplainerOutput`.
-        interp2: as in :class:`ExplainerOutput`.
-        ordin: as in :class:`ExplainerOutput`.
-        interpretable: masked, pooled and normed maps of conv-interp-2.
-        ordinary: pooled and normed maps of conv-ordin.
-    """
+class _NormedTracks(NamedTuple):
+    """Both tracks of a batch before they are mixed: maps after the ReLU, then masked, pooled and normed."""
 
     interp1: Tensor
     interp2: Tensor
@@ -125,7 +117,7 @@ class NormedTracks(NamedTuple):
     ordinary: Tensor
 
 
-def dense_weights(conv: nn.Conv2d) -> Tensor:
+def _dense_weights(conv: nn.Conv2d) -> Tensor:
     """Return a grouped convolution's kernel as an ordinary one, zero between groups."""
     weight = conv.weight.detach()
     if conv.groups == 1:
@@ -218,25 +210,22 @@ class Explainer(nn.Module):
 
     @torch.no_grad()
     def start_norms(self, maps: Float[Tensor, "image filter row col"]) -> None:
-        """Measure the norm layers' magnitudes on a sample and set the gain to the ordinary track's.
-
-        With this gain the decoder receives, for p = 0 and an identity ordinary track, exactly what the performer's
-        own layers received: the explainer starts as a perfect copy of the performer.
-        """
+        """Measure the norm layers' magnitudes on a sample and set the gain to the ordinary track's."""
         _, interp2 = self.interpret(maps)
         ordin = self.conv_ordin(maps).relu()
         for norm, values in ((self.norm_interp, self.masked(interp2)), (self.norm_ordin, ordin)):
             norm.started.fill_(value=False)
             norm.update(self.pool(values))
+        # With this gain the decoder receives, for p = 0 and an identity ordinary track, exactly what the performer's
+        # own layers received: the explainer starts as a perfect copy of the performer.
         self.gain.copy_(self.norm_ordin.divisor)
 
     @torch.no_grad()
     def restart_norm(self, maps: Float[Tensor, "image filter row col"]) -> None:
-        """Measure the interpretable track's magnitudes again on a sample; the gain, of the ordinary track, stays.
-
-        The warm-up changes the filters and passes no norm layer. With the magnitudes of before it, half of the channels
-        of ResNet-18's fox would enter the encoder's output six times too strong, and the decoder would learn from that.
-        """
+        """Measure the interpretable track's magnitudes again on a sample; the gain, of the ordinary track, stays."""
+        # The warm-up changes the filters and passes no norm layer. With the magnitudes of before it, half of the
+        # channels of ResNet-18's fox would enter the encoder's output six times too strong, and the decoder would learn
+        # from that.
         draws, self.draws = self.draws, None
         masked = self.pool(self.masked(self.interpret(maps)[1]))
         self.draws = draws
@@ -263,11 +252,7 @@ class Explainer(nn.Module):
         return maps * (kept.to(maps) / (1 - drop))
 
     def places(self, interp2: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter 2"]:
-        """Return the place (row, col) in cells of each filter's part.
-
-        Args:
-            interp2: maps of conv-interp-2 after the ReLU, before the mask.
-        """
+        """Return the place (row, col) in cells of each filter's part, from maps of conv-interp-2 before the mask."""
         if self.config.peak == "centroid":
             return centroid_cells(interp2.detach())
         index = peak_cells(interp2.detach())
@@ -279,11 +264,11 @@ class Explainer(nn.Module):
             return mask_around(interp2, self.places(interp2))
         return mask_at_peak(interp2, self.masks)
 
-    def normed_tracks(self, maps: Tensor, positives: int | None = None) -> NormedTracks:
+    def normed_tracks(self, maps: Tensor, positives: int | None = None) -> _NormedTracks:
         """Return both tracks at the encoder's output, pooled and normed, before p mixes them."""
         interp1, interp2 = self.interpret(maps)
         ordin = self.conv_ordin(maps).relu()
-        return NormedTracks(
+        return _NormedTracks(
             interp1,
             interp2,
             ordin,
@@ -291,7 +276,7 @@ class Explainer(nn.Module):
             self.norm_ordin(self.pool(ordin), positives),
         )
 
-    def encoded(self, tracks: NormedTracks) -> Tensor:
+    def encoded(self, tracks: _NormedTracks) -> Tensor:
         """Return x_enc, both tracks mixed by p."""
         p = self.p.to(tracks.interp2.dtype)
         return p * tracks.interpretable + (1 - p) * tracks.ordinary
@@ -302,15 +287,7 @@ class Explainer(nn.Module):
         return result if isinstance(result, tuple) else (result,)
 
     def forward(self, maps: Float[Tensor, "image filter row col"], positives: int | None = None) -> ExplainerOutput:
-        """Explain a batch of tap maps.
-
-        Args:
-            maps: the performer's maps at the tap.
-            positives: how many leading images are of the category; only those move the norm layers in training.
-
-        Raises:
-            InputError: the maps' size is not the tap's.
-        """
+        """Explain a batch of tap maps; only the first ``positives`` images move the norm layers in training."""
         tracks = self.normed_tracks(maps, positives)
         encoded = self.encoded(tracks)
         return ExplainerOutput(*tracks[:3], self.p, self.decode(encoded))
@@ -343,26 +320,33 @@ def parameter_groups(explainer: Explainer) -> dict[str, Sequence[nn.Parameter]]:
     }
 
 
+_SAME_SIZE = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+
+
 def _replaced_convolution(
     performer: Performer, tap: str, targets: Sequence[str], side: int
 ) -> tuple[str, str, str | None] | None:
     """Find ``(convolution, activation, pooling)`` after the tap when everything later is fully connected."""
     modules = dict(performer.module.named_modules())
     names = performer.graph.cut_points()
-    if tap not in names or targets[-1] not in names:
+    if side < 2 or not {tap, targets[-1]} <= set(names):
         return None
     chain = names[names.index(tap) + 1 : names.index(targets[-1]) + 1]
     kinds = [modules.get(name) for name in chain]
-    if len(chain) < 3 or not isinstance(kinds[0], nn.Conv2d) or not isinstance(kinds[1], nn.ReLU):
+    if len(chain) < 3 or not _keeps_size(kinds[0]) or not isinstance(kinds[1], nn.ReLU):
         return None
-    conv = kinds[0]
-    same = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1) and conv.dilation == (1, 1)
     pooling = chain[2] if isinstance(kinds[2], nn.MaxPool2d) else None
-    rest = kinds[3 if pooling else 2 :]
-    linear = any(isinstance(k, nn.Linear) for k in rest)
+    return (chain[0], chain[1], pooling) if _fully_connected(kinds[3 if pooling else 2 :]) else None
+
+
+def _keeps_size(kind: nn.Module | None) -> bool:
+    return isinstance(kind, nn.Conv2d) and all(getattr(kind, name) == value for name, value in _SAME_SIZE.items())
+
+
+def _fully_connected(kinds: Sequence[nn.Module | None]) -> bool:
     # A flatten written as a function has no module: it is None here and keeps the head fully connected.
-    closed = all(k is None or isinstance(k, _FOLLOWS_POOLING) for k in rest)
-    return (chain[0], chain[1], pooling) if same and linear and closed and side > 1 else None
+    closed = all(kind is None or isinstance(kind, _FOLLOWS_POOLING) for kind in kinds)
+    return closed and any(isinstance(kind, nn.Linear) for kind in kinds)
 
 
 def _map_size(tap: str, maps: Tensor) -> tuple[int, int, int]:
@@ -389,10 +373,7 @@ def explainer_structure(
         performer: the network under study.
         batch: preprocessed images (image, 3, row, col), at least one; they decide the map size.
         tap: layer to explain; its maps must be non-negative (after a ReLU) and larger than 1x1.
-        targets: layers to reconstruct; by default the two of :func:`~partlens.network.layers.default_targets`.
-
-    Returns:
-        The structure.
+        targets: layers to reconstruct; by default the performer's for this tap.
 
     Raises:
         LayerError: the layer is unknown, its maps are 1x1, not maps, or not after a ReLU, or a shortcut goes around.
@@ -416,15 +397,9 @@ def build_explainer(
     structure: ExplainerStructure,
     config: ExplainerConfig,
 ) -> Explainer:
-    """Build an explainer whose ordinary track and decoder start as the performer's own layers.
+    """Build an explainer, on the CPU, whose ordinary track and decoder start as the performer's own layers.
 
-    Args:
-        performer: the network under study; it stays as it is.
-        structure: from :func:`explainer_structure`.
-        config: its seed draws the interpretable track.
-
-    Returns:
-        The explainer on the CPU in float32.
+    The structure comes from :func:`explainer_structure`; the seed of the configuration draws the interpretable track.
     """
     draws = torch.Generator().manual_seed(config.seed)
     decoder = performer.graph.cut(structure.decoder_from, structure.targets).cpu().float()
@@ -434,7 +409,7 @@ def build_explainer(
         conv = performer.module.get_submodule(structure.replaced)
         assert isinstance(conv, nn.Conv2d)
         bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().clone()
-        ordinary = (dense_weights(conv).float().cpu(), bias.float().cpu())
+        ordinary = (_dense_weights(conv).float().cpu(), bias.float().cpu())
         layer = performer.module.get_submodule(structure.decoder_from)
         pool = copy.deepcopy(layer).cpu() if isinstance(layer, nn.MaxPool2d) else None
     with random_state_kept():  # torch's own initialisation draws from the global state before ours replaces it

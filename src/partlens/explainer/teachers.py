@@ -58,13 +58,11 @@ PlaceSource = Callable[[Explainer, TrainingMaps, int, torch.Generator], Source]
 
 @dataclass(frozen=True)
 class Teachers:
-    """Parts that teach.
+    """Parts that teach: the mean place over views (row, col) of each in each photo, as shares of its sides.
 
-    Attributes:
-        places: (row, col) of each part in each photo, as shares of its sides: the mean over views.
-        chosen: number of each among the candidates.
-        movement: mean squared error of moving with crops and mirrors over the variance of the place; lower is better.
-        correlation: mean correlation of the places of two different parts over photos.
+    ``chosen`` are their numbers among the candidates; ``movement``, lower is better, is the mean squared error of
+    moving with crops and mirrors over the variance of the place; ``correlation`` is that of the places of two parts,
+    the mean.
     """
 
     places: Float[Tensor, "photo teacher 2"]
@@ -73,23 +71,20 @@ class Teachers:
     correlation: float
 
 
-def nonnegative_parts(
+def _nonnegative_parts(
     cells: Float[Tensor, "cell filter"], count: int, generator: torch.Generator
 ) -> Float[Tensor, "part filter"]:
-    """Factorise cells into ``count`` non-negative directions by some multiplicative steps (Lee & Seung 2001).
-
-    Only candidates are wanted, so the number of steps is fixed.
-    """
+    """Factorise cells into ``count`` non-negative directions by multiplicative steps (Lee & Seung 2001)."""
     scale = float(cells.mean()) + _LITTLE
     codes = torch.rand(len(cells), count, generator=generator).to(cells) * scale
     parts = torch.rand(count, cells.shape[1], generator=generator).to(cells) * scale + _LITTLE
-    for _ in range(_FIT_STEPS):
+    for _ in range(_FIT_STEPS):  # only candidates are wanted, so the number of steps is fixed
         codes = codes * (cells @ parts.t()) / (codes @ (parts @ parts.t()) + _LITTLE)
         parts = parts * (codes.t() @ cells) / ((codes.t() @ codes) @ parts + _LITTLE)
     return F.normalize(parts, dim=1)
 
 
-def part_codes(
+def _part_codes(
     maps: Float[Tensor, "image filter row col"], parts: Float[Tensor, "part filter"]
 ) -> Float[Tensor, "image part row col"]:
     """Return how much of each part every cell holds, all parts competing for it."""
@@ -126,7 +121,7 @@ def places_in_view(
     return torch.stack([(places[..., 0] - top) / height, torch.where(mirrored > 0.5, 1 - col, col)], -1)
 
 
-def places_in_photo(
+def _places_in_photo(
     places: Float[Tensor, "photo part 2"], windows: Float[Tensor, "photo 5"]
 ) -> Float[Tensor, "photo part 2"]:
     """Return where places of a view are in the photo; the inverse of :func:`places_in_view`."""
@@ -138,21 +133,12 @@ def places_in_photo(
 def matched_teachers(
     maps: Float[Tensor, "photo filter row col"], places: Float[Tensor, "photo part 2"]
 ) -> Int[Tensor, " filter"]:
-    """Give every filter the teacher at whose place its channel activates most, all teachers as many filters.
+    """Give every filter the teacher at whose place its channel is most active, all teachers as many filters (ours).
 
     The interpretable track is added to the ordinary one channel by channel: a part in a channel that is active there
-    paraphrases it, in any other it is noise. A channel is compared with a bump at the teacher's place (Pearson's
-    correlation over all cells of all photos), and the sum over filters is made as large as it can be.
-
-    Args:
-        maps: of the ordinary track, after the ReLU.
-        places: rows and columns as shares, in the same photos.
-
-    Returns:
-        The teacher of each filter.
-
-    Source:
-        Ours.
+    paraphrases it, in any other it is noise. A channel of the ordinary track, after the ReLU, is compared with a bump
+    at the teacher's place (Pearson's correlation over all cells of all photos), and the sum over filters is made as
+    large as it can be.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -182,16 +168,10 @@ def _correlations(places: Float[Tensor, "photo part 2"]) -> Float[Tensor, "part 
     return torch.einsum("ipa,iqa->pqa", unit, unit).mean(-1)
 
 
-class LaterParts:
+class _LaterParts:
     """Non-negative parts of a later layer: candidates to teach.
 
-    Args:
-        view: returns the later layer's maps (at least 0) of some photos in a view; view 0 is the whole photo.
-        photos: number of photos.
-        generator: source of the draws.
-
-    Raises:
-        ImageError: nothing but zeros in the later layer.
+    ``view`` returns the later layer's maps (at least 0) of some photos in a view; view 0 is the whole photo.
     """
 
     def __init__(
@@ -215,31 +195,22 @@ class LaterParts:
                 chosen = torch.rand(len(sample), generator=generator) < _SHARE_OF_PHOTOS
                 cells = whole[chosen if int(chosen.sum()) > 1 else slice(None)].permute(0, 2, 3, 1).flatten(0, 2)
                 cells = cells[torch.randperm(len(cells), generator=generator)[:_MOST_CELLS]]
-                self.dictionaries.append(nonnegative_parts(cells, parts, generator))
+                self.dictionaries.append(_nonnegative_parts(cells, parts, generator))
 
     def __call__(self, number: int) -> Float[Tensor, "photo part 2"]:
         """Return the places of all candidates in a view, as shares of its sides."""
         found = []
         for some in self.everyone.split(_PHOTOS_AT_ONCE):
             maps = self.view(some, number).clamp(min=0)
-            found.append(torch.cat([centroids(part_codes(maps, parts)) for parts in self.dictionaries], 1))
+            found.append(torch.cat([centroids(_part_codes(maps, parts)) for parts in self.dictionaries], 1))
         return torch.cat(found)
 
 
-def part_teachers(source: Source, windows: Float[Tensor, "photo view 5"], count: int, variety: float) -> Teachers:
-    """Choose parts that move with the photo.
+def _part_teachers(source: Source, windows: Float[Tensor, "photo view 5"], count: int, variety: float) -> Teachers:
+    """Choose ``count`` parts that move with the photo, best first, or all where there are fewer candidates.
 
-    Args:
-        source: says where candidates are in a view; view 0 is the whole photo.
-        windows: how each view was cut; at least two views.
-        count: parts wanted.
-        variety: what a part pays for the mean correlation of its place with the places already chosen.
-
-    Returns:
-        The parts, best first; fewer than ``count`` where there are fewer candidates.
-
-    Raises:
-        ImageError: fewer than four photos.
+    ``source`` says where candidates are in a view, ``windows`` how each view was cut, view 0 being the whole photo. A
+    part pays ``variety`` for the mean correlation of its place with the places already chosen.
     """
     photos, views, _ = windows.shape
     if photos < 4:
@@ -252,7 +223,7 @@ def part_teachers(source: Source, windows: Float[Tensor, "photo view 5"], count:
         inside = ((wanted > 0) & (wanted < 1)).all(-1).to(seen.dtype)
         missed = (seen - wanted).square().sum(-1)
         error += (missed * inside).sum(0) / inside.sum(0).clamp(min=1) / (views - 1)
-        sums += places_in_photo(seen, windows[:, number])
+        sums += _places_in_photo(seen, windows[:, number])
     # A place that never moves misses nothing and has no variance: 1, no better than one that moves at random.
     movement = (error + _STILL) / (first.var(0).sum(-1) + _STILL)
     places = sums / views
@@ -285,18 +256,13 @@ def later_places(explainer: Explainer, data: TrainingMaps, category: int, genera
         with torch.no_grad():
             return torch.cat([explainer.conv_ordin(gather(data.tap, piece)).relu() for piece in pieces])
 
-    return LaterParts(view, len(own), generator)
+    return _LaterParts(view, len(own), generator)
 
 
 def find_teachers(
     explainer: Explainer, data: TrainingMaps, places_of: PlaceSource = later_places
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Find the part teachers of every category and give each filter one.
-
-    Args:
-        explainer: its ordinary track says where channels are active.
-        data: the cached maps.
-        places_of: where candidates come from.
 
     Returns:
         ``teachers``, places (photo, teacher, 2) in shares, NaN for photos of other categories, and ``teacher_of``, the
@@ -311,7 +277,7 @@ def find_teachers(
         own = data.own(category)
         source = places_of(explainer, data, category, epoch_generator(config.seed, -1 - category))
         views = min(data.views, _VIEWS)
-        teachers = part_teachers(source, data.windows[own, :views], config.teachers, config.teacher_variety)
+        teachers = _part_teachers(source, data.windows[own, :views], config.teachers, config.teacher_variety)
         mine = slice(category * config.teachers, category * config.teachers + teachers.places.shape[1])
         places[own, mine] = teachers.places
         shown = own[:: max(1, len(own) // NORM_SAMPLE)][:NORM_SAMPLE]
@@ -323,7 +289,7 @@ def find_teachers(
     return {"teachers": places, "teacher_of": teacher_of}, found
 
 
-def place_posterior(
+def _place_posterior(
     maps: Float[Tensor, "image filter row col"],
 ) -> tuple[Float[Tensor, "image filter cell"], Float[Tensor, "image filter 2"]]:
     """Return the logarithm of the softmax of maps over their cells, and the mean cell (row, col) under it."""
@@ -344,7 +310,7 @@ def teacher_cost(
     rows, cols = maps.shape[2:]
     known = ~wanted.isnan().any(-1)
     target = wanted.nan_to_num()
-    logs, mean = place_posterior(maps)
+    logs, mean = _place_posterior(maps)
     row, col = torch.arange(rows).to(logs), torch.arange(cols).to(logs)
     by_row = (-(row - target[..., 0, None]).square() / (2 * _BLUR_CELLS**2)).softmax(-1)
     by_col = (-(col - target[..., 1, None]).square() / (2 * _BLUR_CELLS**2)).softmax(-1)

@@ -43,26 +43,13 @@ def part_templates(
     cols: int | None = None,
     *,
     beta: float = BETA,
-    tau: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "template row col"]:
-    """Return the template family ``T_mu1 … T_mu(L²), T-`` of a map.
+    """Return the template family ``T_mu1 … T_mu(L²), T-`` of a map, row-major by peak cell, the negative one last.
 
     ``T_mu[i, j] = tau * max(1 - beta * |[i, j] - mu|_1 / L, -1)`` and ``T-[i, j] = -tau``, where ``L`` is the side
-    length (for maps that are not square, the geometric mean of both sides; the papers have square maps only).
-
-    Args:
-        rows: rows of the map, at least 2.
-        cols: columns of the map; ``rows`` by default.
-        beta: fall-off, 4 in the paper.
-        tau: scale; by default the paper's ``0.5 / L²``, here ``0.5 / (rows * cols)``.
-        dtype: of the result; computed in float64.
-
-    Returns:
-        ``rows * cols + 1`` templates, row-major by peak cell, the negative one last.
-
-    Raises:
-        InputError: fewer than 2 rows or columns.
+    length (for maps that are not square, the geometric mean of both sides; the papers have square maps only) and
+    ``tau`` is ``0.5 / L²``. A map has ``cols = rows`` by default, and at least 2 of each.
 
     Example:
         >>> family = part_templates(14)
@@ -71,7 +58,7 @@ def part_templates(
     """
     cols = rows if cols is None else cols
     _check_side(rows, cols)
-    tau = 0.5 / (rows * cols) if tau is None else tau
+    tau = 0.5 / (rows * cols)
     side = math.sqrt(rows * cols)
     positive = (1 - beta * _distance_cells(rows, cols) / side).clamp(min=-1)
     family = torch.cat([positive, positive.new_full((1, rows * cols), -1.0)]) * tau
@@ -79,13 +66,9 @@ def part_templates(
 
 
 def template_log_prior(cells: int, *, alpha: float | None = None) -> Float[Tensor, " template"]:
-    """Return ``log p(T)``: ``alpha / L²`` for each positive template, ``1 - alpha`` for the negative one.
+    """Return ``log p(T)`` for ``L²`` cells: ``alpha / L²`` for each positive template, ``1 - alpha`` for ``T-``.
 
     With the paper's ``alpha = L² / (1 + L²)`` all ``L² + 1`` templates are equally likely. (CVPR 2018, Sec. 3.1)
-
-    Args:
-        cells: number of cells ``L²``.
-        alpha: probability that the part is present, in (0, 1); by default the paper's value.
 
     Example:
         >>> round(float(template_log_prior(196).exp()[0] * 197), 5)
@@ -131,15 +114,10 @@ def cell_grid(rows: int, cols: int, like: Tensor) -> Float[Tensor, "cell 2"]:
 def centroid_cells(
     maps: Float[Tensor, "image filter row col"], power: float = PEAK_POWER
 ) -> Float[Tensor, "image filter 2"]:
-    """Return the centroid (row, col) of each map raised to a power: its largest cell for a large power.
+    """Return the centroid (row, col) of each non-negative map raised to a power: its largest cell for a large one.
 
     Where a map has one narrow peak, this is that peak to a part of a cell; where the map has two, it is a
-    place between them instead of a jump. It does not depend on the map's scale. An empty map has no peak: it gets cell
-    (0, 0), as its largest cell does, so that silent filters are never taken for filters that stay in the middle.
-
-    Args:
-        maps: non-negative maps (after a ReLU).
-        power: how much more the strong cells weigh, at least 1.
+    place between them instead of a jump. It does not depend on the map's scale.
 
     Example:
         >>> maps = torch.zeros(1, 1, 5, 5)
@@ -152,6 +130,8 @@ def centroid_cells(
     largest = flat.amax(-1, keepdim=True)
     weight = (flat / largest.clamp(min=torch.finfo(flat.dtype).tiny)).pow(power)
     places = weight @ cell_grid(rows, cols, weight) / weight.sum(-1, keepdim=True)
+    # An empty map has no peak: it gets cell (0, 0), as its largest cell does, so that silent filters are never taken
+    # for filters that stay in the middle.
     return torch.where(largest <= 0, 0.0, places)
 
 
@@ -161,11 +141,6 @@ def mask_around(
     """Keep each map's neighbourhood of a place that need not be a cell: ``x * max(1 - beta |mu - [i, j]|_1 / L, 0)``.
 
     Equal to :func:`mask_at_peak` where the places are the largest cells; a constant of the backward pass, too.
-
-    Args:
-        maps: non-negative maps.
-        places: (row, col) in cells.
-        beta: fall-off.
     """
     rows, cols = maps.shape[2:]
     by_row = (torch.arange(rows).to(places) - places.detach()[..., 0, None]).abs()
@@ -177,12 +152,8 @@ def mask_around(
 def mask_at_peak(
     maps: Float[Tensor, "image filter row col"], masks: Float[Tensor, "cell row col"]
 ) -> Float[Tensor, "image filter row col"]:
-    """Keep each map's neighbourhood of its largest cell: ``x ∘ mask(argmax x)``.
+    """Keep each map's neighbourhood of its largest cell, with :func:`peak_masks`: ``x ∘ mask(argmax x)``.
 
     The mask is a constant in the backward pass: ``dx = dy ∘ mask``. (ICLR 2020 submission, Sec. 3.1)
-
-    Args:
-        maps: non-negative maps (after a ReLU).
-        masks: from :func:`peak_masks`, for this map size.
     """
     return maps * masks.to(maps.dtype)[peak_cells(maps.detach())]

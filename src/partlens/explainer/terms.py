@@ -30,9 +30,7 @@ from partlens.explainer.network import Explainer, ExplainerOutput
 from partlens.explainer.teachers import places_in_view, teacher_cost
 from partlens.explainer.templates import part_templates
 
-RECONSTRUCTION_WEIGHT = 5e4
-"""Numerator of lambda_l = 5e4 / E|max(x*, 0)| (ICLR 2020, Sec. 4)."""
-
+_RECONSTRUCTION_WEIGHT = 5e4  # numerator of lambda_l = 5e4 / E|max(x*, 0)| (ICLR 2020, Sec. 4)
 _CLASSIFICATION_WEIGHT = 1e6  # of Explainer+cls, in the units of the reconstruction (paper silent)
 _UNIT = 1e6  # Adam does not see the scale; logs stay readable
 _MEASURE_EVERY = 8
@@ -45,29 +43,17 @@ State = dict[str, Tensor]
 
 
 class BatchFacts(NamedTuple):
-    """What is known of a batch's images beyond their maps; the explained photos come first.
+    """What is known of a batch's images beyond their maps; the explained photos come first."""
 
-    Attributes:
-        labels: the category of each explained photo.
-        photos: their numbers.
-        windows: how the views that are seen were cut from them.
-    """
-
-    labels: Int[Tensor, " positive"]
+    labels: Int[Tensor, " positive"]  # the category of each explained photo
     photos: Int[Tensor, " positive"]
-    windows: Float[Tensor, "positive 5"]
+    windows: Float[Tensor, "positive 5"]  # how the views that are seen were cut from them
 
 
 class Group(NamedTuple):
     """The photos of one category in a batch and the filters that belong to it, in one interpretable layer.
 
-    Attributes:
-        layer: ``"1"`` or ``"2"``.
-        category: number of the category.
-        rows: of the batch.
-        filters: of the layer.
-        maps: of the layer, all filters, of the images that the filter loss reads.
-        scores: of these maps with every template.
+    Maps and scores (of every template) are of all filters and of the images that the filter loss reads.
     """
 
     layer: str
@@ -78,14 +64,8 @@ class Group(NamedTuple):
     scores: Float[Tensor, "image all template"]
 
 
-class FilterTerm(ABC):
-    """A cost of every filter of an interpretable layer.
-
-    Class attributes:
-        NAME: in the log.
-        LAYERS: those it applies to.
-        WEIGHT: in units of the filter loss.
-    """
+class _FilterTerm(ABC):
+    """A cost of every filter of the interpretable layers ``LAYERS``, in units of the filter loss times ``WEIGHT``."""
 
     NAME: ClassVar[str]
     LAYERS: ClassVar[str]
@@ -96,12 +76,8 @@ class FilterTerm(ABC):
         """Return the cost of each filter of a group in nats."""
 
 
-class WholeTerm(ABC):
-    """A cost of a batch as a whole.
-
-    Class attributes:
-        NAME: in the log.
-    """
+class _WholeTerm(ABC):
+    """A cost of a batch as a whole, ``NAME`` in the log."""
 
     NAME: ClassVar[str]
 
@@ -118,7 +94,7 @@ def _picked(values: Tensor, rows: Tensor, filters: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FilterLoss(FilterTerm):
+class FilterLoss(_FilterTerm):
     """The filter loss of the papers (:mod:`partlens.explainer.filter_loss`)."""
 
     NAME: ClassVar[str] = "filter"
@@ -162,7 +138,7 @@ class FilterLoss(FilterTerm):
 
 
 @dataclass(frozen=True)
-class TeacherDistance(FilterTerm):
+class TeacherDistance(_FilterTerm):
     """How far filters of conv-interp-2 are from their teachers (:func:`partlens.explainer.teachers.teacher_cost`)."""
 
     NAME: ClassVar[str] = "teacher"
@@ -183,12 +159,8 @@ class TeacherDistance(FilterTerm):
 
 
 @dataclass(frozen=True)
-class Reconstruction(WholeTerm):
-    """``sum_l lambda_l |x_l - x_l*|²`` with ``lambda_l = 5e4 / E|max(x*, 0)|``.
-
-    Attributes:
-        target_norms: E|max(x*, 0)| of each target.
-    """
+class Reconstruction(_WholeTerm):
+    """``sum_l lambda_l |x_l - x_l*|²`` with ``lambda_l = 5e4 / E|max(x*, 0)|``, the norm of each target."""
 
     NAME: ClassVar[str] = "reconstruction"
 
@@ -198,13 +170,13 @@ class Reconstruction(WholeTerm):
         """Return the mean over images."""
         total = output.p.new_zeros(())
         for value, target, norm in zip(output.reconstructions, targets, self.target_norms, strict=True):
-            weight = RECONSTRUCTION_WEIGHT / max(norm, 1e-12)
+            weight = _RECONSTRUCTION_WEIGHT / max(norm, 1e-12)
             total = total + weight * (value.float() - target).square().flatten(1).sum(1).mean()
         return total
 
 
 @dataclass(frozen=True)
-class Share(WholeTerm):
+class Share(_WholeTerm):
     """``-eta log p``."""
 
     NAME: ClassVar[str] = "share"
@@ -217,14 +189,11 @@ class Share(WholeTerm):
 
 
 @dataclass(frozen=True)
-class Classification(WholeTerm):
+class Classification(_WholeTerm):
     """The logistic loss of the performer's outputs for the reconstruction that is fed back (ICLR 2020, Table 10).
 
-    It replaces the reconstruction and needs labels; background shows none of the categories.
-
-    Attributes:
-        head: the performer from the last target to its output.
-        outputs: the output of each category.
+    It replaces the reconstruction and needs labels; background shows none of the categories. ``head`` is the performer
+    from the last target on, ``outputs`` has the output of each category.
     """
 
     NAME: ClassVar[str] = "classification"
@@ -260,12 +229,12 @@ class Objective:
     """
 
     explainer: Explainer
-    fidelity: WholeTerm
-    others: tuple[WholeTerm, ...]
-    filter_terms: tuple[FilterTerm, ...]
+    fidelity: _WholeTerm
+    others: tuple[_WholeTerm, ...]
+    filter_terms: tuple[_FilterTerm, ...]
     categories: int
     state: State
-    watched: tuple[WholeTerm, ...] = ()
+    watched: tuple[_WholeTerm, ...] = ()
     epoch: int = 1
     step: int = 0
     _templates: Tensor = field(init=False, repr=False)
@@ -285,10 +254,10 @@ class Objective:
         """Return the objective that an explainer's configuration asks for."""
         config, state = explainer.config, State()
         reconstruction = Reconstruction(target_norms)
-        terms: tuple[FilterTerm, ...] = (FilterLoss(config, state),)
+        terms: tuple[_FilterTerm, ...] = (FilterLoss(config, state),)
         if config.teachers:
             terms += (TeacherDistance(state),)
-        fidelity: WholeTerm = reconstruction if classification is None else classification
+        fidelity: _WholeTerm = reconstruction if classification is None else classification
         watched = () if classification is None else (reconstruction,)
         return cls(explainer, fidelity, (Share(config.eta),), terms, categories, state, watched)
 

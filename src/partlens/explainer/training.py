@@ -39,13 +39,8 @@ EpochReport = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class TrainingResult:
-    """What training did.
-
-    Attributes:
-        history: one mapping of logged terms per epoch.
-        stopped: ``"finished"`` after all epochs or ``"plateau"``.
-    """
+class _TrainingResult:
+    """The logged terms of each epoch, and why training stopped: ``"finished"`` after all epochs or ``"plateau"``."""
 
     history: tuple[dict[str, Any], ...]
     stopped: str
@@ -53,16 +48,10 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Extras:
-    """What a fit takes from outside its configuration.
+    """What a fit takes from outside its configuration."""
 
-    Attributes:
-        places_of: where candidates to teach come from.
-        classification: replaces the reconstruction, for ``objective="classification"``.
-        device: where the explainer learns.
-    """
-
-    places_of: PlaceSource = later_places
-    classification: Classification | None = None
+    places_of: PlaceSource = later_places  # where candidates to teach come from
+    classification: Classification | None = None  # replaces the reconstruction, for that objective
     device: str | torch.device = "cpu"
 
 
@@ -75,10 +64,7 @@ def _schedule(step: int, total: int) -> float:
 
 @contextlib.contextmanager
 def _events(folder: Path, step: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Write epochs to TensorBoard's event file, records from ``step`` on anew; to nowhere without the extra ``log``.
-
-    The same terms are in ``history.json``; the event file is for people who watch several runs at once.
-    """
+    """Write epochs to TensorBoard's event file, records from ``step`` on anew; to nowhere without the extra ``log``."""
     if importlib.util.find_spec("tensorboard") is None:
         yield lambda _: None
         return
@@ -95,11 +81,11 @@ def _events(folder: Path, step: int) -> Iterator[Callable[[Mapping[str, Any]], N
         yield write
 
 
-def decoder_rate(decoder: nn.Module, config: ExplainerConfig) -> float:
-    """Return the decoder's rate: the configured one, at most ``decoder_step_max`` of the size of its kernels.
+def _decoder_rate(decoder: nn.Module, config: ExplainerConfig) -> float:
+    """Return the decoder's rate: the configured one, at most ``decoder_step_max`` of the size of its kernels (ours).
 
     The size is the root mean square over all weights of two or more dimensions; biases and scales of norm layers do not
-    count. Source: ours.
+    count.
     """
     kernels = [weight.detach() for weight in decoder.parameters() if weight.ndim > 1]
     if not config.decoder_step_max or not kernels:
@@ -148,7 +134,7 @@ class _Training:
         self.explainer, self.data, self.folder, self.extras = explainer, data, folder, extras
         self.config = explainer.config
         # Measured on the performer's copy, before a checkpoint is read, so that a killed run goes on at the same rate.
-        self.of_decoder = decoder_rate(explainer.decoder, self.config)
+        self.of_decoder = _decoder_rate(explainer.decoder, self.config)
         self.optimiser = _optimiser(explainer, self.of_decoder, warm=self.config.warmup_epochs > 0)
         norms = tuple(target_norm(gather(target, data.sample)) for target in data.targets)
         self.objective = Objective.of(explainer, norms, data.categories, extras.classification)
@@ -297,20 +283,12 @@ def train_explainer(
     *,
     extras: Extras | None = None,
     report: EpochReport | None = None,
-) -> TrainingResult:
+) -> _TrainingResult:
     """Learn an explainer; continue where a killed run stopped.
 
-    Args:
-        explainer: from :func:`partlens.explainer.network.build_explainer`; holds its configuration, and is handed back
-            on the CPU.
-        data: cached maps.
-        folder: where the checkpoint, ``history.json`` and, with the extra ``log``, TensorBoard's event files are
-            written, after every epoch.
-        extras: what is not in the configuration.
-        report: gets each epoch's record; an exception from it ends training with the last checkpoint intact.
-
-    Returns:
-        The history and why training stopped.
+    The checkpoint, ``history.json`` and, with the extra ``log``, TensorBoard's event files are written to ``folder``
+    after every epoch. The explainer is handed back on the CPU. An exception from ``report``, which gets each epoch's
+    record, ends training with the last checkpoint intact.
 
     Raises:
         ImageError: fewer than two photos.
@@ -333,4 +311,4 @@ def train_explainer(
                 report(record)
     explainer.draws = None
     explainer.cpu().eval()
-    return TrainingResult(tuple(training.history), training.stopped)
+    return _TrainingResult(tuple(training.history), training.stopped)

@@ -27,7 +27,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 
-CROP_AREA_MIN = 0.55
+_CROP_AREA_MIN = 0.55
 """Smallest share of a photo's area in a crop (ours)."""
 
 NORM_SAMPLE = 256
@@ -37,27 +37,16 @@ _ASPECT = 0.2
 _FRAMES_KEPT = 64
 
 
-def view_windows(
-    photos: int, views: int, generator: torch.Generator, area_min: float = CROP_AREA_MIN
-) -> Float[Tensor, "photo view 5"]:
-    """Draw the windows of every view.
+def view_windows(photos: int, views: int, generator: torch.Generator) -> Float[Tensor, "photo view 5"]:
+    """Draw each view's window: left, top, width, height as shares of the frame, and 1 where it is mirrored.
 
-    View 0 is the whole photo, view 1 its mirror; the others are crops of ``area_min`` to all of the area, sides
-    stretched by up to ``exp(0.2)`` against each other, half of them mirrored.
-
-    Args:
-        photos: number of photos.
-        views: views of each.
-        generator: source of the draws.
-        area_min: smallest share of the area, in (0, 1).
-
-    Returns:
-        Left, top, width and height as shares of the photo's frame, and 1 where the view is mirrored.
+    View 0 is the whole photo, view 1 its mirror; the others are crops of 55 % to all of the area, sides stretched by up
+    to ``exp(0.2)`` against each other, half of them mirrored.
     """
     if views < 1:
         raise InputError(expected("at least 1 view", views, "Set views to 1 or more"))
     draw = torch.rand(photos, views, 5, generator=generator)
-    area = area_min + (1 - area_min) * draw[..., 0]
+    area = _CROP_AREA_MIN + (1 - _CROP_AREA_MIN) * draw[..., 0]
     stretch = torch.exp(_ASPECT * (2 * draw[..., 1] - 1))
     width = (area.sqrt() * stretch).clamp(max=1)
     height = (area.sqrt() / stretch).clamp(max=1)
@@ -131,19 +120,7 @@ def viewed_images(
     """Return views as images of their own, and the performer that takes them as they are.
 
     Views are cut from the frame the network sees, so the returned performer only scales colours. A photo is decoded
-    once for views that are read one after another.
-
-    Args:
-        images: the photos.
-        performer: the network under study.
-        photos: position in ``images`` of each row's photo.
-        windows: of each row, as in :func:`view_windows`.
-
-    Returns:
-        The rows as images, and the performer with the preprocessing ``squash``.
-
-    Raises:
-        InputError: photos and windows differ in number.
+    once for views that are read one after another. Row ``k`` is photo ``photos[k]`` seen through ``windows[k]``.
     """
     if len(photos) != windows.shape[0]:
         raise InputError(expected(f"windows of {len(photos)} rows", int(windows.shape[0]), "Draw one per row"))
@@ -217,13 +194,7 @@ def gather(array: np.ndarray, rows: np.ndarray) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """Rows of one step.
-
-    Attributes:
-        rows: of the arrays: explained photos first, then background.
-        photos: the explained photos.
-        view: in which view each is seen.
-    """
+    """Rows of one step, explained photos first, then background; which photos these are and in which view."""
 
     rows: np.ndarray
     photos: Int[Tensor, " positive"]
