@@ -30,7 +30,7 @@ from partlens.explainer.network import Explainer, ExplainerOutput
 from partlens.explainer.teachers import places_in_view, teacher_cost
 from partlens.explainer.templates import part_templates
 
-_RECONSTRUCTION_WEIGHT = 5e4  # numerator of lambda_l = 5e4 / E|max(x*, 0)| (ICLR 2020, Sec. 4)
+RECONSTRUCTION_WEIGHT = 5e4  # numerator of lambda_l = 5e4 / E|max(x*, 0)| (ICLR 2020, Sec. 4)
 _CLASSIFICATION_WEIGHT = 1e6  # of Explainer+cls, in the units of the reconstruction (paper silent)
 _UNIT = 1e6  # Adam does not see the scale; logs stay readable
 _MEASURE_EVERY = 8
@@ -170,7 +170,7 @@ class Reconstruction(_WholeTerm):
         """Return the mean over images."""
         total = output.p.new_zeros(())
         for value, target, norm in zip(output.reconstructions, targets, self.target_norms, strict=True):
-            weight = _RECONSTRUCTION_WEIGHT / max(norm, 1e-12)
+            weight = RECONSTRUCTION_WEIGHT / max(norm, 1e-12)
             total = total + weight * (value.float() - target).square().flatten(1).sum(1).mean()
         return total
 
