@@ -37,16 +37,18 @@ _ASPECT = 0.2
 _FRAMES_KEPT = 64
 
 
-def view_windows(photos: int, views: int, generator: torch.Generator) -> Float[Tensor, "photo view 5"]:
+def view_windows(
+    photos: int, views: int, generator: torch.Generator, area_min: float = _CROP_AREA_MIN
+) -> Float[Tensor, "photo view 5"]:
     """Draw each view's window: left, top, width, height as shares of the frame, and 1 where it is mirrored.
 
-    View 0 is the whole photo, view 1 its mirror; the others are crops of 55 % to all of the area, sides stretched by up
-    to ``exp(0.2)`` against each other, half of them mirrored.
+    View 0 is the whole photo, view 1 its mirror; the others are crops of ``area_min`` to all of the area, sides
+    stretched by up to ``exp(0.2)`` against each other, half of them mirrored.
     """
     if views < 1:
         raise InputError(expected("at least 1 view", views, "Set views to 1 or more"))
     draw = torch.rand(photos, views, 5, generator=generator)
-    area = _CROP_AREA_MIN + (1 - _CROP_AREA_MIN) * draw[..., 0]
+    area = area_min + (1 - area_min) * draw[..., 0]
     stretch = torch.exp(_ASPECT * (2 * draw[..., 1] - 1))
     width = (area.sqrt() * stretch).clamp(max=1)
     height = (area.sqrt() / stretch).clamp(max=1)
