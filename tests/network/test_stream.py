@@ -130,8 +130,6 @@ def test_maps_of_another_configuration_are_refused(performer, images, tmp_path) 
         with pytest.raises(RunError, match="delete this one"):
             stream_maps(**{**given, **change})
     assert (tmp_path / RowRecord.FILE).read_text() == before
-    fresh = stream_maps(performer, images, ["0"], tmp_path, "float32", resume=False)
-    assert list(fresh) == ["0"]
 
 
 def test_a_corrupt_image_is_named_and_finished_batches_stay(performer, tmp_path) -> None:

@@ -91,13 +91,8 @@ Box = tuple[float, float, float, float]
 def window_px(box: Box, size_px: tuple[int, int]) -> tuple[int, int, int, int]:
     """Return the pixels of a photo that a box covers.
 
-    Args:
-        box: left, top, right and bottom edge in pixels; the photo's top left corner is 0, 0.
-        size_px: width and height of the photo.
-
-    Returns:
-        The edges in whole pixels (halves upwards), cut off at the photo's; right <= left or bottom <= top where
-        nothing of the box lies in the photo.
+    Box edges are left, top, right, bottom in pixels from the photo's top left corner. Halves are rounded upwards, and
+    cut off at the photo's edges; right <= left or bottom <= top where nothing of the box lies in the photo.
 
     Example:
         >>> window_px((34, 128, 216, 271), (500, 334)), window_px((5.5, -3, 25, 45), (25, 25))

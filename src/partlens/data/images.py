@@ -335,12 +335,7 @@ class ImageSet:
     def rows_of(self, categories: Sequence[str], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the positions of the photos of some categories in a split, and those of all others there.
 
-        Args:
-            categories: names; ``""`` alone means all photos as one.
-            split: name of the split.
-
-        Returns:
-            Positions in ascending order; the second tuple is empty for all photos as one.
+        ``""`` alone stands for all photos as one, without others.
 
         Raises:
             ImageError: an unknown split or category, or one of several categories without photos in the split.
@@ -402,8 +397,7 @@ class ImageSet:
     def with_parts(self, truth: PartTruth) -> ImageSet:
         """Return the same images with other annotated parts.
 
-        Args:
-            truth: by the images' names; images that it lacks have no known parts.
+        Images that ``truth`` lacks have no known parts.
 
         Raises:
             ImageError: no image of the set is in it.

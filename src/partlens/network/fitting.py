@@ -72,21 +72,8 @@ def train_classifier(
     AdamW with one cycle of the learning rate (up for three tenths of the steps, then down) and cross-entropy. The same
     seed gives the same weights on the same machine and library versions.
 
-    Args:
-        build: makes the untrained network for a number of outputs; it is called under the seed.
-        images: with categories, and the splits ``train`` and ``test``.
-        preprocessing: of the network.
-        epochs: passes over the training images, at least 1.
-        batch_size: images per step.
-        learning_rate: its largest value.
-        weight_decay: AdamW's.
-        mirror: turn every other batch left to right.
-        channels_last: lay tensors out as CPUs like them; faster, other rounding.
-        seed: of the weights and the order.
-        progress: how to show progress.
-
-    Returns:
-        The network, its class names, and which held-out images it gets right.
+    ``build`` makes the untrained network for a number of outputs, under the seed. ``mirror`` turns every other batch
+    left to right; ``channels_last`` lays tensors out as CPUs like them, which is faster and rounds otherwise.
 
     Raises:
         InputError: no epochs, or fewer than two categories.
@@ -119,18 +106,24 @@ def train_classifier(
         optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
         steps = epochs * ((len(labels) + batch_size - 1) // batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=learning_rate, total_steps=steps)
+
+        def step(rows: Tensor) -> Tensor:
+            batch = ready(pictures[rows])
+            # The draw comes after that of the order, once per batch: seeded weights depend on it.
+            batch = batch.flip(3) if mirror and float(torch.rand(())) < 0.5 else batch
+            loss = F.cross_entropy(network(batch), labels[rows])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            return loss.detach()
+
         network.train()
         with show.task("training the network", epochs) as advance:
             for epoch in range(epochs):
                 for rows in torch.randperm(len(labels)).split(batch_size):
-                    batch = ready(pictures[rows])
-                    batch = batch.flip(3) if mirror and float(torch.rand(())) < 0.5 else batch
-                    loss = F.cross_entropy(network(batch), labels[rows])
-                    optimiser.zero_grad()
-                    loss.backward()
-                    optimiser.step()
-                    schedule.step()
-                advance(epoch + 1, f"loss {float(loss.detach()):.2f}")
+                    loss = step(rows)
+                advance(epoch + 1, f"loss {float(loss):.2f}")
         network = network.to(memory_format=torch.contiguous_format).eval()
         right = right_answers(network, held, held_labels, preprocessing)
     return Fitted(network, names, right)
@@ -150,11 +143,7 @@ def save_classifier(
 ) -> None:
     """Write a network's weights with what :func:`~partlens.network.zoo.load_performer` also has to know.
 
-    Args:
-        path: ends in ``.safetensors``.
-        network: its state dict is written.
-        preprocessing: goes into the header as ``input`` and ``input_size``.
-        class_names: go into the header as a JSON list.
+    The header says the input, and the class names as a JSON list.
 
     Raises:
         StorageError: the file could not be written.

@@ -356,9 +356,8 @@ class Graph:
     def cut_points(self) -> list[str]:
         """Return the layers through which everything passes.
 
-        Returns:
-            Tap names in execution order; a block that ends there gives its name (``layer4.0``), else the layer
-            itself. A network can be cut at these and nowhere else.
+        In execution order; a block that ends there gives its name (``layer4.0``), else the layer itself. A network can
+        be cut at these and nowhere else.
 
         Example:
             >>> trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())).cut_points()
@@ -393,16 +392,9 @@ class Graph:
     def cut(self, source: str, targets: Sequence[str]) -> nn.Module:
         """Copy the layers between a tap and later ones.
 
-        Args:
-            source: tap whose output the copy takes, as `partlens.network.taps.read_taps` names it; a module
-                with submodules is replaced by what it returns.
-            targets: taps whose outputs the copy returns; ``"output"`` is the network's own output.
-
-        Returns:
-            A module in eval mode. It takes the map of ``source`` and returns a tuple with one entry per target,
-            equal bit for bit to what the network computes. Its parameters are copies with ``requires_grad`` on,
-            under the network's names; it works out of place, so that neither its input nor its outputs are
-            overwritten.
+        It takes the map of ``source`` and returns a tuple with one entry per target (``"output"`` is the network's
+        own), equal bit for bit to what the network computes. Its parameters are copies with ``requires_grad`` on, under
+        the network's names; it works out of place, so that neither its input nor its outputs are overwritten.
 
         Raises:
             LayerError: an unknown layer; a target that is not after the source; a source that a shortcut goes
@@ -547,12 +539,6 @@ class _ShapeRunner(fx.Interpreter):
 
 def trace(module: nn.Module) -> Graph:
     """Trace a network in eval mode.
-
-    Args:
-        module: the network; left as it was.
-
-    Returns:
-        Its graph.
 
     Raises:
         InputTypeError: not a readable network.

@@ -93,11 +93,8 @@ def list_layers(
 ) -> tuple[LayerInfo, ...]:
     """List every layer that can be read, in execution order.
 
-    Args:
-        module: the network; left as it was.
-        graph: its graph; ``None`` where it has none, so that strides and receptive fields are not known.
-        input_size: rows and columns of the input.
-        default: the layer to explain when none is named; chosen by `default_tap` when ``None``.
+    Without a graph, strides and receptive fields are not known. `default_tap` chooses the layer to explain where
+    ``default`` is ``None``.
 
     Raises:
         LayerError: the network does not accept the input size.
@@ -165,13 +162,7 @@ def default_targets(graph: Graph, source: str, input_size: tuple[int, int]) -> t
       cut points with maps of more than one cell; for ResNet-18 cut at ``layer3`` these are ``layer4.0`` and
       ``layer4.1``. Where there are no blocks, the last two such layers, activations first.
 
-    Args:
-        graph: of the network.
-        source: the tap that is reconstructed.
-        input_size: rows and columns of the input.
-
-    Returns:
-        Two names in execution order, or one where the network has only one.
+    Two names in execution order, or one where the network has only one.
 
     Raises:
         LayerError: nothing to compare after the source, or the source is not a cut point.
@@ -218,9 +209,7 @@ def default_tap(graph: Graph, maps: Mapping[str, tuple[int, int, int]]) -> str:
        earlier one at least); ``layer3`` in a ResNet at 224 px. Where no map is that fine, the last one with
        the most rows.
 
-    Args:
-        graph: of the network.
-        maps: filters, rows and columns of every layer that gives maps, by tap name.
+    ``maps`` are filters, rows and columns of every layer that gives maps.
 
     Raises:
         LayerError: no layer has maps larger than 1x1 with two layers after it.

@@ -131,9 +131,7 @@ class Performer:
     def output(self, name: str, outputs: int | None = None) -> int:
         """Return the number of the output with a name; a number is taken as it is.
 
-        Args:
-            name: a class name, or the number of an output.
-            outputs: how many outputs the network has; optional where they have names.
+        A number is taken as it is; ``outputs``, how many there are, is optional where they have names.
 
         Raises:
             InputError: no output of that name, with the nearest ones.
@@ -164,11 +162,8 @@ def module_of(performer: Performer | nn.Module) -> nn.Module:
 def weights_sha256(module: nn.Module) -> str:
     """Hash a network's weights and buffers.
 
-    Args:
-        module: any network; wrappers such as ``DataParallel`` do not change the hash, nor does the device.
-
-    Returns:
-        64 hexadecimal digits over names, types, shapes and bytes, in the order of the state dict.
+    64 hexadecimal digits over names, types, shapes and bytes, in the order of the state dict; wrappers such as
+    ``DataParallel`` and the device do not change them.
 
     Example:
         >>> a = nn.Linear(2, 2)

@@ -330,14 +330,6 @@ def receptive_field(graph: Graph, tap: str, input_size: tuple[int, int]) -> Rece
     ``j' = j s``. Sums and concatenations take the union; pooling of everything and linear layers see the whole
     image; adaptive pooling whose windows differ in size counts as the whole image.
 
-    Args:
-        graph: of the network.
-        tap: name of the layer.
-        input_size: rows and columns of the input.
-
-    Returns:
-        The field, the same for all filters.
-
     Raises:
         LayerError: an unknown layer, or an operation whose field is not known (transposed convolution, resizing,
             attention).

@@ -85,16 +85,8 @@ def stream(
 
     The performer is borrowed for each batch alone, so that it is as it was whenever the caller has control.
 
-    Args:
-        performer: the network; left as it was.
-        images: the photos.
-        rows: positions in ``images``, in the order they are read.
-        taps: layers to read; none for the outputs alone.
-        batch_size: images per forward pass.
-        reduce: what to keep of each layer's output instead of the whole (`partlens.network.taps.read_taps`).
-
-    Yields:
-        Batches in the order of ``rows``.
+    ``rows`` are positions in ``images``, read in their order; ``reduce`` says what to keep of each layer's output
+    instead of the whole (`partlens.network.taps.read_taps`).
 
     Raises:
         ImageError: an image that cannot be read, with its name.
@@ -140,23 +132,13 @@ def stream_maps(
     dtype: Literal["float16", "float32"] = "float16",
     batch_size: int = 32,
     *,
-    resume: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
     """Run every image through the performer once and keep its maps on disk.
 
-    Args:
-        performer: the network; left as it was.
-        images: the photos.
-        taps: layers to read: maps, or vectors such as fc6.
-        folder: where the maps go (`partlens.rows`), made when missing.
-        dtype: of the maps on disk.
-        batch_size: images per forward pass.
-        resume: go on with the maps found in ``folder``; ``False`` starts again.
-        progress: called as ``progress(rows_done, rows)`` after each batch.
-
-    Returns:
-        Read-only memory maps ``[image, filter, row, col]`` by tap; ``[image, filter]`` for vectors.
+    Maps, or vectors such as fc6, go to ``folder`` (`partlens.rows`) and come back as read-only memory maps ``[image,
+    filter, row, col]`` or ``[image, filter]`` by tap. It goes on with
+    maps found there. ``progress(rows_done, rows)`` is called after each batch.
 
     Raises:
         ImageError: an image that cannot be read (with its name); finished batches stay on disk.
@@ -179,7 +161,7 @@ def stream_maps(
         "dtype": dtype,
         "taps": taps,
     }
-    with row_store(folder, identity, len(images), resume=resume) as store:
+    with row_store(folder, identity, len(images)) as store:
         for batch in stream(performer, images, range(store.done, store.rows), taps, batch_size=batch_size):
             names = [images.keys[row] for row in batch.rows]
             stored = {_file(n, tap): _as_stored(tap, batch.maps[tap], dtype, names) for n, tap in enumerate(taps)}

@@ -230,17 +230,9 @@ def forward_taps(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run a network in eval mode without gradients and read its taps.
 
-    Args:
-        performer: the network; left as it was.
-        batch: its input; moved to the network's device and floating type, memory format kept.
-        names: taps to read.
-        reduce: what to keep of each output instead of the whole (`read_taps`); values that are not finite must show
-            in its result.
-
-    Returns:
-        The output and the taps, as float32 on the network's device. They are ordinary tensors: gradients are
-        off by ``no_grad`` rather than ``inference_mode``, whose tensors could neither enter a later training
-        step nor be kept by a network that caches values.
+    The batch is moved to the network's device and floating type. The output and the taps come as float32 on the
+    network's device. Gradients are off by ``no_grad``: tensors of ``inference_mode`` could neither enter a later
+    training step nor be kept by a network that caches values.
 
     Raises:
         LayerError: an unknown layer or one that is not called.

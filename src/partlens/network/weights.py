@@ -109,10 +109,7 @@ def load_into(
 def with_outputs(module: nn.Module, layer: str, outputs: int) -> None:
     """Put a new last layer with another number of outputs into a network, in place.
 
-    Args:
-        module: the network, changed.
-        layer: its last layer with weights, by name: a linear layer or a convolution.
-        outputs: of the new layer, whose weights are torch's random start.
+    The layer is its last one with weights: linear or a convolution; the new weights are torch's random start.
 
     Raises:
         LayerError: the layer is missing or of another kind.

@@ -72,14 +72,7 @@ def _drawn(build: _Build, preprocessing: Preprocessing, weights: str, spec: str)
 def _filled(build: _Build, preprocessing: Preprocessing, usual: int, weights: str) -> tuple[Performer, int | None]:
     """Build a network with as many outputs as a file has weights for, and fill it.
 
-    Args:
-        build: makes the network with a number of outputs, ``None`` for the usual one.
-        preprocessing: where the file's header names none.
-        usual: number of outputs of ``build(None)``.
-        weights: path of the file.
-
-    Returns:
-        The performer, and the number of outputs where it is not the usual one.
+    ``usual`` is the number of outputs of ``build(None)``; the number that is returned is ``None`` for it.
     """
     path = Path(weights)
     state, metadata = read_weights(path)
@@ -285,13 +278,9 @@ def _load_factory(source: str, name: str, weights: str | None, spec: str) -> Per
     try:
         found = getattr(importlib.import_module(source), name)
     except (ImportError, AttributeError) as error:
-        raise InputError(
-            expected(
-                "torchvision:NAME, timm:NAME, partlens:NAME or package.module:factory",
-                f"{spec} ({error})",
-                "Check the spelling, and that Python can import the package (PYTHONPATH)",
-            )
-        ) from error
+        rule = "torchvision:NAME, timm:NAME, partlens:NAME or package.module:factory"
+        remedy = "Check the spelling, and that Python can import the package (PYTHONPATH)"
+        raise InputError(expected(rule, f"{spec} ({error})", remedy)) from error
     made, weights = _made(found, weights, spec)
     if isinstance(made, nn.Module):
         performer = _with_weights(made, weights, _USUAL)
