@@ -37,6 +37,7 @@ def test_every_parameter_of_a_verb_is_an_option_with_help(command: str, capsys: 
     module, _, name = COMMANDS[command].function.partition(":")
     function = getattr(importlib.import_module(module), name)
     assert f"partlens {command}" in shown
+    assert "%%" not in shown
     for parameter in inspect.signature(function).parameters:
         # A function cannot be typed in a shell.
         if parameter in ("progress", "places_of") or parameter in COMMANDS[command].settings:

@@ -132,7 +132,7 @@ def _described(documented: Any) -> dict[str, str]:
 
     texts = {p.arg_name: p.description or "" for p in parse(documented.__doc__ or "", DocstringStyle.GOOGLE).params}
     plain = {name: re.sub(r":\w+:`~?([\w.]*\.)?(\w+)`", r"\2", text) for name, text in texts.items()}
-    return {name: " ".join(text.replace("``", "").replace("%", "%%").split()) for name, text in plain.items()}
+    return {name: " ".join(text.replace("``", "").split()) for name, text in plain.items()}
 
 
 def _group(settings: type) -> str:

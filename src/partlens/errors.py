@@ -163,7 +163,7 @@ def check_types(config: Any) -> None:
             continue
         if not any(_is_of(value, one) for one in kinds):
             takes = " or ".join(_KINDS[one] if one in _KINDS else _said(one) for one in kinds)
-            raise InputError(expected(f"{name} to be {takes}", repr(value), f"Correct {name}, or leave it out"))
+            raise InputError(expected(f"{name} to be {takes}", repr(value), f"Correct {name}, or omit it"))
 
 
 _KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

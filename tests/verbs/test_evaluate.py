@@ -168,7 +168,7 @@ def test_an_explainer_of_several_categories_shares_its_filters_out(
     assert {k: part.category for part in found.parts for k in part.filters} == evaluated
     page = report(path).read_text()
     assert "petal-blue, petal-red" in page
-    assert "a filter belongs to the one whose photos excite it most" in page
+    assert "a filter belongs to the one whose photos activate it most" in page
 
 
 def test_errors_of_a_single_logistic_output_are_of_its_sign(

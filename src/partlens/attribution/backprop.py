@@ -68,7 +68,7 @@ def _check_module(module: nn.Module) -> None:
         if compiled or isinstance(child, torch.jit.ScriptModule):
             rule = "a network in Python, whose operations can be recorded"
             got = f"a compiled or scripted part, {path or 'the whole'} ({type(child).__name__})"
-            raise InputTypeError(expected(rule, got, "Hand over the plain module that was compiled"))
+            raise InputTypeError(expected(rule, got, "Pass the plain module that was compiled"))
     for name, held in (*module.named_parameters(), *module.named_buffers()):
         if held.is_inference():
             remedy = "Load the network outside inference_mode (calling partlens inside it is allowed)"

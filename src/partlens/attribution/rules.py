@@ -312,7 +312,7 @@ def _refuse(kind: str) -> Callable[[_Grads], None]:
             expected(
                 "operations that autograd records one by one",
                 f"{kind}, whose inside (an activation, a stride) cannot be seen",
-                "Hand over the plain module, without torch.compile, TorchScript, re-entrant checkpoints or "
+                "Pass the plain module, without torch.compile, TorchScript, re-entrant checkpoints or "
                 "autograd.Function, or ask for rule gradient with fix_strides=False",
             )
         )

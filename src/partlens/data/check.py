@@ -111,7 +111,7 @@ def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
     Every file is read once; nothing is written.
 
     Args:
-        path: as for :meth:`~partlens.data.images.ImageSet.open`.
+        path: a folder or table of photos, as for :meth:`~partlens.data.images.ImageSet.open`.
         few: warn about categories with fewer images than this in a split.
 
     Raises:

@@ -34,6 +34,6 @@ def filled_splits(splits: Sequence[str], photos: Sequence[str]) -> tuple[str, ..
             crossing.append(photo)
     if crossing:
         got = f"crops in several splits of {listed(list(dict.fromkeys(crossing)))}"
-        remedy = "Give every crop of a photo the same split, or leave out the photo groups"
+        remedy = "Give every crop of a photo the same split, or omit the photo groups"
         raise ImageError(expected("all crops of a photo in one split", got, remedy))
     return tuple(split or given.get(photo) or split_of(photo) for split, photo in zip(splits, photos, strict=True))

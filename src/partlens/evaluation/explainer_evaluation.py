@@ -134,7 +134,7 @@ class _Layer:
         self.activity.append(maps.clamp(min=0).sum((2, 3)))
 
     def assigned(self, labels: Int[Tensor, " image"], categories: int) -> Int[Tensor, " filter"]:
-        """Return each filter's category: the one whose photos excite it most on average (CVPR 2018, Sec. 3.1)."""
+        """Return each filter's category: the one whose photos activate it most on average (CVPR 2018, Sec. 3.1)."""
         if categories == 1:
             return torch.zeros(self.scores[0].shape[1], dtype=torch.long)
         sums = torch.cat(self.activity)

@@ -37,31 +37,31 @@ class ExplainerConfig(Settings):
             of its map (papers), or the ``centroid``, which does not jump where a map has two peaks.
         teachers: part teachers for each category, shared out among the filters of conv-interp-2, which learn to be
             where their teacher is; 0 in the papers.
-        teacher_variety: what a teacher pays for moving like those already chosen, per unit of correlation.
-        hidden_filters: of conv-interp-1, at most; 0 for as many as the tap has (papers), which for a tap of a thousand
-            filters is most of the work.
+        teacher_variety: cost of a teacher that moves like those already chosen, per unit of correlation.
+        hidden_filters: filters of conv-interp-1, at most; 0 for as many as the tap has (papers), which for a tap of a
+            thousand filters is most of the work.
         standardise: conv-interp-1 reads the tap's maps less their mean and over their deviation, measured once on the
             category's photos (paper silent).
         dropout: share of channels that are dropped in the warm-up, of the tap's maps and of conv-interp-1's.
         p_init: p at the start (paper silent).
         learning_rate: Adam, interpretable track (paper silent on the optimiser and all rates).
-        learning_rate_joint: Adam, interpretable track after the warm-up, where the reconstruction pulls on it too; 0
-            holds the track as the warm-up made it.
-        learning_rate_ordinary: Adam, ordinary track; 0 holds the track at the perfect copy it starts as.
+        learning_rate_joint: Adam, interpretable track after the warm-up, where the reconstruction teaches it too; 0
+            leaves the track as the warm-up made it.
+        learning_rate_ordinary: Adam, ordinary track; 0 leaves it the copy that it starts as.
         learning_rate_decoder: Adam, decoder.
         decoder_step_max: the decoder's rate is at most this share of the root mean square of its kernels, since Adam
             moves every weight by about the rate: what suits a convolution destroys a wide fully connected layer
             (AlexNet, VGG). 0 sets no limit.
         learning_rate_p: Adam, w_p.
-        weight_decay: decoupled, of the interpretable track.
+        weight_decay: of the interpretable track, decoupled.
         batch_size: photos of the category in a step; the filter loss compares them.
         background_batch: other photos in a step, for the reconstruction only.
         epochs: passes over the category's photos, each in one view.
         warmup_epochs: passes before them in which only the interpretable track learns.
         views: views of each photo in the cache: the photo, its mirror, then random crops, half of them mirrored.
         patience: epochs without improvement of the smoothed objective before training stops; 0 never stops early.
-        precision: of convolutions in training; sums, losses and weights stay float32.
-        seed: of everything drawn.
+        precision: number type of convolutions in training; sums, losses and weights stay float32.
+        seed: seed of every random draw.
 
     Class attributes:
         PRESETS: what each changes in the papers' values; ``partlens`` teaches parts before and while it reconstructs.

@@ -269,11 +269,11 @@ class Objective:
             self.fidelity.head.to(device)
 
     def assigned(self, layer: str) -> Int[Tensor, " filter"]:
-        """Return the category of each filter of a layer: the one whose photos excite it most (CVPR 2018, Sec. 3.1).
+        """Return the category of each filter of a layer: the one whose photos activate it most (CVPR 2018, Sec. 3.1).
 
         ``argmax_c mean over photos of c of sum_ij x_ij``, the means running over batches and so re-assigned with each.
         """
-        # A category that no batch has shown yet excites no filter.
+        # A category that no batch has shown yet activates no filter.
         return self.state[f"activity.{layer}"].nan_to_num(nan=-1.0).argmax(1)
 
     @torch.no_grad()

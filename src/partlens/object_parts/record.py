@@ -44,7 +44,7 @@ class PartsConfig(Settings):
         null_filters: filters with random peaks that are drawn for comparison.
         rounds: halvings of the photos that measure how stable the parts are.
         photos_max: most photos used; drawn by seed where there are more.
-        seed: of every draw.
+        seed: seed of every random draw.
     """
 
     rule: Literal["auto", "landmarks", "clusters"] = "auto"

@@ -72,7 +72,7 @@ def demo(
     Args:
         out: folder for what is made; a demo that was stopped in it goes on.
         flowers: number of generated flowers, a quarter of them held out.
-        seed: of everything.
+        seed: of every random draw.
         progress: how to show progress; silent by default.
 
     Returns:

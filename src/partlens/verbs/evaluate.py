@@ -52,8 +52,8 @@ def evaluate(
         data: the data set; optional, by default the one of the fit.
         model: the performer; optional where it can be loaded by its name.
         split: which photos to measure on.
-        seed: of the nulls and the bootstrap intervals.
-        rounds: of the bootstrap for scores of peaks; those of fidelity have ten times as many.
+        seed: seed of the nulls and the bootstrap intervals.
+        rounds: bootstrap rounds for scores of peaks; those of fidelity have ten times as many.
         gallery: ``quick`` or ``full`` pictures of filters, or ``none``; see
             :class:`~partlens.evaluation.frames.GalleryPlan`.
         fields: what filters read: found by ``occlusion``, or ``analytic``, the round field in theory.

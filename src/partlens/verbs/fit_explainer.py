@@ -115,7 +115,7 @@ def fit_explainer(
         out: the run directory.
         category: the category to explain; the other photos then serve as background for the reconstruction. Several (a
             list, or names with commas) make one explainer whose filters are shared among them: each belongs to the
-            category whose photos excite it most. By default all photos are one category.
+            category whose photos activate it most. By default all photos are one category.
         tap: the layer to explain; by default the model's own.
         targets: layers to reconstruct; by default two after the tap.
         preset: ``partlens`` or ``paper``.

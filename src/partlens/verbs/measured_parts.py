@@ -144,7 +144,7 @@ def measured_parts(
 
 
 def _filter_categories(opened: OpenedExplainer, show: Progress) -> Tensor:
-    """Return the category of each filter, as an evaluation does: whose training photos excite it most on average."""
+    """Return the category of each filter, as an evaluation does: whose training photos activate it most on average."""
     structure = opened.explainer.structure
     if len(opened.categories) == 1:
         return torch.zeros(structure.channels_out, dtype=torch.long)

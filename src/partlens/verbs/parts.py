@@ -37,7 +37,7 @@ def parts(
         run: the run directory of a finished explainer.
         data: the data set; optional, by default the one of the fit.
         model: the performer; optional, by default the one of the fit.
-        rename: texts ``OLD=NEW``.
+        rename: new names of parts, as ``OLD=NEW``.
         split: which photos to use.
         config: how filters get their parts, or fields to change in the default.
         progress: how to show progress; optional.

@@ -115,7 +115,7 @@ def select_features(
         split: photos to fit on; those of the split ``test`` measure the linear read-out.
         top_photos: photos averaged in the picture of a filter.
         pictures: most filters that get pictures, those with the largest weights first.
-        seed: of the shuffled labels and the random crops.
+        seed: seed of the shuffled labels and the random crops.
         keep_cache: keep the descriptors of all photos.
         progress: how to show progress; optional.
 

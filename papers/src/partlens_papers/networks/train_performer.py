@@ -89,7 +89,7 @@ def _multi(images: ImageSet, categories: str | Sequence[str]) -> _Task:
             photos = images.rows_of((name,), split)[0]
             if not photos:
                 raise ImageError(
-                    expected(f"photos of {name} in the split {split}", "none", "Add such photos, or leave it out")
+                    expected(f"photos of {name} in the split {split}", "none", "Add such photos, or omit it")
                 )
             rows += photos
         found[split] = tuple(sorted(rows))
