@@ -138,3 +138,14 @@ def test_what_the_method_page_names_exists() -> None:
 def test_pages_stay_short() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     assert sum(len(page.read_text(encoding="utf-8").split()) for page in pages) <= 20_000
+
+
+def test_the_architecture_page_names_every_file() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    source = ROOT / "src" / "partlens"
+    there = {path.relative_to(source).as_posix() for path in source.rglob("*.py") if path.name != "__init__.py"}
+    rooms = re.findall(r"^### `(\w+)/`\n(.*?)(?=^##)", text, re.MULTILINE | re.DOTALL)
+    named = {f"{room}/{file}" for room, part in rooms for file in re.findall(r"^\| `(\w+\.py)` \|", part, re.MULTILINE)}
+    ground = re.findall(r"^### Files above and below the rooms\n(.*?)(?=^##)", text, re.MULTILINE | re.DOTALL)
+    named |= {file for part in ground for file in re.findall(r"^\| `(\w+\.py)` \|", part, re.MULTILINE)}
+    assert named == there
