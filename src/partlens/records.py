@@ -1,8 +1,7 @@
 """Files: typed records in JSON, safetensors and text, each written whole or not at all.
 
 A :class:`Record` is one kind of file: it writes, reads, validates and documents itself. :class:`Settings` are checked
-the
-same way. Both refuse a wrong value with one sentence that names the field.
+the same way. Both refuse a wrong value with one sentence that names the field.
 
 Nothing is pickled. A write goes to a temporary file in the same folder, is flushed to the disk and then renamed over
 the target, so that a kill or a full disk leaves the previous version untouched.
@@ -106,15 +105,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if isinstance(value, BaseModel):
-        content = json.loads(value.model_dump_json())
-        return {"schema": value.SCHEMA, **content} if isinstance(value, Record) else content
+        schema = {"schema": value.SCHEMA} if isinstance(value, Record) else {}
+        return schema | json.loads(value.model_dump_json())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
-    if isinstance(value, Path):
-        return str(value)
+    return _plain_leaf(value)
+
+
+def _plain_leaf(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return str(value) if isinstance(value, Path) else value
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -140,13 +141,7 @@ def read_json(path: Path, remedy: str = "Delete the file and run the command aga
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(expected(f"JSON in {path}", str(error), remedy)) from error
     if not isinstance(content, dict):
-        raise RunError(
-            expected(
-                f"a JSON object in {path}",
-                type(content).__name__,
-                remedy,
-            )
-        )
+        raise RunError(expected(f"a JSON object in {path}", type(content).__name__, remedy))
     return content
 
 

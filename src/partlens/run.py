@@ -24,7 +24,7 @@ from partlens.records import Record, Value, content_hash, plain, sole_writer
 PHOTOS = "photos.json"
 EXPLAINER = "run.json"
 SELECTION = "selection.json"
-_OURS = (".lock", ".tmp")
+_TEMPORARY = (".lock", ".tmp")
 _MOST_NAMED = 3
 
 
@@ -182,6 +182,15 @@ def differences(found: RunRecord, asked: RunRecord) -> list[str]:
     return [f"{n.rpartition('.')[2]} = {_shown(its.get(n))}, not {_shown(wanted.get(n))}" for n in names]
 
 
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix in _TEMPORARY
+
+
+def _few(differing: list[str]) -> str:
+    more = f" and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
+    return "; ".join(differing[:_MOST_NAMED]) + more
+
+
 @dataclass(frozen=True)
 class Run:
     """The folder of a run.
@@ -215,19 +224,17 @@ class Run:
         out = self.folder
         if out.exists() and not out.is_dir():
             raise RunError(expected(f"a folder at {out}", "a file", "Choose another --out"))
-        if not out.exists() or all(path.name.startswith(".") and path.suffix in _OURS for path in out.iterdir()):
+        if not out.exists() or all(map(_is_temporary, out.iterdir())):
             return None
-        if not any((out / name).exists() for name in (EXPLAINER, SELECTION)):
+        kinds = sum((out / name).exists() for name in (EXPLAINER, SELECTION))
+        if not kinds:
             rule = f"a new or partlens folder at {out}"
             raise RunError(expected(rule, "a folder with other files", "Choose another --out"))
         found = type(asked).read_if_there(out)
         if found is not None and (differing := differences(found, asked)):
-            more = f" and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
-            shared = (out / EXPLAINER).exists() and (out / SELECTION).exists()
-            raise RunError(
-                f"{out} holds a run with {'; '.join(differing[:_MOST_NAMED])}{more}. "
-                f"Choose another --out or delete {f'{asked.FILE} in it' if shared else 'it'}."
-            )
+            # An explainer and a selection may share the folder: deleting it would lose the other one.
+            which = f"{asked.FILE} in it" if kinds > 1 else "it"
+            raise RunError(f"{out} holds a run with {_few(differing)}. Choose another --out or delete {which}.")
         return found
 
     @contextlib.contextmanager

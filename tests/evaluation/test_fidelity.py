@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from partlens.estimate import Estimate
-from partlens.evaluation.explainer_evaluation import warnings_for
+from partlens.evaluation.explainer_evaluation import _warnings_for
 from partlens.evaluation.fidelity import (
     SHARES,
     Answers,
     FedBack,
     LostVariance,
     ShareCurve,
-    measure_errors,
+    _measure_errors,
     measure_fidelity,
     own_columns,
     share_estimate,
@@ -47,20 +47,20 @@ def test_one_category_is_told_from_everything_else_by_its_own_output(generator: 
     held, others = fed([1, 1, 0, 1], [1, 2, 0, 1]), fed([0, 2, 1, 2], [2, 0, 1, 1])
     labels, photos = torch.zeros(4, dtype=torch.long), torch.arange(8)
     answers = Answers(held, labels, photos, columns=(1,), others=others)
-    errors = measure_errors(answers, generator, 5)
+    errors = _measure_errors(answers, generator, 5)
     assert errors is not None
     assert percent(errors) == pytest.approx((100 * 2 / 8, 100 * 4 / 8, 25.0))
     assert errors.error_increase_points.n == 8
-    assert measure_errors(dataclasses.replace(answers, others=None), generator, 5) is None
+    assert _measure_errors(dataclasses.replace(answers, others=None), generator, 5) is None
     crops = dataclasses.replace(answers, photos=torch.tensor([0, 0, 1, 2, 3, 4, 5, 5]))
-    assert measure_errors(crops, generator, 5).error_increase_points.n == 6  # type: ignore[union-attr]
+    assert _measure_errors(crops, generator, 5).error_increase_points.n == 6  # type: ignore[union-attr]
 
 
 def test_several_categories_are_told_from_each_other(generator: torch.Generator) -> None:
     """Their outputs are columns 2 and 0; others are not counted, though they are there."""
     held, others = fed([2, 2, 0, 0], [2, 1, 0, 2]), fed([1], [1])
     answers = Answers(held, torch.tensor([0, 0, 1, 1]), torch.arange(5), columns=(2, 0), others=others, categories=2)
-    errors = measure_errors(answers, generator, 5)
+    errors = _measure_errors(answers, generator, 5)
     assert errors is not None
     assert percent(errors) == pytest.approx((0.0, 50.0, 50.0))
     assert errors.error_increase_points.n == 4
@@ -80,15 +80,15 @@ def test_a_head_learns_from_training_photos_alone(generator: torch.Generator) ->
         train_labels=torch.zeros(4, dtype=torch.long),
         train_others=fed([0] * 4, [0] * 4, below),
     )
-    errors = measure_errors(answers, generator, 5)
+    errors = _measure_errors(answers, generator, 5)
     assert errors is not None
     assert percent(errors) == pytest.approx((0.0, 25.0, 25.0))
-    assert measure_errors(dataclasses.replace(answers, train=None), generator, 5) is None
-    assert measure_errors(dataclasses.replace(answers, train_others=None), generator, 5) is None
+    assert _measure_errors(dataclasses.replace(answers, train=None), generator, 5) is None
+    assert _measure_errors(dataclasses.replace(answers, train_others=None), generator, 5) is None
     two = dataclasses.replace(answers, categories=2, labels=torch.tensor([0, 0, 1, 1]))
     taught = dataclasses.replace(two, train=fed([0] * 4, [0] * 4, [[1.0], [2.0], [-1.5], [-1.2]]))
     taught = dataclasses.replace(taught, train_labels=torch.tensor([0, 0, 1, 1]), others=None, train_others=None)
-    errors = measure_errors(taught, generator, 5)
+    errors = _measure_errors(taught, generator, 5)
     assert errors is not None
     assert percent(errors) == pytest.approx((50.0, 0.0, -50.0))
 
@@ -150,7 +150,8 @@ def test_the_best_share_divides_each_target_by_its_norm(
     found = curve.optimum(generator, torch.tensor([0, 0, 1, 2, 3, 4]), 3)
     assert found.value == pytest.approx(best, abs=0.02)
     assert found.n == 5
-    dear = dataclasses.replace(curve, eta=10.0).optimum(generator, torch.arange(6), 3)
+    curve.eta = 10.0
+    dear = curve.optimum(generator, torch.arange(6), 3)
     assert dear.value == pytest.approx(0.95, abs=0.01)
 
 
@@ -185,7 +186,7 @@ def test_each_warning_has_its_limit(name: str, silent: float, said: float) -> No
         )
         fields = {"split": "test", "same_as_fit": True, "used_in_fit": 0, **of_data}
         data = EvaluatedData(name="d", photos=9, categories=("",), unreadable=(), **fields)
-        return warnings_for(flat(**({} if name == "agreement_top1" else {name: value})), fidelity, data)
+        return _warnings_for(flat(**({} if name == "agreement_top1" else {name: value})), fidelity, data)
 
     assert warned(silent) == ()
     assert len(found := warned(said)) == 1

@@ -15,8 +15,8 @@ from PIL import Image
 
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, StorageError
-from partlens.evaluation import attention, frames, gallery
-from partlens.evaluation.fidelity import rescaling_error
+from partlens.evaluation import frames, gallery
+from partlens.evaluation.fidelity import _rescaling_error
 from partlens.evaluation.frames import Frames, GalleryPlan
 from partlens.evaluation.gallery import write_gallery
 from partlens.evaluation.places import MeasuredPhotos, filter_scores
@@ -24,6 +24,7 @@ from partlens.evaluation.results import Gallery, GalleryKind
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import build_explainer, explainer_structure
 from partlens.metrics.localisation import peaks_from_cells
+from partlens.network import stream
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.receptive_field import grid_of
 from partlens.network.taps import forward_taps
@@ -112,12 +113,12 @@ def test_the_work_is_what_is_stated_and_shared_by_filters(
     run: list[int] = []
     forward = frames.forward_taps
 
-    def counted(performer: Performer, batch: torch.Tensor, names: list[str]) -> Any:
+    def counted(performer: Performer, batch: torch.Tensor, *rest: Any) -> Any:
         run.append(len(batch))
-        return forward(performer, batch, names)
+        return forward(performer, batch, *rest)
 
     monkeypatch.setattr(frames, "forward_taps", counted)
-    monkeypatch.setattr(attention, "forward_taps", counted)
+    monkeypatch.setattr(stream, "forward_taps", counted)
     done: list[float] = []
     content = written(tmp_path, made, advance=done.append)
     photos = {p.key for layer in content.layers.values() for f in layer for p in f.photos}
@@ -261,6 +262,6 @@ def test_p_cannot_be_had_by_scale_unless_the_norm_layer_stands_still(
 ) -> None:
     frames, explainer = made["frames"], made["explainer"]
     tapped = forward_taps(frames.performer, frames.batch([0, 1, 2]), ["relu2"])[1]["relu2"]
-    assert rescaling_error(explainer, tapped) < 1e-4
+    assert _rescaling_error(explainer, tapped) < 1e-4
     monkeypatch.setattr(type(explainer.norm_interp), "update", lambda *_, **__: None)
-    assert rescaling_error(explainer, tapped) == pytest.approx(9.0, rel=1e-4)  # ten times as strong
+    assert _rescaling_error(explainer, tapped) == pytest.approx(9.0, rel=1e-4)  # ten times as strong

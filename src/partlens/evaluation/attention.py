@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from partlens.evaluation.frames import BATCH, PHOTOS, Frames, GalleryPlan, Joine
 from partlens.evaluation.places import photo_numbers, top_layer
 from partlens.evaluation.results import Attention, AttentionPhoto
 from partlens.explainer.network import performer_head
-from partlens.network.taps import class_scores, forward_taps
+from partlens.network.stream import stream
+from partlens.network.taps import class_scores
 
 
 def attention(
@@ -29,57 +30,61 @@ def attention(
     """Draw Grad-CAM of both networks for the class that the performer gives each photo, and count how concentrated."""
     performer, tap, top = frames.performer, joined.tap, top_layer(frames.performer)
     size = performer.preprocessing.size_px
-    head = performer_head(performer, joined.explainer.structure)
     layers = {"interpretable": tap, "tap": tap, "top": top}
-    chosen = list(range(min(plan.attention, len(frames.rows))))
-    pieces: dict[str, list[Tensor]] = {name: [] for name in layers}
-    classes: list[int] = []
-    denied: list[bool] = []
-    sides: dict[str, tuple[int, int]] = {}
-    for start in range(0, len(chosen), BATCH):
-        part = chosen[start : start + BATCH]
-        batch = frames.batch(part)
-        output, taps = forward_taps(performer, batch, list(dict.fromkeys([tap, top])))
-        scores = class_scores(output).cpu()
-        of = scores.argmax(1)
-        classes += of.tolist()
-        denied += [scores.shape[1] == 1 and float(score) <= 0 for score in scores[:, 0]]
-        sides |= {name: (int(taps[at].shape[2]), int(taps[at].shape[3])) for name, at in layers.items()}
-        pieces["interpretable"].append(track_grad_cam(joined.explainer, head, taps[tap].cpu(), of, size_px=size))
-        pieces["tap"].append(layer_grad_cam(performer, batch, tap, of))
-        pieces["top"].append(pieces["tap"][-1] if top == tap else layer_grad_cam(performer, batch, top, of))
-        advance(len(part))
-    maps = {name: torch.cat(of) for name, of in pieces.items()}
-    names = performer.class_names
-    photos = []
-    for index in chosen[:PHOTOS]:
-        frame = small(frames.picture(index))
-        files = {}
-        for name, heat in maps.items():
-            drawn = overlay(frame, (heat[index] / (float(heat[index].max()) or 1.0)).numpy())
-            files[name] = save_photo(folder / f"attention-{name}-{index}.jpg", drawn)
-        photos.append(
-            AttentionPhoto(
-                key=frames.key(index),
-                label=names[classes[index]] if names else str(classes[index]),
-                denied=denied[index],  # a single output has one class to draw, whatever the answer was
-                file=save_photo(folder / f"photo-{index}.jpg", frame),
-                maps=files,
-            )
-        )
-    numbers = photo_numbers(frames.images, [frames.rows[i] for i in chosen])
+    rows = frames.rows[: plan.attention]
+    outputs, maps, sides = _streamed(joined, frames, rows, layers, advance)
+    numbers, every = photo_numbers(frames.images, rows), torch.arange(len(rows))
+    # One generator serves all: the maps' bootstraps come first, then random maps and theirs.
     shares = {name: _share(of, numbers, generator) for name, of in maps.items()}
-    every = torch.arange(len(chosen))
-    nulls = {
-        n: _share(random_grad_cam(len(chosen), side, size, generator), every, generator) for n, side in sides.items()
-    }
+    drawn = ((name, random_grad_cam(len(rows), side, size, generator)) for name, side in sides.items())
+    nulls = {name: _share(of, every, generator) for name, of in drawn}
     return Attention(
         layers={"interpretable": f"conv-interp-2 at {tap}", "tap": tap, "top": top},
         size_px=(size[1], size[0]),
-        photos=tuple(photos),
+        photos=tuple(_photo(folder, frames, i, outputs[i], maps) for i in range(min(PHOTOS, len(rows)))),
         concentration_frac={name: share for name, (share, _) in shares.items()},
         random_frac={name: share for name, (share, _) in nulls.items()},
         empty={name: empty for name, (_, empty) in shares.items()},
+    )
+
+
+def _streamed(
+    joined: JoinedMaps,
+    frames: Frames,
+    rows: Sequence[int],
+    layers: Mapping[str, str],
+    advance: Callable[[int], None],
+) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[int, int]]]:
+    """Return class scores of photos, and Grad-CAM and the side in cells of each layer."""
+    performer, tap, top = frames.performer, layers["tap"], layers["top"]
+    size, head = performer.preprocessing.size_px, performer_head(performer, joined.explainer.structure)
+    pieces: dict[str, list[Tensor]] = {name: [] for name in layers}
+    sides: dict[str, tuple[int, int]] = {}
+    outputs = []
+    for batch in stream(performer, frames.images, rows, list(dict.fromkeys(layers.values())), batch_size=BATCH):
+        outputs.append(class_scores(batch.outputs).cpu())
+        of = outputs[-1].argmax(1)
+        sides |= {name: (int(batch.maps[at].shape[2]), int(batch.maps[at].shape[3])) for name, at in layers.items()}
+        tapped = batch.maps[tap].cpu()
+        pieces["interpretable"].append(track_grad_cam(joined.explainer, head, tapped, of, size_px=size))
+        pieces["tap"].append(layer_grad_cam(performer, batch.inputs, tap, of))
+        pieces["top"].append(pieces["tap"][-1] if top == tap else layer_grad_cam(performer, batch.inputs, top, of))
+        advance(len(batch.rows))
+    return torch.cat(outputs), {name: torch.cat(of) for name, of in pieces.items()}, sides
+
+
+def _photo(folder: Path, frames: Frames, index: int, scores: Tensor, maps: Mapping[str, Tensor]) -> AttentionPhoto:
+    frame, files = small(frames.picture(index)), {}
+    for name, heat in maps.items():
+        drawn = overlay(frame, (heat[index] / (float(heat[index].max()) or 1.0)).numpy())
+        files[name] = save_photo(folder / f"attention-{name}-{index}.jpg", drawn)
+    names, chosen = frames.performer.class_names, int(scores.argmax())
+    return AttentionPhoto(
+        key=frames.key(index),
+        label=names[chosen] if names else str(chosen),
+        denied=len(scores) == 1 and float(scores[0]) <= 0,  # one class to draw, whatever the answer was
+        file=save_photo(folder / f"photo-{index}.jpg", frame),
+        maps=files,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -21,6 +21,7 @@ from partlens.evaluation.fidelity import (
     own_columns,
     share_estimate,
 )
+from partlens.evaluation.frames import Frames
 from partlens.evaluation.part_regions import PartRegions, RegionPass
 from partlens.evaluation.places import (
     ROUNDS,
@@ -35,7 +36,9 @@ from partlens.evaluation.results import (
     EvaluatedData,
     Evaluation,
     Fidelity,
+    FilterScores,
     LayerScores,
+    PartInterpretability,
     PerformerScores,
     SamePeak,
 )
@@ -46,7 +49,7 @@ from partlens.metrics.localisation import Peaks, peaks_from_cells
 from partlens.metrics.scores import LocalisationScores
 from partlens.network.performer import Performer
 from partlens.network.receptive_field import ReceptiveField, grid_of, widened
-from partlens.network.taps import forward_taps
+from partlens.network.stream import stream
 from partlens.run import versions
 
 BATCH = 32
@@ -96,22 +99,23 @@ class Need:
         return cls(others, not own and (several or others), several)
 
     def photos(self, rows: EvaluationRows) -> int:
-        """Return how many photos are read."""
-        count = len(rows.held) + (len(rows.held_others) if self.others else 0)
-        count += len(rows.train) if self.head or self.share else 0
-        return count + (len(rows.train_others) if self.head and not self.share else 0)
+        """Count the photos that are read."""
+        return len(rows.held) + (len(rows.held_others) if self.others else 0) + self._training(rows)
+
+    def _training(self, rows: EvaluationRows) -> int:
+        if not self.head and not self.share:
+            return 0
+        return len(rows.train) + (0 if self.share else len(rows.train_others))
 
     def words(self, rows: EvaluationRows, categories: Sequence[str]) -> str:
         """Say what is read and why, in one sentence."""
         of = f" of {', '.join(categories)}" if any(categories) else ""
-        said = [f"{len(rows.held)} held-out photos{of}"]
-        why = []
+        said, why = [f"{len(rows.held)} held-out photos{of}"], []
         if self.others:
             said.append(f"{len(rows.held_others)} others")
             why.append("it is told from them")
         if self.head or self.share:
-            count = len(rows.train) + (len(rows.train_others) if self.head and not self.share else 0)
-            said.append(f"{count} training photos")
+            said.append(f"{self._training(rows)} training photos")
         if self.share:
             why.append("training photos decide to which category a filter belongs")
         if self.head:
@@ -119,15 +123,12 @@ class Need:
         return f"reads {', '.join(said)}{', since ' if why else ''}{' and '.join(why)}"
 
 
-@dataclass
 class _Layer:
     """Peaks of one layer, collected batch by batch."""
 
-    cells: list[Tensor] = field(default_factory=list)
-    otherwise: list[Tensor] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
-    activity: list[Tensor] = field(default_factory=list)
-    side: tuple[int, int] = (0, 0)
+    def __init__(self) -> None:
+        self.cells, self.otherwise, self.scores, self.activity = (list[Tensor]() for _ in range(4))
+        self.side = (0, 0)
 
     def follow(self, maps: Float[Tensor, "image filter row col"]) -> None:
         """Keep ``sum_ij x_ij`` of photos that only decide which category a filter belongs to."""
@@ -141,11 +142,7 @@ class _Layer:
         return torch.stack([sums[labels == c].mean(0) for c in range(categories)]).argmax(0)
 
     def add(self, maps: Float[Tensor, "image filter row col"], explainer: Explainer, *, own: bool) -> None:
-        """Keep where maps peak.
-
-        An explainer's maps peak where the explainer says so (``own``), other layers' at their largest cell. Where the
-        explainer takes centroids, each is also kept as the other is read, so that like can be compared with like.
-        """
+        """Keep where maps peak: the explainer's ``own`` where it says so, other layers' at their largest cell."""
         score, index = maps.flatten(2).max(-1)
         largest = torch.stack([index // maps.shape[3], index % maps.shape[3]], -1)
         self.scores.append(score.double())
@@ -153,6 +150,7 @@ class _Layer:
         if explainer.config.peak == "largest":
             self.cells.append(largest)
             return
+        # Each is also kept as the other is read, so that like can be compared with like.
         centroid = explainer.places(maps.clamp(min=0))  # an empty map's is cell (0, 0), as its largest cell is
         self.cells.append(centroid if own else largest)
         self.otherwise.append(largest if own else centroid)
@@ -193,19 +191,11 @@ class _Pass:
 
     @torch.no_grad()
     def read(self, rows: Sequence[int], *, localise: bool = False, follow: bool = False) -> FedBack:
-        """Read photos and return what both networks say of them.
-
-        Args:
-            rows: the photos.
-            localise: keep peaks and reconstructions, too.
-            follow: keep how much each filter activates.
-        """
+        """Return what both networks say of photos; keep peaks (``localise``) and activity of filters (``follow``)."""
         structure, kept = self.explainer.structure, []
         names = list(dict.fromkeys([structure.tap, *structure.targets, self.top]))
-        for start in range(0, len(rows), BATCH):
-            chosen = rows[start : start + BATCH]
-            batch = self.performer.preprocessing([self.images.read(i) for i in chosen])
-            maps = {name: value.cpu() for name, value in forward_taps(self.performer, batch, names)[1].items()}
+        for batch in stream(self.performer, self.images, rows, names, batch_size=BATCH):
+            maps = {name: value.cpu() for name, value in batch.maps.items()}
             output = self.explainer(maps[structure.tap])
             maps["explainer"] = output.interp2
             if follow:
@@ -216,7 +206,7 @@ class _Pass:
             own, fed = maps[structure.targets[-1]], output.reconstructions[-1]
             said = (class_outputs(self.head(of)[0]) for of in (own, fed))
             kept.append((*said, _vector(own), _vector(fed)))
-            self.advance(len(chosen))
+            self.advance(len(batch.rows))
         return FedBack(*map(torch.cat, zip(*kept, strict=True)))
 
     def _localise(self, maps: dict[str, Tensor], reconstructions: Sequence[Tensor]) -> None:
@@ -229,6 +219,78 @@ class _Pass:
         for lost, value, target in zip(self.lost.values(), reconstructions, targets, strict=True):
             lost.add(value, target)
 
+    def answers(self, rows: EvaluationRows, categories: Sequence[str]) -> Answers:
+        """Read all photos that are needed."""
+        need, images = Need.of(rows, self.performer, categories), self.images
+        known = PartRegions.of(images, rows.held, self.performer.preprocessing)
+        if known is not None:
+            self.regions = RegionPass(known, list(self.layers), rows.labels, len(categories))
+        return Answers(
+            held=self.read(rows.held, localise=True),
+            labels=rows.labels,
+            photos=photo_numbers(images, [*rows.held, *(rows.held_others if need.others else ())]),
+            columns=own_columns(self.performer, categories),
+            train=self.read(rows.train, follow=need.share) if need.head or need.share else None,
+            others=self.read(rows.held_others) if need.others else None,
+            train_labels=rows.train_labels,
+            train_others=self.read(rows.train_others) if need.head and not need.share else None,
+            categories=len(categories),
+        )
+
+    def assigned(self, labels: Int[Tensor, " photo"], categories: int) -> dict[str, Int[Tensor, " filter"]]:
+        """Return the category of each filter, by layer."""
+        return {name: layer.assigned(labels, categories) for name, layer in self.layers.items()}
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """The layers of a pass while they are scored; ``assigned`` is the category of each filter, by layer."""
+
+    stage: _Pass
+    on: MeasuredPhotos
+    assigned: dict[str, Tensor]
+
+    def peaks(self, name: str, *, otherwise: bool = False) -> Peaks:
+        return self.stage.layers[name].peaks(self.stage.fields[name], otherwise=otherwise)
+
+    def layer(self, name: str, *, otherwise: bool = False) -> LayerScores:
+        return measure_maps(self.on, self.peaks(name, otherwise=otherwise), self.assigned[name])
+
+    def performers(self) -> PerformerScores:
+        tap, top = self.layer(self.stage.explainer.structure.tap), self.layer(self.stage.top)
+        return PerformerScores(tap=tap, top=top, top_layer=self.stage.top)
+
+    def nulls(self) -> tuple[dict[str, LayerScores], dict[str, Estimate]]:
+        grid = grid_of(self.stage.fields["explainer"])
+        return measure_nulls(self.on, self.peaks("explainer"), self.assigned["explainer"], grid)
+
+    def filters(self) -> dict[str, tuple[FilterScores, ...]]:
+        roles = {"explainer": "explainer", "performer": self.stage.explainer.structure.tap}
+        return {role: filter_scores(self.on, self.peaks(name), self.assigned[name]) for role, name in roles.items()}
+
+    def same_peak(self) -> SamePeak | None:
+        stage = self.stage
+        if stage.explainer.config.peak != "centroid":
+            return None
+        names = ("explainer", stage.explainer.structure.tap, stage.top)
+        largest, tap, top = (self.layer(name, otherwise=True) for name in names)
+        return SamePeak(explainer_largest=largest, tap_centroid=tap, top_centroid=top)
+
+    def part_regions(self, seed: int) -> PartInterpretability | None:
+        stage = self.stage
+        if stage.regions is None:
+            return None
+        # A cell of conv-interp-2 sees more than the tap's: the track's own convolutions widen it.
+        fields = {**stage.fields, "explainer": widened(stage.fields["explainer"], TRACK_REACH_CELLS)}
+        roles = {"explainer": "explainer", "tap": stage.explainer.structure.tap, "top": stage.top}
+        return stage.regions.scores(fields, self.assigned, self.on.photos, roles, seed, self.on.rounds)
+
+    def optimum(self) -> Estimate:
+        stage = self.stage
+        if stage.explainer.config.objective != "reconstruction":
+            return Estimate.undefined()
+        return stage.curve.optimum(self.on.generator, self.on.photos, 10 * self.on.rounds)
+
 
 def _vector(features: Tensor) -> Tensor:
     return features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
@@ -236,8 +298,7 @@ def _vector(features: Tensor) -> Tensor:
 
 def evaluate_explainer(
     explainer: Explainer,
-    performer: Performer,
-    images: ImageSet,
+    frames: Frames,
     rows: EvaluationRows,
     data: EvaluatedData,
     shares: Sequence[float],
@@ -250,8 +311,7 @@ def evaluate_explainer(
 
     Args:
         explainer: in eval mode.
-        performer: the network it explains.
-        images: the data set.
+        frames: the network it explains, and the data set.
         rows: which photos to use for what.
         data: what the record says of the photos; its categories are those of the explainer.
         shares: p of every seed, the kept explainer's first.
@@ -262,77 +322,39 @@ def evaluate_explainer(
     Returns:
         The evaluation, and the peaks per layer (``explainer``, tap, top layer).
     """
-    structure, categories = explainer.structure, data.categories
-    need = Need.of(rows, performer, categories)
+    images, performer, categories = frames.images, frames.performer, data.categories
     stage = _Pass(performer, explainer, images, advance)
-    top, fields = stage.top, stage.fields
-    known = PartRegions.of(images, rows.held, performer.preprocessing)
-    if known is not None:
-        stage.regions = RegionPass(known, list(stage.layers), rows.labels, len(categories))
-    held = stage.read(rows.held, localise=True)
-    train = stage.read(rows.train, follow=need.share) if need.head or need.share else None
-    others = stage.read(rows.held_others) if need.others else None
-    answers = Answers(
-        held=held,
-        labels=rows.labels,
-        photos=photo_numbers(images, [*rows.held, *(rows.held_others if need.others else ())]),
-        columns=own_columns(performer, categories),
-        others=others,
-        train=train,
-        train_labels=rows.train_labels,
-        train_others=stage.read(rows.train_others) if need.head and not need.share else None,
-        categories=len(categories),
-    )
+    answers = stage.answers(rows, categories)
     on = MeasuredPhotos.of(images, rows.held, performer, categories, rows.labels, seed=seed, rounds=rounds)
-    peaks = {name: layer.peaks(fields[name]) for name, layer in stage.layers.items()}
-    assigned = {name: layer.assigned(rows.train_labels, len(categories)) for name, layer in stage.layers.items()}
-
-    def scores(name: str, *, otherwise: bool = False) -> LayerScores:
-        of = stage.layers[name].peaks(fields[name], otherwise=True) if otherwise else peaks[name]
-        return measure_maps(on, of, assigned[name])
-
-    # One generator serves all bootstraps, so the order below decides the intervals.
-    nulls, differences = measure_nulls(on, peaks["explainer"], assigned["explainer"], grid_of(fields[structure.tap]))
-    explained = scores("explainer")
+    scored = _Scoring(stage, on, stage.assigned(rows.train_labels, len(categories)))
+    # One generator serves all bootstraps, so the order of what follows decides the intervals.
+    nulls, differences = scored.nulls()
+    explained = scored.layer("explainer")
     fidelity = measure_fidelity(answers, stage.lost, generator=on.generator, rounds=10 * rounds)
-    optimum = Estimate.undefined()
-    if explainer.config.objective == "reconstruction":
-        optimum = stage.curve.optimum(on.generator, on.photos, 10 * rounds)
-    performers = PerformerScores(tap=scores(structure.tap), top=scores(top), top_layer=top)
-    same = None
-    if explainer.config.peak == "centroid":
-        largest, tap_centroid, top_centroid = (
-            scores(name, otherwise=True) for name in ("explainer", structure.tap, top)
-        )
-        same = SamePeak(explainer_largest=largest, tap_centroid=tap_centroid, top_centroid=top_centroid)
-    regions = None
-    if stage.regions is not None:
-        reach = {**fields, "explainer": widened(fields["explainer"], TRACK_REACH_CELLS)}
-        roles = {"explainer": "explainer", "tap": structure.tap, "top": top}
-        regions = stage.regions.scores(reach, assigned, on.photos, roles, seed, rounds)
-    tables = {"explainer": "explainer", "performer": structure.tap}
+    optimum = scored.optimum()
     evaluation = Evaluation(
         data=data,
-        landmarks={name: int((~on.landmarks[:, k].isnan().any(-1)).sum()) for k, name in enumerate(on.names)},
+        landmarks=on.landmark_counts,
         explainer=explained,
-        performer=performers,
+        performer=scored.performers(),
         nulls=nulls,
         instability_minus_null=differences,
-        same_peak=same,
+        same_peak=scored.same_peak(),
         p=share_estimate(shares),
         p_optimum=optimum,
         p_rescaling_error=stage.curve.worst_rescaling,
         reconstruction=fidelity,
-        part_interpretability=regions,
-        filters={role: filter_scores(on, peaks[name], assigned[name]) for role, name in tables.items()},
-        warnings=warnings_for(explained, fidelity, data),
+        part_interpretability=scored.part_regions(seed),
+        filters=scored.filters(),
+        warnings=_warnings_for(explained, fidelity, data),
         versions=versions(),
     )
-    return evaluation, peaks
+    return evaluation, {name: scored.peaks(name) for name in stage.layers}
 
 
-def warnings_for(scores: LocalisationScores, fidelity: Fidelity, data: EvaluatedData) -> tuple[str, ...]:
+def _warnings_for(scores: LocalisationScores, fidelity: Fidelity, data: EvaluatedData) -> tuple[str, ...]:
     """Name the ways in which a low instability would mean nothing, or the scores would flatter."""
+    # Undefined scores are nan, and every comparison with nan is false: they give no warning.
     checks = (
         ("filter_correlation", lambda v: v > 0.9, "every filter follows the same part"),
         ("dead_frac", lambda v: v >= 0.05, "many filters are dead"),

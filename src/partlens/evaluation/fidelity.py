@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
@@ -30,13 +30,9 @@ SHARES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 0.95)
 
 @dataclass(frozen=True)
 class FedBack:
-    """Outputs and features of photos, the performer's own and from the reconstruction.
+    """The performer's outputs (image, class) and its last target averaged over cells (image, filter), of photos.
 
-    Attributes:
-        outputs: the performer's outputs (image, class).
-        fed_outputs: its outputs when the reconstruction is fed back.
-        features: the last target, averaged over cells (image, filter).
-        fed_features: the same of the reconstruction.
+    ``fed_`` is what they are when the reconstruction is fed back.
     """
 
     outputs: Tensor
@@ -80,51 +76,47 @@ class Answers:
     categories: int = 1
 
 
-def measure_errors(of: Answers, generator: torch.Generator, rounds: int = 10 * ROUNDS) -> HeadErrors | None:
+def _measure_errors(of: Answers, generator: torch.Generator, rounds: int) -> HeadErrors | None:
     """Return the errors of both networks; ``None`` where there is nothing to tell the categories from.
 
     A single category is told from everything else, several from each other: by the performer's own outputs where these
     are the categories, else by a logistic head that is fitted on training photos.
-
-    Args:
-        of: the answers.
-        generator: draws of the bootstrap.
-        rounds: bootstrap rounds.
     """
-    one, others = of.categories == 1, of.others
-    if one and others is None:
+    if of.categories > 1:
+        sides, truth = [of.held], of.labels
+    elif of.others is not None:
+        sides, truth = [of.held, of.others], _one_and_zero(of.held, of.others)
+    else:
         return None
-    sides = [of.held, others] if one and others is not None else [of.held]
-
-    def joined(name: str, parts: Sequence[FedBack | None]) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts if part is not None])
-
-    truth = torch.cat([torch.ones(len(of.labels)), torch.zeros(len(others.outputs))]).long() if one and others else None
-    photos = of.photos if one else of.photos[: len(of.labels)]
+    photos = of.photos[: len(truth)]
     if of.columns is not None:
-        own, fed = (joined(name, sides).argmax(1) for name in ("outputs", "fed_outputs"))
-        if truth is None:
+        own, fed = (torch.cat([getattr(one, name) for one in sides]).argmax(1) for name in ("outputs", "fed_outputs"))
+        if of.categories > 1:
             truth = torch.tensor(of.columns)[of.labels]
         else:  # category against everything else: the other outputs are one class
             own, fed = (own == of.columns[0]).long(), (fed == of.columns[0]).long()
         return decision_errors(own, fed, truth, photos=photos, generator=generator, rounds=rounds)
-    if of.train is None or (one and of.train_others is None):
+    if (lesson := _lesson(of)) is None:
         return None
-    taught = of.train_labels
-    if one and of.train_others is not None:
-        taught = torch.cat([torch.ones(len(of.train.features)), torch.zeros(len(of.train_others.features))]).long()
-    if taught is None:
-        return None
+    features, fed_features = (torch.cat([getattr(one, name) for one in sides]) for name in ("features", "fed_features"))
     return category_error_increase(
-        joined("features", [of.train, of.train_others] if one else [of.train]),
-        taught,
-        joined("features", sides),
-        joined("fed_features", sides),
-        of.labels if truth is None else truth,
-        photos=photos,
-        generator=generator,
-        rounds=rounds,
+        *lesson, features, fed_features, truth, photos=photos, generator=generator, rounds=rounds
     )
+
+
+def _one_and_zero(of: FedBack, others: FedBack) -> Int[Tensor, " row"]:
+    return torch.cat([torch.ones(len(of.outputs)), torch.zeros(len(others.outputs))]).long()
+
+
+def _lesson(of: Answers) -> tuple[Tensor, Tensor] | None:
+    """Return features and labels that a logistic head is fitted on, ``None`` where there are no photos for it."""
+    if of.train is None:
+        return None
+    if of.categories > 1:
+        return None if of.train_labels is None else (of.train.features, of.train_labels)
+    if of.train_others is None:
+        return None
+    return torch.cat([of.train.features, of.train_others.features]), _one_and_zero(of.train, of.train_others)
 
 
 def measure_fidelity(
@@ -134,21 +126,14 @@ def measure_fidelity(
     generator: torch.Generator,
     rounds: int = 10 * ROUNDS,
 ) -> Fidelity:
-    """Measure what is left of the performer.
-
-    Args:
-        of: the answers of both networks.
-        lost: of each target.
-        generator: draws of every bootstrap over photos.
-        rounds: bootstrap rounds.
-    """
+    """Measure what is left of the performer, given what both networks say and what each target lost."""
     count = len(of.labels)
     agreement = agreement_top1(of.held.fed_outputs, of.held.outputs, of.photos[:count])
     relative = {name: one.estimate(generator, of.photos[:count], rounds) for name, one in lost.items()}
     background = Estimate.undefined()
     if of.others is not None:
         background = agreement_top1(of.others.fed_outputs, of.others.outputs, of.photos[count:])
-    errors = measure_errors(of, generator, rounds)
+    errors = _measure_errors(of, generator, rounds)
     by: ErrorsBy | None = None if errors is None else "performer" if of.columns is not None else "logistic head"
     unknown = HeadErrors(Estimate.undefined(), Estimate.undefined(), Estimate.undefined())
     return Fidelity(
@@ -160,12 +145,11 @@ def measure_fidelity(
     )
 
 
-@dataclass
 class LostVariance:
     """The reconstruction of one target, collected batch by batch."""
 
-    sums: ReconstructionSums = field(default_factory=ReconstructionSums)
-    per_photo: list[Tensor] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.sums, self.per_photo = ReconstructionSums(), list[Tensor]()
 
     def add(self, value: Tensor, target: Tensor) -> None:
         """Take one batch of a reconstruction and of what it should be."""
@@ -186,20 +170,18 @@ class LostVariance:
         )
 
 
-@dataclass
 class ShareCurve:
     """The objective of each photo at several shares p, everything else held.
 
-    Attributes:
+    Args:
         eta: weight of -log p.
-        costs: per photo and share: ``sum_l |x_l - x_l*|²`` of each target, times ``1 / E|max(x*, 0)|`` when read out.
+        reconstruction_weight: of the costs, ``sum_l |x_l - x_l*|²`` of each target, each over ``E|max(x*, 0)|``.
     """
 
-    eta: float
-    reconstruction_weight: float
-    costs: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    worst_rescaling: float = math.nan
+    def __init__(self, eta: float, reconstruction_weight: float) -> None:
+        self.eta, self.reconstruction_weight = eta, reconstruction_weight
+        self.costs, self.norms = list[Tensor](), list[Tensor]()
+        self.worst_rescaling = math.nan
 
     @torch.no_grad()
     def add(self, explainer: Explainer, maps: Tensor, targets: Sequence[Tensor]) -> None:
@@ -207,16 +189,13 @@ class ShareCurve:
         tracks = explainer.normed_tracks(maps)
         cost = maps.new_empty(len(maps), len(SHARES), len(targets))
         for column, share in enumerate(SHARES):
-            for row, (value, target) in enumerate(
-                zip(
-                    explainer.decode(share * tracks.interpretable + (1 - share) * tracks.ordinary), targets, strict=True
-                )
-            ):
+            decoded = explainer.decode(share * tracks.interpretable + (1 - share) * tracks.ordinary)
+            for row, (value, target) in enumerate(zip(decoded, targets, strict=True)):
                 cost[:, column, row] = (value - target).square().flatten(1).sum(1)
         self.costs.append(cost.double())
         self.norms.append(torch.stack([t.clamp(min=0).flatten(1).norm(dim=1) for t in targets], 1).double())
         if math.isnan(self.worst_rescaling):
-            self.worst_rescaling = rescaling_error(explainer, maps)
+            self.worst_rescaling = _rescaling_error(explainer, maps)
 
     def optimum(self, generator: torch.Generator, photos: Tensor, rounds: int = 10 * ROUNDS) -> Estimate:
         """Return the p at which these photos' objective is least, with a bootstrap over photos (an integer per row)."""
@@ -232,12 +211,10 @@ class ShareCurve:
         )
 
 
-def rescaling_error(explainer: Explainer, maps: Tensor, factor: float = 10.0) -> float:
-    """Return how far the encoder's output moves when conv-interp-2 is scaled and its norm layer measured again.
-
-    A share p could be had for nothing if the interpretable track could be made large or small by its weights alone; the
-    norm layer is there to prevent it. 0 means it does: the largest change, relative to the largest value.
-    """
+def _rescaling_error(explainer: Explainer, maps: Tensor, factor: float = 10.0) -> float:
+    """Return how far the encoder's output moves, at most, when conv-interp-2 is scaled and its norm measured again."""
+    # If the track could be made large or small by its weights alone, a share p could be had for nothing. The norm
+    # layer is there to prevent it, and 0 means it does.
     scaled = copy.deepcopy(explainer)
     outcome = []
     with torch.no_grad():
@@ -256,6 +233,7 @@ def rescaling_error(explainer: Explainer, maps: Tensor, factor: float = 10.0) ->
 
 def share_estimate(shares: Sequence[float]) -> Estimate:
     """Return p of the kept explainer with a 95 % t-interval of the seeds' mean; undefined ends for a single seed."""
+    # The value is of the explainer that is kept, the interval of the mean: seeds are few, hence Student's t.
     count = len(shares)
     if count < 2:
         return Estimate(shares[0], (math.nan, math.nan), count, "seeds")

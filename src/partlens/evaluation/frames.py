@@ -58,14 +58,7 @@ class GalleryPlan:
         occlusion: OcclusionConfig | Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> GalleryPlan:
-        """Return a plan for inputs of a size.
-
-        Args:
-            kind: see the class.
-            fields: see the class.
-            size_px: height and width of the input.
-            occlusion: a whole configuration, or fields to change in that of the kind.
-            seed: see the class.
+        """Return a plan for inputs of a size; ``occlusion`` may be fields to change in what belongs to the kind.
 
         Raises:
             InputError: another kind of gallery or of fields, a field that does not exist, or a value out of range.

@@ -40,7 +40,7 @@ from partlens.object_parts.assignment import upsampled
 
 FOLDER = "gallery"
 FILTERS = 12
-_REGION_CELLS = 4.5
+_REGION_CELLS = 4.5  # the mask's half height, on both sides of the peak
 _OURS = ("photo-*.jpg", "region-*.jpg", "map-*.jpg", "attention-*.jpg", Gallery.FILE)
 
 Layers = Mapping[str, tuple[Peaks, Sequence[FilterScores]]]
@@ -50,19 +50,11 @@ def chosen_filters(peaks: Peaks, table: Sequence[FilterScores], count: int = FIL
     """Choose filters that show the variety of a layer, not only its best.
 
     Half of them are the most consistent ones, taken greedily so that none follows another (peak correlation at most
-    0.8 while that is possible); the other half are spread evenly over the ranking that remains. Without landmarks the
-    ranking is by mean peak score.
-
-    Args:
-        peaks: of every filter.
-        table: scores of every filter.
-        count: filters wanted.
-
-    Returns:
-        Filter numbers, the chosen best first.
+    0.8 while that is possible); the other half are spread evenly over the ranking that remains.
     """
     dead, strength = dead_filters(peaks).tolist(), peaks.scores.mean(0)
 
+    # Without landmarks nothing is consistent: such filters rank by mean peak score, below all that are.
     def rank(k: int) -> float:
         value = table[k].consistency
         return -10 + float(strength[k] / strength.max().clamp(min=1e-9)) if math.isnan(value) else value
@@ -85,11 +77,8 @@ def chosen_filters(peaks: Peaks, table: Sequence[FilterScores], count: int = FIL
 def region_px(
     peak: Float[Tensor, " 2"], receptive: ReceptiveField, size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """Return the box drawn around a peak: the part of the receptive field that the mask keeps.
-
-    The theoretical field of a deep layer covers most of the image; what a masked filter reads is centred on its peak.
-    The box is 4.5 cells wide (the mask's half height on both sides), clipped to the image.
-    """
+    """Return the box drawn around a peak: what the mask keeps of the receptive field, clipped to the image."""
+    # The theoretical field of a deep layer covers most of the image; what a masked filter reads is near its peak.
     half_x = _REGION_CELLS * max(1, receptive.stride_px[1]) / 2
     half_y = _REGION_CELLS * max(1, receptive.stride_px[0]) / 2
     x, y = float(peak[0]), float(peak[1])
@@ -117,17 +106,10 @@ def _covered_pool(shown: Sequence[_Shown], count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Looked:
-    """What the shown filters read, by (position in shown, photo) where a photo is meant.
+    """What the shown filters read, by (position in shown, photo) where a photo is meant."""
 
-    Attributes:
-        reads_px: side of each filter's field; NaN where nothing was found.
-        covered: how it was found by covering; ``None`` for analytic fields.
-        regions: where they look on their photos.
-        maps: their maps there.
-    """
-
-    reads_px: Float[Tensor, " shown"]
-    covered: OcclusionFields | None
+    reads_px: Float[Tensor, " shown"]  # side of each filter's field; NaN where nothing was found
+    covered: OcclusionFields | None  # by covering; None for analytic fields
     regions: dict[tuple[int, int], np.ndarray]
     maps: dict[tuple[int, int], Float[Tensor, "row col"]]
 
@@ -186,20 +168,14 @@ class _Drawing:
         pairs = [(n, photo) for n, one in enumerate(self.shown) for photo in one.photos]
         of = torch.tensor([n for n, _ in pairs])
         own = maps[torch.tensor([self.photos.index(photo) for _, photo in pairs]), of]
-        drawn = regions(
-            own,
-            fields,
-            of,
-            thresholds[of],
-            self.receptive,
-        )
+        drawn = regions(own, fields, of, thresholds[of], self.receptive)
         found = {pair: region.numpy() for pair, region in zip(pairs, drawn, strict=True)}
         return _Looked(reads, covered, found, dict(zip(pairs, own, strict=True)))
 
     def photo(self, looked: _Looked, n: int, index: int) -> GalleryPhoto:
         """Draw a filter on one photo."""
         one, peaks = self.shown[n], self.layers[self.shown[n].layer][0]
-        if index not in self._pictures:
+        if index not in self._pictures:  # several filters may peak on one photo
             self._pictures[index] = small(self.frames.picture(index))
             save_photo(self.folder / f"photo-{index}.jpg", self._pictures[index])
         picture, region = self._pictures[index], looked.regions[n, index]
@@ -286,7 +262,7 @@ def write_gallery(
     Args:
         run: the run directory; the gallery is its folder ``gallery``.
         frames: the photos that the peaks were measured on.
-        explainer: whose part filters are shown; borrowed, as the performer.
+        explainer: whose part filters are shown.
         layers: ``explainer`` and ``performer`` with their peaks and the scores of their filters.
         plan: how much is drawn; of the kind ``none`` only the earlier gallery is removed.
         filters: shown of each network.

@@ -33,13 +33,13 @@ from partlens.metrics.scores import REGION_READINGS
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import ReceptiveField, grid_of
 
-POINTS_PER_SIDE = 56
-"""Regions are compared at about this many points along the input's shorter side: 4 px apart at 224 px."""
+# Regions are compared at about this many points along the input's shorter side: 4 px apart at 224 px.
+_POINTS_PER_SIDE = 56
 
 
 def _raster(size_px: tuple[int, int]) -> Float[Tensor, "point 2"]:
     """Return x, y of the points at which regions are compared: centres of equal squares that cover the input."""
-    step = max(1, min(size_px) // POINTS_PER_SIDE)
+    step = max(1, min(size_px) // _POINTS_PER_SIDE)
     rows, cols = (torch.arange(step / 2, side, step, dtype=torch.float64) for side in size_px)
     grid = torch.meshgrid(rows, cols, indexing="ij")
     return torch.stack([grid[1].flatten(), grid[0].flatten()], 1)
@@ -71,29 +71,17 @@ def _of_boxes(truth: PartTruth, row: int, at: np.ndarray) -> Bool[Tensor, "part 
 
 @dataclass(frozen=True)
 class PartRegions:
-    """Which points of the input belong to each part of each photo.
-
-    Attributes:
-        kind: ``masks``, or ``boxes`` where there are no masks.
-        names: of the parts.
-        parts: per photo, a row of points per part; no point where the part is absent or cropped away.
-        points_px: x, y of the points.
-        size_px: rows and columns of the input.
-    """
+    """Which points of the input belong to each part of each photo."""
 
     kind: Literal["masks", "boxes"]
     names: tuple[str, ...]
-    parts: tuple[Bool[Tensor, "part point"], ...]
+    parts: tuple[Bool[Tensor, "part point"], ...]  # per photo; no point where a part is absent or cropped away
     points_px: Float[Tensor, "point 2"]
     size_px: tuple[int, int]
 
     @classmethod
     def of(cls, images: ImageSet, rows: Sequence[int], preprocessing: Preprocessing) -> PartRegions | None:
-        """Return the regions of some photos' parts; ``None`` where nothing is known but points.
-
-        Raises:
-            ImageError: a mask that is not as large as its image.
-        """
+        """Return the regions of some photos' parts; ``None`` where nothing is known but points."""
         truth = images.part_truth
         if truth is None:
             return None
@@ -135,12 +123,10 @@ class PartRegions:
 class RegionPass:
     """Valid cells of some layers, collected while photos stream by, and then their part interpretability.
 
-    Where filters belong to categories, a filter's valid cells are those on the photos of its own.
-
     Args:
         regions: of the photos, in the order in which they stream.
         layers: whose maps will come.
-        labels: the category of each photo, an index.
+        labels: the category of each photo, an index; a filter's valid cells are those on photos of its own.
         categories: how many there are.
         share: of a filter's cells that are valid.
     """
@@ -191,37 +177,49 @@ class RegionPass:
             seed: of nulls and bootstrap.
             rounds: of the bootstrap.
         """
-        main, own = next(iter(roles.items()))
         in_theory = {role: _radius(fields[name].size_px) for role, name in roles.items()}
         like_parts = dict.fromkeys(roles, self.regions.median_radius_px)
-        centre = torch.tensor([[self.regions.size_px[1] / 2, self.regions.size_px[0] / 2]])
-        draws, readings = _Draws(photos, seed, rounds), {}
+        draws = _Draws(photos, seed, rounds)
         first = {name: torch.zeros(self._filters[name], dtype=torch.long) for name in roles.values()}
-        assigned = first | dict(assigned)
-        for reading, radius_px in zip(REGION_READINGS, (in_theory, like_parts, None), strict=True):
-            covers = {
-                role: self._cover(
-                    _centres(fields[name], self._side(name)), fields[name], radius_px[role] if radius_px else None
-                )
-                for role, name in roles.items()
-            }
-            middle = self._cover(centre, fields[own], radius_px[main] if radius_px else None)
-            layers, other = (
-                {
-                    role: self._layer(name, covers[role], assigned[name], draws, shuffled=shuffled)
-                    for role, name in roles.items()
-                }
-                for shuffled in (False, True)
-            )
-            readings[reading] = RegionScores(
-                radius_px=None if radius_px is None else {role: round(r, 1) for role, r in radius_px.items()},
-                layers=layers,
-                other_photo=other,
-                random=self._null(own, covers[main], assigned[own], draws),
-                centre=self._null(own, middle, assigned[own], draws, fixed=True),
-            )
+        of_filters = {role: (first | dict(assigned))[name] for role, name in roles.items()}
+        readings = {
+            reading: self._reading(fields, of_filters, roles, radius_px, draws)
+            for reading, radius_px in zip(REGION_READINGS, (in_theory, like_parts, None), strict=True)
+        }
         present = dict(zip(self.regions.names, self._present.sum(0).tolist(), strict=True))
         return PartInterpretability(regions=self.regions.kind, photos=present, readings=readings)
+
+    def _reading(
+        self,
+        fields: Mapping[str, ReceptiveField],
+        assigned: Mapping[str, Tensor],
+        roles: Mapping[str, str],
+        radius_px: Mapping[str, float] | None,
+        draws: _Draws,
+    ) -> RegionScores:
+        """Score one way of laying cells into the photo: as discs, or as rectangles where there are no radii."""
+        main, own = next(iter(roles.items()))
+        radii = radius_px or dict.fromkeys(roles)
+        covers = {
+            role: self._cover(_centres(fields[name], self._side(name)), fields[name], radii[role])
+            for role, name in roles.items()
+        }
+        centre = torch.tensor([[self.regions.size_px[1] / 2, self.regions.size_px[0] / 2]])
+        middle = self._cover(centre, fields[own], radii[main])
+
+        def layers(*, shuffled: bool) -> dict[str, Estimate]:
+            return {
+                role: self._layer(name, covers[role], assigned[role], draws, shuffled=shuffled)
+                for role, name in roles.items()
+            }
+
+        return RegionScores(
+            radius_px=None if radius_px is None else {role: round(r, 1) for role, r in radius_px.items()},
+            layers=layers(shuffled=False),
+            other_photo=layers(shuffled=True),
+            random=self._null(own, covers[main], assigned[main], draws),
+            centre=self._null(own, middle, assigned[main], draws, fixed=True),
+        )
 
     def _side(self, layer: str) -> tuple[int, int]:
         return next(cells.side_cells for cells in self._cells[layer] if cells is not None)

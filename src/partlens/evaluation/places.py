@@ -7,7 +7,7 @@ a layer's score is the mean over its filters. One category is a list of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,11 +37,8 @@ NULL_FILTERS = 256
 
 
 def top_layer(performer: Performer) -> str:
-    """Return the performer's last layer with maps larger than 1x1 and a local receptive field.
-
-    Location instability of the papers' performers is that of the top convolution; for a residual network it is the
-    output of the last block.
-    """
+    """Return the performer's last layer with maps larger than 1x1 and a local receptive field."""
+    # The papers take the top convolution; for a residual network that is the output of the last block.
     spatial = [layer for layer in performer.layers if layer.has_places]
     blocks = [layer.name for layer in spatial if "pool" not in layer.kind.lower()]
     return blocks[-1] if blocks else spatial[-1].name
@@ -113,19 +110,29 @@ class MeasuredPhotos:
         numbers, size_px = photo_numbers(images, rows), performer.preprocessing.size_px
         return cls(landmarks, names, numbers, size_px, categories, labels, torch.Generator().manual_seed(seed), rounds)
 
-    def of_category(self, number: int) -> Int[Tensor, " image"]:
-        """Return the positions of a category's photos."""
-        return (self.labels == number).nonzero()[:, 0]
+    @property
+    def landmark_counts(self) -> dict[str, int]:
+        """How many photos have each landmark."""
+        return dict(zip(self.names, (~self.landmarks.isnan().any(-1)).sum(0).tolist(), strict=True))
+
+    def of_categories(
+        self, assigned: Int[Tensor, " filter"], *, empty: bool = False
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Give each category's name, photos and filters where both can be scored, without filters if ``empty``."""
+        for number, name in enumerate(self.categories):
+            index, own = ((of == number).nonzero()[:, 0] for of in (self.labels, assigned))
+            # A single photo says nothing of how far a peak moves.
+            if len(index) >= 2 and (empty or len(own)):
+                yield name, index, own
 
 
 def filter_scores(on: MeasuredPhotos, peaks: Peaks, assigned: Int[Tensor, " filter"]) -> tuple[FilterScores, ...]:
     """Return the scores of every filter, each on the photos of its category."""
     found: dict[int, FilterScores] = {}
     for number, category in enumerate(on.categories):
-        own = (assigned == number).nonzero()[:, 0]
+        index, own = ((of == number).nonzero()[:, 0] for of in (on.labels, assigned))
         if not len(own):
             continue
-        index = on.of_category(number)
         part, landmarks = peaks.rows(index).filters(own), on.landmarks[index]
         instability = instability_per_filter(part, landmarks, on.size_px).tolist()
         consistency, landmark = consistency_per_filter(part, landmarks, on.photos[index])
@@ -157,14 +164,11 @@ def measure_maps(
         on: the photos.
         peaks: of every filter on every photo.
         assigned: the category of each filter, an index; of a null, the categories of the layer it is compared with.
-        null: the peaks are of filters that see nothing. They belong to no category: all of them are measured in each,
-            which weighs as it does in the compared layer. Of ``constant`` peaks nothing but instability is defined.
+        null: the peaks are of filters that see nothing. Of ``constant`` peaks nothing but instability is defined.
     """
+    # Nulls belong to no category: all of them are measured in each, which weighs as it does in the compared layer.
     found, counts, by_category = [], [], {}
-    for number, name in enumerate(on.categories):
-        index, own = on.of_category(number), (assigned == number).nonzero()[:, 0]
-        if len(index) < 2 or not (null or len(own)):
-            continue
+    for name, index, own in on.of_categories(assigned, empty=bool(null)):
         part = peaks.rows(index) if null else peaks.rows(index).filters(own)
         scores = localisation_scores(
             part,
@@ -190,37 +194,17 @@ def measure_nulls(
 ) -> tuple[dict[str, LayerScores], dict[str, Estimate]]:
     """Score filters that see nothing, on the same photos: random cells, always the centre, always the corner.
 
-    Args:
-        on: the photos.
-        peaks: of the layer that they are compared with.
-        assigned: the category of each of its filters.
-        grid: centre of cell (0, 0) in the input and step between cells, rows first.
-
     Returns:
-        Scores by null, and the layer's instability minus that of each null.
+        Scores by null, and the instability of the layer with ``peaks`` and ``grid`` minus that of each null.
     """
-    nulls = {}
-    for kind in ("random", "centre", "corner"):
-        drawn = null_peaks(
-            kind,
-            len(on.photos),
-            peaks.side_cells,
-            *grid,
-            input_size_px=on.size_px,
-            filters=NULL_FILTERS,
-            generator=on.generator,
-        )
-        # The filters of a constant null are all the same, so one of them says as much.
-        nulls[kind] = drawn if kind == "random" else drawn.filters(torch.tensor([0]))
+    nulls = {kind: _null(kind, on, peaks, grid) for kind in ("random", "centre", "corner")}
     scores = {
         kind: measure_maps(on, of, assigned, null="moving" if kind == "random" else "constant")
         for kind, of in nulls.items()
     }
+    # Draws of their own, so that the scores' intervals do not depend on whether differences are taken.
     draws, each, counts = torch.Generator().manual_seed(on.generator.initial_seed()), [], []
-    for number in range(len(on.categories)):
-        index, own = on.of_category(number), (assigned == number).nonzero()[:, 0]
-        if len(index) < 2 or not len(own):
-            continue
+    for _, index, own in on.of_categories(assigned):
         counts.append(len(own))
         each.append(
             instability_differences(
@@ -236,26 +220,48 @@ def measure_nulls(
     return scores, {kind: mean_of([found[kind] for found in each], counts) for kind in nulls}
 
 
+def _null(kind: str, on: MeasuredPhotos, peaks: Peaks, grid: tuple[tuple[float, float], tuple[float, float]]) -> Peaks:
+    drawn = null_peaks(
+        kind,
+        len(on.photos),
+        peaks.side_cells,
+        *grid,
+        input_size_px=on.size_px,
+        filters=NULL_FILTERS,
+        generator=on.generator,
+    )
+    # The filters of a constant null are all the same, so one of them says as much.
+    return drawn if kind == "random" else drawn.filters(torch.tensor([0]))
+
+
 def mean_of(values: Sequence[Estimate], weights: Sequence[int]) -> Estimate:
     """Return a weighted mean of independent estimates; each end of the interval adds up in squares."""
     usable = [(v, w) for v, w in zip(values, weights, strict=True) if w > 0 and v.defined]
     if len(usable) < 2:
         return usable[0][0] if usable else Estimate.undefined()
     total = sum(w for _, w in usable)
+
+    def end(side: int) -> float:
+        return math.sqrt(sum(((v.interval[side] - v.value) * w / total) ** 2 for v, w in usable))
+
     mean = sum(v.value * w for v, w in usable) / total
-    low = math.sqrt(sum(((v.value - v.interval[0]) * w / total) ** 2 for v, w in usable))
-    high = math.sqrt(sum(((v.interval[1] - v.value) * w / total) ** 2 for v, w in usable))
-    return Estimate(mean, (mean - low, mean + high), sum(v.n for v, _ in usable), usable[0][0].unit)
+    return Estimate(mean, (mean - end(0), mean + end(1)), sum(v.n for v, _ in usable), usable[0][0].unit)
 
 
 def _joined(scores: Sequence[LocalisationScores], filters: Sequence[int]) -> LocalisationScores:
     """Return the mean over filters of scores that were measured per category, each on its own photos."""
     if len(scores) == 1:
         return scores[0]
-    shares: dict[str, float] = {}
-    for landmark in dict.fromkeys(name for s in scores for name in s.landmark_shares):
-        parts = [(s.landmark_shares[landmark], n) for s, n in zip(scores, filters, strict=True)]
-        known = [(v, n) for v, n in parts if not math.isnan(v) and n]
-        shares[landmark] = sum(v * n for v, n in known) / sum(n for _, n in known) if known else math.nan
+    names = dict.fromkeys(name for one in scores for name in one.landmark_shares)
+    shares = {
+        name: _mean_share([(s.landmark_shares[name], n) for s, n in zip(scores, filters, strict=True)])
+        for name in names
+    }
     joined = {name: mean_of([s.of(name) for s in scores], filters) for name in LOCALISATION}
     return LocalisationScores(**joined, landmark_shares=shares)
+
+
+def _mean_share(shares: Sequence[tuple[float, int]]) -> float:
+    """Return the mean of (share, weight), undefined ones apart."""
+    known = [(share, weight) for share, weight in shares if not math.isnan(share) and weight]
+    return sum(share * weight for share, weight in known) / sum(weight for _, weight in known) if known else math.nan

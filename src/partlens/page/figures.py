@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from partlens.page.svg import Scale, coordinate, lettering, limits, line, shortened, svg, tag
 
@@ -65,6 +65,11 @@ class ScoreRow:
     def spoken(self) -> str:
         """The row in words."""
         return f"{self.label} {self.text if math.isfinite(self.value) else 'not defined'}"
+
+    @property
+    def finite(self) -> list[float]:
+        """The value and its ends, as far as they are defined."""
+        return [v for v in (self.value, self.low, self.high) if math.isfinite(v)]
 
 
 Curve = tuple[str, Sequence[tuple[float, float]]]
@@ -132,8 +137,7 @@ def scores_chart(title: str, direction: str, rows: Sequence[ScoreRow]) -> str:
         return ""
     top, step = 8.0, 26.0
     bottom = top + step * len(rows)
-    ends = [v for r in rows for v in (r.value, r.low, r.high) if math.isfinite(v)]
-    scale = Scale(*limits(ends, zero=True), 118.0, WIDTH - 52.0)
+    scale = Scale(*limits(list(chain(*(r.finite for r in rows))), zero=True), 118.0, WIDTH - 52.0)
     parts = _columns(scale, top, bottom, zero="axis")
     lead = next((r for r in defined if r.role == "explainer"), None)
     if lead:
@@ -160,16 +164,16 @@ def filters_chart(title: str, dots: Sequence[Dot]) -> str:
 
     A filter with an undefined score is not drawn; the description counts such filters.
     """
-    shown = [dot for dot in dots if math.isfinite(dot[2]) and math.isfinite(dot[3])]
+    shown = [dot for dot in dots if all(map(math.isfinite, dot[2:]))]
     if not shown:
         return ""
     left, right, top, bottom = 38.0, WIDTH - 8.0, 8.0, 240.0
     x_scale = Scale(*limits([x for *_, x, _ in shown], zero=True), left, right)
-    y_scale = Scale(*limits([*(y for *_, y in shown), 0.0]), bottom, top)
+    y_scale = Scale(*limits([0.0, *(y for *_, y in shown)]), bottom, top)
     parts = _columns(x_scale, top, bottom, 5) + _rows(y_scale, left, right, 5, zero="axis")
     # The performer's dots come first, so that the explainer's are drawn over them.
     for label, role, x, y in sorted(shown, key=lambda dot: dot[1] != "performer"):
-        place = {"cx": x_scale(x), "cy": y_scale(y), "r": 3.0 if role == "explainer" else 2.5}
+        place = {"cx": x_scale(x), "cy": y_scale(y), "r": {"explainer": 3.0}.get(role, 2.5)}
         parts.append(tag("circle", tag("title", escape(label)), class_=f"fill-{role} faint", **place))
     parts.append(lettering((left + right) / 2, bottom + 32, "location instability (lower is better)", "middle", "soft"))
     roles = [role for _, role, _, _ in shown]
@@ -186,25 +190,26 @@ def parts_chart(title: str, shares: Sequence[tuple[str, str, Mapping[str, float]
         title: of the figure.
         shares: (label, role, {landmark: share from 0 to 1}) per subject; the first one orders the landmarks.
     """
-    known = [(label, role, {k: v for k, v in s.items() if math.isfinite(v)}) for label, role, s in shares]
-    known = [row for row in known if row[2]]
+    finite = ((label, role, {k: v for k, v in s.items() if math.isfinite(v)}) for label, role, s in shares)
+    known = [row for row in finite if row[2]]
     if not known:
         return ""
-    names = list(dict.fromkeys(name for _, _, s in known for name in s))
-    names.sort(key=lambda name: tuple(-s.get(name, 0.0) for _, _, s in known))
+    every = [share for *_, share in known]
+    names = sorted(dict.fromkeys(chain(*every)), key=lambda name: tuple(-share.get(name, 0.0) for share in every))
     bar, gap = 14.0, 12.0
-    scale = Scale(0.0, max(max(s.values()) for _, _, s in known) or 1.0, 104.0, WIDTH - 44.0)
+    scale = Scale(0.0, max(max(share.values()) for share in every) or 1.0, 104.0, WIDTH - 44.0)
     parts, y = [], 4.0
     for name in names:
         parts.append(lettering(0, y + bar * len(known) / 2 + 4, shortened(name.replace("_", " "), 17)))
         for order, (_, role, share) in enumerate(known):
             parts += _bar(share.get(name, 0.0), y + order * bar, bar, scale, f"fill-{role}" + " faint" * (order > 1))
         y += bar * len(known) + gap
-    spoken = "; ".join(
-        f"{label}: " + ", ".join(f"{name} {100 * share.get(name, 0.0):.0f} %" for name in names)
-        for label, _, share in known
-    )
+    spoken = "; ".join(f"{label}: {_said(share, names)}" for label, _, share in known)
     return svg((WIDTH, y - gap + 6), "chart parts", title, spoken, *parts)
+
+
+def _said(share: Mapping[str, float], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {100 * share.get(name, 0.0):.0f} %" for name in names)
 
 
 def _bar(value: float, top: float, height: float, scale: Scale, look: str) -> list[str]:
@@ -223,19 +228,16 @@ def curves_chart(title: str, curves: Sequence[Curve], shaded: tuple[float, float
         curves: one or two on one axis; the second is dashed.
         shaded: first and last epoch of the warm-up, drawn as a shaded band.
     """
-    values = [y for _, points in curves for _, y in points if math.isfinite(y)]
+    every, logged = zip(*chain(*(points for _, points in curves)), strict=True) if curves else ((), ())
+    values = list(filter(math.isfinite, logged))
     if not values:
         return ""
     left, right, top, bottom = 40.0, WIDTH - 8.0, 22.0 if len(curves) > 1 else 6.0, 150.0
-    every = [x for _, points in curves for x, _ in points]
     x_scale = Scale(min(every) - 0.5, max(every) + 0.5, left, right)
     y_scale = Scale(*limits(values), bottom, top)
     parts = []
     if shaded:
-        start, end = max(shaded[0] - 0.5, x_scale.low), min(shaded[1] + 0.5, x_scale.high)
-        span = {"x": x_scale(start), "width": x_scale(end) - x_scale(start)}
-        parts.append(tag("rect", y=top, height=bottom - top, class_="phase", **span))
-        parts.append(lettering(x_scale(start) + 4, bottom - 6, "warm-up", "start", "soft"))
+        parts += _warm_up(shaded, x_scale, top, bottom)
     parts += _rows(y_scale, left, right)
     parts += _epochs(min(every), max(every), x_scale, bottom)
     for order, (label, points) in enumerate(curves):
@@ -248,6 +250,15 @@ def curves_chart(title: str, curves: Sequence[Curve], shaded: tuple[float, float
     return svg((WIDTH, bottom + 20), "chart", title, "; ".join(filter(None, map(_spoken, curves))), *parts)
 
 
+def _warm_up(shaded: tuple[float, float], scale: Scale, top: float, bottom: float) -> list[str]:
+    start, end = max(shaded[0] - 0.5, scale.low), min(shaded[1] + 0.5, scale.high)
+    span = {"x": scale(start), "width": scale(end) - scale(start)}
+    return [
+        tag("rect", y=top, height=bottom - top, class_="phase", **span),
+        lettering(scale(start) + 4, bottom - 6, "warm-up", "start", "soft"),
+    ]
+
+
 def _epochs(first: float, last: float, scale: Scale, bottom: float) -> list[str]:
     """Label the first and last epoch, and round ones between whose labels would touch neither."""
     between = [t for t in tick_values(first, last) if t == int(t)] if last > first else []
@@ -256,8 +267,8 @@ def _epochs(first: float, last: float, scale: Scale, bottom: float) -> list[str]
 
 
 def _curve(points: Sequence[tuple[float, float]], role: str, dash: str, x_scale: Scale, y_scale: Scale) -> list[str]:
-    kept = [(x_scale(x), y_scale(y)) for x, y in points if math.isfinite(y)]
     logged = [index for index, (_, y) in enumerate(points) if math.isfinite(y)]
+    kept = [(x_scale(points[index][0]), y_scale(points[index][1])) for index in logged]
     parts = []
     if len(kept) > 1:
         path = " ".join(f"{coordinate(x)},{coordinate(y)}" for x, y in kept)

@@ -13,7 +13,7 @@ from partlens.errors import ImageError, InputError, expected
 from partlens.evaluation.results import EvaluatedData, Evaluation, FieldKind, GalleryKind
 from partlens.explainer.record import ExplainerRun
 from partlens.progress import Progress
-from partlens.run import Run, UsedPhotos
+from partlens.run import Run, Unreadable, UsedPhotos
 from partlens.verbs.runs import labels_of, open_photos, sampled
 
 if TYPE_CHECKING:
@@ -77,54 +77,46 @@ def evaluate(
     show, handle = progress or Progress.silent(), Run(Path(run))
     if rounds < 1:
         raise InputError(expected("rounds of at least 1", rounds, "Set --rounds to 1 or more"))
-    explainer, performer = load_explainer(run, model)
-    record = handle.read(ExplainerRun)
+    (explainer, performer), record = load_explainer(run, model), handle.read(ExplainerRun)
     plan = GalleryPlan.of(gallery, fields, performer.preprocessing.size_px, occlusion, seed)
     images, unreadable = open_photos(data, record)
-    categories = record.data.categories
-    rows = _rows(images, categories, split, seed)
+    rows = _rows(images, record.data.categories, split, seed)
+    described = _described(images, rows, split, record, UsedPhotos.read_if_there(handle.folder), unreadable)
+    need, frames = Need.of(rows, performer, record.data.categories), Frames(performer, images, rows.held)
+    show.say(need.words(rows, record.data.categories))
+    with handle.writing():
+        with show.task("measuring", need.photos(rows)) as done:
+            result, peaks = evaluate_explainer(
+                explainer, frames, rows, described, record.p_by_seed, seed=seed, rounds=rounds, advance=_counter(done)
+            )
+        names = {"explainer": "explainer", "performer": explainer.structure.tap}
+        layers = {role: (peaks[name], result.filters[role]) for role, name in names.items()}
+        with show.task("drawing filters, %", 100) as advance:
+            write_gallery(handle.folder, frames, explainer, layers, plan, advance=lambda s: advance(round(100 * s)))
+        path = result.write(handle.folder)
+    show.say(f"wrote {path} ({len(rows.held)} photos of the split {split}); {_MEANING}")
+    return result
+
+
+def _described(
+    images: ImageSet,
+    rows: EvaluationRows,
+    split: str,
+    record: ExplainerRun,
+    used: UsedPhotos | None,
+    unreadable: tuple[Unreadable, ...],
+) -> EvaluatedData:
+    """Say what the record says of the photos, and how many of them the fit used."""
     same = images.fingerprint() == record.data.fingerprint
-    used = UsedPhotos.read_if_there(handle.folder)
-    described = EvaluatedData(
+    return EvaluatedData(
         name=images.name,
         split=split,
         photos=len(rows.held),
-        categories=categories,
+        categories=record.data.categories,
         same_as_fit=same,
         used_in_fit=0 if same or used is None else used.count(images.take(rows.held).digests()),
         unreadable=unreadable,
     )
-    need = Need.of(rows, performer, categories)
-    show.say(need.words(rows, categories))
-    with handle.writing():
-        with show.task("measuring", need.photos(rows)) as advance:
-            result, peaks = evaluate_explainer(
-                explainer,
-                performer,
-                images,
-                rows,
-                described,
-                record.p_by_seed,
-                seed=seed,
-                rounds=rounds,
-                advance=_counter(advance),
-            )
-        tap = explainer.structure.tap
-        with show.task("drawing filters, %", 100) as advance:
-            write_gallery(
-                handle.folder,
-                Frames(performer, images, rows.held),
-                explainer,
-                {
-                    "explainer": (peaks["explainer"], result.filters["explainer"]),
-                    "performer": (peaks[tap], result.filters["performer"]),
-                },
-                plan,
-                advance=lambda share: advance(round(100 * share)),
-            )
-        path = result.write(handle.folder)
-    show.say(f"wrote {path} ({len(rows.held)} photos of the split {split}); {_MEANING}")
-    return result
 
 
 def _rows(images: ImageSet, categories: tuple[str, ...], split: str, seed: int) -> EvaluationRows:

@@ -150,7 +150,7 @@ def fit_explainer(
         created=now(),
         command=command(),
         versions=versions(),
-        performer=performer_info(performer, model),
+        performer=performer_info(performer),
         data=data_info(photos.images, photos.unreadable, photos.images.fingerprint(), photos.categories),
         train_photos=len(photos.own),
         background=len(photos.others),

@@ -22,19 +22,11 @@ if TYPE_CHECKING:
 _SAFE = ("torchvision:", "timm:", "partlens:")
 
 
-def spec(model: str | nn.Module | Performer) -> str | None:
-    """Return how to load the model again, a weights file by its absolute path; ``None`` for a network object."""
-    if not isinstance(model, str):
-        return None
-    name, mark, weights = model.partition("@")
-    return f"{name}@{Path(weights).resolve()}" if mark and Path(weights).is_file() else model
-
-
-def performer_info(performer: Performer, model: str | nn.Module | Performer) -> PerformerInfo:
-    """Return what records say of a performer, given how it was named."""
+def performer_info(performer: Performer) -> PerformerInfo:
+    """Return what records say of a performer."""
     return PerformerInfo(
         name=performer.name,
-        spec=spec(model),
+        spec=performer.spec,
         weights_sha256=performer.weights_sha256,
         preprocessing=performer.preprocessing.to_dict(),
         notes=performer.notes,
@@ -218,16 +210,6 @@ def device_of(name: str) -> torch.device:
     if device.type not in {"cpu", "cuda"} or (device.type == "cuda" and not torch.cuda.is_available()):
         raise InputError(expected("a device that this machine has", name, "Choose cpu"))
     return device
-
-
-def on_device(performer: Performer, device: torch.device) -> Performer:
-    """Return the performer for a device: itself on the CPU, else with a copy of its network there."""
-    import copy
-    import dataclasses
-
-    if device.type == "cpu":
-        return performer
-    return dataclasses.replace(performer, module=copy.deepcopy(performer.module).to(device))
 
 
 def report(run: str | Path, *, out: str | Path | None = None, progress: Progress | None = None) -> Path:

@@ -148,7 +148,7 @@ def select_features(
         created=now(),
         command=command(),
         versions=versions(),
-        performer=performer_info(performer, model),
+        performer=performer_info(performer),
         data=data_info(images, unreadable, images.fingerprint()),
         config=config,
         photos=len(rows),

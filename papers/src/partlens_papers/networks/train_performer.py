@@ -332,7 +332,7 @@ def train_performer(
             "identity": identity,
             "command": command(),
             "versions": versions(),
-            "base": plain(performer_info(performer, model)),
+            "base": plain(performer_info(performer)),
             "data": {
                 "name": images.name,
                 "fingerprint": fingerprint,

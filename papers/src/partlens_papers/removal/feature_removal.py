@@ -186,7 +186,7 @@ def feature_removal(
         "identity": identity,
         "versions": versions(),
         "command": command(),
-        "performer": plain(performer_info(performer, model)),
+        "performer": plain(performer_info(performer)),
         "data": {"name": images.name, "fingerprint": images.fingerprint(), "unreadable": plain(dropped)},
         "config": dict(how),
         "seconds": 0.0 if earlier is None else earlier["seconds"],

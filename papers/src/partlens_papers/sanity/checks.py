@@ -360,7 +360,7 @@ def sanity_checks(
         "identity": identity,
         "versions": versions(),
         "command": command(),
-        "performer": plain(performer_info(performer, performer if model is None else model)),
+        "performer": plain(performer_info(performer)),
         "data": {"name": images.name, "fingerprint": images.fingerprint()},
         "config": dict(how),
         "checks": {},

@@ -20,7 +20,6 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.progress import Progress
 from partlens.records import Settings, content_hash, file_sha256
 from partlens.run import command, versions
-from partlens.verbs.runs import spec
 from partlens_papers.data.convert import convert, join
 from partlens_papers.data.layouts import layout_of
 from partlens_papers.given import settings_of
@@ -268,10 +267,16 @@ def jobs_of(plan: Plan, photos: Photos, out: Path) -> list[Job]:
     return jobs
 
 
+def _located(model: str) -> str:
+    """Return a model's name with its weights file by an absolute path."""
+    name, mark, weights = model.partition("@")
+    return f"{name}@{Path(weights).resolve()}" if mark and Path(weights).is_file() else model
+
+
 def _point(plan: Plan, out: Path, label: str, text: str, point: Job) -> tuple[list[Job], Job]:
     """Add the performer to a point of performer and category, and give the job that trains it, if it is trained."""
     base = text.removeprefix(TRAINED)
-    located = spec(base) or base
+    located = _located(base)
     model, _, weights = located.partition("@")
     content = file_sha256(Path(weights)) if weights and Path(weights).is_file() else weights
     settings = {**point.settings, "model": model, "weights": content}
