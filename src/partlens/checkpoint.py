@@ -45,28 +45,18 @@ class _State(Record):
 
 
 class Found(NamedTuple):
-    """What a checkpoint holds.
+    """What a checkpoint holds."""
 
-    Attributes:
-        values: as they were saved.
-        tensors: groups by name, on the CPU; a group that was empty is empty again.
-    """
-
-    values: dict[str, Any]
-    tensors: Mapping[str, dict[str, Tensor]]
+    values: dict[str, Any]  # as they were saved
+    tensors: Mapping[str, dict[str, Tensor]]  # groups by name, on the CPU; a group that was empty is empty again
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The checkpoint of one training.
+    """The checkpoint of one training."""
 
-    Attributes:
-        folder: where it is kept; one training at a time.
-        identity: hash of everything the training depends on.
-    """
-
-    folder: Path
-    identity: str
+    folder: Path  # where it is kept; one training at a time
+    identity: str  # hash of everything the training depends on
 
     def save(self, values: Mapping[str, Any], **tensors: Mapping[str, Tensor]) -> None:
         """Replace the checkpoint, whole or not at all.

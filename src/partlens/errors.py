@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 BACKGROUND = "background"
 """The category of photos that show something else."""
@@ -129,59 +127,3 @@ def listed(names: Sequence[str], limit: int = 5) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, its kind where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def check_names(config: Any, names: Iterable[str]) -> None:
-    """Refuse names that are no fields of a dataclass.
-
-    Raises:
-        InputError: names the class, the name, and the fields most like it.
-    """
-    known = list(config.__dataclass_fields__)
-    for name in names:
-        if name not in known:
-            kind = (config if isinstance(config, type) else type(config)).__name__
-            rule = f"a field of {kind}"
-            raise InputError(expected(rule, name, f"Did you mean {' or '.join(nearest(name, known))}?"))
-
-
-def check_types(config: Any) -> None:
-    """Refuse fields of a dataclass whose values are of another kind than annotated, before anything is done with them.
-
-    Whole numbers pass where a number is asked for; ``True`` is no number, and a text is none either. Kinds other than
-    numbers, truth values, texts and choices are left to whoever reads them.
-
-    Raises:
-        InputError: names the field, what it takes and what it got.
-    """
-    for name, kind in get_type_hints(type(config)).items():
-        if name not in getattr(config, "__dataclass_fields__", ()):
-            continue
-        value = getattr(config, name)
-        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        if not all(one in _KINDS or one is NoneType or get_origin(one) is Literal for one in kinds):
-            continue
-        if not any(_is_of(value, one) for one in kinds):
-            takes = " or ".join(_KINDS[one] if one in _KINDS else _said(one) for one in kinds)
-            raise InputError(expected(f"{name} to be {takes}", repr(value), f"Correct {name}, or omit it"))
-
-
-_KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-
-
-def _said(kind: Any) -> str:
-    return "nothing" if kind is NoneType else "one of " + ", ".join(map(str, get_args(kind)))
-
-
-def _is_of(value: object, kind: Any) -> bool:
-    if kind is NoneType:
-        return value is None
-    if get_origin(kind) is Literal:
-        return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
-    if kind is bool:
-        return isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, str)

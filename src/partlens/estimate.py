@@ -127,10 +127,6 @@ def resampler(
     As many groups as there are are drawn, each with all its rows. Groups count in the order of their first rows, so
     that groups of one row each draw the same rows as no groups do.
 
-    Args:
-        count: number of rows.
-        groups: an integer per row; by default every row on its own.
-
     Example:
         >>> import torch
         >>> draw, units = resampler(4, torch.tensor([7, 7, 7, 2]))

@@ -339,7 +339,7 @@ def test_a_difference_on_the_same_photos_is_zero_for_the_same_peaks_and_tighter_
 
     def between(a: Peaks, b: Peaks) -> Estimate:
         draws = torch.Generator().manual_seed(0)
-        return instability_differences(a, {"b": b}, landmarks, SIZE, generator=draws, rounds=300)["b"]
+        return instability_differences(a, {"b": b}, landmarks, SIZE, generator=draws, rounds=100)["b"]
 
     same = between(tracker, tracker)
     assert (same.value, same.interval, same.n) == (0.0, (0.0, 0.0), 60)
@@ -355,7 +355,7 @@ def test_a_difference_on_the_same_photos_is_zero_for_the_same_peaks_and_tighter_
             lambda i: float(instability_per_filter(peaks.rows(i), landmarks[i], SIZE)),
             60,
             generator=torch.Generator().manual_seed(0),
-            rounds=300,
+            rounds=100,
         ).interval
 
     apart = alone(tracker)[1] - alone(worse)[0], alone(tracker)[0] - alone(worse)[1]
@@ -371,12 +371,12 @@ def test_a_difference_without_landmarks_is_undefined() -> None:
     assert found.n == 0
 
 
-@pytest.mark.parametrize("crops", [1, 2, 4])
+@pytest.mark.parametrize("crops", [2, 4])
 def test_crops_of_one_photo_make_no_interval_narrower(crops: int) -> None:
     """A photo is drawn with all its crops: shown several times it says no more than once."""
     generator = torch.Generator().manual_seed(3)
-    cells = torch.randint(0, 14, (40, 20, 2), generator=generator)
-    strength = torch.rand(40, 20, generator=generator)
+    cells = torch.randint(0, 14, (40, 6, 2), generator=generator)
+    strength = torch.rand(40, 6, generator=generator)
     landmarks = torch.rand(40, 2, 2, generator=generator) * 224
     landmarks[:7, 0] = torch.nan
     whole = {}
@@ -392,6 +392,7 @@ def test_crops_of_one_photo_make_no_interval_narrower(crops: int) -> None:
             landmark_names=("head", "tail"),
             photos=photos,
             generator=torch.Generator().manual_seed(0),
+            rounds=20,
         )
         still = peaks.positions_px[:, :1].expand_as(peaks.positions_px)
         other = replace(peaks, positions_px=0.9 * still + 0.1 * peaks.positions_px)
@@ -402,6 +403,7 @@ def test_crops_of_one_photo_make_no_interval_narrower(crops: int) -> None:
             (224, 224),
             photos=photos,
             generator=torch.Generator().manual_seed(0),
+            rounds=20,
         )["other"]
         whole[times] = (scores.instability_all, scores.consistency, scores.filter_correlation, difference)
     for once, more in zip(whole[1], whole[crops], strict=True):

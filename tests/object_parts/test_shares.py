@@ -11,7 +11,7 @@ from torch import Tensor
 from partlens.object_parts import shares
 from partlens.object_parts.contributions import FilterContributions, PartContributions
 from partlens.object_parts.record import Contributions, NamedPart
-from partlens.object_parts.shares import PartShares, mean_contributions, part_labels
+from partlens.object_parts.shares import PartShares, _part_labels, mean_contributions
 
 PARTS = (NamedPart("head", ("a",), (0, 3)), NamedPart("rest", ("b",), (1,)), NamedPart("leg", ("c",), (2,)))
 SHAPLEY = torch.tensor([[2.0, 1.0, 0.5], [4.0, 1.0, 1.5], [3.0, -1.0, 1.0]])
@@ -28,7 +28,7 @@ def _batch(rows: slice, sign: float = 1.0) -> PartShares:
     zeros = torch.zeros(len(shapley), 4)
     parts = PartContributions(shapley, ordinary, score, BASELINE[rows], REMOVAL[rows], 0 * shapley + 0.25, ordinary)
     filters = FilterContributions(zeros, ordinary, zeros, score, BASELINE[rows], torch.full((len(shapley),), 0.5), 8)
-    drawn = torch.stack([INTEGRATED[rows], INTEGRATED[rows].flip(1)])
+    drawn = torch.stack([INTEGRATED[rows], INTEGRATED[rows].flip(1)], 1)
     fed = torch.tensor([[1.0, 0.0]] * 3)[rows]
     return PartShares(
         parts, filters, INTEGRATED[rows], 2 * INTEGRATED[rows], drawn, torch.zeros(len(shapley), 3, 1, 1), fed, "exact"
@@ -110,4 +110,4 @@ def test_the_only_output_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_filter_gets_the_position_of_its_part() -> None:
-    assert part_labels(PARTS, 4).tolist() == [0, 1, 2, 0]
+    assert _part_labels(PARTS, 4).tolist() == [0, 1, 2, 0]

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from partlens.errors import InputError
-from partlens.object_parts.trust import assignment_stability, kept_share, removal_agreement
+from partlens.object_parts.trust import _kept_share, assignment_stability, removal_agreement
 
 
 def test_groups_without_names_are_matched_and_other_is_not() -> None:
     first = torch.tensor([0, 0, 1, 1, -1, -1])
-    assert kept_share(first, torch.tensor([1, 1, 0, 0, -1, -1])) == 1
-    assert kept_share(first, torch.tensor([1, 1, 0, 0, -1, -1]), matched=False) == pytest.approx(1 / 3)
-    assert kept_share(first, torch.full((6,), -1)) == pytest.approx(1 / 3)
-    assert kept_share(first, torch.tensor([0, 1, 2, 3, 4, 5])) == pytest.approx(2 / 6)
+    assert _kept_share(first, torch.tensor([1, 1, 0, 0, -1, -1])) == 1
+    assert _kept_share(first, torch.tensor([1, 1, 0, 0, -1, -1]), matched=False) == pytest.approx(1 / 3)
+    assert _kept_share(first, torch.full((6,), -1)) == pytest.approx(1 / 3)
+    assert _kept_share(first, torch.tensor([0, 1, 2, 3, 4, 5])) == pytest.approx(2 / 6)
 
 
 def test_an_assignment_that_never_changes_is_stable_and_a_random_one_is_not(generator: torch.Generator) -> None:

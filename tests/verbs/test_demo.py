@@ -6,13 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from partlens.estimate import Estimate
+from partlens.object_parts import rules, shares
 from partlens.verbs import demo as demonstration
 from partlens.verbs.demo import demo
 
 
 def test_the_demo_makes_everything_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few flowers: the held-out ones of the category are too few for some scores, which are then a dash."""
-    monkeypatch.setattr(demonstration, "EPOCHS", 1)
+    for name, value in (("_EPOCHS", 1), ("_ROUNDS", 2), ("_HALVINGS", 2)):
+        monkeypatch.setattr(demonstration, name, value)
+    monkeypatch.setattr(shares, "_ROUNDS", 5)
+    monkeypatch.setattr(rules, "_SILHOUETTE_DRAWS", 2)
     short = {"epochs": 1, "warmup_epochs": 1, "views": 2}
     monkeypatch.setattr(demonstration, "_EXPLAINER", demonstration._EXPLAINER | short)
     page = demo(out=tmp_path / "demo", flowers=120)
@@ -34,8 +39,10 @@ def test_too_few_flowers() -> None:
 
 
 def test_the_summary_shows_a_dash_for_what_is_undefined() -> None:
-    nothing, known = SimpleNamespace(defined=False), lambda value: SimpleNamespace(defined=True, value=value)
-    layer = SimpleNamespace(instability=nothing, consistency=nothing)
+    def known(value: float) -> Estimate:
+        return Estimate(value, (value, value), 9)
+
+    layer = SimpleNamespace(instability=Estimate.undefined(), consistency=Estimate.undefined())
     scores = SimpleNamespace(
         explainer=layer,
         performer=SimpleNamespace(tap=layer),
@@ -44,6 +51,6 @@ def test_the_summary_shows_a_dash_for_what_is_undefined() -> None:
         reconstruction=SimpleNamespace(agreement_top1=known(1.0)),
     )
     text = demonstration._summary(scores)
-    assert "p = 0.25" in text
+    assert "a learned weight of p = 0.25 against the ordinary ones" in text
     assert "instability is – (the layer's own filters: –, random: –)" in text
     assert "keeps 100% of" in text

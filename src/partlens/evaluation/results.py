@@ -179,7 +179,7 @@ class Evaluation(Record):
         nulls: filters that see nothing: ``random`` cells, always the ``centre``, always the ``corner``.
         instability_minus_null: the explainer's instability minus each null's, on the same photos.
         same_peak: layers read in one way; ``None`` where all are.
-        p: share of the layer's information that part filters carry; interval over seeds.
+        p: learned weight of part filters against the ordinary ones; interval over seeds.
         p_optimum: the p that would suit these photos best.
         p_rescaling_error: how far the output moves when the interpretable track is scaled: 0 means that p cannot be had
             by scale.

@@ -79,12 +79,6 @@ def agreement_top1(
 ) -> Estimate:
     """Return the share of photos whose strongest class stays the same, with Wilson's interval.
 
-    Args:
-        fed_back: outputs when the reconstruction is fed back; two or more classes (a single logistic output goes
-            through :func:`class_outputs` first).
-        performer: the performer's own.
-        photos: an integer per image, equal for crops of one photo.
-
     Raises:
         InputError: outputs of different shapes, or a single output, whose strongest class is always the same.
     """
@@ -104,17 +98,11 @@ def agreement_top1(
 
 @dataclass(frozen=True)
 class HeadErrors:
-    """Errors of a logistic head (category against background), in percent, and what feeding back adds.
+    """Errors of a logistic head (category against background), in percent, and what feeding back adds."""
 
-    Attributes:
-        performer_error_percent: on the performer's own features, held out.
-        explainer_error_percent: the same head on the reconstructed features.
-        error_increase_points: the difference in percentage points, interval by a paired bootstrap over photos.
-    """
-
-    performer_error_percent: Estimate
-    explainer_error_percent: Estimate
-    error_increase_points: Estimate
+    performer_error_percent: Estimate  # on the performer's own features, held out
+    explainer_error_percent: Estimate  # the same head on the reconstructed features
+    error_increase_points: Estimate  # the difference in percentage points, interval by a paired bootstrap over photos
 
 
 def category_error_increase(
@@ -133,16 +121,6 @@ def category_error_increase(
     A logistic head (features standardised, L2 with scikit-learn's default strength, classes weighted equally) is
     fitted on the performer's features of the training photos and applied to both kinds of features of the held-out
     ones. (ICLR 2020 submission, Tables 5 and 10: category against background.)
-
-    Args:
-        train_features: performer's features of training photos.
-        train_labels: 1 for the category, 0 for background; or the number of each photo's category.
-        performer_features: performer's features of held-out photos.
-        explainer_features: reconstructed features of the same photos.
-        labels: of the held-out photos.
-        photos: an integer per held-out image, equal for crops of one photo.
-        generator: draws of the bootstrap.
-        rounds: bootstrap rounds.
 
     Raises:
         InputError: either set lacks one of the two classes.
@@ -178,14 +156,6 @@ def decision_errors(
 ) -> HeadErrors:
     """Compare decisions on the performer's own features and on the reconstruction with the truth.
 
-    Args:
-        performer: its decision on each photo.
-        explainer: the decision when the reconstruction is fed back.
-        labels: the truth.
-        photos: an integer per image, equal for crops of one photo, which are drawn together.
-        generator: draws of the paired bootstrap over photos.
-        rounds: bootstrap rounds.
-
     Example:
         >>> truth = torch.tensor([0, 1, 1, 0])
         >>> decision_errors(truth, 1 - truth, truth, generator=torch.Generator()).error_increase_points.value
@@ -208,11 +178,6 @@ def best_share(costs: Float[Tensor, " share"], shares: Float[Tensor, " share"], 
 
     The reconstruction's cost is interpolated in p by a monotone cubic between the shares it was measured at; the
     logarithm is exact.
-
-    Args:
-        costs: reconstruction loss at each share.
-        shares: increasing, in (0, 1).
-        eta: weight of -log p.
 
     Example:
         >>> shares = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)

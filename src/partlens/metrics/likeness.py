@@ -20,9 +20,6 @@ def same_shape(first: Tensor, second: Tensor) -> None:
 def ranks(values: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
     """Rank each row from 0, equal values by the mean of their ranks.
 
-    Args:
-        values: ``[row, entry]``.
-
     Returns:
         Ranks of the same shape, float64.
 
@@ -40,10 +37,6 @@ def rank_correlation(
     first: Float[Tensor, "image row col"], second: Float[Tensor, "image row col"]
 ) -> Float[Tensor, " image"]:
     """Return Spearman's rank correlation of two maps for each image.
-
-    Args:
-        first: ``[image, row, col]``.
-        second: likewise.
 
     Returns:
         -1 to 1 for each image, float64; ``nan`` where a map is constant.

@@ -26,25 +26,20 @@ TOP_IMAGES = 100
 
 FOLDS = 5
 _ROUNDING = 1e-5
-DISTINCT_SPREAD_CELLS = 1.0
+_DISTINCT_CELLS = 1.0  # filters whose peaks are one cell apart are alike by exp(-1/2)
 _STILL_CELLS = 1e-9
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Peaks of every filter on every image.
+    """Peaks of every filter on every image."""
 
-    Attributes:
-        cells: row and column of the peak (image, filter, 2): a cell, or a place between cells.
-        positions_px: x, y of the centre of that cell's receptive field in the input (image, filter, 2).
-        scores: value at the peak (image, filter); 0 where the map is empty.
-        side_cells: rows and columns of the map.
-    """
-
+    # row and column of the peak (image, filter, 2): a cell, or a place between cells
     cells: Float[Tensor, "image filter 2"]
+    # x, y of the centre of that cell's receptive field in the input (image, filter, 2)
     positions_px: Float[Tensor, "image filter 2"]
-    scores: Float[Tensor, "image filter"]
-    side_cells: tuple[int, int]
+    scores: Float[Tensor, "image filter"]  # value at the peak (image, filter); 0 where the map is empty
+    side_cells: tuple[int, int]  # rows and columns of the map
 
     def rows(self, index: Int[Tensor, " row"]) -> Peaks:
         """Return the peaks of chosen images, repeats allowed."""
@@ -241,7 +236,7 @@ def distinct_parts(peaks: Peaks, live: Bool[Tensor, " filter"]) -> float:
     products = flat @ flat.t()
     own = products.diagonal().clone()
     distance2 = products.mul_(-2).add_(own).add_(own[:, None]).clamp_(min=0)
-    similarity = distance2.mul_(-1 / (2 * cells.shape[0] * DISTINCT_SPREAD_CELLS**2)).exp_()
+    similarity = distance2.mul_(-1 / (2 * cells.shape[0] * _DISTINCT_CELLS**2)).exp_()
     return float(1 / similarity.mean(dtype=torch.float64))
 
 
@@ -281,10 +276,7 @@ def localisation_scores(
         The scores; each interval ranges over photos, and ``n`` counts photos, not crops.
     """
     count = peaks.scores.shape[0]
-    live = ~dead_filters(peaks)
-    has_landmark = (
-        ~landmarks_px.isnan().any(-1).all(-1) if landmarks_px.shape[1] else torch.zeros(count, dtype=torch.bool)
-    )
+    live, has_landmark = ~dead_filters(peaks), (~landmarks_px.isnan().any(-1)).any(-1)
     group = torch.arange(count) if photos is None else photos
     annotated, distinct = len(group[has_landmark].unique()), len(group.unique())
 
@@ -347,15 +339,6 @@ def instability_differences(
 
     The bootstrap draws photos once for all of them, so that what makes some photos harder for everything cancels: an
     interval below 0 says that ``peaks`` is more stable even where the two intervals themselves overlap.
-
-    Args:
-        peaks: of every filter on every image.
-        others: by name, peaks of what it is compared with, on the same images.
-        landmarks_px: x, y in the same frame; NaN where absent.
-        input_size_px: rows and columns of the input.
-        photos: an integer per image, equal for crops of one photo, which are drawn together.
-        generator: draws of the bootstrap over photos (95 % percentile intervals).
-        rounds: bootstrap rounds.
     """
     if not landmarks_px.shape[1]:
         return {name: Estimate.undefined() for name in others}

@@ -21,8 +21,7 @@ from partlens.estimate import Estimate, bootstrap
 
 VALID_SHARE = 0.005
 """Share of a filter's cells on all photos that are valid: ``p(x > T) = 0.005``."""
-OVERLAP = 0.2
-"""Intersection over union above which a region meets a part."""
+_OVERLAP = 0.2  # intersection over union above which a region meets a part
 FEWEST_PHOTOS = 10
 """Photos that a part has to be on: a filter takes its best part, and among few photos chance makes one."""
 
@@ -114,15 +113,7 @@ def _by_photo(of: Int[Tensor, " entry"], places: Int[Tensor, " entry"], photos: 
 def random_cells(
     photos: int, cells: int, filters: int, generator: torch.Generator, share: float = VALID_SHARE
 ) -> CellsOn:
-    """Return valid cells of filters that know nothing: as many, anywhere.
-
-    Args:
-        photos: how many.
-        cells: of a map.
-        filters: how many.
-        generator: source of the draws.
-        share: of all cells that are valid.
-    """
+    """Return valid cells of filters that know nothing: as many, anywhere."""
     keep = max(1, math.floor(share * photos * cells))
     drawn = torch.randint(photos * cells, (filters, keep), generator=generator)
     of = torch.arange(filters)[:, None].expand(-1, keep)
@@ -157,7 +148,7 @@ def meets_parts(
     cover: Bool[Tensor, "cell point"],
     *,
     photos: Sequence[int] | None = None,
-    overlap: float = OVERLAP,
+    overlap: float = _OVERLAP,
 ) -> Bool[Tensor, "photo filter part"]:
     """Return where a filter's region overlaps a part by more than ``overlap`` (intersection over union).
 
@@ -208,15 +199,7 @@ def part_interpretability(
     generator: torch.Generator,
     rounds: int = 100,
 ) -> Estimate:
-    """Return the mean over filters of :func:`interpretability_per_filter` with a bootstrap over photos.
-
-    Args:
-        met: of :func:`meets_parts`.
-        present: which part is on which photo; parts on fewer than :data:`FEWEST_PHOTOS` are excluded.
-        photos: an integer per row, equal for crops of one photo.
-        generator: draws of the bootstrap.
-        rounds: bootstrap rounds.
-    """
+    """Return the mean over filters of :func:`interpretability_per_filter` with a bootstrap over photos."""
     enough = torch.tensor([len(photos[has].unique()) >= FEWEST_PHOTOS for has in present.t()], dtype=torch.bool)
     if not bool(enough.any()) or not met.shape[1]:
         return Estimate.undefined()

@@ -15,21 +15,13 @@ LOWER, HIGHER = "lower is better", "higher is better"
 
 
 class Score(NamedTuple):
-    """One score.
+    """One score."""
 
-    Attributes:
-        title: its name for people.
-        words: what it means, in one or two sentences.
-        direction: which way is better; empty where neither is.
-        unit: what the number counts; empty for shares and pure numbers.
-        is_share: it is written as a percentage, 100 times the number in the file.
-    """
-
-    title: str
-    words: str
-    direction: str = ""
-    unit: str = ""
-    is_share: bool = False
+    title: str  # its name for people
+    words: str  # what it means, in one or two sentences
+    direction: str = ""  # which way is better; empty where neither is
+    unit: str = ""  # what the number counts; empty for shares and pure numbers
+    is_share: bool = False  # it is written as a percentage, 100 times the number in the file
 
 
 LOCALISATION: Mapping[str, Score] = {
@@ -85,7 +77,7 @@ LOCALISATION: Mapping[str, Score] = {
 """Where filters peak, of one layer on one set of photos, in the order of tables; instability is never shown alone."""
 
 FIDELITY: Mapping[str, Score] = {
-    "p": Score("p", "share of the layer's information that part filters carry; a learned weight", is_share=True),
+    "p": Score("p", "learned weight of part filters against the ordinary ones", is_share=True),
     "p_optimum": Score(
         "p of least objective",
         "the p that would suit these photos best, all else held; interval over photos",

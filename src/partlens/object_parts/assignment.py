@@ -31,17 +31,12 @@ OTHER = -1
 
 @dataclass(frozen=True)
 class LandmarkDistances:
-    """How far each filter's peak lies from each landmark, over the photos that show the landmark.
+    """How far each filter's peak lies from each landmark, over the photos that show the landmark."""
 
-    Attributes:
-        mean_frac: mean distance as a share of the input's diagonal; NaN where no photo shows the landmark.
-        deviation_frac: its standard deviation (N - 1); NaN for fewer than two photos.
-        photos: photos that show each landmark.
-    """
-
+    # mean distance as a share of the input's diagonal; NaN where no photo shows the landmark
     mean_frac: Float[Tensor, "filter landmark"]
-    deviation_frac: Float[Tensor, "filter landmark"]
-    photos: Int[Tensor, " landmark"]
+    deviation_frac: Float[Tensor, "filter landmark"]  # its standard deviation (N - 1); NaN for fewer than two photos
+    photos: Int[Tensor, " landmark"]  # photos that show each landmark
 
 
 def landmark_distances(
@@ -50,11 +45,6 @@ def landmark_distances(
     diagonal_px: float,
 ) -> LandmarkDistances:
     """Measure the distance of every filter's peak to every landmark.
-
-    Args:
-        positions_px: x, y of the peaks in the network's input.
-        landmarks_px: x, y in the same frame; NaN where absent.
-        diagonal_px: of the input; above 0.
 
     Raises:
         InputError: peaks and landmarks of different numbers of images.
@@ -126,12 +116,7 @@ def parts_by_landmark(
 def peak_features(
     maps: Float[Tensor, "image channel row col"], cells: Float[Tensor, "image filter 2"]
 ) -> Float[Tensor, "filter channel"]:
-    """Return the mean over photos of the performer's features in the cell where each filter peaks.
-
-    Args:
-        maps: of the tap.
-        cells: row, col of the peaks on the same grid; places between cells are read at the nearest cell.
-    """
+    """Return the mean over photos of the performer's features in the cell where each filter peaks."""
     nearest = cells.round().long()
     index = nearest[..., 0] * maps.shape[3] + nearest[..., 1]  # [image, filter]
     total = maps.new_zeros(cells.shape[1], maps.shape[1], dtype=torch.float64)
@@ -166,11 +151,6 @@ def filter_vectors(
     ``corr`` is the correlation of the peaks' movements (:func:`place_vectors`), ``cos`` the cosine of the features at
     the peaks, less their mean over the filters: features after a ReLU all point one way, only what differs tells
     parts apart.
-
-    Args:
-        cells: row, col of the peaks.
-        features: from :func:`peak_features`.
-        place_weight: ``w``, from 0 to 1.
     """
     place = place_vectors(cells)
     content = _unit((features - features.mean(0)).double())
@@ -179,17 +159,12 @@ def filter_vectors(
 
 @dataclass(frozen=True)
 class Clusters:
-    """Groups of filters.
+    """Groups of filters."""
 
-    Attributes:
-        labels: group of each filter by size, the largest 0; :data:`OTHER` without one.
-        silhouette: mean silhouette of the groups (-1 to 1, higher is more distinct) by number of groups tried.
-        count: number of groups with the highest silhouette.
-    """
-
-    labels: Int[Tensor, " filter"]
+    labels: Int[Tensor, " filter"]  # group of each filter by size, the largest 0; OTHER without one
+    # mean silhouette of the groups (-1 to 1, higher is more distinct) by number of groups tried
     silhouette: dict[int, float]
-    count: int
+    count: int  # number of groups with the highest silhouette
 
 
 def by_size(labels: Int[Tensor, " filter"]) -> Int[Tensor, " filter"]:
@@ -212,12 +187,6 @@ def clustered(
     vectors: Float[Tensor, "filter value"], live: Bool[Tensor, " filter"], *, fewest: int = 3, most: int = 8
 ) -> Clusters:
     """Group the live filters by Ward's agglomerative clustering; the number of groups is that of the best silhouette.
-
-    Args:
-        vectors: from :func:`filter_vectors`.
-        live: filters that activate on any photo; the others get :data:`OTHER`.
-        fewest: fewest groups tried, 2 or more.
-        most: most groups tried; fewer where there are not enough filters.
 
     Returns:
         The groups; without any where fewer than ``fewest + 1`` filters are alive.
@@ -243,10 +212,6 @@ def agreement_with_group(
 ) -> Float[Tensor, " filter"]:
     """Return the mean correlation of each filter's movements with those of the others in its group.
 
-    Args:
-        place: from :func:`place_vectors`.
-        labels: group of each filter.
-
     Returns:
         From -1 to 1; NaN for a filter without a group, and for one that is alone in its group.
     """
@@ -268,12 +233,6 @@ def agreement_thresholds(
 ) -> Float[Tensor, " filter"]:
     """Return for each filter the agreement with its group that a random peak reaches with probability ``1 - level``.
 
-    Args:
-        place: from :func:`place_vectors`.
-        labels: group of each filter.
-        null_place: the same vectors of random peaks on as many photos.
-        level: quantile of the random peaks' mean correlation with the group's filters.
-
     Returns:
         NaN for a filter without a group.
     """
@@ -293,14 +252,7 @@ def upsampled(
     stride_px: tuple[float, float],
     size_px: tuple[int, int],
 ) -> Float[Tensor, "image part input_row input_col"]:
-    """Bring maps to the input's size, each cell's value at the middle of its receptive field, bilinear in between.
-
-    Args:
-        maps: on the tap's grid.
-        start_px: row, col of the middle of cell (0, 0)'s receptive field.
-        stride_px: distance of neighbouring cells in rows and columns.
-        size_px: rows and columns of the input; beyond the outermost cells their value stays.
-    """
+    """Bring maps to the input's size, each cell's value at the middle of its receptive field, bilinear in between."""
     grids = []
     for axis in (0, 1):
         middle = torch.arange(size_px[axis], dtype=maps.dtype) + 0.5

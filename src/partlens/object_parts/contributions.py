@@ -40,63 +40,38 @@ Score = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Tracks:
-    """The two tracks of a batch at the encoder's output, and the maps they come from.
+    """The two tracks of a batch at the encoder's output, and the maps they come from."""
 
-    Attributes:
-        interpretable: ``z``, ``[image, filter, row, col]``.
-        ordinary: ``o``, of the same shape.
-        maps: the last interpretable layer before the mask, at the tap's size.
-    """
-
-    interpretable: Float[Tensor, "image filter row col"]
-    ordinary: Float[Tensor, "image filter row col"]
+    interpretable: Float[Tensor, "image filter row col"]  # z, [image, filter, row, col]
+    ordinary: Float[Tensor, "image filter row col"]  # o, of the same shape
+    # the last interpretable layer before the mask, at the tap's size
     maps: Float[Tensor, "image filter cell_row cell_col"]
 
 
 @dataclass(frozen=True)
 class FilterContributions:
-    """Contributions of every filter to one score per image.
+    """Contributions of every filter to one score per image."""
 
-    Attributes:
-        filters: ``[image, filter]`` integrated gradients of the interpretable track's filters.
-        ordinary: ``[image]`` of the ordinary track as a whole.
-        gradient_activation: ``[image, filter]`` gradient × activation at the whole encoding.
-        score: ``[image]`` S of the whole encoding.
-        baseline: ``[image]`` S of nothing.
-        remainder: ``[image]`` what the sums miss: score - baseline - filters - ordinary.
-        steps: number of steps along the line that was needed.
-    """
-
-    filters: Float[Tensor, "image filter"]
-    ordinary: Float[Tensor, " image"]
-    gradient_activation: Float[Tensor, "image filter"]
-    score: Float[Tensor, " image"]
-    baseline: Float[Tensor, " image"]
-    remainder: Float[Tensor, " image"]
-    steps: int
+    filters: Float[Tensor, "image filter"]  # [image, filter] integrated gradients of the interpretable track's filters
+    ordinary: Float[Tensor, " image"]  # [image] of the ordinary track as a whole
+    gradient_activation: Float[Tensor, "image filter"]  # [image, filter] gradient × activation at the whole encoding
+    score: Float[Tensor, " image"]  # [image] S of the whole encoding
+    baseline: Float[Tensor, " image"]  # [image] S of nothing
+    remainder: Float[Tensor, " image"]  # [image] what the sums miss: score - baseline - filters - ordinary
+    steps: int  # number of steps along the line that was needed
 
 
 @dataclass(frozen=True)
 class PartContributions:
-    """Shapley values of parts and of the ordinary track.
+    """Shapley values of parts and of the ordinary track."""
 
-    Attributes:
-        parts: ``[image, part]``.
-        ordinary: ``[image]``.
-        score: ``[image]`` S of the whole encoding.
-        baseline: ``[image]`` S of nothing; parts and ordinary track sum to score - baseline.
-        removal: ``[image, part]`` how much the score falls when the part alone is taken away.
-        standard_error: ``[image, part]`` of ``parts``; 0 where they are exact.
-        ordinary_standard_error: ``[image]`` of ``ordinary``.
-    """
-
-    parts: Float[Tensor, "image part"]
-    ordinary: Float[Tensor, " image"]
-    score: Float[Tensor, " image"]
-    baseline: Float[Tensor, " image"]
-    removal: Float[Tensor, "image part"]
-    standard_error: Float[Tensor, "image part"]
-    ordinary_standard_error: Float[Tensor, " image"]
+    parts: Float[Tensor, "image part"]  # [image, part]
+    ordinary: Float[Tensor, " image"]  # [image]
+    score: Float[Tensor, " image"]  # [image] S of the whole encoding
+    baseline: Float[Tensor, " image"]  # [image] S of nothing; parts and ordinary track sum to score - baseline
+    removal: Float[Tensor, "image part"]  # [image, part] how much the score falls when the part alone is taken away
+    standard_error: Float[Tensor, "image part"]  # [image, part] of parts; 0 where they are exact
+    ordinary_standard_error: Float[Tensor, " image"]  # [image] of ordinary
 
 
 def tracks(explainer: Explainer, maps: Float[Tensor, "image filter row col"]) -> Tracks:
@@ -108,13 +83,7 @@ def tracks(explainer: Explainer, maps: Float[Tensor, "image filter row col"]) ->
 
 
 def class_score(explainer: Explainer, head: nn.Module, classes: Int[Tensor, " image"]) -> Score:
-    """Return ``S``: encoder outputs of the images, in order, to the performer's scores of the given classes.
-
-    Args:
-        explainer: in eval mode.
-        head: the performer from the last target to its output (:func:`partlens.explainer.network.performer_head`).
-        classes: the performer's output whose score is shared, one per image.
-    """
+    """Return ``S``: encoder outputs of the images, in order, to the performer's scores of the given classes."""
 
     def score(encoded: Tensor) -> Tensor:
         output = head(explainer.decode(encoded)[-1])
@@ -154,13 +123,12 @@ def filter_contributions(score: Score, parts: Tracks, *, tolerance: float = 0.00
     with torch.no_grad():
         full, nothing = score(whole), score(torch.zeros_like(whole))
     wanted = tolerance * float((full - nothing).abs().mean().clamp(min=1e-12))
-    total, order = torch.zeros_like(whole), 0
+    total = torch.zeros_like(whole)
     for steps in _STEPS:
         # The middles of `steps` equal steps; those of a third as many are among them and are not computed again.
-        new = [k for k in range(steps) if not order or k % 3 != 1]
-        for k in new:
-            total += _gradient(score, whole * ((k + 0.5) / steps))
-        order = steps
+        for k in range(steps):
+            if steps == _STEPS[0] or k % 3 != 1:
+                total += _gradient(score, whole * ((k + 0.5) / steps))
         mean = total / steps
         filters = (mean * parts.interpretable).sum((2, 3))
         ordinary = (mean * parts.ordinary).sum((1, 2, 3))
@@ -174,7 +142,7 @@ def filter_contributions(score: Score, parts: Tracks, *, tolerance: float = 0.00
         score=full,
         baseline=nothing,
         remainder=remainder,
-        steps=order,
+        steps=steps,
     )
 
 
@@ -211,13 +179,6 @@ def _coalition_values(
 def part_contributions(score: Score, parts: Tracks, part_of: Int[Tensor, " filter"], count: int) -> PartContributions:
     """Share a score among parts by exact Shapley values.
 
-    Args:
-        score: ``S``, from :func:`class_score`; called with whole copies of the batch, one after the other.
-        parts: the tracks of the images.
-        part_of: the part of each filter, from 0 to ``count - 1``.
-        count: number of parts; with the ordinary track there are ``count + 1`` players and ``2 ** (count + 1)``
-            coalitions, each one pass through the decoder.
-
     Raises:
         InputError: more parts than can be enumerated, or a part out of range.
     """
@@ -229,19 +190,12 @@ def part_contributions(score: Score, parts: Tracks, part_of: Int[Tensor, " filte
     coalitions = list(itertools.product((0, 1), repeat=players))
     values = _coalition_values(score, parts, part_of, count, coalitions)
     cube = values.view(*([2] * players), parts.interpretable.shape[0])
-    shares = []
-    for player in range(players):
-        others = [p for p in range(players) if p != player]
-        gain = cube.select(player, 1) - cube.select(player, 0)
-        size = torch.zeros([2] * len(others), dtype=torch.long)
-        for axis in range(len(others)):
-            size += torch.tensor([0, 1]).view([-1 if a == axis else 1 for a in range(len(others))])
-        # A coalition of s other players precedes this one in s! (n - 1 - s)! of the n! orders.
-        weight = torch.tensor(
-            [math.factorial(s) * math.factorial(players - 1 - s) / math.factorial(players) for s in range(players)],
-            dtype=torch.float64,
-        )[size]
-        shares.append((gain * weight[..., None]).flatten(0, -2).sum(0) if others else gain)
+    # A coalition of s other players precedes a player in s! (n - 1 - s)! of the n! orders.
+    orders = [math.factorial(s) * math.factorial(count - s) / math.factorial(players) for s in range(players)]
+    size = torch.tensor(list(itertools.product((0, 1), repeat=count))).sum(1)
+    weight = torch.tensor(orders, dtype=torch.float64)[size]
+    gains = [(cube.select(player, 1) - cube.select(player, 0)).flatten(0, -2) for player in range(players)]
+    shares = [(gain * weight[:, None]).sum(0) for gain in gains]
     full = cube[tuple([1] * players)]
     removal = torch.stack([full - cube[tuple(0 if a == p else 1 for a in range(players))] for p in range(count)], dim=1)
     exact = torch.zeros_like(removal)
@@ -343,13 +297,6 @@ def shares_of_random_parts(
 
     A part with many filters adds much whatever it is; a part is of interest where it adds more or less than as many
     random filters. No pass through a network is needed, as each filter keeps its own contribution.
-
-    Args:
-        filters: contributions that are known per filter (integrated gradients).
-        part_of: the part of each filter.
-        count: number of parts.
-        draws: how often they are shuffled; the same order serves all images.
-        generator: draws them.
     """
     shuffled = torch.stack([part_of[torch.randperm(len(part_of), generator=generator)] for _ in range(draws)])
     members = torch.nn.functional.one_hot(shuffled, count).to(filters.dtype)  # [draw, filter, part]
@@ -367,12 +314,6 @@ def part_heat_maps(
     Each filter's contribution is spread over the cells in proportion to its masked map ``m``:
     ``heat_P(cell) = sum over f in P of c_f · m_f(cell) / sum of m_f``. The cells of a part sum to its contribution;
     a filter that is silent on an image has no contribution to spread.
-
-    Args:
-        masked: conv-interp-2 after ReLU and mask, at the tap's size; not negative.
-        filters: contribution ``c_f`` of each filter on each image, of either sign.
-        part_of: the part of each filter.
-        count: number of parts.
     """
     total = masked.sum((2, 3))
     weight = torch.where(total > 0, filters / total.clamp(min=torch.finfo(masked.dtype).tiny), 0.0)

@@ -23,8 +23,7 @@ from partlens.records import Record, Settings, Value
 OTHER_ID = "other"
 """The part of filters that fit none."""
 
-LEAST_OVERLAP = 0.25
-"""Least Jaccard index at which a name goes to a part that was found again."""
+_LEAST_OVERLAP = 0.25  # Jaccard index from which a name goes to a part that was found again
 
 Rule = Literal["landmarks", "clusters"]
 
@@ -350,9 +349,7 @@ class PartsFile(Record):
 
 def _wrong_edit(file: PartsFile) -> tuple[str, str, str] | None:
     """Return of the first wrong edit what is expected, what was found, and what to do if it is something special."""
-    total = len(file.filters)
     ids: set[str] = set()
-    home: dict[int, str] = {}
     for part in file.parts:
         if not part.id.strip():
             return "an id for every part", repr(part.id), ""
@@ -361,6 +358,12 @@ def _wrong_edit(file: PartsFile) -> tuple[str, str, str] | None:
         ids.add(part.id)
         if not part.name.strip():
             return f"a name for part {part.id}", repr(part.name), "Write a name, or its id"
+    return _wrong_filter(file)
+
+
+def _wrong_filter(file: PartsFile) -> tuple[str, str, str] | None:
+    total, home = len(file.filters), dict[int, str]()
+    for part in file.parts:
         for number in part.filters:
             if not 0 <= number < total:
                 return f"filters from 0 to {total - 1} in part {part.id}", repr(number), "Remove it"
@@ -374,10 +377,6 @@ def _wrong_edit(file: PartsFile) -> tuple[str, str, str] | None:
 def renamed(file: PartsFile, renames: Sequence[str]) -> PartsFile:
     """Return the file with other names.
 
-    Args:
-        file: as it is.
-        renames: texts ``OLD=NEW``; OLD is a part's id or its name.
-
     Raises:
         InputError: a text without ``=``, an unknown part, or an empty name.
     """
@@ -386,13 +385,19 @@ def renamed(file: PartsFile, renames: Sequence[str]) -> PartsFile:
         old, mark, new = (piece.strip() for piece in text.partition("="))
         if not mark or not old or not new:
             raise InputError(expected("a new name as OLD=NEW", repr(text), 'Write --rename "part 1=head"'))
-        hits = {p.id for p in parts if p.id == old} or {p.id for p in parts if p.name.strip() == old}
-        if not hits:
-            known = [name for p in parts for name in (p.id, p.name)]
-            rule = f"a part among {listed(list(dict.fromkeys(known)), 12)}"
-            raise InputError(expected(rule, old, f"Did you mean {nearest(old, known)[0]}?"))
+        hits = _called(old, parts)
         parts = [_with(p, name=new) if p.id in hits else p for p in parts]
     return file.changed(parts=tuple(parts))
+
+
+def _called(name: str, parts: Sequence[FoundPart]) -> set[str]:
+    """Return the ids of the parts meant: of an id that part alone, of a name all that have it."""
+    hits = {p.id for p in parts if p.id == name} or {p.id for p in parts if p.name.strip() == name}
+    if not hits:
+        known = [called for p in parts for called in (p.id, p.name)]
+        rule = f"a part among {listed(list(dict.fromkeys(known)), 12)}"
+        raise InputError(expected(rule, name, f"Did you mean {nearest(name, known)[0]}?"))
+    return hits
 
 
 def _with(part: FoundPart, **fields: Any) -> FoundPart:
@@ -432,14 +437,10 @@ def with_edits(
     """Apply the edits of an earlier file to parts that were found again.
 
     An edited name (one that is not the part's id) goes to the new part that shares most filters with the old one, one
-    to one and by the greatest total Jaccard index; a name whose best part shares less than :data:`LEAST_OVERLAP` is not
-    dropped but returned as unplaced, and tried again the next time. A filter that was moved by hand (its list is not
-    the part it was assigned to) is moved again, to the new part that took over its list's part; where none did, the
-    part is unplaced too.
-
-    Args:
-        parts: new parts; "other" last.
-        earlier: the earlier file.
+    to one and by the greatest total Jaccard index; a name whose best part shares less than a quarter is not dropped but
+    returned as unplaced, and tried again the next time. A filter that was moved by hand (its list is not the part it
+    was assigned to) is moved again, to the new part that took over its list's part; where none did, the part is
+    unplaced too.
 
     Returns:
         The parts with names and moved filters, and the unplaced names.
@@ -450,20 +451,21 @@ def with_edits(
     edits = _edits(earlier)
     # Parts that keep their id stay together wherever the overlap does not speak against it.
     table = [[_overlap(e.filters, p.filters) + 1e-6 * (e.id == p.id) for p in result] for e in edits]
-    rows, cols = linear_sum_assignment(table, maximize=True)
-    match = {int(i): int(j) for i, j in zip(rows, cols, strict=True) if table[i][j] >= LEAST_OVERLAP}
+    match = {int(i): int(j) for i, j in zip(*linear_sum_assignment(table, maximize=True), strict=True)}
     for i, edit in enumerate(edits):
-        if i not in match:
-            if edit.named or edit.moved:
-                best = round(max(table[i], default=0.0), 3)
-                unplaced.append(UnplacedName(name=edit.name, filters=edit.filters, best_overlap=best))
-            continue
-        if edit.moved:
-            result = [_with(p, filters=tuple(k for k in p.filters if k not in edit.moved)) for p in result]
-        home = result[match[i]]
-        result[match[i]] = _with(
-            home,
-            name=edit.name if edit.named else home.name,
-            filters=tuple(sorted({*home.filters, *edit.moved})) if edit.moved else home.filters,
-        )
+        place = match.get(i)
+        if place is not None and table[i][place] >= _LEAST_OVERLAP:
+            _place(edit, place, result)
+        elif edit.named or edit.moved:
+            best = round(max(table[i], default=0.0), 3)
+            unplaced.append(UnplacedName(name=edit.name, filters=edit.filters, best_overlap=best))
     return tuple(result), tuple(unplaced)
+
+
+def _place(edit: _Edited, place: int, parts: list[FoundPart]) -> None:
+    """Give the part at a place the edited name and the filters that were moved to it."""
+    if edit.moved:
+        parts[:] = [_with(p, filters=tuple(k for k in p.filters if k not in edit.moved)) for p in parts]
+        parts[place] = _with(parts[place], filters=tuple(sorted({*parts[place].filters, *edit.moved})))
+    if edit.named:
+        parts[place] = _with(parts[place], name=edit.name)

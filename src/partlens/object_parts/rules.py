@@ -36,8 +36,7 @@ from partlens.object_parts.record import OTHER_ID, Evidence, FilterPart, FoundPa
 _AUTO_PHOTOS = 20
 _FEWEST_PHOTOS = 2
 _SILHOUETTE_DRAWS = 10
-NULL_LEVEL = 0.95
-"""Share of the filters with random peaks that the measured thresholds refuse."""
+_NULL_LEVEL = 0.95  # share of the filters with random peaks that the measured thresholds refuse
 _APART = 1000  # labels of different categories never meet
 
 Assign = Callable[[Int[Tensor, " row"]], Int[Tensor, " filter"]]
@@ -45,31 +44,19 @@ Assign = Callable[[Int[Tensor, " row"]], Int[Tensor, " filter"]]
 
 @dataclass(frozen=True)
 class SeenPhotos:
-    """What one pass over the photos leaves.
+    """What one pass over the photos leaves."""
 
-    Attributes:
-        maps: of the tap.
-        peaks: of the last interpretable layer.
-        outputs: of the performer.
-        landmarks: x, y in the input; NaN where absent.
-        names: of the landmarks.
-        photos: an integer per image, equal for crops of one photo.
-        labels: the category of each image.
-        assigned: the category of each filter.
-        grid: start and stride (rows, cols) of the cells' centres, in pixels.
-        size_px: rows and columns of the input.
-    """
-
-    maps: Float[Tensor, "image channel row col"]
-    peaks: Peaks
-    outputs: Float[Tensor, "image class"]
-    landmarks: Float[Tensor, "image landmark 2"]
-    names: tuple[str, ...]
-    photos: Int[Tensor, " image"]
-    labels: Int[Tensor, " image"]
-    assigned: Int[Tensor, " filter"]
+    maps: Float[Tensor, "image channel row col"]  # of the tap
+    peaks: Peaks  # of the last interpretable layer
+    outputs: Float[Tensor, "image class"]  # of the performer
+    landmarks: Float[Tensor, "image landmark 2"]  # x, y in the input; NaN where absent
+    names: tuple[str, ...]  # of the landmarks
+    photos: Int[Tensor, " image"]  # an integer per image, equal for crops of one photo
+    labels: Int[Tensor, " image"]  # the category of each image
+    assigned: Int[Tensor, " filter"]  # the category of each filter
+    # start and stride (rows, cols) of the cells' centres, in pixels
     grid: tuple[tuple[float, float], tuple[float, float]]
-    size_px: tuple[int, int]
+    size_px: tuple[int, int]  # rows and columns of the input
 
     def photos_of(self, category: int) -> Int[Tensor, " row"]:
         """Return the positions of a category's images."""
@@ -112,21 +99,13 @@ class SeenPhotos:
 
 @dataclass(frozen=True)
 class AssignedParts:
-    """Parts as a rule found them.
+    """Parts as a rule found them."""
 
-    Attributes:
-        rule: landmarks or clusters.
-        parts: without pictures; "other" last in each category.
-        filters: why each has its part.
-        evidence: by category.
-        assign: gets images, repeats allowed, and returns a label per filter.
-    """
-
-    rule: Rule
-    parts: tuple[FoundPart, ...]
-    filters: tuple[FilterPart, ...]
-    evidence: tuple[Evidence, ...]
-    assign: Assign
+    rule: Rule  # landmarks or clusters
+    parts: tuple[FoundPart, ...]  # without pictures; "other" last in each category
+    filters: tuple[FilterPart, ...]  # why each has its part
+    evidence: tuple[Evidence, ...]  # by category
+    assign: Assign  # gets images, repeats allowed, and returns a label per filter
 
 
 @dataclass(frozen=True)
@@ -164,18 +143,12 @@ def find_parts(
     found: dict[int, _Found] = {}
     parts: list[FoundPart] = []
     rows: dict[int, FilterPart] = {}
-    for category, name in enumerate(categories):
-        own = seen.filters_of(category)
-        if not len(own):
-            continue
-        here, prefix = seen.of(category), f"{name}: " if len(categories) > 1 else ""
-        one = search(here, how, generator) if len(here.photos) >= _FEWEST_PHOTOS else _unseen(here, seen.live[own])
-        found[category] = one
-        for label in (*one.order, OTHER):
-            called = prefix + (one.names[label] if label >= 0 else OTHER_ID)
-            inside = one.labels == label
-            members, place = tuple(own[inside].tolist()), _mean_place(here, inside)
-            parts.append(FoundPart(id=called, name=called, category=name, filters=members, mean_place_frac=place))
+    for category in seen.assigned.unique().tolist():
+        name, own, here = categories[category], seen.filters_of(category), seen.of(category)
+        enough = len(here.photos) >= _FEWEST_PHOTOS
+        found[category] = one = search(here, how, generator) if enough else _unseen(here, seen.live[own])
+        prefix = f"{name}: " if len(categories) > 1 else ""
+        parts += _listed_parts(one, here, own, prefix, name)
         for k, row in zip(own.tolist(), one.filters, strict=True):
             rows[k] = FilterPart(**{**dict(row), "filter": k, "part": prefix + row.part})
 
@@ -190,6 +163,16 @@ def find_parts(
 
     evidence = tuple(Evidence(**{**dict(one.evidence), "category": categories[c]}) for c, one in found.items())
     return AssignedParts(rule, tuple(parts), tuple(rows[k] for k in sorted(rows)), evidence, assign)
+
+
+def _listed_parts(one: _Found, seen: SeenPhotos, own: Tensor, prefix: str, category: str) -> list[FoundPart]:
+    """Return the parts of one category as the file lists them, "other" last."""
+    parts = []
+    for label in (*one.order, OTHER):
+        called, inside = prefix + (one.names[label] if label >= 0 else OTHER_ID), one.labels == label
+        members, place = tuple(own[inside].tolist()), _mean_place(seen, inside)
+        parts.append(FoundPart(id=called, name=called, category=category, filters=members, mean_place_frac=place))
+    return parts
 
 
 def _unseen(seen: SeenPhotos, live: Tensor) -> _Found:
@@ -242,7 +225,7 @@ def _by_landmarks(seen: SeenPhotos, how: PartsConfig, generator: torch.Generator
     nearest = near.nearest(usable)
     drawn = _Near.of(seen.null(how.null_filters, generator), seen.landmarks, seen.photos, diagonal)
     reached = drawn.consistency.gather(1, drawn.nearest(usable)[:, None])[:, 0]
-    least = float(torch.quantile(reached, NULL_LEVEL)) if how.consistency_min is None else how.consistency_min
+    least = float(torch.quantile(reached, _NULL_LEVEL)) if how.consistency_min is None else how.consistency_min
 
     def labelled(one: _Near, alive: Tensor) -> Tensor:
         limits = {"distance_max_frac": how.distance_max_frac, "consistency_min": least}
@@ -258,8 +241,8 @@ def _by_landmarks(seen: SeenPhotos, how: PartsConfig, generator: torch.Generator
         category="",
         photos=len(seen.photos),
         consistency_min=least,
-        null_consistency_p95=float(torch.quantile(reached, NULL_LEVEL)),
-        null_distance_p05_frac=float(torch.quantile(far, 1 - NULL_LEVEL)),
+        null_consistency_p95=float(torch.quantile(reached, _NULL_LEVEL)),
+        null_distance_p05_frac=float(torch.quantile(far, 1 - _NULL_LEVEL)),
         null_distance_mean_frac=float(far.mean()),
         null_kept_frac=float((labelled(drawn, torch.ones(len(far), dtype=torch.bool)) >= 0).double().mean()),
     )
@@ -304,7 +287,7 @@ def _by_clusters(seen: SeenPhotos, how: PartsConfig, generator: torch.Generator)
         groups = clustered(filter_vectors(cells, peak_features(seen.maps[rows], cells)), live, fewest=fewest, most=most)
         place = place_vectors(cells)
         agreement = agreement_with_group(place, groups.labels)
-        least = agreement_thresholds(place, groups.labels, place_vectors(drawn.cells[rows]), NULL_LEVEL)
+        least = agreement_thresholds(place, groups.labels, place_vectors(drawn.cells[rows]), _NULL_LEVEL)
         return groups, by_size(torch.where(agreement > least, groups.labels, OTHER)), agreement, least
 
     groups, labels, agreement, least = grouped(torch.arange(len(seen.photos)), how.clusters_min, how.clusters_max)

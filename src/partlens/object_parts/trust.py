@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -18,17 +18,11 @@ _MOST_SHUFFLES = 200
 _SCORES = ("adjusted_rand", "kept", "null_adjusted_rand", "null_kept")
 
 
-def kept_share(first: Int[Tensor, " filter"], second: Int[Tensor, " filter"], *, matched: bool = True) -> float:
+def _kept_share(first: Int[Tensor, " filter"], second: Int[Tensor, " filter"], *, matched: bool = True) -> float:
     """Return the share of filters with the same label in both assignments.
 
-    Args:
-        first: labels.
-        second: labels.
-        matched: the names of groups mean nothing: match them so that as many filters as possible agree; the label -1
-            ("other") only means itself.
-
     Example:
-        >>> kept_share(torch.tensor([0, 0, 1, -1]), torch.tensor([1, 1, 0, 0]))
+        >>> _kept_share(torch.tensor([0, 0, 1, -1]), torch.tensor([1, 1, 0, 0]))
         0.75
     """
     if not matched:
@@ -68,32 +62,40 @@ def assignment_stability(
     Returns:
         The scores over the number of photos; undefined for fewer than four photos.
     """
-    from sklearn.metrics import adjusted_rand_score
-
     names = photos.unique()
     count = len(names)
     if count < _FEWEST_PHOTOS:
         return Stability(**dict.fromkeys(_SCORES, Estimate.undefined()))
-    found: dict[str, list[float]] = {name: [] for name in _SCORES}
+    found: list[tuple[float, ...]] = []
     rows_of = [(photos == name).nonzero()[:, 0] for name in names]
-    while len(found["kept"]) < rounds:
-        drawn = torch.randint(count, (count,), generator=generator)
-        different = drawn.unique()
-        order = different[torch.randperm(len(different), generator=generator)]
-        halves = order[: len(order) // 2], order[len(order) // 2 :]
-        if not all(map(len, halves)):
+    while len(found) < rounds:
+        drawn, halves = _halves(count, generator)
+        if len(halves[0]) == 0:  # a single photo was drawn, again and again
             continue
-        first, second = (
-            assign(torch.cat([rows_of[p] for p in drawn.tolist() if bool((half == p).any())])) for half in halves
-        )
+        first, second = (assign(torch.cat([rows_of[p] for p in drawn if p in half])) for half in halves)
         shuffled = second[torch.randperm(len(second), generator=generator)]
-        for null, labels in (("", second), ("null_", shuffled)):
-            found[f"{null}adjusted_rand"].append(float(adjusted_rand_score(first.numpy(), labels.numpy())))
-            found[f"{null}kept"].append(kept_share(first, labels, matched=matched))
-    return Stability(**{name: _over_rounds(values, count) for name, values in found.items()})
+        found.append((*_likeness(first, second, matched), *_likeness(first, shuffled, matched)))
+    return Stability(
+        **{name: _over_rounds(values, count) for name, values in zip(_SCORES, zip(*found, strict=True), strict=True)}
+    )
 
 
-def _over_rounds(values: list[float], count: int) -> Estimate:
+def _likeness(first: Tensor, second: Tensor, matched: bool) -> tuple[float, float]:
+    """Return the adjusted Rand index of two assignments and the share of filters that keep their part."""
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score(first.numpy(), second.numpy())), _kept_share(first, second, matched=matched)
+
+
+def _halves(count: int, generator: torch.Generator) -> tuple[list[int], tuple[set[int], set[int]]]:
+    """Draw photos with replacement and halve the different ones among them."""
+    drawn = torch.randint(count, (count,), generator=generator)
+    different = drawn.unique()
+    order = different[torch.randperm(len(different), generator=generator)].tolist()
+    return drawn.tolist(), (set(order[: len(order) // 2]), set(order[len(order) // 2 :]))
+
+
+def _over_rounds(values: Sequence[float], count: int) -> Estimate:
     drawn = torch.tensor(values, dtype=torch.float64)
     return Estimate(float(drawn.mean()), percentile_interval(values), count)
 
@@ -116,13 +118,6 @@ def removal_agreement(
     rounds: int = 1000,
 ) -> RemovalAgreement:
     """Compare the contribution of each part with the fall of the score when the part alone is taken away.
-
-    Args:
-        predicted: what an additive measure says is lost, per photo and part.
-        measured: what is lost.
-        photos: an integer per image, equal for crops of one photo, which are drawn together.
-        generator: draws of the bootstrap over photos and of the null.
-        rounds: bootstrap rounds, and shuffles of the null (at most 200).
 
     Returns:
         The scores; their intervals range over photos. NaN where nothing varies, as for a single part on one photo.

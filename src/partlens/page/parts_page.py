@@ -24,31 +24,21 @@ _MEASURES = {
 
 
 @dataclass(frozen=True)
-class PartRow:
-    """What counts as one part.
+class _PartRow:
+    """What counts as one part."""
 
-    Attributes:
-        part: name and filters.
-        found: the parts of the file that have this name, each with its picture.
-        adds: what it adds; ``None`` where that was measured on other parts.
-    """
-
-    part: NamedPart
+    part: NamedPart  # name and filters
+    # the parts of the file that have this name, each with its picture
     found: tuple[tuple[FoundPart, Shown | None], ...]
-    adds: PartContribution | None
+    adds: PartContribution | None  # what it adds; None where that was measured on other parts
 
 
 @dataclass(frozen=True)
 class PartsData:
-    """Everything that the page says of parts.
+    """Everything that the page says of parts."""
 
-    Attributes:
-        file: as it was written.
-        rows: of parts with filters.
-    """
-
-    file: PartsFile
-    rows: tuple[PartRow, ...]
+    file: PartsFile  # as it was written
+    rows: tuple[_PartRow, ...]  # of parts with filters
 
     @property
     def measured(self) -> bool:
@@ -81,10 +71,6 @@ def _known(evidence: Evidence, name: str) -> float:
 def collect_parts(run: Path, pictures: Pictures) -> PartsData | None:
     """Read what the page says of parts.
 
-    Args:
-        run: the folder of a run.
-        pictures: reads the strips.
-
     Returns:
         The content, or ``None`` where the run has no ``parts.json``.
 
@@ -97,7 +83,7 @@ def collect_parts(run: Path, pictures: Pictures) -> PartsData | None:
     adds, rows = file.measured() or {}, []
     for part in file.named:
         found = tuple((p, _strip(p, part, run, pictures)) for p in file.parts if p.id in part.ids)
-        rows.append(PartRow(part, found, adds.get(part.filters)))
+        rows.append(_PartRow(part, found, adds.get(part.filters)))
     return PartsData(file, tuple(rows))
 
 
@@ -109,20 +95,13 @@ def _strip(found: FoundPart, part: NamedPart, run: Path, pictures: Pictures) -> 
 
 
 @dataclass(frozen=True)
-class PartsView:
-    """What the template of the chapter shows.
+class _PartsView:
+    """What the template of the chapter shows."""
 
-    Attributes:
-        data: what is written as it is.
-        figures: by name: sizes, shares, nulls, removal; only those with something to show.
-        checks: (measure, how well it predicts what is lost).
-        explained: (image, anchor, what its parts add) of explained photos.
-    """
-
-    data: PartsData
-    figures: Mapping[str, Figure]
-    checks: tuple[tuple[str, RemovalAgreement], ...]
-    explained: tuple[tuple[str, str, str], ...]
+    data: PartsData  # what is written as it is
+    figures: Mapping[str, Figure]  # by name: sizes, shares, nulls, removal; only those with something to show
+    checks: tuple[tuple[str, RemovalAgreement], ...]  # (measure, how well it predicts what is lost)
+    explained: tuple[tuple[str, str, str], ...]  # (image, anchor, what its parts add) of explained photos
 
 
 def _percent_text(share: Estimate) -> str:
@@ -134,46 +113,51 @@ def _row(name: str, share: Estimate, null: Estimate | None = None) -> ShareRow:
     return ShareRow(name, 100 * share.value, 100 * share.low, 100 * share.high, low, high, _percent_text(share))
 
 
-def parts_view(data: PartsData, explained: Sequence[tuple[str, str, str]]) -> PartsView:
-    """Draw what the template needs.
-
-    Args:
-        data: what the chapter says.
-        explained: (image, anchor, what its parts add) of explained photos.
-    """
-    adds = [(row.part.name, row.adds) for row in data.rows if row.adds is not None]
-    total = sum(len(row.part.filters) for row in data.rows)
-    sizes = {row.part.name: len(row.part.filters) / total for row in data.rows}
-    drawn = {
-        "sizes": (
-            "Share of the filters by part",
-            figures.parts_chart("Share of filters by part", [("filters", "explainer", sizes)]),
-        ),
-        "shares": (
-            "Share of what all parts add to the score (Shapley), mean over photos",
-            shares_chart("Share of what the parts add", [_row(name, one.share) for name, one in adds]),
-        ),
-        "nulls": (
-            "The same by integrated gradients; grey: as many random filters",
-            shares_chart(
-                "Share by integrated gradients", [_row(n, one.integrated_share, one.integrated_null) for n, one in adds]
-            ),
-        ),
-        "removal": (
-            "Loss of the score without a part (up) against what was predicted (right)",
-            removal_chart("Predicted and measured loss", [(n, one.predicted, one.measured) for n, one in adds]),
-        ),
-    }
-    checks = data.file.contributions.removal_check if data.measured and data.file.contributions else {}
-    return PartsView(
+def parts_view(data: PartsData, explained: Sequence[tuple[str, str, str]]) -> _PartsView:
+    """Draw what the template needs."""
+    contributions = data.file.contributions
+    checks = contributions.removal_check if data.measured and contributions else {}
+    return _PartsView(
         data=data,
-        figures={name: Figure(caption, svg) for name, (caption, svg) in drawn.items() if svg},
+        figures={name: Figure(caption, svg) for name, caption, svg in _drawn(data) if svg},
         checks=tuple((_MEASURES[name], checks[name]) for name in _MEASURES if name in checks),
         explained=tuple(explained),
     )
 
 
-def parts_headline(data: PartsData) -> str:
+def _drawn(data: PartsData) -> list[tuple[str, str, str | None]]:
+    """Return name, caption and drawing of each figure; no drawing where there is nothing to show."""
+    adds = [(row.part.name, row.adds) for row in data.rows if row.adds is not None]
+    total = sum(len(row.part.filters) for row in data.rows)
+    sizes = {row.part.name: len(row.part.filters) / total for row in data.rows}
+    shares = [_row(name, one.share) for name, one in adds]
+    nulls = [_row(name, one.integrated_share, one.integrated_null) for name, one in adds]
+    marks = [(name, one.predicted, one.measured) for name, one in adds]
+    return [
+        (
+            "sizes",
+            "Share of the filters by part",
+            figures.parts_chart("Share of filters by part", [("filters", "explainer", sizes)]),
+        ),
+        (
+            "shares",
+            "Share of what all parts add to the score (Shapley), mean over photos",
+            shares_chart("Share of what the parts add", shares),
+        ),
+        (
+            "nulls",
+            "The same by integrated gradients; grey: as many random filters",
+            shares_chart("Share by integrated gradients", nulls),
+        ),
+        (
+            "removal",
+            "Loss of the score without a part (up) against what was predicted (right)",
+            removal_chart("Predicted and measured loss", marks),
+        ),
+    ]
+
+
+def _headline(data: PartsData) -> str:
     """Say what each part adds, and how much all of them do."""
     adds = [(row, row.adds) for row in data.rows if row.adds is not None and row.adds.share.defined]
     if not data.measured or len(adds) < len(data.rows):
@@ -194,7 +178,7 @@ def parts_chapter(data: PartsData, *, explained: bool) -> Chapter:
         kind="parts",
         anchor="named-parts",
         title="Parts of filters",
-        headline=parts_headline(data),
+        headline=_headline(data),
         facts=(),
         sections=(*sections, *([("part-photos", "In photos")] if explained else [])),
     )

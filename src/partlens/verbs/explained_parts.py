@@ -35,36 +35,23 @@ _TOP_FILTERS = 5
 
 @dataclass(frozen=True)
 class OpenedParts:
-    """An explainer read back, with the parts of its filters.
+    """An explainer read back, with the parts of its filters."""
 
-    Attributes:
-        explainer: in eval mode.
-        performer: the network it explains.
-        head: the performer from the last target on.
-        file: of the parts.
-    """
-
-    explainer: Explainer
-    performer: Performer
-    head: nn.Module
-    file: PartsFile
+    explainer: Explainer  # in eval mode
+    performer: Performer  # the network it explains
+    head: nn.Module  # the performer from the last target on
+    file: PartsFile  # of the parts
 
 
 @dataclass(frozen=True)
 class ExplainedParts:
-    """The parts of some images of a batch.
+    """The parts of some images of a batch."""
 
-    Attributes:
-        classes: the explained outputs.
-        outputs: the performer's outputs.
-        shares: ``shares[i][k]`` of the k-th explained class of image i; a batch of that image alone.
-        heat: ``heat[i][k, p]`` of part p, at the input's size.
-    """
-
-    classes: Int[Tensor, "image explained"]
-    outputs: Float[Tensor, "image class"]
+    classes: Int[Tensor, "image explained"]  # the explained outputs
+    outputs: Float[Tensor, "image class"]  # the performer's outputs
+    # shares[i][k] of the k-th explained class of image i; a batch of that image alone
     shares: tuple[tuple[PartShares, ...], ...]
-    heat: tuple[Float[Tensor, "explained part row col"], ...]
+    heat: tuple[Float[Tensor, "explained part row col"], ...]  # heat[i][k, p] of part p, at the input's size
 
 
 def load_parts(run: Path, model: str | nn.Module | Performer | None = None) -> OpenedParts:
@@ -112,14 +99,7 @@ def answer_ranks(chance: Float[Tensor, " output"]) -> dict[int, int]:
 def explain_parts(
     opened: OpenedParts, batch: Tensor, classes: Sequence[str] | None, rows: Sequence[int] | None = None
 ) -> ExplainedParts:
-    """Measure what each part adds to the score of the predicted class, or of named ones, on images of a batch.
-
-    Args:
-        opened: the explainer and its parts.
-        batch: images.
-        classes: names; by default the predicted class.
-        rows: positions in the batch of the images to measure, by default all.
-    """
+    """Measure what each part adds to the score of the predicted class, or of named ones, on images of a batch."""
     structure = opened.explainer.structure
     _, taps = forward_taps(opened.performer, batch, [structure.tap, structure.targets[-1]])
     with torch.no_grad():
@@ -151,7 +131,7 @@ def part_records(
     own = class_outputs(found.outputs[i : i + 1]).argmax()
     for k, shares in enumerate(found.shares[i]):
         each, output = shares.parts, int(found.classes[i, k])
-        ordinary, added, rise = float(each.ordinary[0]), float(each.parts[0].sum()), _rise(shares)
+        ordinary, added, rise = float(each.ordinary[0]), float(each.parts[0].sum()), float(shares.rise[0])
         files = [f"part-{k + 1}-{p + 1}.png" for p in range(len(names))]
         for p, file in enumerate(files):
             # A part that speaks against the class is drawn where it does so.
@@ -184,10 +164,6 @@ def part_records(
     return tuple(records)
 
 
-def _rise(shares: PartShares) -> float:
-    return float(shares.parts.score[0] - shares.parts.baseline[0])
-
-
 def _share(value: float, whole: float) -> float:
     """Return a share of a whole; NaN where the whole is not positive, since a share would then mean nothing."""
     return value / whole if whole > 0 else math.nan
@@ -199,13 +175,13 @@ def _of_part(part: NamedPart, p: int, shares: PartShares, file: str) -> PartShar
     shapley, integrated = float(shares.parts.parts[0, p]), float(shares.integrated[0, p])
     whole, null = float(shares.integrated[0].sum()), Estimate.undefined("draws")
     if whole > 0 and shares.integrated.shape[1] > 1:
-        drawn = shares.random[:, 0, p].double() / whole
+        drawn = shares.random[0, :, p].double() / whole
         null = Estimate(float(drawn.mean()), percentile_interval(drawn.tolist()), len(drawn), "draws")
     return PartShare(
         name=part.name,
         filters=len(part.filters),
         share=_share(shapley, float(shares.parts.parts[0].sum())),
-        share_of_score=_share(shapley, _rise(shares)),
+        share_of_score=_share(shapley, float(shares.rise[0])),
         shapley=shapley,
         standard_error=float(shares.parts.standard_error[0, p]),
         integrated_gradients=integrated,
@@ -223,10 +199,6 @@ def headline(names: Sequence[str], values: Sequence[float]) -> str:
 
     Where parts pull against each other so far that their sum is less than half of what they add and take, a share of
     the sum would mean nothing; the values themselves are said then.
-
-    Args:
-        names: of the parts.
-        values: Shapley values, in units of the score.
 
     Example:
         >>> headline(["head", "neck"], [0.128, 0.872])

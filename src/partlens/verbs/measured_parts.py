@@ -46,31 +46,18 @@ _STRIP_PX = 112
 
 @dataclass(frozen=True)
 class OpenedExplainer:
-    """A finished explainer, its performer, and the photos that its parts are found on.
+    """A finished explainer, its performer, and the photos that its parts are found on."""
 
-    Attributes:
-        run: the run directory.
-        explainer: in eval mode.
-        performer: the network it explains.
-        head: the performer from the last target on.
-        images: the data set.
-        rows: photos of the categories.
-        split: of the photos.
-        categories: an empty name means all photos as one.
-        as_fitted: whether the data set is that of the fit.
-        how: the settings.
-    """
-
-    run: Path
-    explainer: Explainer
-    performer: Performer
-    head: nn.Module
-    images: ImageSet
-    rows: tuple[int, ...]
-    split: str
-    categories: tuple[str, ...]
-    as_fitted: bool
-    how: PartsConfig
+    run: Path  # the run directory
+    explainer: Explainer  # in eval mode
+    performer: Performer  # the network it explains
+    head: nn.Module  # the performer from the last target on
+    images: ImageSet  # the data set
+    rows: tuple[int, ...]  # photos of the categories
+    split: str  # of the photos
+    categories: tuple[str, ...]  # an empty name means all photos as one
+    as_fitted: bool  # whether the data set is that of the fit
+    how: PartsConfig  # the settings
 
 
 def opened_explainer(
@@ -103,14 +90,7 @@ def opened_explainer(
 def measured_parts(
     opened: OpenedExplainer, earlier: PartsFile | None, rename: Sequence[str], show: Progress
 ) -> PartsFile:
-    """Find the parts, measure what they add, and draw them.
-
-    Args:
-        opened: the explainer and the photos.
-        earlier: the file of before, whose names are kept.
-        rename: texts ``OLD=NEW``.
-        show: progress.
-    """
+    """Find the parts, measure what they add, and draw them."""
     how, seen = opened.how, _seen(opened, show)
     generator = torch.Generator().manual_seed(how.seed)
     found = find_parts(chosen_rule(how.rule, seen), seen, opened.categories, how, generator)

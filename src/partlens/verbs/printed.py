@@ -115,10 +115,11 @@ def print_parts(found: PartsFile) -> None:
     for part in found.named:
         place = ", ".join("–" if math.isnan(v) else f"{v:.2f}" for v in found.mean_place(part.filters))
         one = (measured or {}).get(part.filters)
-        shares = (one.share, one.integrated_share, one.integrated_null) if one else (Estimate.undefined(),) * 3
-        removal = _written(one.removal if one else Estimate.undefined())
+        adds = ("–",) * 4
+        if one is not None:
+            adds = (*map(_percent, (one.share, one.integrated_share, one.integrated_null)), _written(one.removal))
         ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
-        table.add_row(f"{part.name}{ids}", str(len(part.filters)), place, *map(_percent, shares), removal)
+        table.add_row(f"{part.name}{ids}", str(len(part.filters)), place, *adds)
     console = _console()
     console.print(table)
     kept = found.stability
@@ -157,20 +158,19 @@ def print_check(result: Any) -> None:
 
 def print_layers(found: Sequence[Any]) -> None:
     """Print the layers of a model, the default tap marked."""
-    table = Table("", box=None)
-    for heading in ("layer", "kind", "filters", "cells", "stride px", "receptive field px", "fit-explainer"):
-        table.add_column(heading, no_wrap=heading in {"layer", "kind"})
+    table = _table("", "layer", "kind", "filters", "cells", "stride px", "receptive field px", "fit-explainer")
+    for column in table.columns[1:3]:
+        column.no_wrap = True
     for layer in found:
-        whole = layer.stride_px == (0, 0) or len(layer.shape) == 1
-        field = "whole image" if whole else "unknown" if layer.receptive_field_px is None else layer.receptive_field_px
-        stride = "–" if whole or layer.stride_px is None else str(layer.stride_px)
+        field, stride = layer.receptive_field_px or "unknown", layer.stride_px or "–"
+        if layer.stride_px == (0, 0) or len(layer.shape) == 1:
+            field, stride = "whole image", "–"
         filters, *cells = map(str, layer.shape)
-        mark = "→" if layer.is_default else ""
         suits = f"no: {layer.reason}" if layer.reason else "yes"
-        table.add_row(mark, layer.name, layer.kind, filters, "x".join(cells), stride, str(field), suits)
+        row = (layer.name, layer.kind, filters, "x".join(cells), str(stride), str(field), suits)
+        table.add_row("→" if layer.is_default else "", *row)
     console = _console()
     console.print(table)
-    if any(layer.is_default for layer in found):
-        sys.stdout.write("→ is the layer that fit-explainer taps without --tap\n")
-    else:
-        sys.stdout.write("no layer here suits fit-explainer without --tap\n")
+    has_default = any(layer.is_default for layer in found)
+    subject = "→ is the layer that fit-explainer taps" if has_default else "no layer here suits fit-explainer"
+    sys.stdout.write(f"{subject} without --tap\n")
