@@ -11,6 +11,7 @@ from partlens.estimate import Estimate, bootstrap, proportion, resampler
 from partlens.explainer.templates import centroid_cells
 from partlens.metrics.localisation import (
     Peaks,
+    _silent_share,
     border_share,
     consistency_per_filter,
     distinct_parts,
@@ -20,7 +21,6 @@ from partlens.metrics.localisation import (
     localisation_scores,
     null_peaks,
     peaks_from_cells,
-    silent_share,
     spread_per_filter,
 )
 from partlens.metrics.scores import LocalisationScores
@@ -453,7 +453,7 @@ def test_an_empty_map_stands_in_the_corner_and_is_counted() -> None:
     scores[:5, 0] = 0
     scores[:, 1] = 0
     peaks = peaks_from_cells(torch.full((10, 4, 2), 3), scores, (8, 8), (0.0, 0.0), (4.0, 4.0))
-    assert silent_share(peaks) == pytest.approx(15 / 40)
+    assert _silent_share(peaks) == pytest.approx(15 / 40)
     found = localisation_scores(
         peaks, torch.rand(10, 1, 2), (32, 32), landmark_names=("a",), generator=torch.Generator().manual_seed(0)
     )

@@ -15,8 +15,8 @@ from partlens.errors import InputError
 from partlens.metrics.part_regions import (
     VALID_SHARE,
     ValidCells,
+    _interpretability_per_filter,
     cell_cover,
-    interpretability_per_filter,
     meets_parts,
     part_interpretability,
     random_cells,
@@ -83,7 +83,7 @@ def test_loops_agree(radius: float | None, batch: int) -> None:
     met = meets_parts(cells.on, 4, truth, cover)
     present = parts.flatten(2).any(-1)
     expected = by_loops(maps, parts, 0.08, radius)
-    assert interpretability_per_filter(met, present).tolist() == pytest.approx(expected)
+    assert _interpretability_per_filter(met, present).tolist() == pytest.approx(expected)
     assert expected[3] == 0
     assert max(expected) > 0
 
@@ -147,7 +147,7 @@ def test_rare_parts_and_crops_of_one_photo() -> None:
     crops = part_interpretability(met, present, photos=torch.arange(12) // 2, generator=generator)
     assert crops.n == 0  # six photos are too few
     assert np.isnan(crops.value)
-    assert torch.isnan(interpretability_per_filter(met, torch.zeros(12, 2, dtype=torch.bool))).all()
+    assert torch.isnan(_interpretability_per_filter(met, torch.zeros(12, 2, dtype=torch.bool))).all()
 
 
 def test_what_is_announced_has_to_come() -> None:

@@ -31,13 +31,8 @@ class ReconstructionSums:
     def add(self, reconstruction: Tensor, target: Tensor) -> None:
         """Take in one batch of equal shapes (image, ...)."""
         if reconstruction.shape != target.shape:
-            raise InputError(
-                expected(
-                    f"a reconstruction of shape {tuple(target.shape)}",
-                    str(tuple(reconstruction.shape)),
-                    "Decode with the targets the explainer was trained for",
-                )
-            )
+            rule, got = f"a reconstruction of shape {tuple(target.shape)}", str(tuple(reconstruction.shape))
+            raise InputError(expected(rule, got, "Decode with the targets the explainer was trained for"))
         value, truth = reconstruction.double().flatten(1), target.double().flatten(1)
         self.squared_error += float((value - truth).square().sum())
         self.squared_norm += float(truth.square().sum())
@@ -83,13 +78,8 @@ def agreement_top1(
         InputError: outputs of different shapes, or a single output, whose strongest class is always the same.
     """
     if fed_back.shape != performer.shape:
-        raise InputError(
-            expected(
-                f"outputs of shape {tuple(performer.shape)}",
-                str(tuple(fed_back.shape)),
-                "Use one set of photos",
-            )
-        )
+        rule, got = f"outputs of shape {tuple(performer.shape)}", str(tuple(fed_back.shape))
+        raise InputError(expected(rule, got, "Use one set of photos"))
     if performer.shape[1] < 2:
         got = f"outputs of shape {tuple(performer.shape)}"
         raise InputError(expected("outputs of at least 2 classes", got, "Pass class_outputs(outputs)"))
@@ -132,13 +122,8 @@ def category_error_increase(
     for name, values in (("training", train_labels), ("held-out", labels)):
         found = sorted({int(v) for v in values.unique()})
         if found != list(range(max(2, len(found)))):
-            raise InputError(
-                expected(
-                    f"category and background, or several categories, among the {name} photos",
-                    f"labels {found}",
-                    "Add photos of other categories, or leave the error increase out",
-                )
-            )
+            rule = f"category and background, or several categories, among the {name} photos"
+            raise InputError(expected(rule, f"labels {found}", "Add photos of other categories"))
     head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced"))
     head.fit(train_features.double().numpy(), train_labels.numpy())
     own, fed = (torch.from_numpy(head.predict(x.double().numpy())) for x in (performer_features, explainer_features))

@@ -65,13 +65,8 @@ def peaks_from_cells(
 
 def _check(peaks: Peaks, landmarks_px: Tensor) -> None:
     if landmarks_px.shape[0] != peaks.cells.shape[0]:
-        raise InputError(
-            expected(
-                f"landmarks of {peaks.cells.shape[0]} images like the peaks",
-                int(landmarks_px.shape[0]),
-                "Select the same photos for both",
-            )
-        )
+        rule = f"landmarks of {peaks.cells.shape[0]} images like the peaks"
+        raise InputError(expected(rule, int(landmarks_px.shape[0]), "Select the same photos for both"))
 
 
 def dead_filters(peaks: Peaks) -> Bool[Tensor, " filter"]:
@@ -79,7 +74,7 @@ def dead_filters(peaks: Peaks) -> Bool[Tensor, " filter"]:
     return peaks.scores.amax(0) <= 0
 
 
-def silent_share(peaks: Peaks) -> float:
+def _silent_share(peaks: Peaks) -> float:
     """Return the share of pairs of a filter and an image where the map is empty; its peak is then cell (0, 0)."""
     return float((peaks.scores <= 0).double().mean())
 
@@ -165,11 +160,6 @@ def consistency_per_filter(
     Five-fold cross-validated R² of the affine fit ``landmark ≈ A · peak + b``, x and y together, folds by photo:
     1 for a perfect tracker, about 0 for a random or constant peak (slightly below, since the fit is tested on
     photos it has not seen). Bounded below by -1 per filter, so that one wild fit does not rule a mean.
-
-    Args:
-        peaks: of every filter on every image.
-        landmarks_px: x, y; NaN where absent.
-        photos: an integer per image, equal for crops of one photo; by default every image its own.
 
     Returns:
         The score and the index of the landmark it belongs to; NaN where no landmark has ten images.
@@ -257,20 +247,11 @@ def localisation_scores(
     rounds: int = 100,
     fixed_null: bool = False,
 ) -> LocalisationScores:
-    """Measure one layer: instability together with scores that degenerate filters cannot win.
+    """Measure one layer: instability, and with it what degenerate filters cannot win.
 
     Dead filters are counted in ``dead_frac`` and, as in the released code, stay in the mean instability (their peak
-    is cell (0, 0), which is the corner null); they are excluded from consistency, correlation and distinct parts.
-
-    Args:
-        peaks: of every filter on every image.
-        landmarks_px: x, y in the same frame; NaN where absent.
-        input_size_px: rows and columns of the input.
-        landmark_names: one per landmark.
-        photos: an integer per image, equal for crops of one photo, which the bootstrap draws together.
-        generator: draws of the bootstrap over photos (95 % percentile intervals).
-        rounds: bootstrap rounds.
-        fixed_null: the peaks are a constant null model: correlation and distinct parts are undefined.
+    is cell (0, 0), which is the corner null); consistency, correlation and distinct parts do not count them. With
+    ``fixed_null`` the peaks are a constant null model: correlation and distinct parts are undefined.
 
     Returns:
         The scores; each interval ranges over photos, and ``n`` counts photos, not crops.
@@ -315,7 +296,7 @@ def localisation_scores(
         peak_spread_cells=over_photos(lambda i: float(spread_per_filter(peaks.rows(i)).median()), distinct),
         dead_frac=over_photos(lambda i: float(dead_filters(peaks.rows(i)).double().mean()), distinct),
         silent_frac=over_photos(
-            lambda i: silent_share(peaks.rows(i)), distinct, torch.Generator().manual_seed(generator.initial_seed())
+            lambda i: _silent_share(peaks.rows(i)), distinct, torch.Generator().manual_seed(generator.initial_seed())
         ),
         border_frac=over_photos(lambda i: border_share(peaks.rows(i)), distinct),
         consistency=over_photos(consistency, annotated),
@@ -374,16 +355,8 @@ def null_peaks(
 ) -> Peaks:
     """Return peaks of a model that has learned nothing.
 
-    Args:
-        kind: ``"random"`` (a uniformly random cell per image and filter), ``"centre"`` (exactly the
-            middle of the input) or ``"corner"`` (cell (0, 0), which is the argmax of an empty map).
-        images: number of images.
-        side_cells: rows and columns of the map.
-        start_px: centre (row, col) of cell (0, 0)'s receptive field.
-        stride_px: distance (rows, cols) between cells' centres.
-        input_size_px: rows and columns of the input.
-        filters: random filters drawn.
-        generator: source of the draws.
+    ``random`` is a uniformly random cell per image and filter, ``centre`` exactly the middle of the input, ``corner``
+    cell (0, 0), where the argmax of an empty map is.
     """
     rows, cols = side_cells
     # Scores are drawn for every null: they choose the top images, and a constant model has no reason to prefer any.

@@ -152,14 +152,8 @@ def meets_parts(
 ) -> Bool[Tensor, "photo filter part"]:
     """Return where a filter's region overlaps a part by more than ``overlap`` (intersection over union).
 
-    Args:
-        valid: the valid cells on a photo (:meth:`ValidCells.on`).
-        filters: how many there are.
-        parts: on each photo, which points of the input belong to each part; no point where the part is absent.
-        cover: which points each cell covers.
-        photos: whose cells are laid on ``parts[i]``; by default each photo's own. Cells of other photos are a null:
-            the same regions, which know nothing of the photo.
-        overlap: above which a filter meets a part.
+    ``photos`` says whose cells are laid on ``parts[i]``, by default each photo's own. Cells of other photos are a null:
+    the same regions, which know nothing of the photo.
     """
     order = range(len(parts)) if photos is None else photos
     met = torch.zeros(len(parts), filters, parts[0].shape[0] if len(parts) else 0, dtype=torch.bool)
@@ -176,7 +170,7 @@ def meets_parts(
     return met
 
 
-def interpretability_per_filter(
+def _interpretability_per_filter(
     met: Bool[Tensor, "photo filter part"], present: Bool[Tensor, "photo part"]
 ) -> Float[Tensor, " filter"]:
     """Return ``P_f = max_k P_{f,k}``, ``P_{f,k}`` the share of photos with part ``k`` on which filter ``f`` meets it.
@@ -199,14 +193,14 @@ def part_interpretability(
     generator: torch.Generator,
     rounds: int = 100,
 ) -> Estimate:
-    """Return the mean over filters of :func:`interpretability_per_filter` with a bootstrap over photos."""
+    """Return the mean over filters of :func:`_interpretability_per_filter` with a bootstrap over photos."""
     enough = torch.tensor([len(photos[has].unique()) >= FEWEST_PHOTOS for has in present.t()], dtype=torch.bool)
     if not bool(enough.any()) or not met.shape[1]:
         return Estimate.undefined()
     used, shown = present[:, enough], met[..., enough]
 
     def mean(index: Tensor) -> float:
-        return float(interpretability_per_filter(shown[index], used[index]).mean())
+        return float(_interpretability_per_filter(shown[index], used[index]).mean())
 
     found = bootstrap(mean, len(photos), generator=generator, rounds=rounds, groups=photos)
     return Estimate(found.value, found.interval, len(photos[used.any(1)].unique()))

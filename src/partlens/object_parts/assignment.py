@@ -86,13 +86,8 @@ def parts_by_landmark(
 ) -> Int[Tensor, " filter"]:
     """Assign each filter to its nearest landmark, or to :data:`OTHER`.
 
-    Args:
-        distances: from :func:`landmark_distances`.
-        consistency: cross-validated R² with which the peak predicts each landmark; NaN where undefined, and such a
-            landmark is no candidate.
-        live: filters that activate on any photo.
-        distance_max_frac: a filter whose nearest landmark is farther than this is "other".
-        consistency_min: a filter that predicts its nearest landmark no better than this is "other".
+    A filter is "other" if it activates on no photo, if the landmark is farther than ``distance_max_frac``, or if the
+    peak predicts it no better than ``consistency_min``. A landmark whose R² is NaN for all filters is no candidate.
 
     Example:
         >>> d = torch.tensor([[0.1, 0.3], [0.1, 0.3], [0.4, 0.3]])

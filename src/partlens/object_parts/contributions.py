@@ -148,13 +148,9 @@ def filter_contributions(score: Score, parts: Tracks, *, tolerance: float = 0.00
 
 def _checked_parts(parts: Tracks, part_of: Tensor, count: int) -> None:
     if part_of.shape[0] != parts.interpretable.shape[1] or int(part_of.min()) < 0 or int(part_of.max()) >= count:
-        raise InputError(
-            expected(
-                f"a part from 0 to {count - 1} for each of {parts.interpretable.shape[1]} filters",
-                f"{tuple(part_of.shape)} from {int(part_of.min())} to {int(part_of.max())}",
-                "Number the parts from 0",
-            )
-        )
+        rule = f"a part from 0 to {count - 1} for each of {parts.interpretable.shape[1]} filters"
+        got = f"{tuple(part_of.shape)} from {int(part_of.min())} to {int(part_of.max())}"
+        raise InputError(expected(rule, got, "Number the parts from 0"))
 
 
 def _coalition_values(
@@ -224,16 +220,8 @@ def sampled_part_contributions(
     Each order is used forwards and backwards (antithetic pairs: a part that joins early in one joins late in the
     other), so the pairs are independent of each other and their spread gives the standard error: the sample standard
     deviation over pairs (N - 1) over the root of their number. In every order the gains sum to
-    ``score - baseline``, so the estimates do, too. ``removal`` is exact.
-
-    Args:
-        score: ``S``, from :func:`class_score`.
-        parts: the tracks of the images.
-        part_of: the part of each filter, from 0 to ``count - 1``.
-        count: number of parts, 1 or more.
-        pairs: pairs of orders, 2 or more; at most ``2 · pairs · count`` passes through the decoder, coalitions that
-            occur twice are computed once.
-        generator: draws the orders.
+    ``score - baseline``, so the estimates do, too. ``removal`` is exact. There are at most ``2 · pairs · count`` passes
+    through the decoder; coalitions that occur twice are computed once.
 
     Raises:
         InputError: no part, fewer than 2 pairs, or a part out of range.

@@ -98,7 +98,7 @@ class SeenPhotos:
 
 
 @dataclass(frozen=True)
-class AssignedParts:
+class _Assigned:
     """Parts as a rule found them."""
 
     rule: Rule  # landmarks or clusters
@@ -133,7 +133,7 @@ def chosen_rule(rule: str, seen: SeenPhotos) -> Rule:
 
 def find_parts(
     rule: Rule, seen: SeenPhotos, categories: Sequence[str], how: PartsConfig, generator: torch.Generator
-) -> AssignedParts:
+) -> _Assigned:
     """Find the parts of each category's filters on its photos.
 
     Where there are several categories, parts are called ``CATEGORY: PART``. Filters of a category without two photos
@@ -162,7 +162,7 @@ def find_parts(
         return labels
 
     evidence = tuple(Evidence(**{**dict(one.evidence), "category": categories[c]}) for c, one in found.items())
-    return AssignedParts(rule, tuple(parts), tuple(rows[k] for k in sorted(rows)), evidence, assign)
+    return _Assigned(rule, tuple(parts), tuple(rows[k] for k in sorted(rows)), evidence, assign)
 
 
 def _listed_parts(one: _Found, seen: SeenPhotos, own: Tensor, prefix: str, category: str) -> list[FoundPart]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -38,7 +38,10 @@ _RANDOM_PARTS = 20
 # 24 steps and left the parts' sums 3 % off those of 400 steps.
 _REMAINDER_MAX = 0.02
 _ROUNDS = 1000
-_WHOSE = {True: "the performer's own prediction for each photo", False: "the performer's only output, whatever it predicts"}
+_WHOSE = {
+    True: "the performer's own prediction for each photo",
+    False: "the performer's only output, whatever it predicts",
+}
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def _joined(found: Sequence[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat([one.double() for one in found])
     if is_dataclass(first):
-        return replace(first, **{f.name: _joined([getattr(one, f.name) for one in found]) for f in fields(first)})
+        return type(first)(**{f.name: _joined([getattr(one, f.name) for one in found]) for f in fields(first)})
     return first
 
 

@@ -50,14 +50,8 @@ def assignment_stability(
 
     In every round as many photos as there are are drawn with replacement and the different ones among them halved, all
     crops and repeats of a photo in one half; so the rounds' percentiles are a bootstrap interval, and the value is
-    their mean. It is a little strict: each half holds about a third of the different photos.
-
-    Args:
-        assign: gets rows of images, repeats allowed, and returns a label per filter (-1 for "other").
-        photos: an integer per image, equal for crops of one photo.
-        generator: draws.
-        rounds: halvings.
-        matched: labels of the two halves have to be matched first (groups without names).
+    their mean. It is a little strict: each half holds about a third of the different photos. Labels of the two halves
+    are ``matched`` first where they are groups without names.
 
     Returns:
         The scores over the number of photos; undefined for fewer than four photos.

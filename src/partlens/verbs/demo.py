@@ -55,6 +55,7 @@ def _trained(images: ImageSet, seed: int, progress: Progress) -> tuple[nn.Module
 
 def demo(
     *,
+    out: str | Path = "partlens-demo",
     flowers: int = _FLOWERS,
     seed: int = 0,
     progress: Progress | None = None,

@@ -45,7 +45,7 @@ _STRIP_PX = 112
 
 
 @dataclass(frozen=True)
-class OpenedExplainer:
+class _Opened:
     """A finished explainer, its performer, and the photos that its parts are found on."""
 
     run: Path  # the run directory
@@ -66,7 +66,7 @@ def opened_explainer(
     model: str | nn.Module | Performer | None,
     split: str,
     how: PartsConfig,
-) -> OpenedExplainer:
+) -> _Opened:
     """Open a run and choose its photos.
 
     Raises:
@@ -84,12 +84,10 @@ def opened_explainer(
         raise ImageError(expected(rule, len(rows), "Add photos, or name another split (--split)"))
     as_fitted = images.fingerprint() == record.data.fingerprint
     head = performer_head(performer, explainer.structure)
-    return OpenedExplainer(run, explainer, performer, head, images, tuple(rows), split, categories, as_fitted, how)
+    return _Opened(run, explainer, performer, head, images, tuple(rows), split, categories, as_fitted, how)
 
 
-def measured_parts(
-    opened: OpenedExplainer, earlier: PartsFile | None, rename: Sequence[str], show: Progress
-) -> PartsFile:
+def measured_parts(opened: _Opened, earlier: PartsFile | None, rename: Sequence[str], show: Progress) -> PartsFile:
     """Find the parts, measure what they add, and draw them."""
     how, seen = opened.how, _seen(opened, show)
     generator = torch.Generator().manual_seed(how.seed)
@@ -123,7 +121,7 @@ def measured_parts(
     return file.changed(contributions=contributions, parts=_drawn(opened, seen, file.parts, show))
 
 
-def _filter_categories(opened: OpenedExplainer, show: Progress) -> Tensor:
+def _filter_categories(opened: _Opened, show: Progress) -> Tensor:
     """Return the category of each filter, as an evaluation does: whose training photos activate it most on average."""
     structure = opened.explainer.structure
     if len(opened.categories) == 1:
@@ -141,7 +139,7 @@ def _filter_categories(opened: OpenedExplainer, show: Progress) -> Tensor:
     return torch.stack(means).argmax(0)
 
 
-def _seen(opened: OpenedExplainer, show: Progress) -> SeenPhotos:
+def _seen(opened: _Opened, show: Progress) -> SeenPhotos:
     """Run the photos through the performer and the explainer once."""
     explainer, performer, structure = opened.explainer, opened.performer, opened.explainer.structure
     assigned = _filter_categories(opened, show)
@@ -173,8 +171,8 @@ def _seen(opened: OpenedExplainer, show: Progress) -> SeenPhotos:
     )
 
 
-def _contributions(opened: OpenedExplainer, seen: SeenPhotos, file: PartsFile, show: Progress) -> Contributions:
-    """Measure what each part adds to the performer's own prediction for each photo."""
+def _contributions(opened: _Opened, seen: SeenPhotos, file: PartsFile, show: Progress) -> Contributions:
+    """Measure what each part adds to the performer's own answer to each photo."""
     chosen, batches = seen.outputs.argmax(1), []
     with show.task("measuring parts", len(chosen)) as advance:
         for first in range(0, len(chosen), _BATCH):
@@ -188,9 +186,7 @@ def _contributions(opened: OpenedExplainer, seen: SeenPhotos, file: PartsFile, s
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _drawn(
-    opened: OpenedExplainer, seen: SeenPhotos, parts: Sequence[FoundPart], show: Progress
-) -> tuple[FoundPart, ...]:
+def _drawn(opened: _Opened, seen: SeenPhotos, parts: Sequence[FoundPart], show: Progress) -> tuple[FoundPart, ...]:
     """Draw for each part what its most active filters peak at."""
     # What the norm layer passes on is comparable between filters; a raw peak is not.
     activity = (seen.peaks.scores / opened.explainer.norm_interp.divisor.double()).mean(0)

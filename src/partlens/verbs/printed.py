@@ -115,7 +115,7 @@ def print_parts(found: PartsFile) -> None:
     for part in found.named:
         place = ", ".join("–" if math.isnan(v) else f"{v:.2f}" for v in found.mean_place(part.filters))
         one = (measured or {}).get(part.filters)
-        adds = ("–",) * 4
+        adds: tuple[str, ...] = ("–",) * 4
         if one is not None:
             adds = (*map(_percent, (one.share, one.integrated_share, one.integrated_null)), _written(one.removal))
         ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
