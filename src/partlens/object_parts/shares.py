@@ -189,7 +189,8 @@ def _joined(found: Sequence[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat([one.double() for one in found])
     if is_dataclass(first):
-        return type(first)(**{f.name: _joined([getattr(one, f.name) for one in found]) for f in fields(first)})
+        kind: Any = type(first)
+        return kind(**{f.name: _joined([getattr(one, f.name) for one in found]) for f in fields(first)})
     return first
 
 
