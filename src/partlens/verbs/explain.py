@@ -18,10 +18,12 @@ from partlens.attribution.record import (
     ExplanationRecord,
     Preset,
 )
+from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, RunError, expected, listed, nearest
 from partlens.explainer.record import WEIGHTS as EXPLAINER_WEIGHTS
 from partlens.explainer.record import ExplainerRun
 from partlens.object_parts.record import PartsFile
+from partlens.page import write_explanation_page
 from partlens.progress import Progress
 from partlens.records import write_tensors
 from partlens.run import SELECTION, Run
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from partlens.attribution.explanation import Explanations
-    from partlens.data.images import ImageSet
     from partlens.network.performer import Performer
     from partlens.verbs.explained_parts import ExplainedParts, OpenedParts
 
@@ -82,8 +83,6 @@ def explain(
         InputError: an unknown class.
         RunError: neither a finished selection nor an explainer, another performer, or a wrong ``parts.json``.
     """
-    from partlens.page import write_explanation_page
-
     show = progress or Progress.silent()
     if count < 1:
         raise InputError(expected("at least 1 class to explain", count, "Set --count to 1 or more"))
@@ -345,8 +344,6 @@ def _part_classes(
 
 def _image_files(images: str | Path | Sequence[str | Path] | ImageSet, show: Progress) -> ImageSet:
     """Return the images to explain; of folders the files that can be read, the others are told."""
-    from partlens.data.images import ImageSet
-
     if isinstance(images, ImageSet):
         return images
     given = [images] if isinstance(images, (str, Path)) else list(images)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from partlens.data.images import ImageSet
 from partlens.errors import InputError, LayerError, RunError, expected
 from partlens.progress import Progress
 from partlens.run import DataInfo, PerformerInfo, Run, RunRecord, Unreadable
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from partlens.data.images import ImageSet
     from partlens.network.layers import LayerInfo
     from partlens.network.performer import Performer
 
@@ -60,8 +60,6 @@ def open_photos(
         ImageError: not one photo can be read.
         RunError: no photos are given, and the run was made from photos that no path names.
     """
-    from partlens.data.images import ImageSet
-
     where = run.data.path if data is None and run is not None else data
     if where is None:
         rule = "photos for this run, which was not made from a folder or table"
