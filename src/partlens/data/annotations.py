@@ -119,7 +119,7 @@ class PartTruth:
 
 
 def _instances(table: Table) -> list[int]:
-    """How many parts of its kind each row stands for, 1 where the table does not say."""
+    """How many parts of its kind each row means, 1 where the table does not say."""
     if "instances" not in table.columns:
         return [1] * len(table)
     found = table.numbers("instances", least=0)

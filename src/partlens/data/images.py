@@ -335,7 +335,7 @@ class ImageSet:
     def rows_of(self, categories: Sequence[str], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the positions of the photos of some categories in a split, and those of all others there.
 
-        ``""`` alone stands for all photos as one, without others.
+        ``""`` alone means all photos as one, without others.
 
         Raises:
             ImageError: an unknown split or category, or one of several categories without photos in the split.
