@@ -79,8 +79,11 @@ def test_the_options_file_is_read(tmp_path: Path) -> None:
 def test_readme_code_runs(
     tiny: Performer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = replace(tiny, preprocessing=replace(tiny.preprocessing, size_px=(64, 64)))
-    monkeypatch.setattr("partlens.network.zoo.load_performer", lambda _: small)
+    preprocessing = replace(tiny.preprocessing, size_px=(64, 64))
+    small = replace(tiny, preprocessing=preprocessing)
+    monkeypatch.setattr(
+        "partlens.network.zoo.load_performer", lambda name: replace(small, loaded_as=(name, preprocessing))
+    )
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     for text, shorter in (
