@@ -21,7 +21,8 @@ import pytest
 from PIL import Image
 
 from partlens.evaluation.results import PerformerScores
-from partlens.page import collect_page, render_page, write_explanation_page
+from partlens.page.explanation_page import write_explanation_page
+from partlens.page.page import collect_page, render_page
 from partlens.run import Unreadable
 
 HERE = Path(__file__).parent

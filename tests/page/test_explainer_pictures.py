@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from partlens.page import collect_page, render_page
+from partlens.page.page import collect_page, render_page
 from partlens.page.reading import Pictures
 
 HERE = Path(__file__).parent

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from partlens.errors import InputError, RunError
-from partlens.page import collect_page, render_page, write_explanation_page, write_report
+from partlens.page.explanation_page import write_explanation_page
+from partlens.page.page import collect_page, render_page, write_report
 
 HERE = Path(__file__).parent
 MADE = runpy.run_path(str(HERE / "made_runs.py"))

@@ -18,9 +18,9 @@ import pytest
 from partlens.errors import InputError, RunError, StorageError
 from partlens.estimate import Estimate
 from partlens.evaluation.results import SamePeak
-from partlens.page import collect_page, render_page, write_report
 from partlens.page.explainer import collect_explainer, explainer_headline, judge
 from partlens.page.notation import number, short_name
+from partlens.page.page import collect_page, render_page, write_report
 from partlens.page.reading import Pictures
 
 HOSTILE = "<script>alert(1)</script>\"'&"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from partlens.errors import RunError
-from partlens.page import collect_page, render_page
+from partlens.page.page import collect_page, render_page
 from partlens.page.parts_figures import ShareRow, removal_chart, shares_chart
 
 HERE = Path(__file__).parent

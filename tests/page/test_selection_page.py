@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from partlens.errors import RunError
-from partlens.page import collect_page, render_page, write_report
-from partlens.page.page import PICTURES_BYTES
+from partlens.page.page import PICTURES_BYTES, collect_page, render_page, write_report
 from partlens.page.selection_figures import layer_shares, layers_chart
 from partlens.page.selection_page import selection_headline, selection_view, sharper
 

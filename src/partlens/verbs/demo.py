@@ -11,8 +11,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from partlens.data.flowers import generated_flowers
 from partlens.errors import InputError, expected
 from partlens.progress import Progress
+from partlens.records import read_json, write_json
+from partlens.verbs.evaluate import evaluate
+from partlens.verbs.explain import explain
+from partlens.verbs.fit_explainer import fit_explainer
+from partlens.verbs.parts import parts
+from partlens.verbs.runs import report
+from partlens.verbs.select_features import select_features
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,16 +79,8 @@ def demo(
     Returns:
         Path of the page.
     """
-    from partlens.data.flowers import generated_flowers
     from partlens.network.fitting import save_classifier
     from partlens.network.flower_network import SIDE_PX, flower_preprocessing
-    from partlens.records import read_json, write_json
-    from partlens.verbs.evaluate import evaluate
-    from partlens.verbs.explain import explain
-    from partlens.verbs.fit_explainer import fit_explainer
-    from partlens.verbs.parts import parts
-    from partlens.verbs.runs import report
-    from partlens.verbs.select_features import select_features
 
     if flowers < 120:
         raise InputError(expected("at least 120 flowers", flowers, "Set --flowers to 120 or more"))

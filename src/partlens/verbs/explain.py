@@ -23,7 +23,7 @@ from partlens.errors import ImageError, InputError, RunError, expected, listed, 
 from partlens.explainer.record import WEIGHTS as EXPLAINER_WEIGHTS
 from partlens.explainer.record import ExplainerRun
 from partlens.object_parts.record import PartsFile
-from partlens.page import write_explanation_page
+from partlens.page.explanation_page import write_explanation_page
 from partlens.progress import Progress
 from partlens.records import write_tensors
 from partlens.run import SELECTION, Run

@@ -224,7 +224,7 @@ def report(run: str | Path, *, out: str | Path | None = None, progress: Progress
     Raises:
         RunError: the run directory is missing or damaged.
     """
-    from partlens.page import write_report
+    from partlens.page.page import write_report
 
     held = Run(Path(run)).writing() if out is None and Path(run).is_dir() else contextlib.nullcontext()
     with held:
