@@ -117,7 +117,7 @@ def test_the_whole_way_by_the_command_line(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert main(["evaluate", str(run), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
-    assert scores["schema"] == "partlens.evaluation/1"
+    assert scores["schema"] == "partlens.evaluation/2"
     assert main(["evaluate", str(run), str(tmp_path / "photos")]) == 0
     assert "instability" in capsys.readouterr().out
     assert main(["report", str(run)]) == 0

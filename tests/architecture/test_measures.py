@@ -34,18 +34,13 @@ WANTED = {
 }
 # What is not yet as wanted: the number reached, which no change may worsen. Delete a line when its bound is met.
 REACHED: dict[str, float] = {
-    "lines": 26_221,
-    "files": 111,
-    "complex_functions": 85,
-    "mean_complexity": 4.05,
-    "record_classes": 191,
-    "record_fields": 985,
-    "many_parameters": 16,
-    "public_names": 591,
-    "inner_imports": 105,
-    "import_cycles": 1,
-    "tests_per_line": 0.628,
-    "comment_share": 0.005,
+    "lines": 23_560,
+    "mean_complexity": 3.69,
+    "record_classes": 180,
+    "record_fields": 926,
+    "public_names": 515,
+    "inner_imports": 93,
+    "comment_share": 0.008,
 }
 
 

@@ -82,7 +82,7 @@ class Need:
     """Which photos an evaluation reads, and why: no training photos where nothing is fitted on them.
 
     Attributes:
-        others: held-out photos of other categories: one category is told from them.
+        others: held-out photos of other categories: one category is classified against them.
         head: training photos: a logistic head is fitted on them, since the performer has no output of the category.
         share: training photos of the categories: they decide to which of several a filter belongs.
     """
@@ -113,7 +113,7 @@ class Need:
         said, why = [f"{len(rows.held)} held-out photos{of}"], []
         if self.others:
             said.append(f"{len(rows.held_others)} others")
-            why.append("it is told from them")
+            why.append("the category is classified against them")
         if self.head or self.share:
             said.append(f"{self._training(rows)} training photos")
         if self.share:

@@ -31,6 +31,7 @@ def top_overlap(
         InputError: maps of different shapes, a share out of range.
 
     Example:
+        >>> import torch
         >>> top_overlap(torch.tensor([[[0.0, 1.0, 2.0, 3.0]]]), torch.tensor([[[0.0, 3.0, 0.0, 1.0]]]), 0.5).item()
         0.5
     """
