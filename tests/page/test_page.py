@@ -293,8 +293,8 @@ def plain(text: str) -> str:
 
 def test_the_headline(tmp_path):
     assert headline(tmp_path) == (
-        "At layer3, 42 % [39, 45] of the information of resnet18 on 63 held-out photos of fox is carried by part "
-        "filters; fed back, the reconstruction keeps 83 % of its top-1 answers."
+        "At layer3, part filters have a learned weight of 42 % [39, 45] against the ordinary ones; fed back, the "
+        "reconstruction keeps 83 % of the top-1 answers of resnet18 on 63 held-out photos of fox."
     )
 
 
@@ -304,7 +304,7 @@ def test_the_headline(tmp_path):
         ({"data": {"split": "train"}}, "63 training photos of fox", "held-out"),
         ({"data": {"split": "all"}}, "on 63 photos of fox", "held-out"),
         ({"data": {"photos": 1}}, "1 held-out photo of fox", "photos"),
-        ({"p": estimate(0.42, None)}, "42 % of the information", "["),
+        ({"p": estimate(0.42, None)}, "weight of 42 % against", "["),
         ({"p": estimate(0.42, 0.03, 3, "seeds")}, "42 % [39, 45 over 3 seeds]", "[39, 45]"),
         ({"kept": {"agreement_top1": estimate(0.38)}}, "too little for the share to describe", "83"),
         ({"kept": {"agreement_top1": estimate(0.5)}}, "keeps 50 %", "too little"),
@@ -318,7 +318,7 @@ def test_the_headline_claims_only_what_was_measured(tmp_path, changes, said, not
 
 @pytest.mark.parametrize(
     ("categories", "said"),
-    [(("",), "63 held-out photos from animal-part is"), (("cat", "fox"), "63 held-out photos of cat, fox is")],
+    [(("",), "63 held-out photos from animal-part."), (("cat", "fox"), "63 held-out photos of cat, fox.")],
 )
 def test_the_headline_names_the_categories(tmp_path, categories, said):
     text = headline(tmp_path, run=MADE.explainer_run(data={"categories": categories}))
@@ -327,8 +327,8 @@ def test_the_headline_names_the_categories(tmp_path, categories, said):
 
 def test_the_headline_before_evaluation(tmp_path):
     assert headline(tmp_path / "run", trained=MADE.history(), bare=True) == (
-        "At layer3, an explainer of resnet18 was learned on 223 photos of fox and came to carry 42 % of the layer's "
-        "information by part filters. Nothing has been measured on held-out photos yet."
+        "At layer3, an explainer of resnet18 was learned on 223 photos of fox and gave its part filters a weight of 42 %. "
+        "Nothing has been measured on held-out photos yet."
     )
     assert "%" not in headline(tmp_path / "bare", bare=True)
 
