@@ -327,8 +327,8 @@ def test_the_headline_names_the_categories(tmp_path, categories, said):
 
 def test_the_headline_before_evaluation(tmp_path):
     assert headline(tmp_path / "run", trained=MADE.history(), bare=True) == (
-        "At layer3, an explainer of resnet18 was learned on 223 photos of fox and gave its part filters a weight of 42 %. "
-        "Nothing has been measured on held-out photos yet."
+        "At layer3, an explainer of resnet18 was learned on 223 photos of fox and gave its part filters a weight of "
+        "42 %. Nothing has been measured on held-out photos yet."
     )
     assert "%" not in headline(tmp_path / "bare", bare=True)
 
