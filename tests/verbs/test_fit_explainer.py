@@ -28,6 +28,7 @@ from partlens.network.performer import Performer
 from partlens.progress import Progress
 from partlens.records import sole_writer, write_json
 from partlens.run import UsedPhotos
+from partlens.verbs import fit_explainer as verb
 from partlens.verbs.evaluate import evaluate
 from partlens.verbs.fit_explainer import fit_explainer, load_explainer
 from partlens.verbs.runs import layers, report
@@ -435,3 +436,14 @@ def test_a_long_fit_says_beforehand_how_long_it_takes_and_what_is_faster(
     text = told.getvalue()
     assert re.search(r"learning takes about \d+ min \(fewer --seeds, --explainer.epochs", text), text
     assert re.search(r"caching maps takes about \d+ min \(fewer --background", text), text
+
+
+@pytest.mark.parametrize(
+    ("units", "given", "precision"),
+    [(True, {}, "bfloat16"), (False, {}, "float32"), (False, {"precision": "bfloat16"}, "bfloat16")],
+)
+def test_without_bfloat16_units_the_default_is_float32(
+    units: bool, given: dict[str, str], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "_has_bfloat16_units", lambda: units)
+    assert verb._settings("partlens", given, torch.device("cpu"), seeds=1, background=0).precision == precision

@@ -60,7 +60,8 @@ class ExplainerConfig(Settings):
         warmup_epochs: passes before them in which only the interpretable track learns.
         views: views of each photo in the cache: the photo, its mirror, then random crops, half of them mirrored.
         patience: epochs without improvement of the smoothed objective before training stops; 0 never stops early.
-        precision: number type of convolutions in training; sums, losses and weights stay float32.
+        precision: number type of convolutions in training; sums, losses and weights stay float32. By default
+            ``fit_explainer`` takes float32 on a processor without bfloat16 units.
         seed: seed of every random draw.
 
     Class attributes:

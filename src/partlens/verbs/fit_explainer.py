@@ -142,7 +142,8 @@ def fit_explainer(
         StorageError: the disk is full; what was finished stays.
     """
     started, show, folder = time.monotonic(), progress or Progress.silent(), Path(out)
-    where, settings = device_of(device), _settings(preset, config, seeds=seeds, background=background)
+    where = device_of(device)
+    settings = _settings(preset, config, where, seeds=seeds, background=background)
     performer = loaded(model)
     photos = _chosen(data, category, background, settings.seed)
     structure, grid = _opened(performer, photos, tap, targets)
@@ -178,14 +179,32 @@ def fit_explainer(
 
 
 def _settings(
-    preset: Preset, config: ExplainerConfig | Mapping[str, Any] | None, *, seeds: int, background: int
+    preset: Preset,
+    config: ExplainerConfig | Mapping[str, Any] | None,
+    device: torch.device,
+    *,
+    seeds: int,
+    background: int,
 ) -> ExplainerConfig:
-    """Check the numbers and return the configuration."""
+    """Check the numbers and return the configuration; what the preset leaves to the machine is settled here."""
     if background < 0:
         raise InputError(expected("background of at least 0", background, "Set --background to 0 or more"))
     if seeds < 1:
         raise InputError(expected("at least 1 seed", seeds, "Set --seeds to 1 or more"))
-    return config if isinstance(config, ExplainerConfig) else ExplainerConfig.preset(preset, **dict(config or {}))
+    if isinstance(config, ExplainerConfig):
+        return config
+    changes = dict(config or {})
+    if "precision" not in changes and device.type == "cpu" and not _has_bfloat16_units():
+        # Emulated, a convolution in bfloat16 takes ten times as long as one in float32. The record says which it was.
+        changes["precision"] = "float32"
+    return ExplainerConfig.preset(preset, **changes)
+
+
+def _has_bfloat16_units() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # noqa: SLF001
 
 
 def _chosen(data: str | Path | ImageSet, category: str | Sequence[str] | None, background: int, seed: int) -> _Photos:
