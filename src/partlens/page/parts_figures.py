@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 from partlens.page.figures import WIDTH, tick_text, tick_values
 from partlens.page.svg import Scale, lettering, limits, line, shortened, svg, tag
@@ -117,6 +118,4 @@ def removal_chart(title: str, series: Sequence[tuple[str, Sequence[float], Seque
 
 def escaped(name: str) -> str:
     """Return a name as it may occur inside an element."""
-    from html import escape
-
     return escape(name)
