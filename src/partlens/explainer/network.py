@@ -383,7 +383,7 @@ def explainer_structure(
         raise LayerError(expected("at least one target", "none", "Name a layer after the tap, or omit targets"))
     channels, rows, cols = _map_size(tap, forward_taps(performer, batch, [tap])[1][tap])
     replaced = _replaced_convolution(performer, tap, chosen, min(rows, cols))
-    performer.graph.cut(tap, chosen)  # refuses targets that are not after the tap, before anything is written
+    performer.upper(tap, chosen)  # refuses targets that are not after the tap, before anything is written
     if replaced is None:
         return ExplainerStructure(tap, chosen, channels, channels, (rows, cols), None, tap)
     name, activation, pooling = replaced
@@ -402,7 +402,7 @@ def build_explainer(
     The structure comes from :func:`explainer_structure`; the seed of the configuration draws the interpretable track.
     """
     draws = torch.Generator().manual_seed(config.seed)
-    decoder = performer.graph.cut(structure.decoder_from, structure.targets).cpu().float()
+    decoder = performer.upper(structure.decoder_from, structure.targets).cpu().float()
     pool: nn.Module | None = None
     ordinary: tuple[Tensor, Tensor] | None = None
     if structure.replaced is not None:
@@ -418,9 +418,9 @@ def build_explainer(
 
 def reference_decoder(performer: Performer, structure: ExplainerStructure) -> nn.Module:
     """Return the performer's own layers from tap to targets, frozen: what the explainer should reproduce."""
-    return performer.graph.cut(structure.tap, structure.targets).cpu().float().requires_grad_(requires_grad=False)
+    return performer.upper(structure.tap, structure.targets).cpu().float().requires_grad_(requires_grad=False)
 
 
 def performer_head(performer: Performer, structure: ExplainerStructure) -> nn.Module:
     """Return the performer's layers after the last target, frozen, for feeding the reconstruction back."""
-    return performer.graph.cut(structure.targets[-1], ["output"]).cpu().float().requires_grad_(requires_grad=False)
+    return performer.upper(structure.targets[-1], ["output"]).cpu().float().requires_grad_(requires_grad=False)

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +127,27 @@ class Performer:
     def targets(self, tap: str) -> tuple[str, ...]:
         """Choose the layers by whose values a reconstruction is judged (`partlens.network.layers.default_targets`)."""
         return default_targets(self.graph, tap, self.preprocessing.size_px)
+
+    def upper(self, tap: str, targets: Sequence[str] = ("output",)) -> nn.Module:
+        """Copy the performer's own layers from a tap to later layers, to run them on maps that were changed.
+
+        The module takes maps of the tap, ``[image, filter, row, col]`` as `partlens.network.taps.forward_taps` gives
+        them, and returns a tuple with one entry per target, ``"output"`` being what the network returns. Maps that were
+        not changed give the network's own values. Its parameters are copies with ``requires_grad`` on, in eval mode, in
+        the network's type and on its device; the performer is not touched.
+
+        Raises:
+            LayerError: an unknown layer, a target that is not after the tap, or a tap that a shortcut goes around.
+
+        Example:
+            >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
+            >>> performer = Performer(network, "tiny", Preprocessing(size_px=(4, 4)), weights_sha256="")
+            >>> image = torch.ones(1, 3, 4, 4)
+            >>> maps = network[:2](image)
+            >>> bool((performer.upper("1")(maps)[0] == network(image)).all())
+            True
+        """
+        return self.graph.cut(tap, targets)
 
     def output(self, name: str, outputs: int | None = None) -> int:
         """Return the number of the output with a name; a number is taken as it is.
