@@ -14,16 +14,16 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer
 from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.teachers import (
+    LaterParts,
     Source,
-    _LaterParts,
     _nonnegative_parts,
-    _part_codes,
-    _part_teachers,
     _place_posterior,
     _places_in_photo,
     centroids,
     find_teachers,
     matched_teachers,
+    part_codes,
+    part_teachers,
     places_in_view,
     teacher_cost,
 )
@@ -56,8 +56,8 @@ class Photos:
     def view(self, photos: Tensor, number: int) -> Tensor:
         return self.shown(number)[photos]
 
-    def later(self) -> _LaterParts:
-        return _LaterParts(self.view, len(self.part), draws())
+    def later(self) -> LaterParts:
+        return LaterParts(self.view, len(self.part), draws())
 
     def shown(self, number: int) -> Tensor:
         both = places_in_view(torch.stack([self.part, self.other], 1), self.windows[:, number])
@@ -96,14 +96,14 @@ def test_planted_factors_are_found() -> None:
 def test_parts_compete_for_a_cell() -> None:
     parts = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), dim=1)
     maps = torch.tensor([3.0, 3.0])[None, :, None, None]
-    codes = _part_codes(maps, parts)[0, :, 0, 0]
+    codes = part_codes(maps, parts)[0, :, 0, 0]
     assert float(codes[1]) == pytest.approx(3 * math.sqrt(2), rel=0.05)
     assert float(codes[0]) < 0.15 * float(codes[1])
 
 
 def test_the_part_that_moves_with_the_photo_teaches_first() -> None:
     photos = Photos()
-    found = _part_teachers(photos.later(), photos.windows, 3, 0.0)
+    found = part_teachers(photos.later(), photos.windows, 3, 0.0)
     assert bool((found.movement.diff() >= 0).all())
     assert float(found.movement[0]) < 0.1
     missed = [float((found.places[:, 0] - truth).norm(dim=-1).mean()) for truth in (photos.part, photos.other)]
@@ -116,7 +116,7 @@ def test_the_part_that_moves_with_the_photo_teaches_first() -> None:
 def test_a_place_that_never_moves_does_not_teach() -> None:
     """Under mirrors alone a place in the middle misses nothing; the plain distance would choose it first."""
     photos = Photos(views=2)
-    found = _part_teachers(photos.later(), photos.windows, 30, 0.0)
+    found = part_teachers(photos.later(), photos.windows, 30, 0.0)
     assert float(found.places[:, 0].std(0).mean()) > 0.1
     still = found.places.std(0).mean(-1) < 0.01
     assert bool((found.movement[still] > 0.5).all())
@@ -129,9 +129,9 @@ def test_photos_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
         asked.append(len(some))
         return photos.view(some, number)
 
-    whole = _part_teachers(photos.later(), photos.windows, 2, 0.3)
+    whole = part_teachers(photos.later(), photos.windows, 2, 0.3)
     monkeypatch.setattr(teachers, "_PHOTOS_AT_ONCE", 12)
-    parted = _part_teachers(_LaterParts(view, 30, draws()), photos.windows, 2, 0.3)
+    parted = part_teachers(LaterParts(view, 30, draws()), photos.windows, 2, 0.3)
     assert max(asked) == 12
     assert sum(asked) == 12 + 5 * 30
     assert float(parted.movement[0]) < 0.1
@@ -140,8 +140,8 @@ def test_photos_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_variety_chooses_parts_that_move_apart() -> None:
     photos = Photos()
-    alike = _part_teachers(photos.later(), photos.windows, 6, 0.0)
-    varied = _part_teachers(photos.later(), photos.windows, 6, 2.0)
+    alike = part_teachers(photos.later(), photos.windows, 6, 0.0)
+    varied = part_teachers(photos.later(), photos.windows, 6, 2.0)
     assert varied.correlation < alike.correlation - 0.1
     assert torch.equal(varied.places[:, 0], alike.places[:, 0])
 
@@ -153,8 +153,8 @@ def test_variety_chooses_parts_that_move_apart() -> None:
 def test_what_cannot_teach_is_refused(photos: int, maps: float, message: str) -> None:
     windows = view_windows(photos, 2, draws(), 0.6)
     with pytest.raises(ValueError, match=message):
-        later = _LaterParts(lambda some, _: torch.full((len(some), 2, 4, 4), maps), photos, draws())
-        _part_teachers(later, windows, 2, 0.3)
+        later = LaterParts(lambda some, _: torch.full((len(some), 2, 4, 4), maps), photos, draws())
+        part_teachers(later, windows, 2, 0.3)
 
 
 def slow_cost(maps: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -84,7 +84,7 @@ def _nonnegative_parts(
     return F.normalize(parts, dim=1)
 
 
-def _part_codes(
+def part_codes(
     maps: Float[Tensor, "image filter row col"], parts: Float[Tensor, "part filter"]
 ) -> Float[Tensor, "image part row col"]:
     """Return how much of each part every cell holds, all parts competing for it."""
@@ -168,7 +168,7 @@ def _correlations(places: Float[Tensor, "photo part 2"]) -> Float[Tensor, "part 
     return torch.einsum("ipa,iqa->pqa", unit, unit).mean(-1)
 
 
-class _LaterParts:
+class LaterParts:
     """Non-negative parts of a later layer: candidates to teach.
 
     ``view`` returns the later layer's maps (at least 0) of some photos in a view; view 0 is the whole photo.
@@ -202,11 +202,11 @@ class _LaterParts:
         found = []
         for some in self.everyone.split(_PHOTOS_AT_ONCE):
             maps = self.view(some, number).clamp(min=0)
-            found.append(torch.cat([centroids(_part_codes(maps, parts)) for parts in self.dictionaries], 1))
+            found.append(torch.cat([centroids(part_codes(maps, parts)) for parts in self.dictionaries], 1))
         return torch.cat(found)
 
 
-def _part_teachers(source: Source, windows: Float[Tensor, "photo view 5"], count: int, variety: float) -> Teachers:
+def part_teachers(source: Source, windows: Float[Tensor, "photo view 5"], count: int, variety: float) -> Teachers:
     """Choose ``count`` parts that move with the photo, best first, or all where there are fewer candidates.
 
     ``source`` says where candidates are in a view, ``windows`` how each view was cut, view 0 being the whole photo. A
@@ -256,7 +256,7 @@ def later_places(explainer: Explainer, data: TrainingMaps, category: int, genera
         with torch.no_grad():
             return torch.cat([explainer.conv_ordin(gather(data.tap, piece)).relu() for piece in pieces])
 
-    return _LaterParts(view, len(own), generator)
+    return LaterParts(view, len(own), generator)
 
 
 def find_teachers(
@@ -277,7 +277,7 @@ def find_teachers(
         own = data.own(category)
         source = places_of(explainer, data, category, epoch_generator(config.seed, -1 - category))
         views = min(data.views, _VIEWS)
-        teachers = _part_teachers(source, data.windows[own, :views], config.teachers, config.teacher_variety)
+        teachers = part_teachers(source, data.windows[own, :views], config.teachers, config.teacher_variety)
         mine = slice(category * config.teachers, category * config.teachers + teachers.places.shape[1])
         places[own, mine] = teachers.places
         shown = own[:: max(1, len(own) // NORM_SAMPLE)][:NORM_SAMPLE]
