@@ -143,6 +143,7 @@ def _likeness(one: Float[Tensor, "photo part 2"], other: Float[Tensor, "photo mo
 
     def unit(places: Tensor) -> Tensor:
         centred = places - places.mean(0)
-        return centred / centred.norm(dim=0).clamp(min=1e-8)
+        scaled: Tensor = centred / centred.norm(dim=0).clamp(min=1e-8)
+        return scaled
 
     return torch.einsum("ipa,iqa->pqa", unit(one), unit(other)).mean(-1)
