@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from partlens.attribution.rules import POOLINGS, RULES, STRIDES, Pooling, Rule, Strides, rewritten
 from partlens.errors import InputError, InputTypeError, LayerError, expected, first_line
-from partlens.network.borrowed import borrowed
+from partlens.network.borrowed import borrowed, in_this_thread
 from partlens.network.performer import Performer, module_of
 from partlens.network.taps import class_scores, read_taps
 
@@ -109,7 +109,8 @@ def _recorded(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> Itera
 def _read(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
     """Return the outputs of layers; what of the network comes after them is not run."""
     with read_taps(network, layers) as taps:
-        stops = [m.register_forward_hook(lambda *_: _leave(taps.complete)) for m in network.modules()]
+        leave = in_this_thread(lambda *_: _leave(taps.complete))
+        stops = [m.register_forward_hook(leave) for m in network.modules()]
         try:
             network(batch)
         except _ReadEnough:

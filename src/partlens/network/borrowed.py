@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections import Counter
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -53,25 +54,95 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-# One borrower at a time: hooks, modes and the global random state belong to all threads.
-_ALONE = threading.RLock()
+# Who is inside blocks that keep the random state, by thread, and what it was before the first of them came in.
+_RANDOM = threading.Lock()
+_INSIDE: Counter[int] = Counter()
+_BEFORE: list[Callable[[], None]] = []
 
 
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leave the random state of Python, NumPy and torch (CPU, CUDA) as it was."""
+def _random_state() -> Callable[[], None]:
+    """Return what puts the random state back as it is now."""
     python = random.getstate()
     numpy = np.random.get_state()  # noqa: NPY002 - the legacy global state is what must be kept
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+    return put_back
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the random state of Python, NumPy and torch (CPU, CUDA) as it was.
+
+    The state belongs to all threads. So a thread puts its own back while it is alone inside, and the last of several
+    puts back what the first of them found.
+    """
+    me = threading.get_ident()
+    with _RANDOM:
+        own = _random_state()
+        if not _INSIDE:
+            _BEFORE[:] = [own]
+        _INSIDE[me] += 1
+    try:
+        yield
+    finally:
+        with _RANDOM:
+            _INSIDE[me] -= 1
+            if not _INSIDE[me]:
+                del _INSIDE[me]
+            if not _INSIDE:
+                _BEFORE.pop()()
+            elif set(_INSIDE) == {me}:
+                own()
+
+
+# What is borrowed, by identity: the thread that has it, and how often. Entries live as long as their block, which
+# holds the objects, so that no identity is given to another object meanwhile.
+_FREE = threading.Condition()
+_HOLDERS: dict[int, tuple[int, int]] = {}
+
+
+@contextlib.contextmanager
+def _alone(module: nn.Module) -> Iterator[None]:
+    """Have a network, its submodules and its tensors to oneself; a thread may come in again."""
+    # Submodules and tensors, too: two networks that share a backbone or tied weights disturb each other's.
+    held = [*module.modules(), *module.parameters(), *module.buffers()]
+    things, me = list(map(id, held)), threading.get_ident()
+    with _FREE:
+        _FREE.wait_for(lambda: all(_HOLDERS.get(thing, (me, 0))[0] == me for thing in things))
+        for thing in things:
+            _HOLDERS[thing] = me, _HOLDERS.get(thing, (me, 0))[1] + 1
+    try:
+        yield
+    finally:
+        with _FREE:
+            for thing in things:
+                holder, count = _HOLDERS.pop(thing)
+                if count > 1:
+                    _HOLDERS[thing] = holder, count - 1
+            _FREE.notify_all()
+
+
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward hook that acts in the thread that makes it alone.
+
+    The owner may run the network in another thread while it is borrowed, and such a pass is none of ours. The copies
+    that ``DataParallel`` makes of a network run in threads of their own and are ours.
+    """
+    thread = threading.get_ident()
+
+    def acting(module: nn.Module, *given: Any) -> Any:
+        ours = threading.get_ident() == thread or getattr(module, "_is_replica", False)
+        return hook(module, *given) if ours else None
+
+    return acting
 
 
 def _restore_mapping(target: MutableMapping[Any, Any], saved: tuple[tuple[Any, Any], ...]) -> None:
@@ -158,7 +229,11 @@ def borrowed(module: nn.Module, *, copy_weights: bool = True) -> Iterator[nn.Mod
     Kept: weights, buffers, ``requires_grad``, ``.grad`` (the same objects with the same values), train/eval
     mode and in-place flags of every submodule, hooks, the submodules themselves, the device, and the global
     random state of torch, NumPy and Python. Inside the block ``.grad`` is ``None``, so that a backward pass
-    cannot add to the owner's gradients. Other threads that want to borrow wait until the block ends.
+    cannot add to the owner's gradients. Other threads that want to borrow it, a part of it or a network that shares
+    a part of it wait until the block ends; other networks are not held up.
+
+    A forward pass that the owner runs meanwhile in another thread meets no hook of ours, but it runs in eval mode. So
+    do not train a network while it is borrowed.
 
     Args:
         module: the network; ``DataParallel`` is unwrapped.
@@ -181,7 +256,7 @@ def borrowed(module: nn.Module, *, copy_weights: bool = True) -> Iterator[nn.Mod
         True
     """
     inner = unwrapped(module)
-    with _ALONE, random_state_kept():
+    with _alone(inner), random_state_kept():
         snapshot = _Snapshot(inner, copy_weights=copy_weights)
         lost: list[str] = []
         try:

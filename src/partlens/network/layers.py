@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from partlens.errors import LayerError, expected, listed
-from partlens.network.borrowed import borrowed
+from partlens.network.borrowed import borrowed, in_this_thread
 from partlens.network.graph import Graph, blank_image, refused_size
 from partlens.network.receptive_field import receptive_fields
 
@@ -68,7 +68,7 @@ def _seen_layers(module: nn.Module, image: Tensor) -> dict[str, _Seen]:
                 lowest = float(output.min()) if output.numel() else 0.0
                 seen[f"{path}_{call}" if call else path] = _Seen(type(owner).__name__, tuple(output.shape[1:]), lowest)
 
-        return child.register_forward_hook(hook)
+        return child.register_forward_hook(in_this_thread(hook))
 
     handles = [watch(path, child) for path, child in module.named_modules() if path]
     try:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from partlens.errors import InputError, InputTypeError, LayerError, expected, nearest
-from partlens.network.borrowed import borrowed, unwrapped
+from partlens.network.borrowed import borrowed, in_this_thread, unwrapped
 from partlens.network.performer import Performer, module_of
 
 _AGAINST_OVERFLOW = "Use float32 weights (module.float())"
@@ -178,9 +178,9 @@ def read_taps(module: nn.Module, names: Sequence[str], reduce: Reduce | None = N
         return hook
 
     with contextlib.ExitStack() as hooks:
-        hooks.callback(module.register_forward_pre_hook(lambda _module, _inputs: taps.clear()).remove)
+        hooks.callback(module.register_forward_pre_hook(in_this_thread(lambda *_: taps.clear())).remove)
         for path in by_path:
-            hooks.callback(inner.get_submodule(path).register_forward_hook(hook_of(path)).remove)
+            hooks.callback(inner.get_submodule(path).register_forward_hook(in_this_thread(hook_of(path))).remove)
         yield taps
 
 
@@ -198,7 +198,7 @@ def _first_bad_layer(module: nn.Module, batch: Tensor) -> str:
     # Layers finish before the modules that contain them, so the first one found is the innermost.
     with contextlib.ExitStack() as hooks:
         for name, each in module.named_modules():
-            hooks.callback(each.register_forward_hook(hook_of(name)).remove)
+            hooks.callback(each.register_forward_hook(in_this_thread(hook_of(name))).remove)
         module(batch)
     return next(iter(found), "") or "the output"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from partlens.errors import LayerError, expected, first_line
-from partlens.network.borrowed import borrowed
+from partlens.network.borrowed import borrowed, in_this_thread
 from partlens.network.graph import ACTIVATIONS, Graph
 from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
@@ -117,7 +117,7 @@ def _hooked_outputs(performer: Performer) -> list[_Output]:
 
     with borrowed(performer.module, copy_weights=False) as network, torch.no_grad():
         leaves = [(path, child) for path, child in network.named_modules() if path and not [*child.children()]]
-        handles = [child.register_forward_hook(partial(note, path)) for path, child in leaves]
+        handles = [child.register_forward_hook(in_this_thread(partial(note, path))) for path, child in leaves]
         try:
             network(_blank(performer))
         except (RuntimeError, ValueError) as error:
