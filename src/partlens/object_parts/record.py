@@ -65,7 +65,13 @@ class PartsConfig(Settings):
 
 
 class ShownCrop(Value):
-    """One crop of a part's picture: the filter, the photo, and left, top, right, bottom in the input."""
+    """One crop of a part's picture.
+
+    Attributes:
+        filter: the one that is shown.
+        key: the photo.
+        box_px: left, top, right, bottom in the input.
+    """
 
     filter: int
     key: str
@@ -247,7 +253,13 @@ class Contributions(Value):
 
 
 class UnplacedName(Value):
-    """A name that a person gave and that fits no part found now; it is tried again the next time."""
+    """A name that a person gave and that fits no part found now; it is tried again the next time.
+
+    Attributes:
+        name: as the person gave it.
+        filters: the part's, when it was named.
+        best_overlap: with the filters of any part found now: share of their union that both hold.
+    """
 
     name: str
     filters: tuple[int, ...]

@@ -1,6 +1,6 @@
-"""``docs/evaluation.md`` is written from the records and the registry of scores. After a change that is meant::
+"""``docs/evaluation.md`` and ``docs/records.md`` are written from the records and the registry of scores.
 
-python tests/evaluation/test_documented.py
+After a change that is meant: ``python tests/test_documented.py``.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ import re
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import pytest
 from docstring_parser import parse
 
+from partlens.attribution.record import ExplanationRecord
 from partlens.evaluation.results import Evaluation, Gallery
+from partlens.explainer.record import ExplainerRun, History
 from partlens.metrics.scores import LOCALISATION, SCORES
-from partlens.records import Value
+from partlens.object_parts.record import PartsFile
+from partlens.records import Record, Value
+from partlens.selection.record import SelectionRecord
 
-PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
-HEAD = """# What an evaluation measures
+DOCS = Path(__file__).parents[1] / "docs"
+EVALUATION_HEAD = """# What an evaluation measures
 
 `partlens evaluate RUN` writes two files into the run directory. `partlens.evaluate` returns the first as an object; its
 attributes have the names below. An estimate is `{"value", "interval": [low, high], "n", "unit"}`; `null` where it is
@@ -25,6 +30,12 @@ photos, Student's t over seeds for `p`. `n` counts photos, filters or seeds; cro
 
 Instability is never read alone: a peak that never leaves the image centre has a low one. The `nulls` say what filters
 have that see nothing, and the other scores say what such filters cannot have.
+"""
+RECORDS_HEAD = """# What the other files hold
+
+Every file is one record: written whole or not at all, read with validation, refused with the command that makes it
+anew where its schema is another. `evaluation.md` describes the files of an evaluation. An estimate is
+`{"value", "interval": [low, high], "n", "unit"}`; undefined numbers are `null`.
 """
 
 
@@ -46,8 +57,7 @@ def records(kind: type[Value]) -> list[type[Value]]:
 
 def kind_of(kind: Any) -> str:
     text = str(kind) if get_args(kind) else kind.__name__
-    for module in ("partlens.evaluation.results.", "partlens.estimate.", "partlens.run.", "typing."):
-        text = text.replace(module, "")
+    text = re.sub(r"\b(?:partlens|typing|pydantic)\.(?:\w+\.)*", "", text)
     text = re.sub(r"Optional\[(.*)\]", r"\1 or None", text)
     return text.replace("Annotated[float, BeforeValidator", "Number[").partition("[[")[0].replace("|", "or")
 
@@ -57,7 +67,7 @@ def described(record: type[Value]) -> dict[str, str]:
     found: dict[str, str] = {}
     for kind in reversed(record.__mro__):
         said = parse(kind.__doc__ or "")
-        found |= {p.arg_name: " ".join((p.description or "").split()) for p in said.params if p.args[0] == "attribute"}
+        found |= {p.arg_name: " ".join((p.description or "").split()) for p in said.params if p.args[0] in {"attribute", "param"}}
     return found
 
 
@@ -78,29 +88,54 @@ def table(record: type[Value]) -> list[str]:
     return [*lines, ""]
 
 
-def page() -> str:
-    lines = [HEAD, "## Scores", "", "| score | name | better | meaning |", "|---|---|---|---|"]
+def scores() -> list[str]:
+    lines = ["## Scores", "", "| score | name | better | meaning |", "|---|---|---|---|"]
     for name, score in SCORES.items():
         unit = f" ({score.unit})" if score.unit and score.unit not in score.direction else ""
         lines.append(f"| `{name}` | {score.title}{unit} | {score.direction or '–'} | {score.words} |")
-    lines.append("")
-    for root, file in ((Evaluation, "evaluation.json"), (Gallery, "gallery/gallery.json")):
+    return [*lines, ""]
+
+
+EVALUATED: dict[type[Record], str] = {Evaluation: "evaluation.json", Gallery: "gallery/gallery.json"}
+WRITTEN: dict[type[Record], str] = {
+    ExplainerRun: "run.json",
+    History: "history.json",
+    PartsFile: "parts.json",
+    SelectionRecord: "selection.json",
+    ExplanationRecord: "explanation.json",
+}
+
+
+def page(head: list[str], roots: dict[type[Record], str]) -> str:
+    lines = list(head)
+    told: list[type[Value]] = []
+    for root, file in roots.items():
         lines += [f"# `{file}`", "", f"Schema `{root.SCHEMA}`.", ""]
         for record in records(root):
-            lines += table(record)
+            if record not in told:  # a record that several files hold is described in the first of them
+                lines += table(record)
+                told.append(record)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/evaluation/test_documented.py"
+def pages() -> dict[str, str]:
+    return {
+        "evaluation.md": page([EVALUATION_HEAD, *scores()], EVALUATED),
+        "records.md": page([RECORDS_HEAD], WRITTEN),
+    }
 
 
-def test_every_field_and_every_score_is_described() -> None:
-    text = page()
-    for record in (*records(Evaluation), *records(Gallery)):
-        assert all(text.count(f"| `{name}` |") for name in record.model_fields), record
+@pytest.mark.parametrize("name", ["evaluation.md", "records.md"])
+def test_the_page_is_up_to_date(name: str) -> None:
+    assert (DOCS / name).read_text(encoding="utf-8") == pages()[name], "run python tests/test_documented.py"
+
+
+@pytest.mark.parametrize("root", [*EVALUATED, *WRITTEN])
+def test_every_field_is_described(root: type[Record]) -> None:
+    for record in records(root):
         assert set(record.model_fields) <= {*described(record), *LOCALISATION}, record
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for name, text in pages().items():
+        (DOCS / name).write_text(text, encoding="utf-8")
