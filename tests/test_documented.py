@@ -67,7 +67,11 @@ def described(record: type[Value]) -> dict[str, str]:
     found: dict[str, str] = {}
     for kind in reversed(record.__mro__):
         said = parse(kind.__doc__ or "")
-        found |= {p.arg_name: " ".join((p.description or "").split()) for p in said.params if p.args[0] in {"attribute", "param"}}
+        found |= {
+            p.arg_name: " ".join((p.description or "").split())
+            for p in said.params
+            if p.args[0] in {"attribute", "param"}
+        }
     return found
 
 
