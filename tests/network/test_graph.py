@@ -68,14 +68,6 @@ def test_neither_input_nor_targets_are_overwritten(network) -> None:
     assert torch.equal(middle, values["features.10"])  # so does features.11
 
 
-def test_hooks_of_the_owner_are_not_copied(network) -> None:
-    module = network("alexnet")
-    calls = []
-    module.features[10].register_forward_hook(lambda *_: calls.append(1))
-    trace(module).cut("features.9", ["features.12"])(torch.rand(1, 256, 5, 5))
-    assert not calls
-
-
 def test_a_shortcut_around_the_source_is_refused(network) -> None:
     module = network("resnet18")
     with pytest.raises(LayerError, match=r"shortcut.*layer3\.0.*layer3\.1"):

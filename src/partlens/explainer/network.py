@@ -31,6 +31,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.templates import centroid_cells, mask_around, mask_at_peak, peak_cells, peak_masks
 from partlens.network.borrowed import random_state_kept
+from partlens.network.kept_hooks import hooked
 from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
 
@@ -335,6 +336,8 @@ def _replaced_convolution(
     kinds = [modules.get(name) for name in chain]
     if len(chain) < 3 or not _keeps_size(kinds[0]) or not isinstance(kinds[1], nn.ReLU):
         return None
+    if any(kind is not None and hooked(kind) for kind in kinds[:3]):
+        return None  # the tracks would compute without what the owner's hooks change
     pooling = chain[2] if isinstance(kinds[2], nn.MaxPool2d) else None
     return (chain[0], chain[1], pooling) if _fully_connected(kinds[3 if pooling else 2 :]) else None
 

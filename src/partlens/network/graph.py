@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 
 from partlens.errors import LayerError, expected, first_line, listed, nearest
 from partlens.network.borrowed import borrowed, unwrapped
+from partlens.network.kept_hooks import HookedCalls, is_hooks, kept_by_reference
 
 # fmt: off
 ACTIVATIONS = (
@@ -43,13 +44,7 @@ _LEAVES = frozenset((
     "PSRoIPool", "StochasticDepth",
 ))
 # fmt: on
-_COPIED_WITHOUT = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_COPIED_WITHOUT = ("_backward_hooks", "_backward_pre_hooks")
 
 
 _OUTPUT = "output"
@@ -78,6 +73,18 @@ class _Tracer(fx.Tracer):
         self.taken: set[str] = set()
         self.calls: dict[str, int] = {}
         self.containers: dict[str, fx.Node] = {}
+        self.hooked = HookedCalls()
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        traced, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+
+        def with_hooks(root: nn.Module, image: Any, *others: Any) -> Any:
+            # The network is called with the images alone: its hooks see nothing of optional arguments.
+            return self.hooked.call(self, root, "", lambda given: traced(root, given, *others), ((image,), {}))
+
+        return with_hooks if len(args) > 1 else traced, args
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_of_torchvision(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
@@ -94,7 +101,8 @@ class _Tracer(fx.Tracer):
                 self.names[result.node] = name
                 self.taken.add(name)
                 return result
-            result = forward(*args, **kwargs)
+            # Not `forward`, which would call hooks with proxies.
+            result = self.hooked.call(self, m, path, m.forward, (args, kwargs))
             if isinstance(result, fx.Proxy):
                 self.containers[name] = result.node
             return result
@@ -103,7 +111,7 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Any:
         proxy = super().create_proxy(kind, *args, **kwargs)
-        if kind != "call_module":
+        if kind != "call_module" and not is_hooks(proxy.node):
             own = re.sub(r"_\d+$", "", proxy.node.name)
             base = f"{self.path}.{own}" if self.path else own
             name, count = base, 0
@@ -207,11 +215,11 @@ def _batch_of(node: fx.Node) -> fx.Node | None:
 
 
 def _assemble(parts: dict[str, Any], graph: fx.Graph, module: nn.Module) -> nn.Module:
-    """Deep-copy the layers, without the hooks that watch them, and join them by the graph."""
-    memo: dict[int, Any] = {}
-    for part in parts.values():
-        for each in part.modules() if isinstance(part, nn.Module) else ():
-            memo.update({id(each.__dict__[n]): OrderedDict() for n in _COPIED_WITHOUT if n in each.__dict__})
+    """Deep-copy the layers, with their forward hooks, and join them by the graph."""
+    modules = [each for part in parts.values() if isinstance(part, nn.Module) for each in part.modules()]
+    memo = kept_by_reference(modules)
+    for each in modules:
+        memo.update({id(each.__dict__[n]): OrderedDict() for n in _COPIED_WITHOUT if n in each.__dict__})
     try:
         copies = copy.deepcopy(parts, memo)
     except RuntimeError as error:
@@ -251,7 +259,7 @@ class Graph:
         self.names = {node: name for node, name in tracer.names.items() if node.graph is graph}
         self.containers = {name: node for name, node in tracer.containers.items() if name}
         self.input = source
-        self.fx_graph, self.constants = graph, constants
+        self.fx_graph, self.constants, self.hooked = graph, constants, tracer.hooked
         self._order = {node: index for index, node in enumerate(self.nodes)}
         self._end = next(node for node in self.nodes if node.op == "output")
         returned = self._end.args[0]
@@ -463,7 +471,7 @@ class Graph:
             if base is not None and base not in after:
                 made[node] = graph.call_method("size", (given, 0))
                 continue
-            made[node] = graph.node_copy(node, made.__getitem__)
+            made[node] = self.hooked.copied(node, graph, made) or graph.node_copy(node, made.__getitem__)
             if node.op == "call_module":
                 parts[str(node.target)] = self.leaf(node)
             elif node.op == "get_attr":
@@ -516,7 +524,8 @@ class _ShapeRunner(fx.Interpreter):
     """Interpret a graph, noting shapes."""
 
     def __init__(self, root: nn.Module, graph: Graph, wanted: set[fx.Node] | None) -> None:
-        super().__init__(root, garbage_collect_values=True, graph=graph.fx_graph)
+        # Hooks read values that no node after them names.
+        super().__init__(root, garbage_collect_values=not graph.hooked.inputs, graph=graph.fx_graph)
         self.known = graph
         self.wanted = wanted
         self.noted: dict[fx.Node, Any] = {}
@@ -527,7 +536,7 @@ class _ShapeRunner(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if self.wanted is not None and n not in self.wanted:
             return None
-        value = super().run_node(n)
+        value = self.known.hooked.run(n, self.env) if n in self.known.hooked.inputs else super().run_node(n)
         if isinstance(value, Tensor):
             self.noted[n] = value.shape
         elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):

@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from partlens.errors import InputError, LayerError, expected
 from partlens.network.graph import Graph, is_of_torchvision, is_size
+from partlens.network.kept_hooks import KEPT_HOOKS
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ _POINTWISE_NAMES = frozenset((
     "add", "sub", "mul", "div", "truediv", "true_divide", "pow", "square", "sqrt", "rsqrt", "abs", "neg", "exp",
     "log", "clamp", "clamp_min", "clamp_max", "clip", "contiguous", "clone", "detach", "float", "half", "double",
     "to", "type", "stochastic_depth", "maximum", "minimum", "cat", "concat", "concatenate", "channel_shuffle",
-    "native_channel_shuffle", "where",
+    "native_channel_shuffle", "where", KEPT_HOOKS,
 ))
 _RESHAPES = frozenset((
     "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "chunk", "split", "flatten", "getitem",
