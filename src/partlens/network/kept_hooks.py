@@ -21,23 +21,21 @@ KEPT_HOOKS = "kept_hooks"
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _Unknown(tuple[Any, ...]):
-    """What a layer was called with, in a pass that starts behind that: only a hook that looks at it has to know."""
+class _Unknown(tuple[str]):
+    """What a layer was called with, in a pass that starts behind that: only a hook that looks at it has to know.
 
-    path: str
+    It holds the layer's path alone.
+    """
+
+    __slots__ = ()
 
     def _refuse(self, *_: object) -> Any:
-        got = f"hooks of {self.path or 'the whole network'} that read what it is called with, behind a tap inside it"
+        path = tuple.__getitem__(self, 0)
+        got = f"hooks of {path or 'the whole network'} that read what it is called with, behind a tap inside it"
         rule, remedy = "hooks that read a layer's output alone", "Remove the hooks, or tap an earlier layer"
         raise LayerError(expected(rule, got, remedy))
 
     __getitem__ = __iter__ = __len__ = _refuse
-
-
-def _unknown(path: str) -> _Unknown:
-    made = _Unknown()
-    made.path = path
-    return made
 
 
 def _listed(module: nn.Module, kind: str) -> list[tuple[Callable[..., Any], bool]]:
@@ -82,9 +80,9 @@ def _after(module: nn.Module, path: str) -> Callable[..., Any]:
 
     def kept_hooks(result: Any, args: Any = None, kwargs: Any = None) -> Any:
         result = _cloned(result)
-        args = _unknown(path) if args is None else tuple(args)
+        args = _Unknown((path,)) if args is None else tuple(args)
         for hook, with_names in hooks:
-            names = (cast("Any", _unknown(path) if kwargs is None else dict(kwargs)),) if with_names else ()
+            names = (cast("Any", _Unknown((path,)) if kwargs is None else dict(kwargs)),) if with_names else ()
             given = hook(module, args, *names, result)
             result = result if given is None else given
         return result
