@@ -111,7 +111,7 @@ class HookedCalls:
         """Trace through a module, between operations that call its hooks where it has any."""
         args, kwargs = given
         if _listed(module, "forward_pre"):
-            made = tracer.create_proxy("call_function", _before(module), (args, kwargs), {})
+            made: Any = tracer.create_proxy("call_function", _before(module), (args, kwargs), {})
             if len(args) == 1 and not kwargs:
                 args = (made,)
             else:
