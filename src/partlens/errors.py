@@ -127,3 +127,13 @@ def listed(names: Sequence[str], limit: int = 5) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, its kind where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def printable(text: str) -> str:
+    r"""Return a name as text that can be written: bytes of it that are not UTF-8 become escapes.
+
+    Example:
+        >>> printable("caf\udce9.png"), printable("café.png")
+        ('caf\\udce9.png', 'café.png')
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -42,7 +42,7 @@ def test_a_plain_folder(tmp_path):
     assert found.duplicates == (("test/cat/copy.png", "train/cat/1.png"),)
     assert found.warnings[0].startswith("the same photo is on both sides of the split (1 times: test/cat/copy.png")
     assert found.warnings[1] == "fewer than 2 images: fox in train (1), cat in test (1), fox in test (0)"
-    assert (found.landmarks, found.sized, found.boxes, found.masks, found.other_columns) == ({}, {}, 0, False, ())
+    assert (found.landmarks, found.sized, found.boxes, found.masks, found.notes) == ({}, {}, 0, False, ())
     assert found.fingerprint == ImageSet.open(tmp_path).readable()[0].fingerprint()
     text = "\n".join(found.lines())
     for piece in (
@@ -72,12 +72,12 @@ def test_a_table_with_landmarks(tmp_path):
     marks = [["0.png", "head", 3, 4, 1, 5, 6], ["1.png", "head", 13, 4, 1, 5, ""], ["2.png", "tail", 3, 4, 2, "", ""]]
     table(tmp_path / "landmarks.csv", ["image", "landmark", "x", "y", "instances", "width", "height"], marks)
     found = check_data(tmp_path, few=0)
-    assert (found.kind, found.boxes, found.other_columns, found.masks) == ("table", 2, ("xmin", "id"), False)
+    assert (found.kind, found.boxes, found.masks) == ("table", 2, False)
     assert found.sized == {"head": 1, "tail": 0}
     assert [(part.key, part.reason) for part in found.unused_parts] == [("2.png", "it is there 2 times")]
     lines = found.lines()
     assert "  width 12 to 12 px, height 9 to 9 px; 2 cut to the boxes of the table" in lines
-    assert "  columns that are not used: xmin, id" in lines
+    assert "  columns of images.csv that are not used: xmin, id" in lines
     assert "  head                2          1" in lines
     assert "  part not used: 2.png, tail: it is there 2 times" in lines
     assert found.landmarks == {"head": {"a": 2}, "tail": {}}
@@ -155,7 +155,7 @@ def test_the_real_folders(shared):
 @pytest.mark.data
 def test_the_real_tables_are_described_as_they_are(shared, tmp_path):
     lines = check_data(some_of(shared / "data" / "voc-part", tmp_path, 40)).lines()
-    assert "  columns that are not used: object, xmin, ymin, xmax, ymax" in lines
+    assert "  columns of images.csv that are not used: object, xmin, ymin, xmax, ymax" in lines
     assert not any("none" in line for line in lines)
     assert any(line.split()[:1] == ["head"] and line.split()[1] == line.split()[2] for line in lines)
 

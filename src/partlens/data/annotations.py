@@ -7,7 +7,7 @@ Positions are in the image's own pixels (x to the right, y downwards, the top le
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,13 +16,19 @@ import numpy.typing as npt
 from PIL import Image
 
 from partlens.data.files import Source, parallel
-from partlens.data.tables import LANDMARK_TABLE, MASK_FOLDER, Table, read_table
-from partlens.errors import ImageError, expected, listed, nearest
+from partlens.data.tables import MASK_FOLDER, Table, read_table, with_slashes
+from partlens.errors import ImageError, InputTypeError, expected, listed, nearest
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
 _REQUIRED = ("image", "landmark", "x", "y")
+_SHOWN = ("visible", "visibility", "v", "vis", "is_visible", "present")  # 0 for a part that cannot be seen
+_HIDDEN = ("occluded", "is_occluded", "hidden")  # 1 for one
+_KNOWN = (*_REQUIRED, "width", "height", "instances", *_SHOWN, *_HIDDEN)
+_NAMED = 3  # images that a warning names
+_COMPARED = 2000  # images among which a like name is looked for; comparing is slow
+_NO, _YES = ("false", "no", "n", "f"), ("true", "yes", "y", "t")
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,12 @@ class PartTruth:
         image_size_px: float32 ``[image, 2]``, width and height of the image; ``nan`` where unknown.
         masks: gives, for a key, one boolean array ``[row, col]`` per part; None where there are no masks.
         unused: annotations that a reader could not use, such as positions outside the image.
+        warnings: what is odd about the annotations as a whole, one sentence each.
 
     Raises:
-        ImageError: an array whose shape does not follow from ``keys`` and ``landmarks``, or a name that
-            occurs twice.
+        ImageError: an array whose shape does not follow from ``keys`` and ``landmarks``, a name that occurs twice, an
+            infinite number, or a size below 0.
+        InputTypeError: names or numbers of another kind.
 
     Example:
         >>> import numpy as np
@@ -70,9 +78,13 @@ class PartTruth:
     image_size_px: FloatArray
     masks: Callable[[str], dict[str, BoolArray]] | None = field(default=None, repr=False)
     unused: tuple[UnusedPart, ...] = field(default=(), repr=False)
+    warnings: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for what, names in (("landmark", self.landmarks), ("image", self.keys)):
+            if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+                rule = f"{what} names as a tuple of texts"
+                raise InputTypeError(expected(rule, repr(names), "Give one name each"))
             twice = [name for name, times in Counter(names).items() if times > 1]
             if twice:
                 raise ImageError(expected(f"every {what} name once", listed(twice), "Remove the repeated names"))
@@ -80,11 +92,16 @@ class PartTruth:
         parts = (images, landmarks, 2)
         shapes = {"positions_px": parts, "sizes_px": parts, "image_size_px": (images, 2)}
         for name, shape in shapes.items():
-            array = np.asarray(getattr(self, name), dtype=np.float32)
+            array = _numbers(getattr(self, name), name)
             if array.shape != shape:
                 rule = f"{name} of shape {shape} for {images} images and {landmarks} landmarks"
                 remedy = "Give one row per key and one column per landmark"
                 raise ImageError(expected(rule, str(array.shape), remedy))
+            least = -np.inf if name == "positions_px" else 0
+            bad = array[np.isinf(array) | (array < least)]
+            if bad.size:
+                rule = f"finite {name}" + (" of at least 0" if least == 0 else "")
+                raise ImageError(expected(f"{rule}, nan where unknown", f"{bad[0]:g}", "Correct the numbers"))
             object.__setattr__(self, name, array)
 
     def __len__(self) -> int:
@@ -118,6 +135,42 @@ class PartTruth:
         return {name: int(number) for name, number in zip(self.landmarks, known, strict=True)}
 
 
+def _numbers(given: object, name: str) -> FloatArray:
+    try:
+        return np.asarray(given, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        got = type(given).__name__
+        raise InputTypeError(expected(f"numbers for {name}", got, "Give an array of float32")) from error
+
+
+def _visible(table: Table) -> list[bool]:
+    """Whether each row's part can be seen; where nothing says so it can."""
+    seen = [True] * len(table)
+    for name in (name for name in (*_SHOWN, *_HIDDEN) if name in table.columns):
+        for row, cell in enumerate(table.columns[name]):
+            if cell not in {"", "nan"} and _flag(table, name, row) == (name in _HIDDEN):
+                seen[row] = False
+    return seen
+
+
+def _flag(table: Table, column: str, row: int) -> bool:
+    """Read a cell that says yes or no, in words or as a number: COCO's 2 and a confidence above 0 mean yes."""
+    cell = table.columns[column][row].casefold()
+    if cell in {*_NO, *_YES}:
+        return cell in _YES
+    return table.number(column, row) > 0
+
+
+def _warnings(table: Table, at: Sequence[Sequence[float]]) -> tuple[str, ...]:
+    """Name columns that were not used, and count positions that stand for "not known"."""
+    corner = sum(x == 0 and y == 0 for x, y in zip(*at, strict=True))
+    found = table.remarks()
+    if corner > 1:
+        remedy = f"delete these rows of {table.path.name}, or add a column 'visible' that is 0 there"
+        found += (f"{corner} landmarks stand at exactly 0,0, as hidden parts are often written: {remedy}",)
+    return found
+
+
 def _instances(table: Table) -> list[int]:
     """How many parts of its kind each row means, 1 where the table does not say."""
     if "instances" not in table.columns:
@@ -130,16 +183,21 @@ def _instances(table: Table) -> list[int]:
     return list(map(int, found))
 
 
-def read_landmark_table(path: Path | str) -> PartTruth:
+def read_landmark_table(path: Path | str, images: Collection[str] | None = None) -> PartTruth:
     r"""Read part positions from a table with one row per image and landmark.
 
     Columns: ``image`` (the key), ``landmark``, ``x``, ``y`` (centre of the part in pixels of that image, after it is
-    cut to its box), and optionally ``width`` and ``height`` (of the part's box) and ``instances`` (how many such parts
-    the image shows; 1 where the column is missing). A landmark is used only where the image shows it exactly once:
-    other numbers of instances, and pairs of image and landmark in several rows, become ``nan``.
+    cut to its box), and optionally ``width`` and ``height`` (of the part's box), ``instances`` (how many such parts
+    the image shows; 1 where the column is missing) and ``visible`` or ``occluded``. A landmark is used only where the
+    image shows it exactly once: hidden ones, other numbers of instances, and pairs of image and landmark in several
+    rows, become ``nan``. What the x and y of a hidden part are does not matter.
 
     Images come in the order of their first row, landmarks in alphabetical order; those that an image shows more than
     once are named in ``unused``.
+
+    Args:
+        path: the table.
+        images: optional, the images that there are: backslashes in other names are turned.
 
     Raises:
         ImageError: the file is missing, lacks a column, has no rows, or holds a cell that is not a number;
@@ -152,19 +210,21 @@ def read_landmark_table(path: Path | str) -> PartTruth:
         >>> read_landmark_table(table).positions_px.tolist()
         [[[190.0, 52.5]]]
     """
-    table = read_table(Path(path), _REQUIRED)
+    table = read_table(Path(path), _REQUIRED, _KNOWN)
     if not len(table):
         raise ImageError(expected(f"at least one landmark in {path}", "no rows", "Add a row per image and landmark"))
-    images, names = table.words("image"), table.words("landmark")
-    values = [table.numbers("x"), table.numbers("y")]
-    values += [table.numbers("width", optional=True, least=0), table.numbers("height", optional=True, least=0)]
-    instances = _instances(table)
-    keys, landmarks = tuple(dict.fromkeys(images)), tuple(sorted(set(names)))
+    files = with_slashes(table.words("image"), lambda name: images is None or name in images)
+    names, seen = table.words("landmark"), _visible(table)
+    values = [table.numbers("x", rows=seen), table.numbers("y", rows=seen)]
+    warnings = _warnings(table, values)
+    values += [table.numbers(side, optional=True, least=0, rows=seen) for side in ("width", "height")]
+    instances = [number if here else 0 for number, here in zip(_instances(table), seen, strict=True)]
+    keys, landmarks = tuple(dict.fromkeys(files)), tuple(sorted(set(names)))
     row_of = {key: index for index, key in enumerate(keys)}
     column_of = {name: index for index, name in enumerate(landmarks)}
     found = np.full((len(keys), len(landmarks), 4), np.nan, dtype=np.float32)
     times: Counter[tuple[str, str]] = Counter()
-    for image, name, number, *place in zip(images, names, instances, *values, strict=True):
+    for image, name, number, *place in zip(files, names, instances, *values, strict=True):
         times[image, name] += number
         if number:
             found[row_of[image], column_of[name]] = place
@@ -173,7 +233,14 @@ def read_landmark_table(path: Path | str) -> PartTruth:
         found[row_of[image], column_of[name]] = np.nan
     unused = tuple(UnusedPart(*pair, f"it is there {number} times") for pair, number in several.items())
     unknown = np.full((len(keys), 2), np.nan, dtype=np.float32)
-    return PartTruth(landmarks, keys, found[:, :, :2], found[:, :, 2:], unknown, unused=unused)
+    return PartTruth(landmarks, keys, found[:, :, :2], found[:, :, 2:], unknown, unused=unused, warnings=warnings)
+
+
+def _likest(name: str, keys: Sequence[str]) -> str:
+    """Return the image that is probably meant: of the same file name in another case or folder, else the likest."""
+    file = name.casefold().rpartition("/")[2]
+    same = (key for key in keys if key.casefold().rpartition("/")[2] == file)
+    return next(same, None) or nearest(name, keys[:_COMPARED], 1)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,20 +263,26 @@ class FolderParts:
     masks: Path | None
 
     @classmethod
-    def of(cls, folder: Path, keys: Sequence[str], source: Source) -> FolderParts:
-        """Read ``landmarks.csv`` in a folder.
+    def of(cls, path: Path, keys: Sequence[str], source: Source) -> FolderParts:
+        """Read a table of landmarks, and look for masks beside it.
 
         Raises:
             ImageError: see :func:`read_landmark_table`; also when no landmark belongs to an image of the set.
         """
-        path, masks = folder / LANDMARK_TABLE, folder / MASK_FOLDER
-        truth = read_landmark_table(path)
-        if not set(truth.keys) & set(keys):
+        masks, row_of = path.parent / MASK_FOLDER, {key: row for row, key in enumerate(keys)}
+        truth = read_landmark_table(path, row_of)
+        strangers = [key for key in truth.keys if key not in row_of]
+        if len(strangers) == len(truth.keys):
             got = f"only others, such as {truth.keys[0]!r}"
-            remedy = f"Write names like {nearest(truth.keys[0], keys, 1)[0]!r}"
+            remedy = f"Write names like {_likest(truth.keys[0], keys)!r}"
             raise ImageError(expected(f"images of the set in {path}", got, remedy))
+        if strangers:
+            like = [f"{key} (nearest: {_likest(key, keys)})" for key in strangers[:_NAMED]]
+            shown = listed([*like, *strangers[_NAMED:]], _NAMED)
+            said = f"{path.name} has landmarks of {len(strangers)} images that are not there: {shown}"
+            truth = replace(truth, warnings=(*truth.warnings, said))
         drawn = any((masks / name).is_dir() for name in truth.landmarks)
-        return cls(truth, {key: row for row, key in enumerate(keys)}, source, masks if drawn else None)
+        return cls(truth, row_of, source, masks if drawn else None)
 
     def __call__(self, keys: Sequence[str]) -> PartTruth:
         """Return the parts of some images, with the size of every image that has one."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from partlens.data.annotations import PartTruth, UnusedPart
 from partlens.data.images import ImageSet, UnreadableImage
-from partlens.data.tables import IMAGE_TABLE, KNOWN_COLUMNS, read_table
+from partlens.data.tables import IMAGE_TABLE, table_in
 from partlens.errors import listed
 from partlens.records import Value
 
@@ -35,7 +35,7 @@ class DataCheck(Value):
         sized: for each landmark the images in which its size is known, too.
         masks: whether the parts have pixels.
         boxes: images that are cut to a box by the table.
-        other_columns: columns of the table that are not used.
+        notes: what of the folder or table is not used, and how pixels of more than 8 bits are read.
         smallest_px: least width and least height among the readable images.
         largest_px: greatest width and greatest height.
         unreadable: images that cannot be decoded.
@@ -54,7 +54,7 @@ class DataCheck(Value):
     sized: dict[str, int]
     masks: bool
     boxes: int
-    other_columns: tuple[str, ...]
+    notes: tuple[str, ...]
     smallest_px: tuple[int, int]
     largest_px: tuple[int, int]
     unreadable: tuple[UnreadableImage, ...]
@@ -71,8 +71,7 @@ class DataCheck(Value):
         out += self._category_lines(width)
         out += self._landmark_lines(width) if self.landmarks else ["  no landmarks"]
         out.append(f"  width {narrow} to {wide} px, height {low} to {high} px{self._cuts()}")
-        if self.other_columns:
-            out.append(f"  columns that are not used: {', '.join(self.other_columns)}")
+        out += [f"  {text}" for text in self.notes]
         for what, found in (
             ("unreadable", [f"{image.key}: {image.reason}" for image in self.unreadable]),
             ("part not used", [f"{part.key}, {part.landmark}: {part.reason}" for part in self.unused_parts]),
@@ -129,8 +128,7 @@ def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
     """
     path = Path(path)
     images, bad = ImageSet.open(path).readable()
-    table = path / IMAGE_TABLE if path.is_dir() else path
-    columns = list(read_table(table).columns) if table.is_file() else []
+    table = table_in(path, IMAGE_TABLE) if path.is_dir() else path
     sizes = np.array(list(map(images.size_px, range(len(images)))))
     truth = images.part_truth
     duplicates = _duplicates(images)
@@ -141,7 +139,7 @@ def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
     landmarks, sized, unused = ({}, {}, ()) if truth is None else (_known(truth, images), _sized(truth), truth.unused)
     return DataCheck(
         path=str(path),
-        kind="table" if columns else "folder",
+        kind="table" if table.is_file() else "folder",
         images=len(images),
         categories=images.category_counts(),
         splits=splits,
@@ -149,7 +147,7 @@ def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
         sized=sized,
         masks=truth is not None and truth.masks is not None,
         boxes=sum(box is not None for box in images.boxes_px),
-        other_columns=tuple(sorted(set(columns) - {*KNOWN_COLUMNS}, key=columns.index)),
+        notes=images.notes,
         smallest_px=(int(sizes[:, 0].min()), int(sizes[:, 1].min())),
         largest_px=(int(sizes[:, 0].max()), int(sizes[:, 1].max())),
         unreadable=bad,
@@ -207,13 +205,18 @@ def _warnings(
     for names, text in (
         (torn, f"the same photo is in several categories: {listed(torn, 3)}"),
         (small, f"fewer than {few} images: {listed(small)}"),
+        ("nan" in images.category_counts(), "a category is called 'nan', as pandas writes an empty cell"),
+        (
+            "train" not in splits and len(splits) > 1,
+            f"no image is in the split 'train', which fits use: there are {listed(list(splits))}",
+        ),
         (len(splits) < 2, f"every image is in the split {next(iter(splits))!r}; nothing is held out to measure on"),
         (astray, f"landmarks outside their image: {listed(astray)}"),
         (nowhere, f"landmarks without a single position: {listed(nowhere)}"),
     ):
         if names:
             found.append(text)
-    return found
+    return [*found, *(() if truth is None else truth.warnings)]
 
 
 def _small(splits: Mapping[str, Mapping[str, int]], images: ImageSet, few: int) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,12 +17,29 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from partlens.errors import ImageError, expected
+from partlens.errors import ImageError, InputTypeError, expected
 
 _Result = TypeVar("_Result")
 ByteArray = npt.NDArray[np.uint8]
 
 _EXIF_ORIENTATION = 0x0112
+_TURNED = frozenset({5, 6, 7, 8})
+_WHITES = (255, 1023, 4095, 65535)  # the brightest value of 8, 10, 12 and 16 bits
+
+# What files of another kind begin with, what that is, and what to do.
+_FOREIGN = (
+    (b"version https://git-lfs", "the pointer of git-lfs to it", "Run git lfs pull in its folder"),
+    (b"<", "a web page or XML", "Download the file itself: a link may lead to a page about it"),
+    (b"\x1f\x8b", "a gzip archive", "Unpack it"),
+)
+
+
+def foreign_kind(content: bytes) -> tuple[str, str] | None:
+    """Say what a file is that was saved under the name of another kind, and what to do; None where it is not known."""
+    start = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not content:
+        return "an empty file", "Download or save it again"
+    return next(((kind, remedy) for mark, kind, remedy in _FOREIGN if start.startswith(mark)), None)
 
 
 class Source(Protocol):
@@ -35,38 +53,64 @@ class Source(Protocol):
         """Return width and height as :meth:`read` gives them."""
         ...
 
-    def digest(self, row: int, *, decode: bool = False) -> str:
-        """Return a text that is equal for equal content; where asked, decode the image too, as :meth:`read` does."""
+    def digest(self, row: int) -> str:
+        """Return a text that is equal for equal content."""
+        ...
+
+    def checked(self, row: int) -> tuple[str, str]:
+        """Decode an image as :meth:`read` does; return its digest and a remark on its pixels, mostly empty."""
         ...
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Bring 16-bit, 32-bit integer and float pixels to 8 bits (mode L).
+def _white(image: Image.Image, values: npt.NDArray[np.float64]) -> float | None:
+    """Return the value that is white in an image of more than 8 bits; None where its own range is stretched.
 
-    16-bit modes are divided by 257. The 32-bit modes do not say what white is, so the values do: within 0–1
-    (float only), 0–255 or 0–65535 that range is used, and any other range is stretched from its minimum to
-    its maximum.
+    Such files do not say what white is, so the values do: the least of 1 (float alone), 255, 1023, 4095 and 65535 (8,
+    10, 12 and 16 bits) that holds them all.
     """
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F" and low >= 0 and high <= 1:
+        return 1.0
+    return None if low < 0 else next((float(white) for white in _WHITES if high <= white), None)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Bring 16-bit, 32-bit integer and float pixels to 8 bits (mode L)."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("its pixels hold nan or infinity")
-    low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16"):
-        scaled = values / 257
-    elif image.mode == "F" and low >= 0 and high <= 1:
-        scaled = values * 255
-    elif low >= 0 and high <= 255:
-        scaled = values
-    elif low >= 0 and high <= 65535:
-        scaled = values / 257
+    white = _white(image, values)
+    if white is None:
+        low = values.min()
+        scaled = (values - low) * (255 / max(values.max() - low, 1e-30))  # one value alone becomes black
     else:
-        scaled = (values - low) * (255 / max(high - low, 1e-30))  # one value alone becomes black
+        scaled = values / 257 if white == _WHITES[-1] else values * (255 / white)
     return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in {"I", "F"} or image.mode.startswith("I;")
+
+
+def _has_16_bit_colours(image: Image.Image) -> bool:
+    """Whether an opened, not yet loaded file has colours of 16 bits, of which Pillow keeps the upper 8."""
+    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not _is_deep(image)
+
+
+def _remark(image: Image.Image, *, cut: bool) -> str:
+    """Say how the values of a decoded image of more than 8 bits are read, where that is a guess or goes wrong."""
+    if _is_deep(image):
+        white = _white(image, np.asarray(image).astype(np.float64))
+        said = "stretched from the darkest to the brightest value" if white is None else f"read with {white:g} as white"
+        return "" if white in {1, _WHITES[-1]} else said
+    if cut and 0 < np.asarray(image.convert("RGB")).max() < 16:
+        return "nearly black: their 16-bit colours hold 12 bits at most; save them with 8 bits"
+    return ""
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Turn any of Pillow's modes into RGB, transparent pixels composited on white."""
-    if image.mode in {"I", "F"} or image.mode.startswith("I;"):
+    if _is_deep(image):
         image = _to_8_bit(image)
     elif image.has_transparency_data or image.mode in {"La", "RGBa"}:
         if image.mode in {"La", "RGBa"}:
@@ -124,52 +168,66 @@ class Files:
             raise ImageError(expected(rule, str(box), "Correct the box or remove the row"))
         return window
 
-    def _failed(self, row: int, error: Exception) -> ImageError:
+    @contextlib.contextmanager
+    def _named(self, row: int) -> Iterator[None]:
+        """Say of what goes wrong inside which file it was."""
         path = self.paths[row]
-        if isinstance(error, ImageError):
-            return error
-        if isinstance(error, FileNotFoundError):
-            return ImageError(expected(f"an image file {path}", "nothing there", "Correct the table or the folder"))
-        reason = f"{type(error).__name__}: {error}".replace(str(path), path.name)
-        if isinstance(error, UnidentifiedImageError):
-            reason = "the content of another kind of file"
-        return ImageError(expected(f"an image that can be decoded at {path}", reason, "Replace or remove the file"))
-
-    def _decoded(self, row: int, file: Path | BytesIO) -> Image.Image:
         try:
-            with Image.open(file) as image:
-                image.load()
-                window = self._window(row, image.size)
-                return _to_rgb(_upright(image)) if window is None else _to_rgb(image).crop(window)
-        except Exception as error:
-            raise self._failed(row, error) from error
+            yield
+        except ImageError:
+            raise
+        except FileNotFoundError as error:
+            text = expected(f"an image file {path}", "nothing there", "Correct the table or the folder")
+            raise ImageError(text) from error
+        except Exception as error:  # Pillow raises anything on damaged files
+            foreign = self._foreign(row) if isinstance(error, UnidentifiedImageError) else None
+            reason = f"{type(error).__name__}: {error}".replace(str(path), path.name)
+            got, remedy = foreign or (reason, "Replace or remove the file")
+            raise ImageError(expected(f"an image that can be decoded at {path}", got, remedy)) from error
+
+    def _foreign(self, row: int) -> tuple[str, str]:
+        """Say what a file is that Pillow does not know."""
+        with self.paths[row].open("rb") as file:
+            return foreign_kind(file.read(64)) or ("the content of another kind of file", "Replace or remove the file")
+
+    def _pixels(self, row: int, image: Image.Image) -> Image.Image:
+        """Load an opened image, turn it upright or cut it, and convert it."""
+        image.load()
+        window = self._window(row, image.size)
+        return _to_rgb(_upright(image)) if window is None else _to_rgb(image).crop(window)
 
     def read(self, row: int) -> Image.Image:
         """Return an image as 8-bit RGB."""
-        return self._decoded(row, self.paths[row])
+        with self._named(row), Image.open(self.paths[row]) as image:
+            return self._pixels(row, image)
 
     def size_px(self, row: int) -> tuple[int, int]:
         """Return width and height as :meth:`read` gives them."""
-        try:
-            with Image.open(self.paths[row]) as image:
-                window = self._window(row, image.size)
-                if window is not None:
-                    return window[2] - window[0], window[3] - window[1]
-                turned = image.getexif().get(_EXIF_ORIENTATION, 1) in {5, 6, 7, 8}
-                return (image.height, image.width) if turned else (image.width, image.height)
-        except Exception as error:
-            raise self._failed(row, error) from error
+        with self._named(row), Image.open(self.paths[row]) as image:
+            window = self._window(row, image.size)
+            if window is not None:
+                return window[2] - window[0], window[3] - window[1]
+            # Of a TIFF Pillow gives the size after turning, and turns it when it is loaded.
+            turned = image.format != "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
+            return (image.height, image.width) if turned else (image.width, image.height)
 
-    def digest(self, row: int, *, decode: bool = False) -> str:
-        """Return a text that is equal for equal content; the file is read once, also where it is decoded."""
-        try:
-            content = self.paths[row].read_bytes()
-        except OSError as error:
-            raise self._failed(row, error) from error
-        if decode:
-            self._decoded(row, BytesIO(content))
+    def digest(self, row: int) -> str:
+        """Return a text that is equal for equal content."""
+        with self._named(row):
+            return self._marked(row, self.paths[row].read_bytes())
+
+    def _marked(self, row: int, content: bytes) -> str:
         box = self.boxes[row]
         return f"{len(content)}:{hashlib.sha256(content).hexdigest()}" + (f"@{box}" if box else "")
+
+    def checked(self, row: int) -> tuple[str, str]:
+        """Decode an image; return its digest and a remark. The file is read once."""
+        with self._named(row):
+            content = self.paths[row].read_bytes()
+            with Image.open(BytesIO(content)) as image:
+                cut = _has_16_bit_colours(image)
+                self._pixels(row, image)
+                return self._marked(row, content), _remark(image, cut=cut)
 
 
 _COLOURS_LAST = {
@@ -178,8 +236,25 @@ _COLOURS_LAST = {
 }
 
 
-def as_bytes(image: npt.NDArray[Any], where: str) -> ByteArray:
-    """Check one array and bring it to uint8 ``[row, col]`` or ``[row, col, 3]``."""
+def pictures(given: Any) -> list[Any]:
+    """Return images of Python one by one: a list or an array of arrays or of Pillow's images."""
+    if isinstance(given, (str, bytes, Mapping, Image.Image)) or not hasattr(given, "__len__"):
+        rule = "a list of images, or an array [image, row, col, 3]"
+        raise InputTypeError(expected(rule, type(given).__name__, "Give arrays; ImageSet.open reads files"))
+    shape = tuple(getattr(given, "shape", (1, 1, 1, 1)))
+    # Pictures three pixels wide do not occur; one picture in colour does.
+    if len(shape) < 3 or (len(shape) == 3 and shape[2] in {3, 4}):
+        rule = "shape [image, row, col, 3] for the images"
+        raise ImageError(expected(rule, str(shape), "Stack the images first, as with images[None] for one"))
+    return list(given)
+
+
+def as_bytes(given: Any, where: str) -> ByteArray:
+    """Check one array or image of Pillow and bring it to uint8 ``[row, col]`` or ``[row, col, 3]``."""
+    image = np.asarray(_to_rgb(_upright(given)) if isinstance(given, Image.Image) else given)
+    if image.dtype.kind not in "biuf":
+        rule = f"an array of numbers for {where}"
+        raise InputTypeError(expected(rule, type(given).__name__, "Give pixels; ImageSet.from_files reads files"))
     if image.shape[2:] == (1,):
         image = image[:, :, 0]
     if image.ndim not in {2, 3} or image.shape[2:] not in {(), (3,)} or 0 in image.shape:
@@ -214,10 +289,14 @@ class Arrays:
         height, width = self.images[row].shape[:2]
         return width, height
 
-    def digest(self, row: int, *, decode: bool = False) -> str:  # noqa: ARG002 -- arrays are decoded already
+    def digest(self, row: int) -> str:
         """Return a text that is equal for equal content."""
         image = np.ascontiguousarray(self.images[row])
         return f"{image.shape}:{hashlib.sha256(image.tobytes()).hexdigest()}"
+
+    def checked(self, row: int) -> tuple[str, str]:
+        """Return the digest; arrays are decoded already."""
+        return self.digest(row), ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,11 +318,15 @@ class Generated:
         """Return width and height as :meth:`read` gives them."""
         return self.read(row).size
 
-    def digest(self, row: int, *, decode: bool = False) -> str:  # noqa: ARG002 -- what is hashed has been drawn
+    def digest(self, row: int) -> str:
         """Return a text that is equal for equal content; a recipe is trusted, so nothing is drawn for it."""
         if self.recipe:
             return f"{self.recipe}#{row}"
         return Arrays([np.asarray(self.read(row))]).digest(0)
+
+    def checked(self, row: int) -> tuple[str, str]:
+        """Return the digest; what is hashed has been drawn."""
+        return self.digest(row), ""
 
 
 def parallel(work: Callable[[int], _Result], rows: Iterable[int]) -> Iterator[_Result]:

@@ -1,40 +1,136 @@
-"""Folders of images: which files they hold, and what the sub-folders say."""
+"""Folders of images: which files they hold, what the sub-folders say, and what is passed over."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from partlens.data.tables import LANDMARK_TABLE, MASK_FOLDER
-from partlens.errors import ImageError, expected
+from partlens.data.tables import LANDMARK_TABLE, MASK_FOLDER, read_table, table_in
+from partlens.errors import ImageError, expected, listed
 
-SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-)
+_PHOTOS = (".apng", ".avif", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
+_RARER = (".bmp", ".dib", ".j2k", ".jp2", ".jpf", ".jpx", ".pbm", ".pgm", ".pnm", ".ppm", ".tga")
+SUFFIXES = frozenset((*_PHOTOS, *_RARER))
 
+_SPLITS = {"training": "train", "testing": "test"}
 _VALIDATION_FOLDERS = frozenset({"val", "valid", "validation"})
 _SPLIT_FOLDERS = _VALIDATION_FOLDERS | {"train", "test"}
+_TABLES = (".csv", ".tsv", ".parquet")
+# What a folder of results holds; each begins with its schema.
+_RECORDS = ("run.json", "selection.json", "explanation.json", "parts.json", "evaluation.json")
+_OF_THE_SYSTEM = frozenset({"thumbs.db", "desktop.ini"})
+_SHOWN = 3  # names of a kind in a remark
+_KINDS = 8
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Yield image files below a folder in a fixed order, following links but no circle of links."""
-    seen: set[str] = set()
-    masks = folder / MASK_FOLDER if (folder / LANDMARK_TABLE).is_file() else None
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen or Path(parent) == masks:
-            folders.clear()
+def split_name(text: str) -> str:
+    """Return our name of a split: ``train`` and ``test`` in any case, also as training and testing; others as written.
+
+    Example:
+        >>> split_name("Train"), split_name("TESTING"), split_name("Extra")
+        ('train', 'test', 'Extra')
+    """
+    folded = text.casefold()
+    folded = _SPLITS.get(folded, folded)
+    return folded if folded in _SPLIT_FOLDERS else text
+
+
+def _is_result(folder: Path) -> bool:
+    """Whether partlens wrote its results here, whose pictures are no photos of a category."""
+    for name in _RECORDS:
+        try:
+            with (folder / name).open("rb") as file:
+                if b'"partlens.' in file.read(200):
+                    return True
+        except OSError:
             continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(parent) / name
+    return False
 
 
-def image_files(path: Path) -> tuple[Path, ...]:
-    """Return the image files below a folder, in alphabetical order of folders and files.
+@dataclass
+class _Walk:
+    """What lies below a folder."""
+
+    root: Path
+    images: list[Path] = field(default_factory=list)
+    others: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by ending
+    results: list[str] = field(default_factory=list)
+    parents: set[Path] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        known = {table_in(self.root, LANDMARK_TABLE)}
+        for parent, names in self._folders():
+            self.parents.add(parent)
+            for name in names:
+                path = parent / name
+                if path.suffix.lower() in SUFFIXES:
+                    self.images.append(path)
+                elif name.lower() not in _OF_THE_SYSTEM and path not in known:
+                    self.others[path.suffix.lower() or "without ending"].append(path.relative_to(self.root).as_posix())
+
+    def _folders(self) -> Iterator[tuple[Path, list[str]]]:
+        """Yield folders and the files in them in a fixed order, following links but no circle of links."""
+        seen: set[str] = set()
+        masks = self.root / MASK_FOLDER if table_in(self.root, LANDMARK_TABLE).is_file() else None
+        for where, folders, names in os.walk(self.root, followlinks=True):
+            real, parent = os.path.realpath(where), Path(where)
+            result = parent != self.root and _is_result(parent)
+            if result:
+                self.results.append(parent.relative_to(self.root).as_posix())
+            if real in seen or parent == masks or result:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+            yield parent, sorted(name for name in names if not name.startswith("."))
+
+    def remarks(self) -> tuple[str, ...]:
+        """Say what is passed over."""
+        found = [f"passed over the folders of results {listed(self.results, _SHOWN)}"] if self.results else []
+        kinds = [f"{len(names)} {ending} ({listed(names, _SHOWN)})" for ending, names in sorted(self.others.items())]
+        if kinds:
+            found.append(f"passed over {listed(kinds, _KINDS)}")
+        if converted := sorted({".heic", ".heif"} & set(self.others)):
+            found.append(f"{', '.join(converted)} files are not read: save them as JPEG")
+        holding = {above for folder in {path.parent for path in self.images} for above in (folder, *folder.parents)}
+        bare = [path for path in sorted(self.parents) if path not in holding and path.parent in holding]
+        if bare:
+            names = [path.relative_to(self.root).as_posix() for path in bare]
+            found.append(f"folders without an image that is read: {listed(names)}")
+        return (*found, *self._tables())
+
+    def _tables(self) -> Iterator[str]:
+        """Name tables of images that are not read, such as that of a hub."""
+        for name in (name for ending in _TABLES for name in self.others.get(ending, ()) if "/" not in name):
+            try:
+                read_table(self.root / name)
+            except ImageError:
+                continue  # of something else
+            yield f"{name} names images and is not read: give {self.root / name} instead of the folder"
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """The images below a folder, what their paths say of them, and remarks on what is not read.
+
+    Attributes:
+        files: in alphabetical order of folders and files.
+        categories: one for each file, None where the folders do not say them.
+        splits: likewise.
+        notes: one sentence each.
+    """
+
+    files: tuple[Path, ...]
+    categories: list[str] | None
+    splits: list[str] | None
+    notes: tuple[str, ...]
+
+
+def image_files(path: Path) -> FolderFiles:
+    """List the images below a folder.
 
     Raises:
         ImageError: the folder does not exist or holds no image.
@@ -42,22 +138,49 @@ def image_files(path: Path) -> tuple[Path, ...]:
     if not path.is_dir():
         got = "a file" if path.exists() else "nothing there"
         raise ImageError(expected(f"a folder of images at {path}", got, "Check the path"))
-    files = tuple(_below(path))
-    if not files:
+    walk = _Walk(path)
+    if not walk.images:
+        got = "; ".join(("none", *walk.remarks()))
         remedy = f"Add files ending in {', '.join(sorted(SUFFIXES))}, or give another folder"
-        raise ImageError(expected(f"images in {path}", "none", remedy))
-    return files
+        raise ImageError(expected(f"images in {path}", got, remedy))
+    parts = [file.relative_to(path).parts for file in walk.images]
+    categories, splits = _categories_and_splits(parts)
+    notes = (*walk.remarks(), *_doubts(path, parts, categories, splits))
+    return FolderFiles(tuple(walk.images), categories, splits, notes)
 
 
-def categories_and_splits(parts: Sequence[tuple[str, ...]]) -> tuple[list[str] | None, list[str] | None]:
+def _categories_and_splits(parts: Sequence[tuple[str, ...]]) -> tuple[list[str] | None, list[str] | None]:
     """Read category and split of each image off its path below the folder, None where it does not say them."""
     top = _top_folders(parts)
-    if top is None or not {"train"} <= set(top) <= _SPLIT_FOLDERS:
+    sides = None if top is None else list(map(split_name, top))
+    if sides is None or not {"train"} <= set(sides) <= _SPLIT_FOLDERS:
         return top, None
-    rename = {} if "test" in top else dict.fromkeys(_VALIDATION_FOLDERS, "test")
-    return _top_folders([names[1:] for names in parts]), [rename.get(name, name) for name in top]
+    rename = {} if "test" in sides else dict.fromkeys(_VALIDATION_FOLDERS, "test")
+    return _top_folders([names[1:] for names in parts]), [rename.get(name, name) for name in sides]
 
 
 def _top_folders(parts: Sequence[tuple[str, ...]]) -> list[str] | None:
     """Return the first folder of each path, None where a file lies in none."""
     return [names[0] for names in parts] if all(len(names) > 1 for names in parts) else None
+
+
+def _doubts(
+    path: Path, parts: Sequence[tuple[str, ...]], categories: list[str] | None, splits: list[str] | None
+) -> Iterator[str]:
+    """Say where folders may mean something else than what they are taken for."""
+    tops = Counter(categories or ())
+    sides = [name for name in tops if split_name(name) in {"train", "test"}]
+    if sides and splits is None:
+        others = [name for name in tops if name not in sides]
+        beside = f", since {listed(others)} lies beside" if others else ", since not both are there"
+        yield f"the folders {listed(sides)} are taken for categories, not for splits{beside}"
+    folder, rest = path, [*parts]
+    while len({names[0] for names in rest}) == 1 and min(map(len, rest)) > 1:
+        folder, rest = folder / rest[0][0], [names[1:] for names in rest]
+    inner = {names[0] for names in rest if len(names) > 1}
+    if folder != path and splits is None and len(inner) > 1:
+        yield f"all images lie in {folder}: give that folder for the categories {listed(sorted(inner))}"
+    loose = sum(len(names) == 1 for names in parts)
+    if 0 < loose < len(parts):
+        there = sorted({names[0] for names in parts if len(names) > 1})
+        yield f"no categories, since {loose} images lie beside the folders {listed(there)}: move them into folders"

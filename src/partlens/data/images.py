@@ -14,16 +14,38 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from partlens.data.annotations import FolderParts, PartTruth
-from partlens.data.files import Arrays, Box, ByteArray, Files, Generated, Source, as_bytes, parallel
-from partlens.data.folders import categories_and_splits, image_files
+from partlens.data.files import Arrays, Box, ByteArray, Files, Generated, Source, as_bytes, parallel, pictures
+from partlens.data.folders import image_files, split_name
 from partlens.data.splits import filled_splits
-from partlens.data.tables import CATEGORY_COLUMNS, IMAGE_TABLE, LANDMARK_TABLE, read_table
-from partlens.errors import ImageError, expected, listed, nearest
+from partlens.data.tables import IMAGE_TABLE, LANDMARK_TABLE, category_cells, read_table, table_in, with_slashes
+from partlens.errors import ImageError, InputTypeError, expected, listed, nearest, printable
+
+
+def _checked_path(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputTypeError(expected("a path", type(path).__name__, "Give a text or a pathlib.Path"))
+    return Path(path)
+
+
+def _listed(values: Any, what: str) -> Sequence[Any]:
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__len__") or not hasattr(values, "__getitem__"):
+        raise InputTypeError(expected(f"a list of {what}, one for each image", repr(values), "Give a list of names"))
+    return list(values)
+
+
+def _check_names(what: str, values: Any, count: int) -> None:
+    if values is None:
+        return
+    wrong = [value for value in _listed(values, what) if not isinstance(value, str)]
+    if wrong:
+        raise InputTypeError(expected(f"texts as {what}", repr(wrong[0]), "Write each as a text"))
+    if len(values) != count:
+        rule = f"{count} {what}, one for each image"
+        raise ImageError(expected(rule, len(values), f"Give {what} in image order"))
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,7 @@ class ImageSet:
         root: the folder of the files, None for arrays and generated images.
         name: what to call the set in reports.
         path: what :meth:`open` opened; None for every other set, and for a choice of images.
+        notes: what of the folder or table is not used, one sentence each.
 
     Example:
         >>> import numpy as np
@@ -66,6 +89,7 @@ class ImageSet:
     _rows: tuple[int, ...] = field(repr=False)
     _truth: Callable[[tuple[str, ...]], PartTruth] | None = field(default=None, repr=False)
     path: Path | None = None
+    notes: tuple[str, ...] = ()
     _known_digests: tuple[str, ...] | None = field(default=None, repr=False)  # set once every image was decoded
 
     def __post_init__(self) -> None:
@@ -90,32 +114,33 @@ class ImageSet:
         root: Path | None = None,
         name: str,
         truth: Callable[[tuple[str, ...]], PartTruth] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> ImageSet:
-        count = len(keys)
+        keys, count = [printable(key) for key in keys], len(keys)
         for what, values in (("categories", categories), ("splits", splits), ("photos", photos)):
-            if values is not None and len(values) != count:
-                rule = f"{count} {what}, one for each image"
-                raise ImageError(expected(rule, len(values), f"Give {what} in image order"))
+            _check_names(what, values, count)
         photo_of = [photo or key for photo, key in zip(photos or keys, keys, strict=True)]
         return cls(
             keys=tuple(keys),
-            categories=tuple(categories or [""] * count),
+            categories=tuple(map(printable, categories or [""] * count)),
             splits=filled_splits(splits or [""] * count, photo_of),
             photos=tuple(photo_of),
             root=root,
-            name=name,
+            name=printable(name),
             _source=source,
             _rows=tuple(range(count)),
             _truth=truth,
+            notes=notes,
         )
 
     @classmethod
     def open(cls, path: Path | str) -> ImageSet:
         """Open a table or a folder of images, whichever ``path`` is.
 
-        A ``.csv`` or ``.parquet`` file is read by :meth:`from_table`; a folder that holds ``images.csv`` by that table;
-        any other folder by :meth:`from_folder`. ``landmarks.csv`` in the folder becomes :attr:`part_truth`, with the
-        parts' pixels where its folder ``masks/`` holds them (:class:`~partlens.data.annotations.FolderParts`).
+        A ``.csv``, ``.tsv`` or ``.parquet`` file is read by :meth:`from_table`; a folder that holds ``images.csv`` by
+        that table; any other folder by :meth:`from_folder`. ``landmarks.csv`` in the folder becomes :attr:`part_truth`,
+        with the parts' pixels where its folder ``masks/`` holds them
+        (:class:`~partlens.data.annotations.FolderParts`).
 
         Args:
             path: the table or folder.
@@ -124,12 +149,15 @@ class ImageSet:
             ImageError: nothing is there, the file is of another kind, or the content breaks a rule of the
                 constructor; also when not one landmark belongs to an image of the set.
         """
-        path = Path(path)
-        table = path / IMAGE_TABLE if path.is_dir() else path
+        path = _checked_path(path)
+        table = table_in(path, IMAGE_TABLE) if path.is_dir() else path
         images = cls.from_table(table) if table.is_file() or not path.is_dir() else cls.from_folder(path)
-        whole_folder = path.is_dir() or path.name == IMAGE_TABLE
-        if whole_folder and (table.parent / LANDMARK_TABLE).is_file():
-            images = replace(images, _truth=FolderParts.of(table.parent, images.keys, images._source))  # noqa: SLF001
+        landmarks = table_in(table.parent, LANDMARK_TABLE)
+        if landmarks.is_file() and (path.is_dir() or path.name.casefold() == IMAGE_TABLE):
+            images = replace(images, _truth=FolderParts.of(landmarks, images.keys, images._source))  # noqa: SLF001
+        elif landmarks.is_file():
+            said = f"{landmarks.name} is not read, since the table beside it is not called {IMAGE_TABLE}"
+            images = replace(images, notes=(*images.notes, said))
         return replace(images, path=path.resolve())
 
     @classmethod
@@ -138,24 +166,24 @@ class ImageSet:
 
         When every image lies in a sub-folder, the first sub-folder's name is the category; else all are
         ``""``. When the first sub-folders are called ``train`` and ``test`` (or ``val``, ``valid``,
-        ``validation``, which count as test where there is no ``test``), they give the split, and the next
+        ``validation``, which count as test where there is no ``test``) in any case, they give the split, and the next
         level gives the categories. Hidden files, files with other endings than
-        :data:`~partlens.data.folders.SUFFIXES` and, next to ``landmarks.csv``, the folder ``masks`` are skipped.
+        :data:`~partlens.data.folders.SUFFIXES`, folders of partlens's own results and, next to ``landmarks.csv``, the
+        folder ``masks`` are passed over; :attr:`notes` says what.
 
         Raises:
             ImageError: the folder does not exist or holds no image.
         """
-        path = Path(path)
-        files = image_files(path)
-        parts = [file.relative_to(path).parts for file in files]
-        categories, splits = categories_and_splits(parts)
+        path = _checked_path(path)
+        found = image_files(path)
         return cls._build(
-            ["/".join(names) for names in parts],
-            Files(files, (None,) * len(files)),
-            categories=categories,
-            splits=splits,
+            [file.relative_to(path).as_posix() for file in found.files],
+            Files(found.files, (None,) * len(found.files)),
+            categories=found.categories,
+            splits=found.splits,
             root=path,
             name=path.resolve().name,
+            notes=found.notes,
         )
 
     @classmethod
@@ -168,7 +196,7 @@ class ImageSet:
         Raises:
             ImageError: no path.
         """
-        keys = list(dict.fromkeys(str(path) for path in paths))
+        keys = list(dict.fromkeys(str(_checked_path(path)) for path in paths))
         return cls._build(keys, Files(tuple(Path(key) for key in keys), (None,) * len(keys)), name="files")
 
     @classmethod
@@ -186,7 +214,9 @@ class ImageSet:
         ``photo``                              the photo that it was cut from; a split never cuts a group
         =====================================  ===================================================================
 
-        Only ``image`` is needed. An empty cell is the same as a missing column; other columns are ignored.
+        Only ``image`` is needed (``file_name`` does as well). An empty cell is the same as a missing column; other
+        columns are not used, and :attr:`notes` names them. Names of columns and of ``train`` and ``test`` are taken in
+        any case.
 
         Args:
             path: the table.
@@ -196,27 +226,31 @@ class ImageSet:
             ImageError: the table is missing or of another kind, lacks the column ``image``, has no rows, names an
                 image twice, has half a box, or puts the crops of one photo into several splits.
         """
-        path = Path(path)
+        path = _checked_path(path)
         table = read_table(path)
-        slashes = str.maketrans("\\", "/") if os.sep == "\\" else {}
-        keys = [key.translate(slashes) for key in table.words("image")]
         folder = Path(root) if root is not None else path.parent
-        files = table.columns.get("file", keys)
-        category = next((name for name in CATEGORY_COLUMNS if name in table.columns), None)
+
+        def there(name: str) -> bool:
+            return (folder / name).exists()
+
+        keys = with_slashes(table.words("image"), there)
+        files = with_slashes(table.columns.get("file", keys), there)
+        splits = table.columns.get("split")
         return cls._build(
             keys,
             Files(tuple(folder / (file or key) for file, key in zip(files, keys, strict=True)), table.boxes()),
-            categories=table.columns[category] if category else None,
-            splits=table.columns.get("split"),
+            categories=category_cells(table),
+            splits=None if splits is None else list(map(split_name, splits)),
             photos=table.columns.get("photo"),
             root=folder,
-            name=folder.resolve().name if path.name == IMAGE_TABLE else path.stem,
+            name=folder.resolve().name if path.name.casefold() == IMAGE_TABLE else path.stem,
+            notes=table.remarks(),
         )
 
     @classmethod
     def from_arrays(
         cls,
-        images: npt.NDArray[Any] | Sequence[npt.NDArray[Any]],
+        images: npt.NDArray[Any] | Sequence[npt.NDArray[Any] | Image.Image],
         categories: Sequence[str] | None = None,
         splits: Sequence[str] | None = None,
         photos: Sequence[str] | None = None,
@@ -227,7 +261,7 @@ class ImageSet:
         Args:
             images: ``[image, row, col, 3]``, or a list of ``[row, col, 3]`` of any sizes; uint8, or float
                 from 0 to 1. One colour, ``[row, col]`` or ``[row, col, 1]``, is grey. uint8 arrays are kept,
-                not copied.
+                not copied. Pillow's images of any mode may be among the list.
             categories: what each image shows.
             splits: the side of each image, ``""`` where :func:`~partlens.data.splits.split_of` shall decide.
             photos: the photo that each image was cut from.
@@ -236,15 +270,15 @@ class ImageSet:
         Raises:
             ImageError: a wrong shape or type, values outside 0 to 1 or ``nan`` among floats, lists of
                 different lengths, or no image at all.
+            InputTypeError: something that is no images, or names that are no texts.
         """
-        if isinstance(images, np.ndarray) and images.ndim < 3:
-            rule = "shape [image, row, col, 3] for the images"
-            raise ImageError(expected(rule, str(images.shape), "Stack the images first"))
-        ready = [as_bytes(np.asarray(image), f"image {index}") for index, image in enumerate(images)]
+        ready = [as_bytes(image, f"image {index}") for index, image in enumerate(pictures(images))]
         return cls._build(
             [f"{index:06d}" for index in range(len(ready))],
             Arrays(ready),
-            categories=None if categories is None else [str(category) for category in categories],
+            categories=None
+            if categories is None
+            else [str(category) for category in _listed(categories, "categories")],
             splits=splits,
             photos=photos,
             name=name,
@@ -323,7 +357,9 @@ class ImageSet:
             if wanted is not None and wanted not in have:
                 options = sorted(set(have) - {""})
                 remedy = "Sort the images into sub-folders, or add a column to the table"
-                if options:
+                if wanted in {"train", "test"} and what == "split":
+                    remedy = f"There are {listed(options)}: write train and test in the column split, or as folders"
+                elif options:
                     remedy = f"Choose one of {listed(nearest(wanted, options, 5))}"
                 raise ImageError(expected(f"a {what} of {self.name}", repr(wanted), remedy))
         return tuple(
@@ -425,10 +461,10 @@ class ImageSet:
     def read(self, index: int) -> Image.Image:
         """Decode one image to 8-bit RGB.
 
-        The EXIF orientation is applied. Transparent pixels are composited on white. 16-bit values are divided
-        by 257; 32-bit integer and float images are scaled from 0–1 (float), 0–255 or 0–65535, whichever range
-        holds all their values, and are stretched from minimum to maximum otherwise. Colour profiles are not
-        applied.
+        The EXIF orientation is applied. Transparent pixels are composited on white. Grey images of 16 and 32 bits
+        are scaled from 0–1 (float alone), 0–255, 0–1023, 0–4095 or 0–65535, the least range that holds all their
+        values, and are stretched from minimum to maximum otherwise; :meth:`readable` notes the range. Colour profiles
+        are not applied.
 
         Raises:
             ImageError: the position does not exist, or the file is missing or cannot be decoded; the text
@@ -459,22 +495,27 @@ class ImageSet:
         if self._known_digests is not None:
             return self, ()
 
-        def seen(row: int) -> tuple[str, str]:
+        def seen(row: int) -> tuple[str, str, str]:
             try:
-                return self._source.digest(row, decode=True), ""
+                return *self._source.checked(row), ""
             except Exception as error:  # noqa: BLE001 -- a caller's generator may raise anything
-                return "", str(error) or type(error).__name__
+                return "", "", str(error) or type(error).__name__
 
         found = list(parallel(seen, self._rows))
-        good = [index for index, (digest, _) in enumerate(found) if digest]
+        good = [index for index, (digest, _, _) in enumerate(found) if digest]
         bad = tuple(
-            UnreadableImage(key, text) for key, (digest, text) in zip(self.keys, found, strict=True) if not digest
+            UnreadableImage(key, text) for key, (digest, _, text) in zip(self.keys, found, strict=True) if not digest
         )
         if not good:
             got = f"{len(bad)} unreadable ones ({listed([image.key for image in bad])}; {bad[0].reason})"
             raise ImageError(expected(f"at least one readable image in {self.name}", got, "Give other images"))
+        remarks: dict[str, list[str]] = {}
+        for index in good:
+            remarks.setdefault(found[index][1], []).append(self.keys[index])
+        said = tuple(f"{len(keys)} images {text}: {listed(keys, 3)}" for text, keys in remarks.items() if text)
         known = tuple(found[index][0] for index in good)
-        return replace(self.take(good) if bad else self, path=self.path, _known_digests=known), bad
+        readable = self.take(good) if bad else self
+        return replace(readable, path=self.path, notes=(*self.notes, *said), _known_digests=known), bad
 
     @cached_property
     def _digests(self) -> tuple[str, ...]:

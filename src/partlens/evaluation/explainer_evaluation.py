@@ -331,6 +331,7 @@ def evaluate_explainer(
     nulls, differences = scored.nulls()
     explained = scored.layer("explainer")
     fidelity = measure_fidelity(answers, stage.lost, generator=on.generator, rounds=10 * rounds)
+    truth = images.part_truth
     optimum = scored.optimum()
     evaluation = Evaluation(
         data=data,
@@ -346,7 +347,7 @@ def evaluate_explainer(
         reconstruction=fidelity,
         part_interpretability=scored.part_regions(seed),
         filters=scored.filters(),
-        warnings=_warnings_for(explained, fidelity, data),
+        warnings=_warnings_for(explained, fidelity, data) + (() if truth is None else truth.warnings),
         versions=versions(),
     )
     return evaluation, {name: scored.peaks(name) for name in stage.layers}

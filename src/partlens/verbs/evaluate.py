@@ -79,7 +79,7 @@ def evaluate(
         raise InputError(expected("rounds of at least 1", rounds, "Set --rounds to 1 or more"))
     (explainer, performer), record = load_explainer(run, model), handle.read(ExplainerRun)
     plan = GalleryPlan.of(gallery, fields, performer.preprocessing.size_px, occlusion, seed)
-    images, unreadable = open_photos(data, record)
+    images, unreadable = open_photos(data, record, show)
     rows = _rows(images, record.data.categories, split, seed)
     described = _described(images, rows, split, record, UsedPhotos.read_if_there(handle.folder), unreadable)
     need, frames = Need.of(rows, performer, record.data.categories), Frames(performer, images, rows.held)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partlens.errors import ImageError, InputError, RunError, expected, listed
+from partlens.errors import ImageError, InputError, RunError, expected
 from partlens.explainer.config import ExplainerConfig, Preset
 from partlens.explainer.record import WEIGHTS, ExplainerRun, ExplainerStructure, Grid, History
 from partlens.progress import Progress
@@ -145,7 +145,7 @@ def fit_explainer(
     where = device_of(device)
     settings = _settings(preset, config, where, seeds=seeds, background=background)
     performer = loaded(model)
-    photos = _chosen(data, category, background, settings.seed)
+    photos = _chosen(data, category, background, settings.seed, show)
     structure, grid = _opened(performer, photos, tap, targets)
     asked = ExplainerRun(
         created=now(),
@@ -207,9 +207,11 @@ def _has_bfloat16_units() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # noqa: SLF001
 
 
-def _chosen(data: str | Path | ImageSet, category: str | Sequence[str] | None, background: int, seed: int) -> _Photos:
+def _chosen(
+    data: str | Path | ImageSet, category: str | Sequence[str] | None, background: int, seed: int, show: Progress
+) -> _Photos:
     """Open the photos and choose those of the training split."""
-    images, unreadable = open_photos(data)
+    images, unreadable = open_photos(data, show=show)
     categories = chosen_categories(category, images.category_counts())
     own, others = images.rows_of(categories, "train")
     if len(own) < 2:
@@ -301,9 +303,6 @@ def _learned(fit: _Fit) -> tuple[float, ...]:
     layers = f"{asked.structure.tap} → {', '.join(asked.structure.targets)}"
     counted = f"{len(photos.own)} photos {asked.data.of}".rstrip()
     show.say(f"{fit.performer.name} · {layers} · {counted}, {len(photos.others)} others")
-    if photos.unreadable:
-        names = listed([photo.key for photo in photos.unreadable])
-        show.say(f"{len(photos.unreadable)} photos could not be read and are not used: {names}")
     maps = _cached_maps(fit)
     epochs = asked.config.warmup_epochs + asked.config.epochs
     with show.task("learning", asked.seeds * epochs, _SHORTER) as advance:

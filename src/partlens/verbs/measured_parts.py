@@ -66,6 +66,7 @@ def opened_explainer(
     model: str | nn.Module | Performer | None,
     split: str,
     how: PartsConfig,
+    show: Progress,
 ) -> _Opened:
     """Open a run and choose its photos.
 
@@ -75,7 +76,7 @@ def opened_explainer(
     """
     explainer, performer = load_explainer(run, model)
     record = Run(run).read(ExplainerRun)
-    images, _ = open_photos(data, record)
+    images, _ = open_photos(data, record, show)
     categories = record.data.categories
     rows = sampled(images.rows_of(categories, split)[0], how.photos_max, how.seed)
     if len(rows) < 2:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partlens.data.images import ImageSet
-from partlens.errors import InputError, LayerError, RunError, expected
+from partlens.errors import InputError, LayerError, RunError, expected, listed
 from partlens.progress import Progress
 from partlens.run import DataInfo, PerformerInfo, Run, RunRecord, Unreadable
 
@@ -48,13 +48,14 @@ def data_info(
 
 
 def open_photos(
-    data: str | Path | ImageSet | None, run: RunRecord | None = None
+    data: str | Path | ImageSet | None, run: RunRecord | None = None, show: Progress | None = None
 ) -> tuple[ImageSet, tuple[Unreadable, ...]]:
     """Open photos and drop what cannot be read, by name.
 
     Args:
         data: a folder, a table or a set of images; optional where a run says which it was made from.
         run: the record of that run.
+        show: optional, where to say what is passed over.
 
     Raises:
         ImageError: not one photo can be read.
@@ -66,6 +67,9 @@ def open_photos(
         raise RunError(expected(rule, "none", "Give them again (data=)"))
     images = where if isinstance(where, ImageSet) else ImageSet.open(Path(where))
     readable, dropped = images.readable()
+    skipped = [f"{len(dropped)} photos cannot be read: {listed([photo.key for photo in dropped])}"] if dropped else []
+    if show is not None and (said := [*skipped, *readable.notes]):
+        show.say(f"not used of {readable.name}: {'; '.join(said)}")
     return readable, tuple(Unreadable(key=d.key, reason=d.reason) for d in dropped)
 
 

@@ -142,7 +142,7 @@ def select_features(
         seed=seed,
     )
     performer = loaded(model)
-    images, unreadable = open_photos(data)
+    images, unreadable = open_photos(data, show=show)
     rows, held = _split_rows(images, split)
     asked = SelectionRecord(
         created=now(),
