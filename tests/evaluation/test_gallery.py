@@ -30,7 +30,7 @@ from partlens.network.receptive_field import grid_of
 from partlens.network.taps import forward_taps
 from partlens.records import plain
 
-COARSE = {"stride_px": 7}
+COARSE = {"stride_px": 11}
 
 
 @pytest.fixture

@@ -121,10 +121,13 @@ def test_outlines_without_colours_equal_those_of_the_picture():
         np.testing.assert_array_equal(drawn.image, garden(index))
 
 
+FLOWERS, TRAIN = 360, 240
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("categories", "part"), [(PETAL_CATEGORIES, "petal"), (STEM_CATEGORIES, "stem")])
 def test_the_class_needs_the_part(categories, part):
-    flowers = generated_flowers(900, categories=categories)
+    flowers = generated_flowers(FLOWERS, categories=categories)
     truth = flowers.part_truth
     assert truth is not None
     assert truth.masks is not None
@@ -134,7 +137,7 @@ def test_the_class_needs_the_part(categories, part):
         coarse.append(image.reshape(16, 8, 16, 8, 3).mean(axis=(1, 3)).ravel())
         colour = image[truth.masks(key)[part]].mean(axis=0)
         hue.append(colour / colour.sum())
-    label = np.arange(900) % len(COLOURS)
+    label = np.arange(FLOWERS) % len(COLOURS)
     assert set(flowers.categories) == set(categories)
     assert centroid_accuracy(np.array(coarse), label) < 0.5
     assert max(ridge_accuracy(np.array(coarse), label, weight) for weight in (1, 10, 100)) < 0.6
@@ -142,17 +145,17 @@ def test_the_class_needs_the_part(categories, part):
 
 
 def centroid_accuracy(features: np.ndarray, label: np.ndarray) -> float:
-    """Share of the last 300 nearest to the right class's mean over the first 600."""
-    means = np.stack([features[:600][label[:600] == c].mean(axis=0) for c in range(label.max() + 1)])
-    distance = ((features[600:, None] - means) ** 2).sum(axis=2)
-    return float((distance.argmin(axis=1) == label[600:]).mean())
+    """Share of the last flowers nearest to the right class's mean over those for training."""
+    means = np.stack([features[:TRAIN][label[:TRAIN] == c].mean(axis=0) for c in range(label.max() + 1)])
+    distance = ((features[TRAIN:, None] - means) ** 2).sum(axis=2)
+    return float((distance.argmin(axis=1) == label[TRAIN:]).mean())
 
 
 def ridge_accuracy(features: np.ndarray, label: np.ndarray, weight: float) -> float:
     """The same for a linear classifier by penalised least squares."""
-    centred = features - features[:600].mean(axis=0)
-    target = np.eye(label.max() + 1)[label[:600]]
+    centred = features - features[:TRAIN].mean(axis=0)
+    target = np.eye(label.max() + 1)[label[:TRAIN]]
     target -= target.mean(axis=0)
-    kernel = centred[:600] @ centred[:600].T
-    scores = centred[600:] @ (centred[:600].T @ np.linalg.solve(kernel + weight * np.eye(600), target))
-    return float((scores.argmax(axis=1) == label[600:]).mean())
+    kernel = centred[:TRAIN] @ centred[:TRAIN].T
+    scores = centred[TRAIN:] @ (centred[:TRAIN].T @ np.linalg.solve(kernel + weight * np.eye(TRAIN), target))
+    return float((scores.argmax(axis=1) == label[TRAIN:]).mean())

@@ -95,8 +95,8 @@ def test_the_region_is_the_visible_deciding_parts() -> None:
 
 
 def test_the_folder_holds_the_same_set(tmp_path: Path) -> None:
-    made = make_flowers(DOUBLE, out=tmp_path / "set", images_per_class=20, seed=2, size=32)
-    files, drawn = open_flower_set(made), flower_set(DOUBLE, 20, seed=2, size=32)
+    made = make_flowers(DOUBLE, out=tmp_path / "set", images_per_class=10, seed=2, size=32)
+    files, drawn = open_flower_set(made), flower_set(DOUBLE, 10, seed=2, size=32)
     assert (files.name, files.parts, files.folds, files.classes) == (
         drawn.name,
         drawn.parts,
@@ -105,8 +105,8 @@ def test_the_folder_holds_the_same_set(tmp_path: Path) -> None:
     )
     assert files.images.splits == drawn.images.splits
     assert files.images.categories == drawn.images.categories
-    assert all(files.images.read(row) == drawn.images.read(row) for row in range(0, 240, 17))
-    np.testing.assert_array_equal(files.part_regions(range(240)), drawn.part_regions(range(240)))
+    assert all(files.images.read(row) == drawn.images.read(row) for row in range(0, 120, 17))
+    np.testing.assert_array_equal(files.part_regions(range(120)), drawn.part_regions(range(120)))
     key = files.images.keys[13]
     with Image.open(made / key.replace("images/", "masks/")) as mask:
         assert mask.mode == "L"
@@ -169,8 +169,8 @@ def test_a_stopped_call_goes_on_and_a_finished_one_draws_nothing(
 
 @pytest.mark.slow
 def test_two_processes_write_the_same(tmp_path: Path) -> None:
-    one = make_flowers(SINGLE, out=tmp_path / "one", images_per_class=18, size=32)
-    two = make_flowers(SINGLE, out=tmp_path / "two", images_per_class=18, size=32, workers=2)
+    one = make_flowers(SINGLE, out=tmp_path / "one", images_per_class=9, size=32)
+    two = make_flowers(SINGLE, out=tmp_path / "two", images_per_class=9, size=32, workers=2)
     assert (one / "flowers.json").read_text() == (two / "flowers.json").read_text()
 
 
