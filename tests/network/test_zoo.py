@@ -266,3 +266,105 @@ def test_a_replaced_last_layer_of_the_same_size_is_filled(tmp_path: Path) -> Non
         performer = load_performer(module, weights=tmp_path / "w.safetensors")
         assert performer.module[3].weight.tolist() == [[1.0] * 4] * outputs
     assert module[3].weight.shape == (2, 4)
+
+
+# Files as people have them
+
+
+def resnet_state() -> dict[str, torch.Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        return torchvision.models.resnet18(weights=None, num_classes=3).state_dict()
+
+
+def prefixed(prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in resnet_state().items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda: prefixed("_orig_mod."),
+        lambda: prefixed("module._orig_mod."),
+        lambda: {"state_dict": prefixed("model."), "epoch": 3, "lr": 0.1},
+        lambda: {"state_dict": prefixed("net.backbone."), "optimizer": {"state": {}, "param_groups": []}},
+        lambda: {"net": resnet_state(), "optimizer": {"state": {}}, "best": torch.tensor(1.0)},
+        lambda: {"model_state": prefixed("module.")},
+        lambda: {"weights": resnet_state()},
+        lambda: {"model": {"state_dict": resnet_state()}, "model_ema": resnet_state()},
+    ],
+)
+def test_wrappers_and_prefixes_of_trainings_are_opened(tmp_path, wrap) -> None:
+    torch.save(wrap(), tmp_path / "w.ckpt")
+    assert load_performer(f"torchvision:resnet18@{tmp_path}/w.ckpt").module.fc.out_features == 3
+
+
+def test_prefixes_are_opened_in_a_copy_of_ones_own_network_too(tmp_path) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 2, 3))
+    save_file({f"model.{name}": value for name, value in module.state_dict().items()}, tmp_path / "w.safetensors")
+    assert load_performer(module, weights=tmp_path / "w.safetensors").weights_sha256 == weights_sha256(module)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (lambda: {"net": resnet_state(), "ema": resnet_state()}, r"got several: net, ema\. Save the one that is meant"),
+        (lambda: {"epoch": 3}, r"got the entries epoch"),
+        (lambda: {**prefixed("model."), "loss.weight": torch.ones(2)}, r"Take 'model\.' from the front of the names"),
+        (lambda: [1, 2], "got list"),
+    ],
+)
+def test_files_that_leave_a_doubt_are_refused_by_name(tmp_path, content, text: str) -> None:
+    torch.save(content(), tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=text):
+        load_performer(f"torchvision:resnet18@{tmp_path}/w.pt")
+
+
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "checkpoint", "weights.pkl", "model.v2"])
+def test_any_name_of_a_file_in_the_current_folder_is_a_file(tmp_path, monkeypatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(resnet_state(), name)
+    performer = load_performer(f"torchvision:resnet18@{name}")
+    assert performer.name == f"torchvision:resnet18@{name}"
+    assert performer.spec == f"torchvision:resnet18@{tmp_path / name}"
+
+
+def test_what_is_in_a_file_counts_and_not_its_ending(tmp_path) -> None:
+    save_file(resnet_state(), tmp_path / "w.pt")
+    torch.save(resnet_state(), tmp_path / "w.safetensors")
+    first, second = (load_performer(f"torchvision:resnet18@{tmp_path}/w.{end}") for end in ("pt", "safetensors"))
+    assert first.module.fc.out_features == second.module.fc.out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "pointer of git-lfs to it. Run git lfs",
+        ),
+        (b"\n<!DOCTYPE html><html>", "a web page"),
+        (b"Entry not found", "a text"),
+        (b"", "an empty file"),
+        (b"\x89HDF\r\n\x1a\n", "HDF5"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_wrong_files_are_called_by_their_names(tmp_path, content: bytes, text: str, ending: str) -> None:
+    (tmp_path / f"w.{ending}").write_bytes(content)
+    with pytest.raises(WeightsError, match=text):
+        load_performer(f"torchvision:resnet18@{tmp_path}/w.{ending}")
+
+
+@pytest.mark.parametrize(("outputs", "aux"), [(1000, True), (5, True), (5, False)])
+def test_googlenet_from_a_file_is_the_published_network(tmp_path, outputs: int, aux: bool) -> None:
+    options = {"init_weights": False, "num_classes": outputs, "aux_logits": aux, "transform_input": True}
+    state = torchvision.models.googlenet(weights=None, **options).state_dict()
+    torch.save(state, tmp_path / "g.pt")
+    performer = load_performer(f"torchvision:googlenet@{tmp_path}/g.pt")
+    assert performer.module.transform_input
+    assert performer.module.fc.out_features == outputs
+    assert any("transform_input is on" in note for note in performer.notes)
+    save_file(state, tmp_path / "g.safetensors", metadata=Preprocessing().to_metadata())
+    own = load_performer(f"torchvision:googlenet@{tmp_path}/g.safetensors")
+    assert not own.module.transform_input  # the header says what the input is
+    assert not any("transform_input" in note for note in own.notes)

@@ -31,6 +31,8 @@ _FOREIGN = (
     (b"version https://git-lfs", "the pointer of git-lfs to it", "Run git lfs pull in its folder"),
     (b"<", "a web page or XML", "Download the file itself: a link may lead to a page about it"),
     (b"\x1f\x8b", "a gzip archive", "Unpack it"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes it", "Save it again from the program that it is for"),
+    (b"{", "a JSON text", "Give the file that it describes"),
 )
 
 

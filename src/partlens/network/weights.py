@@ -3,31 +3,80 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Container, Iterable, Mapping
+import string
+from collections import Counter
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from partlens.data.files import foreign_kind
 from partlens.errors import InputError, LayerError, WeightsError, expected, first_line, listed
 
 OUTPUT_LAYER = "output_layer"
 """Entry of a safetensors header: which layer was replaced to change the number of outputs."""
 
-_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_DEPTH = 3  # of wrappers in wrappers
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a weights file: float32 tensors by name and the header, without running code from the file."""
     if not path.is_file():
         raise WeightsError(expected(f"a weights file {path}", "nothing there", "Check the path after @"))
-    content, metadata = (_safetensors if path.suffix == ".safetensors" else _pickled)(path)
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        rule = f"a state dict (names and tensors) in {path.name}"
-        raise WeightsError(expected(rule, type(content).__name__, "Save module.state_dict() as safetensors"))
-    prefix = "module." if all(str(name).startswith("module.") for name in content) else ""  # saved from DataParallel
-    return {str(name).removeprefix(prefix): _as_float32(value) for name, value in content.items()}, metadata
+    with path.open("rb") as file:
+        start = file.read(64)
+    is_text = not start.translate(None, string.printable.encode())
+    if foreign := foreign_kind(start) or (("a text", "Download the file itself") if is_text else None):
+        raise WeightsError(expected(f"the weights in {path.name}", *foreign))
+    # What is in a file counts, not its ending: a safetensors header begins with its length and a brace.
+    is_safe = path.suffix.lower() == ".safetensors" or (start[8:9] == b"{" and not start.startswith(b"PK"))
+    content, metadata = (_safetensors if is_safe and not start.startswith(b"PK") else _pickled)(path)
+    content = _unwrapped_state(content, path.name)
+    return {str(name): _as_float32(value) for name, value in content.items()}, metadata
+
+
+def _is_state(content: Any) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
+
+
+def _unwrapped_state(content: Any, where: str, depth: int = _DEPTH) -> Mapping[str, Tensor]:
+    """Find the names and tensors of a network in what a training saved: a usual entry, or the only one that fits."""
+    if _is_state(content):
+        return cast("Mapping[str, Tensor]", content)
+    rule, remedy = f"a state dict (names and tensors) in {where}", "Save module.state_dict() as safetensors"
+    if not isinstance(content, Mapping) or not depth:
+        raise WeightsError(expected(rule, type(content).__name__, remedy))
+    usual = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping) and content[name]]
+    fitting = usual or [name for name, value in content.items() if _is_state(value)]
+    if not usual and len(fitting) != 1:
+        got = f"several: {listed(fitting)}" if fitting else f"the entries {listed(list(map(str, content)))}"
+        raise WeightsError(expected(rule, got, "Save the one that is meant, as safetensors"))
+    return _unwrapped_state(content[fitting[0]], where, depth - 1)
+
+
+def named_as(own: Container[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Strip what wrappers put before all names (DataParallel, torch.compile, Lightning) where the rest fits.
+
+    Args:
+        own: the names of the network.
+        weights: the tensors of a file.
+    """
+    names = dict.fromkeys(weights)
+    while (prefix := _shared_prefix(names)) and not all(name in own for name in names):
+        names = dict.fromkeys(name.removeprefix(prefix) for name in names)
+    fits = all(name in own for name in names)
+    return dict(zip(names, weights.values(), strict=True)) if fits else dict(weights)
+
+
+def _shared_prefix(names: Collection[str]) -> str:
+    """Return the first step of all names with its dot, empty where they do not share it."""
+    first = next(iter(names), "").partition(".")
+    prefix = "".join(first[:2]) if first[2] else ""
+    return prefix if all(name.startswith(prefix) for name in names) else ""
 
 
 def _as_float32(value: Tensor) -> Tensor:
@@ -47,7 +96,8 @@ def _safetensors(path: Path) -> tuple[Any, dict[str, str]]:
 
 def _pickled(path: Path) -> tuple[Any, dict[str, str]]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # of a path torch would look at the ending
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         got = "a pickle that would run code when opened, or that is damaged"
         remedy = (
@@ -58,9 +108,6 @@ def _pickled(path: Path) -> tuple[Any, dict[str, str]]:
     except Exception as error:  # the unpickler raises whatever a text or a damaged file leads to
         rule = f"PyTorch weights in {path.name}"
         raise WeightsError(expected(rule, first_line(error), "Save the state dict again")) from error
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            return content[wrapper], {}
     return content, {}
 
 
@@ -91,6 +138,7 @@ def load_into(
 ) -> tuple[str, ...]:
     """Fill a network strictly; return the names that were absent and allowed to be."""
     own = module.state_dict()
+    weights = named_as(own, weights)
     # Batch counters are bookkeeping that old files lack; everything else must be there.
     lacking = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
     absent = tuple(n for n in lacking if n.startswith(may_lack))
@@ -99,6 +147,8 @@ def load_into(
         rule = f"the {len(own)} tensors of {type(module).__name__} in {where}"
         got = "; ".join(f"{what} {listed(names, 4)}" for what, names in faults.items() if names)
         remedy = "Give the weights of this network, or rename them to its layer names"
+        if before := _prefix_of_most(own, weights):
+            remedy = f"Take {before!r} from the front of the names, delete the others, and save the file again"
         raise WeightsError(expected(rule, got, remedy))
     _check_shapes(weights, own, where)
     check_finite(weights, where)
@@ -137,14 +187,25 @@ def with_outputs(module: nn.Module, layer: str, outputs: int) -> None:
     setattr(module.get_submodule(owner), name, new)
 
 
+def _prefix_of_most(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """Return what stands before most names of a file, where they are the network's without it."""
+    starts: Counter[str] = Counter()
+    for name in weights:
+        steps = name.split(".")
+        cuts = (".".join(steps[:cut]) for cut in range(1, len(steps)))
+        starts.update(f"{cut}." for cut in cuts if name[len(cut) + 1 :] in own)
+    start, times = next(iter(starts.most_common(1)), ("", 0))
+    return start if 2 * times > len(weights) else ""
+
+
 def output_count(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> int | None:
-    """Number of classes in a file whose only difference is the size of the last layer."""
-    different = [n for n, v in weights.items() if n in own and own[n].shape != v.shape]
-    owners = {n.rpartition(".")[0] for n in different}
-    if len(owners) != 1 or not different:
+    """Number of classes in a file whose only difference is the size of the last layer, and of auxiliary ones."""
+    named = named_as(own, weights)
+    changes = {(own[n].shape, v.shape) for n, v in named.items() if n in own and own[n].shape != v.shape}
+    counts = {(was[:1], new[:1]) for was, new in changes}
+    if len(counts) != 1 or any(not new or was[1:] != new[1:] for was, new in changes):
         return None
-    shapes = {weights[n].shape[0] for n in different if weights[n].ndim}
-    return shapes.pop() if len(shapes) == 1 else None
+    return next(iter(counts))[1][0]
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -163,8 +224,9 @@ def seed_of(weights: str, spec: str) -> int:
 
 
 def is_file(weights: str) -> bool:
-    """Say whether a text names a file, rather than published or random weights."""
-    return "/" in weights or "\\" in weights or weights.lower().endswith(_FILE_SUFFIXES)
+    """Say whether a text names a file, rather than published or random weights: it looks so, or there is one."""
+    looks_so = "/" in weights or "\\" in weights or weights.lower().endswith(_FILE_SUFFIXES)
+    return looks_so or (not weights.startswith("random:") and Path(weights).is_file())
 
 
 def no_download(name: str, error: Exception) -> WeightsError:

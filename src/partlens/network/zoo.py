@@ -52,6 +52,10 @@ _USUAL = Preprocessing(resize_px=256)
 _IMAGENET_OUTPUTS = 1000
 _FLOWER_OUTPUTS = 6
 _WITH_AUX = frozenset(("googlenet", "inception_v3"))
+_TRANSFORMED = (
+    "transform_input is on, as in torchvision's published network; for one that was trained without, give the network "
+    "itself"
+)
 
 _Build = Callable[[int | None], nn.Module]
 
@@ -109,9 +113,15 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
     return float(values[0]), float(values[1]), float(values[2])
 
 
-def _has_aux(weights: Path) -> bool:
-    """Whether a file holds the auxiliary classifiers of GoogLeNet and Inception, which many leave away."""
-    return any(name.startswith(("aux", "AuxLogits")) for name in read_weights(weights)[0])
+def _aux_and_transform(weights: Path) -> tuple[bool, bool]:
+    """Whether a file of GoogLeNet or Inception holds auxiliary classifiers, and whether the input is transformed.
+
+    The published networks transform torchvision's input to another scale; a header that says its own input means no
+    such network.
+    """
+    state, header = read_weights(weights)
+    with_aux = any(step.startswith(("aux", "AuxLogits")) for name in state for step in name.split("."))
+    return with_aux, "input" not in header
 
 
 def _load_torchvision(name: str, weights: str | None, spec: str) -> Performer:
@@ -125,10 +135,12 @@ def _load_torchvision(name: str, weights: str | None, spec: str) -> Performer:
     enum = models.get_model_weights(name)
     default = getattr(enum, "DEFAULT", None)
     preprocessing = _preset_of(default)
-    with_aux = False
+    with_aux = transformed = False
 
     def build(outputs: int | None) -> nn.Module:
-        options: dict[str, Any] = {"init_weights": False, "aux_logits": with_aux} if name in _WITH_AUX else {}
+        options: dict[str, Any] = {}
+        if name in _WITH_AUX:
+            options = {"init_weights": False, "aux_logits": with_aux, "transform_input": transformed}
         if outputs is not None:
             options["num_classes"] = outputs
         return cast("nn.Module", models.get_model(name, weights=None, **options))
@@ -136,13 +148,15 @@ def _load_torchvision(name: str, weights: str | None, spec: str) -> Performer:
     if weights is not None and weights.startswith("random:"):
         return _drawn(build, preprocessing, weights, spec)
     if weights is not None and is_file(weights):
-        with_aux = name in _WITH_AUX and _has_aux(Path(weights))
+        if name in _WITH_AUX:
+            with_aux, transformed = _aux_and_transform(Path(weights))
         filled, outputs = _filled(build, preprocessing, _IMAGENET_OUTPUTS, weights)
+        notes = (_TRANSFORMED,) if transformed else ()
         assumed = getattr(default, "meta", {}).get("categories") if outputs is None else None
         if filled.class_names is not None or assumed is None:
-            return filled
-        note = "class names assumed to be torchvision's ImageNet list"
-        return dataclasses.replace(filled, class_names=tuple(assumed), notes=(note,))
+            return dataclasses.replace(filled, notes=notes)
+        notes = ("class names assumed to be torchvision's ImageNet list", *notes)
+        return dataclasses.replace(filled, class_names=tuple(assumed), notes=notes)
     return _published(name, enum, weights, spec)
 
 
