@@ -1,0 +1,353 @@
+"""What windows of the image carry of the performer's own score: cells of the tap outside them are set to nothing.
+
+The performer's own upper layers go on from there, so nothing is learned and the answer is the performer's. With the
+score ``S`` of the class that the network decides for,
+
+    kept(W) = (S(cells of W alone) - S(no cell)) / (S(all cells) - S(no cell))
+
+is the *kept score* of windows ``W``, and a *decision is kept* where that class is still the largest output. Windows of
+an area ``a`` around places are the ``a · cells`` cells that are nearest to any of the places, so that all kinds of
+windows have exactly the same area: those at the parts, the same windows laid on another photo, windows at random
+places, one in the centre, and windows at random places that avoid those at the parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from partlens.errors import InputError, expected
+
+AREAS = (0.1, 0.2, 0.3, 0.4)
+MOST_EXACT_PLAYERS = 10
+CENTRE = (0.5, 0.5)
+
+_CHUNK = 64  # masked maps that go through the upper layers together
+_LITTLE = 1e-6
+
+Upper = Callable[[Tensor], Tensor]
+"""The performer's layers above the tap: maps to scores (image, output)."""
+
+
+@dataclass(frozen=True)
+class TapMaps:
+    """The tap's maps of some photos, what stands for nothing there, and the layers above.
+
+    Attributes:
+        upper: from maps to the performer's scores.
+        maps: at the tap.
+        nothing: what a cell is set to: zero after a ReLU; else the mean map of photos.
+    """
+
+    upper: Upper
+    maps: Float[Tensor, "photo filter row col"]
+    nothing: Float[Tensor, "filter row col"]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.maps.shape[2], self.maps.shape[3]
+
+    def take(self, photos: Int[Tensor, " chosen"] | slice) -> TapMaps:
+        """Return the maps of some of the photos."""
+        return TapMaps(self.upper, self.maps[photos], self.nothing)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept where only some cells remain."""
+
+    score: Float[Tensor, "photo variant"]  # kept score, NaN where no cell at all scores as much as the whole photo
+    decision: Bool[Tensor, "photo variant"]
+
+    def mean_over(self, variants: Sequence[int]) -> Kept:
+        """Return what the later axes of ``variants`` repeat, averaged: (photo, ``variants[0]``)."""
+        shape = (len(self.score), *variants)
+        return Kept(self.score.view(shape).flatten(2).mean(2), self.decision.view(shape).double().flatten(2).mean(2))
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def cells_of(grid: tuple[int, int], area: float) -> int:
+    """Return how many cells an area has, at least one."""
+    return max(1, round(area * grid[0] * grid[1]))
+
+
+def distances(places: Float[Tensor, "*set place 2"], grid: tuple[int, int]) -> Float[Tensor, "*set place row col"]:
+    """Return how far the middle of each cell is from each place, in shares of the sides."""
+    rows, cols = ((torch.arange(side, device=places.device) + 0.5) / side for side in grid)
+    by_row = (rows - places[..., 0, None]).square()
+    by_col = (cols - places[..., 1, None]).square()
+    return (by_row[..., :, None] + by_col[..., None, :]).sqrt()
+
+
+def nearest_cells(distance: Float[Tensor, "*set row col"], count: int) -> Bool[Tensor, "*set row col"]:
+    """Return the ``count`` cells of the smallest distances.
+
+    Example:
+        >>> nearest_cells(torch.tensor([[0.3, 0.1], [0.2, 0.4]]), 2).int().tolist()
+        [[0, 1], [1, 0]]
+    """
+    flat = distance.flatten(-2)
+    chosen = flat.argsort(-1, stable=True)[..., :count]
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, chosen, value=True).view(distance.shape)
+
+
+def windows_at(
+    places: Float[Tensor, "*set place 2"], grid: tuple[int, int], area: float
+) -> Bool[Tensor, "*set row col"]:
+    """Return windows of an area around places: the cells nearest to any of them."""
+    return nearest_cells(distances(places, grid).amin(-3), cells_of(grid, area))
+
+
+def windows_elsewhere(
+    taken: Bool[Tensor, "*set row col"], places: Float[Tensor, "*set place 2"], area: float
+) -> Bool[Tensor, "*set row col"]:
+    """Return windows of an area around places that avoid the cells that are taken, as far as there are others."""
+    grid = (taken.shape[-2], taken.shape[-1])
+    far = distances(places, grid).amin(-3)
+    return nearest_cells(far + 10.0 * taken, cells_of(grid, area))
+
+
+def part_cells(
+    places: Float[Tensor, "photo part 2"], grid: tuple[int, int], area: float
+) -> Bool[Tensor, "photo player row col"]:
+    """Deal out the cells: those of the windows of an area to the part that is nearest, all others to elsewhere, last."""
+    far = distances(places, grid)
+    inside = nearest_cells(far.amin(1), cells_of(grid, area))
+    owner = far.argmin(1)
+    own = [(owner == part) & inside for part in range(places.shape[1])]
+    return torch.stack([*own, ~inside], 1)
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def _scores(taps: TapMaps, keep: Bool[Tensor, "photo variant row col"]) -> Float[Tensor, "photo variant output"]:
+    """Return the scores of every photo where only the cells of each variant remain."""
+    photos, variants = keep.shape[:2]
+    found: list[Tensor] = []
+    photo = torch.arange(photos).repeat_interleave(variants)
+    with torch.no_grad():
+        for rows in torch.arange(photos * variants).split(_CHUNK):
+            mask = keep.flatten(0, 1)[rows][:, None]
+            found.append(taps.upper(torch.where(mask, taps.maps[photo[rows]], taps.nothing)))
+    return torch.cat(found).view(photos, variants, -1)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What the performer says of whole photos and of nothing, at the tap."""
+
+    classes: Int[Tensor, " photo"]
+    score: Float[Tensor, " photo"]
+    nothing: Float[Tensor, " photo"]
+
+    @property
+    def range(self) -> Float[Tensor, " photo"]:
+        """What there is to keep; NaN where nothing scores as much."""
+        reach = self.score - self.nothing
+        return torch.where(reach > _LITTLE * (1 + self.score.abs()), reach, torch.nan)
+
+
+def whole_photos(taps: TapMaps) -> Whole:
+    """Run the whole maps and the empty one."""
+    rows, cols = taps.grid
+    keep = torch.stack([torch.ones(rows, cols, dtype=torch.bool), torch.zeros(rows, cols, dtype=torch.bool)])
+    scores = _scores(taps, keep.expand(len(taps.maps), 2, rows, cols))
+    classes = scores[:, 0].argmax(1)
+    of_class = scores.gather(2, classes[:, None, None].expand(-1, 2, 1))[..., 0].double()
+    return Whole(classes, of_class[:, 0], of_class[:, 1])
+
+
+def kept(taps: TapMaps, whole: Whole, keep: Bool[Tensor, "photo variant row col"]) -> Kept:
+    """Measure what the cells of each variant keep of each photo's score and decision."""
+    scores = _scores(taps, keep)
+    of_class = scores.gather(2, whole.classes[:, None, None].expand(-1, scores.shape[1], 1))[..., 0].double()
+    share = (of_class - whole.nothing[:, None]) / whole.range[:, None]
+    return Kept(share, scores.argmax(2) == whole.classes[:, None])
+
+
+@dataclass(frozen=True)
+class KeptByKind:
+    """Kept scores and decisions of each kind of windows at each area."""
+
+    areas: tuple[float, ...]
+    score: dict[str, Float[Tensor, "photo area"]]
+    decision: dict[str, Float[Tensor, "photo area"]]
+
+    def take(self, photos: Tensor) -> KeptByKind:
+        """Return the same of some of the photos."""
+        return KeptByKind(
+            self.areas,
+            {kind: values[photos] for kind, values in self.score.items()},
+            {kind: values[photos] for kind, values in self.decision.items()},
+        )
+
+
+NULLS = ("other_photos", "random", "centre")
+
+
+def kept_by_kind(
+    taps: TapMaps,
+    whole: Whole,
+    places: Float[Tensor, "photo part 2"],
+    generator: torch.Generator,
+    *,
+    areas: Sequence[float] = AREAS,
+    draws: int = 2,
+    annotated: Float[Tensor, "photo landmark 2"] | None = None,
+) -> KeptByKind:
+    """Measure windows at the parts and, at the same area, those of every kind for comparison.
+
+    Args:
+        taps: maps of the photos.
+        whole: what the performer says of them.
+        places: of the parts, as shares of the sides.
+        generator: source of random places.
+        areas: shares of the cells.
+        draws: of other photos and of random places, averaged.
+        annotated: places of annotated parts, NaN where they are unknown; optional.
+    """
+    kinds = _kinds(places, generator, draws, annotated)
+    score: dict[str, list[Tensor]] = {}
+    decision: dict[str, list[Tensor]] = {}
+    for area in areas:
+        masks = {kind: [windows_at(each, taps.grid, area) for each in sets] for kind, sets in kinds.items()}
+        own = masks["parts"][0]
+        masks["rest"] = [windows_elsewhere(own, each, area) for each in kinds["random"]]
+        found = kept(taps, whole, torch.stack(list(itertools.chain.from_iterable(masks.values())), 1))
+        first = 0
+        for kind, several in masks.items():
+            columns = slice(first, first + len(several))
+            score.setdefault(kind, []).append(found.score[:, columns].mean(1))
+            decision.setdefault(kind, []).append(found.decision[:, columns].double().mean(1))
+            first += len(several)
+    return KeptByKind(
+        tuple(areas),
+        {kind: torch.stack(values, 1) for kind, values in score.items()},
+        {kind: torch.stack(values, 1) for kind, values in decision.items()},
+    )
+
+
+def _kinds(
+    places: Tensor, generator: torch.Generator, draws: int, annotated: Tensor | None
+) -> dict[str, list[Float[Tensor, "photo place 2"]]]:
+    photos, parts, _ = places.shape
+    kinds = {"parts": [places]}
+    # Another photo, never the photo itself: the photos in a drawn order, turned by some steps.
+    order = torch.randperm(photos, generator=generator)
+    steps = [1 + number % max(1, photos - 1) for number in range(draws)]
+    kinds["other_photos"] = [places[order.roll(step)[order.argsort()]] for step in steps]
+    kinds["random"] = [torch.rand(photos, parts, 2, generator=generator) for _ in range(draws)]
+    kinds["centre"] = [torch.tensor([[CENTRE]]).expand(photos, 1, 2)]
+    if annotated is not None:
+        # A landmark that a photo lacks is far away, so that no cell is near to it.
+        kinds["annotated"] = [annotated.nan_to_num(99.0)]
+    return kinds
+
+
+def grid_places(side: int) -> Float[Tensor, "window 2"]:
+    """Return the middles of ``side`` x ``side`` windows spread evenly over the image."""
+    steps = (torch.arange(side) + 0.5) / side
+    return torch.cartesian_prod(steps, steps)
+
+
+def kept_by_grid(
+    taps: TapMaps, whole: Whole, side: int, areas: Sequence[float] = AREAS
+) -> Float[Tensor, "photo area window"]:
+    """Measure single windows at places spread evenly over the image: their best is the ceiling of a single window."""
+    places, photos = grid_places(side), len(taps.maps)
+    masks = torch.stack([windows_at(places[:, None], taps.grid, area) for area in areas])
+    rows, cols = taps.grid
+    keep = masks.flatten(0, 1).expand(photos, -1, rows, cols)
+    return kept(taps, whole, keep).score.view(photos, len(areas), len(places))
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shapley values of the parts' windows and of elsewhere, as shares of what there is to keep."""
+
+    players: Float[Tensor, "photo player"]  # elsewhere is last; they sum to 1
+    standard_error: Float[Tensor, "photo player"]  # 0 where the values are exact
+    loss: Float[Tensor, "photo player"]  # what is lost when the player alone is taken away
+    alone: Float[Tensor, "photo player"]  # what the player keeps alone
+
+
+def shapley_shares(
+    taps: TapMaps,
+    whole: Whole,
+    cells: Bool[Tensor, "photo player row col"],
+    *,
+    pairs: int = 32,
+    generator: torch.Generator,
+) -> Shares:
+    """Share each photo's score among players that own the cells (:func:`part_cells`).
+
+    Exact up to ten players, whose coalitions are all measured; beyond, the mean over random orders in which the players
+    join, each used forwards and backwards, with a standard error over the pairs.
+
+    Raises:
+        InputError: no player, or fewer than 2 pairs of orders.
+    """
+    players = cells.shape[1]
+    if players < 1 or pairs < 2:
+        raise InputError(expected("at least 1 player and 2 pairs of orders", f"{players} and {pairs}", "Raise them"))
+    if players <= MOST_EXACT_PLAYERS:
+        return _exact(taps, whole, cells)
+    return _sampled(taps, whole, cells, pairs, generator)
+
+
+def _values(
+    taps: TapMaps, whole: Whole, cells: Tensor, coalitions: Bool[Tensor, "coalition player"]
+) -> Float[Tensor, "photo coalition"]:
+    keep = torch.einsum("cp,iprs->icrs", coalitions.float(), cells.float()) > 0
+    return kept(taps, whole, keep).score
+
+
+def _exact(taps: TapMaps, whole: Whole, cells: Tensor) -> Shares:
+    players = cells.shape[1]
+    coalitions = torch.tensor(list(itertools.product((False, True), repeat=players)))
+    values = _values(taps, whole, cells, coalitions)
+    cube = values.view(len(values), *([2] * players))
+    # A coalition of s other players precedes a player in s! (n - 1 - s)! of the n! orders.
+    orders = [math.factorial(s) * math.factorial(players - 1 - s) / math.factorial(players) for s in range(players)]
+    size = torch.tensor(list(itertools.product((0, 1), repeat=players - 1))).sum(1) if players > 1 else torch.tensor([0])
+    weight = torch.tensor(orders, dtype=torch.float64)[size]
+    gains = [cube.select(1 + p, 1) - cube.select(1 + p, 0) for p in range(players)]
+    shares = torch.stack([(gain.reshape(len(values), -1) * weight).sum(1) for gain in gains], 1)
+    one = torch.eye(players, dtype=torch.bool)
+    place = (one.int() * 2 ** torch.arange(players - 1, -1, -1)).sum(1)
+    everyone = 2**players - 1
+    loss, alone = values[:, [everyone]] - values[:, everyone - place], values[:, place]
+    return Shares(shares, torch.zeros_like(shares), loss, alone)
+
+
+def _sampled(taps: TapMaps, whole: Whole, cells: Tensor, pairs: int, generator: torch.Generator) -> Shares:
+    players = cells.shape[1]
+    orders = torch.stack([torch.randperm(players, generator=generator) for _ in range(pairs)])
+    orders = torch.stack([orders, orders.flip(1)], 1).flatten(0, 1)
+    rank = orders.argsort(1)
+    # After the step at which a player joins, everybody of a lower or the same rank is there.
+    after = rank[:, None, :] <= torch.arange(players)[None, :, None]
+    one = torch.eye(players, dtype=torch.bool)
+    coalitions = torch.cat([torch.zeros(1, players, dtype=torch.bool), after.flatten(0, 1), ~one, one])
+    known, number = coalitions.unique(dim=0, return_inverse=True)
+    values = _values(taps, whole, cells, known)[:, number]
+    steps = values[:, 1 : 1 + len(orders) * players].view(-1, len(orders), players)
+    before = torch.cat([values[:, :1, None].expand(-1, len(orders), 1), steps[..., :-1]], 2)
+    gains = (steps - before).gather(2, rank.expand(len(values), -1, -1))
+    of_pair = gains.unflatten(1, (pairs, 2)).mean(2)
+    error = of_pair.std(1) / math.sqrt(pairs)
+    without, alone = values[:, -2 * players : -players], values[:, -players:]
+    return Shares(of_pair.mean(1), error, steps[:, :1, -1] - without, alone)
