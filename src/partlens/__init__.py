@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from partlens.verbs.evaluate import evaluate
     from partlens.verbs.explain import explain
     from partlens.verbs.fit_explainer import FittedExplainer, fit_explainer, load_explainer
+    from partlens.verbs.inspection import inspect
     from partlens.verbs.parts import parts
     from partlens.verbs.runs import layers, report
     from partlens.verbs.select_features import SelectedFeatures, load_selection, select_features
@@ -65,6 +66,7 @@ _HOMES = {
     "fit_explainer": "partlens.verbs.fit_explainer",
     "generated_flowers": "partlens.data.flowers",
     "guided_backprop": "partlens.attribution.backprop",
+    "inspect": "partlens.verbs.inspection",
     "layers": "partlens.verbs.runs",
     "load_explainer": "partlens.verbs.fit_explainer",
     "load_performer": "partlens.network.zoo",
@@ -99,6 +101,7 @@ __all__ = [
     "fit_explainer",
     "generated_flowers",
     "guided_backprop",
+    "inspect",
     "layers",
     "load_explainer",
     "load_performer",

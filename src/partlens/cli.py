@@ -47,6 +47,12 @@ COMMANDS: dict[str, Command] = {
         "partlens.verbs.demo:demo",
         "make flowers, train a network on them, explain it, write the page: everything in a few minutes",
     ),
+    "inspect": Command(
+        "partlens.verbs.inspection:inspect",
+        "tell what a network knows each category by: its parts, texture, or something beside the object",
+        "partlens.verbs.printed:print_verdicts",
+        {"config": "partlens.object_parts.inspection:InspectConfig"},
+    ),
     "layers": Command(
         "partlens.verbs.runs:layers",
         "list the layers of a model that can be explained",
@@ -151,7 +157,8 @@ def _defaults(settings: Any, name: str) -> str:
 def _add_settings(parser: Any, settings: Any) -> None:
     """Add an option per field; a field that is not given stays the verb's choice."""
     group = parser.add_argument_group(f"{_group(settings)} options")
-    texts = _described(settings)
+    # A field that is inherited is described where it is declared.
+    texts = {name: text for kind in reversed(settings.__mro__) for name, text in _described(kind).items()}
     for name in settings.model_fields:
         kind, text = get_type_hints(settings)[name], texts[name] + _defaults(settings, name)
         group.add_argument(f"--{_group(settings)}.{name}", type=kind, default=argparse.SUPPRESS, help=text)

@@ -141,6 +141,11 @@ class RowStore:
         """Return the complete rows of an array, a read-only memory map where there is a folder."""
         return self._arrays[name].read(self.done)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arrays that are there."""
+        return tuple(self._arrays)
+
     def _kinds(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         return {name: (each.kind, each.shape) for name, each in self._arrays.items()}
 

@@ -24,6 +24,7 @@ from partlens.records import Record, Value, content_hash, plain, sole_writer
 PHOTOS = "photos.json"
 EXPLAINER = "run.json"
 SELECTION = "selection.json"
+INSPECTION = "inspect.json"
 _TEMPORARY = (".lock", ".tmp")
 _MOST_NAMED = 3
 
@@ -196,7 +197,7 @@ class Run:
     """The folder of a run.
 
     Attributes:
-        folder: an explainer and a selection of the same network may share one.
+        folder: an explainer, a selection and an inspection of the same network may share one.
     """
 
     folder: Path
@@ -226,13 +227,13 @@ class Run:
             raise RunError(expected(f"a folder at {out}", "a file", "Choose another --out"))
         if not out.exists() or all(map(_is_temporary, out.iterdir())):
             return None
-        kinds = sum((out / name).exists() for name in (EXPLAINER, SELECTION))
+        kinds = sum((out / name).exists() for name in (EXPLAINER, SELECTION, INSPECTION))
         if not kinds:
             rule = f"a new or partlens folder at {out}"
             raise RunError(expected(rule, "a folder with other files", "Choose another --out"))
         found = type(asked).read_if_there(out)
         if found is not None and (differing := differences(found, asked)):
-            # An explainer and a selection may share the folder: deleting it would lose the other one.
+            # An explainer, a selection and an inspection may share the folder: deleting it would lose the others.
             which = f"{asked.FILE} in it" if kinds > 1 else "it"
             raise RunError(f"{out} holds a run with {_few(differing)}. Choose another --out or delete {which}.")
         return found

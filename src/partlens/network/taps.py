@@ -27,6 +27,9 @@ _AGAINST_OVERFLOW = "Use float32 weights (module.float())"
 Reduce = Callable[[Tensor], Tensor]
 """Turns a layer's output into what is kept of it; it must not keep the output itself, which may be overwritten."""
 
+Reduces = Reduce | Mapping[str, Reduce]
+"""The same for every layer, or by tap; a layer that is not named is copied whole."""
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -92,9 +95,11 @@ def class_scores(output: Any) -> Tensor:
 class _Taps(Mapping[str, Tensor]):
     """What the taps held in the latest forward pass: a read-only mapping from name to tensor."""
 
-    def __init__(self, names: Sequence[str], reduce: Reduce | None = None) -> None:
+    def __init__(self, names: Sequence[str], reduce: Reduces | None = None) -> None:
         self._names = tuple(dict.fromkeys(names))
-        self._reduce = reduce or torch.clone  # a copy, because a later layer may write into this tensor
+        # A copy where nothing else is asked for, because a later layer may write into this tensor.
+        of_tap = reduce if isinstance(reduce, Mapping) else dict.fromkeys(names, reduce or torch.clone)
+        self._reduce = {name: of_tap.get(name, torch.clone) for name in names}
         self._lock = threading.Lock()  # DataParallel runs its replicas in threads
         self._calls: dict[tuple[str, torch.device | None], int] = {}
         self._held: dict[str, dict[torch.device, Tensor]] = {}
@@ -117,7 +122,7 @@ class _Taps(Mapping[str, Tensor]):
             for tap, place in places.items():
                 if place.call == call:
                     value = tensor_at(tap, output, place.key)
-                    self._held.setdefault(tap, {})[value.device] = self._reduce(value)
+                    self._held.setdefault(tap, {})[value.device] = self._reduce[tap](value)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -139,14 +144,15 @@ class _Taps(Mapping[str, Tensor]):
 
 
 @contextlib.contextmanager
-def read_taps(module: nn.Module, names: Sequence[str], reduce: Reduce | None = None) -> Iterator[_Taps]:
+def read_taps(module: nn.Module, names: Sequence[str], reduce: Reduces | None = None) -> Iterator[_Taps]:
     """Read layers while a network runs.
 
     Args:
         module: the network; ``DataParallel`` may wrap it.
         names: taps; ``name:key`` chooses an entry of an output that is a tuple, list or dictionary, which
             otherwise gives its first tensor with four dimensions.
-        reduce: called with each output while the pass is at that layer; its result is held instead of a copy, so
+        reduce: called with each output, for all taps or by tap, while the pass is at that layer; its result is held
+            instead of a copy, so
             that the outputs of many layers are never in memory together.
 
     Yields:
@@ -226,7 +232,7 @@ def forward_taps(
     performer: Performer | nn.Module,
     batch: Float[Tensor, "image channel row col"],
     names: Sequence[str],
-    reduce: Reduce | None = None,
+    reduce: Reduces | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run a network in eval mode without gradients and read its taps.
 

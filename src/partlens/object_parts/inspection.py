@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from partlens.errors import InputError, expected
-from partlens.records import Settings
+from partlens.estimate import Estimate, Number
+from partlens.records import Record, Settings, Value
+from partlens.run import INSPECTION, RunRecord
+
+Fill = Literal["auto", "zero", "mean"]
+VerdictName = Literal["parts", "texture", "elsewhere", "undecided"]
+Numbers = tuple[Number, ...]
 
 
 class FindingConfig(Settings):
@@ -29,3 +35,257 @@ class FindingConfig(Settings):
             got = f"{self.parts_min} and {self.parts_max}"
             raise InputError(expected("parts_min <= parts_max", got, "Correct them"))
         return self
+
+
+class InspectConfig(FindingConfig):
+    """How a network is inspected.
+
+    Attributes:
+        views: views of each photo that parts are found on: the photo, its mirror, then crops.
+        photos: most photos of a category that its parts are found on.
+        measured: most held-out photos of a category on which regions are measured.
+        background: most photos of other categories, where only some are inspected.
+        fill: what cells outside windows are set to: ``zero``, the ``mean`` map of the photos, or ``auto``: zero where
+            the tap has no negative values, else the mean.
+        seed: of every draw.
+    """
+
+    views: int = Field(4, ge=2)
+    photos: int = Field(200, ge=4)
+    measured: int = Field(48, ge=1)
+    background: int = Field(400, ge=0)
+    fill: Fill = "auto"
+    seed: int = 0
+
+    @property
+    def finding(self) -> FindingConfig:
+        """How parts are found."""
+        return FindingConfig(**{name: getattr(self, name) for name in FindingConfig.model_fields})
+
+
+class InspectedPart(Value):
+    """One part of a category.
+
+    Attributes:
+        id: ``part-1`` and so on, those that carry most first.
+        name: a landmark's where annotations say so, else the id, until a person gives another.
+        share: of the score: its Shapley value over what there is to keep, the mean over photos.
+        share_interval: of the mean, 95 %.
+        loss: of the score when its window alone is taken away, the mean over photos.
+        alone: median kept score of a window of a tenth of the image at it alone.
+        movement: error of moving with crops and mirrors over the variance of its place; lower is better.
+        stability: likeness, 0 to 1, to the part found in half of the photos.
+        place: its mean place (row, col), as shares of the sides.
+        spread: standard deviation of its place over photos, in shares of the sides.
+        on_object: share of its places on the object, where masks or boxes say where that is.
+        gallery: pictures of some photos around it, a file in the run directory.
+    """
+
+    id: str
+    name: str
+    share: Number
+    share_interval: tuple[Number, Number]
+    loss: Number
+    alone: Number
+    movement: Number
+    stability: Number
+    place: tuple[Number, Number]
+    spread: Number
+    on_object: Number
+    gallery: str
+
+
+class KeptCurves(Value):
+    """What windows of each kind keep at each area: the median over photos; empty where a kind could not be measured.
+
+    Attributes:
+        area: shares of the image.
+        parts: windows at the parts.
+        other_photos: the same windows laid on other photos.
+        random: windows at random places.
+        centre: one window in the centre.
+        rest: windows at random places that avoid those at the parts.
+        ceiling: the best single window of each photo, among sixteen.
+        annotated: windows at annotated parts.
+        object: windows at random places on the object.
+        off_object: windows at random places beside the object.
+    """
+
+    area: Numbers
+    parts: Numbers
+    other_photos: Numbers
+    random: Numbers
+    centre: Numbers
+    rest: Numbers
+    ceiling: Numbers = ()
+    annotated: Numbers = ()
+    object: Numbers = ()
+    off_object: Numbers = ()
+
+
+class Comparison(Value):
+    """The advantage of the parts over one kind of windows, and what exchanging them by chance gives.
+
+    Attributes:
+        advantage: mean over areas.
+        threshold: the 95 % quantile when the two curves of each photo are exchanged at random.
+    """
+
+    advantage: Number
+    threshold: Number
+
+
+class FixedWindow(Value):
+    """The window that keeps most at one place of all photos.
+
+    Attributes:
+        place: row and col, as shares of the sides.
+        kept: median kept score at a tenth of the image.
+    """
+
+    place: tuple[Number, Number]
+    kept: Number
+
+
+class InspectedPhoto(Value):
+    """One measured photo.
+
+    Attributes:
+        image: its name.
+        predicted: the class that the network decides for.
+        probability: of it.
+        shares: Shapley value of each part, then of elsewhere, as shares of what there is to keep.
+        standard_error: of them; 0 where they are exact.
+        losses: what is lost when each part, then elsewhere, is taken away.
+        kept: by the windows at the parts, at a third of the image or so.
+        kept_other: by the same windows of other photos.
+        places: of the parts (row, col), as shares of the sides.
+        picture: the photo with its parts, a file in the run directory; empty where none was drawn.
+        explanation: folder of its explanation in the run directory; empty where there is none.
+    """
+
+    image: str
+    predicted: str
+    probability: Number
+    shares: Numbers
+    standard_error: Numbers
+    losses: Numbers
+    kept: Number
+    kept_other: Number
+    places: tuple[tuple[Number, Number], ...]
+    picture: str = ""
+    explanation: str = ""
+
+
+class DecidedClass(Value):
+    """A class that the network decides for on photos of a category.
+
+    Attributes:
+        name: of the output.
+        output: its number.
+        share: of the photos.
+    """
+
+    name: str
+    output: int
+    share: float
+
+
+class InspectedCategory(Value):
+    """One category.
+
+    Attributes:
+        name: of the category, empty where all photos are one.
+        verdict: what the network knows it by.
+        sentence: the verdict with its numbers and n.
+        reason: of ``elsewhere`` or ``undecided``, else empty.
+        advantage: of the parts over the best kind for comparison, the mean over areas from 0.1 to 0.4.
+        best_null: that kind.
+        against: each kind for comparison with its threshold.
+        kept: kept scores.
+        decisions: kept decisions, the same curves.
+        windows: at how many parts the windows of each area stand.
+        parts: those that carry most first.
+        elsewhere: Shapley share of everything outside the parts' windows, with its interval.
+        correlation: of the places of two parts, the mean; lower is more variety.
+        fixed: the best window at one place of all photos.
+        photos: that parts were found on.
+        measured: photos that regions were measured on.
+        shared: photos whose score was shared among the parts.
+        undefined: measured photos on which nothing scores as much as the whole photo; they are not counted.
+        held_out: whether the measured photos are other ones than those that parts were found on.
+        decided: the classes that the network decides for most often on its photos.
+        shown: some of the measured photos.
+        notes: what could not be done.
+    """
+
+    name: str
+    verdict: VerdictName
+    sentence: str
+    reason: str
+    advantage: Estimate
+    best_null: str
+    against: dict[str, Comparison]
+    kept: KeptCurves
+    decisions: KeptCurves
+    windows: tuple[int, ...]
+    parts: tuple[InspectedPart, ...]
+    elsewhere: Estimate
+    correlation: Number
+    fixed: FixedWindow
+    photos: int
+    measured: int
+    shared: int
+    undefined: int
+    held_out: bool
+    decided: tuple[DecidedClass, ...]
+    shown: tuple[InspectedPhoto, ...]
+    notes: tuple[str, ...] = ()
+
+
+class InspectRecord(RunRecord):
+    """The file ``inspect.json``.
+
+    Attributes:
+        config: what the result depends on.
+        split: photos that parts are found on.
+        tap: the layer whose cells are set to nothing.
+        finding: the layers that parts are found on.
+        fill: what nothing is at the tap.
+        tensors_sha256: hash of ``inspect.safetensors``, which says where parts are in further photos.
+        categories: in the order of their names; empty until the run is finished.
+        notes: what could not be done.
+    """
+
+    FILE = INSPECTION
+    SCHEMA = "partlens.inspect/1"
+    AGAIN = "Run partlens inspect again"
+    SETTINGS = ("config", "split", "tap", "finding")
+    RESULTS = ("inspect.safetensors", "inspect/*", "cache-inspect/*/*")
+
+    config: InspectConfig
+    split: str
+    tap: str
+    finding: tuple[str, ...]
+    fill: Literal["", "zero", "mean"] = ""
+    tensors_sha256: str = ""
+    categories: tuple[InspectedCategory, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def category(self, name: str) -> InspectedCategory | None:
+        """Return what was found of a category, ``None`` where it was not inspected."""
+        return next((one for one in self.categories if one.name == name), None)
+
+
+class CategoryFile(Record):
+    """What is kept of a finished category while others are not.
+
+    Attributes:
+        found: the category.
+    """
+
+    FILE = "category.json"
+    SCHEMA = "partlens.inspected-category/1"
+    AGAIN = "Delete its folder and run partlens inspect again"
+
+    found: InspectedCategory

@@ -30,6 +30,8 @@ CENTRE = (0.5, 0.5)
 
 _CHUNK = 64  # masked maps that go through the upper layers together
 _LITTLE = 1e-6
+_ON_OBJECT = 0.5  # of a cell
+_MOST_WINDOWS = 4
 
 Upper = Callable[[Tensor], Tensor]
 """The performer's layers above the tap: maps to scores (image, output)."""
@@ -66,11 +68,6 @@ class Kept:
     score: Float[Tensor, "photo variant"]  # kept score, NaN where no cell at all scores as much as the whole photo
     decision: Bool[Tensor, "photo variant"]
 
-    def mean_over(self, variants: Sequence[int]) -> Kept:
-        """Return what the later axes of ``variants`` repeat, averaged: (photo, ``variants[0]``)."""
-        shape = (len(self.score), *variants)
-        return Kept(self.score.view(shape).flatten(2).mean(2), self.decision.view(shape).double().flatten(2).mean(2))
-
 
 # --- windows ----------------------------------------------------------------------------------------------------------
 
@@ -96,7 +93,7 @@ def nearest_cells(distance: Float[Tensor, "*set row col"], count: int) -> Bool[T
         [[0, 1], [1, 0]]
     """
     flat = distance.flatten(-2)
-    chosen = flat.argsort(-1, stable=True)[..., :count]
+    chosen = flat.argsort(dim=-1, stable=True)[..., :count]
     return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, chosen, value=True).view(distance.shape)
 
 
@@ -119,7 +116,7 @@ def windows_elsewhere(
 def part_cells(
     places: Float[Tensor, "photo part 2"], grid: tuple[int, int], area: float
 ) -> Bool[Tensor, "photo player row col"]:
-    """Deal out the cells: those of the windows of an area to the part that is nearest, all others to elsewhere, last."""
+    """Give the cells of the windows of an area to the nearest part each, all others to elsewhere, which is last."""
     far = distances(places, grid)
     inside = nearest_cells(far.amin(1), cells_of(grid, area))
     owner = far.argmin(1)
@@ -177,22 +174,16 @@ def kept(taps: TapMaps, whole: Whole, keep: Bool[Tensor, "photo variant row col"
 
 @dataclass(frozen=True)
 class KeptByKind:
-    """Kept scores and decisions of each kind of windows at each area."""
+    """Kept scores and decisions of each kind of windows at each of `AREAS`."""
 
-    areas: tuple[float, ...]
     score: dict[str, Float[Tensor, "photo area"]]
     decision: dict[str, Float[Tensor, "photo area"]]
 
-    def take(self, photos: Tensor) -> KeptByKind:
-        """Return the same of some of the photos."""
-        return KeptByKind(
-            self.areas,
-            {kind: values[photos] for kind, values in self.score.items()},
-            {kind: values[photos] for kind, values in self.decision.items()},
-        )
-
 
 NULLS = ("other_photos", "random", "centre")
+"""Windows for comparison that know nothing of the parts in a photo."""
+OBJECT_KINDS = ("object", "off_object")
+"""Windows at random places on the object and beside it, where masks or boxes say where it is."""
 
 
 def kept_by_kind(
@@ -201,40 +192,59 @@ def kept_by_kind(
     places: Float[Tensor, "photo part 2"],
     generator: torch.Generator,
     *,
-    areas: Sequence[float] = AREAS,
+    counts: Sequence[int] | None = None,
     draws: int = 2,
     annotated: Float[Tensor, "photo landmark 2"] | None = None,
+    objects: Float[Tensor, "photo row col"] | None = None,
 ) -> KeptByKind:
     """Measure windows at the parts and, at the same area, those of every kind for comparison.
 
     Args:
         taps: maps of the photos.
         whole: what the performer says of them.
-        places: of the parts, as shares of the sides.
+        places: of the parts, as shares of the sides, those that carry most first.
         generator: source of random places.
-        areas: shares of the cells.
+        counts: how many of the parts get windows at each of the areas; by default all.
         draws: of other photos and of random places, averaged.
         annotated: places of annotated parts, NaN where they are unknown; optional.
+        objects: how much of each cell is the object, NaN for photos where it is not known; optional. Windows of the
+            kinds ``object`` and ``off_object`` stand at random places on it and beside it.
     """
     kinds = _kinds(places, generator, draws, annotated)
+    unknown = _unknown(annotated, objects)
     score: dict[str, list[Tensor]] = {}
     decision: dict[str, list[Tensor]] = {}
-    for area in areas:
-        masks = {kind: [windows_at(each, taps.grid, area) for each in sets] for kind, sets in kinds.items()}
-        own = masks["parts"][0]
-        masks["rest"] = [windows_elsewhere(own, each, area) for each in kinds["random"]]
+    for area, count in zip(AREAS, counts or [places.shape[1]] * len(AREAS), strict=True):
+        masks = {
+            kind: [windows_at(each if kind == "annotated" else each[:, :count], taps.grid, area) for each in sets]
+            for kind, sets in kinds.items()
+        }
+        own, strewn = masks["parts"][0], [each[:, :count] for each in kinds["random"]]
+        masks["rest"] = [windows_elsewhere(own, each, area) for each in strewn]
+        if objects is not None:
+            background = objects < _ON_OBJECT
+            masks["object"] = [windows_elsewhere(background, each, area) for each in strewn]
+            masks["off_object"] = [windows_elsewhere(objects > 0, each, area) for each in strewn]
         found = kept(taps, whole, torch.stack(list(itertools.chain.from_iterable(masks.values())), 1))
         first = 0
         for kind, several in masks.items():
             columns = slice(first, first + len(several))
-            score.setdefault(kind, []).append(found.score[:, columns].mean(1))
+            mean = found.score[:, columns].mean(1)
+            if kind in unknown:
+                mean = torch.where(unknown[kind], torch.nan, mean)
+            score.setdefault(kind, []).append(mean)
             decision.setdefault(kind, []).append(found.decision[:, columns].double().mean(1))
             first += len(several)
     return KeptByKind(
-        tuple(areas),
         {kind: torch.stack(values, 1) for kind, values in score.items()},
         {kind: torch.stack(values, 1) for kind, values in decision.items()},
     )
+
+
+def _unknown(annotated: Tensor | None, objects: Tensor | None) -> dict[str, Bool[Tensor, " photo"]]:
+    """Tell, by kind of windows, the photos that say nothing of it: no landmark, or no mask."""
+    found = {} if objects is None else dict.fromkeys(OBJECT_KINDS, objects.isnan().flatten(1).any(1))
+    return found if annotated is None else found | {"annotated": annotated.isnan().any(-1).all(1)}
 
 
 def _kinds(
@@ -254,21 +264,36 @@ def _kinds(
     return kinds
 
 
+def carrying_order(
+    taps: TapMaps, whole: Whole, places: Float[Tensor, "photo part 2"]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the parts in the order of what they carry, and how many of them are worth a window at each area.
+
+    To be asked of other photos than those that are measured. The order is that of the median kept score of a window of
+    the smallest area at each part alone; the number, up to four, is that of the largest median kept score.
+    """
+    alone = torch.stack([windows_at(places[:, [part]], taps.grid, AREAS[0]) for part in range(places.shape[1])], 1)
+    order = kept(taps, whole, alone).score.nanmedian(0).values.argsort(descending=True, stable=True)
+    ordered = places[:, order]
+    counts = range(1, min(_MOST_WINDOWS, len(order)) + 1)
+    masks = [windows_at(ordered[:, :count], taps.grid, area) for area in AREAS for count in counts]
+    found = kept(taps, whole, torch.stack(masks, 1)).score.nanmedian(0).values.view(len(AREAS), len(counts))
+    return tuple(order.tolist()), tuple((found.argmax(1) + 1).tolist())
+
+
 def grid_places(side: int) -> Float[Tensor, "window 2"]:
     """Return the middles of ``side`` x ``side`` windows spread evenly over the image."""
     steps = (torch.arange(side) + 0.5) / side
     return torch.cartesian_prod(steps, steps)
 
 
-def kept_by_grid(
-    taps: TapMaps, whole: Whole, side: int, areas: Sequence[float] = AREAS
-) -> Float[Tensor, "photo area window"]:
+def kept_by_grid(taps: TapMaps, whole: Whole, side: int) -> Float[Tensor, "photo area window"]:
     """Measure single windows at places spread evenly over the image: their best is the ceiling of a single window."""
     places, photos = grid_places(side), len(taps.maps)
-    masks = torch.stack([windows_at(places[:, None], taps.grid, area) for area in areas])
+    masks = torch.stack([windows_at(places[:, None], taps.grid, area) for area in AREAS])
     rows, cols = taps.grid
     keep = masks.flatten(0, 1).expand(photos, -1, rows, cols)
-    return kept(taps, whole, keep).score.view(photos, len(areas), len(places))
+    return kept(taps, whole, keep).score.view(photos, len(AREAS), len(places))
 
 
 # --- shares -----------------------------------------------------------------------------------------------------------
@@ -322,7 +347,9 @@ def _exact(taps: TapMaps, whole: Whole, cells: Tensor) -> Shares:
     cube = values.view(len(values), *([2] * players))
     # A coalition of s other players precedes a player in s! (n - 1 - s)! of the n! orders.
     orders = [math.factorial(s) * math.factorial(players - 1 - s) / math.factorial(players) for s in range(players)]
-    size = torch.tensor(list(itertools.product((0, 1), repeat=players - 1))).sum(1) if players > 1 else torch.tensor([0])
+    size = (
+        torch.tensor(list(itertools.product((0, 1), repeat=players - 1))).sum(1) if players > 1 else torch.tensor([0])
+    )
     weight = torch.tensor(orders, dtype=torch.float64)[size]
     gains = [cube.select(1 + p, 1) - cube.select(1 + p, 0) for p in range(players)]
     shares = torch.stack([(gain.reshape(len(values), -1) * weight).sum(1) for gain in gains], 1)

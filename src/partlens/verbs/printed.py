@@ -16,6 +16,7 @@ from rich.table import Table
 from partlens.estimate import Estimate
 from partlens.evaluation.results import Evaluation, PartInterpretability
 from partlens.metrics.scores import FIDELITY, HIGHER, LOCALISATION, LOWER, Score
+from partlens.object_parts.inspection import InspectRecord
 from partlens.object_parts.record import PartsFile
 
 _WIDE = 240
@@ -139,6 +140,19 @@ def print_parts(found: PartsFile) -> None:
     )
     for row in found.unplaced_names:
         console.print(f"the name {row.name!r} fits no part found now", markup=False)
+
+
+def print_verdicts(found: InspectRecord) -> None:
+    """Print what the network knows each category by, the parts with their shares, and what could not be done."""
+    console = _console()
+    table = _table("category", "verdict", "advantage", "parts and elsewhere", "n")
+    for one in found.categories:
+        shares = [*((part.name, part.share) for part in one.parts), ("elsewhere", one.elsewhere.value)]
+        told = ", ".join(f"{name} {share:.0%}" for name, share in shares if math.isfinite(share))
+        table.add_row(one.name or "all photos", one.verdict, _written(one.advantage, ".2f"), told, str(one.measured))
+    console.print(table)
+    for sentence in (*(one.sentence for one in found.categories), *found.notes):
+        console.print(sentence, markup=False, highlight=False)
 
 
 def print_path(result: Any) -> None:

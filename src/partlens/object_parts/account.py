@@ -1,0 +1,153 @@
+"""The account of one category: which found parts carry the score, how much, and the verdict."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from partlens.object_parts.regions import (
+    AREAS,
+    KeptByKind,
+    Shares,
+    TapMaps,
+    Whole,
+    carrying_order,
+    kept,
+    kept_by_grid,
+    kept_by_kind,
+    part_cells,
+    shapley_shares,
+    whole_photos,
+    windows_at,
+)
+from partlens.object_parts.verdict import SAID_AREA, Verdict, judged
+
+GRID = 4
+"""Windows of the ceiling along a side."""
+
+_RANKING_PHOTOS = 16
+_GRID_PHOTOS = 16
+_SHARED_PASSES = 1536  # coalitions in all, so that many parts do not take many times as long
+_LEAST_SHARED = 6
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What annotations say of the measured photos; ``None`` where there are none.
+
+    Attributes:
+        annotated: places of annotated parts, NaN where unknown, as shares of the sides.
+        objects: how much of each cell is the object, NaN for photos where it is not known.
+        landmarks: names of the annotated parts.
+    """
+
+    annotated: Float[Tensor, "photo landmark 2"] | None = None
+    objects: Float[Tensor, "photo row col"] | None = None
+    landmarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Account:
+    """What was measured of a category; parts come in ``order``, those that carry most first.
+
+    Attributes:
+        order: the found parts' numbers in that order.
+        windows: how many of them get windows at each area.
+        places: of the parts in the measured photos.
+        whole: what the performer says of the measured photos.
+        kept: by windows of each kind.
+        grid: kept by single windows over the whole image, on the first of the photos.
+        alone: kept by a window of the smallest area at each part alone.
+        shares: of the first of the photos, elsewhere last.
+        verdict: what the network knows the category by.
+    """
+
+    order: tuple[int, ...]
+    windows: tuple[int, ...]
+    places: Float[Tensor, "photo part 2"]
+    whole: Whole
+    kept: KeptByKind
+    grid: Float[Tensor, "gridded area window"]
+    alone: Float[Tensor, "photo part"]
+    shares: Shares
+    verdict: Verdict
+
+    @property
+    def said_windows(self) -> int:
+        """At how many parts the windows stand that the sentence speaks of."""
+        return self.windows[AREAS.index(SAID_AREA)]
+
+
+def account_of(
+    seen: TapMaps,
+    seen_places: Float[Tensor, "seen part 2"],
+    measured: TapMaps,
+    places: Float[Tensor, "measured part 2"],
+    truth: Truth,
+    generator: torch.Generator,
+) -> Account:
+    """Measure what the found parts carry.
+
+    Args:
+        seen: the tap on :func:`ranking_photos` of those that the parts were found on; they say which parts carry most.
+        seen_places: of the found parts there, in the found order.
+        measured: the tap on the photos to measure on.
+        places: of the found parts there, in the found order.
+        truth: what annotations say of these.
+        generator: source of all draws.
+    """
+    order, windows = carrying_order(seen, whole_photos(seen), seen_places)
+    places = places[:, list(order)]
+    whole = whole_photos(measured)
+    by_kind = kept_by_kind(
+        measured, whole, places, generator, counts=windows, annotated=truth.annotated, objects=truth.objects
+    )
+    first = slice(0, _GRID_PHOTOS)
+    grid = kept_by_grid(measured.take(first), _part_of(whole, first), GRID)
+    alone = torch.stack([windows_at(places[:, [p]], measured.grid, AREAS[0]) for p in range(len(order))], 1)
+    shared = slice(0, max(_LEAST_SHARED, _SHARED_PASSES // 2 ** (len(order) + 1)))
+    return Account(
+        order=order,
+        windows=windows,
+        places=places,
+        whole=whole,
+        kept=by_kind,
+        grid=grid,
+        alone=kept(measured, whole, alone).score,
+        shares=shapley_shares(
+            measured.take(shared),
+            _part_of(whole, shared),
+            part_cells(places[shared], measured.grid, SAID_AREA),
+            generator=generator,
+        ),
+        verdict=judged(by_kind, grid, generator),
+    )
+
+
+def _part_of(whole: Whole, photos: slice) -> Whole:
+    return Whole(whole.classes[photos], whole.score[photos], whole.nothing[photos])
+
+
+def ranking_photos(count: int) -> Tensor:
+    """Choose the photos, out of those that parts were found on, which say what parts carry most."""
+    some = min(count, _RANKING_PHOTOS)
+    return torch.arange(some) * count // max(1, some)
+
+
+def nearest_landmarks(
+    places: Float[Tensor, "photo part 2"], landmarks: Float[Tensor, "photo landmark 2"]
+) -> list[int | None]:
+    """Return the landmark that each part is nearest to, ``None`` where it says no more than the landmark's mean place.
+
+    A part stands for a landmark where its mean distance to it is smaller than that of a place which never moves from
+    the landmark's mean.
+    """
+    away = (places[:, :, None] - landmarks[:, None]).norm(dim=-1).nanmean(0)
+    still = (landmarks - landmarks.nanmean(0)).norm(dim=-1).nanmean(0)
+    score = torch.where(away.isnan(), math.inf, away)
+    best = score.argmin(1)
+    return [int(k) if float(score[part, k]) < float(still[k]) else None for part, k in enumerate(best)]

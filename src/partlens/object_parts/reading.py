@@ -1,0 +1,180 @@
+"""One pass over photos that serves all of an inspection: parts, regions, relevant filters and pictures.
+
+Photos go through the performer in a few views. Of the whole photo are kept the tap's maps, the class scores, and of
+every measured layer energies and peaks; of every view the maps of the layers that parts are found on. All of it goes to
+disk batch by batch, so that memory does not grow with the photos and a killed run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from partlens.data.images import ImageSet
+from partlens.explainer.views import gather, viewed_images
+from partlens.network.performer import Performer
+from partlens.network.stream import batches
+from partlens.network.taps import class_scores, forward_taps
+from partlens.records import content_hash, plain
+from partlens.rows import RowStore, row_store
+from partlens.selection.descriptors import energy_and_peak, normalised
+from partlens.selection.record import DescriptorConfig, FeatureIndex
+
+_PHOTOS_AT_ONCE = 16
+_TAP = "tap"
+_LATER = "later-{}"
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of each photo: the tap, the layers that parts are found on, the layers whose energies are measured.
+
+    ``tap`` is ``None`` for photos that are not inspected: neither its maps nor those of the finding layers are kept.
+    """
+
+    tap: str | None
+    finding: tuple[str, ...]
+    index: FeatureIndex
+    descriptor: DescriptorConfig
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """Layers whose maps are kept."""
+        return () if self.tap is None else tuple(dict.fromkeys((self.tap, *self.finding)))
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read of some photos; arrays are memory maps, a row per photo.
+
+    Attributes:
+        rows: positions of the photos in their set.
+        windows: how each view was cut.
+        arrays: by name ``descriptor``, ``peak``, ``peak_cell``, ``logits``, ``tap`` and ``later-N``.
+        dead_layers: pairs of a photo and a layer without any activation.
+    """
+
+    rows: tuple[int, ...]
+    windows: Float[Tensor, "photo view 5"]
+    arrays: Mapping[str, np.ndarray]
+    dead_layers: int
+
+    def tap(self, photos: Sequence[int] | Tensor) -> Float[Tensor, "photo filter row col"]:
+        """Return the tap's maps of some of the photos."""
+        return gather(self.arrays[_TAP], np.asarray(photos))
+
+    def later(self, photos: Tensor, view: int) -> tuple[Float[Tensor, "photo filter row col"], ...]:
+        """Return the maps of the finding layers of some of the photos in a view."""
+        names = sorted(name for name in self.arrays if name.startswith(_LATER.format("")))
+        return tuple(gather(self.arrays[name][:, view], photos.numpy()) for name in names)
+
+
+def read_photos(
+    performer: Performer,
+    images: ImageSet,
+    rows: Sequence[int],
+    windows: Float[Tensor, "photo view 5"],
+    wanted: Wanted,
+    folder: Path,
+    advance: Advance = lambda _: None,
+) -> Read:
+    """Run photos in their views through the performer once and keep on disk what an inspection needs.
+
+    ``advance`` is called with the number of photos done. It goes on with rows found in ``folder``.
+
+    Raises:
+        ImageError: an image that cannot be read, with its name.
+        RunError: ``folder`` holds rows of other photos or layers.
+        StorageError: not enough space.
+    """
+    identity = {
+        "performer": performer.weights_sha256,
+        "images": content_hash({"keys": [images.keys[row] for row in rows], "set": images.fingerprint()}),
+        "preprocessing": performer.preprocessing.to_dict(),
+        "windows": content_hash({"windows": windows.tolist()}),
+        "wanted": plain(wanted),
+    }
+    with row_store(folder, identity, len(rows)) as store:
+        for arrays, lost in _read(performer, images, rows[store.done :], windows[store.done :], wanted):
+            store.append(arrays, {"dead_layers": store.state.get("dead_layers", 0) + lost})
+            advance(store.done)
+        return Read(tuple(rows), windows, _arrays(store), int(store.state.get("dead_layers", 0)))
+
+
+def _arrays(store: RowStore) -> dict[str, np.ndarray]:
+    return {name: store.read(name) for name in store.names}
+
+
+def _read(
+    performer: Performer, images: ImageSet, rows: Sequence[int], windows: Tensor, wanted: Wanted
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """Read chunk by chunk: all views of some photos one after another, so that a photo is decoded once."""
+    photos, views = windows.shape[:2]
+    if not photos:
+        return
+    order = np.concatenate(
+        [
+            np.arange(first, min(first + _PHOTOS_AT_ONCE, photos)) * views + view
+            for first in range(0, photos, _PHOTOS_AT_ONCE)
+            for view in range(views)
+        ]
+    )
+    drawn, viewing = viewed_images(images, performer, np.repeat(np.asarray(rows), views), windows.flatten(0, 1))
+    arrays: dict[str, np.ndarray] = {}
+    lost = 0
+    for part, inputs in _equal_batches(viewing, drawn, order, photos, views):
+        view = part[0] % views
+        if view == 0:
+            arrays, lost = _whole(viewing, inputs, wanted, views)
+        else:
+            _, maps = forward_taps(viewing, inputs, wanted.finding if wanted.tap else ())
+            for number, layer in enumerate(wanted.finding):
+                arrays[_LATER.format(number)][:, view] = _half(maps[layer])
+        if view == views - 1:
+            yield arrays, lost
+
+
+def _equal_batches(
+    performer: Performer, drawn: ImageSet, order: np.ndarray, photos: int, views: int
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Decode ahead; the last photos, fewer than the others, make batches of their own."""
+    whole = photos // _PHOTOS_AT_ONCE * _PHOTOS_AT_ONCE * views
+    yield from batches(performer, drawn, order[:whole].tolist(), _PHOTOS_AT_ONCE)
+    if rest := photos % _PHOTOS_AT_ONCE:
+        yield from batches(performer, drawn, order[whole:].tolist(), rest)
+
+
+def _whole(performer: Performer, inputs: Tensor, wanted: Wanted, views: int) -> tuple[dict[str, np.ndarray], int]:
+    """Run whole photos: scores, energies and peaks of all measured layers, maps of the layers that are kept."""
+    index, kept = wanted.index, wanted.maps
+    reduce = {name: energy_and_peak for name in index.layers if name not in kept}
+    output, held = forward_taps(performer, inputs, [*index.layers, *kept], reduce)
+    measured = torch.cat([energy_and_peak(held[n]) if n in kept else held[n] for n in index.layers], dim=1)
+    x, lost = normalised(measured[:, :, 0], index, wanted.descriptor)
+    arrays: dict[str, Any] = {
+        "descriptor": x.cpu().numpy(),
+        "peak": measured[:, :, 1].cpu().numpy(),
+        "peak_cell": measured[:, :, 2:].cpu().numpy().astype(np.int16),
+        "logits": class_scores(output).cpu().numpy(),
+    }
+    if wanted.tap is not None:
+        arrays[_TAP] = _half(held[wanted.tap])
+        for number, layer in enumerate(wanted.finding):
+            first = _half(held[layer])
+            arrays[_LATER.format(number)] = np.zeros((len(first), views, *first.shape[1:]), first.dtype)
+            arrays[_LATER.format(number)][:, 0] = first
+    return arrays, int(lost.sum())
+
+
+def _half(values: Tensor) -> np.ndarray:
+    # Clamped: one number beyond float16 in one map must not stop an inspection, and keeps its place as the largest.
+    return values.clamp(-65504, 65504).cpu().numpy().astype(np.float16)

@@ -1,0 +1,245 @@
+"""What the network knows a category by: its parts, texture or the whole, or something beside the object.
+
+Every threshold comes from a null distribution. Let ``A(k)`` be the *advantage* of the windows at the parts over windows
+of a kind ``k`` for comparison: the mean over areas from 0.1 to 0.4 of the difference of the median kept scores. Were it
+all the same where windows stand, the two curves of a photo could be exchanged. So curves are exchanged photo by photo
+at random, and an advantage counts where it is above the 95 % quantile of what comes out then. The rule, in this order:
+
+- *undecided* where fewer than eight photos can be measured;
+- *elsewhere* where one window at the same place of all photos, chosen on other photos, keeps more than the windows at
+  the parts, than random windows and than one in the centre: what stands still while objects move is no part of them;
+  or, where masks or boxes say where the object is, where windows beside it keep more than windows on it;
+- *parts* where the windows at the parts keep more than each kind for comparison: the same windows laid on other
+  photos, random ones, one in the centre, and, where the object is known, windows anywhere on it;
+- *texture*, or the whole, where they do not, although the photos are enough to tell the best single window of each
+  photo from the windows for comparison;
+- *undecided* where they are not enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from partlens.estimate import Estimate, bootstrap
+from partlens.object_parts.regions import AREAS, NULLS, KeptByKind, grid_places
+
+Kind = Literal["parts", "texture", "elsewhere", "undecided"]
+
+LEAST_PHOTOS = 8
+_EXCHANGES = 1000
+_LEVEL = 0.95
+_FOLDS = 4
+_ROUNDS = 200
+
+Curve = Float[Tensor, "photo area"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How much one kind of windows keeps beyond another, and what exchanging them by chance gives."""
+
+    value: float
+    threshold: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is more than chance gives."""
+        return self.value > self.threshold
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the network knows a category by.
+
+    Attributes:
+        kind: the verdict.
+        advantage: of the parts over the best kind for comparison.
+        best_null: that kind.
+        against: the parts compared with each kind.
+        fixed: place (row, col) of the window that keeps most at one place of all photos, as shares of the sides.
+        fixed_kept: what it keeps at the smallest area, the median.
+        photos: that could be measured.
+        reason: why it is undecided or elsewhere; else empty.
+    """
+
+    kind: Kind
+    advantage: Estimate
+    best_null: str
+    against: Mapping[str, Compared]
+    fixed: tuple[float, float]
+    fixed_kept: float
+    photos: int
+    reason: Literal["", "few", "unsure", "fixed", "off_object"]
+
+
+def curve(score: Curve) -> Float[Tensor, " area"]:
+    """Return the median over photos at each area."""
+    return score.nanmedian(0).values
+
+
+def _area_between(one: Float[Tensor, "*set photo area"], other: Float[Tensor, "*set photo area"]) -> Tensor:
+    return (one.nanmedian(-2).values - other.nanmedian(-2).values).mean(-1)
+
+
+def compared(one: Curve, other: Curve, generator: torch.Generator) -> Compared:
+    """Compare two kinds of windows on the photos on which both are known.
+
+    The threshold is the 95 % quantile of the area between the curves when the two curves of each photo are exchanged
+    at random.
+    """
+    known = ~(one.isnan() | other.isnan()).any(1)
+    one, other = one[known], other[known]
+    if not len(one):
+        return Compared(torch.nan, torch.nan)
+    swap = torch.rand(_EXCHANGES, len(one), 1, generator=generator) < 0.5
+    drawn = _area_between(torch.where(swap, other, one), torch.where(swap, one, other))
+    return Compared(float(_area_between(one, other)), float(drawn.quantile(_LEVEL)))
+
+
+def advantage_of(kept: KeptByKind, nulls: tuple[str, ...], generator: torch.Generator) -> tuple[Estimate, str]:
+    """Return the advantage of the parts over the best null, with an interval over photos, and which null it is.
+
+    The best null is found anew in every draw of the photos, so the interval knows that it was chosen.
+    """
+    known = torch.stack([~kept.score[kind].isnan().any(1) for kind in ("parts", *nulls)]).all(0)
+    parts = kept.score["parts"][known]
+    others = {kind: kept.score[kind][known] for kind in nulls}
+    if not len(parts):
+        return Estimate.undefined(), nulls[0]
+
+    def smallest(rows: Tensor) -> float:
+        return min(float(_area_between(parts[rows], each[rows])) for each in others.values())
+
+    best = min(nulls, key=lambda kind: float(_area_between(parts, others[kind])))
+    return bootstrap(smallest, len(parts), generator=generator, rounds=_ROUNDS), best
+
+
+def fixed_window(grid: Float[Tensor, "photo area window"]) -> tuple[Curve, int]:
+    """Return what one window at the same place of all photos keeps, and which place is best over all of them.
+
+    For the curves the place is chosen fold by fold on the other photos, so that choosing gains nothing by chance.
+    """
+    fold = torch.arange(len(grid)) % _FOLDS
+    chosen = torch.empty(grid.shape[:2], dtype=grid.dtype)
+    for number in range(_FOLDS):
+        rest = grid[fold != number] if len(grid) > _FOLDS else grid
+        best = int(rest.nanmedian(0).values.mean(0).argmax())
+        chosen[fold == number] = grid[fold == number][:, :, best]
+    return chosen, int(grid.nanmedian(0).values.mean(0).argmax())
+
+
+def judged(kept: KeptByKind, grid: Float[Tensor, "gridded area window"], generator: torch.Generator) -> Verdict:
+    """Return the verdict.
+
+    Args:
+        kept: what windows of each kind keep.
+        grid: what single windows over the whole image keep on the first of the photos.
+        generator: source of the exchanges.
+    """
+    parts = kept.score["parts"]
+    nulls = (*NULLS, *(("object",) if "object" in kept.score else ()))
+    against = {kind: compared(parts, kept.score[kind], generator) for kind in nulls}
+    advantage, best = advantage_of(kept, nulls, generator)
+    fixed, place = fixed_window(grid)
+    photos = int((~parts.isnan().any(1)).sum())
+    kind, reason = _kind(kept, grid, fixed, against, best, photos, generator)
+    row, col = grid_places(round(grid.shape[2] ** 0.5))[place].tolist()
+    return Verdict(kind, advantage, best, against, (row, col), float(fixed[:, 0].nanmedian()), photos, reason)
+
+
+def _kind(
+    kept: KeptByKind,
+    grid: Tensor,
+    fixed: Curve,
+    against: Mapping[str, Compared],
+    best: str,
+    photos: int,
+    generator: torch.Generator,
+) -> tuple[Kind, Literal["", "few", "unsure", "fixed", "off_object"]]:
+    """Apply the rule of the module's text."""
+    if photos < LEAST_PHOTOS:
+        return "undecided", "few"
+    some = len(grid)
+    if all(compared(fixed, kept.score[kind][:some], generator).counts for kind in ("parts", "random", "centre")):
+        return "elsewhere", "fixed"
+    if "object" in kept.score and compared(kept.score["off_object"], kept.score["object"], generator).counts:
+        return "elsewhere", "off_object"
+    if all(one.counts for one in against.values() if math.isfinite(one.value)):
+        return "parts", ""
+    ceiling = grid.amax(2)
+    if compared(ceiling, kept.score[best][:some], generator).counts:
+        return "texture", ""
+    return "undecided", "unsure"
+
+
+def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: int) -> str:
+    """Say the verdict with its numbers and n.
+
+    Args:
+        name: of the category; empty where all photos are one.
+        verdict: what was found.
+        kept: what windows keep.
+        windows: parts that the windows of :data:`SAID_AREA` stand at.
+    """
+    what = name or "these photos"
+    at = AREAS.index(SAID_AREA)
+    parts, null = (_percent(float(curve(kept.score[kind])[at])) for kind in ("parts", verdict.best_null))
+    around = "one part" if windows == 1 else f"{windows} parts"
+    numbers = f"{SAID_AREA:.0%} of the image around {around} keeps {parts} of the score"
+    other = f"{_NAMES[verdict.best_null]} keep{'s' if verdict.best_null == 'centre' else ''} {null}"
+    n = f"n = {verdict.photos}"
+    if verdict.kind == "parts":
+        return f"The network knows {what} by parts: {numbers}; {other} ({n})."
+    if verdict.kind == "texture":
+        return f"The network knows {what} by texture or the whole: {numbers}, but {other} ({n})."
+    if verdict.kind == "elsewhere":
+        return _elsewhere(what, verdict, kept, n)
+    if verdict.reason == "few":
+        return f"Undecided: {what} has {verdict.photos} photos that can be measured, {LEAST_PHOTOS} are needed."
+    return f"Undecided: the photos of {what} are too few to tell parts from chance: {numbers}; {other} ({n})."
+
+
+SAID_AREA = 0.3
+_NAMES = {
+    "other_photos": "the same windows of other photos",
+    "random": "random windows",
+    "centre": "a window in the centre",
+    "object": "windows anywhere on the object",
+}
+
+
+def _elsewhere(what: str, verdict: Verdict, kept: KeptByKind, n: str) -> str:
+    head = f"The network knows {what} by something beside the object:"
+    if verdict.reason == "fixed":
+        parts = _percent(float(curve(kept.score["parts"])[0]))
+        where = _where(*verdict.fixed)
+        mine = _percent(verdict.fixed_kept)
+        return (
+            f"{head} {AREAS[0]:.0%} of the image, always {where}, keeps {mine} of the score; "
+            f"as much at the parts keeps {parts} ({n})."
+        )
+    at = AREAS.index(SAID_AREA)
+    off, on = (_percent(float(curve(kept.score[kind])[at])) for kind in ("off_object", "object"))
+    return f"{head} {SAID_AREA:.0%} of the image beside it keeps {off} of the score, as much on it keeps {on} ({n})."
+
+
+def _where(row: float, col: float) -> str:
+    """Name a place of the image.
+
+    Example:
+        >>> _where(0.9, 0.1), _where(0.1, 0.5)
+        ('at the bottom left', 'at the top')
+    """
+    names = [("top", "", "bottom")[min(2, int(3 * row))], ("left", "", "right")[min(2, int(3 * col))]]
+    return f"at the {' '.join(filter(None, names))}" if any(names) else "in the middle"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if math.isfinite(share) else "–"

@@ -1,0 +1,337 @@
+"""One category of an inspection: its parts are found, accounted for, drawn, and written as a record."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from partlens.data.images import ImageSet
+from partlens.estimate import Estimate, bootstrap
+from partlens.network.performer import Performer
+from partlens.object_parts.account import Account, Truth, account_of, nearest_landmarks, ranking_photos
+from partlens.object_parts.finding import FoundParts, PartFinder, find_parts
+from partlens.object_parts.inspection import (
+    Comparison,
+    DecidedClass,
+    FixedWindow,
+    InspectConfig,
+    InspectedCategory,
+    InspectedPart,
+    InspectedPhoto,
+    KeptCurves,
+)
+from partlens.object_parts.reading import Read
+from partlens.object_parts.regions import AREAS, TapMaps, Upper
+from partlens.object_parts.verdict import SAID_AREA, curve, sentence
+from partlens.verbs.inspected_pictures import draw_gallery, draw_parts
+from partlens.verbs.select_features import output_name
+
+SHOWN_PHOTOS = 4
+_GALLERY_PHOTOS = 6
+_DECIDED = 5
+_LITTLE_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all categories share.
+
+    Attributes:
+        performer: the network.
+        images: all photos.
+        upper: its layers above the tap.
+        nothing: what a cell is set to.
+        found: what was read of the photos that parts are found on.
+        measured: what was read of the photos that regions are measured on.
+        config: of the inspection.
+        folder: of the run.
+    """
+
+    performer: Performer
+    images: ImageSet
+    upper: Upper
+    nothing: Tensor
+    found: Read
+    measured: Read
+    config: InspectConfig
+    folder: Path
+
+
+@dataclass(frozen=True)
+class CategoryPhotos:
+    """The photos of one category: positions in what was read of :attr:`Stage.found` and :attr:`Stage.measured`.
+
+    ``held_out`` says whether the measured ones are others than the found ones; where not, they are among the found.
+    """
+
+    name: str
+    slug: str
+    found: tuple[int, ...]
+    measured: tuple[int, ...]
+    held_out: bool
+
+
+def inspect_category(stage: Stage, photos: CategoryPhotos) -> tuple[InspectedCategory, dict[str, Tensor]]:
+    """Inspect one category; return its record and the tensors that locate its parts in further photos."""
+    generator = torch.Generator().manual_seed(stage.config.seed)
+    own = torch.tensor(photos.found)
+    found = find_parts(
+        lambda some, view: stage.found.later(own[some], view),
+        stage.found.windows[own],
+        stage.config.finding,
+        generator,
+    )
+    read = stage.measured if photos.held_out else stage.found
+    chosen = torch.tensor(photos.measured)
+    rows = [read.rows[i] for i in photos.measured]
+    seen = ranking_photos(len(own))
+    truth = _truth(stage, rows)
+    account = account_of(
+        TapMaps(stage.upper, stage.found.tap(own[seen]), stage.nothing),
+        found.places[seen],
+        TapMaps(stage.upper, read.tap(chosen), stage.nothing),
+        found.finder(read.later(chosen, 0)),
+        truth,
+        generator,
+    )
+    ordered = PartFinder(found.finder.dictionaries, tuple(found.finder.chosen[k] for k in account.order))
+    strength = ordered.codes(read.later(chosen, 0)).flatten(2).amax(2)
+    logits = torch.from_numpy(np.array(read.arrays["logits"][chosen.numpy()]))
+    drawn = _Drawn(stage, photos, rows, account, strength)
+    return _record(stage, photos, found, account, truth, logits, drawn), ordered.tensors()
+
+
+# --- annotations ------------------------------------------------------------------------------------------------------
+
+
+def _truth(stage: Stage, rows: Sequence[int]) -> Truth:
+    """Bring the annotations of photos to the network's frame."""
+    chosen = stage.images.take(rows)
+    known = chosen.part_truth
+    if known is None:
+        return Truth()
+    preparing = stage.performer.preprocessing
+    high, wide = preparing.size_px
+    places = np.full(known.positions_px.shape, np.nan)
+    for row, size in enumerate(known.image_size_px):
+        if np.isfinite(size).all():
+            xy = preparing.to_input_px(known.positions_px[row], (int(size[0]), int(size[1]))) / np.array([wide, high])
+            places[row] = np.where(((xy >= 0) & (xy <= 1)).all(-1, keepdims=True), xy, np.nan)[:, ::-1]
+    annotated = torch.from_numpy(places).float()
+    objects = None if known.masks is None else _objects(stage, chosen.keys, known.masks)
+    return Truth(None if bool(annotated.isnan().all()) else annotated, objects, known.landmarks)
+
+
+def _objects(stage: Stage, keys: Sequence[str], masks: Any) -> Tensor | None:
+    """Return how much of each cell of the tap is the object: the union of the masks of its parts."""
+    rows, cols = stage.nothing.shape[1:]
+    found: list[Any] = []
+    for key in keys:
+        union = np.logical_or.reduce(list(masks(key).values()))
+        if not union.any():
+            found.append(np.full((rows, cols), np.nan, np.float32))
+            continue
+        seen = stage.performer.preprocessing.frame(Image.fromarray((union * 255).astype(np.uint8)))
+        small = seen.convert("L").resize((cols, rows), Image.Resampling.BOX)
+        found.append(np.asarray(small, dtype=np.float32) / 255)
+    objects = torch.from_numpy(np.stack(found))
+    return None if bool(objects.isnan().all()) else objects
+
+
+# --- record -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Draws the pictures of a category."""
+
+    stage: Stage
+    photos: CategoryPhotos
+    rows: Sequence[int]
+    account: Account
+    strength: Tensor  # photo, part
+
+    def frame(self, photo: int) -> Image.Image:
+        return self.stage.performer.preprocessing.frame(self.stage.images.read(self.rows[photo]))
+
+    def gallery(self, part: int) -> str:
+        """Draw a part in the photos that hold it most strongly."""
+        best = self.strength[:, part].argsort(descending=True, stable=True)[:_GALLERY_PHOTOS].tolist()
+        places = [self.account.places[photo, part].tolist() for photo in best]
+        file = f"inspect/{self.photos.slug}/part-{part + 1}.jpg"
+        draw_gallery(self.stage.folder / file, [self.frame(photo) for photo in best], places)
+        return file
+
+    def photo(self, photo: int) -> str:
+        """Draw a photo with the windows of its parts."""
+        file = f"inspect/{self.photos.slug}/photo-{photo + 1}.jpg"
+        grid = (int(self.stage.nothing.shape[1]), int(self.stage.nothing.shape[2]))
+        draw_parts(self.stage.folder / file, self.frame(photo), self.account.places[photo], grid, SAID_AREA)
+        return file
+
+
+def _record(
+    stage: Stage,
+    photos: CategoryPhotos,
+    found: FoundParts,
+    account: Account,
+    truth: Truth,
+    logits: Tensor,
+    drawn: _Drawn,
+) -> InspectedCategory:
+    verdict, kept = account.verdict, account.kept
+    measured = len(photos.measured)
+    undefined = int(account.whole.range.isnan().sum())
+    return InspectedCategory(
+        name=photos.name,
+        verdict=verdict.kind,
+        sentence=sentence(photos.name, verdict, kept, account.said_windows),
+        reason=verdict.reason,
+        advantage=verdict.advantage,
+        best_null=verdict.best_null,
+        against={k: Comparison(advantage=c.value, threshold=c.threshold) for k, c in verdict.against.items()},
+        kept=_curves(kept.score, account.grid.amax(2)),
+        decisions=_curves({kind: values.double() for kind, values in kept.decision.items()}, None),
+        windows=account.windows,
+        parts=_parts(stage, found, account, truth, drawn),
+        elsewhere=_mean_share(account, len(account.order), stage.config.seed),
+        correlation=found.correlation,
+        fixed=FixedWindow(place=verdict.fixed, kept=verdict.fixed_kept),
+        photos=len(photos.found),
+        measured=measured,
+        shared=int((~account.shares.players.isnan().any(1)).sum()),
+        undefined=undefined,
+        held_out=photos.held_out,
+        decided=_decided(stage.performer, logits),
+        shown=_shown(stage, drawn, logits),
+        notes=_notes(photos, measured, undefined),
+    )
+
+
+def _notes(photos: CategoryPhotos, measured: int, undefined: int) -> tuple[str, ...]:
+    notes = []
+    if not photos.held_out:
+        notes.append("measured on the photos that the parts were found on: there are too few held-out ones")
+    if undefined:
+        notes.append(
+            f"{undefined} of {measured} photos are not counted: with no cell at all the network's score is as high"
+        )
+    return tuple(notes)
+
+
+def _curves(values: Mapping[str, Tensor], ceiling: Tensor | None) -> KeptCurves:
+    """Write the curves: medians of scores, means of decisions."""
+    found = {
+        kind: tuple((curve(each) if ceiling is not None else each.mean(0)).tolist()) for kind, each in values.items()
+    }
+    if ceiling is not None:
+        found["ceiling"] = tuple(curve(ceiling).tolist())
+    return KeptCurves(area=AREAS, **found)
+
+
+def _mean_share(account: Account, player: int, seed: int) -> Estimate:
+    """Return a player's mean share over photos with its interval."""
+    values = account.shares.players[:, player]
+    values = values[~values.isnan()]
+    if not len(values):
+        return Estimate.undefined()
+    generator = torch.Generator().manual_seed(seed)
+    return bootstrap(lambda rows: float(values[rows].mean()), len(values), generator=generator)
+
+
+def _parts(stage: Stage, found: FoundParts, account: Account, truth: Truth, drawn: _Drawn) -> tuple[InspectedPart, ...]:
+    names = _names(account, truth)
+    made = []
+    for place, number in enumerate(account.order):
+        share = _mean_share(account, place, stage.config.seed)
+        where = account.places[:, place]
+        made.append(
+            InspectedPart(
+                id=f"part-{place + 1}",
+                name=names[place],
+                share=share.value,
+                share_interval=share.interval,
+                loss=float(account.shares.loss[:, place].nanmean()),
+                alone=float(account.alone[:, place].nanmedian()),
+                movement=float(found.movement[number]),
+                stability=float(found.stability[number]),
+                place=_pair(where.mean(0)),
+                spread=float(where.var(0).sum().sqrt()) if len(where) > 1 else math.nan,
+                on_object=_on_object(where, truth.objects),
+                gallery=drawn.gallery(place),
+            )
+        )
+    return tuple(made)
+
+
+def _pair(values: Tensor) -> tuple[float, float]:
+    first, second = values.tolist()
+    return first, second
+
+
+def _names(account: Account, truth: Truth) -> list[str]:
+    """Name the parts by the landmarks that they stand for; two of one landmark are told apart by a number."""
+    plain = [f"part {place + 1}" for place in range(len(account.order))]
+    if truth.annotated is None:
+        return plain
+    landmarks = nearest_landmarks(account.places, truth.annotated)
+    named = [truth.landmarks[k].replace("_", " ") if k is not None else "" for k in landmarks]
+    times: Counter[str] = Counter()
+    for place, name in enumerate(named):
+        times[name] += 1
+        if name:
+            plain[place] = name if times[name] == 1 else f"{name} {times[name]}"
+    return plain
+
+
+def _on_object(places: Tensor, objects: Tensor | None) -> float:
+    """Return the share of places whose cell holds something of the object."""
+    if objects is None:
+        return math.nan
+    grid = torch.tensor(objects.shape[1:])
+    cells = (places.clamp(0, 1 - 1e-6) * grid).long()
+    held = objects[torch.arange(len(places)), cells[:, 0], cells[:, 1]]
+    known = ~held.isnan()
+    return float((held[known] > 0).double().mean()) if bool(known.any()) else math.nan
+
+
+def _decided(performer: Performer, logits: Tensor) -> tuple[DecidedClass, ...]:
+    counts = Counter(logits.argmax(1).tolist())
+    return tuple(
+        DecidedClass(name=output_name(performer, output), output=output, share=number / len(logits))
+        for output, number in counts.most_common(_DECIDED)
+        if number / len(logits) >= _LITTLE_SHARE
+    )
+
+
+def _shown(stage: Stage, drawn: _Drawn, logits: Tensor) -> tuple[InspectedPhoto, ...]:
+    """Record and draw the first of the photos whose scores were shared."""
+    account, at = drawn.account, AREAS.index(SAID_AREA)
+    made = []
+    for photo in range(min(SHOWN_PHOTOS, len(account.shares.players))):
+        chance = logits[photo].double().softmax(0)
+        output = int(account.whole.classes[photo])
+        made.append(
+            InspectedPhoto(
+                image=stage.images.keys[drawn.rows[photo]],
+                predicted=output_name(stage.performer, output),
+                probability=float(chance[output]),
+                shares=tuple(account.shares.players[photo].tolist()),
+                standard_error=tuple(account.shares.standard_error[photo].tolist()),
+                losses=tuple(account.shares.loss[photo].tolist()),
+                kept=float(account.kept.score["parts"][photo, at]),
+                kept_other=float(account.kept.score["other_photos"][photo, at]),
+                places=tuple(_pair(place) for place in account.places[photo]),
+                picture=drawn.photo(photo),
+            )
+        )
+    return tuple(made)

@@ -1,0 +1,301 @@
+"""The verb inspect: from a network and photos to what each category is known by, in one pass over the photos."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partlens.errors import ImageError, expected, listed
+from partlens.object_parts.inspection import CategoryFile, InspectConfig, InspectedCategory, InspectRecord
+from partlens.progress import Advance, Progress
+from partlens.records import file_sha256, read_tensors, write_tensors
+from partlens.run import Run, command, now, versions
+from partlens.verbs.runs import category_names, data_info, loaded, open_photos, performer_info, sampled
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from partlens.data.images import ImageSet
+    from partlens.network.performer import Performer
+    from partlens.object_parts.reading import Read, Wanted
+    from partlens.verbs.inspected_category import CategoryPhotos, Stage
+
+TENSORS = "inspect.safetensors"
+_CACHE = "cache-inspect"
+_LEAST_FOUND = 4
+_LEAST_MEASURED = 8
+
+
+def inspect(
+    model: str | nn.Module | Performer,
+    data: str | Path | ImageSet,
+    *,
+    out: str | Path,
+    category: str | Sequence[str] | None = None,
+    tap: str | None = None,
+    split: str = "train",
+    config: InspectConfig | Mapping[str, Any] | None = None,
+    keep_cache: bool = False,
+    progress: Progress | None = None,
+) -> InspectRecord:
+    """Tell what a network knows each category by: its parts, texture, or something beside the object.
+
+    Parts are found without training on the network's own later layer. What they carry is read off the network itself:
+    the cells of a layer outside windows around the parts are set to nothing, and its own upper layers go on. Run again
+    with the same arguments, it goes on where it was stopped; a finished run is returned as it is.
+
+    Args:
+        model: the performer; see :func:`layers`. It is not changed.
+        data: a folder, a table or an :class:`~partlens.data.images.ImageSet`. Photos without categories are one.
+        out: the run directory.
+        category: which categories to inspect, a list, or names with commas; by default all. Photos of the others serve
+            for comparison.
+        tap: the layer whose cells are set to nothing; by default the model's own.
+        split: photos that parts are found on; what they carry is measured on photos of the split ``test``.
+        config: a whole configuration, or fields to change in the default.
+        keep_cache: keep what was read of the photos.
+        progress: how to show progress; optional.
+
+    Returns:
+        The content of ``inspect.json``.
+
+    Raises:
+        ImageError: no photos, an unknown category, or too few photos of every category.
+        InputError: a value out of its range.
+        LayerError: a tap that is unknown or that a shortcut goes around.
+        RunError: ``out`` holds another run; the text names the setting that differs.
+        StorageError: the disk is full; what was finished stays.
+    """
+    started, show, run = time.monotonic(), progress or Progress.silent(), Run(Path(out))
+    settings = config if isinstance(config, InspectConfig) else InspectConfig(**dict(config or {}))
+    performer = loaded(model)
+    images, unreadable = open_photos(data)
+    chosen = _chosen(images, category, split, settings)
+    tap = tap or performer.tap
+    performer.layer(tap)  # refuses one that is unknown
+    asked = InspectRecord(
+        created=now(),
+        command=command(),
+        versions=versions(),
+        performer=performer_info(performer),
+        data=data_info(images, unreadable, images.fingerprint(), tuple(one.name for one in chosen.categories)),
+        config=settings,
+        split=split,
+        tap=tap,
+        finding=_finding_layers(performer),
+    )
+    with run.begun(asked) as record:
+        if record.finished:
+            show.say(f"{out} holds this inspection already; nothing to do")
+            return record
+        work = _Work(performer, images, chosen, record, run.folder, show)
+        stage = work.stage()
+        categories = work.categories(stage)
+        if not keep_cache:
+            shutil.rmtree(run.folder / _CACHE)
+        finished = run.finish(
+            record,
+            started,
+            categories=categories,
+            fill="zero" if not bool(stage.nothing.any()) else "mean",
+            tensors_sha256=file_sha256(run.folder / TENSORS),
+            notes=chosen.notes,
+        )
+        show.say(f"wrote {run.folder / finished.FILE} in {finished.seconds:.0f} s")
+        return finished
+
+
+def _finding_layers(performer: Performer) -> tuple[str, ...]:
+    from partlens.object_parts.finding import finding_layers
+
+    return finding_layers(performer)
+
+
+# --- photos -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Which photos are read for what: rows of the image set, in the order in which they are read."""
+
+    found: tuple[int, ...]
+    measured: tuple[int, ...]
+    others: tuple[int, ...]
+    categories: tuple[CategoryPhotos, ...]
+    notes: tuple[str, ...]
+
+
+def _chosen(images: ImageSet, category: str | Sequence[str] | None, split: str, config: InspectConfig) -> _Chosen:
+    """Choose the photos of each category, at most as many as the configuration says."""
+    from partlens.verbs.inspected_category import CategoryPhotos
+
+    names = _names(images, category)
+    made: list[CategoryPhotos] = []
+    notes: list[str] = []
+    found: list[int] = []
+    measured: list[int] = []
+    for name in names:
+        own, held = _rows(images, name, split, config)
+        if len(own) < _LEAST_FOUND:
+            notes.append(f"{name or 'the photos'} was not inspected: {len(own)} photos to find parts on, 4 are needed")
+            continue
+        on = range(len(found), len(found) + len(own))
+        held_out = len(held) >= _LEAST_MEASURED
+        of = range(len(measured), len(measured) + len(held)) if held_out else on[: config.measured]
+        made.append(CategoryPhotos(name, _slug(name, len(made)), tuple(on), tuple(of), held_out))
+        found += own
+        measured += held if held_out else []
+    if not made:
+        raise ImageError(expected(f"at least {_LEAST_FOUND} photos of a category", listed(notes), "Add photos"))
+    rest = sorted({*range(len(images))} - {*found, *measured} - {*_of(images, names)})
+    others = sampled(rest, config.background, config.seed)
+    return _Chosen(tuple(found), tuple(measured), tuple(others), tuple(made), tuple(notes))
+
+
+def _names(images: ImageSet, category: str | Sequence[str] | None) -> list[str]:
+    known = images.category_counts()
+    if category is None:
+        return sorted(filter(None, known)) or [""]
+    names = sorted(category_names(category, known))
+    for name in names:
+        images.indices(name)  # refuses an unknown category
+    return names
+
+
+def _of(images: ImageSet, names: Sequence[str]) -> list[int]:
+    whole = list(names) == [""]
+    return [row for row, own in enumerate(images.categories) if whole or own in names]
+
+
+def _rows(images: ImageSet, name: str, split: str, config: InspectConfig) -> tuple[list[int], list[int]]:
+    """Return the photos of a category to find parts on and those to measure on."""
+    images.indices(split=split)  # refuses an unknown split
+    own = [row for row in _of(images, [name]) if images.splits[row] == split]
+    held = [row for row in _of(images, [name]) if images.splits[row] == "test" and split != "test"]
+    return sampled(own, config.photos, config.seed), sampled(held, config.measured, config.seed)
+
+
+def _slug(name: str, number: int) -> str:
+    return f"{number + 1:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:40] or 'photos'}"
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Work:
+    """An inspection under way."""
+
+    performer: Performer
+    images: ImageSet
+    chosen: _Chosen
+    record: InspectRecord
+    folder: Path
+    show: Progress
+
+    def _wanted(self, tap: str | None) -> Wanted:
+        from partlens.object_parts.reading import Wanted
+        from partlens.selection.measured_layers import feature_index
+        from partlens.selection.record import DescriptorConfig
+
+        descriptor = DescriptorConfig()
+        return Wanted(tap, self.record.finding, feature_index(self.performer, descriptor), descriptor)
+
+    def reads(self) -> tuple[Read, Read, Read]:
+        """Run all photos through the performer once: those that parts are found on in all views."""
+        import torch
+
+        from partlens.explainer.views import view_windows
+        from partlens.object_parts.reading import read_photos
+
+        chosen, config = self.chosen, self.record.config
+        generator = torch.Generator().manual_seed(config.seed)
+        kinds = (
+            ("found", chosen.found, config.views, self.record.tap),
+            ("measured", chosen.measured, 1, self.record.tap),
+            ("others", chosen.others, 1, None),
+        )
+        total = sum(len(rows) * views for _, rows, views, _ in kinds)
+        made: list[Read] = []
+        before = 0
+        with self.show.task("reading photos", total, "fewer --inspect.photos or --inspect.views") as advance:
+            for name, rows, views, tap in kinds:
+                windows = view_windows(len(rows), views, generator)
+                made.append(
+                    read_photos(
+                        self.performer,
+                        self.images,
+                        rows,
+                        windows,
+                        self._wanted(tap),
+                        self.folder / _CACHE / name,
+                        _steps(advance, before, views),
+                    )
+                )
+                before += len(rows) * views
+        return made[0], made[1], made[2]
+
+    def stage(self) -> Stage:
+        """Read the photos and return what all categories share."""
+        from partlens.verbs.inspected_category import Stage
+
+        found, measured, _ = self.reads()
+        nothing = _nothing(found, self.record.config)
+        upper = _upper(self.performer, self.record.tap)
+        return Stage(self.performer, self.images, upper, nothing, found, measured, self.record.config, self.folder)
+
+    def categories(self, stage: Stage) -> tuple[InspectedCategory, ...]:
+        """Inspect category by category; a finished one is only read."""
+        from partlens.verbs.inspected_category import inspect_category
+
+        made: list[InspectedCategory] = []
+        tensors: dict[str, Tensor] = {"nothing": stage.nothing}
+        with self.show.task("finding parts and what they carry", len(self.chosen.categories)) as advance:
+            for number, photos in enumerate(self.chosen.categories):
+                folder = self.folder / _CACHE / "categories" / photos.slug
+                kept = CategoryFile.read_if_there(folder)
+                if kept is None:
+                    found, locating = inspect_category(stage, photos)
+                    write_tensors(folder / TENSORS, locating)
+                    CategoryFile(found=found).write(folder)
+                else:
+                    found = kept.found
+                tensors |= {f"{number}.{name}": each for name, each in read_tensors(folder / TENSORS).items()}
+                made.append(found)
+                self.show.say(found.sentence)
+                advance(number + 1)
+        write_tensors(self.folder / TENSORS, tensors)
+        return tuple(made)
+
+
+def _steps(advance: Advance, before: int, views: int) -> Callable[[int], None]:
+    """Count photos as views, behind those that were counted before."""
+    return lambda photos: advance(before + photos * views)
+
+
+def _nothing(found: Read, config: InspectConfig) -> Tensor:
+    """Return what a cell of the tap is set to: zero where the tap has no negative values, else the mean map."""
+    import torch
+
+    some = found.tap(torch.arange(len(found.rows))[:: max(1, len(found.rows) // 256)])
+    if config.fill == "zero" or (config.fill == "auto" and float(some.min()) >= 0):
+        return torch.zeros(some.shape[1:])
+    return some.mean(0)
+
+
+def _upper(performer: Performer, tap: str) -> Any:
+    """Return the performer's own layers above the tap, from maps to class scores in float32."""
+    from partlens.network.taps import class_scores
+
+    module = performer.upper(tap)
+    kind = next(module.parameters()).dtype
+
+    def upper(maps: Tensor) -> Tensor:
+        return class_scores(module(maps.to(kind))[0]).float()
+
+    return upper

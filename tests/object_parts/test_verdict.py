@@ -1,0 +1,101 @@
+"""The verdict on curves whose truth is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from partlens.object_parts.regions import AREAS, KeptByKind
+from partlens.object_parts.verdict import compared, fixed_window, judged, sentence
+
+PHOTOS = 30
+RISING = torch.tensor(AREAS)
+
+
+def draws(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def noisy(level: float, seed: int, photos: int = PHOTOS, spread: float = 0.1) -> Tensor:
+    """Curves that rise with the area around a level."""
+    noise = spread * torch.randn(photos, 1, generator=draws(seed))
+    return (level + RISING + noise).double()
+
+
+def measured(parts: float, others: float = 0.2, photos: int = PHOTOS, spread: float = 0.1) -> KeptByKind:
+    kinds = {"parts": parts, "other_photos": others, "random": others - 0.05, "centre": others, "rest": 0.1}
+    score = {kind: noisy(level, seed, photos, spread) for seed, (kind, level) in enumerate(kinds.items())}
+    return KeptByKind(score, {kind: values > 0.5 for kind, values in score.items()})
+
+
+def grid(level: float, best: float = 0.0, where: int | None = None, photos: int = PHOTOS) -> Tensor:
+    """Sixteen windows of one level; ``best`` more at one place, of every photo or of each its own."""
+    found = noisy(level, 9, photos)[..., None].repeat(1, 1, 16)
+    for photo in range(photos):
+        found[photo, :, photo % 16 if where is None else where] += best
+    return found
+
+
+def test_windows_at_the_parts_that_keep_more_than_all_others_are_parts() -> None:
+    verdict = judged(measured(0.5), grid(0.2, 0.3), draws())
+    assert verdict.kind == "parts"
+    assert verdict.advantage.low > 0
+    assert verdict.advantage.n == PHOTOS
+
+
+def test_windows_anywhere_that_keep_as_much_are_texture() -> None:
+    assert judged(measured(0.2), grid(0.2, 0.3), draws()).kind == "texture"
+
+
+def test_a_place_that_is_the_same_in_all_photos_is_something_beside_the_object() -> None:
+    verdict = judged(measured(0.2), grid(0.1, 0.6, where=12), draws())
+    assert (verdict.kind, verdict.reason) == ("elsewhere", "fixed")
+    assert verdict.fixed == (0.875, 0.125)
+    words = sentence("fox", verdict, measured(0.2), 1)
+    assert "always at the bottom left" in words
+    assert f"n = {PHOTOS}" in words
+
+
+def test_windows_beside_the_object_that_keep_more_than_those_on_it_are_elsewhere() -> None:
+    kept = measured(0.2)
+    kept.score.update(object=noisy(0.2, 20), off_object=noisy(0.6, 21))
+    verdict = judged(kept, grid(0.2, 0.1), draws())
+    assert (verdict.kind, verdict.reason) == ("elsewhere", "off_object")
+
+
+def test_parts_that_keep_no_more_than_any_window_on_the_object_are_texture() -> None:
+    kept = measured(0.5)
+    kept.score.update(object=noisy(0.5, 20), off_object=noisy(0.1, 21))
+    verdict = judged(kept, grid(0.2, 0.6), draws())
+    assert (verdict.kind, verdict.best_null) == ("texture", "object")
+
+
+def test_too_few_photos_are_undecided() -> None:
+    verdict = judged(measured(0.5, photos=7), grid(0.2, 0.3, photos=7), draws())
+    assert (verdict.kind, verdict.reason) == ("undecided", "few")
+    assert "8 are needed" in sentence("fox", verdict, measured(0.5, photos=7), 1)
+
+
+def test_photos_that_could_not_tell_even_the_best_window_from_chance_are_undecided() -> None:
+    verdict = judged(measured(0.2, photos=9, spread=2.0), grid(0.0, 0.01, photos=9), draws())
+    assert (verdict.kind, verdict.reason) == ("undecided", "unsure")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_windows_are_seldom_taken_for_parts(seed: int) -> None:
+    found = [compared(noisy(0.2, 100 * seed + k), noisy(0.2, 999 + 100 * seed + k), draws(k)) for k in range(20)]
+    assert sum(one.counts for one in found) <= 4
+
+
+def test_the_best_fixed_window_is_chosen_on_other_photos() -> None:
+    """Every photo's own best window keeps one; at one place of all photos it is one in sixteen."""
+    curves, _ = fixed_window(grid(0.0, 1.0))
+    assert float(curves.median()) < 0.6
+
+
+def test_photos_without_a_figure_are_left_out() -> None:
+    kept = measured(0.5)
+    for values in kept.score.values():
+        values[:3] = torch.nan
+    assert judged(kept, grid(0.2, 0.3), draws()).photos == PHOTOS - 3

@@ -1,0 +1,141 @@
+"""The verb inspect on a tiny network: records, resumption, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import partlens
+from partlens.cli import main
+from partlens.data.images import ImageSet
+from partlens.errors import ImageError, InputError, RunError
+from partlens.network.performer import Performer, weights_sha256
+from partlens.object_parts.inspection import InspectRecord
+from partlens.verbs import inspected_category
+
+SMALL = {"photos": 30, "measured": 12, "views": 3, "parts_max": 3}
+
+
+@pytest.fixture(scope="module")
+def inspected(tiny_once: Performer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flowers = partlens.generated_flowers(80, seed=3, size=48, categories=("petal-red", "petal-blue"))
+    out = tmp_path_factory.mktemp("inspected") / "run"
+    partlens.inspect(tiny_once, flowers, out=out, config=SMALL)
+    return out
+
+
+def test_every_category_has_a_verdict_with_its_numbers(inspected: Path) -> None:
+    content = json.loads((inspected / "inspect.json").read_text())
+    assert content["schema"] == "partlens.inspect/1"
+    assert [one["name"] for one in content["categories"]] == ["petal-blue", "petal-red"]
+    for one in content["categories"]:
+        assert one["verdict"] in {"parts", "texture", "elsewhere", "undecided"}
+        assert {"value", "interval", "n"} <= set(one["advantage"])
+        lists = ("area", "parts", "other_photos", "random", "centre", "rest", "ceiling")
+        assert {len(one["kept"][name]) for name in lists} == {4}
+        assert 1 <= len(one["parts"]) <= 3
+        for part in one["parts"]:
+            assert {"id", "name", "share", "movement", "stability"} <= set(part)
+            assert (inspected / part["gallery"]).is_file()
+        assert f"n = {one['advantage']['n']}" in one["sentence"] or one["verdict"] == "undecided"
+
+
+def test_shares_of_parts_and_elsewhere_sum_to_the_whole(inspected: Path) -> None:
+    for one in InspectRecord.read(inspected).categories:
+        for photo in one.shown:
+            assert sum(photo.shares) == pytest.approx(1)
+            assert (inspected / photo.picture).is_file()
+
+
+def test_the_network_is_as_it_was(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    tiny.module.train()
+    before = weights_sha256(tiny.module)
+    partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config=SMALL, category="petal-red")
+    assert weights_sha256(tiny.module) == before
+    assert tiny.module.training
+
+
+def test_a_stopped_inspection_goes_on_and_finds_the_same(
+    inspected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = inspected_category.find_parts
+    calls: list[int] = []
+
+    def stops(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(inspected_category, "find_parts", stops)
+    with pytest.raises(KeyboardInterrupt):
+        partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config=SMALL)
+    again = partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config=SMALL)
+    assert len(calls) == 3  # the first category was not searched again
+    assert again.categories == InspectRecord.read(inspected).categories
+    assert not (tmp_path / "run" / "cache-inspect").exists()
+
+
+def test_a_finished_run_is_returned_and_another_one_refused(
+    inspected: Path, tiny: Performer, few_flowers: ImageSet
+) -> None:
+    assert partlens.inspect(tiny, few_flowers, out=inspected, config=SMALL) == InspectRecord.read(inspected)
+    with pytest.raises(RunError, match="seed = 0, not 5"):
+        partlens.inspect(tiny, few_flowers, out=inspected, config={**SMALL, "seed": 5})
+
+
+def test_photos_without_categories_are_one(tiny: Performer, tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 255, (24, 48, 48, 3), np.uint8)
+    record = partlens.inspect(tiny, ImageSet.from_arrays(pictures), out=tmp_path / "run", config=SMALL)
+    assert [one.name for one in record.categories] == [""]
+    assert "these photos" in record.categories[0].sentence
+
+
+def test_a_category_of_few_photos_is_named_and_left_out(tiny: Performer, tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 255, (24, 48, 48, 3), np.uint8)
+    kinds = ["rare"] * 3 + ["often"] * 21
+    images = ImageSet.from_arrays(pictures, kinds, ["train"] * 24)
+    record = partlens.inspect(tiny, images, out=tmp_path / "run", config=SMALL)
+    assert [one.name for one in record.categories] == ["often"]
+    assert any("rare" in note for note in record.notes)
+    assert not record.categories[0].held_out
+    with pytest.raises(ImageError, match="at least 4 photos"):
+        partlens.inspect(tiny, images, out=tmp_path / "other", config=SMALL, category="rare")
+
+
+def test_a_tap_with_negative_values_is_filled_with_the_mean(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    record = partlens.inspect(tiny, few_flowers, out=tmp_path / "run", tap="conv2", config=SMALL)
+    assert record.fill == "mean"
+
+
+def test_wrong_settings_are_refused(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="parts_min"):
+        partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config={"parts_min": 5, "parts_max": 4})
+    with pytest.raises(ImageError, match="petal-rde"):
+        partlens.inspect(tiny, few_flowers, out=tmp_path / "run", category="petal-rde")
+
+
+def test_json_of_the_command_is_the_record(
+    few_flowers: ImageSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(16):
+        folder = tmp_path / "photos" / few_flowers.categories[number]
+        folder.mkdir(parents=True, exist_ok=True)
+        few_flowers.read(number).save(folder / f"{number}.png")
+    command = ["inspect", "partlens:flower-demo@random:0", str(tmp_path / "photos"), "--out", str(tmp_path / "run")]
+    assert main([*command, "--json", "--inspect.views", "2", "--inspect.parts_max", "2"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "run" / "inspect.json").read_text())
+
+
+def test_the_random_state_is_as_it_was(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config=SMALL, category="petal-red")
+    assert torch.equal(torch.rand(2), wanted)
