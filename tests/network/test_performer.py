@@ -59,14 +59,14 @@ def test_it_is_loaded_again_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_outputs_by_name() -> None:
-    module = nn.Linear(2, 2)
+    module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
     named = Performer(module, "net", Preprocessing(), "", class_names=("fox", "cat"))
     assert [named.output(name) for name in ("fox", "cat", "1")] == [0, 1, 1]
     plain = Performer(module, "net", Preprocessing(), "")
-    assert plain.output("1", outputs=2) == 1
+    assert plain.output("1") == 1
     for performer, name in ((named, "dog"), (named, "2"), (plain, "2"), (plain, "-1")):
         with pytest.raises(InputError, match=f"a class of net, got {name}. Nearest"):
-            performer.output(name, outputs=2)
+            performer.output(name)
 
 
 def test_a_copy_goes_to_another_device() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from partlens.errors import ImageError, InputError
 from partlens.selection import relevance
@@ -19,7 +19,6 @@ from partlens.selection.record import FeatureIndex
 from partlens.selection.relevance import (
     LabelMatrix,
     Selection,
-    class_of_category,
     label_matrix,
     select_relevant,
     told_right,
@@ -60,20 +59,6 @@ def test_labels_have_a_column_for_every_class_that_occurs() -> None:
         label_matrix(["cat"], nothing, ("emu",))
     with pytest.raises(ImageError, match="a category for every image, got none for images 1"):
         label_matrix(["cat", ""], nothing)
-
-
-def test_categories_are_found_among_the_outputs() -> None:
-    named = as_performer(nn.Conv2d(3, 3, 1), names=("tabby cat", "red_fox", "crane", "crane"))
-    assert class_of_category(named, "Red fox") == 1
-    assert class_of_category(named, "TABBY_CAT") == 0
-    assert class_of_category(named, "2") == 2
-    assert class_of_category(named, "3") == 3
-    assert class_of_category(named, "4") is None
-    assert class_of_category(named, "dog") is None
-    assert class_of_category(named, "crane") is None
-    assert class_of_category(as_performer(nn.Conv2d(3, 3, 1)), "12") == 12
-    assert class_of_category(as_performer(nn.Conv2d(3, 3, 1)), "cat") is None
-    assert relevance._key(" Red_  fox ") == "red fox"
 
 
 def test_the_selection_names_the_planted_features() -> None:

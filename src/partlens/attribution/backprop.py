@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from partlens.attribution.rules import POOLINGS, RULES, STRIDES, Pooling, Rule, Strides, rewritten
 from partlens.errors import InputError, InputTypeError, LayerError, expected, first_line
 from partlens.network.borrowed import borrowed, in_this_thread
+from partlens.network.outputs import class_scores
 from partlens.network.performer import Performer, module_of
-from partlens.network.taps import class_scores, read_taps
+from partlens.network.taps import read_taps
 
 __all__ = ["Pooling", "Rule", "Start", "Strides", "backward_signals", "guided_backprop", "heat_map"]
 
@@ -96,7 +97,7 @@ def _recorded(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> Itera
         leaf = batch.detach().clone().requires_grad_()
         # A copy, because a network may write into its input, which is forbidden on a leaf.
         given = leaf.clone()
-        found = _read(network, given, layers) if layers else {"": class_scores(network(given))}
+        found = _read(network, given, layers) if layers else {"": class_scores(network(given), len(batch))}
         for name, value in found.items():
             if not value.requires_grad:
                 rule = f"{name or 'the scores'} to depend on the images through recorded operations"

@@ -21,8 +21,9 @@ from partlens.attribution.backprop import like_weights
 from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.network import Explainer
 from partlens.network.borrowed import borrowed
+from partlens.network.outputs import class_scores
 from partlens.network.performer import Performer, module_of
-from partlens.network.taps import class_scores, read_taps
+from partlens.network.taps import read_taps
 
 _BATCH = 32  # images at a time
 
@@ -86,7 +87,7 @@ def track_grad_cam(
                 leaf = masked.detach().clone().requires_grad_()
                 encoded = explainer.p.detach() * explainer.norm_interp(explainer.pool(leaf)) + ordinary
                 output = head(explainer.decode(encoded)[-1])
-                score = _picked(class_scores(output), of)
+                score = _picked(class_scores(output, len(part)), of)
                 (gradient,) = torch.autograd.grad(score, leaf)
             pieces.append(grad_cam(masked.detach(), gradient, size_px))
     return torch.cat(pieces)
@@ -140,7 +141,7 @@ def _maps_and_gradient(network: nn.Module, images: Tensor, layer: str, classes: 
             rule, got = f"maps at {layer} that stay as they were", "a network that overwrites them"
             remedy = "Choose the layer after, or replace x += y by x = x + y in the network's forward"
             raise LayerError(expected(rule, got, remedy))
-        score = _picked(class_scores(output), classes)
+        score = _picked(class_scores(output, len(images)), classes)
         connected = maps.requires_grad and score.requires_grad
         gradient = torch.autograd.grad(score, [maps], allow_unused=True)[0] if connected else None
     if gradient is None:

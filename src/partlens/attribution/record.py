@@ -92,7 +92,7 @@ class Answer(Value):
     Attributes:
         name: of the class.
         output: its position.
-        probability: softmax, or the logistic function of a single output.
+        probability: as the network gives it, or the softmax of its scores; of a single output the logistic function.
     """
 
     name: str

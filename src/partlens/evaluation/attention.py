@@ -16,7 +16,6 @@ from partlens.evaluation.places import photo_numbers, top_layer
 from partlens.evaluation.results import Attention, AttentionPhoto
 from partlens.explainer.network import performer_head
 from partlens.network.stream import stream
-from partlens.network.taps import class_scores
 
 
 def attention(
@@ -62,7 +61,7 @@ def _streamed(
     sides: dict[str, tuple[int, int]] = {}
     outputs = []
     for batch in stream(performer, frames.images, rows, list(dict.fromkeys(layers.values())), batch_size=BATCH):
-        outputs.append(class_scores(batch.outputs).cpu())
+        outputs.append(performer.outputs.scores(batch.outputs, len(batch.rows)).cpu())
         of = outputs[-1].argmax(1)
         sides |= {name: (int(batch.maps[at].shape[2]), int(batch.maps[at].shape[3])) for name, at in layers.items()}
         tapped = batch.maps[tap].cpu()

@@ -32,6 +32,7 @@ from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.templates import centroid_cells, mask_around, mask_at_peak, peak_cells, peak_masks
 from partlens.network.borrowed import random_state_kept
 from partlens.network.kept_hooks import hooked
+from partlens.network.outputs import Outputs
 from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
 
@@ -425,5 +426,18 @@ def reference_decoder(performer: Performer, structure: ExplainerStructure) -> nn
 
 
 def performer_head(performer: Performer, structure: ExplainerStructure) -> nn.Module:
-    """Return the performer's layers after the last target, frozen, for feeding the reconstruction back."""
-    return performer.upper(structure.targets[-1], ["output"]).cpu().float().requires_grad_(requires_grad=False)
+    """Return the performer's layers after the last target, frozen, for feeding the reconstruction back.
+
+    They end in a tuple with the scores (`partlens.network.outputs`), whatever the performer returns.
+    """
+    layers = performer.upper(structure.targets[-1], ["output"]).cpu().float()
+    return _Head(layers, performer.outputs).requires_grad_(requires_grad=False)
+
+
+class _Head(nn.Module):
+    def __init__(self, layers: nn.Module, outputs: Outputs) -> None:
+        super().__init__()
+        self.layers, self.outputs = layers, outputs
+
+    def forward(self, maps: Tensor) -> tuple[Float[Tensor, "image output"]]:
+        return (self.outputs.scores(self.layers(maps)[0], len(maps)),)

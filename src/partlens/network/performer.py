@@ -10,12 +10,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from partlens.errors import InputError, LayerError, expected, nearest
 from partlens.network.borrowed import unwrapped
+from partlens.network.classes import Match, match
 from partlens.network.graph import Graph, trace
 from partlens.network.layers import LayerInfo, default_targets, list_layers
+from partlens.network.outputs import Outputs, made_images, outputs_of
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import ReceptiveField, receptive_field
 
@@ -149,18 +152,31 @@ class Performer:
         """
         return self.graph.cut(tap, targets)
 
-    def output(self, name: str, outputs: int | None = None) -> int:
-        """Return the number of the output with a name; a number is taken as it is.
+    @functools.cached_property
+    def outputs(self) -> Outputs:
+        """What its outputs are: how many, of what kind, and which of several tensors.
 
-        A number is taken as it is; ``outputs``, how many there are, is optional where they have names.
+        Raises:
+            LayerError: it does not take its own preprocessing's input, or its answer has no scores.
+        """
+        pictures = [Image.fromarray(each) for each in made_images()]
+        return outputs_of(self.module, self.preprocessing(pictures), self.name)
+
+    def matched(self, categories: Sequence[str]) -> Match:
+        """Return which outputs categories of photos mean (`partlens.network.classes.match`)."""
+        return match(categories, self.class_names, self.outputs.count)
+
+    def output(self, name: str) -> int:
+        """Return the number of the output with a name; a number of an output is taken as it is.
 
         Raises:
             InputError: no output of that name, with the nearest ones.
         """
-        names = self.class_names or tuple(map(str, range(outputs or 0)))
-        if name in names:
+        count = self.outputs.count
+        names = self.class_names or tuple(map(str, range(count)))
+        if name in names[:count]:
             return names.index(name)
-        if name.isdigit() and int(name) < (outputs or len(names)):
+        if name.isdigit() and int(name) < count:
             return int(name)
         raise InputError(expected(f"a class of {self.name}", name, f"Nearest: {', '.join(nearest(name, names))}"))
 

@@ -8,6 +8,7 @@ with ``_1``, ``_2`` … for its second, third … call (``layer1.0.relu_1``). Op
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from partlens.errors import InputError, InputTypeError, LayerError, expected, nearest
 from partlens.network.borrowed import borrowed, in_this_thread, unwrapped
+from partlens.network.outputs import entries_of
 from partlens.network.performer import Performer, module_of
 
 _AGAINST_OVERFLOW = "Use float32 weights (module.float())"
@@ -76,20 +78,6 @@ def _tensors(output: Any) -> dict[str, Tensor]:
         entries = {str(i): v for i, v in enumerate(output)}
         entries |= dict(zip(getattr(output, "_fields", ()), output, strict=False))
     return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
-
-
-def class_scores(output: Any) -> Tensor:
-    """Choose the scores (image, class) in what a network returns: its tensor, ``logits``, or the first that fits.
-
-    Maps of a single cell count as scores.
-    """
-    entries = {"logits": output} if isinstance(output, Tensor) else _tensors(output)
-    for value in sorted(entries.values(), key=lambda value: value is not entries.get("logits")):
-        if value.is_floating_point() and (value.ndim == 2 or (value.ndim == 4 and value.shape[2:] == (1, 1))):
-            return value.flatten(1)
-    got = f"{type(output).__name__} {tuple(output.shape) if isinstance(output, Tensor) else ''}".strip()
-    remedy = "Wrap the network so that it returns them, or name a layer and filters instead"
-    raise LayerError(expected("class scores with axes image, class", got, remedy))
 
 
 class _Taps(Mapping[str, Tensor]):
@@ -210,11 +198,13 @@ def _first_bad_layer(module: nn.Module, batch: Tensor) -> str:
 
 
 def _as_float(value: Any) -> Any:
-    """Detach and convert floating tensors to float32, in any nesting."""
+    """Detach and convert floating tensors to float32, in any nesting; what has named entries becomes a dictionary."""
     if isinstance(value, Tensor):
         return value.detach().float() if value.is_floating_point() else value.detach()
     if isinstance(value, Mapping):
         return {k: _as_float(v) for k, v in value.items()}
+    if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
+        return {name: _as_float(entry) for name, entry in entries_of(value).items()}
     if isinstance(value, (list, tuple)):
         return tuple(_as_float(v) for v in value)
     return value
@@ -263,10 +253,10 @@ def forward_taps(
     ready = batch.to(device=weight.device, dtype=weight.dtype) if weight is not None else batch
     with borrowed(module, copy_weights=False) as network, torch.no_grad():
         with read_taps(network, names, reduce) as taps:
-            output = network(ready)
+            output = _as_float(network(ready))
             held = {name: taps[name].detach().float() for name in names}
         if not (_finite(output) and _finite(held)):
             cause = "the batch itself" if not _finite(ready) else _first_bad_layer(network, ready)
             remedy = _AGAINST_OVERFLOW if ready.dtype == torch.float16 else "Check the weights and the images"
             raise InputError(expected("finite values in the network", f"NaN or infinity first in {cause}", remedy))
-    return _as_float(output), held
+    return output, held

@@ -21,7 +21,7 @@ from partlens.data.images import ImageSet
 from partlens.explainer.views import gather, viewed_images
 from partlens.network.performer import Performer
 from partlens.network.stream import batches
-from partlens.network.taps import class_scores, forward_taps
+from partlens.network.taps import forward_taps
 from partlens.records import content_hash, plain
 from partlens.rows import RowStore, row_store
 from partlens.selection.descriptors import energy_and_peak, normalised
@@ -164,7 +164,7 @@ def _whole(performer: Performer, inputs: Tensor, wanted: Wanted, views: int) -> 
         "descriptor": x.cpu().numpy(),
         "peak": measured[:, :, 1].cpu().numpy(),
         "peak_cell": measured[:, :, 2:].cpu().numpy().astype(np.int16),
-        "logits": class_scores(output).cpu().numpy(),
+        "logits": performer.outputs.scores(output, len(inputs)).cpu().numpy(),
     }
     if wanted.tap is not None:
         arrays[_TAP] = _half(held[wanted.tap])

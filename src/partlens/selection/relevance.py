@@ -10,7 +10,6 @@ Source: the paper (arXiv 1712.06302).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from partlens.errors import ImageError, InputError, expected, listed
-from partlens.network.performer import Performer
 from partlens.selection.lasso import LassoSolution, OnFailure, mu_lasso
 from partlens.selection.record import DEFAULT_MU, FeatureIndex
 
@@ -33,24 +31,6 @@ class LabelMatrix:
     matrix: Float[Tensor, "image class"]
     classes: tuple[str, ...]
     outputs: tuple[int | None, ...]
-
-
-def _key(name: str) -> str:
-    """Fold case, underscores and runs of spaces."""
-    return re.sub(r"[\s_]+", " ", name).strip().casefold()
-
-
-def class_of_category(performer: Performer, category: str) -> int | None:
-    """Find the performer's output that a category of the data means, ``None`` where it is no or more than one output.
-
-    A whole number is that output; in class names case, underscores and spaces do not matter.
-    """
-    names = performer.class_names
-    if re.fullmatch(r"\d+", category.strip()):
-        output = int(category)
-        return output if names is None or output < len(names) else None
-    places = [place for place, name in enumerate(names or ()) if _key(name) == _key(category)]
-    return places[0] if len(places) == 1 else None
 
 
 def label_matrix(

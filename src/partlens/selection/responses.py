@@ -15,7 +15,7 @@ from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, expected
 from partlens.network.performer import Performer
 from partlens.network.stream import stream
-from partlens.network.taps import class_scores, forward_taps
+from partlens.network.taps import forward_taps
 from partlens.records import plain
 from partlens.rows import row_store
 from partlens.selection.descriptors import energy, energy_and_peak, normalised
@@ -42,7 +42,7 @@ def image_descriptors(
     """Run a batch and return its descriptors and class scores, float32 on the CPU; the network stays as it was."""
     output, values = forward_taps(performer, batch, index.layers, energy)
     x, _ = normalised(_joined(values, index), index, config or DescriptorConfig())
-    return x.cpu(), class_scores(output).cpu()
+    return x.cpu(), performer.outputs.scores(output, len(batch)).cpu()
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Responses:
         descriptor: ``[image, feature]`` float32.
         peak: ``[image, feature]`` float32: the largest value of each channel; ``None`` where not asked for.
         peak_cell: ``[image, feature, 2]`` int16: its place (row, col), the first of equal ones; likewise.
-        logits: ``[image, class]`` float32: the network's class scores.
+        logits: ``[image, class]`` float32: the network's class scores (`partlens.network.outputs`).
         dead_layers: pairs of an image and a layer without any activation; their features are 0.
     """
 
@@ -111,11 +111,11 @@ def stream_responses(
     }
     with row_store(out, identity, len(images)) as store:
         reduce = energy_and_peak if peaks else energy
-        rows = range(store.done, store.rows)
+        rows, scores = range(store.done, store.rows), performer.outputs.scores
         for batch in stream(performer, images, rows, index.layers, batch_size=batch_size, reduce=reduce):
             kept = _joined(batch.maps, index)
             x, lost = normalised(kept[:, :, 0] if peaks else kept, index, config)
-            arrays = {"descriptor": x.cpu().numpy(), "logits": class_scores(batch.outputs).cpu().numpy()}
+            arrays = {"descriptor": x.cpu().numpy(), "logits": scores(batch.outputs, len(batch.rows)).cpu().numpy()}
             if peaks:
                 arrays |= {
                     "peak": kept[:, :, 1].cpu().numpy(),

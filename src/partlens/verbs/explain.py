@@ -166,9 +166,9 @@ class _Stage:
 
     def _foreign(self, outputs: Tensor) -> str | None:
         """Name the prediction where its parts are not those that the explainer has learned."""
-        from partlens.verbs.explained_parts import answer_ranks, probabilities
+        from partlens.verbs.explained_parts import answer_ranks
 
-        ranks = answer_ranks(probabilities(outputs[None])[0])
+        ranks = answer_ranks(self.performer.outputs.probabilities(outputs[None])[0])
         first = min(ranks, key=lambda output: ranks[output])
         if not self.known or (first in self.known.values() and ranks[first] == 1):
             return None
@@ -180,7 +180,7 @@ class _Stage:
 
         performer = self.performer
         tensors: dict[str, Tensor] = {}
-        notes = [*performer.notes, *self.notes]
+        notes = [*performer.notes, *performer.outputs.notes, *self.notes]
         shown = _enlarged(performer.preprocessing.frame(picture))
         save_png(folder / "input.png", shown)
         explained: tuple[ExplainedClass, ...] = ()
@@ -238,9 +238,9 @@ def _enlarged(frame: Image.Image) -> Image.Image:
 
 
 def _outputs(performer: Performer, batch: Tensor) -> Tensor:
-    from partlens.network.taps import class_scores, forward_taps
+    from partlens.network.taps import forward_taps
 
-    return class_scores(forward_taps(performer, batch, [])[0]).cpu()
+    return performer.outputs.scores(forward_taps(performer, batch, [])[0], len(batch)).cpu()
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
@@ -311,10 +311,8 @@ def _open_parts(
 
 def _known_outputs(run: Path, performer: Performer) -> dict[str, int]:
     """Return the performer's output of each category of an explainer; nothing where one is no output."""
-    from partlens.selection.relevance import class_of_category
-
     names = [name for name in Run(run).read(ExplainerRun).data.categories if name]
-    outputs = {name: class_of_category(performer, name) for name in names}
+    outputs = performer.matched(names).outputs
     found = {name: output for name, output in outputs.items() if output is not None}
     return found if len(found) == len(outputs) else {}
 
@@ -323,14 +321,12 @@ def _part_classes(
     selection: OpenedSelection | None, parts: OpenedParts, known: Mapping[str, int], classes: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """Return those of the named classes whose score parts can share, and why others cannot."""
-    from partlens.verbs.explained_parts import output_count
-
     outputs: list[int | None] = []
     for name in classes:
         if selection is not None:
             outputs.append(selection.found.outputs[_class_column(selection, name)])
         else:
-            outputs.append(parts.performer.output(name, output_count(parts)))
+            outputs.append(parts.performer.output(name))
     notes = []
     if None in outputs:
         notes.append("a class that is no output of the performer has no score that parts could share")
@@ -405,9 +401,7 @@ def _class_column(opened_run: OpenedSelection, name: str) -> int:
 
 def _answers(performer: Performer, outputs: Tensor) -> tuple[Answer, ...]:
     """Return the performer's strongest outputs for one image."""
-    from partlens.verbs.explained_parts import probabilities
-
-    chance = probabilities(outputs[None])[0]
+    chance = performer.outputs.probabilities(outputs[None])[0]
     top = chance.argsort(descending=True, stable=True)[:_ANSWERS].tolist()
     return tuple(Answer(name=output_name(performer, o), output=o, probability=float(chance[o])) for o in top)
 
@@ -419,9 +413,9 @@ def _selection_tensors(result: Explanations, i: int) -> dict[str, Tensor]:
 
 def _prediction_notes(opened_run: OpenedSelection, outputs: Tensor) -> list[str]:
     """Say why the classes that are explained may not be the predicted one."""
-    from partlens.verbs.explained_parts import answer_ranks, probabilities
+    from partlens.verbs.explained_parts import answer_ranks
 
-    rank_of = answer_ranks(probabilities(outputs[None])[0])
+    rank_of = answer_ranks(opened_run.performer.outputs.probabilities(outputs[None])[0])
     strongest, known = min(rank_of, key=lambda output: rank_of[output]), set(opened_run.found.outputs)
     if known == {None}:
         return ["the classes of the selection are not outputs of the performer; their linear scores rank them"]
@@ -437,9 +431,9 @@ def _by_filters(
     """Draw one image's relevant filters; return a record per class."""
     from partlens.attribution.pictures import coloured, overlay, picture_of, save_png
     from partlens.metrics.likeness import rank_correlation
-    from partlens.verbs.explained_parts import answer_ranks, probabilities
+    from partlens.verbs.explained_parts import answer_ranks
 
-    probability = probabilities(result.output[i][None])[0]
+    probability = opened_run.performer.outputs.probabilities(result.output[i][None])[0]
     rank_of = answer_ranks(probability)
     combined, records = result.combined[i], []
     for k, column in enumerate(result.classes[i].tolist()):

@@ -68,20 +68,6 @@ def load_parts(run: Path, model: str | nn.Module | Performer | None = None) -> O
     return OpenedParts(explainer, performer, performer_head(performer, explainer.structure), file)
 
 
-def output_count(opened: OpenedParts) -> int:
-    """Return how many outputs the performer has."""
-    structure = opened.explainer.structure
-    blank = torch.zeros(1, structure.channels_in, *structure.side_cells)
-    with torch.no_grad():
-        return int(opened.head(opened.explainer(blank).reconstructions[-1])[0].shape[1])
-
-
-def probabilities(outputs: Tensor) -> Tensor:
-    """Return probabilities of outputs (image, class): softmax, or the logistic function for a single output."""
-    values = outputs.double()
-    return values.sigmoid() if values.shape[1] == 1 else values.softmax(1)
-
-
 def answer_ranks(chance: Float[Tensor, " output"]) -> dict[int, int]:
     """Return the rank of each output of one image, 1 for the most probable.
 
@@ -108,7 +94,7 @@ def explain_parts(
     outputs, maps = outputs[chosen], taps[structure.tap].cpu()[chosen]
     wanted = outputs.argmax(1)[:, None]
     if classes is not None:
-        named = [opened.performer.output(name, outputs.shape[1]) for name in classes]
+        named = [opened.performer.output(name) for name in classes]
         wanted = torch.tensor([named] * len(outputs))
     parts, seed = opened.file.named, opened.file.config.seed
     # Image by image: the integral stops where its remainder is small, which must not depend on the other images.
@@ -126,7 +112,7 @@ def part_records(
     opened: OpenedParts, found: ExplainedParts, i: int, folder: Path, shown: Image.Image, style: Literal["glow", "jet"]
 ) -> tuple[ExplainedByParts, ...]:
     """Write one image's heat maps and return what its record says of parts, a class each."""
-    chance = probabilities(found.outputs)[i]
+    chance = opened.performer.outputs.probabilities(found.outputs)[i]
     ranks, names, records = answer_ranks(chance), opened.file.named, []
     own = class_outputs(found.outputs[i : i + 1]).argmax()
     for k, shares in enumerate(found.shares[i]):

@@ -19,7 +19,6 @@ from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import EXPLAINER, PHOTOS, Run, Unreadable, UsedPhotos, command, now, versions
 from partlens.verbs.runs import (
-    check_answer,
     chosen_categories,
     data_info,
     device_of,
@@ -145,13 +144,14 @@ def fit_explainer(
     where = device_of(device)
     settings = _settings(preset, config, where, seeds=seeds, background=background)
     performer = loaded(model)
+    info = performer_info(performer)  # refuses a network without scores before a photo is read
     photos = _chosen(data, category, background, settings.seed, show)
     structure, grid = _opened(performer, photos, tap, targets)
     asked = ExplainerRun(
         created=now(),
         command=command(),
         versions=versions(),
-        performer=performer_info(performer),
+        performer=info,
         data=data_info(photos.images, photos.unreadable, photos.images.fingerprint(), photos.categories),
         train_photos=len(photos.own),
         background=len(photos.others),
@@ -230,7 +230,6 @@ def _opened(
     tap = tap or performer.tap
     performer.layer(tap)  # refuses one that is unknown
     example = performer.preprocessing([photos.images.read(photos.own[0])])
-    check_answer(performer, example, scores=True)
     structure = explainer_structure(performer, example, tap, targets)
     field = performer.field(tap)
     return structure, Grid(stride_px=field.stride_px, size_px=field.size_px, start_px=field.start_px)
@@ -303,6 +302,8 @@ def _learned(fit: _Fit) -> tuple[float, ...]:
     layers = f"{asked.structure.tap} → {', '.join(asked.structure.targets)}"
     counted = f"{len(photos.own)} photos {asked.data.of}".rstrip()
     show.say(f"{fit.performer.name} · {layers} · {counted}, {len(photos.others)} others")
+    for note in fit.performer.outputs.notes:
+        show.say(note)
     maps = _cached_maps(fit)
     epochs = asked.config.warmup_epochs + asked.config.epochs
     with show.task("learning", asked.seeds * epochs, _SHORTER) as advance:

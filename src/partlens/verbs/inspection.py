@@ -290,12 +290,10 @@ def _nothing(found: Read, config: InspectConfig) -> Tensor:
 
 def _upper(performer: Performer, tap: str) -> Any:
     """Return the performer's own layers above the tap, from maps to class scores in float32."""
-    from partlens.network.taps import class_scores
-
     module = performer.upper(tap)
     kind = next(module.parameters()).dtype
 
     def upper(maps: Tensor) -> Tensor:
-        return class_scores(module(maps.to(kind))[0]).float()
+        return performer.outputs.scores(module(maps.to(kind))[0], len(maps)).float()
 
     return upper

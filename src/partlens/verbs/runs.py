@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partlens.data.images import ImageSet
-from partlens.errors import InputError, LayerError, RunError, expected, listed
+from partlens.errors import InputError, RunError, expected, listed
 from partlens.progress import Progress
 from partlens.run import DataInfo, PerformerInfo, Run, RunRecord, Unreadable
 
@@ -29,7 +29,7 @@ def performer_info(performer: Performer) -> PerformerInfo:
         spec=performer.spec,
         weights_sha256=performer.weights_sha256,
         preprocessing=performer.preprocessing.to_dict(),
-        notes=performer.notes,
+        notes=(*performer.notes, *performer.outputs.notes),
     )
 
 
@@ -121,35 +121,6 @@ def loaded(model: str | nn.Module | Performer) -> Performer:
     from partlens.network.zoo import load_performer
 
     return load_performer(model)
-
-
-def check_answer(performer: Performer, example: torch.Tensor, *, scores: bool) -> None:
-    """Run one image through a network before any work is done, and refuse what could not be used afterwards.
-
-    Args:
-        performer: the network.
-        example: one preprocessed image.
-        scores: its answer has to be a tensor (image, output), since the reconstruction is judged by it.
-
-    Raises:
-        LayerError: it does not take the image, or returns something else.
-    """
-    import torch
-
-    from partlens.network.borrowed import borrowed
-
-    weight = next((p for p in performer.module.parameters() if p.is_floating_point()), None)
-    with torch.no_grad(), borrowed(performer.module, copy_weights=False) as network:
-        try:
-            answer = network(example if weight is None else example.to(weight))
-        except RuntimeError as error:
-            rule = f"{performer.name} to take images of shape {tuple(example.shape)}"
-            remedy = "Correct its preprocessing; wrap a network of one channel: net(x.mean(1, keepdim=True))"
-            raise LayerError(expected(rule, str(error).splitlines()[0].rstrip("."), remedy)) from error
-    if scores and not (isinstance(answer, torch.Tensor) and answer.ndim == 2):
-        got = f"shape {tuple(answer.shape)}" if isinstance(answer, torch.Tensor) else type(answer).__name__
-        remedy = "Wrap the network so that it returns the scores alone"
-        raise LayerError(expected(f"scores (image, output) from {performer.name}", got, remedy))
 
 
 def layers(model: str | nn.Module | Performer) -> list[LayerInfo]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from partlens.data.images import ImageSet
+    from partlens.network.classes import Match
     from partlens.network.performer import Performer
     from partlens.selection.relevance import LabelMatrix, Selection
     from partlens.selection.responses import Responses
@@ -81,6 +82,7 @@ class _Photos:
     images: ImageSet
     fit: int
     config: SelectionConfig
+    matched: Match
 
 
 def select_features(
@@ -158,7 +160,10 @@ def select_features(
             show.say(f"{out} holds this selection already; nothing to do")
             return SelectedFeatures(run.folder, record, record.found)
         show.say(f"{performer.name} · {len(rows)} photos to fit on, {len(held)} held out")
-        photos = _Photos(performer, images.take([*rows, *held]), len(rows), config)
+        chosen = images.take([*rows, *held])
+        photos = _Photos(performer, chosen, len(rows), config, performer.matched(sorted(set(chosen.categories))))
+        for line in filter(None, (*performer.outputs.notes, photos.matched.said() if labels == "data" else "")):
+            show.say(line)
         found = _found(photos, run.folder, show)
         if not keep_cache:
             shutil.rmtree(run.folder / _CACHE)
@@ -192,6 +197,8 @@ def _found(photos: _Photos, out: Path, show: Progress) -> SelectionFound:
         )
     x, logits = (torch.from_numpy(np.array(rows)) for rows in (responses.descriptor, responses.logits))
     labels, names = _labelled(photos, logits)
+    for line in _doubts(photos, logits):
+        show.say(line)
     readable = replace(labels, classes=tuple(_readable(photos.performer, labels.classes, labels.outputs)))
     selection = select_relevant(x[: photos.fit], readable, responses.index, config.mu, nonnegative=config.nonnegative)
     of_class = [selection.relevant(column) for column in range(len(names))]
@@ -220,12 +227,24 @@ def _decided(photos: _Photos, logits: Tensor) -> list[str]:
     return [str(output) for output in logits.argmax(1).tolist()]
 
 
+def _doubts(photos: _Photos, logits: Tensor) -> list[str]:
+    """Say what the network's answers to the photos speak against: what its outputs are, or what categories mean."""
+    from partlens.network.classes import disagreement
+
+    said = [photos.performer.outputs.doubt(logits)]
+    if photos.config.labels == "data" and logits.shape[1] > 1:
+        said.append(disagreement(photos.images.categories, logits.argmax(1).tolist(), photos.matched.outputs))
+    return [line for line in said if line]
+
+
 def _labelled(photos: _Photos, logits: Tensor) -> tuple[LabelMatrix, tuple[str, ...]]:
     """Return the labels of the photos to fit on, and the names of their classes as the data or the network has them."""
-    from partlens.selection.relevance import class_of_category, label_matrix
+    from partlens.selection.relevance import label_matrix
+
+    by_category = photos.matched.outputs
 
     def output_of(name: str) -> int | None:
-        return class_of_category(photos.performer, name) if photos.config.labels == "data" else int(name)
+        return by_category[name] if photos.config.labels == "data" else int(name)
 
     labels = label_matrix(_decided(photos, logits)[: photos.fit], output_of)
     if len(labels.classes) < 2:
@@ -259,8 +278,9 @@ def _readouts(
 
 def _readable(performer: Performer, names: Sequence[str], outputs: Sequence[int | None]) -> list[str]:
     """Name classes that are numbers as the performer does; outputs that share a name keep their number as well."""
+    named = performer.class_names is not None
     labels = [
-        output_name(performer, output) if output is not None and name.isdigit() else name
+        output_name(performer, output) if named and output is not None and name.isdigit() else name
         for name, output in zip(names, outputs, strict=True)
     ]
     return [
@@ -380,4 +400,7 @@ def load_selection(run: str | Path, model: str | nn.Module | Performer | None = 
         rule = f"the weights of the selection in {folder}"
         raise RunError(expected(rule, "a file that was changed", SelectionRecord.AGAIN))
     performer = open_performer(record, model)
+    if wrong := [one.name for one in found.classes if (one.output or 0) >= performer.outputs.count]:
+        rule = f"classes of the selection in {folder} among {performer.outputs.count} outputs"
+        raise RunError(expected(rule, listed(wrong), SelectionRecord.AGAIN))
     return OpenedSelection(folder, record, found, read_tensors(folder / WEIGHTS)["weights"], performer)

@@ -273,15 +273,14 @@ def _labelled(
     performer: Performer, images: ImageSet, logits: Tensor, how: RemovalConfig
 ) -> tuple[list[str], list[int], list[int]]:
     """Return class names, their outputs, and the class of each photo."""
-    from partlens.selection.relevance import class_of_category
-
     if how.labels == "predictions":
         outputs = sorted(set(logits.argmax(1).tolist()))
         known = performer.class_names
         names = [known[o] if known is not None else str(o) for o in outputs]
         return names, outputs, [outputs.index(int(o)) for o in logits.argmax(1)]
     names = sorted(set(images.categories))
-    found = [class_of_category(performer, name) for name in names]
+    matched = performer.matched(names).outputs
+    found = [matched[name] for name in names]
     lost = [name for name, output in zip(names, found, strict=True) if output is None]
     if lost:
         raise InputError(

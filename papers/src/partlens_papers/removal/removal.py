@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from partlens.errors import InputError, InputTypeError, LayerError, expected, listed
 from partlens.network.borrowed import borrowed
+from partlens.network.outputs import class_scores as scores_of
 from partlens.network.performer import Performer, module_of
-from partlens.network.taps import class_scores as scores_of
 from partlens.network.taps import place_of, read_taps, tensor_at
 
 __all__ = ["ChannelEffects", "channel_effects", "removed", "scores_without"]
@@ -225,7 +225,7 @@ def scores_without(
     """
     module = module_of(performer)
     with torch.no_grad(), removed(module, features) as network:
-        scores = scores_of(network(_ready(network, batch))).float()
+        scores = scores_of(network(_ready(network, batch)), len(batch)).float()
     _refuse_infinite(scores)
     return scores
 
@@ -302,7 +302,7 @@ def channel_effects(
             for tap, count in filters.items()
         }
         with _scaled(network, factors, observe=True) as scaling:
-            scores = scores_of(network(ready.clone()))
+            scores = scores_of(network(ready.clone()), len(ready))
         if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= scores.shape[1]):
             raise InputError(
                 expected(f"targets from 0 to {scores.shape[1] - 1}", targets.tolist(), "Name existing outputs")

@@ -149,12 +149,11 @@ def make_bench(performer: Performer, images: ImageSet, config: SanityConfig) -> 
     """
     import torch
 
-    from partlens.selection.relevance import class_of_category
-
     counts = images.category_counts()
     names = sorted(sorted(counts), key=lambda name: -counts[name])[: config.classes]
     names.sort()
-    outputs = [class_of_category(performer, name) for name in names]
+    matched = performer.matched(names).outputs
+    outputs = [matched[name] for name in names]
     if None in outputs:
         raise InputError(
             expected(
