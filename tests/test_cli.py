@@ -3,14 +3,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from partlens.cli import COMMANDS, main
@@ -164,3 +167,48 @@ def test_only_what_the_user_gave_reaches_the_verb(
     assert given["category"] == ["a", "b"]
     assert given["seeds"] == (1 if "CONFIG" in arguments else 3)
     assert given["keep_cache"] is False
+
+
+def in_console(encoding: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the command line as a console or pipe of another encoding would."""
+    code = "import sys; from partlens.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "cp932"])
+def test_a_console_that_lacks_a_sign_ends_no_command(encoding: str, tmp_path: Path) -> None:
+    for name in ("Käfer", "猫"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    done = in_console(encoding, "data", "check", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, b"")
+    done = in_console(encoding, "data", "check", str(tmp_path), "--json")
+    assert list(json.loads(done.stdout.decode(encoding))["categories"]) == ["Käfer", "猫"]
+    failed = in_console(encoding, "data", "check", str(tmp_path / "→"))
+    assert failed.returncode == 1
+    assert failed.stderr.decode(encoding).startswith("partlens: Expected an image folder")
+
+
+def test_signs_that_a_console_lacks_have_a_like(capsys: pytest.CaptureFixture[str]) -> None:
+    done = in_console("cp1252", "layers", "partlens:flower-demo@random:0")
+    assert done.returncode == 0
+    assert "-> is the layer that fit-explainer taps" in done.stdout.decode("cp1252")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_photos_whose_names_are_not_utf_8_go_through_a_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "d\udce9"
+    for number, name in enumerate(("cat", "d\udcf6g")):
+        (data / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = np.random.default_rng(9 * number + index).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(data / name / f"caf\udce9{index}.png")
+    for arguments in (["data", "check", str(data)], ["data", "check", str(data), "--json"]):
+        assert main(arguments) == 0
+    select = ["select-features", "partlens:flower-demo@random:0", str(data)]
+    assert main([*select, "--out", str(tmp_path / "out\udce9")]) == 1
+    assert "its name is not in UTF-8. Choose another folder" in capsys.readouterr().err
+    assert main([*select, "--out", str(tmp_path / "out")]) == 0
+    assert main(["explain", str(tmp_path / "out"), str(data / "cat")]) == 0
+    assert main(["report", str(tmp_path / "out")]) == 0

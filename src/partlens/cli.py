@@ -7,9 +7,11 @@ Exit codes: 0 done; 1 an error that partlens found, one sentence on standard err
 from __future__ import annotations
 
 import argparse
+import codecs
 import functools
 import importlib
 import inspect
+import io
 import json
 import operator
 import re
@@ -22,6 +24,9 @@ from partlens import __version__
 from partlens.errors import PartlensError, nearest
 
 _WORDS: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "None": type(None), "Path": str}
+_PLAINER = str.maketrans(
+    {"→": "->", "–": "-", "−": "-", "²": "2", "·": "*", "≥": ">=", "≤": "<=", "×": "x", "…": "..."}
+)
 _LISTS = ("list[", "Sequence[", "tuple[")
 
 
@@ -230,7 +235,9 @@ def _call(program: str, name: str, command: Command, arguments: Sequence[str]) -
     elif options.json:
         from partlens.records import plain
 
-        sys.stdout.write(json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        # Escapes of JSON where a console lacks a sign: names stay what they are.
+        escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
+        sys.stdout.write(json.dumps(plain(result), indent=2, ensure_ascii=escaped, allow_nan=False) + "\n")
     else:
         _found(command.show)(result)
 
@@ -253,6 +260,22 @@ def _named(arguments: Sequence[str], commands: Mapping[str, Command]) -> tuple[s
     return arguments[0], list(arguments[1:])
 
 
+def _plainer(error: UnicodeError) -> tuple[str, int]:
+    """Replace a sign that a console lacks by its like in ASCII, else by its escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end].translate(_PLAINER)
+    return signs.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+def _print_on_any_console() -> None:
+    """Let no sign that the console's encoding lacks end a command whose work is done."""
+    codecs.register_error("partlens.plainer", _plainer)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="partlens.plainer")
+
+
 def run(program: str, about: str, commands: Mapping[str, Command], given: Sequence[str]) -> int:
     """Run one command of a program.
 
@@ -265,6 +288,7 @@ def run(program: str, about: str, commands: Mapping[str, Command], given: Sequen
     Returns:
         The exit code.
     """
+    _print_on_any_console()
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
     if not given or given[0] in {"-h", "--help", "help"}:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from partlens.errors import AtWorkError, InputError, RunError, StorageError, expected, failed, nearest
+from partlens.errors import AtWorkError, InputError, RunError, StorageError, expected, failed, nearest, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +79,8 @@ def sole_writer(folder: Path, name: str = "writing") -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    if str(folder) != printable(str(folder)):  # the libraries that write tensors and events cannot
+        raise StorageError(failed(f"write in {folder}", "its name is not in UTF-8", "Choose another folder"))
     lock = FileLock(folder / f".{name}.lock", timeout=0, thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)

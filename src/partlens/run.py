@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from partlens.errors import RunError, expected
+from partlens.errors import RunError, expected, printable
 from partlens.records import Record, Value, content_hash, plain, sole_writer
 
 PHOTOS = "photos.json"
@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """Return the command line of this process; empty where partlens is called from Python."""
     started = Path(sys.argv[0]).name.startswith("partlens")
-    return shlex.join(["partlens", *sys.argv[1:]]) if started else ""
+    return printable(shlex.join(["partlens", *sys.argv[1:]])) if started else ""
 
 
 def now() -> str:

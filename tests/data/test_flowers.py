@@ -10,7 +10,7 @@ import pytest
 from partlens.data import flowers as flowers_module
 from partlens.data.flowers import PARTS, PETAL_CATEGORIES, generated_flowers, render_flower
 from partlens.data.splits import split_of
-from partlens.errors import InputError
+from partlens.errors import InputError, InputTypeError
 
 
 def test_the_same_seed_gives_the_same_bytes():
@@ -184,3 +184,21 @@ def ridge_accuracy(features: np.ndarray, label: np.ndarray, weight: float) -> fl
     kernel = centred[:600] @ centred[:600].T
     scores = centred[600:] @ (centred[:600].T @ np.linalg.solve(kernel + weight * np.eye(600), target))
     return float((scores.argmax(axis=1) == label[600:]).mean())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: render_flower(None),
+        lambda: render_flower(1.5),
+        lambda: render_flower(True),
+        lambda: render_flower(1, 3),
+        lambda: render_flower(1, size=None),
+        lambda: generated_flowers("3"),
+        lambda: generated_flowers(3, categories="petal-red"),
+        lambda: generated_flowers(3, categories=(None,)),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(call) -> None:
+    with pytest.raises(InputTypeError, match="^Expected .*, got "):
+        call()

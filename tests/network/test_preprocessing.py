@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from partlens.errors import InputError, WeightsError
+from partlens.errors import InputError, InputTypeError, WeightsError
 from partlens.network.preprocessing import Preprocessing
 
 
@@ -130,3 +130,46 @@ def test_interpolation_reaches_the_pixels() -> None:
     wanted = np.asarray(image.resize((5, 5), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     wanted = (wanted - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     assert np.allclose(sharp[0].permute(1, 2, 0), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"size_px": None},
+        {"size_px": (32.5, 32)},
+        {"size_px": "ab"},
+        {"mean": None},
+        {"mean": "abc"},
+        {"std": (1, "a", 1)},
+        {"std": (True, 1, 1)},
+        {"resize_px": "a"},
+        {"scale": None},
+    ],
+)
+def test_fields_of_another_kind_are_refused_by_name(fields: dict[str, object]) -> None:
+    with pytest.raises(InputTypeError, match=f"Expected {next(iter(fields))} as"):
+        Preprocessing(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"std": (1e-300,) * 3}, {"std": (1e-45, 1, 1)}, {"mean": (np.inf, 0, 0)}, {"scale": float("nan")}]
+)
+def test_an_input_that_would_be_infinite_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="a finite input"):
+        Preprocessing(**fields)
+
+
+def test_plain_values_give_the_same_preprocessing_again() -> None:
+    made = Preprocessing(size_px=(32, 48), resize_px=64, mean=(0.1, 0.2, 0.3), interpolation="bicubic")
+    assert Preprocessing.from_dict(made.to_dict()) == made
+    with pytest.raises(InputError, match="a field of Preprocessing, got sizepx. Nearest: size_px"):
+        Preprocessing.from_dict({"sizepx": (32, 32)})
+
+
+@pytest.mark.parametrize("size", [(20000, 4), (3, 9000)])
+def test_a_long_strip_takes_little_memory_and_looks_as_when_scaled_whole(size: tuple[int, int], monkeypatch) -> None:
+    strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    prepare = Preprocessing(size_px=(28, 28), resize_px=32)
+    whole = np.asarray(prepare.frame(strip), dtype=int)
+    monkeypatch.setattr("partlens.network.preprocessing._MOST_PIXELS", 28 * 28)
+    assert np.abs(np.asarray(prepare.frame(strip), dtype=int) - whole).max() <= 1

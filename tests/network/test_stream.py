@@ -185,3 +185,28 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path) -> None:
     assert read_rows(tmp_path)["0-0.maps"].nbytes > 180e6
     third = len(seen) // 3
     assert max(seen[-third:]) - max(seen[:third]) < 40e6  # the allocator breathes; the maps do not pile up
+
+
+class Standardised(nn.Module):
+    """Divides each image by its own deviation: one of a single colour gives nan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean((1, 2, 3), keepdim=True)
+        return self.conv(centred / x.std((1, 2, 3), keepdim=True)).mean((2, 3))
+
+
+def test_the_photo_whose_values_are_not_finite_is_named() -> None:
+    grey = Preprocessing(size_px=(16, 16), resize="squash", mean=(0.5,) * 3, std=(0.5,) * 3)
+    performer = load_performer(Standardised(), grey)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    pixels[3] = 128
+    images = ImageSet.from_generator(lambda row: pixels[row], [f"p{row}.png" for row in range(5)])
+    with pytest.raises(InputError, match=r"^Photo p3\.png: .*NaN or infinity first in conv"):
+        list(stream(performer, images, range(5), ["conv"]))
+    pixels[:] = 128  # then it is no fault of a photo
+    with pytest.raises(InputError, match="^Expected finite values"):
+        list(stream(performer, images, range(5), ["conv"]))

@@ -368,3 +368,15 @@ def test_googlenet_from_a_file_is_the_published_network(tmp_path, outputs: int, 
     own = load_performer(f"torchvision:googlenet@{tmp_path}/g.safetensors")
     assert not own.module.transform_input  # the header says what the input is
     assert not any("transform_input" in note for note in own.notes)
+
+
+@pytest.mark.parametrize("given", [lambda image: image, "imagenet", 224, [0.5]])
+def test_a_preprocessing_of_another_kind_is_refused_when_it_is_given(given: object) -> None:
+    for model in (nn.Conv2d(3, 2, 3), "partlens:flower-demo@random:0"):
+        with pytest.raises(InputTypeError, match=r"preprocessing as a partlens.Preprocessing"):
+            load_performer(model, preprocessing=given)
+
+
+def test_a_preprocessing_may_be_a_dictionary() -> None:
+    performer = load_performer(nn.Conv2d(3, 2, 3), preprocessing={"size_px": [9, 8], "resize": "squash"})
+    assert performer.preprocessing == Preprocessing(size_px=(9, 8), resize="squash")

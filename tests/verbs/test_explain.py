@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import partlens
 from partlens.attribution import explanation
 from partlens.attribution.record import ExplanationRecord
 from partlens.data.flowers import generated_flowers
 from partlens.data.images import ImageSet
-from partlens.errors import InputError
+from partlens.errors import InputError, InputTypeError
 from partlens.network.performer import Performer
 from partlens.progress import Progress
 from partlens.verbs import explained_parts
@@ -147,3 +150,25 @@ def test_signals_run_back_once_a_batch(
     calls.clear()
     explained(run, tiny, few_flowers.take([0]), preset="paper", config={"rule": "deconvnet"})
     assert calls == [("deconvnet", True, "route")]
+
+
+def test_pictures_and_arrays_of_python_are_explained_as_files_are(run: Path, tiny: Performer, tmp_path: Path) -> None:
+    flower = generated_flowers(1, seed=3, size=48, categories=(RED,)).read(0)
+    flower.save(tmp_path / "a.png")
+    pixels = np.asarray(flower)
+    of_file = explained(run, tiny, tmp_path / "a.png").answers
+    for number, given in enumerate((flower, pixels, pixels[None], [flower], [pixels], iter([tmp_path / "a.png"]))):
+        (folder,) = partlens.explain(run, given, model=tiny, out=run / f"found{number}")
+        assert ExplanationRecord.read(folder).answers == of_file
+    for wrong in (None, 3, [3], [flower, tmp_path / "a.png"]):
+        with pytest.raises(InputTypeError, match="^Expected .*, got "):
+            partlens.explain(run, wrong, model=tiny)
+
+
+def test_what_a_folder_holds_beside_images_is_said(run: Path, tiny: Performer, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    generated_flowers(1, size=48).read(0).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "b.heic").touch()
+    shown = io.StringIO()
+    partlens.explain(run, tmp_path / "photos", model=tiny, out=tmp_path, progress=Progress(Console(file=shown)))
+    assert "passed over 1 .heic (b.heic)" in shown.getvalue()

@@ -12,7 +12,7 @@ import numpy as np
 from partlens.data.annotations import PartTruth, UnusedPart
 from partlens.data.images import ImageSet, UnreadableImage
 from partlens.data.tables import IMAGE_TABLE, table_in
-from partlens.errors import listed
+from partlens.errors import listed, printable
 from partlens.records import Value
 
 FEW = 20
@@ -138,7 +138,7 @@ def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
         splits[split][category] = count
     landmarks, sized, unused = ({}, {}, ()) if truth is None else (_known(truth, images), _sized(truth), truth.unused)
     return DataCheck(
-        path=str(path),
+        path=printable(str(path)),
         kind="table" if table.is_file() else "folder",
         images=len(images),
         categories=images.category_counts(),

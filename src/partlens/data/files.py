@@ -254,7 +254,7 @@ def pictures(given: Any) -> list[Any]:
 def as_bytes(given: Any, where: str) -> ByteArray:
     """Check one array or image of Pillow and bring it to uint8 ``[row, col]`` or ``[row, col, 3]``."""
     image = np.asarray(_to_rgb(_upright(given)) if isinstance(given, Image.Image) else given)
-    if image.dtype.kind not in "biuf":
+    if image.dtype.kind not in "biuf" or not image.ndim:
         rule = f"an array of numbers for {where}"
         raise InputTypeError(expected(rule, type(given).__name__, "Give pixels; ImageSet.from_files reads files"))
     if image.shape[2:] == (1,):

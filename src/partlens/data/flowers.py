@@ -17,7 +17,7 @@ import numpy.typing as npt
 from partlens.data.annotations import BoolArray, PartTruth
 from partlens.data.files import ByteArray
 from partlens.data.images import ImageSet
-from partlens.errors import InputError, expected, listed, nearest
+from partlens.errors import InputError, InputTypeError, expected, listed, nearest
 
 PARTS = ("stem", "leaf", "petal", "centre")
 _COLOURS = {
@@ -160,8 +160,13 @@ def _paint(seed: int, category: str, size: int, layers: Sequence[_Layer]) -> Byt
 
 def _check(categories: Sequence[str], **numbers: tuple[int, int]) -> None:
     for name, (value, least) in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise InputTypeError(expected(f"{name} as a whole number", repr(value), f"Give a whole {name}"))
         if value < least:
             raise InputError(expected(f"{name} >= {least}", value, f"Give a larger {name}"))
+    if isinstance(categories, str) or not all(isinstance(category, str) for category in categories):
+        rule = "a list of flower categories"
+        raise InputTypeError(expected(rule, repr(categories), f"Choose among {', '.join(PETAL_CATEGORIES)}"))
     if not categories or len(set(categories)) < len(categories):
         raise InputError(expected("different categories, at least one", list(categories), "Name each once"))
     for category in set(categories) - set(PETAL_CATEGORIES):
@@ -182,8 +187,8 @@ def render_flower(seed: int, category: str | None = None, size: int = 128) -> Fl
     Raises:
         InputError: a negative seed, an unknown category, or a size below 32.
     """
-    category = category or PETAL_CATEGORIES[int(_dice(max(seed, 0), 3)(0, 6))]
-    _check((category,), seed=(seed, 0), size=(size, 32))
+    _check((PETAL_CATEGORIES[0] if category is None else category,), seed=(seed, 0), size=(size, 32))
+    category = category or PETAL_CATEGORIES[int(_dice(seed, 3)(0, 6))]
     layers, labels = _plant(_dice(seed, 1), size), np.zeros((size, size), dtype=np.uint8)
     for number, (window, cover, _) in enumerate(layers, start=1):
         labels[window][cover > 0.5] = number

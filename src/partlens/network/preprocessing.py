@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -17,10 +18,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from partlens.errors import InputError, WeightsError, expected
+from partlens.errors import InputError, InputTypeError, WeightsError, expected, nearest
 
 _CHOICES = {"resize": ("squash", "crop"), "channel_order": ("RGB", "BGR"), "interpolation": ("bilinear", "bicubic")}
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_MOST_PIXELS = 2**24  # that a photo is scaled to before the crop
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -65,6 +67,7 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if len(self.size_px) != 2 or min(self.size_px) < 1:
             raise InputError(expected("size_px as (rows, columns) of at least 1", self.size_px, "Correct the size"))
         for name, options in _CHOICES.items():
@@ -77,6 +80,27 @@ class Preprocessing:
             )
         if self.resize == "crop":
             self._check_crop()
+
+    def _check_kinds(self) -> None:
+        sides = {"size_px": int, "mean": Real, "std": Real}
+        for name, kind in sides.items():
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list)) or not all(_is(value, kind) for value in values):
+                rule = f"{name} as a tuple of {'whole ' * (kind is int)}numbers"
+                raise InputTypeError(expected(rule, values, f"Write {name}={getattr(type(self), name)}"))
+            object.__setattr__(self, name, tuple(values))
+        for name, value, kind in (("resize_px", self.resize_px or 1, int), ("scale", self.scale, Real)):
+            if not _is(value, kind):
+                raise InputTypeError(expected(f"{name} as a number", value, f"Correct {name}"))
+        with np.errstate(all="ignore"):
+            largest = np.float32(255 * self.scale) / np.array(self.std, dtype=np.float32)
+        # A deviation of 0 has its own text; one so small that the input overflows is meant as little.
+        if (
+            not np.isfinite([self.scale, *self.mean, *self.std]).all()
+            or np.isinf(largest[np.array(self.std) > 0]).any()
+        ):
+            got = f"scale {self.scale}, mean {self.mean}, std {self.std}"
+            raise InputError(expected("a finite input", got, "Correct the mean and the standard deviation"))
 
     def _check_crop(self) -> None:
         longer = max(self.size_px)
@@ -136,9 +160,15 @@ class Preprocessing:
     def frame(self, image: Image.Image) -> Image.Image:
         """Return what the network sees of an image, as an RGB image of the input's size."""
         rows, cols = self.size_px
-        scaled = image.convert("RGB").resize(self._scaled_size(*image.size), _FILTERS[self.interpolation])
+        wide, high = self._scaled_size(*image.size)
         x0, y0, _, _ = self.box_in_input(*image.size)
         left, top = int(-x0), int(-y0)
+        if wide * high > _MOST_PIXELS:
+            # A long strip would be scaled to gigabytes, of which a crop is kept: scale that part alone.
+            across, down = image.width / wide, image.height / high
+            box = (left * across, top * down, (left + cols) * across, (top + rows) * down)
+            return image.convert("RGB").resize((cols, rows), _FILTERS[self.interpolation], box)
+        scaled = image.convert("RGB").resize((wide, high), _FILTERS[self.interpolation])
         return scaled.crop((left, top, left + cols, top + rows))
 
     def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "image 3 row col"]:
@@ -167,6 +197,23 @@ class Preprocessing:
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Build the preprocessing from plain values: the inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: an unknown name.
+
+        Example:
+            >>> Preprocessing.from_dict({"size_px": [64, 64], "resize": "squash"}).size_px
+            (64, 64)
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InputError(expected("a field of Preprocessing", name, f"Nearest: {nearest(name, known, 1)[0]}"))
+        return cls(**values)
 
     def to_metadata(self) -> dict[str, str]:
         """Return the entries of a safetensors header that `from_metadata` reads back.
@@ -224,6 +271,10 @@ class Preprocessing:
             resize="squash" if crop is None else "crop",
             resize_px=crop and int(crop[1]),
         )
+
+
+def _is(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _size(text: str) -> tuple[int, int]:

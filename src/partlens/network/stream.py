@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, LayerError, expected, failed
+from partlens.errors import ImageError, InputError, LayerError, expected, failed, listed
 from partlens.network.performer import Performer
 from partlens.network.taps import Reduce, forward_taps
 from partlens.rows import row_store
@@ -72,6 +73,35 @@ def batches(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def naming_photos(performer: Performer, keys: Sequence[str], inputs: Callable[[], Tensor]) -> Iterator[None]:
+    """Say of a batch whose values are not finite which photos these are of; all of several are no fault of photos.
+
+    Args:
+        performer: the network.
+        keys: the photos of the batch.
+        inputs: gives the batch again; called after an error alone.
+    """
+    try:
+        yield
+    except LayerError:
+        raise
+    except InputError as error:
+        batch = inputs()
+        bad = [key for row, key in enumerate(keys) if not _is_taken(performer, batch[row : row + 1])]
+        if not bad or len(bad) == len(keys) > 1:
+            raise
+        raise InputError(f"Photo {listed(bad)}: {error}") from error
+
+
+def _is_taken(performer: Performer, image: Tensor) -> bool:
+    try:
+        forward_taps(performer, image, [])
+    except InputError:
+        return False
+    return True
+
+
 def stream(
     performer: Performer,
     images: ImageSet,
@@ -91,7 +121,7 @@ def stream(
     Raises:
         ImageError: an image that cannot be read, with its name.
         LayerError: an unknown layer.
-        InputError: values that are not finite.
+        InputError: values that are not finite, with the names of the photos where it is not all of them.
 
     Example:
         >>> from partlens.data.images import ImageSet
@@ -103,7 +133,8 @@ def stream(
         [((4, 0, 2), (3, 2, 6, 6))]
     """
     for part, inputs in batches(performer, images, rows, batch_size):
-        outputs, maps = forward_taps(performer, inputs, taps, reduce)
+        with naming_photos(performer, [images.keys[row] for row in part], lambda batch=inputs: batch):  # type: ignore[misc]
+            outputs, maps = forward_taps(performer, inputs, taps, reduce)
         yield Batch(part, inputs, outputs, maps)
 
 

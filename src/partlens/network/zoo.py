@@ -30,7 +30,16 @@ from typing import Any, cast
 
 from torch import nn
 
-from partlens.errors import InputError, InputTypeError, PartlensError, WeightsError, expected, first_line, nearest
+from partlens.errors import (
+    InputError,
+    InputTypeError,
+    PartlensError,
+    WeightsError,
+    expected,
+    first_line,
+    nearest,
+    printable,
+)
 from partlens.network.borrowed import unwrapped
 from partlens.network.flower_network import FLOWER_DEMO, flower_network, flower_preprocessing
 from partlens.network.performer import Performer, weights_sha256
@@ -325,15 +334,15 @@ def _with_weights(module: nn.Module, weights: str | None, preprocessing: Preproc
 
 def load_performer(
     model: str | nn.Module | Performer,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
 ) -> Performer:
     """Load the network to be explained.
 
     Args:
         model: its name (see the top of this module), the network itself, or a performer.
-        preprocessing: how images become its input; when ``None``, what the weights say, else ImageNet's
-            usual.
+        preprocessing: how images become its input, also as the dictionary of :meth:`Preprocessing.to_dict`; when
+            ``None``, what the weights say, else ImageNet's usual.
         weights: what would otherwise follow ``@``: a file, the name of a set of weights, or ``random:SEED``.
             With a module as ``model``, a file to load into a copy of it.
 
@@ -342,7 +351,8 @@ def load_performer(
 
     Raises:
         InputError: an unknown name, with the nearest ones.
-        InputTypeError: something that is not a readable module (TorchScript, ``torch.compile``).
+        InputTypeError: something that is not a readable module (TorchScript, ``torch.compile``), or a preprocessing of
+            another kind.
         WeightsError: weights that are absent, not finite, do not fit or are not safe to open.
 
     Example:
@@ -350,11 +360,11 @@ def load_performer(
         >>> performer.preprocessing.size_px, performer.tap
         ((112, 112), 'relu5')
     """
-    wanted = None if weights is None else str(weights)
+    wanted, prepared = None if weights is None else str(weights), _prepared(preprocessing)
     if isinstance(model, Performer):
-        return model if preprocessing is None else dataclasses.replace(model, preprocessing=preprocessing)
+        return model if prepared is None else dataclasses.replace(model, preprocessing=prepared)
     if not isinstance(model, str):
-        return _finished(_with_weights(model, wanted, _USUAL), type(unwrapped(model)).__name__, preprocessing)
+        return _finished(_with_weights(model, wanted, _USUAL), type(unwrapped(model)).__name__, prepared)
     body, _, tail = model.partition("@")
     source, _, name = body.partition(":")
     wanted = wanted or tail or None
@@ -367,7 +377,18 @@ def load_performer(
     performer.module.eval()
     label, again = _labels(body, wanted)
     named = performer.name or label if wanted is None else label
-    return dataclasses.replace(_finished(performer, named, preprocessing), loaded_as=(again, performer.preprocessing))
+    return dataclasses.replace(_finished(performer, named, prepared), loaded_as=(again, performer.preprocessing))
+
+
+def _prepared(given: object) -> Preprocessing | None:
+    """Check a preprocessing that was given, and read one that is a dictionary."""
+    if given is None or isinstance(given, Preprocessing):
+        return given
+    if isinstance(given, Mapping):
+        return Preprocessing.from_dict(given)
+    rule = "preprocessing as a partlens.Preprocessing, which also says where pixels go"
+    remedy = "Write its sizes, mean and std: partlens.Preprocessing(size_px=(224, 224), resize_px=256)"
+    raise InputTypeError(expected(rule, type(given).__name__, remedy))
 
 
 def _labels(body: str, weights: str | None) -> tuple[str, str]:
@@ -376,7 +397,7 @@ def _labels(body: str, weights: str | None) -> tuple[str, str]:
         return body, body
     path = Path(weights)
     shown, again = (path.name, path.resolve()) if is_file(weights) else (weights, weights)
-    return f"{body}@{shown}", f"{body}@{again}"
+    return printable(f"{body}@{shown}"), printable(f"{body}@{again}")
 
 
 def _finished(performer: Performer, name: str, preprocessing: Preprocessing | None) -> Performer:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image
 
 from partlens.attribution.record import (
     Answer,
@@ -19,7 +22,7 @@ from partlens.attribution.record import (
     Preset,
 )
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, RunError, expected, listed, nearest
+from partlens.errors import ImageError, InputError, InputTypeError, RunError, expected, listed, nearest
 from partlens.explainer.record import WEIGHTS as EXPLAINER_WEIGHTS
 from partlens.explainer.record import ExplainerRun
 from partlens.object_parts.record import PartsFile
@@ -31,7 +34,7 @@ from partlens.selection.record import SelectionRecord
 from partlens.verbs.select_features import OpenedSelection, load_selection, output_name
 
 if TYPE_CHECKING:
-    from PIL import Image
+    import numpy as np
     from torch import Tensor, nn
 
     from partlens.attribution.explanation import Explanations
@@ -46,7 +49,7 @@ _ANSWERS = 5
 
 def explain(
     run: str | Path,
-    images: str | Path | Sequence[str | Path] | ImageSet,
+    images: str | Path | Image.Image | np.ndarray | Sequence[str | Path | Image.Image | np.ndarray] | ImageSet,
     *,
     model: str | nn.Module | Performer | None = None,
     classes: Sequence[str] | None = None,
@@ -64,7 +67,8 @@ def explain(
 
     Args:
         run: a run directory with a selection, an explainer or both.
-        images: files, folders of files, or an :class:`~partlens.data.images.ImageSet`.
+        images: files, folders of files, or an :class:`~partlens.data.images.ImageSet`; in Python also images of Pillow
+            or arrays.
         model: the performer; optional where the run can load it by its name.
         classes: names of the classes to explain; by default the most likely ones (of parts: the predicted one, where
             the explainer knows its parts).
@@ -83,6 +87,8 @@ def explain(
         InputError: an unknown class.
         RunError: neither a finished selection nor an explainer, another performer, or a wrong ``parts.json``.
     """
+    from partlens.network.stream import naming_photos
+
     show = progress or Progress.silent()
     if count < 1:
         raise InputError(expected("at least 1 class to explain", count, "Set --count to 1 or more"))
@@ -94,7 +100,10 @@ def explain(
         for first in range(0, len(found), _BATCH):
             part = range(first, min(first + _BATCH, len(found)))
             pictures = [found.read(i) for i in part]
-            batch = stage.explained(pictures)
+            keys = [found.keys[i] for i in part]
+            again = functools.partial(stage.performer.preprocessing, pictures)
+            with naming_photos(stage.performer, keys, again):
+                batch = stage.explained(pictures)
             for position, row in enumerate(part):
                 record = stage.write(folders[row], found.keys[row], pictures[position], batch, position)
                 write_explanation_page(folders[row])
@@ -338,20 +347,29 @@ def _part_classes(
     return [str(output) for output in shared], notes
 
 
-def _image_files(images: str | Path | Sequence[str | Path] | ImageSet, show: Progress) -> ImageSet:
+def _image_files(images: Any, show: Progress) -> ImageSet:
     """Return the images to explain; of folders the files that can be read, the others are told."""
     if isinstance(images, ImageSet):
         return images
-    given = [images] if isinstance(images, (str, Path)) else list(images)
+    one = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4
+    if not one and not isinstance(images, Iterable):
+        raise InputTypeError(expected("images to explain", type(images).__name__, "Give files, a folder or arrays"))
+    given = [images] if one else list(images)
+    named = [isinstance(each, (str, os.PathLike)) for each in given]
+    if given and not any(named):
+        return ImageSet.from_arrays(given)
+    if not all(named):
+        kinds = listed(sorted({type(each).__name__ for each in given}))
+        raise InputTypeError(expected("files alone or pictures alone to explain", kinds, "Explain them in two calls"))
     files: list[Path] = []
     for path in map(Path, given):
         if not path.is_dir():
             files.append(path)  # one that was named has to be there
             continue
         readable, dropped = ImageSet.from_folder(path).readable()
-        files += [path / key for key in readable.keys]
-        for one in dropped:
-            show.say(f"skipped {path / one.key}: {one.reason}")
+        files += readable.files
+        for text in (*(f"skipped {path / each.key}: {each.reason}" for each in dropped), *readable.notes):
+            show.say(text)
     if not files:
         raise ImageError(expected("at least 1 image to explain", 0, "Name image files or a folder"))
     return ImageSet.from_files(files)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partlens.data.images import ImageSet
-from partlens.errors import InputError, RunError, expected, listed
+from partlens.errors import InputError, RunError, expected, listed, printable
 from partlens.progress import Progress
 from partlens.run import DataInfo, PerformerInfo, Run, RunRecord, Unreadable
 
@@ -38,6 +38,8 @@ def data_info(
 ) -> DataInfo:
     """Return what records say of photos."""
     path = None if images.path is None else str(images.path)
+    if path is not None and path != printable(path):
+        path = None  # bytes that no record can hold; the photos are then given again
     return DataInfo(
         name=images.name,
         path=path,
@@ -63,7 +65,7 @@ def open_photos(
     """
     where = run.data.path if data is None and run is not None else data
     if where is None:
-        rule = "photos for this run, which was not made from a folder or table"
+        rule = "photos for this run, which was made from none that a path in UTF-8 names"
         raise RunError(expected(rule, "none", "Give them again (data=)"))
     images = where if isinstance(where, ImageSet) else ImageSet.open(Path(where))
     readable, dropped = images.readable()
