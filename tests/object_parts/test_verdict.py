@@ -11,6 +11,7 @@ from partlens.object_parts.verdict import compared, fixed_window, judged, senten
 
 PHOTOS = 30
 RISING = torch.tensor(AREAS)
+APART = torch.tensor([[[0.2, 0.5], [0.8, 0.5]]]).expand(PHOTOS, 2, 2)
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -38,18 +39,27 @@ def grid(level: float, best: float = 0.0, where: int | None = None, photos: int 
 
 
 def test_windows_at_the_parts_that_keep_more_than_all_others_are_parts() -> None:
-    verdict = judged(measured(0.5), grid(0.2, 0.3), draws())
+    verdict = judged(measured(0.5), grid(0.2, 0.3), APART, draws())
     assert verdict.kind == "parts"
     assert verdict.advantage.low > 0
     assert verdict.advantage.n == PHOTOS
 
 
+def test_parts_that_all_stand_in_one_place_may_be_the_whole_object_where_that_is_not_known() -> None:
+    together = 0.5 + 0.05 * torch.rand(PHOTOS, 3, 2, generator=draws())
+    verdict = judged(measured(0.5), grid(0.2, 0.3), together, draws())
+    assert (verdict.kind, verdict.reason) == ("texture", "one_place")
+    known = measured(0.5)
+    known.score.update(object=noisy(0.2, 20), off_object=noisy(0.1, 21))
+    assert judged(known, grid(0.2, 0.3), together, draws()).kind == "parts"
+
+
 def test_windows_anywhere_that_keep_as_much_are_texture() -> None:
-    assert judged(measured(0.2), grid(0.2, 0.3), draws()).kind == "texture"
+    assert judged(measured(0.2), grid(0.2, 0.3), APART, draws()).kind == "texture"
 
 
 def test_a_place_that_is_the_same_in_all_photos_is_something_beside_the_object() -> None:
-    verdict = judged(measured(0.2), grid(0.1, 0.6, where=12), draws())
+    verdict = judged(measured(0.2), grid(0.1, 0.6, where=12), APART, draws())
     assert (verdict.kind, verdict.reason) == ("elsewhere", "fixed")
     assert verdict.fixed == (0.875, 0.125)
     words = sentence("fox", verdict, measured(0.2), 1)
@@ -60,25 +70,25 @@ def test_a_place_that_is_the_same_in_all_photos_is_something_beside_the_object()
 def test_windows_beside_the_object_that_keep_more_than_those_on_it_are_elsewhere() -> None:
     kept = measured(0.2)
     kept.score.update(object=noisy(0.2, 20), off_object=noisy(0.6, 21))
-    verdict = judged(kept, grid(0.2, 0.1), draws())
+    verdict = judged(kept, grid(0.2, 0.1), APART, draws())
     assert (verdict.kind, verdict.reason) == ("elsewhere", "off_object")
 
 
 def test_parts_that_keep_no_more_than_any_window_on_the_object_are_texture() -> None:
     kept = measured(0.5)
     kept.score.update(object=noisy(0.5, 20), off_object=noisy(0.1, 21))
-    verdict = judged(kept, grid(0.2, 0.6), draws())
+    verdict = judged(kept, grid(0.2, 0.6), APART, draws())
     assert (verdict.kind, verdict.best_null) == ("texture", "object")
 
 
 def test_too_few_photos_are_undecided() -> None:
-    verdict = judged(measured(0.5, photos=7), grid(0.2, 0.3, photos=7), draws())
+    verdict = judged(measured(0.5, photos=7), grid(0.2, 0.3, photos=7), APART, draws())
     assert (verdict.kind, verdict.reason) == ("undecided", "few")
     assert "8 are needed" in sentence("fox", verdict, measured(0.5, photos=7), 1)
 
 
 def test_photos_that_could_not_tell_even_the_best_window_from_chance_are_undecided() -> None:
-    verdict = judged(measured(0.2, photos=9, spread=2.0), grid(0.0, 0.01, photos=9), draws())
+    verdict = judged(measured(0.2, photos=9, spread=2.0), grid(0.0, 0.01, photos=9), APART, draws())
     assert (verdict.kind, verdict.reason) == ("undecided", "unsure")
 
 
@@ -98,4 +108,4 @@ def test_photos_without_a_figure_are_left_out() -> None:
     kept = measured(0.5)
     for values in kept.score.values():
         values[:3] = torch.nan
-    assert judged(kept, grid(0.2, 0.3), draws()).photos == PHOTOS - 3
+    assert judged(kept, grid(0.2, 0.3), APART, draws()).photos == PHOTOS - 3

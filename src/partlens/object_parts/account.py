@@ -124,7 +124,7 @@ def account_of(
             part_cells(places[shared], measured.grid, SAID_AREA),
             generator=generator,
         ),
-        verdict=judged(by_kind, grid, generator),
+        verdict=judged(by_kind, grid, places, generator),
     )
 
 

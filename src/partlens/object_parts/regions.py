@@ -223,7 +223,8 @@ def kept_by_kind(
         masks["rest"] = [windows_elsewhere(own, each, area) for each in strewn]
         if objects is not None:
             background = objects < _ON_OBJECT
-            masks["object"] = [windows_elsewhere(background, each, area) for each in strewn]
+            inside = [_places_on(objects, count, generator) for _ in range(draws)]
+            masks["object"] = [windows_elsewhere(background, each, area) for each in inside]
             masks["off_object"] = [windows_elsewhere(objects > 0, each, area) for each in strewn]
         found = kept(taps, whole, torch.stack(list(itertools.chain.from_iterable(masks.values())), 1))
         first = 0
@@ -239,6 +240,16 @@ def kept_by_kind(
         {kind: torch.stack(values, 1) for kind, values in score.items()},
         {kind: torch.stack(values, 1) for kind, values in decision.items()},
     )
+
+
+def _places_on(
+    objects: Float[Tensor, "photo row col"], count: int, generator: torch.Generator
+) -> Float[Tensor, "photo place 2"]:
+    """Draw places on the object: middles of cells, each as likely as it is covered."""
+    chance = objects.nan_to_num(1.0).flatten(1) + _LITTLE
+    cells = torch.multinomial(chance, count, replacement=True, generator=generator)
+    rows, cols = objects.shape[1:]
+    return torch.stack([(cells // cols + 0.5) / rows, (cells % cols + 0.5) / cols], -1)
 
 
 def _unknown(annotated: Tensor | None, objects: Tensor | None) -> dict[str, Bool[Tensor, " photo"]]:

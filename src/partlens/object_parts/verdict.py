@@ -10,7 +10,8 @@ at random, and an advantage counts where it is above the 95 % quantile of what c
   the parts, than random windows and than one in the centre: what stands still while objects move is no part of them;
   or, where masks or boxes say where the object is, where windows beside it keep more than windows on it;
 - *parts* where the windows at the parts keep more than each kind for comparison: the same windows laid on other
-  photos, random ones, one in the centre, and, where the object is known, windows anywhere on it;
+  photos, random ones, one in the centre, and windows anywhere on the object. Where the object is not known, there must
+  be parts in two places at least: what stands in one place alone may as well be the whole object;
 - *texture*, or the whole, where they do not, although the photos are enough to tell the best single window of each
   photo from the windows for comparison;
 - *undecided* where they are not enough.
@@ -31,6 +32,7 @@ from partlens.estimate import Estimate, bootstrap
 from partlens.object_parts.regions import AREAS, NULLS, KeptByKind, grid_places
 
 Kind = Literal["parts", "texture", "elsewhere", "undecided"]
+Reason = Literal["", "few", "unsure", "fixed", "off_object", "one_place"]
 
 LEAST_PHOTOS = 8
 _EXCHANGES = 1000
@@ -66,7 +68,7 @@ class Verdict:
         fixed: place (row, col) of the window that keeps most at one place of all photos, as shares of the sides.
         fixed_kept: what it keeps at the smallest area, the median.
         photos: that could be measured.
-        reason: why it is undecided or elsewhere; else empty.
+        reason: what makes it undecided, elsewhere, or texture in spite of an advantage; else empty.
     """
 
     kind: Kind
@@ -76,7 +78,7 @@ class Verdict:
     fixed: tuple[float, float]
     fixed_kept: float
     photos: int
-    reason: Literal["", "few", "unsure", "fixed", "off_object"]
+    reason: Reason
 
 
 def curve(score: Curve) -> Float[Tensor, " area"]:
@@ -135,11 +137,23 @@ def fixed_window(grid: Float[Tensor, "photo area window"]) -> tuple[Curve, int]:
     return chosen, int(grid.nanmedian(0).values.mean(0).argmax())
 
 
-def judged(kept: KeptByKind, grid: Float[Tensor, "gridded area window"], generator: torch.Generator) -> Verdict:
+def in_several_places(places: Float[Tensor, "photo part 2"]) -> bool:
+    """Tell whether two parts are, on average, as far apart as the smallest window reaches."""
+    apart = (places[:, :, None] - places[:, None]).norm(dim=-1).mean(0)
+    return float(apart.max()) >= math.sqrt(AREAS[0] / math.pi)
+
+
+def judged(
+    kept: KeptByKind,
+    grid: Float[Tensor, "gridded area window"],
+    places: Float[Tensor, "photo part 2"],
+    generator: torch.Generator,
+) -> Verdict:
     """Return the verdict.
 
     Args:
         kept: what windows of each kind keep.
+        places: of the parts in the measured photos.
         grid: what single windows over the whole image keep on the first of the photos.
         generator: source of the exchanges.
     """
@@ -150,6 +164,8 @@ def judged(kept: KeptByKind, grid: Float[Tensor, "gridded area window"], generat
     fixed, place = fixed_window(grid)
     photos = int((~parts.isnan().any(1)).sum())
     kind, reason = _kind(kept, grid, fixed, against, best, photos, generator)
+    if kind == "parts" and "object" not in kept.score and not in_several_places(places):
+        kind, reason = "texture", "one_place"
     row, col = grid_places(round(grid.shape[2] ** 0.5))[place].tolist()
     return Verdict(kind, advantage, best, against, (row, col), float(fixed[:, 0].nanmedian()), photos, reason)
 
@@ -162,7 +178,7 @@ def _kind(
     best: str,
     photos: int,
     generator: torch.Generator,
-) -> tuple[Kind, Literal["", "few", "unsure", "fixed", "off_object"]]:
+) -> tuple[Kind, Reason]:
     """Apply the rule of the module's text."""
     if photos < LEAST_PHOTOS:
         return "undecided", "few"
@@ -197,6 +213,11 @@ def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: int) -> str
     n = f"n = {verdict.photos}"
     if verdict.kind == "parts":
         return f"The network knows {what} by parts: {numbers}; {other} ({n})."
+    if verdict.reason == "one_place":
+        return (
+            f"The network knows {what} by texture or the whole: what carries it stands in one place, "
+            f"where {numbers}; {other} ({n})."
+        )
     if verdict.kind == "texture":
         return f"The network knows {what} by texture or the whole: {numbers}, but {other} ({n})."
     if verdict.kind == "elsewhere":

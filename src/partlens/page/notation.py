@@ -66,6 +66,7 @@ def rate(share: float) -> str:
     if 0 < value < 0.01:
         return f"<{GAP}0.01{GAP}%"
     text = f"{value:.1g}" if 0 < value < 0.05 else f"{value:.1f}".removesuffix(".0")
+    text = "0" if text == "-0" else text
     return f"{text.replace('-', '−')}{GAP}%"
 
 

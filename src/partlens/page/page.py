@@ -1,12 +1,12 @@
 """The page of a run: its records are read once, then drawn as one self-contained HTML file.
 
-A run holds an explainer (``run.json``), a selection (``selection.json``) or both, and perhaps ``parts.json`` and
-``explanations/``.
+A run holds an inspection (``inspect.json``), an explainer (``run.json``), a selection (``selection.json``) or several
+of them, and perhaps ``parts.json`` and ``explanations/``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from partlens.attribution.record import ExplanationRecord
 from partlens.errors import InputError, RunError, expected
 from partlens.evaluation.results import AGAIN as EVALUATE_AGAIN
+from partlens.object_parts.inspection import InspectRecord
 from partlens.page import figures, notation
 from partlens.page.environment import environment
 from partlens.page.explainer import (
@@ -32,6 +33,15 @@ from partlens.page.explanation_page import (
     explanation_view,
     image_anchor,
 )
+from partlens.page.inspection_page import (
+    InspectionData,
+    collect_inspection,
+    inspection_chapter,
+    inspection_origin,
+    inspection_remarks,
+    inspection_title,
+    pending_inspection,
+)
 from partlens.page.parts_page import PartsData, collect_parts, parts_chapter, parts_view
 from partlens.page.reading import Pictures
 from partlens.page.selection_page import (
@@ -46,12 +56,15 @@ from partlens.page.selection_page import (
 )
 from partlens.page.views import Chapter
 from partlens.records import write_text
+from partlens.run import EXPLAINER, INSPECTION, SELECTION
 from partlens.selection.record import SelectionRecord
 
 # Room for pictures on one page, in characters; with its texts the page stays below about 15 MB.
 PICTURES_BYTES = 13_500_000
 # The explained images take at most this part of the room.
 EXPLANATIONS_SHARE = 0.4
+# The parts of an inspection at most this part of it.
+INSPECTION_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class PageData:
         explanations: the chapter of explained images; may be empty.
         pending: command line of a selection that was begun and has no result yet; else empty.
         named_parts: the chapter of the explainer's parts, or ``None``.
+        inspection: the chapter of what each category is known by, or ``None``.
     """
 
     explainer: ExplainerData | None = None
@@ -71,11 +85,13 @@ class PageData:
     explanations: Explanations = field(default_factory=Explanations)
     pending: str = ""
     named_parts: PartsData | None = None
+    inspection: InspectionData | None = None
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """Hashes of the performer's weights, of the selection first, as far as they are there."""
-        found = [self.selection.weights_sha256] if self.selection else []
+        """Hashes of the performer's weights in each chapter, as far as they are there."""
+        found = [self.inspection.record.performer.weights_sha256] if self.inspection else []
+        found += [self.selection.weights_sha256] if self.selection else []
         return (*found, *([self.explainer.run.performer.weights_sha256] if self.explainer else []))
 
 
@@ -87,25 +103,30 @@ def collect_page(run: Path) -> PageData:
     """Read a run directory into what its page says.
 
     Args:
-        run: the folder of a fitted explainer, of a selection, or of both.
+        run: the folder of an inspection, a fitted explainer, a selection, or several of them.
 
     Returns:
         The page's content; what the run does not hold is ``None`` or empty.
 
     Raises:
-        RunError: ``run`` is no folder, holds neither ``run.json`` nor ``selection.json``, or a file of it is damaged.
+        RunError: ``run`` is no folder, holds none of the three records, or a file of it is damaged.
     """
     run = Path(run)
-    remedy = "Give the folder that partlens fit-explainer or partlens select-features wrote"
+    remedy = "Give the folder that partlens inspect, fit-explainer or select-features wrote"
     if not run.is_dir():
         raise RunError(expected("the folder of a run", run.as_posix(), remedy))
-    if not any((run / name).exists() for name in ("run.json", "selection.json")):
-        raise RunError(expected(f"a file run.json or selection.json in {run}", "none there", remedy))
-    of_filters = Pictures(run, EVALUATE_AGAIN, PICTURES_BYTES)
+    if not any((run / name).exists() for name in (INSPECTION, EXPLAINER, SELECTION)):
+        rule = f"a file {INSPECTION}, {EXPLAINER} or {SELECTION} in {run}"
+        raise RunError(expected(rule, "none there", remedy))
+    of_categories = Pictures(run, InspectRecord.AGAIN, int(INSPECTION_SHARE * PICTURES_BYTES))
+    inspection = collect_inspection(run, of_categories)
+    of_filters = Pictures(run, EVALUATE_AGAIN, PICTURES_BYTES - of_categories.spent_bytes)
     explainer, pending = collect_explainer(run, of_filters), pending_command(run)
-    if pending and explainer is None:
+    if inspection is None and (begun := pending_inspection(run)):
+        raise RunError(expected(f"a finished inspection in {run}", "one that was only begun", f"Go on with: {begun}"))
+    if pending and explainer is None and inspection is None:
         raise RunError(expected(f"a finished selection in {run}", "one that was only begun", f"Go on with: {pending}"))
-    room = max(PICTURES_BYTES - of_filters.spent_bytes, 0)
+    room = max(of_filters.limit_bytes - of_filters.spent_bytes, 0)
     of_parts = Pictures(run, "Run partlens parts again", room)
     named_parts = collect_parts(run, of_parts) if explainer else None
     room = max(room - of_parts.spent_bytes, 0)
@@ -113,14 +134,16 @@ def collect_page(run: Path) -> PageData:
     explanations = collect_explanations(run, of_images, int(EXPLANATIONS_SHARE * room))
     of_classes = Pictures(run, SelectionRecord.AGAIN, max(room - of_images.spent_bytes, 0))
     selection = collect_selection(run, of_classes, _explained_names(explanations))
-    return PageData(explainer, selection, explanations, pending, named_parts)
+    return PageData(explainer, selection, explanations, pending, named_parts, inspection)
 
 
 def _chapters(data: PageData) -> tuple[Chapter, ...]:
-    """Return the chapters from wide to narrow: the whole network, one prediction, one layer, its parts."""
-    chapters = [selection_chapter(data.selection)] if data.selection else []
-    if data.selection or data.explanations.shown:
-        chapters.append(explanation_chapter(data.explanations))
+    """Return the chapters: verdicts, single predictions, filters; then one layer and its parts."""
+    chapters = [inspection_chapter(data.inspection)] if data.inspection else []
+    selection = [selection_chapter(data.selection)] if data.selection else []
+    single = [explanation_chapter(data.explanations)] if data.selection or data.explanations.shown else []
+    # Where there are verdicts, the predictions follow them; without, the filters they rest on come first.
+    chapters += [*single, *selection] if data.inspection else [*selection, *single]
     if data.explainer:
         chapters.append(explainer_chapter(data.explainer))
     if data.named_parts:
@@ -130,6 +153,8 @@ def _chapters(data: PageData) -> tuple[Chapter, ...]:
 
 
 def _title(data: PageData) -> str:
+    if data.inspection:
+        return inspection_title(data.inspection)
     if data.selection and data.explainer:
         return f"Inside {notation.short_name(data.selection.performer)}"
     if data.selection:
@@ -138,8 +163,10 @@ def _title(data: PageData) -> str:
 
 
 def _made_by(data: PageData) -> str:
-    versions = data.selection.versions if data.selection else data.explainer.run.versions if data.explainer else {}
-    return versions.get("partlens", "")
+    made: list[Mapping[str, str]] = [data.inspection.record.versions] if data.inspection else []
+    made += [data.selection.versions] if data.selection else []
+    made += [data.explainer.run.versions] if data.explainer else []
+    return made[0].get("partlens", "") if made else ""
 
 
 def _banners(data: PageData) -> tuple[tuple[str, str], ...]:
@@ -168,7 +195,7 @@ def render_page(data: PageData) -> str:
         .get_template("page.html.j2")
         .render(
             title=_title(data),
-            brand="report" if data.selection else "explainer report",
+            brand="report" if data.selection or data.inspection else "explainer report",
             chapters=chapters,
             mains=[chapter for chapter in chapters if chapter.kind != "explanation"],
             banners=_banners(data),
@@ -194,6 +221,7 @@ def _views(data: PageData) -> dict[str, Any]:
     ]
     return {
         "images": images,
+        "inspection": data.inspection,
         "selection": selection_view(data.selection, explained) if data.selection else None,
         "explainer": explainer_view(data.explainer) if data.explainer else None,
         "parts": parts_view(data.named_parts, in_photos) if data.named_parts else None,
@@ -202,7 +230,8 @@ def _views(data: PageData) -> dict[str, Any]:
 
 def _notes(data: PageData) -> dict[str, Any]:
     """Return how the results are made again, and the notes at the end."""
-    ends = [(selection_origin(data.selection), selection_remarks(data.selection))] if data.selection else []
+    ends = [(inspection_origin(data.inspection), inspection_remarks(data.inspection))] if data.inspection else []
+    ends += [(selection_origin(data.selection), selection_remarks(data.selection))] if data.selection else []
     ends += [(explainer_origin(data.explainer), explainer_remarks(data.explainer))] if data.explainer else []
     return {"origins": [origin for origin, _ in ends], "remarks": [remarks for _, remarks in ends]}
 
@@ -211,7 +240,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the page of a run.
 
     Args:
-        run: the folder of a fitted explainer, of a selection, or of both.
+        run: the folder of an inspection, a fitted explainer, a selection, or several of them.
         out: the HTML file; by default ``report.html`` in the run.
 
     Returns:

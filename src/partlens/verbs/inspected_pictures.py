@@ -14,7 +14,7 @@ from partlens.evaluation.frames import save_photo
 from partlens.object_parts.regions import part_cells
 
 # Told apart in print and by people who do not tell red from green (Okabe & Ito 2008).
-COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999")
+COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#4a8fd0", "#d55e00", "#cc79a7", "#b8b8b8")
 _GALLERY_PX = 72
 _CROP_FRAC = 0.38
 _PHOTO_PX = 288

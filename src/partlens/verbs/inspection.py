@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.errors import ImageError, expected, listed
 from partlens.object_parts.inspection import CategoryFile, InspectConfig, InspectedCategory, InspectRecord
+from partlens.page.page import write_report
 from partlens.progress import Advance, Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import Run, command, now, versions
@@ -106,7 +107,8 @@ def inspect(
             tensors_sha256=file_sha256(run.folder / TENSORS),
             notes=chosen.notes,
         )
-        show.say(f"wrote {run.folder / finished.FILE} in {finished.seconds:.0f} s")
+        page = write_report(run.folder)
+        show.say(f"wrote {run.folder / finished.FILE} in {finished.seconds:.0f} s; look at {page}")
         return finished
 
 
