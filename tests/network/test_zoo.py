@@ -380,3 +380,13 @@ def test_a_preprocessing_of_another_kind_is_refused_when_it_is_given(given: obje
 def test_a_preprocessing_may_be_a_dictionary() -> None:
     performer = load_performer(nn.Conv2d(3, 2, 3), preprocessing={"size_px": [9, 8], "resize": "squash"})
     assert performer.preprocessing == Preprocessing(size_px=(9, 8), resize="squash")
+
+
+@pytest.mark.parametrize(("name", "shorter", "noted"), [("resnet50-0676ba61.pth", 256, 0), ("mine.pth", 232, 1)])
+def test_a_published_file_has_the_preprocessing_that_it_was_published_with(
+    tmp_path, name: str, shorter: int, noted: int
+) -> None:
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / name)
+    performer = load_performer(f"torchvision:resnet50@{tmp_path / name}")
+    assert performer.preprocessing.resize_px == shorter
+    assert sum("preprocessing assumed to be that of IMAGENET1K_V2" in note for note in performer.notes) == noted

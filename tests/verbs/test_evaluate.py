@@ -299,3 +299,18 @@ def test_rounds_widen_no_value_and_narrow_the_doubt_of_intervals(
         assert few.explainer.of(name).interval != more.explainer.of(name).interval
     assert few.p_optimum.value == more.p_optimum.value
     assert few.reconstruction.error_increase_points.interval != more.reconstruction.error_increase_points.interval
+
+
+def test_oddities_of_landmarks_are_warnings_of_the_evaluation(
+    run: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    rows = few_flowers.indices(RED, "test")[:3]
+    for row in rows:
+        few_flowers.read(row).save(tmp_path / f"{row}.png")
+    names = "".join(f"{row}.png,{RED},Test\n" for row in rows)
+    (tmp_path / "images.csv").write_text(f"image,Category,Split\n{names}")
+    places = "".join(f"{row}.png,head,{x},{x},0.9\n" for row, x in zip(rows, (0, 0, 20), strict=True))
+    (tmp_path / "landmarks.csv").write_text(f"image,landmark,x,y,score\n{places}gone.PNG,head,3,4,1\n")
+    warnings = " ".join(evaluate(run, tmp_path, model=tiny, rounds=2, gallery="none").warnings)
+    for text in ("landmarks of 1 images that are not there: gone.PNG", "2 landmarks stand at exactly 0,0", "score"):
+        assert text in warnings

@@ -395,3 +395,18 @@ def test_a_single_output_of_a_selection_is_yes_or_no(tiny: Performer, few_flower
     (one,) = read_json(folder / "explanation.json")["explained"]
     assert one["probability"] < 1e-6
     assert one["rank"] == 2
+
+
+def test_results_inside_the_folder_of_photos_do_not_become_a_category(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    for row, category in enumerate(few_flowers.categories[:24]):
+        (tmp_path / category).mkdir(exist_ok=True)
+        few_flowers.read(row).save(tmp_path / category / f"{row}.png")
+    first = select_features(tiny, tmp_path, out=tmp_path / "run1", top_photos=4)
+    again = select_features(tiny, tmp_path, out=tmp_path / "run1", top_photos=4)
+    assert again.record == first.record
+    partlens.explain(tmp_path / "run1", tmp_path / "petal-red" / "0.png", model=tiny, out=tmp_path / "looked")
+    second = select_features(tiny, tmp_path, out=tmp_path / "run2", top_photos=4)
+    assert second.record.data.fingerprint == first.record.data.fingerprint
+    assert [one.name for one in second.found.classes] == ["petal-blue", "petal-red"]

@@ -122,6 +122,20 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
     return float(values[0]), float(values[1]), float(values[2])
 
 
+def _of_file(enum: Any, weights: str | None) -> tuple[Any, str]:
+    """Return the published weights whose preprocessing goes with a file: of the same file name, else the default ones.
+
+    The text says so where the published ones differ in their preprocessing.
+    """
+    default = getattr(enum, "DEFAULT", None)
+    if weights is None or default is None:
+        return default, ""
+    own = next((each for each in enum if each.url.rpartition("/")[2] == Path(weights).name), None)
+    if own is not None or len({repr(_preset_of(each)) for each in enum}) == 1:
+        return own or default, ""
+    return default, f"preprocessing assumed to be that of {default.name}: the file does not say which weights it holds"
+
+
 def _aux_and_transform(weights: Path) -> tuple[bool, bool]:
     """Whether a file of GoogLeNet or Inception holds auxiliary classifiers, and whether the input is transformed.
 
@@ -142,7 +156,7 @@ def _load_torchvision(name: str, weights: str | None, spec: str) -> Performer:
             expected("the name of a torchvision classifier", name, f"Nearest: {', '.join(nearest(name, names))}")
         )
     enum = models.get_model_weights(name)
-    default = getattr(enum, "DEFAULT", None)
+    default, doubt = _of_file(enum, weights)
     preprocessing = _preset_of(default)
     with_aux = transformed = False
 
@@ -160,7 +174,8 @@ def _load_torchvision(name: str, weights: str | None, spec: str) -> Performer:
         if name in _WITH_AUX:
             with_aux, transformed = _aux_and_transform(Path(weights))
         filled, outputs = _filled(build, preprocessing, _IMAGENET_OUTPUTS, weights)
-        notes = (_TRANSFORMED,) if transformed else ()
+        notes: tuple[str, ...] = (_TRANSFORMED,) if transformed else ()
+        notes += (doubt,) if doubt and filled.preprocessing == preprocessing else ()
         assumed = getattr(default, "meta", {}).get("categories") if outputs is None else None
         if filled.class_names is not None or assumed is None:
             return dataclasses.replace(filled, notes=notes)
