@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from partlens.errors import LayerError
 from partlens.network.graph import trace
-from partlens.network.layers import default_targets
+from partlens.network.performer import Performer
+from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import forward_taps
 
 CASES = {
@@ -30,7 +31,7 @@ CASES = {
 def test_the_copy_computes_what_the_performer_computes(network, name: str) -> None:
     module = network(name)
     source, targets = CASES[name]
-    assert list(default_targets(trace(module), source, (96, 96))) == targets
+    assert list(Performer(module, "x", Preprocessing(size_px=(96, 96)), "").targets(source)) == targets
     output, values = forward_taps(module, torch.randn(2, 3, 96, 96), [source, *targets])
     head = trace(module).cut(source, [*targets, "output"])
     given = values[source].clone()
@@ -144,3 +145,53 @@ def test_functions_in_place_and_numbered_names() -> None:
         assert torch.equal(made[1], output)
     assert module.__dict__.keys() == before.keys()
     assert "scale" in dict(head.named_parameters())
+
+
+class Flagged(nn.Module):
+    """Optional arguments decide what it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.last = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)
+
+    def forward(
+        self, x: Tensor, features: bool = False, mask: Tensor | None = None, *, scale: float = 1.0, **more: int
+    ):
+        x = self.relu(self.conv(x))
+        if features:
+            return x
+        if mask is not None:
+            x = x * mask
+        if scale != 1.0 or more:
+            x = x * scale
+        return self.last(x)
+
+
+def test_optional_arguments_keep_their_defaults() -> None:
+    module, image = Flagged().eval(), torch.randn(2, 3, 8, 8)
+    traced = trace(module)
+    assert traced.all_names() == ["conv", "relu", "last", "output"]
+    with torch.no_grad():
+        maps = module(image, features=True)
+        assert torch.equal(traced.cut("relu", ["output"])(maps)[0], module(image))
+
+
+def test_two_inputs_are_refused_in_a_sentence() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    with pytest.raises(LayerError, match="one input, the images, got Two with 2. Wrap it"):
+        trace(Two())
+
+
+def test_timms_padding_like_tensorflows_is_followed() -> None:
+    timm = pytest.importorskip("timm")
+    module = timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=3).eval()
+    performer = Performer(module, "", Preprocessing(size_px=(64, 64)), "")
+    stem = performer.field("conv_stem")
+    # At 64 px a 3x3 window of stride 2 needs one row more, which is added below.
+    assert (stem.stride_px, stem.size_px, stem.start_px) == ((2, 2), (3, 3), (0, 0))
+    output, taps = forward_taps(performer, torch.randn(1, 3, 64, 64), [performer.tap])
+    with torch.no_grad():
+        assert torch.equal(performer.upper(performer.tap)(taps[performer.tap])[0], output)

@@ -11,7 +11,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from partlens.errors import InputError, InputTypeError, LayerError
 from partlens.network.borrowed import borrowed
 from partlens.network.graph import trace
-from partlens.network.layers import default_targets, list_layers
+from partlens.network.layers import found_layouts
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import receptive_field
@@ -90,7 +90,7 @@ def test_every_public_function_leaves_no_trace(network, name: str) -> None:
     for use in (
         lambda: trace(module).cut_points(),
         lambda: trace(module).cut(tap, ["output"]),
-        lambda: default_targets(trace(module), tap, (96, 96)),
+        lambda: of(module, (96, 96)).targets(tap),
         lambda: of(module, (96, 96)).layers,
         lambda: receptive_field(trace(module), tap, (96, 96)),
     ):
@@ -99,7 +99,7 @@ def test_every_public_function_leaves_no_trace(network, name: str) -> None:
     for fail in (
         lambda: forward_taps(module, torch.full((1, 3, 96, 96), float("nan")), [tap]),
         lambda: forward_taps(module, image, [tap, "nowhere"]),
-        lambda: list_layers(module, None, (0, 0)),
+        lambda: found_layouts(module, 3, (0, 0)),
         lambda: trace(module).cut(tap, ["nowhere"]),
     ):
         with pytest.raises(InputError):

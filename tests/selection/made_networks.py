@@ -12,11 +12,13 @@ from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 
 
-def as_performer(module: nn.Module, size: int = 16, names: tuple[str, ...] | None = None) -> Performer:
+def as_performer(
+    module: nn.Module, size: int = 16, names: tuple[str, ...] | None = None, channels: int = 3
+) -> Performer:
     return Performer(
         module,
         "net",
-        Preprocessing(size_px=(size, size), resize="squash"),
+        Preprocessing(size_px=(size, size), resize="squash", channels=channels),
         weights_sha256(module),
         None,
         names,

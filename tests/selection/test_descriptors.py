@@ -73,7 +73,7 @@ def test_T2_numbers_worked_by_hand() -> None:
 
 
 def test_T4_each_layer_but_one_costs_a_rank() -> None:
-    index = feature_index(as_performer(matconvnet_lenet(), 28))
+    index = feature_index(as_performer(matconvnet_lenet(), 28, channels=1))
     rng = np.random.default_rng(0)
     energies = {
         layer: torch.from_numpy(rng.gamma(0.5, 1.0, (1200, channels)))

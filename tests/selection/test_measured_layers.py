@@ -32,7 +32,7 @@ def test_T3_the_papers_networks_have_the_papers_descriptors() -> None:
     early = [f"{kind}{number}" for number in (1, 2) for kind in ("conv", "relu", "norm", "pool")]
     late = ["conv3", "relu3", "conv4", "relu4", "conv5", "relu5", "pool5", "fc6", "relu6", "fc7", "relu7"]
     assert index.layers == (*early, *late)
-    lenet = as_performer(matconvnet_lenet(), 28)
+    lenet = as_performer(matconvnet_lenet(), 28, channels=1)
     small = feature_index(lenet)
     assert small.layers == ("conv1", "pool1", "conv2", "pool2", "conv3", "relu")
     assert small.channels == (20, 20, 50, 50, 500, 500)
@@ -75,18 +75,20 @@ def test_blocks_stand_for_operations_and_repeated_modules_count_every_call() -> 
 
 
 class Tokens(nn.Module):
-    """Has an output that is neither maps nor a vector."""
+    """Has outputs that are neither maps nor vectors: tokens, and groups of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.mix, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.pair = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.mix(self.conv(x).flatten(2).transpose(1, 2)).mean(1))
+        tokens = self.mix(self.conv(x).flatten(2).transpose(1, 2))
+        return self.fc(self.pair(tokens.unflatten(1, (98, 2)).flatten(2)).mean(1).unflatten(1, (2, 4)).mean(1))
 
 
 def test_other_shapes_and_the_result_itself_are_left_out() -> None:
-    assert descriptor_layers(as_performer(Tokens().eval())) == ("conv",)
+    assert descriptor_layers(as_performer(Tokens().eval())) == ("conv", "mix")
     assert descriptor_layers(as_performer(nn.Sequential(nn.ReLU(), nn.AvgPool2d(2)))) == ("0",)
     shrinking = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(14), nn.AdaptiveAvgPool2d(2), nn.Conv2d(4, 2, 2))
     assert descriptor_layers(as_performer(shrinking)) == ("0", "2")  # 16 px give 14x14 cells: the first pooling is idle

@@ -10,8 +10,6 @@ import torchvision
 from torch import nn
 
 from partlens.errors import InputTypeError
-from partlens.network.graph import trace
-from partlens.network.layers import default_targets
 from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens_papers.networks.paper_networks import PaperNet
@@ -176,11 +174,11 @@ def test_the_papers_layers_are_our_defaults_on_plain_networks(name: str, side: i
     module = PaperNet(name, num_classes=2, input_px=side, hidden=8).eval()
     setting = paper_setting(module)
     assert of(module, (side, side)).tap == setting.tap
-    assert default_targets(trace(module), setting.tap, (side, side)) == setting.targets
+    assert of(module, (side, side)).targets(setting.tap) == setting.targets
 
 
 def test_the_targets_are_our_defaults_on_resnets_and_their_taps_are_listed() -> None:
     module = torchvision.models.resnet34(weights=None).eval()
     setting = paper_setting(module)
-    assert default_targets(trace(module), setting.tap, (64, 64)) == setting.targets
+    assert of(module, (64, 64)).targets(setting.tap) == setting.targets
     assert {setting.tap, *setting.targets} <= {layer.name for layer in of(module, (64, 64)).layers}

@@ -21,7 +21,7 @@ from PIL import Image
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected
 from partlens.network.performer import Performer
-from partlens.network.receptive_field import ReceptiveField, cell_centre_px, receptive_fields
+from partlens.network.receptive_field import ReceptiveField, cell_centre_px
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -90,7 +90,8 @@ def strongest(peak: npt.NDArray[np.floating], count: int) -> IntArray:
 def crop_of(performer: Performer, layers: Sequence[str]) -> dict[str, Crop]:
     """Return the crop of each layer."""
     size = performer.preprocessing.size_px
-    fields = receptive_fields(performer.graph, tuple(dict.fromkeys(layers)), size)
+    located = {layer.name for layer in performer.layers if layer.has_places}
+    fields = {layer: performer.field(layer) for layer in dict.fromkeys(layers) if layer in located}
     most = [max(1, round(side * LARGEST_FRAC)) for side in size]
     found: dict[str, Crop] = {}
     for layer in layers:

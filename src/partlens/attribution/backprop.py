@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from partlens.attribution.rules import POOLINGS, RULES, STRIDES, Pooling, Rule, Strides, rewritten
 from partlens.errors import InputError, InputTypeError, LayerError, expected, first_line
 from partlens.network.borrowed import borrowed, in_this_thread
+from partlens.network.layout import Layout
 from partlens.network.outputs import class_scores
 from partlens.network.performer import Performer, module_of
-from partlens.network.taps import read_taps
+from partlens.network.taps import read_taps, tap_layouts
 
 __all__ = ["Pooling", "Rule", "Start", "Strides", "backward_signals", "guided_backprop", "heat_map"]
 
@@ -84,10 +85,12 @@ def like_weights(module: nn.Module, images: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _recorded(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+def _recorded(
+    network: nn.Module, batch: Tensor, layers: Mapping[str, Layout]
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Run the network forward with gradients on, as far as the layers need it.
 
-    Yields the leaf in the images' place, and the layers' outputs by name; the scores under ``""``.
+    Yields the leaf in the images' place, and the layers' outputs as maps by name; the scores under ``""``.
     """
     # The snapshot of `borrowed` puts these back: the owner's backward hooks must not act on our signals.
     for child in network.modules():
@@ -107,9 +110,9 @@ def _recorded(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> Itera
         yield leaf, found
 
 
-def _read(network: nn.Module, batch: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+def _read(network: nn.Module, batch: Tensor, layers: Mapping[str, Layout]) -> dict[str, Tensor]:
     """Return the outputs of layers; what of the network comes after them is not run."""
-    with read_taps(network, layers) as taps:
+    with read_taps(network, list(layers), layouts=layers) as taps:
         leave = in_this_thread(lambda *_: _leave(taps.complete))
         stops = [m.register_forward_hook(leave) for m in network.modules()]
         try:
@@ -215,7 +218,7 @@ def backward_signals(
     ready = _checked(module, images)
     if not starts or not any(starts):
         raise InputError(expected("at least one round with a layer", "none", "Give a mapping from layer to weights"))
-    layers = list(dict.fromkeys(name for each in starts for name in each))
+    layers = tap_layouts(model, ready, list(dict.fromkeys(name for each in starts for name in each)))
     with (
         torch.inference_mode(mode=False),
         borrowed(module, copy_weights=False) as network,
@@ -322,10 +325,11 @@ def guided_backprop(
     _choice("start", start, _STARTS)
     ready = _checked(module, images)
     wanted = _wanted(layer, filters, target, len(ready))
+    layers = {} if layer is None else tap_layouts(model, ready, [layer])
     with (
         torch.inference_mode(mode=False),
         borrowed(module, copy_weights=False) as network,
-        _recorded(network, ready, [layer] if layer is not None else []) as (leaf, found),
+        _recorded(network, ready, layers) as (leaf, found),
     ):
         if layer is None:
             origin = found[""]

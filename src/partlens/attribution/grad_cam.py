@@ -10,7 +10,7 @@ Source: Selvaraju et al., ICCV 2017, equations 1 and 2; of both networks: ICLR 2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,10 @@ from partlens.attribution.backprop import like_weights
 from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.network import Explainer
 from partlens.network.borrowed import borrowed
+from partlens.network.layout import Layout
 from partlens.network.outputs import class_scores
 from partlens.network.performer import Performer, module_of
-from partlens.network.taps import read_taps
+from partlens.network.taps import read_taps, tap_layouts
 
 _BATCH = 32  # images at a time
 
@@ -86,7 +87,7 @@ def track_grad_cam(
             with torch.enable_grad():
                 leaf = masked.detach().clone().requires_grad_()
                 encoded = explainer.p.detach() * explainer.norm_interp(explainer.pool(leaf)) + ordinary
-                output = head(explainer.decode(encoded)[-1])
+                output = head(explainer.decode(encoded, tracks.passing)[-1])
                 score = _picked(class_scores(output, len(part)), of)
                 (gradient,) = torch.autograd.grad(score, leaf)
             pieces.append(grad_cam(masked.detach(), gradient, size_px))
@@ -109,18 +110,22 @@ def layer_grad_cam(
     _check(len(batch), classes)
     module = module_of(performer)
     size_px = (int(batch.shape[2]), int(batch.shape[3]))
+    layouts = tap_layouts(performer, like_weights(module, batch), [layer])
     pieces = []
     with torch.inference_mode(mode=False), borrowed(module, copy_weights=False) as network:
         for child in network.modules():
             if getattr(child, "inplace", False):
                 child.inplace = False  # type: ignore[assignment]  # borrowed puts it back
         for part, of in zip(batch.split(_BATCH), classes.split(_BATCH), strict=True):
-            maps, gradient = _maps_and_gradient(network, like_weights(network, part.detach().clone()), layer, of)
+            images = like_weights(network, part.detach().clone())
+            maps, gradient = _maps_and_gradient(network, images, layer, of, layouts)
             pieces.append(grad_cam(maps.detach().float().cpu(), gradient.float().cpu(), size_px))
     return torch.cat(pieces)
 
 
-def _maps_and_gradient(network: nn.Module, images: Tensor, layer: str, classes: Tensor) -> tuple[Tensor, Tensor]:
+def _maps_and_gradient(
+    network: nn.Module, images: Tensor, layer: str, classes: Tensor, layouts: Mapping[str, Layout]
+) -> tuple[Tensor, Tensor]:
     """Return a layer's maps and the gradient of the class scores with regard to them."""
     written: list[int] = []
 
@@ -134,7 +139,8 @@ def _maps_and_gradient(network: nn.Module, images: Tensor, layer: str, classes: 
         # because a network may write into its input.
         output = network(images.requires_grad_().clone())
         maps = taps[layer]
-        if maps.ndim != 4:
+        layout = layouts.get(layer, Layout("maps"))
+        if layout.to_maps(maps).ndim != 4:
             shape = f"shape {tuple(maps.shape)}"
             raise LayerError(expected(f"maps at {layer}", shape, "Choose a layer that has maps"))
         if maps._version != written[-1]:  # noqa: SLF001
@@ -147,7 +153,7 @@ def _maps_and_gradient(network: nn.Module, images: Tensor, layer: str, classes: 
     if gradient is None:
         rule = f"scores that depend on {layer}"
         raise LayerError(expected(rule, "a layer with no way to them", "Choose another layer"))
-    return maps, gradient
+    return layout.to_maps(maps), layout.to_maps(gradient)
 
 
 def concentration_frac(maps: Float[Tensor, "image row col"]) -> Float[Tensor, " image"]:

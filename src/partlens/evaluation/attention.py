@@ -60,11 +60,13 @@ def _streamed(
     pieces: dict[str, list[Tensor]] = {name: [] for name in layers}
     sides: dict[str, tuple[int, int]] = {}
     outputs = []
-    for batch in stream(performer, frames.images, rows, list(dict.fromkeys(layers.values())), batch_size=BATCH):
+    read = joined.explainer.structure.read
+    names = list(dict.fromkeys([read, *layers.values()]))
+    for batch in stream(performer, frames.images, rows, names, batch_size=BATCH):
         outputs.append(performer.outputs.scores(batch.outputs, len(batch.rows)).cpu())
         of = outputs[-1].argmax(1)
         sides |= {name: (int(batch.maps[at].shape[2]), int(batch.maps[at].shape[3])) for name, at in layers.items()}
-        tapped = batch.maps[tap].cpu()
+        tapped = batch.maps[read].cpu()
         pieces["interpretable"].append(track_grad_cam(joined.explainer, head, tapped, of, size_px=size))
         pieces["tap"].append(layer_grad_cam(performer, batch.inputs, tap, of))
         pieces["top"].append(pieces["tap"][-1] if top == tap else layer_grad_cam(performer, batch.inputs, top, of))

@@ -193,10 +193,10 @@ class _Pass:
     def read(self, rows: Sequence[int], *, localise: bool = False, follow: bool = False) -> FedBack:
         """Return what both networks say of photos; keep peaks (``localise``) and activity of filters (``follow``)."""
         structure, kept = self.explainer.structure, []
-        names = list(dict.fromkeys([structure.tap, *structure.targets, self.top]))
+        names = list(dict.fromkeys([structure.read, structure.tap, *structure.targets, self.top]))
         for batch in stream(self.performer, self.images, rows, names, batch_size=BATCH):
             maps = {name: value.cpu() for name, value in batch.maps.items()}
-            output = self.explainer(maps[structure.tap])
+            output = self.explainer(maps[structure.read])
             maps["explainer"] = output.interp2
             if follow:
                 for name, layer in self.layers.items():
@@ -211,7 +211,7 @@ class _Pass:
 
     def _localise(self, maps: dict[str, Tensor], reconstructions: Sequence[Tensor]) -> None:
         targets = [maps[name] for name in self.explainer.structure.targets]
-        self.curve.add(self.explainer, maps[self.explainer.structure.tap], targets)
+        self.curve.add(self.explainer, maps[self.explainer.structure.read], targets)
         for name, layer in self.layers.items():
             layer.add(maps[name], self.explainer, own=name == "explainer")
             if self.regions is not None:

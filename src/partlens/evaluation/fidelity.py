@@ -189,7 +189,8 @@ class ShareCurve:
         tracks = explainer.normed_tracks(maps)
         cost = maps.new_empty(len(maps), len(SHARES), len(targets))
         for column, share in enumerate(SHARES):
-            decoded = explainer.decode(share * tracks.interpretable + (1 - share) * tracks.ordinary)
+            mixed = share * tracks.interpretable + (1 - share) * tracks.ordinary
+            decoded = explainer.decode(mixed, tracks.passing)
             for row, (value, target) in enumerate(zip(decoded, targets, strict=True)):
                 cost[:, column, row] = (value - target).square().flatten(1).sum(1)
         self.costs.append(cost.double())

@@ -5,6 +5,10 @@
     x_enc    = p * x_interp + (1 - p) * x_ordin,          p = sigmoid(w_p)
     x_dec    = decoder(gain * x_enc)
 
+Where the tap has values below 0 (residual streams, SiLU, GELU), the ordinary track has no ReLU and its norm layer takes
+the mean of |x|; else it could not hand on what the performer's layers need. The interpretable track is non-negative by
+itself. Tokens without a place, such as a class token, pass by: the decoder gets them as the performer gave them.
+
 Source: ICLR 2020 submission, Sec. 3.1 and Fig. 2. Both tracks are pooled before the norm layers, since their sum must
 have the decoder's size and the norm layers make p the ratio of what is summed (the figure is not available; this is
 our reading).
@@ -48,17 +52,20 @@ class NormLayer(nn.Module):
     """Divide each channel by its average magnitude: ``x_k / alpha_k``, ``alpha_k = E_x[sum_ij max(x_ijk, 0)]``.
 
     ``alpha`` is a running average over training batches (the first batch starts it), a constant of the backward pass,
-    and frozen in evaluation. A channel whose magnitude is below ``floor`` times the mean of all channels is divided by
-    that floor instead: a dead channel would otherwise be divided by nearly nothing and blow up on the first photo that
-    wakes it. Source: ICLR 2020 submission, Sec. 3.1 ("Norm-layer"); momentum and floor are ours.
+    and frozen in evaluation; of ``signed`` maps it is that of ``|x|``. A channel whose magnitude is below ``floor``
+    times the mean of all channels is divided by that floor instead: a dead channel would otherwise be divided by nearly
+    nothing and blow up on the first photo that wakes it. Source: ICLR 2020 submission, Sec. 3.1 ("Norm-layer");
+    momentum and floor are ours.
     """
 
     magnitude: Tensor
     started: Tensor
 
-    def __init__(self, channels: int, *, momentum: float = _NORM_MOMENTUM, floor: float = _NORM_FLOOR) -> None:
+    def __init__(
+        self, channels: int, *, momentum: float = _NORM_MOMENTUM, floor: float = _NORM_FLOOR, signed: bool = False
+    ) -> None:
         super().__init__()
-        self.momentum = momentum
+        self.momentum, self.signed = momentum, signed
         self.floor = floor
         self.register_buffer("magnitude", torch.ones(channels))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
@@ -75,7 +82,7 @@ class NormLayer(nn.Module):
         used = maps[:positives].detach().float()
         if not used.shape[0]:
             return
-        batch = used.clamp(min=0).sum((2, 3)).mean(0)
+        batch = (used.abs() if self.signed else used.clamp(min=0)).sum((2, 3)).mean(0)
         if bool(self.started):
             self.magnitude.lerp_(batch, 1 - self.momentum)
         else:
@@ -97,7 +104,7 @@ class ExplainerOutput(NamedTuple):
     Attributes:
         interp1: maps of conv-interp-1 after the ReLU, before the mask.
         interp2: maps of conv-interp-2 after the ReLU, before the mask: the last interpretable layer.
-        ordin: maps of conv-ordin after the ReLU, before pooling.
+        ordin: maps of conv-ordin, before pooling.
         p: the share of the interpretable track, a scalar.
         reconstructions: one tensor per target.
     """
@@ -110,13 +117,14 @@ class ExplainerOutput(NamedTuple):
 
 
 class _NormedTracks(NamedTuple):
-    """Both tracks of a batch before they are mixed: maps after the ReLU, then masked, pooled and normed."""
+    """Both tracks of a batch before they are mixed: maps, then masked, pooled and normed; and what passes by."""
 
     interp1: Tensor
     interp2: Tensor
     ordin: Tensor
     interpretable: Tensor
     ordinary: Tensor
+    passing: Tensor | None
 
 
 def _dense_weights(conv: nn.Conv2d) -> Tensor:
@@ -173,7 +181,7 @@ class Explainer(nn.Module):
         self.conv_ordin = nn.Identity() if held else nn.Conv2d(width, out, 3, padding=1)
         self.pool = nn.Identity() if pool is None else pool
         self.norm_interp = NormLayer(out)
-        self.norm_ordin = NormLayer(out)
+        self.norm_ordin = NormLayer(out, signed=structure.signed)
         self.share_logit = nn.Parameter(torch.logit(torch.tensor(config.p_init)))
         self.gain = nn.Parameter(torch.ones(out))
         self.register_buffer("tap_mean", torch.zeros(width))
@@ -205,6 +213,7 @@ class Explainer(nn.Module):
     @torch.no_grad()
     def start_scale(self, maps: Float[Tensor, "image filter row col"]) -> None:
         """Measure mean and deviation of the tap's maps on a sample, for ``standardise``."""
+        maps = self.placed(maps)
         self.tap_mean.copy_(maps.mean((0, 2, 3)))
         deviation = maps.std((0, 2, 3))
         # A filter that is nearly silent would be blown up to the size of the others.
@@ -214,7 +223,7 @@ class Explainer(nn.Module):
     def start_norms(self, maps: Float[Tensor, "image filter row col"]) -> None:
         """Measure the norm layers' magnitudes on a sample and set the gain to the ordinary track's."""
         _, interp2 = self.interpret(maps)
-        ordin = self.conv_ordin(maps).relu()
+        ordin = self.ordinary(maps)
         for norm, values in ((self.norm_interp, self.masked(interp2)), (self.norm_ordin, ordin)):
             norm.started.fill_(value=False)
             norm.update(self.pool(values))
@@ -236,6 +245,7 @@ class Explainer(nn.Module):
 
     def interpret(self, maps: Float[Tensor, "image filter row col"]) -> tuple[Tensor, Tensor]:
         """Return the maps of both interpretable layers, after the ReLU and before the mask."""
+        maps = self.placed(maps)
         if maps.shape[1] != self.structure.channels_in or tuple(maps.shape[2:]) != self.structure.side_cells:
             wanted = (self.structure.channels_in, *self.structure.side_cells)
             rule, got = f"maps (filter, row, col) of {wanted} from {self.structure.tap}", str(tuple(maps.shape[1:]))
@@ -244,6 +254,15 @@ class Explainer(nn.Module):
             maps = (maps - self.tap_mean[:, None, None]) / self.tap_deviation[:, None, None]
         interp1 = self.conv_interp_1(self._thinned(maps)).relu()
         return interp1, self.conv_interp_2(self._thinned(mask_at_peak(interp1, self.masks))).relu()
+
+    def placed(self, maps: Tensor) -> Tensor:
+        """Return the maps that were read at the tap without the rows of tokens that have no place."""
+        return maps[:, :, : self.structure.side_cells[0]] if self.structure.spare_rows else maps
+
+    def ordinary(self, maps: Tensor) -> Float[Tensor, "image filter row col"]:
+        """Return the maps of conv-ordin, after the ReLU where the tap's maps come after one, too."""
+        values: Tensor = self.conv_ordin(self.placed(maps))
+        return values if self.structure.signed else values.relu()
 
     def _thinned(self, maps: Tensor) -> Tensor:
         """Drop channels in the warm-up and scale the others up; drawn so that a killed run goes on with its bits."""
@@ -269,13 +288,15 @@ class Explainer(nn.Module):
     def normed_tracks(self, maps: Tensor, positives: int | None = None) -> _NormedTracks:
         """Return both tracks at the encoder's output, pooled and normed, before p mixes them."""
         interp1, interp2 = self.interpret(maps)
-        ordin = self.conv_ordin(maps).relu()
+        ordin = self.ordinary(maps)
+        passing = maps[:, :, self.structure.side_cells[0] :] if self.structure.read != self.structure.tap else None
         return _NormedTracks(
             interp1,
             interp2,
             ordin,
             self.norm_interp(self.pool(self.masked(interp2)), positives),
             self.norm_ordin(self.pool(ordin), positives),
+            passing,
         )
 
     def encoded(self, tracks: _NormedTracks) -> Tensor:
@@ -283,16 +304,22 @@ class Explainer(nn.Module):
         p = self.p.to(tracks.interp2.dtype)
         return p * tracks.interpretable + (1 - p) * tracks.ordinary
 
-    def decode(self, encoded: Tensor) -> tuple[Tensor, ...]:
-        """Return the reconstruction of every target."""
-        result = self.decoder(encoded * self.gain.to(encoded.dtype)[:, None, None])
+    def decode(self, encoded: Tensor, passing: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the reconstruction of every target.
+
+        ``passing`` is what the tracks of the same images have by that name; several encodings of each follow in blocks.
+        """
+        given = encoded * self.gain.to(encoded.dtype)[:, None, None]
+        if passing is not None:
+            given = torch.cat([given, passing.to(given).repeat(len(given) // len(passing), 1, 1, 1)], 2)
+        result = self.decoder(given)
         return result if isinstance(result, tuple) else (result,)
 
     def forward(self, maps: Float[Tensor, "image filter row col"], positives: int | None = None) -> ExplainerOutput:
         """Explain a batch of tap maps; only the first ``positives`` images move the norm layers in training."""
         tracks = self.normed_tracks(maps, positives)
         encoded = self.encoded(tracks)
-        return ExplainerOutput(*tracks[:3], self.p, self.decode(encoded))
+        return ExplainerOutput(*tracks[:3], self.p, self.decode(encoded, tracks.passing))
 
     def mixed_maps(self, interp2: Tensor, ordin: Tensor) -> Tensor:
         """Return ``p x_f + (1 - p) x_ordin`` at the tap's size, in units of interp2, the ordinary track detached.
@@ -330,7 +357,7 @@ def _replaced_convolution(
 ) -> tuple[str, str, str | None] | None:
     """Find ``(convolution, activation, pooling)`` after the tap when everything later is fully connected."""
     modules = dict(performer.module.named_modules())
-    names = performer.graph.cut_points()
+    names = performer.cut_points()
     if side < 2 or not {tap, targets[-1]} <= set(names):
         return None
     chain = names[names.index(tap) + 1 : names.index(targets[-1]) + 1]
@@ -362,9 +389,6 @@ def _map_size(tap: str, maps: Tensor) -> tuple[int, int, int]:
     if min(rows, cols) < 2:
         remedy = "Tap an earlier layer (see partlens layers)"
         raise LayerError(expected(f"maps larger than 1x1 at {tap}", f"{rows}x{cols}", remedy))
-    if float(maps.min()) < 0:
-        remedy = "Tap an activation (see partlens layers); masks and templates need non-negative maps"
-        raise LayerError(expected(f"maps after a ReLU at {tap}", f"values down to {float(maps.min()):.3g}", remedy))
     return channels, rows, cols
 
 
@@ -376,20 +400,24 @@ def explainer_structure(
     Args:
         performer: the network under study.
         batch: preprocessed images (image, 3, row, col), at least one; they decide the map size.
-        tap: layer to explain; its maps must be non-negative (after a ReLU) and larger than 1x1.
+        tap: layer to explain; its maps must be larger than 1x1.
         targets: layers to reconstruct; by default the performer's for this tap.
 
     Raises:
-        LayerError: the layer is unknown, its maps are 1x1, not maps, or not after a ReLU, or a shortcut goes around.
+        LayerError: the layer is unknown, its maps are 1x1 or not maps, or a shortcut goes around.
     """
-    chosen = tuple(performer.targets(tap) if targets is None else targets)
+    chosen = performer.targets(tap) if targets is None else tuple(map(performer.whole, targets))
     if not chosen:
         raise LayerError(expected("at least one target", "none", "Name a layer after the tap, or omit targets"))
-    channels, rows, cols = _map_size(tap, forward_taps(performer, batch, [tap])[1][tap])
+    maps = forward_taps(performer, batch, [tap])[1][tap]
+    channels, rows, cols = _map_size(tap, maps)
     replaced = _replaced_convolution(performer, tap, chosen, min(rows, cols))
     performer.upper(tap, chosen)  # refuses targets that are not after the tap, before anything is written
     if replaced is None:
-        return ExplainerStructure(tap, chosen, channels, channels, (rows, cols), None, tap)
+        signed = float(maps.min()) < 0 or performer.lowest(tap) < 0
+        spare = tuple(performer.layout(name).spare_rows for name in (tap, *chosen))
+        rest = (signed, spare) if any(spare) else (signed,)
+        return ExplainerStructure(tap, chosen, channels, channels, (rows, cols), None, tap, *rest)
     name, activation, pooling = replaced
     conv = performer.module.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)

@@ -24,6 +24,9 @@ class ExplainerStructure:
         side_cells: rows and columns of the tap's maps.
         replaced: name of the performer's convolution that the tracks replace; ``None`` where they are inserted.
         decoder_from: layer whose output the encoder's output replaces.
+        signed: whether the tap has values below 0; the ordinary track then has no ReLU.
+        spare_rows: of the tap and of each target, rows below the maps that hold tokens without a place, such as a class
+            token; they pass by the explainer.
     """
 
     tap: str
@@ -33,6 +36,19 @@ class ExplainerStructure:
     side_cells: tuple[int, int]
     replaced: str | None
     decoder_from: str
+    signed: bool = False
+    spare_rows: tuple[int, ...] = ()
+
+    @property
+    def read(self) -> str:
+        """Name under which the tap is read for the explainer, its spare rows included."""
+        return f"{self.tap}:whole" if self.read_cells != self.side_cells else self.tap
+
+    @property
+    def read_cells(self) -> tuple[int, int]:
+        """Rows and columns that are read at the tap."""
+        rows, cols = self.side_cells
+        return rows + (self.spare_rows[0] if self.spare_rows else 0), cols
 
 
 class Grid(Value):

@@ -246,15 +246,18 @@ def later_places(explainer: Explainer, data: TrainingMaps, category: int, genera
     maps of at least 3x3 cells, and the tap itself where none has.
     """
     own = data.own(category)
-    mapped = [target for target in data.targets if target.ndim == 4 and min(target.shape[2:]) >= _LEAST_UPPER_CELLS]
+    spare = explainer.structure.spare_rows[1:] or (0,) * len(data.targets)
+    mapped = [(t, t.shape[2] - rows) for t, rows in zip(data.targets, spare, strict=True) if t.ndim == 4]
+    large = [(t, rows) for t, rows in mapped if min(rows, t.shape[3]) >= _LEAST_UPPER_CELLS]
+    upper, upper_rows = large[-1] if large else (data.tap, explainer.structure.side_cells[0])
 
     def view(photos: Tensor, number: int) -> Tensor:
         rows = data.rows(own[photos], number)
         if explainer.structure.replaced is None:
-            return gather(mapped[-1] if mapped else data.tap, rows)
+            return gather(upper, rows)[:, :, :upper_rows]
         pieces = np.array_split(rows, max(1, math.ceil(len(rows) / NORM_SAMPLE)))
         with torch.no_grad():
-            return torch.cat([explainer.conv_ordin(gather(data.tap, piece)).relu() for piece in pieces])
+            return torch.cat([explainer.ordinary(gather(data.tap, piece)) for piece in pieces])
 
     return LaterParts(view, len(own), generator)
 
@@ -282,7 +285,7 @@ def find_teachers(
         places[own, mine] = teachers.places
         shown = own[:: max(1, len(own) // NORM_SAMPLE)][:NORM_SAMPLE]
         with torch.no_grad():
-            ordinary = explainer.conv_ordin(gather(data.tap, data.rows(shown))).relu()
+            ordinary = explainer.ordinary(gather(data.tap, data.rows(shown))).clamp(min=0)
         teacher_of[:, category] = mine.start + matched_teachers(ordinary, places[shown, mine])
         found["teacher_movement"] += float(teachers.movement.mean()) / data.categories
         found["teacher_correlation"] += teachers.correlation / data.categories

@@ -370,6 +370,10 @@ class Objective:
 
 
 def target_norm(target: Float[Tensor, "image ..."]) -> float:
-    """Return ``E|max(x*, 0)|``, the mean over images of the Euclidean norm of the target's positive part."""
-    norm = float(target.clamp(min=0).flatten(1).norm(dim=1).mean())
+    """Return ``E|max(x*, 0)|``, the mean over images of the Euclidean norm of the target's positive part.
+
+    Of a target without any value above 0, that of the whole.
+    """
+    positive = target.clamp(min=0)
+    norm = float((positive if bool(positive.any()) else target).flatten(1).norm(dim=1).mean())
     return norm if math.isfinite(norm) else math.nan

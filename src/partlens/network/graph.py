@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import math
 import operator
 import re
@@ -65,9 +66,12 @@ class _Tracer(fx.Tracer):
     """
 
     def __init__(self) -> None:
-        # A network that uses torchvision's functions has imported them by now.
+        # A network that uses torchvision's or timm's functions has imported them by now.
         operators = sys.modules.get("torchvision.ops")
-        super().__init__(autowrap_modules=(math,) if operators is None else (math, operators))
+        timm = sys.modules.get("timm.models._features_fx")
+        whole = () if timm is None else tuple(timm.get_notrace_functions())
+        super().__init__((math,) if operators is None else (math, operators), whole)
+        self.kept_whole = () if timm is None else tuple(timm.get_notrace_modules())
         self.path = ""
         self.names: dict[fx.Node, str] = {}
         self.taken: set[str] = set()
@@ -76,18 +80,22 @@ class _Tracer(fx.Tracer):
         self.hooked = HookedCalls()
 
     def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+        self,
+        root_fn: Any,
+        is_module: bool,  # noqa: ARG002 - it always is one
+        concrete_args: Any = None,  # noqa: ARG002 - optional arguments keep their defaults
     ) -> tuple[Callable[..., Any], list[Any]]:
-        traced, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        """Make the images the only argument: optional ones are not given, so that branches on them can be followed."""
+        image = self.create_proxy("placeholder", next(iter(_required(self.root)), "images"), (), {})
 
-        def with_hooks(root: nn.Module, image: Any, *others: Any) -> Any:
-            # The network is called with the images alone: its hooks see nothing of optional arguments.
-            return self.hooked.call(self, root, "", lambda given: traced(root, given, *others), ((image,), {}))
+        def with_hooks(root: nn.Module, image: Any) -> Any:
+            return self.hooked.call(self, root, "", lambda given: root_fn(root, given), ((image,), {}))
 
-        return with_hooks if len(args) > 1 else traced, args
+        return with_hooks, [self.root, image]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_of_torchvision(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+        whole = isinstance(m, self.kept_whole) or is_of_torchvision(m, _LEAVES)
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG002
         before, path = self.path, self.path_of_module(m)
@@ -238,6 +246,10 @@ def _assemble(parts: dict[str, Any], graph: fx.Graph, module: nn.Module) -> nn.M
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
+def _has_weights(block: nn.Module | None) -> bool:
+    return block is not None and any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in block.modules())
+
+
 class Graph:
     """A network's graph in eval mode, in execution order and without in-place operations; made by `trace`.
 
@@ -249,12 +261,19 @@ class Graph:
         input: the image batch.
         result: the node that the network returns; ``None`` when it returns several.
         constants: tensors made in ``forward`` from numbers.
+        channels: of its images.
     """
 
     def __init__(
-        self, root: nn.Module, graph: fx.Graph, tracer: _Tracer, source: fx.Node, constants: Mapping[str, Any]
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        tracer: _Tracer,
+        source: fx.Node,
+        constants: Mapping[str, Any],
+        channels: int,
     ) -> None:
-        self.root = root
+        self.root, self.channels = root, channels
         self.nodes = list(graph.nodes)
         self.names = {node: name for node, name in tracer.names.items() if node.graph is graph}
         self.containers = {name: node for name, node in tracer.containers.items() if name}
@@ -299,15 +318,17 @@ class Graph:
     def label(self, node: fx.Node) -> str:
         """Return the name to show: the block that ends in this node, else the layer itself.
 
-        A block is the innermost module with submodules that returns the node; plain ``Sequential`` containers
-        do not count, so that ``features.30`` is not called ``features``.
+        A block is the innermost module with submodules that returns the node, those with convolutions or linear layers
+        first, so that an activation of one's own hides no block; plain ``Sequential`` containers do not count, so that
+        ``features.30`` is not called ``features``.
         """
         # Subclasses of containers (torchvision's ConvNormActivation) are blocks only where nothing else ends.
         ends = {name: self._module_of(name) for name, end in self.containers.items() if end is node}
         for plain in (_CONTAINERS, ()):
             blocks = [n for n, m in ends.items() if not isinstance(m, plain) and type(m) not in _CONTAINERS]
             if blocks:
-                return max(blocks, key=len)
+                weighted = [name for name in blocks if _has_weights(ends[name])]
+                return max(weighted or blocks, key=len)
         if node is self.result and node not in self.names:
             return _OUTPUT
         return self.names.get(node, node.name)
@@ -323,8 +344,7 @@ class Graph:
         name = self.label(node)
         if self.containers.get(name) is not node:
             return False
-        block = self._module_of(name)
-        return block is not None and any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in block.modules())
+        return _has_weights(self._module_of(name))
 
     def ancestors(self, targets: Iterable[fx.Node]) -> set[fx.Node]:
         """Return all nodes that the targets need, themselves included."""
@@ -490,34 +510,25 @@ class Graph:
             LayerError: the network does not accept this input size.
         """
         wanted = self.ancestors(upto) if upto is not None else None
-        first = next((self.leaf(n) for n in self.leaves_of(nn.Conv2d)), None)
+        weight = next((p for p in self.root.parameters() if p.is_floating_point()), torch.zeros(()))
+        image = torch.zeros(1, self.channels, *input_size, dtype=weight.dtype, device=weight.device)
         with borrowed(self.root, copy_weights=False) as root, torch.no_grad():
             runner = _ShapeRunner(root, self, wanted)
-            with refused_size(root, input_size):
-                runner.run(blank_image(root, input_size, first))
+            with refused_size(root, self.channels, input_size):
+                runner.run(image)
         return runner.noted
 
 
 @contextlib.contextmanager
-def refused_size(module: nn.Module, size: tuple[int, int]) -> Iterator[None]:
-    """Say that a network does not accept an input size, whatever it raises."""
+def refused_size(module: nn.Module, channels: int, size: tuple[int, int]) -> Iterator[None]:
+    """Say that a network does not accept an input, whatever it raises."""
     try:
         yield
     except Exception as error:  # a network may raise anything
-        rule, got = (
-            f"an input size that {type(module).__name__} accepts",
-            f"{size[0]}x{size[1]} px ({first_line(error)})",
-        )
-        raise LayerError(expected(rule, got, "Give the size the network was made for")) from error
-
-
-def blank_image(module: nn.Module, size: tuple[int, int], first: nn.Module | None = None) -> Tensor:
-    """Make an image of zeros with the channels of the first convolution, the network's type and device."""
-    if first is None:
-        first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
-    channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
-    return torch.zeros(1, channels, *size, dtype=weight.dtype, device=weight.device)
+        rule = f"an input that {type(module).__name__} accepts"
+        got = f"{channels} channels of {size[0]}x{size[1]} px ({first_line(error)})"
+        remedy = "Give the channels and the size the network was made for (Preprocessing)"
+        raise LayerError(expected(rule, got, remedy)) from error
 
 
 class _ShapeRunner(fx.Interpreter):
@@ -546,8 +557,8 @@ class _ShapeRunner(fx.Interpreter):
         return value
 
 
-def trace(module: nn.Module) -> Graph:
-    """Trace a network in eval mode.
+def trace(module: nn.Module, channels: int = 3) -> Graph:
+    """Trace a network in eval mode; ``channels`` are those of the images that `Graph.shapes` makes.
 
     Raises:
         InputTypeError: not a readable network.
@@ -558,6 +569,9 @@ def trace(module: nn.Module) -> Graph:
         ['0', '1', 'output']
     """
     inner = unwrapped(module)
+    if len(needed := _required(inner)) > 1:
+        got, remedy = f"{type(inner).__name__} with {len(needed)}", "Wrap it in a module that takes only the images"
+        raise LayerError(expected("a network with one input, the images", got, remedy))
     tracer = _Tracer()
     attributes = set(inner.__dict__)
     constants: dict[str, Any] = {}
@@ -573,12 +587,11 @@ def trace(module: nn.Module) -> Graph:
         finally:  # the tracer hangs tensor constants on the network
             constants = {name: inner.__dict__.pop(name) for name in set(inner.__dict__) - attributes}
         _make_out_of_place(graph, network)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    needed = [node for node in placeholders if not node.args]
-    if len(needed) != 1 and len(placeholders) != 1:
-        got, remedy = (
-            f"{type(inner).__name__} with {len(needed)}",
-            "Wrap it in a module whose forward takes only the images",
-        )
-        raise LayerError(expected("a network with one input, the images", got, remedy))
-    return Graph(inner, graph, tracer, (needed or placeholders)[0], constants)
+    source = next(node for node in graph.nodes if node.op == "placeholder")
+    return Graph(inner, graph, tracer, source, constants, channels)
+
+
+def _required(module: nn.Module) -> list[str]:
+    """Return the arguments that a network has to be given."""
+    given = list(inspect.signature(module.forward).parameters.values())
+    return [p.name for p in given if p.default is p.empty and p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}]

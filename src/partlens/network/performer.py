@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from partlens.errors import InputError, LayerError, expected, nearest
-from partlens.network.borrowed import unwrapped
+from partlens.network.borrowed import borrowed, unwrapped
 from partlens.network.classes import Match, match
 from partlens.network.graph import Graph, trace
-from partlens.network.layers import LayerInfo, default_targets, list_layers
+from partlens.network.layers import LayerInfo, Layers, found_layouts
+from partlens.network.layout import WHOLE, Layout, own_name, tap_layout
 from partlens.network.outputs import Outputs, made_images, outputs_of
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.receptive_field import ReceptiveField, receptive_field
+from partlens.network.receptive_field import ReceptiveField, receptive_field, spread_evenly
+from partlens.network.upper import OUTPUT, LaidOut, Rerun
+from partlens.network.watched import place_of
 
 
 @dataclass(frozen=True)
@@ -68,34 +72,71 @@ class Performer:
         Raises:
             LayerError: the network cannot be traced.
         """
-        return trace(self.module)
+        return trace(self.module, self.preprocessing.channels)
+
+    @functools.cached_property
+    def _known(self) -> Layers:
+        try:
+            graph: Graph | None = self.graph
+        except LayerError:  # autograd's graph says where the network can be cut
+            graph = None
+        return Layers(unwrapped(self.module), graph, self.preprocessing.channels, self.preprocessing.size_px)
 
     @functools.cached_property
     def layers(self) -> tuple[LayerInfo, ...]:
         """Every layer that can be read, in execution order.
 
         Raises:
-            LayerError: the network does not accept its input size.
+            LayerError: the network does not accept its input size or channels.
         """
-        try:
-            graph: Graph | None = self.graph
-        except LayerError:  # each layer says so in its reason
-            graph = None
-        return list_layers(unwrapped(self.module), graph, self.preprocessing.size_px, self.default_tap)
+        return self._known.listed(self.default_tap or self._known.default())
 
     @functools.cached_property
     def tap(self) -> str:
         """The layer to explain when none is named: `default_tap`, else what `partlens.network.layers` chooses.
 
         Raises:
-            LayerError: no layer has maps larger than 1x1 with two layers after it, or the network cannot be traced.
+            LayerError: no layer has maps larger than 1x1 that everything passes, with two layers after it.
         """
-        if self.default_tap is not None:
-            return self.default_tap
-        if (chosen := next((layer.name for layer in self.layers if layer.is_default), None)) is not None:
+        chosen = self.default_tap or self._known.default()
+        if chosen is not None:
             return chosen
-        rule = f"a layer of {type(self.graph.root).__name__} with maps larger than 1x1 and two layers after it"
-        raise LayerError(expected(rule, "none", "Name a layer yourself, or use a larger input"))
+        reasons = Counter(layer.reason or "too few layers after it" for layer in self.layers)
+        why = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+        rule = f"a layer of {type(unwrapped(self.module)).__name__} with maps larger than 1x1 and two layers after it"
+        got = f"none among {len(self.layers)} layers ({why})"
+        raise LayerError(expected(rule, got, "Use a larger input, or explain a part of the network that has one"))
+
+    def layout(self, tap: str) -> Layout:
+        """Return where a tap's own output has its filters and places.
+
+        Raises:
+            LayerError: an unknown layer, or one whose layout is not known.
+        """
+        return tap_layout(unwrapped(self.module), self._layouts, tap)
+
+    @functools.cached_property
+    def _layouts(self) -> dict[str, Layout | str]:
+        return found_layouts(unwrapped(self.module), self.preprocessing.channels, self.preprocessing.size_px)
+
+    def whole(self, tap: str) -> str:
+        """Return the name under which a tap is read for `upper`.
+
+        It is the tap itself, but for a layer of tokens some of which have no place, such as a class token: as
+        ``NAME:whole`` its maps have further rows below the others that hold these.
+        """
+        return f"{tap}:{WHOLE}" if ":" not in tap and self.layout(tap).beside else tap
+
+    def lowest(self, tap: str) -> float:
+        """Return the smallest value that a layer gave for made images."""
+        return self._known.lowest(tap)
+
+    def cut_points(self) -> list[str]:
+        """Return the layers through which everything passes, in execution order."""
+        try:
+            return self.graph.cut_points()
+        except LayerError:
+            return self._known.cut_points()
 
     def layer(self, tap: str) -> LayerInfo:
         """Return what is known of a tap, refusing layers without maps.
@@ -104,7 +145,7 @@ class Performer:
             LayerError: an unknown layer (with the nearest names), one without maps, or one whose maps have a
                 single cell.
         """
-        maps = {layer.name: layer for layer in self.layers if len(layer.shape) == 3}
+        maps = {layer.name: layer for layer in self.layers if layer.has_maps}
         if tap not in maps:
             raise self._without_maps(tap, maps)
         if maps[tap].shape[1:] == (1, 1):
@@ -124,20 +165,34 @@ class Performer:
         return LayerError(expected(rule, "another output", f"Choose among {', '.join(nearest(tap, maps))}"))
 
     def field(self, tap: str) -> ReceptiveField:
-        """Return what the cells of a tap see (`partlens.network.receptive_field.receptive_field`)."""
-        return receptive_field(self.graph, tap, self.preprocessing.size_px)
+        """Return what the cells of a tap see (`partlens.network.receptive_field.receptive_field`).
+
+        Where the operations do not tell (attention, a network without a graph), the cells are spread evenly over the
+        image and may see all of it.
+        """
+        name = own_name(tap)
+        found = self._known.field(name)
+        if found is not None and 0 not in found.stride_px:
+            return found
+        cells = next((layer.shape[1:] for layer in self.layers if layer.name == name and layer.has_places), None)
+        if cells is not None:
+            return spread_evenly((cells[0], cells[1]), self.preprocessing.size_px)
+        return receptive_field(self.graph, name, self.preprocessing.size_px)
 
     def targets(self, tap: str) -> tuple[str, ...]:
-        """Choose the layers by whose values a reconstruction is judged (`partlens.network.layers.default_targets`)."""
-        return default_targets(self.graph, tap, self.preprocessing.size_px)
+        """Choose the layers by whose values a reconstruction is judged (`partlens.network.layers.Layers.targets`)."""
+        if tap not in self._layouts:
+            raise self._without_maps(tap, [layer.name for layer in self.layers if layer.has_maps])
+        return tuple(map(self.whole, self._known.targets(tap)))
 
     def upper(self, tap: str, targets: Sequence[str] = ("output",)) -> nn.Module:
         """Copy the performer's own layers from a tap to later layers, to run them on maps that were changed.
 
-        The module takes maps of the tap, ``[image, filter, row, col]`` as `partlens.network.taps.forward_taps` gives
-        them, and returns a tuple with one entry per target, ``"output"`` being what the network returns. Maps that were
-        not changed give the network's own values. Its parameters are copies with ``requires_grad`` on, in eval mode, in
-        the network's type and on its device; the performer is not touched.
+        The module takes maps of the tap, ``[image, filter, row, col]``, as `partlens.network.taps.forward_taps` gives
+        them under the name `whole` of the tap, and returns a tuple with one entry per target: maps or vectors as the
+        target's name reads them, and for ``"output"`` what the network returns. Maps that were not changed give the
+        network's own values. Its parameters are copies with ``requires_grad`` on, in eval mode, in the network's type
+        and on its device; the performer is not touched.
 
         Raises:
             LayerError: an unknown layer, a target that is not after the tap, or a tap that a shortcut goes around.
@@ -150,7 +205,43 @@ class Performer:
             >>> bool((performer.upper("1")(maps)[0] == network(image)).all())
             True
         """
-        return self.graph.cut(tap, targets)
+        inner = self._cut(own_name(tap), [own_name(name) for name in targets])
+        source, *others = (self._cut_layout(name) for name in (tap, *targets))
+        if all(layout.kind in {"maps", "vectors"} for layout in (source, *others)):
+            return inner
+        whole = [name.endswith(f":{WHOLE}") for name in targets]
+        return LaidOut(inner, source, list(zip(others, whole, strict=True)))
+
+    def _cut(self, tap: str, targets: Sequence[str]) -> nn.Module:
+        """Copy layers in their own layouts: out of the graph, or, where that cannot be done, by running the network."""
+        try:
+            graph = self.graph
+        except LayerError:
+            return self._rerun(tap, targets)
+        try:
+            return graph.cut(tap, targets)
+        except LayerError:
+            # Sizes of tensors before the tap are no path, yet a copy cannot know them.
+            if tap not in self._layouts or not self._known.is_cut(tap):
+                raise
+            return self._rerun(tap, targets)
+
+    def _cut_layout(self, name: str) -> Layout:
+        """Return the layout of what enters or leaves a cut; what no module gives is handed over as it is."""
+        return self.layout(name) if own_name(name) in self._layouts else Layout("vectors")
+
+    def _rerun(self, tap: str, targets: Sequence[str]) -> Rerun:
+        """Cut a network without a graph."""
+        module = unwrapped(self.module)
+        self.layout(tap)
+        self._known.check_cut(tap, [name for name in targets if name != OUTPUT])
+        source, *places = (None if name == OUTPUT else place_of(module, name) for name in (tap, *targets))
+        assert source is not None
+        weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+        blank = torch.zeros(1, self.preprocessing.channels, *self.preprocessing.size_px, dtype=weight.dtype)
+        own = [None if place is None else (place.path, place.call) for place in places]
+        with borrowed(module, copy_weights=False) as network:
+            return Rerun(network, (source.path, source.call), own, blank.to(weight.device))
 
     @functools.cached_property
     def outputs(self) -> Outputs:

@@ -25,6 +25,12 @@ _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 _MOST_PIXELS = 2**24  # that a photo is scaled to before the crop
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_OF_CHANNELS = {  # usual mean and deviation: of luminance; of colours; of colours and an opaque alpha
+    1: ((0.449,), (0.226,)),
+    3: (IMAGENET_MEAN, IMAGENET_STD),
+    4: ((*IMAGENET_MEAN, 0.0), (*IMAGENET_STD, 1.0)),
+}
+_ORDERS = {1: ("L", "L"), 3: ("RGB", "BGR"), 4: ("RGBA", "BGRA")}  # as a weights file's header calls them
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,11 @@ class Preprocessing:
         channel_order: order of the channels of the input; ``mean`` and ``std`` have this order, so that
             Caffe's ``104 117 123`` are blue, green, red.
         scale: factor on the byte values, 1/255 or 1.
-        mean: per channel, after scaling.
+        mean: per channel, after scaling; ImageNet's unless given.
         std: per channel, after scaling; above 0.
         interpolation: Pillow's filter, which smooths when it shrinks.
+        channels: of the input: 3 colours; 1, their luminance as Pillow computes it; or 4, the colours and alpha, which
+            is opaque, because photos are read without it.
 
     Raises:
         InputError: a size below 1, a ``std`` of 0, or a ``resize_px`` that is missing or smaller than the
@@ -62,24 +70,33 @@ class Preprocessing:
     resize_px: int | None = None
     channel_order: Literal["RGB", "BGR"] = "RGB"
     scale: float = 1 / 255
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    channels: int = 3
 
     def __post_init__(self) -> None:
         self._check_kinds()
+        self._check_channels()
         if len(self.size_px) != 2 or min(self.size_px) < 1:
             raise InputError(expected("size_px as (rows, columns) of at least 1", self.size_px, "Correct the size"))
         for name, options in _CHOICES.items():
             if (value := getattr(self, name)) not in options:
                 raise InputError(expected(f"{name} to be one of {', '.join(options)}", value, f"Choose {options[0]}"))
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
-            got = f"mean {self.mean}, std {self.std}"
-            raise InputError(
-                expected("three means and three positive standard deviations", got, "Give one value per channel")
-            )
         if self.resize == "crop":
             self._check_crop()
+
+    def _check_channels(self) -> None:
+        if self.channels not in _OF_CHANNELS:
+            raise InputError(expected("channels of 1, 3 or 4", self.channels, "Wrap a network that takes others"))
+        if (self.mean, self.std) == _OF_CHANNELS[3]:
+            for name, usual in zip(("mean", "std"), _OF_CHANNELS[self.channels], strict=True):
+                object.__setattr__(self, name, usual)
+        if not len(self.mean) == len(self.std) == self.channels or not all(s > 0 for s in self.std):
+            got = f"mean {self.mean}, std {self.std}"
+            count = {1: "one", 3: "three", 4: "four"}[self.channels]
+            rule = f"{count} means and {count} positive standard deviations"
+            raise InputError(expected(rule, got, "Give one value per channel"))
 
     def _check_kinds(self) -> None:
         sides = {"size_px": int, "mean": Real, "std": Real}
@@ -171,7 +188,7 @@ class Preprocessing:
         scaled = image.convert("RGB").resize((wide, high), _FILTERS[self.interpolation])
         return scaled.crop((left, top, left + cols, top + rows))
 
-    def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "image 3 row col"]:
+    def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "image channel row col"]:
         """Turn images of any mode and size into one float32 batch on the CPU, in their order."""
         rows, cols = self.size_px
         batch = np.empty((len(images), rows, cols, 3), dtype=np.float32)
@@ -179,14 +196,18 @@ class Preprocessing:
             batch[index] = np.asarray(self.frame(image), dtype=np.float32)
         return self._normalised(batch)
 
-    def of_bytes(self, frames: UInt8[Tensor, "image row col 3"]) -> Float[Tensor, "image 3 row col"]:
+    def of_bytes(self, frames: UInt8[Tensor, "image row col 3"]) -> Float[Tensor, "image channel row col"]:
         """Turn what `frame` gave, kept as bytes, into the same batch, bit for bit, as calling this object gives."""
         return self._normalised(frames.numpy().astype(np.float32))
 
     def _normalised(self, batch: np.ndarray) -> Tensor:
-        """Scale and centre float32 RGB values ``[image, row, col, 3]``, in place."""
-        if self.channel_order == "BGR":
+        """Scale and centre float32 RGB values ``[image, row, col, 3]``, in place where the channels stay."""
+        if self.channels == 1:
+            batch = _luminance(batch)
+        elif self.channel_order == "BGR":
             batch = batch[..., ::-1]
+        if self.channels == 4:
+            batch = np.concatenate([batch, np.full_like(batch[..., :1], 255)], axis=-1)
         batch *= np.float32(self.scale)
         batch -= np.array(self.mean, dtype=np.float32)
         batch /= np.array(self.std, dtype=np.float32)
@@ -231,8 +252,9 @@ class Preprocessing:
         mean, std = (" ".join(repr(float(value)) for value in values) for values in (self.mean, self.std))
         crop = f", crop {self.resize_px}" if self.resize == "crop" else ""
         shrunk = "" if self.interpolation == "bilinear" else f", {self.interpolation}"
+        order = _ORDERS[self.channels][self.channel_order == "BGR"]
         return {
-            "input": f"{self.channel_order}, {spans[self.scale]}, mean {mean}, std {std}{crop}{shrunk}",
+            "input": f"{order}, {spans[self.scale]}, mean {mean}, std {std}{crop}{shrunk}",
             "input_size": f"{self.size_px[0]}x{self.size_px[1]}",
         }
 
@@ -255,21 +277,23 @@ class Preprocessing:
         text = metadata.get("input")
         if text is None:
             return None
-        order, span = re.search(r"\b(RGB|BGR)\b", text), re.search(r"\b0-(1|255)\b", text)
+        order, span = re.search(r"\b(L|RGB|BGR|RGBA|BGRA)\b", text), re.search(r"\b0-(1|255)\b", text)
         crop = re.search(r"\bcrop (\d+)\b", text)
-        mean, std = _numbers(text, "mean"), _numbers(text, "std")
+        channels = next((count for count, names in _ORDERS.items() if order and order[1] in names), 3)
+        mean, std = _numbers(text, "mean", channels), _numbers(text, "std", channels)
         if order is None or span is None or mean is None:
             rule = 'metadata such as "RGB, 0-1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, 224x224"'
             raise WeightsError(expected(rule, text, "Correct the header or give the preprocessing yourself"))
         return cls(
             size_px=_size(f"{metadata.get('input_size', '')} {text} 224x224"),
-            channel_order=cast("Any", order[1]),
+            channel_order="BGR" if order[1].startswith("BGR") else "RGB",
             scale=1 / 255 if span[1] == "1" else 1.0,
             mean=mean,
-            std=std or (1.0, 1.0, 1.0),
+            std=std or (1.0,) * channels,
             interpolation="bicubic" if "bicubic" in text else "bilinear",
             resize="squash" if crop is None else "crop",
             resize_px=crop and int(crop[1]),
+            channels=channels,
         )
 
 
@@ -283,10 +307,17 @@ def _size(text: str) -> tuple[int, int]:
     return int(rows), int(cols)
 
 
-def _numbers(text: str, word: str) -> tuple[float, float, float] | None:
-    """Read one or three numbers after a word."""
+def _numbers(text: str, word: str, channels: int) -> tuple[float, ...] | None:
+    """Read one number or one of each channel after a word."""
     found = re.search(rf"\b{word}((?:\s+[-+.\deE]+)+)", text)
     values = [] if found is None else [float(v) for v in found[1].split()]
     if len(values) == 1:
-        values *= 3
-    return (values[0], values[1], values[2]) if len(values) == 3 else None
+        values *= channels
+    return tuple(values) if len(values) == channels else None
+
+
+def _luminance(batch: np.ndarray) -> np.ndarray:
+    """Return the luminance of RGB bytes ``[image, row, col, 3]``, one channel, rounded as Pillow's mode L is."""
+    red, green, blue = (batch[..., channel].astype(np.int64) for channel in range(3))
+    grey = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return np.asarray(grey[..., None], dtype=np.float32)

@@ -124,16 +124,23 @@ class _Calculator:
         self.shapes = graph.shapes(input_size, self.wanted)
         self.size = input_size
         self.fields: dict[fx.Node, _Field] = {}
+        self.errors: dict[fx.Node, LayerError] = {}
 
     def run(self) -> None:
-        """Fill `fields` for the wanted nodes, in order, up to an unknown operation."""
+        """Fill `fields` for the wanted nodes, in order; `errors` for unknown operations and what comes after them."""
         for node in self.graph.nodes:
             if node is self.graph.input:
                 self.fields[node] = _Field((1, 1), (1, 1), (0, 0))
             elif node in self.wanted and not is_size(node) and node.op not in {"get_attr", "placeholder", "output"}:
+                unknown = next((n for n in node.all_input_nodes if n in self.errors), None)
                 sources = [n for n in node.all_input_nodes if n in self.fields]
-                if sources:
-                    self.fields[node] = self.step(node, sources)
+                if unknown is not None:
+                    self.errors[node] = self.errors[unknown]
+                elif sources:
+                    try:
+                        self.fields[node] = self.step(node, sources)
+                    except LayerError as error:
+                        self.errors[node] = error
 
     def step(self, node: fx.Node, sources: list[fx.Node]) -> _Field:
         field = self.fields[sources[0]]
@@ -194,7 +201,19 @@ class _Calculator:
         padding = self.argument(node, place + 1, "padding", 0)
         # The argument in this place is ``ceil_mode`` in average pooling, which has no dilation.
         dilation = 1 if name == "avg_pool2d" else self.argument(node, place + 2, "dilation", 1)
+        if module and type(self.graph.leaf(node)).__module__.partition(".")[0] != "torch":
+            padding = self.same_padding(node, kernel, stride, dilation)
         return _slide(field, kernel, stride, padding, dilation)
+
+    def same_padding(self, node: fx.Node, kernel: Any, stride: Any, dilation: Any) -> tuple[int, int]:
+        """Return rows above and columns to the left that a layer adds by itself, as TensorFlow's do; from its sizes."""
+        sizes = zip(self.shapes[node.all_input_nodes[0]][-2:], self.shapes[node][-2:], strict=True)
+        windows = zip(_pair(kernel), _pair(stride), _pair(dilation), strict=True)
+        added = [
+            (after - 1) * s + d * (k - 1) + 1 - before
+            for (before, after), (k, s, d) in zip(sizes, windows, strict=True)
+        ]
+        return max(added[0], 0) // 2, max(added[1], 0) // 2
 
     def padded(self, node: fx.Node) -> tuple[int, int] | None:
         """Rows above and columns to the left that constant padding adds; other padding repeats cells."""
@@ -318,8 +337,7 @@ def receptive_fields(graph: Graph, taps: Sequence[str], input_size: tuple[int, i
         with contextlib.suppress(LayerError):  # a layer that the graph does not pass has no field
             nodes[name] = graph.find(name)
     calculator = _Calculator(graph, nodes.values(), input_size)
-    with contextlib.suppress(LayerError):  # what comes before an unknown operation is known
-        calculator.run()
+    calculator.run()
     return {name: _publish(calculator.fields[node]) for name, node in nodes.items() if node in calculator.fields}
 
 
@@ -345,10 +363,27 @@ def receptive_field(graph: Graph, tap: str, input_size: tuple[int, int]) -> Rece
     node = graph.find(tap)
     calculator = _Calculator(graph, [node], input_size)
     calculator.run()
+    if node in calculator.errors:
+        raise calculator.errors[node]
     if node not in calculator.fields:
         rule = f"{tap} to depend on the image"
         raise LayerError(expected(rule, "a layer that does not", "Choose a layer on the image's path"))
     return _publish(calculator.fields[node])
+
+
+def spread_evenly(cells: tuple[int, int], size: tuple[int, int]) -> ReceptiveField:
+    """Return a field for cells of which nothing is known but their grid: spread over the image, seeing all of it.
+
+    So the cells of a transformer are located: the token of a patch sees everything, but comes from its patch.
+
+    Example:
+        >>> spread_evenly((14, 14), (224, 224))
+        ReceptiveField(stride_px=(16, 16), size_px=(224, 224), start_px=(-104, -104), gated=True)
+    """
+    stride = [round(side / count) for side, count in zip(size, cells, strict=True)]
+    # The middle of the grid is that of the image.
+    start = [-(step * (count - 1) // 2) for step, count in zip(stride, cells, strict=True)]
+    return ReceptiveField((stride[0], stride[1]), size, (start[0], start[1]), gated=True)
 
 
 def cell_centre_px(field: ReceptiveField, cells: Any) -> np.ndarray:

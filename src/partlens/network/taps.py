@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from partlens.errors import InputError, InputTypeError, LayerError, expected, nearest
+from partlens.errors import InputError, InputTypeError, LayerError, expected
 from partlens.network.borrowed import borrowed, in_this_thread, unwrapped
+from partlens.network.layers import found_layouts
+from partlens.network.layout import WHOLE, Layout, tap_layout
 from partlens.network.outputs import entries_of
 from partlens.network.performer import Performer, module_of
+from partlens.network.watched import Place, place_of, read_entry
 
 _AGAINST_OVERFLOW = "Use float32 weights (module.float())"
 
@@ -33,58 +35,24 @@ Reduces = Reduce | Mapping[str, Reduce]
 """The same for every layer, or by tap; a layer that is not named is copied whole."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    path: str
-    call: int
-    key: str | None
-
-
-def place_of(module: nn.Module, tap: str) -> _Place:
-    """Find the module, the call and the output entry that a tap name means."""
-    name, _, key = tap.partition(":")
-    paths = {path for path, _ in module.named_modules() if path}
-    if name in paths:
-        return _Place(name, 0, key or None)
-    repeated = re.fullmatch(r"(.+)_(\d+)", name)
-    if repeated and repeated[1] in paths:
-        return _Place(repeated[1], int(repeated[2]), key or None)
-    raise LayerError(
-        expected(f"a layer of {type(module).__name__}", name, f"Nearest: {', '.join(nearest(name, paths))}")
-    )
-
-
 def tensor_at(tap: str, output: Any, key: str | None) -> Tensor:
-    """Choose the tensor of a layer's output: by key, else the first with four dimensions."""
-    if isinstance(output, Tensor) and key is None:
-        return output
-    tensors = _tensors(output)
-    maps = (value for value in tensors.values() if value.ndim == 4)
-    found = next(maps, None) if key is None else tensors.get(key)
+    """Choose the tensor of a layer's output: by key, else the first with four dimensions, else with three."""
+    found = read_entry(output) if key in {None, WHOLE} else entries_of(output).get(key)
     if found is None:
         wanted = f"an entry {key}" if key else "a tensor of 4 dimensions"
+        tensors = entries_of(output)
         got = f"{type(output).__name__} with {', '.join(tensors) or 'no tensors'}"
         remedy = "Name an entry, as in layer:key" if tensors else "Choose another layer"
         raise LayerError(expected(f"the output of {tap.partition(':')[0]} to hold {wanted}", got, remedy))
     return found
 
 
-def _tensors(output: Any) -> dict[str, Tensor]:
-    """Return the tensors of a dictionary, tuple or list by key, number, and name in a named tuple."""
-    entries: dict[str, Any] = {}
-    if isinstance(output, Mapping):
-        entries = {str(k): v for k, v in output.items()}
-    elif isinstance(output, (list, tuple)):
-        entries = {str(i): v for i, v in enumerate(output)}
-        entries |= dict(zip(getattr(output, "_fields", ()), output, strict=False))
-    return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
-
-
 class _Taps(Mapping[str, Tensor]):
     """What the taps held in the latest forward pass: a read-only mapping from name to tensor."""
 
-    def __init__(self, names: Sequence[str], reduce: Reduces | None = None) -> None:
+    def __init__(self, names: Sequence[str], reduce: Reduces | None, layouts: Mapping[str, Layout]) -> None:
         self._names = tuple(dict.fromkeys(names))
+        self._layouts = layouts
         # A copy where nothing else is asked for, because a later layer may write into this tensor.
         of_tap = reduce if isinstance(reduce, Mapping) else dict.fromkeys(names, reduce or torch.clone)
         self._reduce = {name: of_tap.get(name, torch.clone) for name in names}
@@ -103,13 +71,15 @@ class _Taps(Mapping[str, Tensor]):
         """Whether every tap has been read in this pass."""
         return len(self._held) == len(self._names)
 
-    def record(self, places: Mapping[str, _Place], path: str, device: torch.device | None, output: Any) -> None:
+    def record(self, places: Mapping[str, Place], path: str, device: torch.device | None, output: Any) -> None:
         with self._lock:
             call = self._calls.get((path, device), 0)
             self._calls[path, device] = call + 1
             for tap, place in places.items():
                 if place.call == call:
                     value = tensor_at(tap, output, place.key)
+                    if (layout := self._layouts.get(tap)) is not None:
+                        value = layout.to_maps(value, whole=place.key == WHOLE)
                     self._held.setdefault(tap, {})[value.device] = self._reduce[tap](value)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -132,16 +102,23 @@ class _Taps(Mapping[str, Tensor]):
 
 
 @contextlib.contextmanager
-def read_taps(module: nn.Module, names: Sequence[str], reduce: Reduces | None = None) -> Iterator[_Taps]:
+def read_taps(
+    module: nn.Module,
+    names: Sequence[str],
+    reduce: Reduces | None = None,
+    layouts: Mapping[str, Layout] = MappingProxyType({}),
+) -> Iterator[_Taps]:
     """Read layers while a network runs.
 
     Args:
         module: the network; ``DataParallel`` may wrap it.
         names: taps; ``name:key`` chooses an entry of an output that is a tuple, list or dictionary, which
-            otherwise gives its first tensor with four dimensions.
+            otherwise gives its first tensor with four dimensions, else with three.
         reduce: called with each output, for all taps or by tap, while the pass is at that layer; its result is held
             instead of a copy, so
             that the outputs of many layers are never in memory together.
+        layouts: of the taps, which are then read as maps ``[image, filter, row, col]`` (`tap_layouts`); without one, a
+            tap is read as it is.
 
     Yields:
         A mapping that after each ``module(x)`` holds the outputs of that pass: copies, which stay attached to
@@ -158,8 +135,8 @@ def read_taps(module: nn.Module, names: Sequence[str], reduce: Reduces | None = 
         True
     """
     inner = unwrapped(module)
-    taps = _Taps(names, reduce)
-    by_path: dict[str, dict[str, _Place]] = {}
+    taps = _Taps(names, reduce, layouts)
+    by_path: dict[str, dict[str, Place]] = {}
     for name in names:
         place = place_of(inner, name)
         by_path.setdefault(place.path, {})[name] = place
@@ -218,6 +195,22 @@ def _finite(value: Any) -> bool:
     return all(_finite(v) for v in value) if isinstance(value, (list, tuple)) else True
 
 
+def tap_layouts(performer: Performer | nn.Module, batch: Tensor, names: Sequence[str]) -> dict[str, Layout]:
+    """Return the layouts of taps for a batch's size; a network without its performer is watched for them."""
+    size = (batch.shape[2], batch.shape[3])
+    if isinstance(performer, Performer) and performer.preprocessing.size_px == size:
+        return {name: performer.layout(name) for name in names}
+    module = module_of(performer)
+    if all(isinstance(_module_at(module, name), nn.Conv2d) for name in names):
+        return {}  # nothing to find out
+    found = found_layouts(module, batch.shape[1], size)
+    return {name: tap_layout(module, found, name) for name in names}
+
+
+def _module_at(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(place_of(module, name).path)
+
+
 def forward_taps(
     performer: Performer | nn.Module,
     batch: Float[Tensor, "image channel row col"],
@@ -226,9 +219,10 @@ def forward_taps(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run a network in eval mode without gradients and read its taps.
 
-    The batch is moved to the network's device and floating type. The output and the taps come as float32 on the
-    network's device. Gradients are off by ``no_grad``: tensors of ``inference_mode`` could neither enter a later
-    training step nor be kept by a network that caches values.
+    The batch is moved to the network's device and floating type. The output and the taps, as maps whatever the layout
+    of the layer (`partlens.network.layout`), come as float32 on the network's device. Gradients are off by
+    ``no_grad``: tensors of ``inference_mode`` could neither enter a later training step nor be kept by a network that
+    caches values.
 
     Raises:
         LayerError: an unknown layer or one that is not called.
@@ -251,8 +245,9 @@ def forward_taps(
         raise InputError(expected(rule, f"shape {tuple(batch.shape)}", "Add the missing axis"))
     weight = next(filter(torch.is_floating_point, module.parameters()), None)
     ready = batch.to(device=weight.device, dtype=weight.dtype) if weight is not None else batch
+    layouts = tap_layouts(performer, ready, names)
     with borrowed(module, copy_weights=False) as network, torch.no_grad():
-        with read_taps(network, names, reduce) as taps:
+        with read_taps(network, names, reduce, layouts) as taps:
             output = _as_float(network(ready))
             held = {name: taps[name].detach().float() for name in names}
         if not (_finite(output) and _finite(held)):

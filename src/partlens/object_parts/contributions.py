@@ -46,6 +46,7 @@ class Tracks:
     ordinary: Float[Tensor, "image filter row col"]  # o, of the same shape
     # the last interpretable layer before the mask, at the tap's size
     maps: Float[Tensor, "image filter cell_row cell_col"]
+    passing: Tensor | None = None  # what passes by the encoder (`Explainer.decode`)
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,19 @@ def tracks(explainer: Explainer, maps: Float[Tensor, "image filter row col"]) ->
     with torch.no_grad():
         found = explainer.normed_tracks(maps)
         p = explainer.p
-        return Tracks(p * found.interpretable, (1 - p) * found.ordinary, found.interp2)
+        return Tracks(p * found.interpretable, (1 - p) * found.ordinary, found.interp2, found.passing)
 
 
-def class_score(explainer: Explainer, head: nn.Module, classes: Int[Tensor, " image"]) -> Score:
-    """Return ``S``: encoder outputs of the images, in order, to the performer's scores of the given classes."""
+def class_score(
+    explainer: Explainer, head: nn.Module, classes: Int[Tensor, " image"], passing: Tensor | None = None
+) -> Score:
+    """Return ``S``: encoder outputs of the images, in order, to the performer's scores of the given classes.
+
+    ``passing`` is what the images' tracks have by that name.
+    """
 
     def score(encoded: Tensor) -> Tensor:
-        output = head(explainer.decode(encoded)[-1])
+        output = head(explainer.decode(encoded, passing)[-1])
         output = output[0] if isinstance(output, tuple) else output
         rows = classes if len(classes) == len(output) else classes.repeat(len(output) // len(classes))
         chosen: Tensor = output.gather(1, rows[:, None])[:, 0]

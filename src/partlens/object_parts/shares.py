@@ -82,7 +82,7 @@ def part_shares(
     """Measure what each part adds to the score of one class per image."""
     count, part_of = len(parts), _part_labels(parts, explainer.structure.channels_out)
     both = tracks(explainer, maps)
-    score = class_score(explainer, head, classes)
+    score = class_score(explainer, head, classes, both.passing)
     single = filter_contributions(score, both, tolerance=_REMAINDER_MAX)
     if 2 ** (count + 1) <= _COALITIONS_MAX and count < MOST_PLAYERS:
         grouped, method = part_contributions(score, both, part_of, count), "exact"
@@ -92,7 +92,7 @@ def part_shares(
         method = f"{2 * _ORDER_PAIRS} random orders, half of them the others reversed"
     draws = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        fed = head(explainer.decode(both.interpretable + both.ordinary)[-1])
+        fed = head(explainer.decode(both.interpretable + both.ordinary, both.passing)[-1])
         masked = explainer.masked(both.maps)
     return PartShares(
         parts=grouped,

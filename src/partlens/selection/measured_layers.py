@@ -1,24 +1,23 @@
 """Which layers of a network a descriptor measures, and how many channels each has.
 
-The layers are found in the network's graph (:mod:`partlens.network.graph`); a network without one is run on a blank
-image, and its modules are seen.
+The layers are found in the network's graph (:mod:`partlens.network.graph`), or, where it has none, among the modules
+that its forward pass calls.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from partlens.errors import LayerError, expected, first_line
-from partlens.network.borrowed import borrowed, in_this_thread
+from partlens.errors import LayerError, expected
 from partlens.network.graph import ACTIVATIONS, Graph
-from partlens.network.performer import Performer
+from partlens.network.layers import UNKNOWN
+from partlens.network.performer import Performer, module_of
 from partlens.network.taps import forward_taps
+from partlens.network.watched import place_of
 from partlens.selection.descriptors import channels_only
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 
@@ -33,11 +32,10 @@ _Kind = Literal["activation", "convolution", "weights", "same", "other"]
 
 @dataclass(frozen=True)
 class _Output:
-    """A layer whose output can be read: its tap name, what it is, and the shape of its output."""
+    """A layer whose output can be read: its tap name and what it is."""
 
     name: str
     kind: _Kind
-    shape: tuple[int, ...]
 
 
 def _kind_of(module: nn.Module | None, *, activation: bool) -> _Kind:
@@ -55,23 +53,23 @@ def _unchanged(module: nn.Module, before: Any, after: Any) -> bool:
     return isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) and before == after
 
 
-def _traced_outputs(traced: Graph, size: tuple[int, int]) -> list[_Output]:
+def _traced_outputs(performer: Performer) -> list[_Output]:
     """List outputs before the class scores, from the network's graph."""
-    shapes = traced.shapes(size)
+    traced = performer.graph
+    shapes = traced.shapes(performer.preprocessing.size_px)
     live, containers = traced.ancestors([traced.last]) - _scores_on(traced), _containers(traced)
     found = []
     for node in traced.nodes:
-        shape = shapes.get(node)
-        if node not in live or node is traced.input or not isinstance(shape, torch.Size) or len(shape) not in {2, 4}:
+        if node not in live or node is traced.input:
             continue
         module = None
         name = containers.get(node)
         if node.op == "call_module":
             name, module = traced.names[node], traced.leaf(node)
-            if _unchanged(module, shapes.get(node.all_input_nodes[0]) if node.all_input_nodes else None, shape):
+            if _unchanged(module, shapes.get(node.all_input_nodes[0]) if node.all_input_nodes else None, shapes[node]):
                 continue
         if name is not None:
-            found.append(_Output(name, _kind_of(module, activation=traced.is_activation(node)), tuple(shape)))
+            found.append(_Output(name, _kind_of(module, activation=traced.is_activation(node))))
     return found
 
 
@@ -92,52 +90,30 @@ def _containers(traced: Graph) -> dict[Any, str]:
     return found
 
 
-def _blank(performer: Performer) -> Tensor:
-    """Return a blank image of the network's input size, channels and kind."""
-    module = performer.module
-    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
-    channels = first.in_channels if first is not None else 3
-    return torch.zeros(1, channels, *performer.preprocessing.size_px, dtype=weight.dtype, device=weight.device)
-
-
-def _hooked_outputs(performer: Performer) -> list[_Output]:
-    """List the outputs of modules without submodules, by running a blank image; for networks without a graph."""
+def _called_outputs(performer: Performer) -> list[_Output]:
+    """List the outputs of modules without submodules before the class scores; for networks without a graph."""
+    network = module_of(performer)
     noted: list[_Output] = []
-    calls: Counter[str] = Counter()
-
-    def note(path: str, owner: nn.Module, inputs: Any, output: Any) -> None:
-        call = calls[path]
-        calls[path] += 1
-        if not isinstance(output, Tensor) or output.ndim not in {2, 4}:
-            return
-        if not _unchanged(owner, getattr(inputs[0], "shape", None) if inputs else None, output.shape):
-            kind = _kind_of(owner, activation=isinstance(owner, ACTIVATIONS))
-            noted.append(_Output(path if call == 0 else f"{path}_{call}", kind, tuple(output.shape)))
-
-    with borrowed(performer.module, copy_weights=False) as network, torch.no_grad():
-        leaves = [(path, child) for path, child in network.named_modules() if path and not [*child.children()]]
-        handles = [child.register_forward_hook(in_this_thread(partial(note, path))) for path, child in leaves]
-        try:
-            network(_blank(performer))
-        except (RuntimeError, ValueError) as error:
-            rows, cols = performer.preprocessing.size_px
-            rule = f"an input size that {type(network).__name__} accepts"
-            remedy = "Give the preprocessing of the network"
-            raise LayerError(expected(rule, f"{rows}x{cols} px ({first_line(error)})", remedy)) from error
-        finally:
-            for handle in handles:
-                handle.remove()
+    before: tuple[int, ...] = ()
+    for layer in performer.layers:
+        module = network.get_submodule(place_of(network, layer.name).path)
+        if next(module.children(), None) is not None:
+            continue
+        if not _unchanged(module, before, layer.shape):
+            noted.append(_Output(layer.name, _kind_of(module, activation=isinstance(module, ACTIVATIONS))))
+        before = layer.shape
     weighted = [i for i, output in enumerate(noted) if output.kind in {"convolution", "weights"}]
     return noted[: weighted[-1]] if weighted else noted
 
 
-def _outputs(performer: Performer) -> list[_Output]:
+def _outputs(performer: Performer) -> list[tuple[_Output, int]]:
+    """List outputs and their channels; only those of a known layout."""
     try:
-        traced = performer.graph
+        found = _traced_outputs(performer)
     except LayerError:
-        return _hooked_outputs(performer)
-    return _traced_outputs(traced, performer.preprocessing.size_px)
+        found = _called_outputs(performer)
+    channels = {layer.name: layer.shape[0] for layer in performer.layers if layer.layout != UNKNOWN}
+    return [(one, channels[one.name]) for one in found if one.name in channels]
 
 
 def feature_index(performer: Performer, config: DescriptorConfig | None = None) -> FeatureIndex:
@@ -149,7 +125,7 @@ def feature_index(performer: Performer, config: DescriptorConfig | None = None) 
     block, the ``F.relu`` at its end). So a convolution, its rectifier, its normalisation and its pooling are
     separate layers. Not measured are the last layer with weights (the class scores) and all that follows it; what does
     not reach the output; dropout, identity, flattening and adaptive pooling to the same size, which hand on the same
-    values; outputs other than maps ``(image, filter, row, col)`` and vectors ``(image, filter)``; and operations
+    values; outputs whose layout is not known (:mod:`partlens.network.layout`); and operations
     inside a ``forward`` that no module returns. VGG-F has 19 such layers with 19,456 channels, MatConvNet's LeNet six
     with 1,140.
 
@@ -165,12 +141,13 @@ def feature_index(performer: Performer, config: DescriptorConfig | None = None) 
     config = config or DescriptorConfig()
     if isinstance(config.layers, tuple):
         names = tuple(dict.fromkeys(config.layers))
-        _, values = forward_taps(performer, _blank(performer), names, channels_only)
+        blank = torch.zeros(1, performer.preprocessing.channels, *performer.preprocessing.size_px)
+        _, values = forward_taps(performer, blank, names, channels_only)
         return FeatureIndex(names, tuple(values[name].shape[1] for name in names))
     wanted = {"activations": {"activation"}, "convolutions": {"convolution"}}.get(config.layers)
     found = _outputs(performer)
-    chosen = [one for one in found if (one.kind in wanted if wanted else one.kind != "same")]
+    chosen = [(one, count) for one, count in found if (one.kind in wanted if wanted else one.kind != "same")]
     if not chosen:
         rule = f"{config.layers} with modules of their own before the class scores of {performer.name}"
         raise LayerError(expected(rule, "none", "Choose outputs, or name layers in a list"))
-    return FeatureIndex(tuple(one.name for one in chosen), tuple(one.shape[1] for one in chosen))
+    return FeatureIndex(tuple(one.name for one, _ in chosen), tuple(count for _, count in chosen))

@@ -87,11 +87,11 @@ def explain_parts(
 ) -> ExplainedParts:
     """Measure what each part adds to the score of the predicted class, or of named ones, on images of a batch."""
     structure = opened.explainer.structure
-    _, taps = forward_taps(opened.performer, batch, [structure.tap, structure.targets[-1]])
+    _, taps = forward_taps(opened.performer, batch, [structure.read, structure.targets[-1]])
     with torch.no_grad():
         outputs = opened.head(taps[structure.targets[-1]].cpu())[0]
     chosen = list(range(len(outputs)) if rows is None else rows)
-    outputs, maps = outputs[chosen], taps[structure.tap].cpu()[chosen]
+    outputs, maps = outputs[chosen], taps[structure.read].cpu()[chosen]
     wanted = outputs.argmax(1)[:, None]
     if classes is not None:
         named = [opened.performer.output(name) for name in classes]

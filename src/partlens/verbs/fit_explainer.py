@@ -280,12 +280,12 @@ def _cached_maps(fit: _Fit) -> TrainingMaps:
         arrays = stream_maps(
             viewing.on(torch.device(fit.extras.device)),
             drawn,
-            [structure.tap, *structure.targets],
+            [structure.read, *structure.targets],
             fit.cache,
             progress=lambda done, _: advance(done),
         )
     return TrainingMaps(
-        tap=arrays[structure.tap],
+        tap=arrays[structure.read],
         targets=tuple(arrays[target] for target in structure.targets),
         windows=windows,
         labels=labels_of(photos.images, photos.categories, photos.own),

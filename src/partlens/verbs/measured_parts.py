@@ -145,10 +145,10 @@ def _seen(opened: _Opened, show: Progress) -> SeenPhotos:
     explainer, performer, structure = opened.explainer, opened.performer, opened.explainer.structure
     assigned = _filter_categories(opened, show)
     maps, cells, scores, outputs, done = [], [], [], [], 0
-    taps = (structure.tap, structure.targets[-1])
+    taps = (structure.read, structure.targets[-1])
     with show.task("reading photos", len(opened.rows)) as advance, torch.no_grad():
         for batch in stream(performer, opened.images, opened.rows, taps, batch_size=_BATCH):
-            tapped = batch.maps[structure.tap].cpu()
+            tapped = batch.maps[structure.read].cpu()
             activations = explainer.interpret(tapped)[1]
             maps.append(tapped)
             scores.append(activations.flatten(2).amax(-1))

@@ -15,7 +15,7 @@ from partlens.errors import InputError, LayerError, WeightsError, expected, firs
 from partlens.network.borrowed import random_state_kept
 from partlens.network.graph import trace
 from partlens.network.performer import Performer, module_of
-from partlens.network.taps import place_of
+from partlens.network.watched import place_of
 from partlens.network.weights import with_outputs
 from partlens_papers.networks.finetune_config import FinetuneConfig
 from partlens_papers.networks.paper_networks import PaperNet

@@ -25,7 +25,8 @@ from partlens.errors import InputError, InputTypeError, LayerError, expected, li
 from partlens.network.borrowed import borrowed
 from partlens.network.outputs import class_scores as scores_of
 from partlens.network.performer import Performer, module_of
-from partlens.network.taps import place_of, read_taps, tensor_at
+from partlens.network.taps import read_taps, tensor_at
+from partlens.network.watched import place_of
 
 __all__ = ["ChannelEffects", "channel_effects", "removed", "scores_without"]
 

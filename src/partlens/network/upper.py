@@ -1,0 +1,122 @@
+"""The layers of a performer above a tap as a module of their own, where a copy of the graph is not enough."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partlens.errors import LayerError, expected, first_line
+from partlens.network.layout import Layout
+from partlens.network.watched import read_entry
+
+OUTPUT = "output"
+
+
+class LaidOut(nn.Module):
+    """Layers that take and give maps, around layers of other layouts.
+
+    Args:
+        inner: takes the source's own output and returns a tuple of the targets' own outputs.
+        source: layout of the source.
+        targets: layout of each target, and whether the tokens beside the grid are wanted, too.
+    """
+
+    def __init__(self, inner: nn.Module, source: Layout, targets: Sequence[tuple[Layout, bool]]) -> None:
+        super().__init__()
+        self.inner, self.source, self.targets = inner, source, tuple(targets)
+
+    def forward(self, maps: Tensor) -> tuple[Any, ...]:
+        """Return the targets' values for the source's maps."""
+        found = self.inner(self.source.from_maps(maps))
+        return tuple(_as_read(value, *how) for value, how in zip(found, self.targets, strict=True))
+
+
+def _as_read(value: Any, layout: Layout, whole: bool) -> Any:
+    return layout.to_maps(value, whole=whole) if isinstance(value, Tensor) else value
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """Copy a network.
+
+    Raises:
+        LayerError: it holds what cannot be copied.
+    """
+    try:
+        return copy.deepcopy(network)
+    except RuntimeError as error:
+        rule = f"layers of {type(network).__name__} that can be copied"
+        remedy = "Remove weight normalisation first (torch.nn.utils.remove_weight_norm)"
+        raise LayerError(expected(rule, first_line(error), remedy)) from error
+
+
+class Rerun(nn.Module):
+    """A copy of a whole network that is run on a blank image, with what is given in the place of one layer's output.
+
+    So a network without a graph is cut. What is below the layer runs in vain, and its weights never change. It equals
+    the network's own layers only where everything passes that layer.
+
+    Args:
+        network: it is copied.
+        source: module path and number of the call whose output is replaced.
+        targets: of each target the same, ``None`` for what the network returns.
+        blank: an image.
+    """
+
+    blank: Tensor
+
+    def __init__(
+        self, network: nn.Module, source: tuple[str, int], targets: Sequence[tuple[str, int] | None], blank: Tensor
+    ) -> None:
+        super().__init__()
+        self.network = copied(network).eval()
+        self.source_place, self.target_places = source, tuple(targets)
+        self.register_buffer("blank", blank, persistent=False)
+        for each in self.network.modules():
+            if getattr(each, "inplace", False):
+                each.inplace = False  # type: ignore[assignment]
+        for parameter in filter(torch.is_floating_point, self.network.parameters()):
+            parameter.requires_grad = True
+
+    def forward(self, given: Tensor) -> tuple[Any, ...]:
+        """Return the targets' own values, with ``given`` in the place of the source's output."""
+        found: dict[tuple[str, int], Tensor] = {}
+        calls: Counter[str] = Counter()
+        wanted = {place for place in self.target_places if place is not None}
+
+        def hook_of(path: str) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, answer: Any) -> Any:
+                place = (path, calls[path])
+                calls[path] += 1
+                if place in wanted:
+                    value = read_entry(answer)
+                    assert value is not None  # the layer was read when it was chosen
+                    found[place] = value.clone()
+                return _with_entry(answer, given.clone()) if place == self.source_place else None
+
+            return hook
+
+        with contextlib.ExitStack() as hooks:
+            for path in {path for path, _ in (self.source_place, *wanted)}:
+                hooks.callback(self.network.get_submodule(path).register_forward_hook(hook_of(path)).remove)
+            answer = self.network(self.blank.to(given).expand(len(given), -1, -1, -1))
+        return tuple(answer if place is None else found[place] for place in self.target_places)
+
+
+def _with_entry(answer: Any, value: Tensor) -> Any:
+    """Return a module's answer with another tensor in the place of the one that a tap reads."""
+    read = read_entry(answer)
+    if read is answer:
+        return value
+    if isinstance(answer, Mapping):
+        changed = copy.copy(answer)
+        for key in [key for key, entry in answer.items() if entry is read]:
+            changed[key] = value  # type: ignore[index]
+        return changed
+    entries = [value if entry is read else entry for entry in answer]
+    return type(answer)(*entries) if hasattr(answer, "_fields") else type(answer)(entries)

@@ -1,0 +1,208 @@
+"""One forward pass, watched: every call of a module, with what went in and what came out.
+
+Three made images run together: two that differ everywhere, and the first again with one place changed. So the pass
+shows not only shapes, but also which axis is that of the images, which tokens do not depend on the image, and where a
+place of the image is found again. `partlens.network.layout` and `partlens.network.layers` conclude from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partlens.errors import LayerError, expected, nearest
+from partlens.network.borrowed import in_this_thread
+from partlens.network.outputs import entries_of
+
+IMAGES = 3
+"""How many images a watched pass has."""
+
+_MOST_CHANGED = 4
+_STANDS_OUT = 10  # a place is found again where it changed this many times as much as the others usually did
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        name: tap name: the module's path, with ``_1``, ``_2`` … for its second, third … call.
+        module: the module.
+        given: the tensors it was called with.
+        output: the tensor that a tap reads.
+        lowest: the smallest value of it.
+        alike: of tokens, which of them are the same for both images.
+        changed: of tokens, those that the change of a place altered most, as far as they stand out.
+        maker: the node of autograd's graph that made it; ``None`` in a pass without gradients.
+    """
+
+    name: str
+    module: nn.Module
+    given: tuple[Tensor, ...]
+    output: Tensor
+    lowest: float
+    alike: tuple[bool, ...]
+    changed: tuple[int, ...]
+    maker: Any
+
+
+def read_entry(output: Any) -> Tensor | None:
+    """Return the tensor that a tap reads: the answer itself, or of several the first maps, else the first tokens."""
+    if isinstance(output, Tensor):
+        return output
+    given = [value for value in entries_of(output).values() if value.is_floating_point()]
+    return next((value for dimensions in (4, 3) for value in given if value.ndim == dimensions), None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tap is read: the module, which of its calls, and the entry of its answer."""
+
+    path: str
+    call: int
+    key: str | None
+
+
+def place_of(module: nn.Module, tap: str) -> Place:
+    """Find the module, the call and the output entry that a tap name means."""
+    name, _, key = tap.partition(":")
+    paths = {path for path, _ in module.named_modules() if path}
+    if name in paths:
+        return Place(name, 0, key or None)
+    repeated = re.fullmatch(r"(.+)_(\d+)", name)
+    if repeated and repeated[1] in paths:
+        return Place(repeated[1], int(repeated[2]), key or None)
+    raise LayerError(
+        expected(f"a layer of {type(module).__name__}", name, f"Nearest: {', '.join(nearest(name, paths))}")
+    )
+
+
+def changed_place(size: tuple[int, int]) -> tuple[slice, slice]:
+    """Return the rows and columns that the third image has changed: neither on the diagonal nor in the middle."""
+    rows, cols = size
+    return slice(rows // 8, max(3 * rows // 8, 1)), slice(5 * cols // 8, max(7 * cols // 8, 1))
+
+
+def three_images(channels: int, size: tuple[int, int], like: Tensor) -> Tensor:
+    """Return the images of a watched pass, in the type and on the device of a tensor."""
+    draws = torch.Generator().manual_seed(0)
+    first, other = torch.randn(2, channels, *size, generator=draws)
+    place = (slice(None), *changed_place(size))
+    third = first.clone()
+    third[place] = other[place]
+    return torch.stack([first, other, third]).to(device=like.device, dtype=like.dtype)
+
+
+def _tokens_facts(output: Tensor) -> tuple[tuple[bool, ...], tuple[int, ...]]:
+    """Compare the tokens of the three images (`Call.alike`, `Call.changed`)."""
+    if output.ndim != 3 or len(output) != IMAGES or not output.is_floating_point() or output.numel() == 0:
+        return (), ()
+    first, other, third = output.detach().float()
+    moved = (first - third).abs().sum(1)
+    most = moved.argsort(descending=True)[:_MOST_CHANGED]
+    standing_out = most[moved[most] > _STANDS_OUT * moved.median()]
+    return tuple((first == other).all(1).tolist()), tuple(standing_out.tolist())
+
+
+def watch(module: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
+    """Run a borrowed network on `three_images`; return every call of a module, as they end, and the network's answer.
+
+    Tensors are kept while the list is: drop it when the conclusions are drawn.
+    """
+    calls: list[Call] = []
+    counts: Counter[str] = Counter()
+
+    def watcher(path: str) -> Any:
+        def hook(owner: nn.Module, args: Any, kwargs: Any, answer: Any) -> None:
+            count = counts[path]
+            counts[path] += 1
+            output = read_entry(answer)
+            if output is None or output.ndim < 2 or output.is_quantized:
+                return
+            name = path if count == 0 else f"{path}_{count}"
+            given = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            lowest = float(output.min()) if output.numel() and not output.is_complex() else 0.0
+            calls.append(Call(name, owner, given, output, lowest, *_tokens_facts(output), output.grad_fn))
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for path, child in module.named_modules():
+            if path and not isinstance(child, torch.jit.ScriptModule):  # scripted parts take no hooks
+                hook = in_this_thread(watcher(path))
+                hooks.callback(child.register_forward_hook(hook, with_kwargs=True).remove)
+        answer = module(images)
+    return calls, answer
+
+
+@dataclass(frozen=True)
+class Makers:
+    """The nodes of autograd's graph that lie between an image and results.
+
+    Attributes:
+        cut: of each node, in execution order, whether everything passes it.
+        last: the nodes that made the results.
+    """
+
+    cut: dict[Any, bool]
+    last: frozenset[Any]
+
+    def order(self, node: Any) -> int:
+        """Place of a node in execution order; -1 where it does not lie between image and results."""
+        return int(node._sequence_nr()) if node in self.cut else -1  # noqa: SLF001 - autograd tells no other order
+
+
+def makers(answer: Any, image: Tensor) -> Makers:
+    """Read autograd's graph: it knows every path from the image that gradients take, and no other.
+
+    A mask that is computed from the image, or a network's own ``no_grad``, is no path.
+    """
+    results = (answer,) if isinstance(answer, Tensor) else entries_of(answer).values()
+    last = frozenset(value.grad_fn for value in results if value.grad_fn is not None)
+    readers = _readers(last)
+    leaf = next((node for node in readers if getattr(node, "variable", None) is image), None)
+    live = _reached(leaf, readers) if leaf is not None else set()
+    path = sorted(live - {leaf}, key=lambda node: int(node._sequence_nr()))  # noqa: SLF001
+    places = {node: place for place, node in enumerate(path)}
+
+    def furthest(node: Any) -> int:
+        end = [len(path)] if node in last and len(last) > 1 else []
+        return max([*end, *(places[reader] for reader in readers.get(node, ()))], default=-1)
+
+    cut, reach = {}, furthest(leaf)
+    for place, node in enumerate(path):
+        cut[node] = reach <= place
+        reach = max(reach, furthest(node))
+    return Makers(cut, last)
+
+
+def _readers(results: Iterable[Any]) -> dict[Any, list[Any]]:
+    """Return the nodes of a graph that others read, and of each its readers."""
+    readers: dict[Any, list[Any]] = {}
+    waiting, seen = list(results), set(results)
+    while waiting:
+        node = waiting.pop()
+        for source, _ in node.next_functions:
+            if source is not None:
+                readers.setdefault(source, []).append(node)
+                if source not in seen:
+                    seen.add(source)
+                    waiting.append(source)
+    return readers
+
+
+def _reached(start: Any, readers: Mapping[Any, list[Any]]) -> set[Any]:
+    found, waiting = {start}, [start]
+    while waiting:
+        for node in readers.get(waiting.pop(), ()):
+            if node not in found:
+                found.add(node)
+                waiting.append(node)
+    return found
