@@ -65,7 +65,7 @@ def centroid(field: Tensor) -> tuple[float, float]:
 
 def test_a_filter_that_reads_one_pixel_has_its_field_there() -> None:
     network = looking_at(OFFSETS)
-    field = receptive_field(trace(network), "3", (SIDE, SIDE))
+    field = receptive_field(trace(network, 1), "3", (SIDE, SIDE))
     assert field.size_px == (9, 9)
     found = occlusion_receptive_fields(network, dotted([(14, 15), (18, 13)]), field, config=EXACT)
     for k, offset in enumerate(OFFSETS):
@@ -82,7 +82,7 @@ def test_the_place_is_that_of_the_peak_on_the_uncovered_photo() -> None:
     network = looking_at(((0, 0),))
     images = dotted([(14, 15), (18, 13)])
     images[:, 0, 3, 3] = 0.9  # where the peak goes when the bright pixel is covered
-    field = receptive_field(trace(network), "3", (SIDE, SIDE))
+    field = receptive_field(trace(network, 1), "3", (SIDE, SIDE))
     here = occlusion_receptive_fields(network, images, field, config=EXACT).fields[0]
     assert centroid(here) == pytest.approx((0, 0), abs=1e-6)
 
@@ -160,7 +160,7 @@ def test_photos_that_no_filter_uses_are_not_covered() -> None:
     network = looking_at(((0, 0),))
     images = dotted([(14, 15), (18, 13), (8, 9)]) * torch.tensor([1.0, 3.0, 2.0])[:, None, None, None]
     found = occlusion_receptive_fields(
-        network, images, receptive_field(trace(network), "3", (SIDE, SIDE)), config=EXACT
+        network, images, receptive_field(trace(network, 1), "3", (SIDE, SIDE)), config=EXACT
     )
     assert found.images.tolist() == [[1, 2]]
     assert float(found.fields[0].max()) == 25 * (3 + 2)  # each photo's own drops, at the peak
@@ -173,7 +173,7 @@ def test_a_dead_filter_has_an_empty_field_and_no_size() -> None:
     with torch.no_grad():
         network[0].weight[1] = 0
     found = occlusion_receptive_fields(
-        network, dotted([(14, 15)]), receptive_field(trace(network), "3", (SIDE, SIDE)), config=EXACT
+        network, dotted([(14, 15)]), receptive_field(trace(network, 1), "3", (SIDE, SIDE)), config=EXACT
     )
     assert float(found.fields[1].abs().max()) == 0
     assert math.isnan(float(found.effective_px[1]))
@@ -183,7 +183,7 @@ def test_a_dead_filter_has_an_empty_field_and_no_size() -> None:
         found.fields,
         torch.tensor([1]),
         torch.ones(1),
-        receptive_field(trace(network), "3", (32, 32)),
+        receptive_field(trace(network, 1), "3", (32, 32)),
     )
     assert not shown.any()
 
@@ -239,7 +239,7 @@ def test_settings_are_checked(values: dict[str, object], words: str) -> None:
 
 def test_inputs_are_checked() -> None:
     network = looking_at(((0, 0),))
-    field = receptive_field(trace(network), "3", (SIDE, SIDE))
+    field = receptive_field(trace(network, 1), "3", (SIDE, SIDE))
     images = dotted([(14, 15)])
     with pytest.raises(InputError, match="at least one image"):
         occlusion_receptive_fields(network, images[:0], field)

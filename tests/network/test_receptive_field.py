@@ -73,7 +73,7 @@ def test_fields_are_the_pixels_that_change_a_cell(stack: list, ceil: bool, data:
     except RuntimeError:
         return
     cell = (data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, cols - 1)))
-    field = receptive_field(trace(module), str(len(parts) - 1), size)
+    field = receptive_field(trace(module, 1), str(len(parts) - 1), size)
     found = brute_force(module, cell, size)
     y0, x0, y1, x1 = box_of(field, cell)
     for first, last, low, high, length in (
@@ -102,7 +102,7 @@ class Joined(nn.Module):
 @pytest.mark.parametrize("cell", [(0, 0), (1, 2), (3, 1)])
 def test_functions_joins_and_uneven_padding(cell: tuple[int, int]) -> None:
     module, size = positive(Joined()), (14, 13)
-    y0, x0, y1, x1 = box_of(receptive_field(trace(module), "output", size), cell)
+    y0, x0, y1, x1 = box_of(receptive_field(trace(module, 1), "output", size), cell)
     clipped = max(y0, 0), max(x0, 0), min(y1, size[0] - 1), min(x1, size[1] - 1)
     assert brute_force(module, cell, size) == clipped
 
@@ -129,9 +129,9 @@ def test_layers_that_see_everything() -> None:
 
 def test_adaptive_pooling_that_divides_is_pooling() -> None:
     module = nn.Sequential(nn.Conv2d(1, 1, 1), nn.AdaptiveAvgPool2d((4, 3)))
-    assert receptive_field(trace(module), "1", (8, 9)).stride_px == (2, 3)
-    assert receptive_field(trace(module), "1", (4, 3)).size_px == (1, 1)
-    assert receptive_field(trace(module), "1", (9, 9)).size_px == (9, 9)
+    assert receptive_field(trace(module, 1), "1", (8, 9)).stride_px == (2, 3)
+    assert receptive_field(trace(module, 1), "1", (4, 3)).size_px == (1, 1)
+    assert receptive_field(trace(module, 1), "1", (9, 9)).size_px == (9, 9)
 
 
 def test_gates_keep_the_local_path(network) -> None:
@@ -159,7 +159,7 @@ def test_strides_that_do_not_match_are_refused() -> None:
             return self.a(x) + self.b(x)
 
     with pytest.raises(LayerError, match="strides"):
-        receptive_field(trace(Crooked()), "output", (8, 8))
+        receptive_field(trace(Crooked(), 1), "output", (8, 8))
 
 
 def test_centres_of_cells() -> None:

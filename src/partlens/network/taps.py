@@ -202,7 +202,7 @@ def tap_layouts(performer: Performer | nn.Module, batch: Tensor, names: Sequence
         return {name: performer.layout(name) for name in names}
     module = module_of(performer)
     if all(isinstance(_module_at(module, name), nn.Conv2d) for name in names):
-        return {}  # nothing to find out
+        return dict.fromkeys(names, Layout("maps"))  # nothing to find out
     found = found_layouts(module, batch.shape[1], size)
     return {name: tap_layout(module, found, name) for name in names}
 

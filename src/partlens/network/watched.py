@@ -135,6 +135,7 @@ def watch(module: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
 
     with contextlib.ExitStack() as hooks:
         for path, child in module.named_modules():
+            child._forward_hooks.clear()  # noqa: SLF001 - the owner's would see made images; they come back
             if path and not isinstance(child, torch.jit.ScriptModule):  # scripted parts take no hooks
                 hook = in_this_thread(watcher(path))
                 hooks.callback(child.register_forward_hook(hook, with_kwargs=True).remove)
