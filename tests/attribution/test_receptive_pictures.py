@@ -93,7 +93,7 @@ def test_wider_filters_have_wider_fields(generator: torch.Generator) -> None:
         network.weight.zero_()
         for k, half in enumerate((1, 3, 7)):
             network.weight[k, 0, 7 - half : 8 + half, 7 - half : 8 + half] = 1 / (2 * half + 1) ** 2
-    field = receptive_field(trace(nn.Sequential(network)), "0", (SIDE, SIDE))
+    field = receptive_field(trace(nn.Sequential(network), 1), "0", (SIDE, SIDE))
     images = torch.zeros(1, 1, SIDE, SIDE)
     images[0, 0, 12:20, 12:20] = 1 + torch.rand(8, 8, generator=generator)
     config = OcclusionConfig(occluder_px=3, stride_px=1, strongest=60, images=1, smoothing_px=0)
