@@ -177,8 +177,6 @@ def test_layers_that_cannot_be_explained_say_why(tiny: Performer) -> None:
     batch = torch.rand(2, 3, 32, 32)
     with pytest.raises(ValueError, match="larger than 1x1 at pool4"):
         explainer_structure(tiny, batch, "pool4", ["classes"])
-    with pytest.raises(ValueError, match="after a ReLU at conv2, got values down to -"):
-        explainer_structure(tiny, batch, "conv2", ["relu4"])
 
 
 def test_a_held_inserted_track_costs_nothing_and_is_the_identity(tiny: Performer) -> None:
