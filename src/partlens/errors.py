@@ -49,6 +49,10 @@ class AtWorkError(RunError):
     """A folder that another process is writing to."""
 
 
+class PartlensWarning(UserWarning):
+    """Something that a reader of the result must know, and that is no error."""
+
+
 class StorageError(PartlensError, OSError):
     """Results could not be written (disk full, no permission); what was complete before is untouched."""
 

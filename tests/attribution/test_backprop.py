@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -55,14 +54,6 @@ def small() -> nn.Module:
 
 def images(count: int = 2, size: int = 20, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(count, 3, size, size, dtype=dtype)
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Without the shape checks of the tests, which draw random numbers and hide our own errors."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Forms of call
@@ -323,7 +314,7 @@ def test_aligned_signals_stay_where_they_are() -> None:
     places = torch.arange(128.0)
 
     def middle(fix: object) -> float:
-        weight = guided_backprop(network, x, layer="3", filters=0, start="peak", fix_strides=fix)[0, 0]
+        weight = guided_backprop(network, x, layer="3", filters=0, rule="gradient", start="peak", fix_strides=fix)[0, 0]
         return float((weight.sum(1) * places).sum() / weight.sum())
 
     # The peak must lie inside, or the border cuts the windows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import partlens
 from partlens.errors import InputError, InputTypeError
 from partlens.network.borrowed import borrowed, random_state_kept, unwrapped
 from partlens.network.taps import forward_taps
@@ -129,3 +131,44 @@ def test_several_threads_at_once() -> None:
     assert all(child.training for child in module.modules())
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def _compiled_part() -> nn.Module:
+    module = network()
+    module[0].compile()
+    return module
+
+
+def _quantised() -> nn.Module:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(module, {nn.Linear})
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: torch.export.export(network().eval(), (torch.rand(1, 3, 4, 4),)).module(), r"torch\.export"),
+        (lambda: nn.Sequential(torch.jit.script(nn.ReLU())), r"a TorchScript module, 0 "),
+        (lambda: nn.Sequential(torch.compile(nn.ReLU())), r"compiled by torch\.compile, 0 "),
+        (_compiled_part, r"compiled in place, 0 "),
+        (_quantised, r"a quantised layer, 2 "),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.LazyLinear(2)),
+            r"none in 2\.weight\. Run the netw",
+        ),
+        (lambda: nn.Conv2d(3, 4, 1, device="meta"), r"none in weight\. Load its weights"),
+    ],
+)
+def test_a_network_that_cannot_be_used_is_refused_by_its_part(make: Callable[[], nn.Module], words: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = make()
+    for call in (
+        lambda: partlens.guided_backprop(module, torch.rand(1, 3, 4, 4)),
+        lambda: forward_taps(module, torch.rand(1, 3, 4, 4), []),
+        lambda: partlens.load_performer(module, preprocessing=partlens.Preprocessing(size_px=(4, 4))),
+    ):
+        with pytest.raises(InputTypeError, match=words):
+            call()

@@ -114,6 +114,19 @@ def test_labels_that_the_network_says_otherwise_are_told(tmp_path: Path) -> None
     assert "the network takes most photos of 0 for output 1, 1 for output 0, and 0 % of them" in said
 
 
+class Masked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x > 0)
+
+
+def test_maps_that_are_plain_gradients_are_called_so(tmp_path: Path) -> None:
+    data, module = photos(tmp_path / "data", "0", "1"), Network(2)
+    module.relu1, module.relu2 = Masked(), Masked()
+    performer, _ = selected(module, data, tmp_path / "run")
+    notes = explained(tmp_path / "run", data / "0" / "0.png", performer)["notes"]
+    assert any(note.startswith("no activation was found, so that this is the plain gradient") for note in notes)
+
+
 def test_a_class_past_the_last_output_is_no_output(tmp_path: Path) -> None:
     data = photos(tmp_path / "data", "0", "3", "7")
     performer, said = selected(Network(2), data, tmp_path / "run")

@@ -8,15 +8,25 @@ is its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.attribution.rules import POOLINGS, RULES, STRIDES, Pooling, Rule, Strides, rewritten
-from partlens.errors import InputError, InputTypeError, LayerError, expected, first_line
+from partlens.errors import (
+    InputError,
+    InputTypeError,
+    LayerError,
+    PartlensError,
+    PartlensWarning,
+    expected,
+    first_line,
+)
 from partlens.network.borrowed import borrowed, in_this_thread
 from partlens.network.layout import Layout
 from partlens.network.outputs import class_scores
@@ -52,30 +62,39 @@ def _settings(rule: Rule, fix_strides: bool | Strides, pooling: Pooling) -> Stri
 
 def _checked(module: nn.Module, images: Tensor) -> Tensor:
     """Return the images in the network's type and place, after refusing what cannot be used."""
+    remedy = "Use performer.preprocessing to make the batch"
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = str(images.dtype) if isinstance(images, Tensor) else type(images).__name__
-        remedy = "Use performer.preprocessing to make the batch"
         raise InputTypeError(expected("a floating-point tensor of images", kind, remedy))
-    if images.ndim != 4 or len(images) == 0:
+    if images.layout != torch.strided or images.is_meta:
+        kind = "a tensor without values" if images.is_meta else f"layout {images.layout}"
+        raise InputTypeError(expected("an ordinary tensor of images", kind, f"{remedy}, or images.to_dense()"))
+    if images.ndim != 4 or images.numel() == 0:
         rule = "a batch of at least one image with axes image, channel, row, col"
         raise InputError(expected(rule, f"shape {tuple(images.shape)}", "Add the missing axis or image"))
-    _check_module(module)
-    return like_weights(module, images)
-
-
-def _check_module(module: nn.Module) -> None:
-    """Refuse parts whose operations autograd does not record one by one, and weights it cannot use."""
-    for path, child in module.named_modules():
-        compiled = isinstance(getattr(child, "_orig_mod", None), nn.Module) or child._compiled_call_impl is not None  # noqa: SLF001
-        if compiled or isinstance(child, torch.jit.ScriptModule):
-            rule = "a network in Python, whose operations can be recorded"
-            got = f"a compiled or scripted part, {path or 'the whole'} ({type(child).__name__})"
-            raise InputTypeError(expected(rule, got, "Pass the plain module that was compiled"))
     for name, held in (*module.named_parameters(), *module.named_buffers()):
         if held.is_inference():
             remedy = "Load the network outside inference_mode (calling partlens inside it is allowed)"
             rule = "weights that autograd can use"
             raise InputTypeError(expected(rule, f"{name}, made inside torch.inference_mode", remedy))
+    return like_weights(module, images)
+
+
+def _ran(network: nn.Module, images: Tensor) -> Any:
+    """Run a network, whatever it raises being one sentence."""
+    try:
+        return network(images)
+    except PartlensError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        if type(error).__module__ != "builtins":
+            raise  # the owner's own kind, which some code around us may wait for
+        shape = tuple(images.shape)
+        remedy = "Use performer.preprocessing; wrap a network of other inputs in one that takes the images alone"
+        if shape[3] in {1, 3, 4} and shape[1] not in {1, 3, 4}:
+            remedy = "Put the channels first, as images.permute(0, 3, 1, 2) does"
+        rule = f"images that {type(network).__name__} takes"
+        raise InputError(expected(rule, f"shape {shape} ({first_line(error)})", remedy)) from error
 
 
 def like_weights(module: nn.Module, images: Tensor) -> Tensor:
@@ -100,7 +119,7 @@ def _recorded(
         leaf = batch.detach().clone().requires_grad_()
         # A copy, because a network may write into its input, which is forbidden on a leaf.
         given = leaf.clone()
-        found = _read(network, given, layers) if layers else {"": class_scores(network(given), len(batch))}
+        found = _read(network, given, layers) if layers else {"": class_scores(_ran(network, given), len(batch))}
         for name, value in found.items():
             if not value.requires_grad:
                 rule = f"{name or 'the scores'} to depend on the images through recorded operations"
@@ -116,7 +135,7 @@ def _read(network: nn.Module, batch: Tensor, layers: Mapping[str, Layout]) -> di
         leave = in_this_thread(lambda *_: _leave(taps.complete))
         stops = [m.register_forward_hook(leave) for m in network.modules()]
         try:
-            network(batch)
+            _ran(network, batch)
         except _ReadEnough:
             pass
         finally:
@@ -138,6 +157,22 @@ def _maps(name: str, output: Tensor) -> Tensor:
         rule = f"{name} to give maps (image, filter, row, col) or one value a filter"
         raise LayerError(expected(rule, f"shape {tuple(output.shape)}", "Choose another layer"))
     return output
+
+
+@contextlib.contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Take numbers near the smallest for zero in this thread, and go back to what it did before.
+
+    Signals that fade over many layers become denormal, and a processor computes ten times slower with those.
+    """
+    # There is no way to ask; half of the smallest normal number is zero where they are flushed already.
+    tiny = torch.tensor(torch.finfo(torch.float32).tiny)
+    flushed = float(tiny / 2) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushed)
 
 
 def _run(leaf: Tensor, rounds: Sequence[_Round]) -> Tensor:
@@ -189,6 +224,7 @@ def backward_signals(
     fix_strides: bool | Strides = True,
     *,
     pooling: Pooling = "route",
+    tell: Callable[[str], None] | None = None,
 ) -> Float[Tensor, "round image channel row col"]:
     """Send weighted activation maps of several layers back to the images.
 
@@ -203,6 +239,7 @@ def backward_signals(
         rule: as the other settings and errors, see `guided_backprop`.
         fix_strides: likewise.
         pooling: likewise.
+        tell: takes what a reader of the signals must know, as `guided_backprop` warns of it; by default a warning.
 
     Source:
         Oramas et al., ICLR 2019, section 3 and its released code: the start is the activation map of the filter.
@@ -226,8 +263,15 @@ def backward_signals(
     ):
         maps = {name: _maps(name, output) for name, output in found.items()}
         rounds = [_round(each, maps, len(ready)) for each in starts]
-        with rewritten(list(found.values()), rule, strides, pooling):
-            return _run(leaf, rounds)
+        with rewritten(list(found.values()), rule, strides, pooling) as note, _denormals_flushed():
+            signals = _run(leaf, rounds)
+    if note:
+        (tell or _warn)(note)
+    return signals
+
+
+def _warn(note: str) -> None:
+    warnings.warn(f"{note[0].upper()}{note[1:]}.", PartlensWarning, stacklevel=3)
 
 
 def _round(weights: Mapping[str, Tensor], maps: Mapping[str, Tensor], images: int) -> list[tuple[Tensor, Tensor]]:
@@ -243,15 +287,15 @@ def _round(weights: Mapping[str, Tensor], maps: Mapping[str, Tensor], images: in
     ]
 
 
-def _targets(scores: Tensor, target: int | Tensor | None) -> Tensor:
+def _targets(scores: Tensor, wanted: int | list[int] | None) -> Tensor:
     """Return the output to explain for every image."""
-    if target is None:
+    if wanted is None:
         return scores.detach().argmax(dim=1)
-    chosen = target if isinstance(target, Tensor) else torch.full((len(scores),), target)
+    chosen = torch.tensor(wanted if isinstance(wanted, list) else [wanted] * len(scores), device=scores.device)
     if chosen.min() < 0 or chosen.max() >= scores.shape[1]:
         rule = f"targets from 0 to {scores.shape[1] - 1}"
         raise InputError(expected(rule, f"{chosen.tolist()}", "Name an existing output"))
-    return chosen.to(scores.device)
+    return chosen
 
 
 def _started(maps: Tensor, chosen: int, start: Start) -> Tensor:
@@ -271,9 +315,9 @@ def _started(maps: Tensor, chosen: int, start: Start) -> Tensor:
 def guided_backprop(
     model: nn.Module | Performer,
     images: Float[Tensor, "image channel row col"],
-    target: int | Int[Tensor, " image"] | None = None,
+    target: int | Sequence[int] | Int[Tensor, " image"] | Int[np.ndarray, " image"] | None = None,
     layer: str | None = None,
-    filters: int | Sequence[int] | None = None,
+    filters: int | Sequence[int] | Int[Tensor, " filter"] | Int[np.ndarray, " filter"] | None = None,
     rule: Rule = "guided",
     fix_strides: bool | Strides = True,
     *,
@@ -288,7 +332,8 @@ def guided_backprop(
         target: the output to explain, one for all images or one each; the highest score when ``None``. The signal
             starts with 1 at that score. Only without ``layer``.
         layer: a tap (`partlens.network.taps`), to explain filters instead of a score.
-        filters: one filter of ``layer``, or several. Fully connected layers have maps of one cell.
+        filters: one filter of ``layer``, or several (a list, an array, a tensor). Fully connected layers have maps of
+            one cell.
         rule: ``"guided"``, ``"deconvnet"`` or ``"gradient"``, see `partlens.attribution.rules.rewritten`.
         fix_strides: whether strided convolutions leave no lattice (`partlens.attribution.rules.strided_gradient`):
             ``True`` or ``"nearest"`` as the authors do, which moves structures by about half a stride in every
@@ -304,9 +349,13 @@ def guided_backprop(
 
     Raises:
         LayerError: an unknown layer, one without maps, one that does not depend on the images, or an operation that
-            cannot be looked into (a compiled part, an ``autograd.Function``).
-        InputError: a filter or target that does not exist, both a target and a layer, signals that are not finite.
-        InputTypeError: images that are not floating point, a compiled or scripted network.
+            cannot be looked into (an ``autograd.Function``).
+        InputError: images that the network does not take, a filter or target that does not exist, both a target and a
+            layer, signals that are not finite.
+        InputTypeError: images that are not floating point, numbers that are none, a compiled or scripted network.
+
+    Warns:
+        PartlensWarning: no activation was found, so that the rule made no difference; or perhaps not every one.
 
     Source:
         Springenberg et al., arXiv 1412.6806 (guided); Zeiler and Fergus, arXiv 1311.2901 (deconvnet); Oramas et al.,
@@ -333,33 +382,54 @@ def guided_backprop(
     ):
         if layer is None:
             origin = found[""]
-            starts = [torch.zeros_like(origin).scatter(1, _targets(origin, target)[:, None], 1.0)]
+            starts = [torch.zeros_like(origin).scatter(1, _targets(origin, wanted)[:, None], 1.0)]
         else:
-            origin = _maps(layer, found[layer])
-            _check_filters(layer, wanted, origin.shape[1])
-            starts = [_started(origin, k, start) for k in wanted]
-        with rewritten([origin], rule, strides, pooling):
+            origin, several = _maps(layer, found[layer]), _listed(wanted)
+            _check_filters(layer, several, origin.shape[1])
+            starts = [_started(origin, k, start) for k in several]
+        with rewritten([origin], rule, strides, pooling) as note, _denormals_flushed():
             signals = _run(leaf, [[(origin, signal)] for signal in starts])
-        return signals.transpose(0, 1) if isinstance(filters, Sequence) else signals[0]
+    if note:
+        _warn(note)
+    return signals.transpose(0, 1) if layer is not None and isinstance(wanted, list) else signals[0]
 
 
-def _wanted(
-    layer: str | None, filters: int | Sequence[int] | None, target: int | Tensor | None, images: int
-) -> list[int]:
-    """Return the filters as a list, after refusing contradictory requests."""
+def _numbers(what: str, given: object, example: str) -> int | list[int]:
+    """Return a whole number, or those of a list, an array or a tensor with one axis."""
+    values: Any = given.tolist() if isinstance(given, (Tensor, np.ndarray, np.generic)) else given
+    entries = list(values) if isinstance(values, (list, tuple, range)) else [values]
+    plain: list[Any] = [
+        each.item() if isinstance(each, (Tensor, np.generic)) and each.ndim == 0 else each for each in entries
+    ]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in plain):
+        rule = f"{what} as a whole number or as several on one axis"
+        raise InputTypeError(expected(rule, f"{type(given).__name__} {given!r}"[:80], f"Give {example}"))
+    whole: int | list[int] = plain if isinstance(values, (list, tuple, range)) else plain[0]
+    return whole
+
+
+def _listed(numbers: int | list[int] | None) -> list[int]:
+    return [] if numbers is None else numbers if isinstance(numbers, list) else [numbers]
+
+
+def _wanted(layer: str | None, filters: object, target: object, images: int) -> int | list[int] | None:
+    """Return the filters, or the targets without a layer, after refusing contradictory requests."""
     if layer is None:
         if filters is not None:
             raise InputError(expected("a layer for the filters", "none", "Name the layer, or give no filters"))
-        if isinstance(target, Tensor) and tuple(target.shape) != (images,):
+        wanted = None if target is None else _numbers("target", target, "target=7, or one for each image")
+        if isinstance(wanted, list) and len(wanted) != images:
             rule = f"one target for each of {images} images"
-            raise InputError(expected(rule, f"shape {tuple(target.shape)}", "Give one per image"))
-        return []
+            raise InputError(expected(rule, f"{len(wanted)}", "Give one per image"))
+        return wanted
+    if not isinstance(layer, str):
+        raise InputTypeError(expected("the layer's name", type(layer).__name__, "Name a layer (see partlens layers)"))
     if target is not None:
         raise InputError(expected("either a target or a layer", f"both ({layer})", "Give one of them"))
     if filters is None:
         raise InputError(expected(f"the filters of {layer} to explain", "none", "Give filters=7 or filters=[3, 7, 12]"))
-    wanted = [int(k) for k in filters] if isinstance(filters, Sequence) else [int(filters)]
-    if not wanted:
+    wanted = _numbers("filters", filters, "filters=7 or filters=[3, 7, 12]")
+    if wanted == []:
         raise InputError(expected("at least one filter", "an empty sequence", "Give filters=[3, 7, 12]"))
     return wanted
 

@@ -43,7 +43,8 @@ class Explanations:
         positive: ``[image, explained]`` the sum of all positive contributions, which shares refer to.
         maps: ``[image, explained, rank, row, col]`` in [0, 1]; zeros where there is no feature.
         combined: ``[image, explained, row, col]``, the pixelwise maximum of the maps (authors).
-        output: the performer's output, ``[image, output]``.
+        output: the performer's scores, ``[image, output]``.
+        notes: what a reader of the maps must know.
     """
 
     classes: Int[Tensor, "image explained"]
@@ -55,6 +56,7 @@ class Explanations:
     maps: Float[Tensor, "image explained rank row col"]
     combined: Float[Tensor, "image explained row col"]
     output: Float[Tensor, "image output"]
+    notes: tuple[str, ...] = ()
 
 
 def contributions(
@@ -145,7 +147,8 @@ def explain_batch(
     order = positive.argsort(dim=2, descending=True, stable=True)[..., : min(config.features, index.size)]
     chosen = positive.gather(2, order)
     features = torch.where(chosen > 0, order, -1)
-    maps = heat_map(_signals(performer, batch, features, index, config))
+    notes: list[str] = []
+    maps = heat_map(_signals(performer, batch, features, index, config, notes.append))
     if config.smooth_frac > 0:
         maps = scaled(smoothed(maps, config.smooth_frac * min(batch.shape[-2:])))
     return Explanations(
@@ -158,6 +161,7 @@ def explain_batch(
         maps=maps,
         combined=maps.amax(dim=2),
         output=output,
+        notes=tuple(notes),
     )
 
 
@@ -167,6 +171,7 @@ def _signals(
     features: Int[Tensor, "image explained rank"],
     index: FeatureIndex,
     config: ExplanationConfig,
+    tell: Callable[[str], None],
 ) -> Float[Tensor, "image explained rank channel row col"]:
     """Propagate every chosen feature back; classes without one get zeros."""
     _, explained, ranks = features.shape
@@ -181,6 +186,7 @@ def _signals(
             rule=config.rule,
             fix_strides=config.fix_strides,
             pooling=config.pooling,
+            tell=tell,
         ).to(signals)
     return signals.view(explained, ranks, *batch.shape).permute(2, 0, 1, 3, 4, 5)
 

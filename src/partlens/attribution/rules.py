@@ -9,7 +9,6 @@ never touched, the forward pass is the network's own bit for bit, and no spellin
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from partlens.attribution.activations import Activation, Activations, activations, kind_of, nodes_behind
 from partlens.errors import LayerError, expected
 
 Rule = Literal["guided", "deconvnet", "gradient"]
@@ -29,71 +29,12 @@ RULES: tuple[Rule, ...] = ("guided", "deconvnet", "gradient")
 POOLINGS: tuple[Pooling, ...] = ("route", "overwrite", "resample")
 STRIDES: tuple[Strides, ...] = ("nearest", "aligned")
 
-# Activations by the name of their node. Gates (sigmoid, hard sigmoid, softmax) and odd or symmetric squashing
-# functions (tanh, softsign, hardtanh around 0, shrinkage) are not rectifiers: they keep their true derivative.
-_ACTIVATIONS = frozenset(
-    {
-        "ReluBackward",
-        "ThresholdBackward",
-        "LeakyReluBackward",
-        "PreluKernelBackward",
-        "RreluWithNoiseBackward",
-        "EluBackward",
-        "CeluBackward",
-        "GeluBackward",
-        "SiluBackward",
-        "MishBackward",
-        "SoftplusBackward",
-        "HardswishBackward",
-    }
-)
-_CLAMPS = {"HardtanhBackward": "min_val", "ClampBackward": "min", "ClampMinBackward": "min"}
-_MAXIMA = frozenset({"MaximumBackward", "FmaxBackward"})
 _MAX_POOLS = {"MaxPool2DWithIndicesBackward": 2, "MaxPool3DWithIndicesBackward": 3}
 _MEAN_POOLS = {"AvgPool2DBackward": 2, "AvgPool3DBackward": 3}
 _HARMLESS = frozenset({"BackwardHookFunctionBackward"})  # the identity that full backward hooks put into the graph
 
 _Grads = tuple[Tensor | None, ...]
 _Replacement = Callable[[_Grads, _Grads], _Grads]
-
-
-def _kind(node: Any) -> str:
-    """Name of the operation without the overload's number: ``ReluBackward0`` gives ``ReluBackward``."""
-    return re.sub(r"\d+$", "", str(node.name()).rpartition("::")[2])
-
-
-def _nodes(tensors: Sequence[Tensor]) -> list[Any]:
-    """Every node of the graph behind some tensors, once each."""
-    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen = set(waiting)
-    found = []
-    while waiting:
-        node = waiting.pop()
-        found.append(node)
-        for behind, _ in node.next_functions:
-            if behind is not None and behind not in seen:
-                seen.add(behind)
-                waiting.append(behind)
-    return found
-
-
-def _is_zero(bound: Any) -> bool:
-    if isinstance(bound, Tensor):
-        return not bound.requires_grad and not bool(bound.any())
-    return bound is not None and float(bound) == 0
-
-
-def _is_activation(node: Any, kind: str) -> bool:
-    """Whether a node is a rectifying activation: one by name, or a clamp or maximum at zero."""
-    if kind in _ACTIVATIONS:
-        return True
-    if kind in _CLAMPS:
-        return _is_zero(getattr(node, "_saved_" + _CLAMPS[kind]))
-    if kind in _MAXIMA:
-        constants = [i for i, (behind, _) in enumerate(node.next_functions) if behind is None]
-        # The node keeps its operands only where it needs them for a derivative.
-        return len(constants) == 1 and _is_zero(node._saved_other if constants[0] else node._saved_self)  # noqa: SLF001
-    return False
 
 
 def _positive_in(grads: _Grads) -> _Grads:
@@ -110,6 +51,21 @@ def _positive_through(grads_in: _Grads, grads_out: _Grads) -> _Grads:
         return grads_in
     shape = grads_in[place].shape  # type: ignore[union-attr]  # not None by the line above
     return (*grads_in[:place], arrived.clamp(min=0).sum_to_size(shape), *grads_in[place + 1 :])
+
+
+def _through_product(activation: Activation) -> _Replacement:
+    """Do the same at an activation that a product spells: all of it goes the way of the activation's input."""
+
+    def replace(grads_in: _Grads, grads_out: _Grads) -> _Grads:
+        arrived, place = grads_out[0], activation.operand
+        if arrived is None or place is None:
+            return grads_in
+        handed = arrived.clamp(min=0) / activation.factor
+        return tuple(
+            handed if i == place else None if g is None else torch.zeros_like(g) for i, g in enumerate(grads_in)
+        )
+
+    return replace
 
 
 def stretched(signal: Tensor, size: Sequence[int], stride: Sequence[int], strides: Strides = "nearest") -> Tensor:
@@ -197,6 +153,9 @@ def _convolution(node: Any, strides: Strides) -> _Replacement | None:
     count = weight.ndim - 2
     stride, padding = _axes(node._saved_stride, count), _axes(node._saved_padding, count)  # noqa: SLF001
     dilation, groups = _axes(node._saved_dilation, count), int(node._saved_groups)  # noqa: SLF001
+    # Windows that lie side by side (patch embeddings) leave no lattice. Those with gaps between them do.
+    if tuple(weight.shape[2:]) == stride and max(dilation) == 1:
+        return None
 
     def replace(grads_in: _Grads, grads_out: _Grads) -> _Grads:
         ordinary, arrived = grads_in[0], grads_out[0]
@@ -331,7 +290,7 @@ def _opaque(node: Any, kind: str) -> bool:
 @contextlib.contextmanager
 def rewritten(
     tensors: Sequence[Tensor], rule: Rule = "guided", strides: Strides | None = "nearest", pooling: Pooling = "route"
-) -> Iterator[None]:
+) -> Iterator[str]:
     """Run backward passes through a recorded graph by other rules while the block lasts.
 
     With ``x`` an activation's input, ``f`` the activation and ``dy`` the signal that arrives at its output:
@@ -345,9 +304,9 @@ def rewritten(
     ===========  ===================================  ==================================
 
     Rectifying are ReLU and clamps or maxima at zero (ReLU6), threshold, leaky and parametric ReLU, ELU, SELU, CELU,
-    GELU, SiLU, Mish, softplus and hardswish. Gates (sigmoid, softmax) and functions symmetric about zero (tanh)
-    keep their true derivative under every rule; so does an activation spelt as a product with a mask, which no
-    record tells from a gate.
+    GELU, SiLU, Mish, softplus and hardswish, also where they are written in Python as a product of a value and its
+    gate. Gates (sigmoid, softmax) and functions symmetric about zero (tanh) keep their true derivative under every
+    rule; so does an activation spelt as a product with a mask, which no record tells from a gate.
 
     Args:
         tensors: where signals will start; everything behind them is covered.
@@ -358,22 +317,35 @@ def rewritten(
             for max pooling (a later window in reading order replaces an earlier one); ``"resample"``, strided max
             and average pooling treated like strided convolutions.
 
+    Yields:
+        What a reader of the signals must know: that no activation was found, or perhaps not every one.
+
     Raises:
         LayerError: during the backward pass, when a signal reaches an operation that cannot be looked into.
     """
     handles = []
+    nodes = nodes_behind(tensors)
+    known = activations(nodes) if rule != "gradient" else Activations((), frozenset(), "")
+    ruled = {activation.node for activation in known.found} | known.inside
+    looked_into = rule != "gradient" or strides is not None
     try:
-        for node in _nodes(tensors):
-            kind = _kind(node)
-            if rule != "gradient" and _is_activation(node, kind):
-                guided = rule == "guided"
-                hook = node.register_prehook(_positive_in) if guided else node.register_hook(_positive_through)
-                handles.append(hook)
-            elif (rule != "gradient" or strides) and _opaque(node, kind):
+        handles += [_at_activation(activation, rule) for activation in known.found]
+        for node in nodes:
+            kind = kind_of(node)
+            if node in ruled:
+                continue
+            if looked_into and _opaque(node, kind):
                 handles.append(node.register_prehook(_refuse(kind)))
             elif (replace := _resampled(node, kind, strides, pooling)) is not None:
                 handles.append(node.register_hook(replace))
-        yield
+        yield known.note
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _at_activation(activation: Activation, rule: Rule) -> Any:
+    """Hang a rule on an activation; return what takes it off."""
+    if rule == "guided" or (activation.spelt and activation.operand is None):
+        return activation.node.register_prehook(_positive_in)
+    return activation.node.register_hook(_through_product(activation) if activation.spelt else _positive_through)

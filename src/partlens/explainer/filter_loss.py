@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.errors import InputError, expected
+from partlens.errors import InputError, InputTypeError, expected
 from partlens.explainer.templates import peak_cells, template_log_prior
 
 _GradientRule = Literal["exact", "approximate"]
@@ -43,6 +43,13 @@ def template_scores(
     maps: Float[Tensor, "image filter row col"], templates: Float[Tensor, "template side_row side_col"]
 ) -> Float[Tensor, "image filter template"]:
     """Return ``tr(x · T)`` in nats for every map and template."""
+    for name, given in (("maps", maps), ("templates", templates)):
+        if not isinstance(given, Tensor) or not given.is_floating_point() or given.layout != torch.strided:
+            kind = f"{given.dtype} in layout {given.layout}" if isinstance(given, Tensor) else type(given).__name__
+            raise InputTypeError(expected(f"{name} as a floating-point tensor", kind, "Convert it, as x.float()"))
+    if maps.ndim != 4 or 0 in maps.shape:
+        rule = "maps of at least one image and filter with axes image, filter, row, col"
+        raise InputError(expected(rule, f"shape {tuple(maps.shape)}", "Give a batch of maps"))
     if maps.shape[2:] != templates.shape[1:]:
         rule, got = ("x".join(map(str, size)) for size in (templates.shape[1:], maps.shape[2:]))
         remedy = "Build the templates with part_templates(rows, cols)"
@@ -136,13 +143,16 @@ def filter_loss(
         matches one template, and different images match different ones.
 
     Raises:
-        InputError: map size and templates differ, or a map holds NaN or infinity.
+        InputError: no image, map size and templates differ, or a map holds NaN or infinity.
+        InputTypeError: maps that are no floating-point tensor, an alpha that is no number.
 
     Example:
         >>> from partlens.explainer.templates import part_templates
         >>> float(filter_loss(torch.zeros(4, 1, 5, 5), part_templates(5)).abs().max()) < 1e-6
         True
     """
+    if gradient not in ("exact", "approximate"):
+        raise InputError(expected("gradient exact or approximate", gradient, "Choose exact"))
     return filter_loss_of_scores(
         template_scores(maps, templates),
         alpha=alpha,

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from partlens.errors import InputError, expected
+from partlens.errors import InputError, InputTypeError, expected
 
 BETA = 4.0
 """Fall-off of a template per side length (CVPR 2018, Sec. 3.1)."""
@@ -75,6 +75,8 @@ def template_log_prior(cells: int, *, alpha: float | None = None) -> Float[Tenso
         1.0
     """
     alpha = cells / (1 + cells) if alpha is None else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise InputTypeError(expected("alpha as a number", type(alpha).__name__, "Omit it for the paper's value"))
     if not 0 < alpha < 1:
         raise InputError(expected("alpha between 0 and 1", alpha, "Omit it for the paper's value"))
     prior = torch.full((cells + 1,), math.log(alpha / cells), dtype=torch.float64)

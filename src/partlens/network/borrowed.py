@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from partlens.errors import InputError, InputTypeError, expected
 
@@ -34,10 +35,11 @@ _FLAGS = ("training", "inplace", "track_running_stats", "momentum", "ceil_mode",
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the network inside ``DataParallel`` wrappers, after refusing compiled ones.
+    """Return the network inside ``DataParallel`` wrappers, after refusing what cannot be read or computed with.
 
     Raises:
-        InputTypeError: not a module, a TorchScript module, or one compiled by ``torch.compile``.
+        InputTypeError: not a module; one that is compiled, scripted, exported or quantised, or has such a part; one
+            whose weights hold no values yet.
     """
     if not isinstance(module, nn.Module):
         raise InputTypeError(
@@ -45,13 +47,37 @@ def unwrapped(module: nn.Module) -> nn.Module:
         )
     while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         module = module.module
-    if isinstance(module, torch.jit.ScriptModule):
-        rule, got = "a network in Python, whose layers can be read", f"a TorchScript module ({type(module).__name__})"
-        raise InputTypeError(expected(rule, got, "Pass the original module that was scripted or traced"))
-    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-        rule, got = "a network whose layers can be read", f"one compiled by torch.compile ({type(module).__name__})"
-        raise InputTypeError(expected(rule, got, "Pass the original module (module._orig_mod)"))
+    for path, each in module.named_modules():
+        if (refused := _unreadable(each)) is not None:
+            what, remedy = refused
+            where = f"{path} ({type(each).__name__})" if path else type(each).__name__
+            rule = "a network in Python whose layers can be read and differentiated"
+            raise InputTypeError(expected(rule, f"{what}, {where}", remedy))
+        for name, held in (*each._parameters.items(), *each._buffers.items()):  # noqa: SLF001
+            if held is not None and (held.is_meta or is_lazy(held)):
+                remedy = (
+                    "Run the network once on an image" if is_lazy(held) else "Load its weights (to_empty, then load)"
+                )
+                raise InputTypeError(
+                    expected("weights with values", f"none in {f'{path}.{name}'.lstrip('.')}", f"{remedy} first")
+                )
     return module
+
+
+def _unreadable(module: nn.Module) -> tuple[str, str] | None:
+    """Say what is wrong with a module and what to pass instead; nothing where it can be used."""
+    content = vars(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a TorchScript module", "Pass the plain module that was scripted or traced"
+    if isinstance(content.get("_modules", {}).get("_orig_mod"), nn.Module):
+        return "one compiled by torch.compile", "Pass the plain module that was compiled (module._orig_mod)"
+    if content.get("_compiled_call_impl") is not None:
+        return "one compiled in place", "Pass the plain module that was compiled, without calling its compile()"
+    if isinstance(module, fx.GraphModule) and "train" in content:  # torch.export replaces the method
+        return "a module of torch.export", "Pass the plain module that was exported"
+    if ".quantized" in type(module).__module__:
+        return "a quantised layer", "Pass the network before quantisation"
+    return None
 
 
 # Who is inside blocks that keep the random state, by thread, and what it was before the first of them came in.

@@ -36,8 +36,11 @@ def to_double(value: Array, device: torch.device) -> Tensor:
 def check_matrix(value: object, name: str, axes: str) -> None:
     """Refuse what is no array of real numbers with two axes and an entry along each."""
     if not isinstance(value, (Tensor, np.ndarray)):
-        remedy = "Convert it, as np.asarray"
+        remedy = "Use its toarray()" if hasattr(value, "toarray") else "Convert it, as np.asarray"
         raise InputTypeError(expected(f"{name} as a NumPy array or a torch tensor", type(value).__name__, remedy))
+    if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta or value.is_quantized):
+        kind = "a tensor without values" if value.is_meta else f"{value.dtype} in layout {value.layout}"
+        raise InputTypeError(expected(f"an ordinary tensor of {name}", kind, "Convert it, as to_dense()"))
     whole = value.is_complex() if isinstance(value, Tensor) else value.dtype.kind not in "fiub"
     if whole:
         raise InputTypeError(expected(f"real numbers in {name}", str(value.dtype), "Convert them to float"))

@@ -94,14 +94,16 @@ class LassoSolution:
     constraint_active: Bool[Tensor, " class"]
 
 
-def _check_options(mu: object, tolerance: float, on_failure: str) -> float:
+def _check_options(mu: object, tolerance: object, on_failure: object) -> float:
     if isinstance(mu, bool) or not isinstance(mu, (int, float, np.integer, np.floating)):
         raise InputTypeError(expected("mu as a number", type(mu).__name__, "Give one bound for all classes"))
     if not (math.isfinite(mu) and mu > 0):
         raise InputError(expected("a finite mu above 0", float(mu), "The paper's value is 10"))
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float, np.integer, np.floating)):
+        raise InputTypeError(expected("tolerance as a number", type(tolerance).__name__, "The default is 1e-6"))
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise InputError(expected("a finite tolerance above 0", tolerance, "The default is 1e-6"))
-    if on_failure not in {"raise", "return"}:
+    if on_failure not in ("raise", "return"):
         raise InputError(expected("on_failure raise or return", on_failure, "Choose raise to get an error"))
     return float(mu)
 

@@ -196,6 +196,7 @@ class _Stage:
         parts: tuple[ExplainedByParts, ...] = ()
         if self.selection is not None and batch.selected is not None:
             notes += _prediction_notes(self.selection, batch.outputs[i]) if self.classes is None else []
+            notes += batch.selected.notes
             explained = _by_filters(self.selection, batch.selected, i, folder, shown, self.style)
             tensors |= _selection_tensors(batch.selected, i)
         if self.parts is not None:

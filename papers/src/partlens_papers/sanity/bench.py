@@ -269,8 +269,9 @@ def explained(bench: Bench, fit: Fit, classes: Tensor | None, performer: Perform
         )
         for part, batch in bench.batches()
     ]
-    names = [each.name for each in dataclasses.fields(Explanations)]
-    return Explanations(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    names = [each.name for each in dataclasses.fields(Explanations) if each.name != "notes"]
+    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return Explanations(**joined, notes=parts[0].notes)
 
 
 def score_maps(bench: Bench, classes: Tensor, rule: str, performer: Performer | None = None) -> Tensor:
