@@ -23,25 +23,28 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from partlens.errors import RunError, expected
-from partlens.records import Record, read_tensors, write_tensors
-
-_FILES = ("checkpoint-0.safetensors", "checkpoint-1.safetensors")
+from partlens.records import Record, file_sha256, read_tensors, write_tensors
 
 
 class _State(Record):
     FILE: ClassVar[str] = "checkpoint.json"
     SCHEMA: ClassVar[str] = "partlens.checkpoint/1"
     AGAIN: ClassVar[str] = "Delete its folder and run the command again"
+    SEALED: ClassVar[bool] = True
 
     identity: str
-    tensors: str
+    tensors: Literal["checkpoint-0.safetensors", "checkpoint-1.safetensors"]
+    sha256: str  # of the tensors' file
     values: dict[str, Any]
+
+
+_FILES = get_args(_State.model_fields["tensors"].annotation)
 
 
 class Found(NamedTuple):
@@ -69,10 +72,12 @@ class Checkpoint:
             StorageError: it could not be written; the one before is untouched.
         """
         before = _State.read_if_there(self.folder)
-        name = _FILES[0] if before is None or before.tensors != _FILES[0] else _FILES[1]
+        first, second = _FILES
+        name = second if before is not None and before.tensors == first else first
         flat = {f"{group}.{key}": value for group, content in tensors.items() for key, value in content.items()}
         write_tensors(self.folder / name, flat)
-        _State(identity=self.identity, tensors=name, values=dict(values)).write(self.folder)
+        sha256 = file_sha256(self.folder / name)
+        _State(identity=self.identity, tensors=name, sha256=sha256, values=dict(values)).write(self.folder)
 
     def load(self) -> Found | None:
         """Read the checkpoint; ``None`` where there is none yet.
@@ -83,11 +88,12 @@ class Checkpoint:
         state = _State.read_if_there(self.folder)
         if state is None:
             return None
-        if state.identity != self.identity or state.tensors not in _FILES:
+        if state.identity != self.identity:
             rule = f"a checkpoint of this configuration in {self.folder}"
             raise RunError(expected(rule, "one of another", "Choose another --out folder, or delete this one"))
         groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for name, value in read_tensors(self.folder / state.tensors).items():
+        tensors = read_tensors(self.folder / state.tensors, sha256=state.sha256, remedy=_State.AGAIN)
+        for name, value in tensors.items():
             group, _, key = name.partition(".")
             groups[group][key] = value
         return Found(state.values, groups)

@@ -152,7 +152,7 @@ def _group(settings: type) -> str:
 
 def _defaults(settings: Any, name: str) -> str:
     """Say the default of a field, by preset where these differ."""
-    presets = getattr(settings, "PRESETS", ("",))
+    presets = settings.PRESETS or ("",)
     values = {preset: getattr(settings.preset(preset) if preset else settings(), name) for preset in presets}
     first = next(iter(values.values()))
     others = [f"{preset}: {value}" for preset, value in values.items() if value != first]

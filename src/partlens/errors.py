@@ -13,6 +13,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+_LONGEST_SHOWN = 120  # characters of a wrong value in a sentence
+
 BACKGROUND = "background"
 """The category of photos that show something else."""
 
@@ -72,8 +74,21 @@ def expected(rule: str, got: object, remedy: str) -> str:
         >>> expected("at least 2 images", 1, "Add photos to the folder")
         'Expected at least 2 images, got 1. Add photos to the folder.'
     """
-    value = got if isinstance(got, str) else repr(got)
-    return f"Expected {rule}, got {value}. {_ended(remedy)}"
+    return f"Expected {rule}, got {got if isinstance(got, str) else shown(got)}. {_ended(remedy)}"
+
+
+def shown(value: object) -> str:
+    """Return a value as a sentence can hold it: its ``repr``, cut where it is long, its kind where it has none.
+
+    Example:
+        >>> shown("a"), shown(10**5000)
+        ("'a'", 'a value of kind int')
+    """
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - nested too deeply, thousands of digits, or an object that cannot show itself
+        return f"a value of kind {type(value).__name__}"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _ended(sentence: str) -> str:

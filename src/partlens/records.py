@@ -15,52 +15,51 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from partlens.errors import AtWorkError, InputError, RunError, StorageError, expected, failed, nearest, printable
+from partlens.errors import AtWorkError, InputError, RunError, StorageError, expected, failed, nearest, printable, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = "partlens/1"
-_LONGEST_SHOWN = 120  # characters of a wrong value in an error sentence
+_LARGEST = 2**63  # from it on no array, seed or index can hold a whole number
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, flush: bool = True) -> None:
     """Let ``write`` fill a temporary file and move it into place in one step.
 
     Args:
         path: the final file; its folder is made when missing.
         write: gets the temporary path and must leave a complete file there.
+        flush: wait until the disk has it; without, a power cut may leave an empty file.
 
     Raises:
         StorageError: the file could not be written; ``path`` keeps its previous content.
     """
-    temporary: Path | None = None
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        # Made like any file of the user's, so that the umask decides who may read it.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         write(temporary)
-        with temporary.open("rb+") as written:  # Windows flushes only what may be written to
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
+        if flush:
+            with temporary.open("rb+") as written:  # Windows flushes only what may be written to
+                os.fsync(written.fileno())
         temporary.replace(path)
     except OSError as error:
         raise StorageError(
             failed(f"write {path}", error, "Free space and run the same command again, or choose another --out folder")
         ) from error
     finally:
-        if temporary is not None and temporary.exists():
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -137,14 +136,23 @@ def read_json(path: Path, remedy: str = "Delete the file and run the command aga
         RunError: the file is missing or is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_bounded)
     except FileNotFoundError as error:
         raise RunError(expected(f"a file {path}", "nothing there", "Give the folder of a finished run")) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RunError(failed(f"read {path}", error, remedy)) from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number too large, or nested too deeply
         raise RunError(expected(f"JSON in {path}", str(error), remedy)) from error
     if not isinstance(content, dict):
         raise RunError(expected(f"a JSON object in {path}", type(content).__name__, remedy))
     return content
+
+
+def _bounded(digits: str) -> int:
+    """Read a whole number of a file; one that no array or seed can hold is none of ours."""
+    if len(digits) > len(str(_LARGEST)) or abs(int(digits)) >= _LARGEST:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _fault(error: ValidationError, kind: type[BaseModel]) -> tuple[str, str, str]:
@@ -156,10 +164,10 @@ def _fault(error: ValidationError, kind: type[BaseModel]) -> tuple[str, str, str
         return f"a field of {kind.__name__}", place, f"Did you mean {options}?"
     if first["type"] == "missing":
         return f"the field {place} of {kind.__name__}", "nothing", f"Give {place}"
+    if first["type"] == "json_invalid":
+        return "JSON", first["ctx"]["error"], "Correct it"
     rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    got = repr(first["input"])
-    shown = got if len(got) <= _LONGEST_SHOWN else f"{got[:_LONGEST_SHOWN]}…"
-    return f"{place or kind.__name__} to be {rule}", shown, f"Correct {place or 'it'}"
+    return f"{place or kind.__name__} to be {rule}", shown(first["input"]), f"Correct {place or 'it'}"
 
 
 class Value(BaseModel):
@@ -182,12 +190,34 @@ class Value(BaseModel):
                 raise ours from None
             raise InputError(expected(*_fault(error, type(self)))) from error
 
+    @field_validator("*", check_fields=False)
+    @classmethod
+    def _of_bounded_size(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) >= _LARGEST:
+            raise ValueError("a number below 2**63")
+        return value
+
     # Without this mark pydantic would build values inside records through __init__, where a file's kinds are not known.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 class Settings(Value):
-    """How something is done: every field with its default, range and source."""
+    """How something is done: every field with its default, range and source; numbers are finite.
+
+    Class attributes:
+        PRESETS: by name, what each changes in the defaults.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @classmethod
+    def preset(cls, name: str = "partlens", **changes: Any) -> Self:
+        """Return a preset with further changes."""
+        if not isinstance(name, str) or name not in cls.PRESETS:
+            raise InputError(expected(f"preset {' or '.join(cls.PRESETS)}", name, "Choose one of them"))
+        return cls(**{**cls.PRESETS[name], **changes})
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """Return the same with some fields changed, checked like new ones."""
@@ -201,11 +231,13 @@ class Record(Value):
         FILE: its name in the run directory.
         SCHEMA: name and number of its layout; raised where a reader of before would err.
         AGAIN: what makes a file of this kind anew, for texts.
+        SEALED: nobody edits it, so that it carries a hash of its content, and a change is damage.
     """
 
     FILE: ClassVar[str]
     SCHEMA: ClassVar[str]
     AGAIN: ClassVar[str]
+    SEALED: ClassVar[bool] = False
 
     def write(self, folder: Path) -> Path:
         """Write the file whole or not at all, and return its path.
@@ -215,6 +247,7 @@ class Record(Value):
         """
         path = folder / self.FILE
         content = {"schema": self.SCHEMA, **json.loads(self.model_dump_json())}
+        content |= {"seal": content_hash(content)} if self.SEALED else {}
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
         return path
@@ -228,6 +261,9 @@ class Record(Value):
         """
         path = folder / cls.FILE
         content = read_json(path, cls.AGAIN)
+        seal = content.pop("seal", None) if cls.SEALED else None
+        if cls.SEALED and seal != content_hash(content):
+            raise RunError(expected(f"{path} as it was written", "a file that was changed", cls.AGAIN))
         if (schema := content.pop("schema", None)) != cls.SCHEMA:
             raise RunError(expected(f"schema {cls.SCHEMA} in {path}", schema or "none", cls.AGAIN))
         try:
@@ -235,6 +271,8 @@ class Record(Value):
         except ValidationError as error:
             rule, got, _ = _fault(error, cls)
             raise RunError(expected(f"{rule} in {path}", got, cls.AGAIN)) from error
+        except RecursionError as error:
+            raise RunError(expected(f"{cls.__name__} in {path}", str(error), cls.AGAIN)) from error
 
     @classmethod
     def read_if_there(cls, folder: Path) -> Self | None:
@@ -267,22 +305,49 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_atomically(path, save)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path,
+    like: Mapping[str, Tensor] | None = None,
+    *,
+    sha256: str | None = None,
+    remedy: str = "Delete it and run the command again",
+) -> dict[str, Tensor]:
     """Read every tensor of a safetensors file onto the CPU.
 
+    Args:
+        path: the file.
+        like: optional, tensors of the names, kinds and shapes that the file must have; its numbers are then finite.
+        sha256: optional, hash of the file that is meant.
+        remedy: what to do about one that cannot be used.
+
     Raises:
-        RunError: the file is missing or is not safetensors.
+        RunError: the file is missing, is not safetensors, or holds other tensors; the text names it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors: dict[str, Tensor] = load_file(str(path))
+        same = sha256 is None or file_sha256(path) == sha256
     except FileNotFoundError as error:
-        raise RunError(expected(f"a file {path}", "nothing there", "Give the folder of a finished run")) from error
+        raise RunError(expected(f"a file {path}", "nothing there", remedy)) from error
+    except OSError as error:
+        raise RunError(failed(f"read {path}", error, remedy)) from error
     except SafetensorError as error:
-        raise RunError(expected(f"safetensors in {path}", str(error), "Delete it and run the command again")) from error
+        raise RunError(expected(f"safetensors in {path}", str(error), remedy)) from error
+    if not same:
+        raise RunError(expected(f"the tensors that this run wrote in {path}", "others", remedy))
+    for name in sorted({*tensors, *like} if like is not None else ()):
+        wanted, got = (_described(of.get(name)) for of in (like or {}, tensors))
+        if wanted != got:
+            raise RunError(expected(f"{name} in {path} to be {wanted}", got, remedy))
+        if tensors[name].isfinite().logical_not().any():
+            raise RunError(expected(f"finite numbers in {name} of {path}", "NaN or infinite ones", remedy))
     return tensors
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def file_sha256(path: Path) -> str:

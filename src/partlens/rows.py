@@ -13,16 +13,21 @@ import os
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Annotated, Any, BinaryIO, ClassVar, cast
 
 import numpy as np
+from pydantic import Field
 
 from partlens.errors import RunError, StorageError, expected, failed
 from partlens.records import Record, plain, sole_writer
 
 _SETTLE_SECONDS = 2.0
+_BLOCK_BYTES = 1 << 24
+
+_Kind = Annotated[str, Field(pattern=r"^[<>|=][biufc]\d+$")]  # plain numbers: no objects, no texts
 
 
 class RowRecord(Record):
@@ -31,12 +36,14 @@ class RowRecord(Record):
     FILE: ClassVar[str] = "rows.json"
     SCHEMA: ClassVar[str] = "partlens/rows/1"
     AGAIN: ClassVar[str] = "Delete its folder and run the command again"
+    SEALED: ClassVar[bool] = True
 
     identity: dict[str, Any]
-    rows: int
-    rows_done: int
-    arrays: dict[str, tuple[str, tuple[int, ...]]]
-    state: dict[str, Any]
+    rows: Annotated[int, Field(ge=0)]
+    rows_done: Annotated[int, Field(ge=0)]
+    arrays: dict[str, tuple[_Kind, tuple[Annotated[int, Field(ge=0)], ...]]]
+    checksums: dict[str, int]  # of the finished rows of each
+    state: dict[str, int]
 
 
 class _Array:
@@ -53,16 +60,17 @@ class _Array:
         self.held = np.zeros((rows if folder is None else 0, *shape), self.kind)
         self.handle: BinaryIO | None = None
         self.offset = 0
+        self.checksum = 0
 
     def create(self) -> None:
         if self.path is not None:
             header = {"descr": self.kind.str, "fortran_order": False, "shape": (self.rows, *self.shape)}
             with self.path.open("wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
-            self.open(0)
+            self.open(0, 0)
 
-    def open(self, done: int, *, to_write: bool = True) -> None:
-        """Check that the finished rows are there, and drop what a killed run wrote behind them."""
+    def open(self, done: int, checksum: int, *, to_write: bool = True) -> None:
+        """Check that the finished rows are those that were written, and drop what a killed run left behind them."""
         if self.path is None:
             return
         try:
@@ -71,16 +79,32 @@ class _Array:
                 shape, _, kind = np.lib.format.read_array_header_1_0(file)
                 self.offset = file.tell()
                 size = file.seek(0, 2)
-        except (FileNotFoundError, ValueError) as error:
-            raise self._damaged("no such file" if isinstance(error, OSError) else str(error)) from error
+        except FileNotFoundError as error:
+            raise self._damaged("no such file") from error
+        except OSError as error:
+            raise RunError(failed(f"read {self.path}", error, RowRecord.AGAIN)) from error
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(str(error)) from error
         if (shape, kind) != ((self.rows, *self.shape), self.kind):
             raise self._damaged(f"{shape} {kind}")
         if size < self.offset + done * self.row_bytes:
             raise self._damaged(f"{(size - self.offset) // max(self.row_bytes, 1)} rows")
+        self.checksum = self._summed(done * self.row_bytes)
+        if self.checksum != checksum:
+            raise self._damaged("other numbers")
         if to_write:
             self.handle = self.path.open("r+b", buffering=0)
             self.handle.truncate(self.offset + done * self.row_bytes)
             self.handle.seek(0, 2)
+
+    def _summed(self, size: int) -> int:
+        """Return the checksum of the first bytes of the rows."""
+        checksum, left = 0, size
+        with cast("Path", self.path).open("rb") as file:
+            file.seek(self.offset)
+            while left and (block := file.read(min(left, _BLOCK_BYTES))):
+                checksum, left = zlib.crc32(block, checksum), left - len(block)
+        return checksum
 
     def _damaged(self, got: str) -> RunError:
         rule = f"the finished rows {RowRecord.FILE} names in {self.path}"
@@ -91,6 +115,7 @@ class _Array:
             self.held[start : start + len(rows)] = rows
             return
         left = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+        self.checksum = zlib.crc32(left, self.checksum)
         while left:  # an unbuffered write may take a part only
             left = left[self.handle.write(left) :]
 
@@ -107,12 +132,12 @@ class RowStore:
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], rows: int) -> None:
         self.rows, self.done = rows, 0
-        self.state: dict[str, Any] = {}
+        self.state: dict[str, int] = {}
         self._folder, self._identity = folder, plain(identity)
         self._arrays: dict[str, _Array] = {}
         self._settled = (0, 0.0)  # rows and time
 
-    def append(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any] | None = None) -> None:
+    def append(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, int] | None = None) -> None:
         """Add rows: by name arrays with as many rows each, of the same names, kinds and shapes each time.
 
         ``state``, optional, is what `state` holds from now on, for the run that goes on.
@@ -173,8 +198,8 @@ class RowStore:
         self.done, self.state = found.rows_done, dict(found.state)
         self._settled = (self.done, time.monotonic())
         self._arrays = {name: _Array(self._folder, name, self.rows, *each) for name, each in found.arrays.items()}
-        for each in self._arrays.values():
-            each.open(self.done, to_write=self.done < self.rows)
+        for name, each in self._arrays.items():
+            each.open(self.done, found.checksums.get(name, 0), to_write=self.done < self.rows)
 
     def _settle(self) -> None:
         """Bring the rows to the disk first and then the record that vouches for them."""
@@ -186,7 +211,12 @@ class RowStore:
                     os.fsync(each.handle.fileno())
         arrays = {name: (kind.str, shape) for name, (kind, shape) in self._kinds().items()}
         RowRecord(
-            identity=self._identity, rows=self.rows, rows_done=self.done, arrays=arrays, state=plain(self.state)
+            identity=self._identity,
+            rows=self.rows,
+            rows_done=self.done,
+            arrays=arrays,
+            checksums={name: each.checksum for name, each in self._arrays.items()},
+            state=self.state,
         ).write(self._folder)
         self._settled = (self.done, time.monotonic())
 
@@ -264,6 +294,6 @@ def read_rows(folder: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for name, each in found.arrays.items():
         array = _Array(folder, name, found.rows, *each)
-        array.open(found.rows, to_write=False)
+        array.open(found.rows, found.checksums.get(name, 0), to_write=False)
         arrays[name] = array.read(found.rows)
     return arrays

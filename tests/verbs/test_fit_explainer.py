@@ -364,7 +364,7 @@ def test_weights_of_another_run_or_damaged_ones_are_refused(
     mine, theirs = (path / "explainer.safetensors" for path in (run, other.path))
     kept = mine.read_bytes()
     mine.write_bytes(theirs.read_bytes())
-    with pytest.raises(RunError, match="the weights that this run wrote in .*safetensors, got others"):
+    with pytest.raises(RunError, match="the tensors that this run wrote in .*safetensors, got others"):
         load_explainer(run, tiny)
     mine.write_bytes(kept)
     explainer, _ = load_explainer(run, tiny)
@@ -372,7 +372,7 @@ def test_weights_of_another_run_or_damaged_ones_are_refused(
     record = json.loads((run / "run.json").read_text())
     record["structure"]["channels_out"] = 5
     write_json(run / "run.json", record)
-    with pytest.raises(RunError, match="weights that fit the structure"):
+    with pytest.raises(RunError, match=r"in .*explainer.safetensors to be float32 .*, got .*Restore the file"):
         load_explainer(run, tiny)
 
 

@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from partlens.errors import InputError, expected
 from partlens.estimate import Estimate, Number
 from partlens.records import Record, Settings, Value
 
@@ -39,13 +38,6 @@ class ExplanationConfig(Settings):
     fix_strides: bool | Literal["nearest", "aligned"] = True
     pooling: Literal["route", "overwrite", "resample"] = "route"
     smooth_frac: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-
-    @classmethod
-    def preset(cls, name: str = "partlens", **changes: Any) -> ExplanationConfig:
-        """Return a preset with changes: ``partlens`` (ours) or ``paper``."""
-        if name not in cls.PRESETS:
-            raise InputError(expected("preset partlens or paper", name, "Choose one of them"))
-        return cls(**{**cls.PRESETS[name], **changes})
 
 
 _REFERENCE_SIDE_PX = 224

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from partlens.errors import InputError, expected
 from partlens.records import Settings
@@ -66,9 +66,11 @@ class ExplainerConfig(Settings):
 
     Class attributes:
         PRESETS: what each changes in the papers' values; ``partlens`` teaches parts before and while it reconstructs.
-    """
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    Example:
+        >>> ExplainerConfig.preset("paper", epochs=3).epochs
+        3
+    """
 
     score_scale_nats: float = Field(0.0, ge=0)
     gradient: Literal["exact", "approximate"] = "approximate"
@@ -139,19 +141,3 @@ class ExplainerConfig(Settings):
             rule = "at least 2 views to choose teachers by how they move"
             raise InputError(expected(rule, self.views, "Raise views, or set teachers to 0"))
         return self
-
-    @classmethod
-    def preset(cls, name: str = "partlens", **changes: Any) -> ExplainerConfig:
-        """Return a preset with changes.
-
-        Args:
-            name: ``partlens`` or ``paper``.
-            changes: fields to set after the preset.
-
-        Example:
-            >>> ExplainerConfig.preset("paper", epochs=3).epochs
-            3
-        """
-        if name not in cls.PRESETS:
-            raise InputError(expected(f"preset {' or '.join(cls.PRESETS)}", name, "Choose one of them"))
-        return cls(**{**cls.PRESETS[name], **changes})

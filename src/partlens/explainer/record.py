@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator
 
 from partlens.explainer.config import ExplainerConfig
 from partlens.records import Record, Value
@@ -99,6 +101,16 @@ class ExplainerRun(RunRecord):
     weights_sha256: str = ""
 
 
+def _epoch(values: dict[str, Any]) -> dict[str, Any]:
+    """Check that an epoch has its number and phase, and that all else is numbers."""
+    if not isinstance(values.get("phase"), str) or type(values.get("epoch")) is not int:
+        raise ValueError("an epoch with its number and phase")
+    for name, value in values.items():
+        if name != "phase" and (isinstance(value, bool) or not isinstance(value, (int, float, type(None)))):
+            raise ValueError(f"an epoch whose {name} is a number")
+    return values
+
+
 class History(Record):
     """What training logged.
 
@@ -110,4 +122,4 @@ class History(Record):
     SCHEMA: ClassVar[str] = "partlens.history/1"
     AGAIN: ClassVar[str] = "Run fit-explainer again"
 
-    epochs: tuple[dict[str, Any], ...] = ()
+    epochs: tuple[Annotated[dict[str, Any], AfterValidator(_epoch)], ...] = ()

@@ -92,7 +92,8 @@ def collect_explainer(run: Path, pictures: Pictures) -> ExplainerData | None:
 
 
 def _finite(epoch: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in epoch.items() if not isinstance(v, float) or math.isfinite(v)}
+    """Drop what is undefined, in a file ``null``."""
+    return {k: v for k, v in epoch.items() if v is not None and (not isinstance(v, float) or math.isfinite(v))}
 
 
 def _files(gallery: Gallery) -> list[str]:

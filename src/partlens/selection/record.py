@@ -138,7 +138,7 @@ class SelectionConfig(Settings):
     """
 
     split: str
-    mu: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    mu: Annotated[float, Field(gt=0)]
     labels: Literal["data", "predictions"]
     nonnegative: bool
     descriptor: DescriptorConfig

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partlens.errors import ImageError, InputError, RunError, expected
+from partlens.errors import ImageError, InputError, expected
 from partlens.explainer.config import ExplainerConfig, Preset
 from partlens.explainer.record import WEIGHTS, ExplainerRun, ExplainerStructure, Grid, History
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
-from partlens.run import EXPLAINER, PHOTOS, Run, Unreadable, UsedPhotos, command, now, versions
+from partlens.run import PHOTOS, Run, Unreadable, UsedPhotos, command, now, versions
 from partlens.verbs.runs import (
     chosen_categories,
     data_info,
@@ -323,7 +323,7 @@ def _learned_once(fit: _Fit, maps: TrainingMaps, number: int, advance: Callable[
     folder = fit.out if number == 0 else fit.out / "seeds" / str(config.seed)
     explainer = build_explainer(fit.performer, fit.asked.structure, config)
     if (folder / WEIGHTS).exists():
-        explainer.load_state_dict(read_tensors(folder / WEIGHTS))
+        explainer.load_state_dict(read_tensors(folder / WEIGHTS, explainer.state_dict()))
         return float(explainer.p.detach())
     result = train_explainer(
         explainer,
@@ -354,20 +354,12 @@ def load_explainer(run: str | Path, model: str | nn.Module | Performer | None = 
             were changed.
     """
     from partlens.explainer.network import build_explainer
-    from partlens.network.weights import check_finite
 
     folder = Path(run)
     record = Run(folder).read(ExplainerRun)
     performer = open_performer(record, model)
-    weights = read_tensors(folder / WEIGHTS)
-    if file_sha256(folder / WEIGHTS) != record.weights_sha256:
-        rule = f"the weights that this run wrote in {folder / WEIGHTS}"
-        raise RunError(expected(rule, "others", "Restore the file, or delete the folder and fit again"))
     explainer = build_explainer(performer, record.structure, record.config)
-    try:
-        explainer.load_state_dict(weights)
-    except RuntimeError as error:
-        rule = f"weights that fit the structure in {folder / EXPLAINER}"
-        raise RunError(expected(rule, "others", "Restore the files, or delete the folder and fit again")) from error
-    check_finite(weights, WEIGHTS)
+    remedy = "Restore the file, or delete the folder and fit again"
+    weights = read_tensors(folder / WEIGHTS, explainer.state_dict(), sha256=record.weights_sha256, remedy=remedy)
+    explainer.load_state_dict(weights)
     return explainer.eval(), performer

@@ -393,14 +393,18 @@ def load_selection(run: str | Path, model: str | nn.Module | Performer | None = 
     Raises:
         RunError: the selection is missing, unfinished or damaged, or the performer's weights are not those of the run.
     """
+    import torch
+
     folder = Path(run)
     record = Run(folder).read(SelectionRecord)
-    found = record.found
-    if found is None or file_sha256(folder / WEIGHTS) != found.weights_sha256:
-        rule = f"the weights of the selection in {folder}"
-        raise RunError(expected(rule, "a file that was changed", SelectionRecord.AGAIN))
+    if (found := record.found) is None:
+        rule = f"a result in {folder / record.FILE}"
+        raise RunError(expected(rule, "a run that is called finished and has none", SelectionRecord.AGAIN))
     performer = open_performer(record, model)
     if wrong := [one.name for one in found.classes if (one.output or 0) >= performer.outputs.count]:
         rule = f"classes of the selection in {folder} among {performer.outputs.count} outputs"
         raise RunError(expected(rule, listed(wrong), SelectionRecord.AGAIN))
-    return OpenedSelection(folder, record, found, read_tensors(folder / WEIGHTS)["weights"], performer)
+    shape = torch.empty(found.index.size, len(found.classes), dtype=torch.float64, device="meta")
+    path, again = folder / WEIGHTS, f"Restore the file, or delete it and {record.FILE}, then select again"
+    weights = read_tensors(path, {"weights": shape}, sha256=found.weights_sha256, remedy=again)
+    return OpenedSelection(folder, record, found, weights["weights"], performer)

@@ -56,12 +56,12 @@ class FinetuneConfig(Settings):
     epochs: int = Field(20, ge=1)
     epochs_all: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(0.001, gt=0, allow_inf_nan=False)
-    rate_kept: float = Field(0.1, ge=0, allow_inf_nan=False)
-    rate_all: float = Field(0.1, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(0.001, gt=0)
+    rate_kept: float = Field(0.1, ge=0)
+    rate_all: float = Field(0.1, gt=0)
     rate_fall: float = Field(0.1, gt=0, le=1)
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(5e-4, ge=0)
     positive_share: float = Field(0.5, gt=0, lt=1)
     mirror: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -35,16 +35,16 @@ class InterpretableConfig(Settings):
     """
 
     method: Method = "published"
-    strength: float = Field(1.0, ge=0, allow_inf_nan=False)
+    strength: float = Field(1.0, ge=0)
     inserted: Literal["gaussian", "identity"] = "gaussian"
     head: Literal["new", "copied"] = "new"
-    weight_std: float = Field(0.01, ge=0, allow_inf_nan=False)
+    weight_std: float = Field(0.01, ge=0)
     dropout: float | None = Field(None, ge=0, lt=1)
-    learning_rate: float = Field(3e-3, gt=0, allow_inf_nan=False)
-    learning_rate_end: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate_end: float = Field(3e-4, gt=0)
     decay_epochs: int = Field(10, ge=1)
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(5e-4, ge=0)
     batch_size: int = Field(128, ge=2)  # the filter loss compares photos
     epochs: int = Field(50, ge=1)
     seed: int = 0
