@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_origin, get_type_hints
 
 from partlens import __version__
-from partlens.errors import PartlensError, nearest
+from partlens.errors import PartlensError, failed, nearest
 
 _WORDS: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "None": type(None), "Path": str}
 _PLAINER = str.maketrans(
     {"→": "->", "–": "-", "−": "-", "²": "2", "·": "*", "≥": ">=", "≤": "<=", "×": "x", "…": "..."}
 )
 _LISTS = ("list[", "Sequence[", "tuple[")
+_NO_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # how torch says it
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _group(settings: type) -> str:
 
 def _defaults(settings: Any, name: str) -> str:
     """Say the default of a field, by preset where these differ."""
-    presets = settings.PRESETS or ("",)
+    presets = getattr(settings, "PRESETS", ("",))
     values = {preset: getattr(settings.preset(preset) if preset else settings(), name) for preset in presets}
     first = next(iter(values.values()))
     others = [f"{preset}: {value}" for preset, value in values.items() if value != first]
@@ -318,7 +319,25 @@ def run(program: str, about: str, commands: Mapping[str, Command], given: Sequen
         # The reader of our output (head, less) has gone; that is its choice, not an error.
         sys.stderr.close()
         return 0
+    except (MemoryError, OSError, RuntimeError) as error:
+        said = _said_by_the_machine(error)
+        if debug or said is None:
+            raise
+        sys.stderr.write(f"{program}: {said}\n")
+        return 1
     return 0
+
+
+def _said_by_the_machine(error: MemoryError | OSError | RuntimeError) -> str | None:
+    """Put into a sentence what the operating system refuses; ``None`` for errors that are a program's own."""
+    if isinstance(error, OSError):
+        where = f" with {error.filename}" if error.filename else ""
+        remedy = "What is done is kept; put this right and run the same command again"
+        return failed(f"go on{where}", error, remedy)
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        remedy = "Close other programs, or take fewer photos, smaller batches or a smaller network"
+        return failed("go on", "not enough memory", remedy)
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -332,8 +351,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     about = "Open a trained vision network: which object parts a layer encodes, and how much they explain."
     return run("partlens", about, COMMANDS, sys.argv[1:] if arguments is None else arguments)
-
-
-def program() -> None:
-    """Entry point of the installed command."""
-    raise SystemExit(main())

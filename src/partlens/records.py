@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = "partlens/1"
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _LARGEST = 2**63  # from it on no array, seed or index can hold a whole number
 
 
@@ -60,6 +62,14 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, flush: bool
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of killed processes; nobody else may be writing in the folder."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(OSError):  # it is in nobody's way
+                path.unlink()
 
 
 @contextlib.contextmanager
@@ -202,13 +212,21 @@ class Value(BaseModel):
 
 
 class Settings(Value):
-    """How something is done: every field with its default, range and source; numbers are finite.
+    """How something is done: every field with its default, range and source; numbers are finite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """Return the same with some fields changed, checked like new ones."""
+        return type(self)(**{**dict(self), **changes})
+
+
+class PresetSettings(Settings):
+    """Settings that come in presets.
 
     Class attributes:
         PRESETS: by name, what each changes in the defaults.
     """
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -218,10 +236,6 @@ class Settings(Value):
         if not isinstance(name, str) or name not in cls.PRESETS:
             raise InputError(expected(f"preset {' or '.join(cls.PRESETS)}", name, "Choose one of them"))
         return cls(**{**cls.PRESETS[name], **changes})
-
-    def changed(self, changes: Mapping[str, Any]) -> Self:
-        """Return the same with some fields changed, checked like new ones."""
-        return type(self)(**{**dict(self), **changes})
 
 
 class Record(Value):

@@ -65,7 +65,8 @@ class _Array:
     def create(self) -> None:
         if self.path is not None:
             header = {"descr": self.kind.str, "fortran_order": False, "shape": (self.rows, *self.shape)}
-            with self.path.open("wb") as file:
+            self.path.unlink(missing_ok=True)  # through a link a file elsewhere would be written over
+            with self.path.open("xb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
             self.open(0, 0)
 
@@ -93,6 +94,8 @@ class _Array:
         if self.checksum != checksum:
             raise self._damaged("other numbers")
         if to_write:
+            if self.path.is_symlink():
+                raise self._damaged("a link")
             self.handle = self.path.open("r+b", buffering=0)
             self.handle.truncate(self.offset + done * self.row_bytes)
             self.handle.seek(0, 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
+import os
 import platform
 import shlex
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from partlens.errors import RunError, expected, printable
-from partlens.records import Record, Value, content_hash, plain, sole_writer
+from partlens.records import Record, Value, content_hash, plain, remove_leftovers, sole_writer
 
 PHOTOS = "photos.json"
 EXPLAINER = "run.json"
@@ -208,12 +209,17 @@ class Run:
 
         Raises:
             AtWorkError: another process writes there.
+            RunError: a folder in it is a link.
             StorageError: the folder cannot be written to.
         """
         with sole_writer(self.folder):
-            # Nobody else writes here now, so a temporary file is what a killed process left.
-            for leftover in self.folder.rglob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+            for place, folders, _ in os.walk(self.folder):
+                remove_leftovers(Path(place))
+                # The run may be a stranger's; through a link we would write, and delete, elsewhere.
+                if links := [name for name in folders if (Path(place) / name).is_symlink()]:
+                    path = Path(place) / links[0]
+                    remedy = "Delete the link, or put the folder itself there"
+                    raise RunError(expected(f"a folder at {path}", f"a link to {path.readlink()}", remedy))
             yield
 
     def earlier(self, asked: _R) -> _R | None:

@@ -8,12 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from partlens.estimate import Estimate, Number
-from partlens.records import Record, Settings, Value
+from partlens.records import PresetSettings, Record, Settings, Value
 
 Preset = Literal["partlens", "paper"]
 
 
-class ExplanationConfig(Settings):
+class ExplanationConfig(PresetSettings):
     """How a prediction is explained; the defaults of the fields are those of the authors' code.
 
     Attributes:

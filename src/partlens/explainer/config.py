@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from partlens.errors import InputError, expected
-from partlens.records import Settings
+from partlens.records import PresetSettings
 
 Preset = Literal["partlens", "paper"]
 
 
-class ExplainerConfig(Settings):
+class ExplainerConfig(PresetSettings):
     """How one explainer is built and learned.
 
     Attributes:

@@ -122,6 +122,7 @@ def collect_page(run: Path) -> PageData:
     inspection = collect_inspection(run, of_categories)
     of_filters = Pictures(run, EVALUATE_AGAIN, PICTURES_BYTES - of_categories.spent_bytes)
     explainer, pending = collect_explainer(run, of_filters), pending_command(run)
+    of_filters.check_room()
     if inspection is None and (begun := pending_inspection(run)):
         raise RunError(expected(f"a finished inspection in {run}", "one that was only begun", f"Go on with: {begun}"))
     if pending and explainer is None and inspection is None:
@@ -129,6 +130,7 @@ def collect_page(run: Path) -> PageData:
     room = max(of_filters.limit_bytes - of_filters.spent_bytes, 0)
     of_parts = Pictures(run, "Run partlens parts again", room)
     named_parts = collect_parts(run, of_parts) if explainer else None
+    of_parts.check_room()
     room = max(room - of_parts.spent_bytes, 0)
     of_images = Pictures(run, ExplanationRecord.AGAIN, room)
     explanations = collect_explanations(run, of_images, int(EXPLANATIONS_SHARE * room))

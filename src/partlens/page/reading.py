@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,16 @@ class Pictures:
         self.spent_bytes += len(picture.uri)
         return picture
 
+    def check_room(self) -> None:
+        """Refuse pictures that are together too large for a page.
+
+        Raises:
+            RunError: they are; pictures that partlens drew never come near it.
+        """
+        if self.spent_bytes > self.limit_bytes:
+            rule = f"pictures of at most {self.limit_bytes / 1e6:.0f} MB for the page of {self.root}"
+            raise RunError(expected(rule, f"{self.spent_bytes / 1e6:.0f} MB", self.remedy))
+
     def fit(self, folder: Path, names: Iterable[Any]) -> bool:
         """Tell whether more pictures have room; each is read for it, as what counts is their size on the page.
 
@@ -104,14 +115,18 @@ def _embedded(path: Path, remedy: str) -> Embedded:
     # Pillow is loaded only where a page has such pictures.
     from PIL import Image
 
-    content = path.read_bytes()
     try:
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+        content = path.read_bytes()
+        # A picture of more pixels than Pillow's limit is none of ours; it would only warn, and take gigabytes.
+        with (
+            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+            Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image,
+        ):
             kind = "image/png" if image.format == "PNG" else "image/jpeg"
             image.load()
             width, height = image.size
             loaded = image.copy()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RunError(expected(f"a PNG or JPEG picture in {path}", str(error), remedy)) from error
     if max(width, height) > LONGEST_PX or len(content) > LOSSLESS_BYTES:
         content, kind = _smaller(loaded)

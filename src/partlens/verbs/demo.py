@@ -19,7 +19,7 @@ from partlens.verbs.evaluate import evaluate
 from partlens.verbs.explain import explain
 from partlens.verbs.fit_explainer import fit_explainer
 from partlens.verbs.parts import parts
-from partlens.verbs.runs import report
+from partlens.verbs.runs import report, verb
 from partlens.verbs.select_features import select_features
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def _trained(images: ImageSet, seed: int, progress: Progress) -> tuple[nn.Module
     return fitted.network, fitted.accuracy
 
 
+@verb
 def demo(
     *,
     out: str | Path = "partlens-demo",

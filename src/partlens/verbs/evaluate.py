@@ -14,7 +14,7 @@ from partlens.evaluation.results import EvaluatedData, Evaluation, FieldKind, Ga
 from partlens.explainer.record import ExplainerRun
 from partlens.progress import Progress
 from partlens.run import Run, Unreadable, UsedPhotos
-from partlens.verbs.runs import labels_of, open_photos, sampled
+from partlens.verbs.runs import labels_of, open_photos, sampled, verb
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +32,7 @@ _MEANING = (
 )
 
 
+@verb
 def evaluate(
     run: str | Path,
     data: str | Path | ImageSet | None = None,

@@ -28,9 +28,10 @@ from partlens.explainer.record import ExplainerRun
 from partlens.object_parts.record import PartsFile
 from partlens.page.explanation_page import write_explanation_page
 from partlens.progress import Progress
-from partlens.records import write_tensors
+from partlens.records import remove_leftovers, sole_writer, write_tensors
 from partlens.run import SELECTION, Run
 from partlens.selection.record import SelectionRecord
+from partlens.verbs.runs import verb
 from partlens.verbs.select_features import OpenedSelection, load_selection, output_name
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ _BATCH = 8
 _ANSWERS = 5
 
 
+@verb
 def explain(
     run: str | Path,
     images: str | Path | Image.Image | np.ndarray | Sequence[str | Path | Image.Image | np.ndarray] | ImageSet,
@@ -83,6 +85,7 @@ def explain(
         One folder per image: ``explanation.json``, ``arrays.safetensors``, PNGs and a page.
 
     Raises:
+        AtWorkError: another process writes there.
         ImageError: no image, or one that cannot be read.
         InputError: an unknown class.
         RunError: neither a finished selection nor an explainer, another performer, or a wrong ``parts.json``.
@@ -95,7 +98,17 @@ def explain(
     stage = _opened(Path(run), model, classes, count, _settings(preset, config), style)
     found = _image_files(images, show)
     target = Path(out or Path(run) / "explanations")
-    folders = [target / name for name in _folder_names(found.keys, target)]
+    with Run(Path(run)).writing() if out is None else sole_writer(target):
+        folders = [target / name for name in _folder_names(found.keys, target)]
+        for folder in folders:
+            remove_leftovers(folder)
+        _write(stage, found, folders, show)
+    show.say(f"wrote {len(folders)} explanation{'s' if len(folders) != 1 else ''} to {target}")
+    return folders
+
+
+def _write(stage: _Stage, found: ImageSet, folders: Sequence[Path], show: Progress) -> None:
+    """Explain the images in batches, and write a folder for each."""
     with show.task("explaining", len(found)) as advance:
         for first in range(0, len(found), _BATCH):
             part = range(first, min(first + _BATCH, len(found)))
@@ -110,8 +123,6 @@ def explain(
                 for line in stage.said(record):
                     show.say(f"{folders[row].name}: {line}")
             advance(first + len(part))
-    show.say(f"wrote {len(folders)} explanation{'s' if len(folders) != 1 else ''} to {target}")
-    return folders
 
 
 def _settings(preset: Preset, config: ExplanationConfig | Mapping[str, Any] | None) -> ExplanationConfig:

@@ -28,6 +28,7 @@ from partlens.verbs.runs import (
     open_photos,
     performer_info,
     sampled,
+    verb,
 )
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class _Fit:
     show: Progress
 
 
+@verb
 def fit_explainer(
     model: str | nn.Module | Performer,
     data: str | Path | ImageSet,
@@ -339,6 +341,7 @@ def _learned_once(fit: _Fit, maps: TrainingMaps, number: int, advance: Callable[
     return share
 
 
+@verb
 def load_explainer(run: str | Path, model: str | nn.Module | Performer | None = None) -> tuple[Explainer, Performer]:
     """Open a finished run.
 

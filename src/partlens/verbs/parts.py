@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from partlens.object_parts.record import PartsConfig, PartsFile, renamed
 from partlens.progress import Progress
 from partlens.run import Run
+from partlens.verbs.runs import verb
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from partlens.network.performer import Performer
 
 
+@verb
 def parts(
     run: str | Path,
     data: str | Path | ImageSet | None = None,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Sequence
+import functools
+import os
+import random
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from partlens.data.images import ImageSet
-from partlens.errors import InputError, RunError, expected, listed, printable
+from partlens.errors import InputError, RunError, WeightsError, expected, listed, printable
 from partlens.progress import Progress
 from partlens.run import DataInfo, PerformerInfo, Run, RunRecord, Unreadable
 
@@ -19,7 +23,33 @@ if TYPE_CHECKING:
     from partlens.network.layers import LayerInfo
     from partlens.network.performer import Performer
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 _SAFE = ("torchvision:", "timm:", "partlens:")
+
+
+def verb(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Make a function a verb: it hands the process back as it found it.
+
+    Some libraries draw from Python's random numbers, set environment variables and add warning filters while they are
+    imported. The first call of a verb is when that happens, in the middle of the user's work.
+    """
+
+    @functools.wraps(function)
+    def untouched(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        drawn, known, filters = random.getstate(), set(os.environ), list(warnings.filters)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            random.setstate(drawn)
+            for name in set(os.environ) - known:
+                del os.environ[name]
+            if list(warnings.filters) != filters:
+                warnings.filters[:] = filters  # type: ignore[index]
+                warnings._filters_mutated()  # type: ignore[attr-defined]  # noqa: SLF001
+
+    return untouched
 
 
 def performer_info(performer: Performer) -> PerformerInfo:
@@ -93,7 +123,13 @@ def open_performer(run: RunRecord, model: str | nn.Module | Performer | None) ->
         # The file may be a stranger's, and a factory is code that would run before its weights are compared.
         rule = f"a model for this run, which names the code {named}"
         raise RunError(expected(rule, "none", f"If you trust it, give --model {named}"))
-    performer, wanted = loaded(named), run.performer.weights_sha256
+    try:
+        performer, wanted = loaded(named), run.performer.weights_sha256
+    except WeightsError as error:
+        if model is not None:
+            raise
+        rule = f"the performer of the run, {named}"
+        raise RunError(expected(rule, f"none ({error})", "Say where its weights are now (--model)")) from error
     if performer.weights_sha256 != wanted:
         rule, remedy = f"the performer of the run (weights {wanted[:12]})", "Give the model the run was made with"
         raise RunError(expected(rule, performer.weights_sha256[:12], f"{remedy} (--model)"))
@@ -125,6 +161,7 @@ def loaded(model: str | nn.Module | Performer) -> Performer:
     return load_performer(model)
 
 
+@verb
 def layers(model: str | nn.Module | Performer) -> list[LayerInfo]:
     """List every layer of a model that can be tapped, in execution order.
 
@@ -187,6 +224,7 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+@verb
 def report(run: str | Path, *, out: str | Path | None = None, progress: Progress | None = None) -> Path:
     """Write the page of a run: one self-contained HTML file.
 

@@ -25,7 +25,7 @@ from partlens.selection.record import (
     SelectionFound,
     SelectionRecord,
 )
-from partlens.verbs.runs import data_info, loaded, open_performer, open_photos, performer_info
+from partlens.verbs.runs import data_info, loaded, open_performer, open_photos, performer_info, verb
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,6 +85,7 @@ class _Photos:
     matched: Match
 
 
+@verb
 def select_features(
     model: str | nn.Module | Performer,
     data: str | Path | ImageSet,
@@ -383,6 +384,7 @@ def _draw(photos: _Photos, responses: Responses, of_class: _OfClass, out: Path, 
     return known
 
 
+@verb
 def load_selection(run: str | Path, model: str | nn.Module | Performer | None = None) -> OpenedSelection:
     """Open a finished selection.
 
