@@ -12,6 +12,7 @@ from torch import nn
 from partlens import checkpoint
 from partlens.checkpoint import Checkpoint, moments, restore_moments
 from partlens.errors import RunError
+from partlens.records import write_tensors
 
 
 def test_what_is_saved_comes_back_in_its_groups(tmp_path: Path) -> None:
@@ -54,6 +55,26 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
     (tmp_path / "checkpoint.json").write_text('{"schema": "partlens.checkpoint/1", "identity": "one"}')
     with pytest.raises(RunError, match=r"checkpoint\.json"):
         Checkpoint(tmp_path, "one").load()
+
+
+@pytest.mark.parametrize("harm", ["values", "tensors", "no tensors", "other tensors", "no values"])
+def test_a_damaged_checkpoint_is_named_with_its_remedy(tmp_path: Path, harm: str) -> None:
+    kept = Checkpoint(tmp_path, "one")
+    kept.save({"step": 3, "history": [1.5, None]}, network={"w": torch.ones(2)})
+    assert kept.load() is not None
+    path, tensors = tmp_path / "checkpoint.json", tmp_path / "checkpoint-0.safetensors"
+    if harm == "values":
+        path.write_text(path.read_text().replace("3", '"three"'))
+    elif harm == "no values":
+        path.write_text(path.read_text().replace("history", "story"))
+    elif harm == "tensors":
+        tensors.write_bytes(tensors.read_bytes()[:-4] + b"zzzz")
+    elif harm == "other tensors":
+        write_tensors(tensors, {"network.w": torch.ones(3)})
+    else:
+        tensors.unlink()
+    with pytest.raises(RunError, match=r"checkpoint.*Delete its folder and run the command again"):
+        kept.load()
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])

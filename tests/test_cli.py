@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from partlens.cli import COMMANDS, main
+from partlens.data.flowers import generated_flowers
 from partlens_papers.networks.paper_networks import PaperNet
 
 
@@ -86,15 +87,17 @@ def test_a_missing_weights_key_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert "conv3.weight" in capsys.readouterr().err
 
 
-def test_the_whole_way_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Photos in a folder, a torchvision network with random weights in a file, every verb."""
-    from partlens.data.flowers import generated_flowers
-
+def write_flowers(folder: Path) -> None:
     flowers = generated_flowers(40, seed=1, size=64, categories=("petal-red", "petal-blue"))
     for index in range(len(flowers)):
-        folder = tmp_path / "photos" / flowers.splits[index] / flowers.categories[index]
-        folder.mkdir(parents=True, exist_ok=True)
-        flowers.read(index).save(folder / f"{index}.png")
+        place = folder / flowers.splits[index] / flowers.categories[index]
+        place.mkdir(parents=True, exist_ok=True)
+        flowers.read(index).save(place / f"{index}.png")
+
+
+def test_the_whole_way_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Photos in a folder, a torchvision network with random weights in a file, every verb."""
+    write_flowers(tmp_path / "photos")
     torch.manual_seed(0)
     import torchvision
 
@@ -212,3 +215,62 @@ def test_photos_whose_names_are_not_utf_8_go_through_a_verb(tmp_path: Path, caps
     assert main([*select, "--out", str(tmp_path / "out")]) == 0
     assert main(["explain", str(tmp_path / "out"), str(data / "cat")]) == 0
     assert main(["report", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (MemoryError(), "Could not go on: not enough memory. Close other programs"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "not enough memory"),
+        (OSError(36, "File name too long", "runs/x"), "Could not go on with runs/x: file name too long. What is done"),
+        (OSError(5, "Input/output error"), "Could not go on: input/output error"),
+        (PermissionError(13, "Permission denied", "photos/a.png"), "with photos/a.png: permission denied"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raised: Exception, said: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("partlens.page.page.write_report", refuse)
+    assert main(["report", "run"]) == 1
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+    with pytest.raises(type(raised)):
+        main(["--debug", "report", "run"])
+
+
+def test_an_error_of_the_program_itself_is_no_fault_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: object, **__: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("partlens.page.page.write_report", wrong)
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(["report", "run"])
+
+
+def test_a_folder_whose_name_is_too_long_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_flowers(tmp_path / "photos")
+    model = "partlens:flower-demo@random:0"
+    code = main(["select-features", model, str(tmp_path / "photos"), "--out", str(tmp_path / ("n" * 300))])
+    assert code == 1
+    assert "ile name too long" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_program_starts_is_one_line() -> None:
+    code = """
+import builtins, sys
+real = builtins.__import__
+def stopped(name, *rest, **named):
+    if name == "argparse":
+        raise KeyboardInterrupt
+    return real(name, *rest, **named)
+from partlens.__main__ import start
+builtins.__import__ = stopped
+start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "partlens: stopped\n")

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from partlens.errors import AtWorkError, StorageError
+from partlens.errors import AtWorkError, InputError, RunError, StorageError
 from partlens.records import (
+    Record,
+    Settings,
     content_hash,
     file_sha256,
     read_json,
@@ -20,6 +22,25 @@ from partlens.records import (
     write_json,
     write_tensors,
 )
+
+
+class Kept(Record):
+    """A made-up file."""
+
+    FILE = "kept.json"
+    SCHEMA = "kept/1"
+    AGAIN = "Keep again"
+
+    count: int = 0
+    share: float = 0.0
+
+
+class Sealed(Kept):
+    SEALED = True
+
+
+class Shared(Settings):
+    share: float = 0.5
 
 
 def test_json_round_trip_and_undefined_numbers(tmp_path: Path) -> None:
@@ -148,3 +169,106 @@ except StorageError as error:
     assert said.stdout.startswith("StorageError Could not write")
     assert torch.equal(read_tensors(tmp_path / "t.safetensors")["a"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_the_users_umask_decides_who_may_read_a_file(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", {})
+        write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(2)})
+        Kept(count=1).write(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", '{"a": ' + "9" * 30 + "}", "", "\0" * 9, "[1]"],
+    ids=["lists", "objects", "5000 digits", "30 digits", "empty", "zeros", "a list"],
+)
+def test_whatever_a_file_holds_is_one_sentence_that_names_it(tmp_path: Path, content: str) -> None:
+    (tmp_path / "kept.json").write_text(content)
+    for read in (read_json, lambda path: Kept.read(path.parent)):
+        with pytest.raises(RunError, match=r"kept\.json.*again\.$") as caught:
+            read(tmp_path / "kept.json")
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("depth", [150, 400, 900])
+def test_a_value_that_is_nested_deeply_is_refused_by_field_or_file(tmp_path: Path, depth: int) -> None:
+    nested = '{"a":' * depth + "1" + "}" * depth
+    (tmp_path / "kept.json").write_text(f'{{"schema": "kept/1", "count": {nested}}}')
+    with pytest.raises(RunError, match=r"in .*kept\.json"):
+        Kept.read(tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_sentence(tmp_path: Path) -> None:
+    for name in ("kept.json", "t.safetensors"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(RunError, match=r"Could not read .*kept\.json"):
+        Kept.read(tmp_path)
+    with pytest.raises(RunError, match=r"t\.safetensors"):
+        read_tensors(tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ({"a": torch.zeros(3)}, r"a in .*t\.safetensors to be float32 \(2,\), got float32 \(3,\)\. Fit again"),
+        ({"a": torch.zeros(2, dtype=torch.int8)}, r"to be float32 \(2,\), got int8 \(2,\)"),
+        ({"b": torch.zeros(1)}, r"a in .* to be float32 \(2,\), got nothing"),
+        ({"a": torch.zeros(2), "b": torch.zeros(1)}, r"b in .* to be nothing, got float32"),
+        ({"a": torch.tensor([1.0, float("nan")])}, "finite numbers in a of .*, got NaN or infinite ones"),
+        ({"a": torch.tensor([1.0, float("inf")])}, "finite numbers in a of"),
+    ],
+)
+def test_tensors_of_other_names_kinds_shapes_or_without_numbers_are_refused(
+    tmp_path: Path, written: dict[str, torch.Tensor], text: str
+) -> None:
+    write_tensors(tmp_path / "t.safetensors", written)
+    read_tensors(tmp_path / "t.safetensors")
+    with pytest.raises(RunError, match=text):
+        read_tensors(tmp_path / "t.safetensors", {"a": torch.zeros(2)}, remedy="Fit again")
+
+
+def test_tensors_of_another_hash_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, {"a": torch.zeros(2)})
+    kept = file_sha256(path)
+    assert read_tensors(path, {"a": torch.ones(2)}, sha256=kept)["a"].tolist() == [0, 0]
+    write_tensors(path, {"a": torch.ones(2)})
+    with pytest.raises(RunError, match=r"the tensors that this run wrote in .*t\.safetensors, got others"):
+        read_tensors(path, sha256=kept)
+
+
+def test_a_sealed_file_is_as_it_was_written_or_refused(tmp_path: Path) -> None:
+    Sealed(count=1, share=0.1).write(tmp_path)
+    assert Sealed.read(tmp_path) == Sealed(count=1, share=0.1)
+    whole = (tmp_path / "kept.json").read_text()
+    for changed in (whole.replace(": 1,", ": 2,"), whole.replace("0.1", "0.2"), '{"schema": "kept/1", "count": 1}'):
+        (tmp_path / "kept.json").write_text(changed)
+        with pytest.raises(RunError, match=r"kept\.json as it was written, got a file that was changed\. Keep again"):
+            Sealed.read(tmp_path)
+
+
+class Silent:
+    def __repr__(self) -> str:
+        raise RuntimeError("nothing to show")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [10**400, -(10**5000), 2**63, float("nan"), Silent(), [[]] * 9, None],
+    ids=["400 digits", "5000 digits", "2**63", "nan", "silent", "lists", "none"],
+)
+def test_settings_refuse_a_value_that_no_number_type_holds_or_that_cannot_be_shown(wrong: object) -> None:
+    with pytest.raises(InputError, match="Expected count to be .*, got .*Correct count"):
+        Kept(count=wrong)
+
+
+def test_settings_are_finite() -> None:
+    for wrong in (float("inf"), -float("inf"), float("nan"), 10**400):
+        with pytest.raises(InputError, match="Expected share to be"):
+            Shared(share=wrong)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from partlens.errors import AtWorkError, RunError, StorageError
+from partlens.errors import AtWorkError, InputError, RunError, StorageError
 from partlens.rows import RowRecord, read_rows, row_store
 
 WHAT = {"network": "abc", "layers": ("a", "b")}
@@ -66,7 +66,7 @@ def test_rows_before_an_exception_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [4, 10])
-@pytest.mark.parametrize("harm", ["deleted", "cut", "zeroed", "another shape"])
+@pytest.mark.parametrize("harm", ["deleted", "cut", "zeroed", "numbers zeroed", "another shape"])
 def test_damaged_rows_are_never_taken_for_zeros(tmp_path: Path, stop: int, harm: str) -> None:
     fill(tmp_path, stop)
     path = tmp_path / "0-a_b.npy"
@@ -74,6 +74,9 @@ def test_damaged_rows_are_never_taken_for_zeros(tmp_path: Path, stop: int, harm:
         path.unlink()
     elif harm == "cut":
         os.truncate(path, path.stat().st_size - 1)
+    elif harm == "numbers zeroed":
+        whole = path.read_bytes()
+        path.write_bytes(whole[:128] + bytes(len(whole) - 128))
     elif harm == "zeroed":
         path.write_bytes(bytes(path.stat().st_size))
     else:
@@ -137,3 +140,22 @@ def test_an_empty_row_is_a_row(tmp_path: Path) -> None:
     with row_store(tmp_path, {}, 2) as store:
         store.append({"nothing": np.zeros((2, 0))})
     assert read_rows(tmp_path)["nothing"].shape == (2, 0)
+
+
+def test_a_link_among_the_rows_is_not_written_through(tmp_path: Path) -> None:
+    mine = tmp_path / "thesis.npy"
+    mine.write_text("mine")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "id.npy").symlink_to(mine)
+    fill(tmp_path / "cache", 4)
+    (tmp_path / "cache" / "id.npy").rename(mine.with_name("moved.npy"))
+    (tmp_path / "cache" / "id.npy").symlink_to(mine.with_name("moved.npy"))
+    with pytest.raises(RunError, match=r"id\.npy, got a link"):
+        fill(tmp_path / "cache")
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["|O", "<U5", "nonsense", "<f", ""])
+def test_rows_of_objects_or_of_no_kind_are_refused(kind: str) -> None:
+    with pytest.raises(InputError, match="arrays"):
+        RowRecord(identity={}, rows=1, rows_done=0, arrays={"a": (kind, (2,))}, checksums={}, state={})

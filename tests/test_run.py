@@ -104,7 +104,14 @@ def test_other_folders_are_refused_and_leftovers_removed(tmp_path: Path) -> None
         Run(tmp_path / "photos").earlier(asked())
     run = Run(tmp_path / "run")
     (run.folder / "seeds" / "1").mkdir(parents=True)
-    for name in (".run.json.x.tmp", "made.bin", "seeds/1/made.bin", "selection.json"):
+    for name in (
+        f".{'0' * 16}.tmp",
+        f"seeds/1/.{'a' * 16}.tmp",
+        ".tmpU3TJYG",
+        "made.bin",
+        "seeds/1/made.bin",
+        "selection.json",
+    ):
         (run.folder / name).write_text("{}")
     with run.begun(asked()):
         left = sorted(str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file())
@@ -135,3 +142,28 @@ def test_the_command_is_that_of_the_program(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "argv", ["pytest", "report"])
     assert command() == ""
     assert {"partlens", "torch", "python", "platform"} <= set(versions())
+
+
+@pytest.mark.parametrize("place", ["gallery", "explanations", "seeds/1"])
+def test_nothing_is_written_or_deleted_through_a_link_in_a_run(tmp_path: Path, place: str) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / f".{'0' * 16}.tmp").write_text("mine")
+    link = tmp_path / "run" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(mine)
+    text = f"a folder at .*{place}, got a link to .*mine. Delete the link"
+    with pytest.raises(RunError, match=text), Run(tmp_path / "run").writing():
+        pass
+    assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "run")
+    link.unlink()
+    with Run(tmp_path / "elsewhere").writing():  # the run itself may be reached by one
+        pass
+
+
+def test_only_our_own_temporary_files_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".notes.tmp").write_text("mine")
+    with Run(tmp_path).writing():
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".notes.tmp"]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 
 
-def program() -> None:
+def start() -> None:
     """Run the command line; Ctrl-C ends it in one line from the first import on."""
     try:
-        from partlens.cli import main
+        from partlens.cli import program
 
-        code = main()
+        program()
     except KeyboardInterrupt:
         sys.stderr.write("partlens: stopped\n")
-        code = 130
-    raise SystemExit(code)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    program()
+    start()

@@ -351,3 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     about = "Open a trained vision network: which object parts a layer encodes, and how much they explain."
     return run("partlens", about, COMMANDS, sys.argv[1:] if arguments is None else arguments)
+
+
+def program() -> None:
+    """Run the command line and leave the process with its exit code."""
+    raise SystemExit(main())

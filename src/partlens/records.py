@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = "partlens/1"
-_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp|\.tmp[A-Za-z0-9]{6}")  # ours, and those of safetensors
 _LARGEST = 2**63  # from it on no array, seed or index can hold a whole number
 
 
@@ -50,10 +50,12 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, flush: bool
         path.parent.mkdir(parents=True, exist_ok=True)
         # Made like any file of the user's, so that the umask decides who may read it.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        rights = temporary.stat().st_mode
         write(temporary)
         if flush:
             with temporary.open("rb+") as written:  # Windows flushes only what may be written to
                 os.fsync(written.fileno())
+        temporary.chmod(rights)  # a writer may have put a file of its own there, as safetensors does
         temporary.replace(path)
     except OSError as error:
         raise StorageError(
@@ -66,7 +68,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, flush: bool
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of killed processes; nobody else may be writing in the folder."""
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(".*"):
         if _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):  # it is in nobody's way
                 path.unlink()

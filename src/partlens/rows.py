@@ -190,6 +190,15 @@ class RowStore:
             for each in self._arrays.values():
                 each.create()
 
+    def _take_up(self, resume: bool) -> None:
+        """Go on with the rows of the folder, or delete them."""
+        folder = cast("Path", self._folder)
+        if resume:
+            self._resume(RowRecord.read(folder))
+            return
+        for path in (folder / RowRecord.FILE, *folder.glob("*.npy")):
+            path.unlink()
+
     def _resume(self, found: RowRecord) -> None:
         wanted = self._identity | {"rows": self.rows}
         got = found.identity | {"rows": found.rows}
@@ -269,13 +278,9 @@ def row_store(
     """
     store = RowStore(folder, identity, rows)
     with contextlib.nullcontext() if folder is None else sole_writer(folder, "rows"):
-        if folder is not None and (folder / RowRecord.FILE).exists():
-            if resume:
-                store._resume(RowRecord.read(folder))  # noqa: SLF001
-            else:
-                for path in (folder / RowRecord.FILE, *folder.glob("*.npy")):
-                    path.unlink()
         try:
+            if folder is not None and (folder / RowRecord.FILE).exists():
+                store._take_up(resume)  # noqa: SLF001
             yield store
         finally:
             try:

@@ -103,3 +103,22 @@ def test_a_damaged_picture_is_refused(tmp_path, pictures, damage):
     )
     with pytest.raises(RunError, match=r"Expected a PNG or JPEG picture in .*bad\.png, got .*\. Run it again\.$"):
         pictures.read(tmp_path, "bad.png")
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_read(tmp_path, pictures, monkeypatch):
+    noise(tmp_path / "bomb.png", 120, 80)
+    for limit in (100 * 80, 50 * 80):  # Pillow warns above its limit, and refuses above twice that
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(RunError, match=r"Expected a PNG or JPEG picture in .*bomb\.png, got .*Run it again"):
+            pictures.read(tmp_path, "bomb.png")
+
+
+def test_pictures_that_are_too_large_together_are_refused(tmp_path):
+    noise(tmp_path / "one.png")
+    pictures = Pictures(tmp_path, "Run it again", 5000)
+    pictures.read(tmp_path, "one.png")
+    pictures.check_room()
+    for _ in range(3):
+        pictures.read(tmp_path, "one.png")
+    with pytest.raises(RunError, match=r"pictures of at most 0 MB for the page of .*, got 0 MB. Run it again"):
+        pictures.check_room()

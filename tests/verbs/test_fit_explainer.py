@@ -7,6 +7,9 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from partlens.explainer.teachers import later_places
 from partlens.network.graph import trace
 from partlens.network.performer import Performer
 from partlens.progress import Progress
-from partlens.records import sole_writer, write_json
+from partlens.records import sole_writer, write_json, write_tensors
 from partlens.run import UsedPhotos
 from partlens.verbs import fit_explainer as verb
 from partlens.verbs.evaluate import evaluate
@@ -447,3 +450,70 @@ def test_without_bfloat16_units_the_default_is_float32(
 ) -> None:
     monkeypatch.setattr(verb, "_has_bfloat16_units", lambda: units)
     assert verb._settings("partlens", given, torch.device("cpu"), seeds=1, background=0).precision == precision
+
+
+def test_a_run_of_another_machine_asks_where_the_weights_are(run: Path, tiny: Performer) -> None:
+    record = json.loads((run / "run.json").read_text())
+    record["performer"]["spec"] = "partlens:flower-demo@/home/somebody/flowers.safetensors"
+    write_json(run / "run.json", record)
+    with pytest.raises(RunError, match=r"/home/somebody/flowers\.safetensors.*Say where its weights are now \(--model"):
+        load_explainer(run)
+    load_explainer(run, tiny)
+
+
+@pytest.mark.parametrize("name", ["explainer.safetensors", "seeds/1/explainer.safetensors"])
+def test_weights_of_another_shape_in_a_fit_that_goes_on_are_named(
+    run: Path, tiny: Performer, few_flowers: ImageSet, name: str
+) -> None:
+    record = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", record | {"status": "running"})
+    write_tensors(run / name, {"gain": torch.zeros(2)})
+    with pytest.raises(RunError, match=rf"in .*{name} to be float32.*Delete it and run the command again"):
+        fit_explainer(tiny, few_flowers, out=run, category=RED, config=SMALL, seeds=2)
+    (run / name).unlink()
+    assert fit_explainer(tiny, few_flowers, out=run, category=RED, config=SMALL, seeds=2).record.finished
+
+
+def test_a_training_that_fails_leaves_no_thread_behind(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("partlens.explainer.training._Training._step", failing)
+    before = set(threading.enumerate())
+    with pytest.raises(MemoryError):
+        fit_explainer(tiny, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1)
+    assert set(threading.enumerate()) == before
+
+
+FIRST_CALL = """
+import os, random, sys, warnings
+import torch
+from torch import nn
+from partlens.data.flowers import generated_flowers
+from partlens.verbs.fit_explainer import fit_explainer
+from partlens.network.performer import Performer
+from partlens.network.preprocessing import Preprocessing
+from partlens.verbs.parts import parts
+flowers = generated_flowers(48, seed=3, size=32, categories=("petal-red", "petal-blue"))
+head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+network = nn.Sequential(nn.Conv2d(3, 6, 3, 4, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 1, 1), nn.ReLU(), *head).eval()
+tiny = Performer(network, "tiny", Preprocessing(size_px=(32, 32), resize="squash"), "tiny", "1")
+def state():
+    return random.getstate(), dict(os.environ), list(warnings.filters), os.getcwd(), torch.get_num_threads()
+before = state()
+settings = {"epochs": 1, "warmup_epochs": 1, "views": 2, "batch_size": 4, "precision": "float32"}
+fit_explainer(tiny, flowers, out=sys.argv[1], category="petal-red", config=settings, seeds=1)
+assert state() == before, "fit"
+parts(sys.argv[1], flowers, model=tiny, config={"rounds": 2, "photos_max": 2})
+assert state() == before, "parts"
+assert "sklearn" in sys.modules and "torch._dynamo" in sys.modules  # what changes the process when it is imported
+"""
+
+
+@pytest.mark.slow
+def test_the_first_call_in_a_process_leaves_it_as_it_was(tmp_path: Path) -> None:
+    code = [sys.executable, "-c", FIRST_CALL, str(tmp_path / "run")]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

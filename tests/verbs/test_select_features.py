@@ -15,14 +15,15 @@ import partlens
 from partlens.attribution.average_pictures import average_pictures
 from partlens.cli import main
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, RunError
+from partlens.errors import AtWorkError, ImageError, InputError, RunError
 from partlens.network.performer import Performer, weights_sha256
 from partlens.progress import Progress
-from partlens.records import read_json, read_tensors
+from partlens.records import file_sha256, read_json, read_tensors, sole_writer, write_json, write_tensors
+from partlens.run import Run
 from partlens.selection.lasso import mu_lasso
 from partlens.selection.record import SelectionRecord
 from partlens.selection.responses import stream_responses
-from partlens.verbs.explain import _folder_names
+from partlens.verbs.explain import _folder_names, explain
 from partlens.verbs.select_features import load_selection, select_features
 
 
@@ -410,3 +411,55 @@ def test_results_inside_the_folder_of_photos_do_not_become_a_category(
     second = select_features(tiny, tmp_path, out=tmp_path / "run2", top_photos=4)
     assert second.record.data.fingerprint == first.record.data.fingerprint
     assert [one.name for one in second.found.classes] == ["petal-blue", "petal-red"]
+
+
+@pytest.mark.parametrize("harm", ["deleted", "cut", "other shape", "other kind", "not finite", "another selection's"])
+def test_damaged_weights_of_a_selection_are_named_with_what_to_do(
+    selected: Path, tiny: Performer, photo: Path, harm: str
+) -> None:
+    path = selected / "selection.safetensors"
+    weights = read_tensors(path)["weights"]
+    changed = {
+        "other shape": torch.zeros(3, 2, dtype=torch.float64),
+        "other kind": weights.to(torch.int8),
+        "not finite": weights * float("nan"),
+        "another selection's": weights.flip(1),
+    }
+    if harm in changed:
+        write_tensors(path, {"weights": changed[harm]})
+    elif harm == "cut":
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        path.unlink()
+    with pytest.raises(RunError, match=r"selection\.safetensors.*Restore the file, or delete it and selection\.json"):
+        load_selection(selected, tiny)
+    if harm in changed:  # also where the hash was changed with it
+        record = json.loads((selected / "selection.json").read_text())
+        record["found"]["weights_sha256"] = file_sha256(path)
+        write_json(selected / "selection.json", record)
+        if harm != "another selection's":
+            with pytest.raises(RunError, match=r"weights in .*selection\.safetensors|finite numbers in weights"):
+                explain(selected, photo, model=tiny)
+
+
+def test_explaining_holds_the_run_and_writes_nowhere_else(selected: Path, tiny: Performer, photo: Path) -> None:
+    with Run(selected).writing():
+        with pytest.raises(AtWorkError, match="is locked by another process"):
+            explain(selected, photo, model=tiny)
+        elsewhere = selected.parent / "elsewhere"
+        explain(selected, photo, model=tiny, out=elsewhere)  # another folder is free
+        with sole_writer(elsewhere), pytest.raises(AtWorkError, match="elsewhere is locked"):
+            explain(selected, photo, model=tiny, out=elsewhere)
+    mine = selected.parent / "mine"
+    mine.mkdir()
+    (selected / "explanations").symlink_to(mine)
+    with pytest.raises(RunError, match="explanations, got a link to .*mine. Delete the link"):
+        explain(selected, photo, model=tiny)
+    assert not list(mine.iterdir())
+
+
+def test_a_stopped_explanation_leaves_no_temporary_file(selected: Path, tiny: Performer, photo: Path) -> None:
+    (folder,) = explain(selected, photo, model=tiny, out=selected.parent / "elsewhere")
+    (folder / f".{'0' * 16}.tmp").write_text("half")
+    explain(selected, photo, model=tiny, out=folder.parent)
+    assert not list(folder.parent.rglob(".*"))

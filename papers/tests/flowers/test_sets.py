@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from partlens.data.images import ImageSet
-from partlens.errors import InputError, RunError
+from partlens.errors import AtWorkError, InputError, RunError
+from partlens.records import sole_writer
 from partlens_papers.flowers import sets as flower_sets
 from partlens_papers.flowers.categories import DOUBLE_CATEGORIES, PARTS
 from partlens_papers.flowers.drawing import flower_labels, render_flower
@@ -165,6 +166,37 @@ def test_a_stopped_call_goes_on_and_a_finished_one_draws_nothing(
     assert (made / "images.csv").read_text() == (whole / "images.csv").read_text()
     make_flowers(SINGLE, out=tmp_path / "set", images_per_class=20, size=32)
     assert len(drawn) == 140
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_a_call_that_was_killed_anywhere_goes_on_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    out, calls, real = tmp_path / "set", [], Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == moment + 1:
+            Path(out / f".{'0' * 16}.tmp").write_text("")  # nothing is cleaned up after a kill
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_flowers(SINGLE, out=out, images_per_class=2, size=32)
+    monkeypatch.undo()
+    made = make_flowers(SINGLE, out=out, images_per_class=2, size=32)
+    assert len(open_flower_set(made).images) == 12
+    assert not list(made.rglob(".*"))
+
+
+def test_a_folder_made_by_hand_for_the_set_may_be_empty_and_a_second_caller_waits(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    with sole_writer(tmp_path / "set"), pytest.raises(AtWorkError, match="set is locked by another process"):
+        make_flowers(SINGLE, out=tmp_path / "set", images_per_class=1, size=32)
+    make_flowers(SINGLE, out=tmp_path / "set", images_per_class=1, size=32)
+    with sole_writer(tmp_path / "set"):  # a finished set is only read
+        make_flowers(SINGLE, out=tmp_path / "set", images_per_class=1, size=32)
 
 
 @pytest.mark.slow

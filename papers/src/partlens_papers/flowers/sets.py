@@ -22,8 +22,7 @@ import functools
 import hashlib
 import io
 import math
-import os
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ from partlens.data.images import ImageSet
 from partlens.data.tables import IMAGE_TABLE, LANDMARK_TABLE
 from partlens.errors import InputError, RunError, StorageError, expected, failed
 from partlens.progress import Progress
-from partlens.records import read_json, write_json, write_text
+from partlens.records import read_json, remove_leftovers, sole_writer, write_atomically, write_json, write_text
 from partlens_papers.flowers.categories import DOUBLE_CATEGORIES, PARTS, PETAL_CATEGORIES
 from partlens_papers.flowers.drawing import flower_labels, flower_seed, generated_flowers, render_flower
 
@@ -230,23 +229,8 @@ class _Recipe:
         }
 
 
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=_COMPRESS_LEVEL)
-    return buffer.getvalue()
-
-
-def _write_picture(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, without waiting for the disk: the chunk's record is what vouches for it."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        temporary = Path(name)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(failed(f"write {path}", error, "Free space or choose another --out folder")) from error
+def _save_png(picture: Image.Image, path: Path) -> None:
+    picture.save(path, format="PNG", compress_level=_COMPRESS_LEVEL)
 
 
 def _write_chunk(recipe: _Recipe, out: Path, start: int) -> int:
@@ -270,7 +254,9 @@ def _write_chunk(recipe: _Recipe, out: Path, start: int) -> int:
             ("masks", Image.fromarray(region)),
             ("parts", parts),
         ):
-            _write_picture(out / folder / category / f"{photo}.png", _png(picture))
+            # The chunk's record vouches for the pictures; to wait for the disk at each would take longer than to draw.
+            save = functools.partial(_save_png, picture)
+            write_atomically(out / folder / category / f"{photo}.png", save, flush=False)
         split, fold = _place(index, classes)
         key = f"images/{category}/{photo}.png"
         images.append([key, category, split, fold, photo])
@@ -345,6 +331,7 @@ def make_flowers(
         The folder.
 
     Raises:
+        AtWorkError: another process writes there.
         InputError: an unknown name, or a number out of range.
         RunError: the folder holds something else.
         StorageError: the files could not be written.
@@ -354,29 +341,34 @@ def make_flowers(
     if workers < 1:
         raise InputError(expected("workers >= 1", workers, "Leave workers out to draw in this process"))
     out = Path(out)
-    manifest = out / MANIFEST
     if _continues(out, recipe):
-        return out
+        return out  # without a lock: the folder may be read-only
+    with sole_writer(out):
+        if not _continues(out, recipe):
+            _write_set(recipe, flowers, out, workers, progress or Progress.silent())
+    return out
+
+
+def _write_set(recipe: _Recipe, flowers: FlowerSet, out: Path, workers: int, show: Progress) -> None:
+    # The recipe comes first: a folder that was stopped anywhere says what it will hold.
+    write_json(out / MANIFEST, recipe.to_dict() | {"finished": False})
     for category in flowers.classes:
         for folder in ("images", "masks", "parts"):
             _make_folder(out / folder / category)
-    write_json(manifest, recipe.to_dict() | {"finished": False})
+            remove_leftovers(out / folder / category)
+    remove_leftovers(out)
     starts = range(0, len(flowers.images), _CHUNK)
     missing = [start for start in starts if not _record_path(out, start).is_file()]
-    show = progress or Progress.silent()
-    with show.task(f"drawing {name}", len(flowers.images)) as advance:
+    with show.task(f"drawing {recipe.name}", len(flowers.images)) as advance:
         done = (len(starts) - len(missing)) * _CHUNK
         for count in _done(functools.partial(_write_chunk, recipe, out), missing, workers):
             done += count
             advance(min(done, len(flowers.images)))
     records = [read_json(_record_path(out, start)) for start in starts]
-
-    def joined(what: str) -> list[Any]:
-        return [row for record in records for row in record[what]]
-
-    _table(out / IMAGE_TABLE, ("image", "category", "split", "fold", "photo"), joined("images"))
-    _table(out / LANDMARK_TABLE, ("image", "landmark", "x", "y", "width", "height"), joined("landmarks"))
-    digest = hashlib.sha256("".join(joined("digests")).encode()).hexdigest()
+    joined = {what: [row for record in records for row in record[what]] for what in ("images", "landmarks", "digests")}
+    _table(out / IMAGE_TABLE, ("image", "category", "split", "fold", "photo"), joined["images"])
+    _table(out / LANDMARK_TABLE, ("image", "landmark", "x", "y", "width", "height"), joined["landmarks"])
+    digest = hashlib.sha256("".join(joined["digests"]).encode()).hexdigest()
     counts = {split: len(flowers.rows(split)) for split in sorted(set(flowers.images.splits))}
     facts = {
         "finished": True,
@@ -387,11 +379,8 @@ def make_flowers(
         "splits": counts,
         "pixels_sha256": digest,
     }
-    write_json(manifest, recipe.to_dict() | facts)
-    for start in starts:
-        _record_path(out, start).unlink(missing_ok=True)
-    (out / _UNFINISHED).rmdir()
-    return out
+    write_json(out / MANIFEST, recipe.to_dict() | facts)
+    shutil.rmtree(out / _UNFINISHED, ignore_errors=True)  # what is left of it is in nobody's way
 
 
 def _make_folder(path: Path) -> None:
@@ -414,7 +403,7 @@ def _continues(out: Path, recipe: _Recipe) -> bool:
                 )
             )
         return bool(found.get("finished"))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or not all(path.name.startswith(".") for path in out.iterdir())):
         got = "a folder with other files" if out.is_dir() else "a file"
         raise RunError(expected(f"an empty folder at {out}", got, "Choose another --out folder"))
     return False
