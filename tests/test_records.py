@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Self
 
 import pytest
 import torch
+from pydantic import model_validator
 
-from partlens.errors import AtWorkError, InputError, RunError, StorageError
+from partlens.errors import AtWorkError, InputError, RunError, StorageError, expected
 from partlens.records import (
     Record,
     Settings,
@@ -33,6 +35,12 @@ class Kept(Record):
 
     count: int = 0
     share: float = 0.0
+
+    @model_validator(mode="after")
+    def _few(self) -> Self:
+        if self.count == 7:
+            raise InputError(expected("fewer", 7, "Count again"))
+        return self
 
 
 class Sealed(Kept):
@@ -202,6 +210,14 @@ def test_a_value_that_is_nested_deeply_is_refused_by_field_or_file(tmp_path: Pat
     (tmp_path / "kept.json").write_text(f'{{"schema": "kept/1", "count": {nested}}}')
     with pytest.raises(RunError, match=r"in .*kept\.json"):
         Kept.read(tmp_path)
+
+
+def test_a_rule_over_several_fields_is_said_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "kept.json").write_text('{"schema": "kept/1", "count": 7}')
+    with pytest.raises(RunError, match=r"kept\.json: Expected fewer, got 7\. Count again\. Keep again\.$"):
+        Kept.read(tmp_path)
+    with pytest.raises(InputError, match=r"^Expected fewer, got 7\. Count again\.$"):
+        Kept(count=7)
 
 
 def test_a_folder_in_the_place_of_a_file_is_one_sentence(tmp_path: Path) -> None:

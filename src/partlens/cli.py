@@ -305,22 +305,21 @@ def run(program: str, about: str, commands: Mapping[str, Command], given: Sequen
             f"'{program} --help' lists all\n"
         )
         return 2
+    return _code_of(program, lambda: _call(program, name, commands[name], rest), debug=debug)
+
+
+def _code_of(program: str, work: Callable[[], None], *, debug: bool) -> int:
+    """Do the work; say in one line what ends it, and return the exit code."""
     try:
-        _call(program, name, commands[name], rest)
-    except PartlensError as error:
-        if debug:
-            raise
-        sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
-        return 1
+        work()
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: stopped; what is done is kept, run the same command again to go on\n")
         return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; that is its choice, not an error.
         sys.stderr.close()
-        return 0
-    except (MemoryError, OSError, RuntimeError) as error:
-        said = _said_by_the_machine(error)
+    except (PartlensError, MemoryError, OSError, RuntimeError) as error:
+        said = " ".join(str(error).split()) if isinstance(error, PartlensError) else _said_by_the_machine(error)
         if debug or said is None:
             raise
         sys.stderr.write(f"{program}: {said}\n")

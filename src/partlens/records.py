@@ -167,6 +167,12 @@ def _bounded(digits: str) -> int:
     return int(digits)
 
 
+def _our_error(error: ValidationError) -> InputError | None:
+    """Return what a check of ours said, a sentence of its own."""
+    ours = error.errors(include_url=False)[0].get("ctx", {}).get("error")
+    return ours if isinstance(ours, InputError) else None
+
+
 def _fault(error: ValidationError, kind: type[BaseModel]) -> tuple[str, str, str]:
     """Return of the first wrong field: what is expected, what came, and what to do."""
     first = error.errors(include_url=False)[0]
@@ -197,8 +203,7 @@ class Value(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            ours = error.errors(include_url=False)[0].get("ctx", {}).get("error")  # what a check of ours said
-            if isinstance(ours, InputError):
+            if (ours := _our_error(error)) is not None:
                 raise ours from None
             raise InputError(expected(*_fault(error, type(self)))) from error
 
@@ -285,6 +290,8 @@ class Record(Value):
         try:
             return cls.model_validate_json(json.dumps(content))
         except ValidationError as error:
+            if (ours := _our_error(error)) is not None:
+                raise RunError(f"{path}: {ours} {cls.AGAIN}.") from error
             rule, got, _ = _fault(error, cls)
             raise RunError(expected(f"{rule} in {path}", got, cls.AGAIN)) from error
         except RecursionError as error:

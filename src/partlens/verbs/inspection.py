@@ -16,7 +16,7 @@ from partlens.page.page import write_report
 from partlens.progress import Advance, Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import Run, command, now, versions
-from partlens.verbs.runs import category_names, data_info, loaded, open_photos, performer_info, sampled
+from partlens.verbs.runs import category_names, data_info, loaded, open_photos, performer_info, sampled, verb
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,6 +32,7 @@ _LEAST_FOUND = 4
 _LEAST_MEASURED = 8
 
 
+@verb
 def inspect(
     model: str | nn.Module | Performer,
     data: str | Path | ImageSet,
