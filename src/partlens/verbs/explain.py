@@ -90,8 +90,6 @@ def explain(
         InputError: an unknown class.
         RunError: neither a finished selection nor an explainer, another performer, or a wrong ``parts.json``.
     """
-    from partlens.network.stream import naming_photos
-
     show = progress or Progress.silent()
     if count < 1:
         raise InputError(expected("at least 1 class to explain", count, "Set --count to 1 or more"))
@@ -109,6 +107,8 @@ def explain(
 
 def _write(stage: _Stage, found: ImageSet, folders: Sequence[Path], show: Progress) -> None:
     """Explain the images in batches, and write a folder for each."""
+    from partlens.network.stream import naming_photos
+
     with show.task("explaining", len(found)) as advance:
         for first in range(0, len(found), _BATCH):
             part = range(first, min(first + _BATCH, len(found)))
