@@ -18,12 +18,12 @@ from partlens.explainer.teachers import (
     Source,
     _nonnegative_parts,
     _place_posterior,
-    _places_in_photo,
     centroids,
     find_teachers,
     matched_teachers,
     part_codes,
     part_teachers,
+    places_in_photo,
     places_in_view,
     teacher_cost,
 )
@@ -78,7 +78,7 @@ def test_a_place_goes_to_the_view_and_back() -> None:
     places = torch.rand(40, 3, 2, generator=draws(1))
     for number in range(4):
         there = places_in_view(places, windows[:, number])
-        assert torch.allclose(_places_in_photo(there, windows[:, number]), places, atol=1e-5)
+        assert torch.allclose(places_in_photo(there, windows[:, number]), places, atol=1e-5)
     crop = torch.tensor([[0.5, 0.25, 0.5, 0.5, 0.0]])
     assert places_in_view(torch.tensor([[[0.5, 0.75]]]), crop).tolist() == [[[0.5, 0.5]]]
 

@@ -19,7 +19,7 @@ their equivariance, and teaching an explainer with them, is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,7 +121,7 @@ def places_in_view(
     return torch.stack([(places[..., 0] - top) / height, torch.where(mirrored > 0.5, 1 - col, col)], -1)
 
 
-def _places_in_photo(
+def places_in_photo(
     places: Float[Tensor, "photo part 2"], windows: Float[Tensor, "photo 5"]
 ) -> Float[Tensor, "photo part 2"]:
     """Return where places of a view are in the photo; the inverse of :func:`places_in_view`."""
@@ -162,16 +162,24 @@ def matched_teachers(
     return seats[torch.from_numpy(chosen)]
 
 
-def _correlations(places: Float[Tensor, "photo part 2"]) -> Float[Tensor, "part part"]:
+def place_correlations(places: Float[Tensor, "photo part 2"]) -> Float[Tensor, "part part"]:
+    """Return the correlation of the places of two parts over photos, the mean of rows and columns."""
     centred = places - places.mean(0)
     unit = centred / centred.norm(dim=0).clamp(min=_LITTLE)
     return torch.einsum("ipa,iqa->pqa", unit, unit).mean(-1)
 
 
+def mean_correlation(alike: Float[Tensor, "part part"]) -> float:
+    """Return the mean correlation of two different parts (:func:`place_correlations`); 0 for a single part."""
+    pairs = len(alike) * (len(alike) - 1)
+    return float(alike.sum() - alike.diagonal().sum()) / pairs if pairs else 0.0
+
+
 class LaterParts:
     """Non-negative parts of a later layer: candidates to teach.
 
-    ``view`` returns the later layer's maps (at least 0) of some photos in a view; view 0 is the whole photo.
+    ``view`` returns the later layer's maps (at least 0) of some photos in a view; view 0 is the whole photo. Each of
+    ``sizes`` is a number of parts that share the cells.
     """
 
     def __init__(
@@ -179,6 +187,7 @@ class LaterParts:
         view: Callable[[Int[Tensor, " photo"], int], Float[Tensor, "photo filter row col"]],
         photos: int,
         generator: torch.Generator,
+        sizes: Sequence[int] = _PARTS,
     ) -> None:
         self.view = view
         self.everyone = torch.arange(photos)
@@ -190,7 +199,7 @@ class LaterParts:
                 expected("a later layer that activates on the photos", "zeros only", "Check the performer")
             )
         self.dictionaries = []
-        for parts in _PARTS:
+        for parts in sizes:
             for _ in range(_ROUNDS):
                 chosen = torch.rand(len(sample), generator=generator) < _SHARE_OF_PHOTOS
                 cells = whole[chosen if int(chosen.sum()) > 1 else slice(None)].permute(0, 2, 3, 1).flatten(0, 2)
@@ -206,11 +215,12 @@ class LaterParts:
         return torch.cat(found)
 
 
-def part_teachers(source: Source, windows: Float[Tensor, "photo view 5"], count: int, variety: float) -> Teachers:
-    """Choose ``count`` parts that move with the photo, best first, or all where there are fewer candidates.
+def followed(
+    source: Source, windows: Float[Tensor, "photo view 5"]
+) -> tuple[Float[Tensor, "photo part 2"], Float[Tensor, "photo part 2"], Float[Tensor, " part"]]:
+    """Return where candidates are in the whole photos and in the mean of all views, and how they move with the views.
 
-    ``source`` says where candidates are in a view, ``windows`` how each view was cut, view 0 being the whole photo. A
-    part pays ``variety`` for the mean correlation of its place with the places already chosen.
+    ``source`` says where candidates are in a view, ``windows`` how each view was cut, view 0 being the whole photo.
     """
     photos, views, _ = windows.shape
     if photos < 4:
@@ -223,20 +233,26 @@ def part_teachers(source: Source, windows: Float[Tensor, "photo view 5"], count:
         inside = ((wanted > 0) & (wanted < 1)).all(-1).to(seen.dtype)
         missed = (seen - wanted).square().sum(-1)
         error += (missed * inside).sum(0) / inside.sum(0).clamp(min=1) / (views - 1)
-        sums += _places_in_photo(seen, windows[:, number])
+        sums += places_in_photo(seen, windows[:, number])
     # A place that never moves misses nothing and has no variance: 1, no better than one that moves at random.
     movement = (error + _STILL) / (first.var(0).sum(-1) + _STILL)
-    places = sums / views
-    alike = _correlations(places)
+    return first, sums / views, movement
+
+
+def part_teachers(source: Source, windows: Float[Tensor, "photo view 5"], count: int, variety: float) -> Teachers:
+    """Choose ``count`` parts that move with the photo, best first, or all where there are fewer candidates.
+
+    A part pays ``variety`` for the mean correlation of its place with the places already chosen; for the rest see
+    :func:`followed`.
+    """
+    _, places, movement = followed(source, windows)
+    alike = place_correlations(places)
     taken: list[int] = []
     for _ in range(min(count, len(movement))):
         cost = movement + (variety * alike[:, taken].mean(1) if taken else 0.0)
         cost[taken] = torch.inf
         taken.append(int(cost.argmin()))
-    own = alike[taken][:, taken]
-    pairs = len(taken) * (len(taken) - 1)
-    correlation = float(own.sum() - own.diagonal().sum()) / pairs if pairs else 0.0
-    return Teachers(places[:, taken], tuple(taken), movement[taken], correlation)
+    return Teachers(places[:, taken], tuple(taken), movement[taken], mean_correlation(alike[taken][:, taken]))
 
 
 def later_places(explainer: Explainer, data: TrainingMaps, category: int, generator: torch.Generator) -> Source:

@@ -1,13 +1,24 @@
-"""Parts of a category, found without training or labels on later layers of the performer.
+"""Parts of a category, found without training or labels on a later layer of the performer.
 
-Candidates are non-negative factors of a later layer's cells, of several sizes and of random shares of the photos; those
-are kept that move with crops and mirrors of the photos, one by one, with a penalty for moving like those already kept
-(`partlens.explainer.teachers`). What is found are directions of the later layer, so that the places of the same parts
-are known on any further photo.
+1. *Candidates* are non-negative factors of the layer's cells, for 2 to 8 parts at a time and random shares of the
+   photos. Each filter is divided by its standard deviation, so that no few strong ones decide. A part's place in a view
+   is the centroid of its codes, squared.
+2. *Choice.* A candidate's movement is the mean squared error of its place under crops and mirrors over the variance of
+   the place; what it adds is the share of that variance that the places of the parts already chosen do not foretell (by
+   linear regression). The next part is the one of least ``movement / adds^variety``.
+3. *Number.* The photos support a part that adds more than half of its variance, and more than its error (else a place
+   that never moves would say as much). A part must also be found again in both halves of the photos: its place there
+   must be more like its own than in 95 of 100 shuffles of the photos.
+4. *Places* are the mean of the photo and its mirror. Crops are left out of them: they cut parts off.
+
+What is found are directions of the later layer, so that the places of the same parts are known on any further photo.
+Factors follow Collins, Achanta & Süsstrunk, ECCV 2018; the rest is ours. ``papers/docs/part-discovery.md`` measures
+what each step gains on landmarks of birds.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,12 +27,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from partlens.errors import LayerError, expected
-from partlens.explainer.teachers import LaterParts, centroids, part_codes, part_teachers
+from partlens.explainer.teachers import (
+    LaterParts,
+    centroids,
+    followed,
+    mean_correlation,
+    part_codes,
+    place_correlations,
+    places_in_photo,
+)
 from partlens.network.performer import Performer
 from partlens.object_parts.inspection import FindingConfig
 
+_SIZES = (2, 3, 4, 5, 6, 7, 8)
 _LEAST_CELLS = 3
-_FOLLOWS = 1.0  # the movement of a place that never moves, or moves at random
+_SCALE_PHOTOS = 256
+"""Photos that the standard deviations of filters are measured on, at most."""
+_SHUFFLES = 100
+_LEVEL = 0.95
+_LEAST_HALF = 4
+_NEW = 0.5
+"""A part adds more of its variance than the others foretell."""
+_LITTLE = 1e-6
 
 Views = Callable[[Int[Tensor, " photo"], int], Sequence[Tensor]]
 """Returns the maps of the finding layers, in their order, of some photos in a view; view 0 is the whole photo."""
@@ -32,31 +59,42 @@ class PartFinder:
     """Says where the parts of a category are in any photo.
 
     Attributes:
-        dictionaries: directions (part, filter) of the later layer that compete for its cells.
+        scale: standard deviation of each filter of the later layer.
+        dictionaries: directions (part, filter) of the scaled layer that compete for its cells.
         chosen: for each part, the number of its dictionary and of its direction in it.
     """
 
+    scale: Float[Tensor, " filter"]
     dictionaries: tuple[Tensor, ...]
     chosen: tuple[tuple[int, int], ...]
 
     def codes(self, maps: Sequence[Tensor]) -> Float[Tensor, "photo part row col"]:
         """Return how much of each part every cell of the later layer holds."""
-        found = [part_codes(maps[0].clamp(min=0), directions) for directions in self.dictionaries]
-        return torch.stack([found[number][:, row] for number, row in self.chosen], 1)
+        scaled = _scaled(maps[0], self.scale)
+        needed = {number: part_codes(scaled, self.dictionaries[number]) for number in {n for n, _ in self.chosen}}
+        return torch.stack([needed[number][:, row] for number, row in self.chosen], 1)
 
     def __call__(self, maps: Sequence[Tensor]) -> Float[Tensor, "photo part 2"]:
         """Return the places (row, col) of the parts as shares of the photo's sides, from the finding layers' maps."""
         return centroids(self.codes(maps))
 
+    def only(self, parts: Sequence[int]) -> PartFinder:
+        """Return the finder of some parts, in their order."""
+        picked = [self.chosen[part] for part in parts]
+        used = sorted({number for number, _ in picked})
+        numbered = tuple((used.index(number), row) for number, row in picked)
+        return dataclasses.replace(self, dictionaries=tuple(self.dictionaries[n] for n in used), chosen=numbered)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what `of` reads again."""
-        return {"chosen": torch.tensor(self.chosen)} | {f"parts.{n}": d for n, d in enumerate(self.dictionaries)}
+        parts = {f"parts.{number}": directions for number, directions in enumerate(self.dictionaries)}
+        return {"scale": self.scale, "chosen": torch.tensor(self.chosen), **parts}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> PartFinder:
         """Return the finder that `tensors` describe."""
-        dictionaries = tuple(tensors[f"parts.{n}"] for n in range(len(tensors) - 1))
-        return cls(dictionaries, tuple((int(number), int(row)) for number, row in tensors["chosen"]))
+        dictionaries = tuple(tensors[f"parts.{number}"] for number in range(len(tensors) - 2))
+        return cls(tensors["scale"], dictionaries, tuple((int(n), int(row)) for n, row in tensors["chosen"]))
 
 
 @dataclass(frozen=True)
@@ -64,7 +102,7 @@ class FoundParts:
     """The parts of a category, best first.
 
     Attributes:
-        places: mean place over the views (row, col), as shares of the photo's sides.
+        places: mean place (row, col) in the photo and its mirror, as shares of the photo's sides.
         movement: mean squared error of moving with crops and mirrors over the variance of the place; lower is better.
         stability: correlation, over photos, of each place with that of the part nearest to it among those found again
             in half of the photos, the mean of both halves; 1 is the same part.
@@ -99,43 +137,125 @@ def find_parts(
 ) -> FoundParts:
     """Find the parts of a category's photos.
 
-    As many parts are kept, from ``settings.parts_min`` to ``settings.parts_max``, as move with the photos better than
-    a place that stays where it is.
+    As many parts are kept, from ``settings.parts_min`` to ``settings.parts_max``, as the photos support: parts that add
+    more than they repeat and more than their error, and that are found again in both halves of the photos.
 
     Args:
         views: gives the maps of the finding layers.
-        windows: how each view was cut (`partlens.explainer.views.view_windows`); view 0 is the whole photo.
+        windows: how each view was cut (`partlens.explainer.views.view_windows`); view 0 is the whole photo, view 1 its
+            mirror.
         settings: how many parts, how different.
         generator: source of the draws.
     """
     everyone = torch.arange(len(windows))
-    whole, finder = _found(views, everyone, windows, settings, generator)
-    halves = everyone[torch.randperm(len(everyone), generator=generator)].chunk(2)
-    again = [_found(views, half, windows[half], settings, generator)[1] for half in halves if len(half) >= 4]
+    scale = _filter_scale(views, len(windows))
+    finder, movement = _search(views, everyone, windows, scale, settings, generator)
     maps = views(everyone, 0)
     places = finder(maps)
-    alike = [_likeness(places, one(maps)).amax(1) for one in again]
-    stability = torch.stack(alike).mean(0) if alike else torch.full((places.shape[1],), torch.nan)
-    return FoundParts(whole.places, whole.movement, stability, whole.correlation, finder)
+    halves = everyone[torch.randperm(len(everyone), generator=generator)].chunk(2)
+    again = [
+        _search(views, half, windows[half], scale, settings, generator)[0](maps)
+        for half in halves
+        if len(half) >= _LEAST_HALF
+    ]
+    stability, supported = _found_again(places, again, generator)
+    order = (~supported).int().argsort(stable=True)[: max(settings.parts_min, int(supported.sum()))]
+    kept = order[movement[order].argsort(stable=True)].tolist()
+    finder = finder.only(kept)
+    if windows.shape[1] > 1:
+        mirror = places_in_photo(finder(views(everyone, 1)), windows[:, 1])
+        places = (places[:, kept] + mirror) / 2
+    else:
+        places = places[:, kept]
+    correlation = mean_correlation(place_correlations(places))
+    return FoundParts(places, movement[kept], stability[kept], correlation, finder)
 
 
-def _found(
-    views: Views, photos: Tensor, windows: Tensor, settings: FindingConfig, generator: torch.Generator
-) -> tuple[FoundParts, PartFinder]:
-    source = LaterParts(lambda some, view: views(photos[some], view)[0], len(photos), generator)
-    taught = part_teachers(source, windows, settings.parts_max, settings.variety)
-    count = max(settings.parts_min, int((taught.movement < _FOLLOWS).sum()))
-    kept = sorted(taught.movement.argsort(stable=True)[:count].tolist())
+def _scaled(maps: Float[Tensor, "photo filter row col"], scale: Float[Tensor, " filter"]) -> Tensor:
+    scaled: Tensor = maps.clamp(min=0) / scale[:, None, None]
+    return scaled
+
+
+def _filter_scale(views: Views, photos: int) -> Float[Tensor, " filter"]:
+    """Return the standard deviation of each filter; 1 where it is the same everywhere."""
+    some = torch.linspace(0, photos - 1, min(photos, _SCALE_PHOTOS)).long()
+    spread = views(some, 0)[0].clamp(min=0).std((0, 2, 3))
+    return torch.where(spread > 0, spread, 1.0)
+
+
+def _search(
+    views: Views,
+    photos: Int[Tensor, " photo"],
+    windows: Float[Tensor, "photo view 5"],
+    scale: Float[Tensor, " filter"],
+    settings: FindingConfig,
+    generator: torch.Generator,
+) -> tuple[PartFinder, Float[Tensor, " part"]]:
+    """Choose parts of some photos, in the order of their choice; return their finder and their movement."""
+    source = LaterParts(lambda some, view: _scaled(views(photos[some], view)[0], scale), len(photos), generator, _SIZES)
+    places, _, movement = followed(source, windows)
+    chosen = _choice(places, movement, settings)
     numbered = [(n, row) for n, directions in enumerate(source.dictionaries) for row in range(len(directions))]
-    picked = [numbered[taught.chosen[k]] for k in kept]
-    used = sorted({number for number, _ in picked})
-    finder = PartFinder(
-        tuple(source.dictionaries[number] for number in used),
-        tuple((used.index(number), row) for number, row in picked),
-    )
-    undefined = torch.full((len(kept),), torch.nan)
-    found = FoundParts(taught.places[:, kept], taught.movement[kept], undefined, taught.correlation, finder)
-    return found, finder
+    finder = PartFinder(scale, tuple(source.dictionaries), tuple(numbered))
+    return finder.only(chosen), movement[chosen]
+
+
+def added(places: Float[Tensor, "photo part 2"], chosen: Sequence[int]) -> Float[Tensor, " part"]:
+    """Return the share of each place's variance that the chosen places do not foretell: 1 where none is chosen.
+
+    By linear regression with intercept; the residual's variance is divided by its degrees of freedom, so that a place
+    that is independent of the others has 1 on average. 0 where there are no degrees of freedom left.
+    """
+    photos = places.shape[0]
+    centred = (places - places.mean(0)).double()
+    left = photos - 1 - 2 * len(chosen)
+    if left < 1:
+        return torch.zeros(places.shape[1])
+    known = torch.linalg.qr(centred[:, list(chosen)].flatten(1))[0]
+    flat = centred.flatten(1)
+    rest = (flat - known @ (known.T @ flat)).reshape(centred.shape).square().sum((0, 2)) / left
+    whole: Tensor = centred.square().sum((0, 2)) / (photos - 1)
+    adds: Tensor = rest / whole.clamp(min=_LITTLE)
+    return adds.float()
+
+
+def _choice(
+    places: Float[Tensor, "photo part 2"], movement: Float[Tensor, " part"], settings: FindingConfig
+) -> list[int]:
+    """Choose the parts that the photos support, and at least ``parts_min``."""
+    chosen: list[int] = []
+    while len(chosen) < min(settings.parts_max, len(movement)):
+        adds = added(places, chosen).clamp(min=_LITTLE)
+        cost = movement / adds**settings.variety
+        supported = (movement < adds) & (adds > _NEW)
+        supported[chosen] = False
+        if bool(supported.any()):
+            cost[~supported] = torch.inf
+        elif len(chosen) >= settings.parts_min:
+            break
+        cost[chosen] = torch.inf
+        chosen.append(int(cost.argmin()))
+    return chosen
+
+
+def _found_again(
+    places: Float[Tensor, "photo part 2"], again: Sequence[Float[Tensor, "photo more 2"]], generator: torch.Generator
+) -> tuple[Float[Tensor, " part"], Tensor]:
+    """Return how like each part is to its nearest in each half, the mean, and whether that is more than by chance.
+
+    By chance: with the photos of the halves' places shuffled, in 95 of 100 shuffles. Without halves nothing is known
+    (NaN) and nothing supported.
+    """
+    if not again:
+        return torch.full((places.shape[1],), torch.nan), torch.zeros(places.shape[1], dtype=torch.bool)
+    likeness = torch.stack([_likeness(places, other).amax(1) for other in again])
+    chance = []
+    for _ in range(_SHUFFLES):
+        order = torch.randperm(len(places), generator=generator)
+        chance.append(torch.stack([_likeness(places, other[order]).amax(1) for other in again]))
+    limit = torch.stack(chance).quantile(_LEVEL, dim=0)
+    beyond: Tensor = (likeness > limit).all(0)
+    return likeness.mean(0), beyond
 
 
 def _likeness(one: Float[Tensor, "photo part 2"], other: Float[Tensor, "photo more 2"]) -> Float[Tensor, "part more"]:
@@ -146,4 +266,5 @@ def _likeness(one: Float[Tensor, "photo part 2"], other: Float[Tensor, "photo mo
         scaled: Tensor = centred / centred.norm(dim=0).clamp(min=1e-8)
         return scaled
 
-    return torch.einsum("ipa,iqa->pqa", unit(one), unit(other)).mean(-1)
+    alike: Tensor = torch.einsum("ipa,iqa->pqa", unit(one), unit(other)).mean(-1)
+    return alike

@@ -22,7 +22,7 @@ class FindingConfig(Settings):
     Attributes:
         parts_min: fewest parts of a category.
         parts_max: most parts of a category.
-        variety: what a part pays for moving like the parts already chosen.
+        variety: how much it counts what a part adds to the places of those already chosen; 0 is not at all.
     """
 
     parts_min: int = Field(2, ge=1)

@@ -18,7 +18,7 @@ from partlens.data.images import ImageSet
 from partlens.estimate import Estimate, bootstrap
 from partlens.network.performer import Performer
 from partlens.object_parts.account import Account, Truth, account_of, nearest_landmarks, ranking_photos
-from partlens.object_parts.finding import FoundParts, PartFinder, find_parts
+from partlens.object_parts.finding import FoundParts, find_parts
 from partlens.object_parts.inspection import (
     Comparison,
     DecidedClass,
@@ -103,7 +103,7 @@ def inspect_category(stage: Stage, photos: CategoryPhotos) -> tuple[InspectedCat
         truth,
         generator,
     )
-    ordered = PartFinder(found.finder.dictionaries, tuple(found.finder.chosen[k] for k in account.order))
+    ordered = found.finder.only(account.order)
     strength = ordered.codes(read.later(chosen, 0)).flatten(2).amax(2)
     logits = torch.from_numpy(np.array(read.arrays["logits"][chosen.numpy()]))
     drawn = _Drawn(stage, photos, rows, account, strength)
