@@ -58,6 +58,14 @@ def test_windows_anywhere_that_keep_as_much_are_texture() -> None:
     assert judged(measured(0.2), grid(0.2, 0.3), APART, draws()).kind == "texture"
 
 
+def test_parts_that_keep_less_than_everything_else_are_texture_or_the_whole() -> None:
+    kept = measured(0.5)
+    kept.score["rest"] = noisy(0.6, 30)
+    verdict = judged(kept, grid(0.2, 0.3), APART, draws())
+    assert (verdict.kind, verdict.reason) == ("texture", "rest")
+    assert "everything outside keeps" in sentence("elephant", verdict, kept, 2)
+
+
 def test_a_place_that_is_the_same_in_all_photos_is_something_beside_the_object() -> None:
     verdict = judged(measured(0.2), grid(0.1, 0.6, where=12), APART, draws())
     assert (verdict.kind, verdict.reason) == ("elsewhere", "fixed")

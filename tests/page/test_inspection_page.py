@@ -155,7 +155,7 @@ def test_an_inspection_that_was_only_begun_says_how_to_go_on(tmp_path: Path) -> 
 
 def test_the_chart_names_each_curve_and_says_its_figures() -> None:
     chart = kept_chart("Score kept", CURVES)
-    for words in ("parts", "other photos", "random", "centre", "best window", "elsewhere"):
+    for words in ("parts", "other photos", "random", "centre", "best window", "all the rest"):
         assert f">{words}</text>" in chart
     assert "parts 75 %" in chart
     nothing = (float("nan"),) * 4

@@ -63,14 +63,14 @@ class Branching(nn.Module):
 def test_blocks_stand_for_operations_and_repeated_modules_count_every_call() -> None:
     performer = as_performer(Residual().eval())
     index = feature_index(performer)
-    assert index.layers == ("stem", "block.relu", "block.conv", "block.relu_1", "block", "pool")
+    assert index.layers == ("stem", "block.relu", "block.conv", "block.relu_1", "block")
     assert descriptor_layers(performer, DescriptorConfig(layers="activations")) == (
         "block.relu",
         "block.relu_1",
         "block",
     )
     x, logits = image_descriptors(performer, torch.randn(2, 3, 16, 16), index)
-    assert x.shape == (2, 24)
+    assert x.shape == (2, 20)
     assert logits.shape == (2, 3)
 
 
@@ -119,3 +119,9 @@ def test_layers_by_name_and_unknown_ones() -> None:
         )
     with pytest.raises(LayerError, match="5 channels in stem, got 4"):
         image_descriptors(performer, torch.zeros(1, 3, 9, 9), FeatureIndex(("stem",), (5,)))
+
+
+def test_a_pooled_copy_of_whole_maps_is_no_layer_of_its_own() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+    performer = as_performer(nn.Sequential(*layers).eval(), 8)
+    assert feature_index(performer).layers == ("0", "1")

@@ -138,3 +138,14 @@ def test_from_images_to_relevant_features(tiny, few_flowers, tmp_path) -> None:
     assert found.classes == labels.classes == ("petal-blue", "petal-red")
     assert found.solution.converged.all()
     assert float(told_right(found, x, labels.matrix.argmax(1)).double().mean()) > 0.8
+
+
+def test_held_out_folds_choose_the_smallest_bound_that_tells_the_classes() -> None:
+    x, labels, index = planted(120, 3)
+    chosen = relevance.choose_mu(x, labels, index, torch.Generator().manual_seed(0))
+    accuracy = dict(chosen.tried)
+    best = max(accuracy.values())
+    assert accuracy[chosen.mu] >= best - (best * (1 - best) / 120) ** 0.5
+    assert all(accuracy[mu] < accuracy[chosen.mu] or mu >= chosen.mu for mu in accuracy)
+    again = relevance.choose_mu(x, labels, index, torch.Generator().manual_seed(0))
+    assert again == chosen

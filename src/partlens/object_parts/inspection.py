@@ -104,7 +104,7 @@ class KeptCurves(Value):
         other_photos: the same windows laid on other photos.
         random: windows at random places.
         centre: one window in the centre.
-        rest: windows at random places that avoid those at the parts.
+        rest: everything outside the windows at the parts.
         ceiling: the best single window of each photo, among sixteen.
         annotated: windows at annotated parts.
         object: windows at random places on the object.
@@ -198,7 +198,7 @@ class InspectedCategory(Value):
         name: of the category, empty where all photos are one.
         verdict: what the network knows it by.
         sentence: the verdict with its numbers and n.
-        reason: of ``elsewhere`` or ``undecided``, else empty.
+        reason: what of the rule made the verdict; empty for plain parts or texture.
         advantage: of the parts over the best kind for comparison, the mean over areas from 0.1 to 0.4.
         best_null: that kind.
         against: each kind for comparison with its threshold.

@@ -8,7 +8,7 @@ score ``S`` of the class that the network decides for,
 is the *kept score* of windows ``W``, and a *decision is kept* where that class is still the largest output. Windows of
 an area ``a`` around places are the ``a · cells`` cells that are nearest to any of the places, so that all kinds of
 windows have exactly the same area: those at the parts, the same windows laid on another photo, windows at random
-places, one in the centre, and windows at random places that avoid those at the parts.
+places and one in the centre. The *rest* is everything outside the windows at the parts.
 """
 
 from __future__ import annotations
@@ -219,13 +219,12 @@ def kept_by_kind(
             kind: [windows_at(each if kind == "annotated" else each[:, :count], taps.grid, area) for each in sets]
             for kind, sets in kinds.items()
         }
-        own, strewn = masks["parts"][0], [each[:, :count] for each in kinds["random"]]
-        masks["rest"] = [windows_elsewhere(own, each, area) for each in strewn]
+        masks["rest"] = [~masks["parts"][0]]
         if objects is not None:
             background = objects < _ON_OBJECT
             inside = [_places_on(objects, count, generator) for _ in range(draws)]
             masks["object"] = [windows_elsewhere(background, each, area) for each in inside]
-            masks["off_object"] = [windows_elsewhere(objects > 0, each, area) for each in strewn]
+            masks["off_object"] = [windows_elsewhere(objects > 0, each[:, :count], area) for each in kinds["random"]]
         found = kept(taps, whole, torch.stack(list(itertools.chain.from_iterable(masks.values())), 1))
         first = 0
         for kind, several in masks.items():

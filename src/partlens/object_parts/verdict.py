@@ -10,10 +10,11 @@ at random, and an advantage counts where it is above the 95 % quantile of what c
   the parts, than random windows and than one in the centre: what stands still while objects move is no part of them;
   or, where masks or boxes say where the object is, where windows beside it keep more than windows on it;
 - *parts* where the windows at the parts keep more than each kind for comparison: the same windows laid on other
-  photos, random ones, one in the centre, and windows anywhere on the object. Where the object is not known, there must
-  be parts in two places at least: what stands in one place alone may as well be the whole object;
-- *texture*, or the whole, where they do not, although the photos are enough to tell the best single window of each
-  photo from the windows for comparison;
+  photos, random ones, one in the centre, and windows anywhere on the object; and where 30 % of the image at the parts
+  keep more than the other 70 %. Where the object is not known, there must be parts in two places at least: what stands
+  in one place alone may as well be the whole object;
+- *texture*, or the whole, where one of these fails, although the photos are enough to tell the best single window of
+  each photo from the windows for comparison;
 - *undecided* where they are not enough.
 """
 
@@ -32,9 +33,10 @@ from partlens.estimate import Estimate, bootstrap
 from partlens.object_parts.regions import AREAS, NULLS, KeptByKind, grid_places
 
 Kind = Literal["parts", "texture", "elsewhere", "undecided"]
-Reason = Literal["", "few", "unsure", "fixed", "off_object", "one_place"]
+Reason = Literal["", "few", "unsure", "fixed", "off_object", "one_place", "rest"]
 
 LEAST_PHOTOS = 8
+SAID_AREA = 0.3
 _EXCHANGES = 1000
 _LEVEL = 0.95
 _FOLDS = 4
@@ -164,10 +166,18 @@ def judged(
     fixed, place = fixed_window(grid)
     photos = int((~parts.isnan().any(1)).sum())
     kind, reason = _kind(kept, grid, fixed, against, best, photos, generator)
-    if kind == "parts" and "object" not in kept.score and not in_several_places(places):
+    if kind == "parts" and not _more_than_the_rest(kept, generator):
+        kind, reason = "texture", "rest"
+    elif kind == "parts" and "object" not in kept.score and not in_several_places(places):
         kind, reason = "texture", "one_place"
     row, col = grid_places(round(grid.shape[2] ** 0.5))[place].tolist()
     return Verdict(kind, advantage, best, against, (row, col), float(fixed[:, 0].nanmedian()), photos, reason)
+
+
+def _more_than_the_rest(kept: KeptByKind, generator: torch.Generator) -> bool:
+    """Tell whether the windows at the parts keep more than everything outside them, at the area of the sentence."""
+    at = slice(AREAS.index(SAID_AREA), AREAS.index(SAID_AREA) + 1)
+    return compared(kept.score["parts"][:, at], kept.score["rest"][:, at], generator).counts
 
 
 def _kind(
@@ -213,6 +223,12 @@ def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: int) -> str
     n = f"n = {verdict.photos}"
     if verdict.kind == "parts":
         return f"The network knows {what} by parts: {numbers}; {other} ({n})."
+    if verdict.reason == "rest":
+        rest = _percent(float(curve(kept.score["rest"])[at]))
+        return (
+            f"The network knows {what} by texture or the whole: {numbers}, "
+            f"as much at {_PLAIN[verdict.best_null]} {null}, and everything outside keeps {rest} ({n})."
+        )
     if verdict.reason == "one_place":
         return (
             f"The network knows {what} by texture or the whole: what carries it stands in one place, "
@@ -227,7 +243,12 @@ def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: int) -> str
     return f"Undecided: the photos of {what} are too few to tell parts from chance: {numbers}; {other} ({n})."
 
 
-SAID_AREA = 0.3
+_PLAIN = {
+    "other_photos": "the same places of other photos",
+    "random": "random places",
+    "centre": "the centre",
+    "object": "any places of the object",
+}
 _NAMES = {
     "other_photos": "the same windows of other photos",
     "random": "random windows",

@@ -21,7 +21,7 @@ _KINDS = (
     ("centre", "centre", "curve thin stroke-null"),
     ("random", "random", "curve thin stroke-null"),
     ("object", "on the object", "curve thin second stroke-performer"),
-    ("rest", "elsewhere", "curve thin dots stroke-null"),
+    ("rest", "all the rest", "curve thin dots stroke-null"),
 )
 
 
@@ -54,7 +54,9 @@ def _axes(across: Scale, up: Scale, areas: Sequence[float]) -> list[str]:
 
 
 def _curve(across: Scale, up: Scale, areas: Sequence[float], values: Sequence[float], class_: str) -> str:
-    points = [(0.0, 0.0), *zip(areas, values, strict=True)]
+    points = list(zip(areas, values, strict=True))
+    if "dots" not in class_:  # no window keeps nothing; the rest of no window is everything
+        points.insert(0, (0.0, 0.0))
     text = " ".join(f"{across(area):.1f},{up(value):.1f}" for area, value in points)
     return tag("polyline", points=text, class_=class_)
 

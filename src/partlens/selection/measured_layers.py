@@ -24,6 +24,7 @@ from partlens.selection.record import DescriptorConfig, FeatureIndex
 # Modules that hand on what they got: at test time, or in another shape. Their channels would be counted twice.
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _SAME_VALUES = (*_DROPOUTS, nn.Identity, nn.Flatten, nn.Unflatten)
+_POOLINGS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d)
 _WEIGHTED = (nn.Linear, nn.Conv2d)
 
 
@@ -48,9 +49,10 @@ def _kind_of(module: nn.Module | None, *, activation: bool) -> _Kind:
     return "same" if isinstance(module, _SAME_VALUES) else "other"
 
 
-def _unchanged(module: nn.Module, before: Any, after: Any) -> bool:
-    """Whether an adaptive pooling has nothing to do at this input size."""
-    return isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) and before == after
+def _copied(module: nn.Module, before: Any, after: Any) -> bool:
+    """Whether a pooling hands on what is measured already: the same maps, or each map as one number."""
+    whole = bool(before) and len(after) >= 3 and tuple(after[-2:]) == (1, 1)
+    return isinstance(module, _POOLINGS) and (before == after or whole)
 
 
 def _traced_outputs(performer: Performer) -> list[_Output]:
@@ -66,7 +68,7 @@ def _traced_outputs(performer: Performer) -> list[_Output]:
         name = containers.get(node)
         if node.op == "call_module":
             name, module = traced.names[node], traced.leaf(node)
-            if _unchanged(module, shapes.get(node.all_input_nodes[0]) if node.all_input_nodes else None, shapes[node]):
+            if _copied(module, shapes.get(node.all_input_nodes[0]) if node.all_input_nodes else None, shapes[node]):
                 continue
         if name is not None:
             found.append(_Output(name, _kind_of(module, activation=traced.is_activation(node))))
@@ -99,7 +101,7 @@ def _called_outputs(performer: Performer) -> list[_Output]:
         module = network.get_submodule(place_of(network, layer.name).path)
         if next(module.children(), None) is not None:
             continue
-        if not _unchanged(module, before, layer.shape):
+        if not _copied(module, before, layer.shape):
             noted.append(_Output(layer.name, _kind_of(module, activation=isinstance(module, ACTIVATIONS))))
         before = layer.shape
     weighted = [i for i, output in enumerate(noted) if output.kind in {"convolution", "weights"}]
@@ -125,7 +127,7 @@ def feature_index(performer: Performer, config: DescriptorConfig | None = None) 
     block, the ``F.relu`` at its end). So a convolution, its rectifier, its normalisation and its pooling are
     separate layers. Not measured are the last layer with weights (the class scores) and all that follows it; what does
     not reach the output; dropout, identity, flattening and adaptive pooling to the same size, which hand on the same
-    values; outputs whose layout is not known (:mod:`partlens.network.layout`); and operations
+    values; pooling of whole maps (``avgpool`` of ResNets), which would show each filter of the layer before it twice; outputs whose layout is not known (:mod:`partlens.network.layout`); and operations
     inside a ``forward`` that no module returns. VGG-F has 19 such layers with 19,456 channels, MatConvNet's LeNet six
     with 1,140.
 

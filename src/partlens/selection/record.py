@@ -128,7 +128,7 @@ class SelectionConfig(Settings):
 
     Attributes:
         split: photos to fit on.
-        mu: bound on the sum of the absolute weights of a class.
+        mu: bound on the sum of the absolute weights of a class; ``auto``: chosen by held-out folds.
         labels: whether the classes are the categories of the photos or the predictions of the network.
         nonnegative: whether weights are at least 0.
         descriptor: which layers are measured and how.
@@ -138,7 +138,7 @@ class SelectionConfig(Settings):
     """
 
     split: str
-    mu: Annotated[float, Field(gt=0)]
+    mu: Literal["auto"] | Annotated[float, Field(gt=0)]
     labels: Literal["data", "predictions"]
     nonnegative: bool
     descriptor: DescriptorConfig
@@ -221,6 +221,8 @@ class SelectionFound(Value):
         shuffled: the same, fitted to shuffled labels.
         model_accuracy: of the network itself on the same photos.
         classes: in the order of the weights' columns.
+        mu: the bound that held-out folds chose, ``None`` where it was given.
+        tried: each bound that was tried, and the accuracy of its read-out on held-out folds.
     """
 
     index: FeatureIndex
@@ -231,6 +233,8 @@ class SelectionFound(Value):
     shuffled: Estimate
     model_accuracy: Estimate
     classes: Annotated[tuple[SelectedClass, ...], Field(min_length=1)]
+    mu: float | None = None
+    tried: tuple[tuple[float, Number], ...] = ()
 
     @model_validator(mode="after")
     def _of_measured_layers(self) -> SelectionFound:
@@ -281,4 +285,9 @@ class SelectionRecord(RunRecord):
 
     def at_bound(self, found: SelectionFound) -> int:
         """Return the number of classes whose weights reach μ."""
-        return sum(one.norm >= self.config.mu * (1 - 1e-9) for one in found.classes)
+        bound = self.bound(found)
+        return sum(one.norm >= bound * (1 - 1e-9) for one in found.classes)
+
+    def bound(self, found: SelectionFound) -> float:
+        """Return μ, as it was given or chosen."""
+        return found.mu or float(self.config.mu)

@@ -10,6 +10,7 @@ Source: the paper (arXiv 1712.06302).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from partlens.errors import ImageError, InputError, expected, listed
 from partlens.selection.lasso import LassoSolution, OnFailure, mu_lasso
 from partlens.selection.record import DEFAULT_MU, FeatureIndex
 
+_MUS = (1.0, 2.0, 5.0, 10.0, 20.0)
+_FOLDS = 3
 _READ_ROWS = 4096  # descriptors that are read out at a time
 
 
@@ -94,6 +97,42 @@ def select_relevant(
         raise InputError(expected(rule, descriptors.shape[1], "Use the index of the same pass"))
     solution = mu_lasso(descriptors, labels.matrix, mu, nonnegative, on_failure=on_failure)
     return Selection(solution, index, labels.classes)
+
+
+@dataclass(frozen=True)
+class ChosenMu:
+    """The bound that held-out folds choose, and the accuracy of every bound that was tried."""
+
+    mu: float
+    tried: tuple[tuple[float, float], ...]
+
+
+def choose_mu(
+    descriptors: Float[Tensor, "image feature"],
+    labels: LabelMatrix,
+    index: FeatureIndex,
+    generator: torch.Generator,
+    *,
+    nonnegative: bool = True,
+) -> ChosenMu:
+    """Choose μ by the read-out on held-out folds: the smallest whose accuracy is within a standard error of the best.
+
+    A smaller bound names fewer filters, so of bounds that tell the classes equally well the smallest is taken.
+    """
+    fold = torch.randperm(len(descriptors), generator=generator) % _FOLDS
+    truth = labels.matrix.argmax(1)
+    tried: list[tuple[float, float]] = []
+    for mu in _MUS:
+        right = torch.zeros(len(descriptors))
+        for number in range(_FOLDS):
+            inside, out = fold != number, fold == number
+            part = LabelMatrix(labels.matrix[inside], labels.classes, labels.outputs)
+            found = select_relevant(descriptors[inside], part, index, mu, nonnegative=nonnegative, on_failure="return")
+            right[out] = told_right(found, descriptors[out], truth[out]).float()
+        tried.append((mu, float(right.mean())))
+    best = max(accuracy for _, accuracy in tried)
+    error = math.sqrt(max(best * (1 - best), 0.0) / max(1, len(descriptors)))
+    return ChosenMu(next(mu for mu, accuracy in tried if accuracy >= best - error), tuple(tried))
 
 
 def with_shuffled_labels(

@@ -15,8 +15,10 @@ from partlens.object_parts.inspection import CategoryFile, InspectConfig, Inspec
 from partlens.page.page import write_report
 from partlens.progress import Advance, Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
-from partlens.run import Run, command, now, versions
+from partlens.run import SELECTION, Run, command, now, versions
+from partlens.selection.record import DescriptorConfig, SelectionConfig, SelectionRecord
 from partlens.verbs.runs import category_names, data_info, loaded, open_photos, performer_info, sampled, verb
+from partlens.verbs.select_features import MOST_PICTURES, Chosen, SelectionPhotos, select_from
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,10 +26,13 @@ if TYPE_CHECKING:
     from partlens.data.images import ImageSet
     from partlens.network.performer import Performer
     from partlens.object_parts.reading import Read, Wanted
+    from partlens.selection.responses import Responses
     from partlens.verbs.inspected_category import CategoryPhotos, Stage
 
 TENSORS = "inspect.safetensors"
 _CACHE = "cache-inspect"
+_RESPONSES = ("descriptor", "peak", "peak_cell", "logits")
+_TOP_PHOTOS = 50
 _LEAST_FOUND = 4
 _LEAST_MEASURED = 8
 
@@ -41,6 +46,7 @@ def inspect(
     category: str | Sequence[str] | None = None,
     tap: str | None = None,
     split: str = "train",
+    mu: float | Chosen = "auto",
     config: InspectConfig | Mapping[str, Any] | None = None,
     keep_cache: bool = False,
     progress: Progress | None = None,
@@ -59,6 +65,7 @@ def inspect(
             for comparison.
         tap: the layer whose cells are set to nothing; by default the model's own.
         split: photos that parts are found on; what they carry is measured on photos of the split ``test``.
+        mu: bound of the relevant filters (see :func:`select_features`); ``auto`` lets held-out folds choose.
         config: a whole configuration, or fields to change in the default.
         keep_cache: keep what was read of the photos.
         progress: how to show progress; optional.
@@ -96,8 +103,10 @@ def inspect(
             show.say(f"{out} holds this inspection already; nothing to do")
             return record
         work = _Work(performer, images, chosen, record, run.folder, show)
-        stage = work.stage()
+        reads = work.reads()
+        stage = work.stage(reads)
         categories = work.categories(stage)
+        notes = (*chosen.notes, *work.filters(reads, mu))
         if not keep_cache:
             shutil.rmtree(run.folder / _CACHE)
         finished = run.finish(
@@ -106,7 +115,7 @@ def inspect(
             categories=categories,
             fill="zero" if not bool(stage.nothing.any()) else "mean",
             tensors_sha256=file_sha256(run.folder / TENSORS),
-            notes=chosen.notes,
+            notes=notes,
         )
         page = write_report(run.folder)
         show.say(f"wrote {run.folder / finished.FILE} in {finished.seconds:.0f} s; look at {page}")
@@ -201,10 +210,9 @@ class _Work:
     folder: Path
     show: Progress
 
-    def _wanted(self, tap: str | None) -> Wanted:
+    def wanted(self, tap: str | None) -> Wanted:
         from partlens.object_parts.reading import Wanted
         from partlens.selection.measured_layers import feature_index
-        from partlens.selection.record import DescriptorConfig
 
         descriptor = DescriptorConfig()
         return Wanted(tap, self.record.finding, feature_index(self.performer, descriptor), descriptor)
@@ -235,7 +243,7 @@ class _Work:
                         self.images,
                         rows,
                         windows,
-                        self._wanted(tap),
+                        self.wanted(tap),
                         self.folder / _CACHE / name,
                         _steps(advance, before, views),
                     )
@@ -243,11 +251,23 @@ class _Work:
                 before += len(rows) * views
         return made[0], made[1], made[2]
 
-    def stage(self) -> Stage:
-        """Read the photos and return what all categories share."""
+    def filters(self, reads: Sequence[Read], mu: float | Chosen) -> tuple[str, ...]:
+        """Select the relevant filters from what was read, unless the run holds a selection; return what to note."""
+        if (self.folder / SELECTION).exists():
+            return ("the relevant filters are those of the selection that the run held already",)
+        rows = [row for read in reads for row in read.rows]
+        if len({self.images.categories[row] for row in rows} - {""}) < 2:
+            return ("relevant filters were not selected: that needs photos of two categories at least",)
+        record, photos, responses = _selection(self, reads, rows, mu)
+        found = select_from(photos, responses, self.folder, self.show)
+        record.changed(found=found, status="finished").write(self.folder)
+        return ()
+
+    def stage(self, reads: Sequence[Read]) -> Stage:
+        """Return what all categories share."""
         from partlens.verbs.inspected_category import Stage
 
-        found, measured, _ = self.reads()
+        found, measured, _ = reads
         nothing = _nothing(found, self.record.config)
         upper = _upper(self.performer, self.record.tap)
         return Stage(self.performer, self.images, upper, nothing, found, measured, self.record.config, self.folder)
@@ -274,6 +294,45 @@ class _Work:
                 advance(number + 1)
         write_tensors(self.folder / TENSORS, tensors)
         return tuple(made)
+
+
+def _selection(
+    work: _Work, reads: Sequence[Read], rows: Sequence[int], mu: float | Chosen
+) -> tuple[SelectionRecord, SelectionPhotos, Responses]:
+    """Bring what was read into the form of a selection: photos to fit on first, then those held out."""
+    import numpy as np
+
+    from partlens.selection.responses import Responses
+
+    record, images = work.record, work.images
+    config = SelectionConfig(
+        split=record.split,
+        mu=mu if mu == "auto" else float(mu),
+        labels="data",
+        nonnegative=True,
+        descriptor=DescriptorConfig(),
+        top_photos=_TOP_PHOTOS,
+        pictures=MOST_PICTURES,
+        seed=record.config.seed,
+    )
+    fitted = [k for k, row in enumerate(rows) if images.categories[row] and images.splits[row] == record.split]
+    held = [k for k, row in enumerate(rows) if images.categories[row] and images.splits[row] == "test"]
+    order = [*fitted, *(held if record.split != "test" else ())]
+    chosen = images.take(rows[k] for k in order)
+    arrays = {n: np.concatenate([read.arrays[n] for read in reads if read.rows])[order] for n in _RESPONSES}
+    index, lost = work.wanted(None).index, sum(read.dead_layers for read in reads)
+    responses = Responses(keys=chosen.keys, index=index, dead_layers=lost, **arrays)
+    asked = SelectionRecord(
+        created=record.created,
+        command=record.command,
+        versions=record.versions,
+        performer=record.performer,
+        data=data_info(images, record.data.unreadable, chosen.fingerprint()),
+        config=config,
+        photos=len(fitted),
+    )
+    matched = work.performer.matched(sorted(set(chosen.categories)))
+    return asked, SelectionPhotos(work.performer, chosen, len(fitted), config, matched), responses
 
 
 def _steps(advance: Advance, before: int, views: int) -> Callable[[int], None]:

@@ -18,6 +18,7 @@ from partlens.run import Run, command, now, versions
 from partlens.selection.record import (
     DEFAULT_MU,
     DescriptorConfig,
+    FeatureIndex,
     FilterPicture,
     RelevantFilter,
     SelectedClass,
@@ -43,6 +44,7 @@ _CACHE = "cache-selection"
 _NAMED_PHOTOS = 8
 
 Labels = Literal["data", "predictions"]
+Chosen = Literal["auto"]
 _Pictures = Mapping[tuple[str, int], FilterPicture]
 
 
@@ -75,7 +77,7 @@ class OpenedSelection(SelectedFeatures):
 
 
 @dataclass(frozen=True)
-class _Photos:
+class SelectionPhotos:
     """The photos of a selection: the first ``fit`` ones are fitted, the others are held out."""
 
     performer: Performer
@@ -91,7 +93,7 @@ def select_features(
     data: str | Path | ImageSet,
     *,
     out: str | Path,
-    mu: float = DEFAULT_MU,
+    mu: float | Chosen = DEFAULT_MU,
     labels: Labels = "data",
     nonnegative: bool = True,
     descriptor: DescriptorConfig | Mapping[str, Any] | None = None,
@@ -111,7 +113,8 @@ def select_features(
         model: the performer; see :func:`layers`. It is not changed.
         data: a folder, a table or an :class:`~partlens.data.images.ImageSet`.
         out: the run directory; that of an explainer of the same data may be given.
-        mu: bound on the sum of a class's absolute weights (authors: 10, for their generated flowers 5).
+        mu: bound on the sum of a class's absolute weights (authors: 10, for their generated flowers 5); ``auto`` lets
+            held-out folds choose.
         labels: ``data``: the categories of the photos; ``predictions``: the performer's own decisions.
         nonnegative: weights are at least 0.
         descriptor: which layers are measured and how, or fields to change; by default those of the authors.
@@ -136,7 +139,7 @@ def select_features(
     how = descriptor if isinstance(descriptor, DescriptorConfig) else DescriptorConfig(**dict(descriptor or {}))
     config = SelectionConfig(
         split=split,
-        mu=mu,
+        mu=mu if mu == "auto" else float(mu),
         labels=labels,
         nonnegative=nonnegative,
         descriptor=how,
@@ -162,7 +165,9 @@ def select_features(
             return SelectedFeatures(run.folder, record, record.found)
         show.say(f"{performer.name} · {len(rows)} photos to fit on, {len(held)} held out")
         chosen = images.take([*rows, *held])
-        photos = _Photos(performer, chosen, len(rows), config, performer.matched(sorted(set(chosen.categories))))
+        photos = SelectionPhotos(
+            performer, chosen, len(rows), config, performer.matched(sorted(set(chosen.categories)))
+        )
         for line in filter(None, (*performer.outputs.notes, photos.matched.said() if labels == "data" else "")):
             show.say(line)
         found = _found(photos, run.folder, show)
@@ -183,29 +188,40 @@ def _split_rows(images: ImageSet, split: str) -> tuple[list[int], list[int]]:
     return rows, held
 
 
-def _found(photos: _Photos, out: Path, show: Progress) -> SelectionFound:
-    """Stream the photos once, fit the weights, measure the read-outs, draw the relevant filters."""
+def _found(photos: SelectionPhotos, out: Path, show: Progress) -> SelectionFound:
+    """Stream the photos once, and select from their responses."""
+    from partlens.selection.responses import stream_responses
+
+    images = photos.images
+    with show.task("reading all layers", len(images)) as advance:
+        responses = stream_responses(
+            photos.performer, images, photos.config.descriptor, out=out / _CACHE, progress=lambda done, _: advance(done)
+        )
+    return select_from(photos, responses, out, show)
+
+
+def select_from(photos: SelectionPhotos, responses: Responses, out: Path, show: Progress) -> SelectionFound:
+    """Fit the weights to the responses of the photos, measure the read-outs, draw the relevant filters.
+
+    Writes ``selection.safetensors`` and pictures; the record is the caller's.
+    """
     import numpy as np
     import torch
 
     from partlens.selection.relevance import select_relevant
-    from partlens.selection.responses import stream_responses
 
-    config, images = photos.config, photos.images
-    with show.task("reading all layers", len(images)) as advance:
-        responses = stream_responses(
-            photos.performer, images, config.descriptor, out=out / _CACHE, progress=lambda done, _: advance(done)
-        )
+    config = photos.config
     x, logits = (torch.from_numpy(np.array(rows)) for rows in (responses.descriptor, responses.logits))
     labels, names = _labelled(photos, logits)
     for line in _doubts(photos, logits):
         show.say(line)
     readable = replace(labels, classes=tuple(_readable(photos.performer, labels.classes, labels.outputs)))
-    selection = select_relevant(x[: photos.fit], readable, responses.index, config.mu, nonnegative=config.nonnegative)
+    index, fitted = responses.index, x[: photos.fit]
+    mu, tried = _bound(config, fitted, readable, index)
+    selection = select_relevant(fitted, readable, index, mu, nonnegative=config.nonnegative)
     of_class = [selection.relevant(column) for column in range(len(names))]
     mean = sum(map(len, of_class)) / len(of_class)
-    index = responses.index
-    show.say(f"{index.size} filters in {len(index.layers)} layers; {mean:.1f} relevant per class")
+    show.say(f"{index.size} filters in {len(index.layers)} layers; {mean:.1f} relevant per class (mu = {mu:g})")
     pictures = _draw(photos, responses, of_class, out, show)
     accuracy, shuffled, model_accuracy = _readouts(photos, selection, labels, x, logits)
     write_tensors(out / WEIGHTS, {"weights": selection.weights}, {"schema": SelectionRecord.SCHEMA})
@@ -218,17 +234,34 @@ def _found(photos: _Photos, out: Path, show: Progress) -> SelectionFound:
         shuffled=shuffled,
         model_accuracy=model_accuracy,
         classes=_classes(selection, labels, of_class, _strongest(responses, of_class, photos.fit), pictures),
+        mu=mu if tried else None,
+        tried=tried,
     )
 
 
-def _decided(photos: _Photos, logits: Tensor) -> list[str]:
+def _bound(
+    config: SelectionConfig, fitted: Tensor, labels: LabelMatrix, index: FeatureIndex
+) -> tuple[float, tuple[tuple[float, float], ...]]:
+    """Return μ, and what was tried where held-out folds choose it."""
+    import torch
+
+    from partlens.selection.relevance import choose_mu
+
+    if config.mu != "auto":
+        return config.mu, ()
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = choose_mu(fitted, labels, index, generator, nonnegative=config.nonnegative)
+    return chosen.mu, chosen.tried
+
+
+def _decided(photos: SelectionPhotos, logits: Tensor) -> list[str]:
     """Return the class of every photo: its category, or the output that the network decides for."""
     if photos.config.labels == "data":
         return list(photos.images.categories)
     return [str(output) for output in logits.argmax(1).tolist()]
 
 
-def _doubts(photos: _Photos, logits: Tensor) -> list[str]:
+def _doubts(photos: SelectionPhotos, logits: Tensor) -> list[str]:
     """Say what the network's answers to the photos speak against: what its outputs are, or what categories mean."""
     from partlens.network.classes import disagreement
 
@@ -238,7 +271,7 @@ def _doubts(photos: _Photos, logits: Tensor) -> list[str]:
     return [line for line in said if line]
 
 
-def _labelled(photos: _Photos, logits: Tensor) -> tuple[LabelMatrix, tuple[str, ...]]:
+def _labelled(photos: SelectionPhotos, logits: Tensor) -> tuple[LabelMatrix, tuple[str, ...]]:
     """Return the labels of the photos to fit on, and the names of their classes as the data or the network has them."""
     from partlens.selection.relevance import label_matrix
 
@@ -255,7 +288,7 @@ def _labelled(photos: _Photos, logits: Tensor) -> tuple[LabelMatrix, tuple[str, 
 
 
 def _readouts(
-    photos: _Photos, selection: Selection, labels: LabelMatrix, x: Tensor, logits: Tensor
+    photos: SelectionPhotos, selection: Selection, labels: LabelMatrix, x: Tensor, logits: Tensor
 ) -> tuple[Estimate, Estimate, Estimate]:
     """Measure on the held-out photos of the fitted classes: the read-out, its null, and the network itself."""
     import torch
@@ -343,7 +376,7 @@ def _strongest(responses: Responses, of_class: _OfClass, fit: int) -> dict[tuple
     return {each: tuple(responses.keys[photo] for photo in photos) for each, photos in zip(filters, top, strict=True)}
 
 
-def _draw(photos: _Photos, responses: Responses, of_class: _OfClass, out: Path, show: Progress) -> _Pictures:
+def _draw(photos: SelectionPhotos, responses: Responses, of_class: _OfClass, out: Path, show: Progress) -> _Pictures:
     """Draw the relevant filters, the weightiest of each class first."""
     from partlens.attribution.average_pictures import PICTURE_PX, average_pictures
     from partlens.attribution.pictures import picture_of, save_png, stretched, strip
