@@ -127,7 +127,8 @@ def feature_index(performer: Performer, config: DescriptorConfig | None = None) 
     block, the ``F.relu`` at its end). So a convolution, its rectifier, its normalisation and its pooling are
     separate layers. Not measured are the last layer with weights (the class scores) and all that follows it; what does
     not reach the output; dropout, identity, flattening and adaptive pooling to the same size, which hand on the same
-    values; pooling of whole maps (``avgpool`` of ResNets), which would show each filter of the layer before it twice; outputs whose layout is not known (:mod:`partlens.network.layout`); and operations
+    values; pooling of whole maps (``avgpool`` of ResNets), which would show each filter of the layer before it twice;
+    outputs whose layout is not known (:mod:`partlens.network.layout`); and operations
     inside a ``forward`` that no module returns. VGG-F has 19 such layers with 19,456 channels, MatConvNet's LeNet six
     with 1,140.
 
