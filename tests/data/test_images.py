@@ -13,6 +13,7 @@ from partlens.data.annotations import PartTruth
 from partlens.data.images import ImageSet, UnreadableImage
 from partlens.data.splits import split_of
 from partlens.errors import ImageError
+from partlens.network.preprocessing import Preprocessing
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "animal-part"
 
@@ -548,3 +549,78 @@ def test_animal_part():
     known = np.isfinite(truth.positions_px[:, 0, 0])
     assert (truth.image_size_px[known] == 224).all()
     assert fox.read(0).size == (224, 224)
+
+
+# Reduced decoding
+
+
+def camera_photo(path: Path, size=(2048, 1536), noise=8, **options) -> Path:
+    """A photo with edges, texture and a camera's noise."""
+    draw = np.random.default_rng(0)
+    rows, cols = np.mgrid[: size[1], : size[0]]
+    waves = [127 + 90 * np.sin(cols / period + rows / 90) for period in (37.0, 11.0, 200.0)]
+    pixels = np.stack(waves, axis=2) + draw.normal(0, noise, (size[1], size[0], 3))
+    pixels[300:900, 500:1100] = (200, 40, 30)
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 97}])
+def test_a_large_photo_decoded_reduced_gives_the_same_input(tmp_path, orientation, resize, options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    images = ImageSet.from_files([camera_photo(tmp_path / "a.jpg", exif=exif, **options)])
+    prepare = Preprocessing(resize=resize, resize_px=256 if resize == "crop" else None)
+    small, whole = images.read(0, prepare.scaled_size), images.read(0)
+    assert small.size == (whole.width // 2, whole.height // 2)
+    change = np.abs(np.asarray(prepare.frame(small), int) - np.asarray(prepare.frame(whole), int))
+    assert change.mean() < 0.5
+    assert change.max() <= 6
+
+
+def test_the_worst_that_reduced_decoding_changes(tmp_path):
+    dots = np.kron(np.random.default_rng(0).integers(0, 2, (308, 410, 3)) * 255, np.ones((5, 5, 1)))
+    Image.fromarray(dots[:1536, :2048].astype(np.uint8)).save(tmp_path / "a.jpg", quality=90)
+    images, prepare = ImageSet.open(tmp_path), Preprocessing(resize_px=256)
+    small, whole = (prepare.frame(images.read(0, scaled)) for scaled in (prepare.scaled_size, None))
+    assert np.abs(np.asarray(small, int) - np.asarray(whole, int)).mean() < 6
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "box"),
+    [
+        ("a.png", (2048, 1536), ""),
+        ("a.jpg", (1000, 750), ""),
+        ("a.jpg", (2047, 1536), ""),
+        ("a.jpg", (2048, 1536), "0"),
+    ],
+    ids=["png", "less than four times", "odd side", "cut to a box"],
+)
+def test_other_photos_are_decoded_whole(tmp_path, name, size, box):
+    camera_photo(tmp_path / name, size)
+    table(
+        tmp_path / "images.csv",
+        {"image": [name], "left": [box], "top": [box], "right": [box and "2000"], "bottom": [box and "1500"]},
+    )
+    images = ImageSet.open(tmp_path)
+    small, whole = images.read(0, Preprocessing(resize_px=256).scaled_size), images.read(0)
+    np.testing.assert_array_equal(small, whole)
+
+
+def test_a_damaged_photo_is_found_though_an_eighth_of_it_is_decoded(tmp_path):
+    whole = camera_photo(tmp_path / "whole.jpg", (640, 480)).read_bytes()
+    for cut in (2, 5, len(whole) // 2):
+        (tmp_path / f"cut{cut}.jpg").write_bytes(whole[:-cut])
+    images = ImageSet.open(tmp_path)
+    readable = set()
+    for row, key in enumerate(images.keys):
+        try:
+            images.read(row)
+            readable.add(key)
+        except ImageError:
+            pass
+    assert set(images.readable()[0].keys) == readable
+    assert "whole.jpg" in readable
+    assert len(readable) < len(images)

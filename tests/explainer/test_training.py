@@ -451,10 +451,10 @@ def test_views_of_a_photo_are_cut_from_one_decode(tiny: Performer, monkeypatch: 
     read: list[int] = []
     whole = ImageSet.read
 
-    def counted(self: ImageSet, index: int) -> Any:
+    def counted(self: ImageSet, index: int, scaled: Any = None) -> Any:
         if self is images:
             read.append(index)
-        return whole(self, index)
+        return whole(self, index, scaled)
 
     monkeypatch.setattr(ImageSet, "read", counted)
     windows = view_windows(9, 6, torch.Generator().manual_seed(0)).flatten(0, 1)

@@ -102,7 +102,7 @@ def test_a_killed_run_goes_on_with_the_next_batch(performer, images, tmp_path) -
         def __len__(self) -> int:
             return len(images)
 
-        def read(self, index: int) -> Image.Image:
+        def read(self, index: int, scaled: object = None) -> Image.Image:
             read.append(index)
             return images.read(index)
 

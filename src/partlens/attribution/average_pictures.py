@@ -205,7 +205,7 @@ def average_pictures(
     corner, at_random = _corners(performer, filters, peak_cell, top, layers, seed)
     wanted = _uses(filters, top)
     for done, (photo, uses) in enumerate(wanted, start=1):
-        frame = performer.preprocessing.frame(images.read(photo))
+        frame = performer.preprocessing.frame(images.read(photo, performer.preprocessing.scaled_size))
         for layer, members in uses.items():
             layers[layer].add(frame, members, corner, at_random)
         advance(done, len(wanted))

@@ -24,6 +24,7 @@ ByteArray = npt.NDArray[np.uint8]
 
 _EXIF_ORIENTATION = 0x0112
 _TURNED = frozenset({5, 6, 7, 8})
+_REDUCTIONS = (8, 4, 2)  # at which JPEG can be decoded
 _WHITES = (255, 1023, 4095, 65535)  # the brightest value of 8, 10, 12 and 16 bits
 
 # What files of another kind begin with, what that is, and what to do.
@@ -44,11 +45,15 @@ def foreign_kind(content: bytes) -> tuple[str, str] | None:
     return next(((kind, remedy) for mark, kind, remedy in _FOREIGN if start.startswith(mark)), None)
 
 
+Scaled = Callable[[int, int], tuple[int, int]]
+"""Says to which width and height a photo of a width and height will be scaled."""
+
+
 class Source(Protocol):
     """Where pixels come from; rows are counted from 0 in the order in which the source was made."""
 
-    def read(self, row: int) -> Image.Image:
-        """Return an image as 8-bit RGB."""
+    def read(self, row: int, scaled: Scaled | None = None) -> Image.Image:
+        """Return an image as 8-bit RGB; it may be smaller where it is known to which size it will be scaled."""
         ...
 
     def size_px(self, row: int) -> tuple[int, int]:
@@ -131,6 +136,12 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def _upright_px(image: Image.Image) -> tuple[int, int]:
+    """Return width and height of an opened file after turning; a TIFF's Pillow gives so already."""
+    turned = image.format != "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
+    return (image.height, image.width) if turned else (image.width, image.height)
+
+
 Box = tuple[float, float, float, float]
 
 
@@ -192,15 +203,31 @@ class Files:
         with self.paths[row].open("rb") as file:
             return foreign_kind(file.read(64)) or ("the content of another kind of file", "Replace or remove the file")
 
+    def _reduce(self, row: int, image: Image.Image, scaled: Scaled) -> None:
+        """Let an opened JPEG be decoded at a half, quarter or eighth of its size, at least twice what it is scaled to.
+
+        Sides that do not divide are left: the places of pixels stay exactly what they were.
+        """
+        if image.format != "JPEG" or self.boxes[row] is not None:
+            return
+        wide, high = _upright_px(image)
+        least = [2 * side for side in scaled(wide, high)]
+        for factor in _REDUCTIONS:
+            if wide % factor == high % factor == 0 and wide >= factor * least[0] and high >= factor * least[1]:
+                image.draft(None, (image.width // factor, image.height // factor))
+                return
+
     def _pixels(self, row: int, image: Image.Image) -> Image.Image:
         """Load an opened image, turn it upright or cut it, and convert it."""
         image.load()
         window = self._window(row, image.size)
         return _to_rgb(_upright(image)) if window is None else _to_rgb(image).crop(window)
 
-    def read(self, row: int) -> Image.Image:
-        """Return an image as 8-bit RGB."""
+    def read(self, row: int, scaled: Scaled | None = None) -> Image.Image:
+        """Return an image as 8-bit RGB, of a large JPEG a reduced one where ``scaled`` says that this is enough."""
         with self._named(row), Image.open(self.paths[row]) as image:
+            if scaled is not None:
+                self._reduce(row, image, scaled)
             return self._pixels(row, image)
 
     def size_px(self, row: int) -> tuple[int, int]:
@@ -209,9 +236,7 @@ class Files:
             window = self._window(row, image.size)
             if window is not None:
                 return window[2] - window[0], window[3] - window[1]
-            # Of a TIFF Pillow gives the size after turning, and turns it when it is loaded.
-            turned = image.format != "TIFF" and image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
-            return (image.height, image.width) if turned else (image.width, image.height)
+            return _upright_px(image)
 
     def digest(self, row: int) -> str:
         """Return a text that is equal for equal content."""
@@ -228,7 +253,13 @@ class Files:
             content = self.paths[row].read_bytes()
             with Image.open(BytesIO(content)) as image:
                 cut = _has_16_bit_colours(image)
-                self._pixels(row, image)
+                if image.format == "JPEG":
+                    # An eighth of the pixels takes all of the stream: whatever is wrong with it is found.
+                    self._window(row, image.size)
+                    image.draft(None, (image.width // 8, image.height // 8))
+                    image.load()
+                else:
+                    self._pixels(row, image)
                 return self._marked(row, content), _remark(image, cut=cut)
 
 
@@ -282,7 +313,7 @@ class Arrays:
 
     images: Sequence[ByteArray]
 
-    def read(self, row: int) -> Image.Image:
+    def read(self, row: int, scaled: Scaled | None = None) -> Image.Image:  # noqa: ARG002 -- nothing is to be decoded
         """Return an image as 8-bit RGB."""
         return Image.fromarray(self.images[row]).convert("RGB")
 
@@ -308,7 +339,7 @@ class Generated:
     draw: Callable[[int], ByteArray]
     recipe: str
 
-    def read(self, row: int) -> Image.Image:
+    def read(self, row: int, scaled: Scaled | None = None) -> Image.Image:  # noqa: ARG002 -- it draws at its own size
         """Return an image as 8-bit RGB."""
         image = self.draw(row)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from partlens.data.annotations import FolderParts, PartTruth
-from partlens.data.files import Arrays, Box, ByteArray, Files, Generated, Source, as_bytes, parallel, pictures
+from partlens.data.files import Arrays, Box, ByteArray, Files, Generated, Scaled, Source, as_bytes, parallel, pictures
 from partlens.data.folders import image_files, split_name
 from partlens.data.splits import filled_splits
 from partlens.data.tables import IMAGE_TABLE, LANDMARK_TABLE, category_cells, read_table, table_in, with_slashes
@@ -458,8 +458,16 @@ class ImageSet:
 
     # Reading
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, scaled: Scaled | None = None) -> Image.Image:
         """Decode one image to 8-bit RGB.
+
+        Args:
+            index: its position.
+            scaled: optional, to which size an image of a size will be scaled
+                (:meth:`~partlens.network.preprocessing.Preprocessing.scaled_size`). A JPEG that is at least four times
+                as large is then decoded at a half, quarter or eighth of its size, at least twice that size. The scaled
+                image of a photograph differs by less than half a level of 255 on average, by at most 6 anywhere; that
+                of random dots in full colours by up to 6 on average.
 
         The EXIF orientation is applied. Transparent pixels are composited on white. Grey images of 16 and 32 bits
         are scaled from 0–1 (float alone), 0–255, 0–1023, 0–4095 or 0–65535, the least range that holds all their
@@ -470,7 +478,7 @@ class ImageSet:
             ImageError: the position does not exist, or the file is missing or cannot be decoded; the text
                 names it.
         """
-        return self._source.read(self._rows[self._checked(index)])
+        return self._source.read(self._rows[self._checked(index)], scaled)
 
     def size_px(self, index: int) -> tuple[int, int]:
         """Return width and height of one image as :meth:`read` gives it, from the file's header alone.

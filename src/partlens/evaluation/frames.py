@@ -122,8 +122,11 @@ class Frames:
 
     def picture(self, index: int) -> Image.Image:
         """Return a photo as it is seen."""
-        return self.performer.preprocessing.frame(self.images.read(self.rows[index]))
+        return self.performer.preprocessing.frame(self._read(index))
+
+    def _read(self, index: int) -> Image.Image:
+        return self.images.read(self.rows[index], self.performer.preprocessing.scaled_size)
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """Return preprocessed photos."""
-        return self.performer.preprocessing([self.images.read(self.rows[i]) for i in indices])
+        return self.performer.preprocessing([self._read(i) for i in indices])

@@ -89,7 +89,7 @@ class _Frames:
                 self._slots.popitem(last=False)
         with slot.lock:  # of several threads that ask for one photo, one decodes
             if slot.frame is None:
-                slot.frame = self._preprocessing.frame(self._images.read(photo))
+                slot.frame = self._preprocessing.frame(self._images.read(photo, self._preprocessing.scaled_size))
             return slot.frame
 
 

@@ -47,7 +47,12 @@ class Fitted:
 def frames(images: ImageSet, rows: tuple[int, ...], preprocessing: Preprocessing) -> UInt8[Tensor, "image row col 3"]:
     """Read images as bytes at the size of the network's input, a quarter of the memory of the input itself."""
     read = [
-        np.stack([np.asarray(preprocessing.frame(images.read(i))) for i in rows[start : start + _READ_AT_ONCE]])
+        np.stack(
+            [
+                np.asarray(preprocessing.frame(images.read(i, preprocessing.scaled_size)))
+                for i in rows[start : start + _READ_AT_ONCE]
+            ]
+        )
         for start in range(0, len(rows), _READ_AT_ONCE)
     ]
     return torch.from_numpy(np.concatenate(read))

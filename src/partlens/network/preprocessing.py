@@ -127,8 +127,8 @@ class Preprocessing:
             rule = f"resize_px of at least {longer} px, the crop's longer side"
             raise InputError(expected(rule, self.resize_px, "Raise resize_px or choose resize squash"))
 
-    def _scaled_size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after scaling, before the crop (torchvision's rounding)."""
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return width and height after scaling, before the crop (torchvision's rounding)."""
         rows, cols = self.size_px
         if self.resize == "squash":
             return cols, rows
@@ -148,7 +148,7 @@ class Preprocessing:
         if width < 1 or height < 1:
             raise InputError(expected("an image of at least 1x1 px", f"{width}x{height}", "Check the image file"))
         rows, cols = self.size_px
-        wide, high = self._scaled_size(width, height)
+        wide, high = self.scaled_size(width, height)
         left, top = round((wide - cols) / 2.0), round((high - rows) / 2.0)
         return float(-left), float(-top), float(wide - left), float(high - top)
 
@@ -177,7 +177,7 @@ class Preprocessing:
     def frame(self, image: Image.Image) -> Image.Image:
         """Return what the network sees of an image, as an RGB image of the input's size."""
         rows, cols = self.size_px
-        wide, high = self._scaled_size(*image.size)
+        wide, high = self.scaled_size(*image.size)
         x0, y0, _, _ = self.box_in_input(*image.size)
         left, top = int(-x0), int(-y0)
         if wide * high > _MOST_PIXELS:

@@ -44,7 +44,7 @@ class Batch:
 
 def _decode(performer: Performer, images: ImageSet, row: int) -> Tensor:
     try:
-        return performer.preprocessing([images.read(row)])
+        return performer.preprocessing([images.read(row, performer.preprocessing.scaled_size)])
     except OSError as error:
         what = f"read the image {images.keys[row]}"
         raise ImageError(failed(what, str(error), "Remove or replace the file")) from error

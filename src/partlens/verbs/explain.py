@@ -112,13 +112,13 @@ def _write(stage: _Stage, found: ImageSet, folders: Sequence[Path], show: Progre
     with show.task("explaining", len(found)) as advance:
         for first in range(0, len(found), _BATCH):
             part = range(first, min(first + _BATCH, len(found)))
-            pictures = [found.read(i) for i in part]
+            pictures = [found.read(i, stage.performer.preprocessing.scaled_size) for i in part]
             keys = [found.keys[i] for i in part]
             again = functools.partial(stage.performer.preprocessing, pictures)
             with naming_photos(stage.performer, keys, again):
                 batch = stage.explained(pictures)
             for position, row in enumerate(part):
-                record = stage.write(folders[row], found.keys[row], pictures[position], batch, position)
+                record = stage.write(folders[row], found, row, pictures[position], batch, position)
                 write_explanation_page(folders[row])
                 for line in stage.said(record):
                     show.say(f"{folders[row].name}: {line}")
@@ -194,8 +194,10 @@ class _Stage:
             return None
         return output_name(self.performer, first) if ranks[first] == 1 else "something else"
 
-    def write(self, folder: Path, key: str, picture: Image.Image, batch: _Batch, i: int) -> ExplanationRecord:
-        """Write the folder of one image."""
+    def write(
+        self, folder: Path, images: ImageSet, row: int, picture: Image.Image, batch: _Batch, i: int
+    ) -> ExplanationRecord:
+        """Write the folder of one image, number ``i`` of a batch; ``picture`` may be a reduced one."""
         from partlens.attribution.pictures import save_png
 
         performer = self.performer
@@ -221,9 +223,9 @@ class _Stage:
                 notes.append(self._not_shared(batch.outputs[i]))
         write_tensors(folder / "arrays.safetensors", tensors, {"schema": ExplanationRecord.SCHEMA})
         record = ExplanationRecord(
-            image=Path(key).name,
-            path=key,
-            size_px=picture.size,
+            image=Path(images.keys[row]).name,
+            path=images.keys[row],
+            size_px=images.size_px(row),
             method=None if self.selection is None else self.how,
             performer=performer.name,
             weights_sha256=performer.weights_sha256,

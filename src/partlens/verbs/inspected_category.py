@@ -161,7 +161,8 @@ class _Drawn:
     strength: Tensor  # photo, part
 
     def frame(self, photo: int) -> Image.Image:
-        return self.stage.performer.preprocessing.frame(self.stage.images.read(self.rows[photo]))
+        prepare = self.stage.performer.preprocessing
+        return prepare.frame(self.stage.images.read(self.rows[photo], prepare.scaled_size))
 
     def gallery(self, part: int) -> str:
         """Draw a part in the photos that hold it most strongly."""

@@ -192,14 +192,14 @@ def _drawn(opened: _Opened, seen: SeenPhotos, parts: Sequence[FoundPart], show: 
     # What the norm layer passes on is comparable between filters; a raw peak is not.
     activity = (seen.peaks.scores / opened.explainer.norm_interp.divisor.double()).mean(0)
     size, field = seen.size_px, opened.performer.field(opened.explainer.structure.tap)
-    result = []
+    result, prepare = [], opened.performer.preprocessing
     with show.task("drawing parts", len(parts)) as advance:
         for number, part in enumerate(parts, start=1):
             pictures, crops = [], []
             for k, photo in _strongest(seen, part.filters, activity):
                 row = opened.rows[photo]
                 box = region_px(seen.peaks.positions_px[photo, k], field, size)
-                frame = opened.performer.preprocessing.frame(opened.images.read(row))
+                frame = prepare.frame(opened.images.read(row, prepare.scaled_size))
                 left, top, right, bottom = box
                 pictures.append(np.asarray(frame.crop((round(left), round(top), round(right), round(bottom)))))
                 near = round(left, 1), round(top, 1), round(right, 1), round(bottom, 1)
