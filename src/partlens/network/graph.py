@@ -527,7 +527,7 @@ def refused_size(module: nn.Module, channels: int, size: tuple[int, int]) -> Ite
     except Exception as error:  # a network may raise anything
         rule = f"an input that {type(module).__name__} accepts"
         got = f"{channels} channels of {size[0]}x{size[1]} px ({first_line(error)})"
-        remedy = "Give the channels and the size the network was made for (Preprocessing)"
+        remedy = "Give the channels and the size it was made for (Preprocessing), or wrap it to take images alone"
         if size[1] in {1, 3, 4} and channels not in {1, 3, 4}:
             remedy = "Put the channels first, as images.permute(0, 3, 1, 2) does"
         raise LayerError(expected(rule, got, remedy)) from error

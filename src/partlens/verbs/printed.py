@@ -172,7 +172,9 @@ def print_check(result: Any) -> None:
 
 def print_layers(found: Sequence[Any]) -> None:
     """Print the layers of a model, the default tap marked."""
-    table = _table("", "layer", "kind", "filters", "cells", "stride px", "receptive field px", "fit-explainer")
+    table = _table(
+        "", "layer", "kind", "filters", "cells", "layout", "stride px", "receptive field px", "fit-explainer"
+    )
     for column in table.columns[1:3]:
         column.no_wrap = True
     for layer in found:
@@ -181,7 +183,7 @@ def print_layers(found: Sequence[Any]) -> None:
             field, stride = "whole image", "–"
         filters, *cells = map(str, layer.shape)
         suits = f"no: {layer.reason}" if layer.reason else "yes"
-        row = (layer.name, layer.kind, filters, "x".join(cells), str(stride), str(field), suits)
+        row = (layer.name, layer.kind, filters, "x".join(cells), layer.layout, str(stride), str(field), suits)
         table.add_row("→" if layer.is_default else "", *row)
     console = _console()
     console.print(table)
