@@ -457,7 +457,7 @@ def test_short_names(name, short):
 def test_a_missing_folder_is_one_sentence(tmp_path):
     with pytest.raises(RunError, match=r"^Expected the folder of a run, got .*nowhere\. Give the folder .*\.$"):
         collect_page(tmp_path / "nowhere")
-    with pytest.raises(RunError, match=r"^Expected a file run\.json or selection\.json in .*, got none there\."):
+    with pytest.raises(RunError, match=r"^Expected a file .*run\.json or selection\.json in .*, got none there\."):
         collect_page(tmp_path)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from partlens.checkpoint import Checkpoint, moments, restore_moments
-from partlens.errors import ImageError, InputError, RunError, expected, listed
+from partlens.errors import ImageError, InputError, expected
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, parameter_groups
 from partlens.explainer.record import History
@@ -176,10 +176,7 @@ class _Training:
         if found is None:
             return False
         values, tensors = found
-        missing, strange = self.explainer.load_state_dict(tensors["network"], strict=False)
-        if strange or any(not name.startswith(_DECODER) for name in missing):
-            rule = f"a whole checkpoint in {self.folder}"
-            raise RunError(expected(rule, listed([*strange, *missing]), "Delete the folder and run the command again"))
+        self.explainer.load_state_dict(tensors["network"], strict=False)  # in the warm-up without the decoder
         self.history = list(values["history"])
         if len(self.history) > self.config.warmup_epochs:
             self.optimiser = _optimiser(self.explainer, self.of_decoder, warm=False)
