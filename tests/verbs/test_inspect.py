@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import partlens
+from partlens.attribution.record import ExplanationRecord
 from partlens.cli import main
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, RunError
@@ -139,3 +140,24 @@ def test_the_random_state_is_as_it_was(tiny: Performer, few_flowers: ImageSet, t
     torch.manual_seed(3)
     partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config=SMALL, category="petal-red")
     assert torch.equal(torch.rand(2), wanted)
+
+
+def test_a_photo_is_explained_by_the_parts_on_the_network_itself(
+    inspected: Path, few_flowers: ImageSet, tiny: Performer, tmp_path: Path
+) -> None:
+    row = few_flowers.indices(split="test")[0]
+    few_flowers.read(row).save(tmp_path / "a flower.png")
+    folder = partlens.explain(inspected, [tmp_path / "a flower.png"], model=tiny, out=tmp_path / "out")[0]
+    record = ExplanationRecord.read(folder)
+    (shared,) = record.windows
+    assert sum(part.share for part in shared.parts) + shared.elsewhere == pytest.approx(1)
+    assert (folder / shared.picture).is_file()
+    page = (folder / "explanation.html").read_text()
+    assert page.index("Parts on the network itself") < page.index('<div class="columns')
+    assert "Its parts carry:" in page
+
+
+def test_an_inspection_leaves_the_selection_to_explain_by_filters(inspected: Path, tiny: Performer) -> None:
+    selection = partlens.load_selection(inspected, tiny)
+    assert selection.found.mu in {mu for mu, _ in selection.found.tried}
+    assert selection.classes == ("petal-blue", "petal-red")

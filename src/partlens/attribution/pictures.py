@@ -20,6 +20,7 @@ ByteArray = npt.NDArray[np.uint8]
 # do not tell red from green.
 _GLOW = np.array([[13, 8, 60], [122, 20, 110], [214, 48, 70], [250, 140, 40], [254, 240, 130]], dtype=np.float64)
 _JET_ALPHA = 0.75
+_FIRST, _SECOND = (86, 180, 233), (250, 140, 40)
 
 
 def coloured(heat: FloatArray, style: str = "glow") -> ByteArray:
@@ -60,6 +61,21 @@ def overlay(photo: Image.Image, heat: FloatArray, style: str = "glow") -> Image.
         # Where the heat is, the photo's own structure shows through as brightness.
         lit = colour * (0.55 + 0.45 * grey / 255)
         mixed = alpha * lit + (1 - alpha) * dim
+    return Image.fromarray(np.clip(np.rint(mixed), 0, 255).astype(np.uint8))
+
+
+def difference(photo: Image.Image, first: FloatArray, second: FloatArray) -> Image.Image:
+    """Lay the difference of two heat maps in [0, 1] over a photo: orange where the second is larger, blue the first.
+
+    The largest difference has the full colour, so that two maps that are nearly the same are told apart.
+    """
+    base = np.asarray(photo.convert("L").convert("RGB"), dtype=np.float64) * 0.55 + 22
+    both = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    scaled = (both / max(float(np.abs(both).max()), 1e-9)).astype(np.float32)
+    values = np.asarray(Image.fromarray(scaled).resize(photo.size, Image.Resampling.BILINEAR))[..., None]
+    colour = np.where(values > 0, np.array(_SECOND), np.array(_FIRST))
+    alpha = np.abs(values) * 0.85
+    mixed = alpha * colour + (1 - alpha) * base
     return Image.fromarray(np.clip(np.rint(mixed), 0, 255).astype(np.uint8))
 
 

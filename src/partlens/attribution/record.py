@@ -129,6 +129,7 @@ class ExplainedClass(Value):
         heat: file with the same map alone.
         filters: those with the largest contributions, the largest first.
         rank_correlation: with the map of the first class, Spearman's; ``nan`` for the first one.
+        difference: file with the map less that of the first class, where the two are nearly the same; else empty.
     """
 
     name: str
@@ -140,6 +141,7 @@ class ExplainedClass(Value):
     heat: str
     filters: tuple[Contribution, ...]
     rank_correlation: Number = math.nan
+    difference: str = ""
 
 
 class StrongFilter(Value):
@@ -232,6 +234,50 @@ class ExplainedByParts(Value):
     headline: str
 
 
+class WindowPart(Value):
+    """What the window of one part carries of the performer's own score.
+
+    Attributes:
+        name: of the part.
+        share: Shapley value, of what there is to keep; ``nan`` where nothing scores as much.
+        standard_error: of it; 0 where it is exact.
+        loss: of the score when the window alone is taken away, as a share likewise.
+        place: row and col, as shares of the sides.
+    """
+
+    name: str
+    share: Number
+    standard_error: Number
+    loss: Number
+    place: tuple[Number, Number]
+
+
+class ExplainedByWindows(Value):
+    """The predicted class, its score shared among the parts that an inspection found and everything elsewhere.
+
+    Attributes:
+        category: of the inspection; empty where all photos are one.
+        name: of the class.
+        output: its position among the performer's outputs.
+        probability: the performer's.
+        parts: those that carry most of the category first.
+        elsewhere: share of everything outside their windows.
+        picture: file with the windows lit.
+        verdict: what the network knows the category by.
+        headline: the shares in words.
+    """
+
+    category: str
+    name: str
+    output: int
+    probability: float
+    parts: tuple[WindowPart, ...]
+    elsewhere: Number
+    picture: str
+    verdict: str
+    headline: str
+
+
 class ExplanationRecord(Record):
     """The file ``explanation.json`` of one image.
 
@@ -248,6 +294,8 @@ class ExplanationRecord(Record):
         explained: classes that were explained by filters, the most likely first.
         parts: classes whose score is shared among parts.
         notes: what a reader has to know.
+        windows: the predicted class by the parts of an inspection, on the performer itself; empty without one.
+        unselected: the predicted class where it has no photos in the selection, else empty.
     """
 
     FILE = "explanation.json"
@@ -266,3 +314,5 @@ class ExplanationRecord(Record):
     explained: tuple[ExplainedClass, ...]
     parts: tuple[ExplainedByParts, ...]
     notes: tuple[str, ...]
+    windows: tuple[ExplainedByWindows, ...] = ()
+    unselected: str = ""

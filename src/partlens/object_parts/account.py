@@ -30,9 +30,9 @@ GRID = 4
 """Windows of the ceiling along a side."""
 
 _RANKING_PHOTOS = 16
-_GRID_PHOTOS = 16
-_SHARED_PASSES = 1536  # coalitions in all, so that many parts do not take many times as long
-_LEAST_SHARED = 6
+_GRID_PHOTOS = 12
+_SHARED_PASSES = 1024  # coalitions in all, so that many parts do not take many times as long
+_LEAST_SHARED = 4
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ class Explanations:
 def _files(record: ExplanationRecord) -> Iterator[str]:
     yield record.input
     for one in record.explained:
-        yield from (one.combined, one.heat, *(f.overlay for f in one.filters))
+        yield from (one.combined, one.heat, *filter(None, [one.difference]), *(f.overlay for f in one.filters))
+    yield from (one.picture for one in record.windows)
     for shared in record.parts:
         yield from (part.heat for part in shared.parts)
 

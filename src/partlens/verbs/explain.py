@@ -16,6 +16,7 @@ from partlens.attribution.record import (
     Answer,
     Contribution,
     ExplainedByParts,
+    ExplainedByWindows,
     ExplainedClass,
     ExplanationConfig,
     ExplanationRecord,
@@ -25,6 +26,7 @@ from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, InputTypeError, RunError, expected, listed, nearest
 from partlens.explainer.record import WEIGHTS as EXPLAINER_WEIGHTS
 from partlens.explainer.record import ExplainerRun
+from partlens.object_parts.inspection import InspectRecord
 from partlens.object_parts.record import PartsFile
 from partlens.page.explanation_page import write_explanation_page
 from partlens.progress import Progress
@@ -41,11 +43,13 @@ if TYPE_CHECKING:
     from partlens.attribution.explanation import Explanations
     from partlens.network.performer import Performer
     from partlens.verbs.explained_parts import ExplainedParts, OpenedParts
+    from partlens.verbs.explained_windows import ExplainedWindows, OpenedInspection
 
 Style = Literal["glow", "jet"]
 _SHOWN_PX = 448
 _BATCH = 8
 _ANSWERS = 5
+_ALIKE = 0.85  # rank correlation above which two maps are nearly the same
 
 
 @verb
@@ -64,11 +68,12 @@ def explain(
 ) -> list[Path]:
     """Explain predictions: what each part adds, which relevant filters contributed most, and where each acted.
 
-    A run with a selection tells the relevant filters, one with an explainer what its parts add to the score (see
-    :func:`partlens.parts`), one with both tells both.
+    A run with an inspection tells what each part carries of the network's own score (see :func:`partlens.inspect`), one
+    with a selection the relevant filters, one with an explainer what its parts add (see :func:`partlens.parts`); a run
+    with several of them tells all.
 
     Args:
-        run: a run directory with a selection, an explainer or both.
+        run: a run directory with an inspection, a selection, an explainer or several of them.
         images: files, folders of files, or an :class:`~partlens.data.images.ImageSet`; in Python also images of Pillow
             or arrays.
         model: the performer; optional where the run can load it by its name.
@@ -139,6 +144,7 @@ class _Batch:
     selected: Explanations | None
     parts: ExplainedParts | None
     shared: tuple[int, ...]
+    windows: Sequence[ExplainedWindows] = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,7 @@ class _Stage:
     how: ExplanationConfig
     style: Style
     notes: tuple[str, ...]
+    inspection: OpenedInspection | None = None
 
     def explained(self, pictures: Sequence[Image.Image]) -> _Batch:
         """Explain a batch of pictures."""
@@ -174,6 +181,11 @@ class _Stage:
                 wanted = torch.tensor([[_class_column(run, name) for name in self.classes]] * len(pictures))
             descriptor = run.record.config.descriptor
             selected = explain_batch(self.performer, batch, run.weights, run.found.index, descriptor, wanted, self.how)
+        windows: Sequence[ExplainedWindows] = ()
+        if self.inspection is not None:
+            from partlens.verbs.explained_windows import explain_windows
+
+            windows = explain_windows(self.inspection, batch)
         outputs = _outputs(self.performer, batch) if selected is None else selected.output
         shared = tuple(
             i for i, row in enumerate(outputs) if self.part_classes is not None or self._foreign(row) is None
@@ -182,7 +194,7 @@ class _Stage:
             from partlens.verbs.explained_parts import explain_parts
 
             parts = explain_parts(self.parts, batch, self.part_classes, shared)
-        return _Batch(outputs, selected, parts, shared)
+        return _Batch(outputs, selected, parts, shared, windows)
 
     def _foreign(self, outputs: Tensor) -> str | None:
         """Name the prediction where its parts are not those that the explainer has learned."""
@@ -221,6 +233,14 @@ class _Stage:
                 tensors |= part_tensors(batch.parts, place)
             else:
                 notes.append(self._not_shared(batch.outputs[i]))
+        windows: tuple[ExplainedByWindows, ...] = ()
+        if self.inspection is not None:
+            from partlens.verbs.explained_windows import window_records
+
+            windows = window_records(self.inspection, batch.windows[i], folder, performer.preprocessing.frame(picture))
+            if not windows:
+                name = output_name(performer, int(batch.outputs[i].argmax()))
+                notes.append(f"no inspected category is taken for {name}: its score is not shared among parts")
         write_tensors(folder / "arrays.safetensors", tensors, {"schema": ExplanationRecord.SCHEMA})
         record = ExplanationRecord(
             image=Path(images.keys[row]).name,
@@ -235,6 +255,8 @@ class _Stage:
             explained=explained,
             parts=parts,
             notes=tuple(notes),
+            windows=windows,
+            unselected=_unselected(self.selection, batch.outputs[i]) if self.classes is None else "",
         )
         record.write(folder)
         return record
@@ -247,10 +269,11 @@ class _Stage:
         )
 
     def said(self, record: ExplanationRecord) -> list[str]:
-        """Return a line for each class that is shared among parts, or why none is."""
+        """Return a line for each class that is shared among parts, on the performer first, or why none is."""
         if self.parts is not None and not record.parts:
             return [record.notes[-1]]
-        return [f"{one.name}: {one.headline}" for one in record.parts]
+        by_windows = [f"{one.name}: {one.headline}" for one in record.windows]
+        return by_windows + [f"{one.name}: {one.headline}" for one in record.parts]
 
 
 def _enlarged(frame: Image.Image) -> Image.Image:
@@ -288,11 +311,24 @@ def _opened(
         notes += more
     elif has_explainer:
         notes.append(f"the filters have no parts yet: run partlens parts {run}, then explain again")
-    opened = selection or parts
+    inspection = _open_inspection(run, model if selection is None or model is not None else selection.performer)
+    opened = selection or parts or inspection
     if opened is None:
-        rule = f"a selection or an explainer in {run}"
-        raise RunError(expected(rule, "none", "Run select-features or fit-explainer first"))
-    return _Stage(opened.performer, selection, parts, known, classes, of_parts, count, how, style, tuple(notes))
+        rule = f"an inspection, a selection or an explainer in {run}"
+        raise RunError(expected(rule, "none", "Run inspect, select-features or fit-explainer first"))
+    return _Stage(
+        opened.performer, selection, parts, known, classes, of_parts, count, how, style, tuple(notes), inspection
+    )
+
+
+def _open_inspection(run: Path, model: str | nn.Module | Performer | None) -> OpenedInspection | None:
+    """Open the inspection of a run where it has a finished one."""
+    record = InspectRecord.read_if_there(run)
+    if record is None or not record.finished:
+        return None
+    from partlens.verbs.explained_windows import load_inspection
+
+    return load_inspection(run, model)
 
 
 def _open_selection(
@@ -457,6 +493,18 @@ def _prediction_notes(opened_run: OpenedSelection, outputs: Tensor) -> list[str]
     return []
 
 
+def _unselected(opened_run: OpenedSelection | None, outputs: Tensor) -> str:
+    """Name the predicted class where it has no photos in the selection although its classes are outputs."""
+    from partlens.verbs.explained_parts import answer_ranks
+
+    if opened_run is None:
+        return ""
+    performer, known = opened_run.performer, set(opened_run.found.outputs)
+    rank_of = answer_ranks(performer.outputs.probabilities(outputs[None])[0])
+    strongest = min(rank_of, key=lambda output: rank_of[output])
+    return "" if None in known or strongest in known else output_name(performer, strongest)
+
+
 def _by_filters(
     opened_run: OpenedSelection, result: Explanations, i: int, folder: Path, shown: Image.Image, style: Style
 ) -> tuple[ExplainedClass, ...]:
@@ -483,11 +531,23 @@ def _by_filters(
                 score=float(result.scores[i, k]),
                 combined=f"combined-{k + 1}.png",
                 heat=f"heat-{k + 1}.png",
+                difference=_difference(combined, k, alike, folder, shown),
                 filters=_contributions(opened_run, result, (i, k), folder, shown, style),
                 **alike,
             )
         )
     return tuple(records)
+
+
+def _difference(combined: Tensor, k: int, alike: Mapping[str, float], folder: Path, shown: Image.Image) -> str:
+    """Draw what sets a class's map apart from the first one's where the two are nearly the same."""
+    from partlens.attribution.pictures import difference, save_png
+
+    if alike.get("rank_correlation", 0.0) <= _ALIKE:
+        return ""
+    file = f"difference-{k + 1}.png"
+    save_png(folder / file, difference(shown, combined[0].numpy(), combined[k].numpy()))
+    return file
 
 
 def _contributions(

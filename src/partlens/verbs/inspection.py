@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from partlens.data.images import ImageSet
     from partlens.network.performer import Performer
     from partlens.object_parts.reading import Read, Wanted
+    from partlens.object_parts.regions import Upper
     from partlens.selection.responses import Responses
     from partlens.verbs.inspected_category import CategoryPhotos, Stage
 
@@ -269,7 +270,7 @@ class _Work:
 
         found, measured, _ = reads
         nothing = _nothing(found, self.record.config)
-        upper = _upper(self.performer, self.record.tap)
+        upper = upper_of(self.performer, self.record.tap)
         return Stage(self.performer, self.images, upper, nothing, found, measured, self.record.config, self.folder)
 
     def categories(self, stage: Stage) -> tuple[InspectedCategory, ...]:
@@ -350,7 +351,7 @@ def _nothing(found: Read, config: InspectConfig) -> Tensor:
     return some.mean(0)
 
 
-def _upper(performer: Performer, tap: str) -> Any:
+def upper_of(performer: Performer, tap: str) -> Upper:
     """Return the performer's own layers above the tap, from maps to class scores in float32."""
     module = performer.upper(tap)
     kind = next(module.parameters()).dtype

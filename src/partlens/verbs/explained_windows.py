@@ -1,0 +1,157 @@
+"""The parts behind one prediction on the performer itself: what explain says and draws of an inspection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from partlens.attribution.record import ExplainedByWindows, WindowPart
+from partlens.errors import RunError, expected
+from partlens.network.performer import Performer
+from partlens.network.taps import forward_taps
+from partlens.object_parts.finding import PartFinder
+from partlens.object_parts.inspection import InspectedCategory, InspectRecord
+from partlens.object_parts.regions import TapMaps, Upper, part_cells, shapley_shares, whole_photos
+from partlens.object_parts.verdict import SAID_AREA
+from partlens.records import read_tensors
+from partlens.run import Run
+from partlens.verbs.inspected_pictures import draw_parts
+from partlens.verbs.inspection import TENSORS, upper_of
+from partlens.verbs.runs import open_performer
+from partlens.verbs.select_features import output_name
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_PAIRS = 32
+
+
+@dataclass(frozen=True)
+class OpenedInspection:
+    """A finished inspection with its network, what nothing is at the tap, and what locates each category's parts."""
+
+    record: InspectRecord
+    performer: Performer
+    upper: Upper
+    nothing: Tensor
+    finders: Mapping[str, PartFinder]
+
+    def category_of(self, output: int) -> InspectedCategory | None:
+        """Return the category on whose photos the network decides most often for an output.
+
+        Photos without categories are one, which any output belongs to.
+        """
+        known = self.record.categories
+        if [one.name for one in known] == [""]:
+            return known[0]
+        shares = {one.name: next((each.share for each in one.decided if each.output == output), 0.0) for one in known}
+        best = max(shares, key=lambda name: shares[name])
+        return self.record.category(best) if shares[best] > 0 else None
+
+
+def load_inspection(run: Path, model: str | nn.Module | Performer | None = None) -> OpenedInspection:
+    """Open a finished inspection.
+
+    Raises:
+        RunError: it is missing, unfinished or damaged, or the performer's weights are not those of the run.
+    """
+    record = Run(run).read(InspectRecord)
+    performer = open_performer(record, model)
+    again = f"Restore the file, or delete it and {record.FILE}, then inspect again"
+    tensors = read_tensors(run / TENSORS, sha256=record.tensors_sha256, remedy=again)
+    if "nothing" not in tensors:
+        raise RunError(expected(f"what stands for nothing in {run / TENSORS}", "other tensors", again))
+    finders = {}
+    for number, one in enumerate(record.categories):
+        head = f"{number}."
+        own = {name.removeprefix(head): each for name, each in tensors.items() if name.startswith(head)}
+        finders[one.name] = PartFinder.of(own)
+    return OpenedInspection(record, performer, upper_of(performer, record.tap), tensors["nothing"], finders)
+
+
+@dataclass(frozen=True)
+class ExplainedWindows:
+    """What was found on one photo: its category, the places of the parts, their shares; ``None`` of no category."""
+
+    outputs: Tensor
+    category: InspectedCategory | None
+    places: Tensor
+    players: Tensor
+    standard_error: Tensor
+    loss: Tensor
+
+
+def explain_windows(opened: OpenedInspection, batch: Tensor) -> list[ExplainedWindows]:
+    """Share the score of each photo's predicted class among the parts of its category and elsewhere."""
+    record = opened.record
+    output, taps = forward_taps(opened.performer, batch, list(dict.fromkeys((record.tap, *record.finding))))
+    outputs = opened.performer.outputs.scores(output, len(batch)).cpu()
+    found = []
+    for photo, row in enumerate(outputs):
+        category = opened.category_of(int(row.argmax()))
+        if category is None:
+            empty = torch.empty(0)
+            found.append(ExplainedWindows(row, None, empty, empty, empty, empty))
+            continue
+        maps = TapMaps(opened.upper, taps[record.tap][photo : photo + 1].cpu(), opened.nothing)
+        places = opened.finders[category.name]([taps[layer][photo : photo + 1].cpu() for layer in record.finding])
+        cells = part_cells(places, maps.grid, SAID_AREA)
+        generator = torch.Generator().manual_seed(record.config.seed)
+        shares = shapley_shares(maps, whole_photos(maps), cells, pairs=_PAIRS, generator=generator)
+        found.append(
+            ExplainedWindows(row, category, places[0], shares.players[0], shares.standard_error[0], shares.loss[0])
+        )
+    return found
+
+
+def window_records(
+    opened: OpenedInspection, found: ExplainedWindows, folder: Path, frame: Image.Image
+) -> tuple[ExplainedByWindows, ...]:
+    """Draw the parts of one photo and return their record; nothing where the photo is of no inspected category."""
+    category = found.category
+    if category is None:
+        return ()
+    draw_parts(folder / "parts.jpg", frame, found.places, _grid(opened.nothing), SAID_AREA)
+    output = int(found.outputs.argmax())
+    chance = opened.performer.outputs.probabilities(found.outputs[None])[0]
+    parts = tuple(
+        WindowPart(
+            name=part.name,
+            share=float(found.players[k]),
+            standard_error=float(found.standard_error[k]),
+            loss=float(found.loss[k]),
+            place=(float(found.places[k, 0]), float(found.places[k, 1])),
+        )
+        for k, part in enumerate(category.parts)
+    )
+    return (
+        ExplainedByWindows(
+            category=category.name,
+            name=output_name(opened.performer, output),
+            output=output,
+            probability=float(chance[output]),
+            parts=parts,
+            elsewhere=float(found.players[-1]),
+            picture="parts.jpg",
+            verdict=category.sentence,
+            headline=_headline([(part.name, part.share) for part in parts], float(found.players[-1])),
+        ),
+    )
+
+
+def _grid(nothing: Tensor) -> tuple[int, int]:
+    return int(nothing.shape[1]), int(nothing.shape[2])
+
+
+def _headline(shares: Sequence[tuple[str, float]], elsewhere: float) -> str:
+    """Say what each part carries, the largest first."""
+    if not all(math.isfinite(share) for _, share in shares):
+        return "with no cell at all the score is as high, so there is nothing to share"
+    told = [f"{name} {share:.0%}" for name, share in sorted(shares, key=lambda each: -each[1])]
+    return f"{', '.join(told)}; everything elsewhere {elsewhere:.0%}"
