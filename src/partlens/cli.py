@@ -51,7 +51,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "partlens.verbs.demo:demo",
-        "make flowers, train a network on them, explain it, write the page: everything in a few minutes",
+        "make flowers, train a network on them, inspect and explain it, write the page: everything in a few minutes",
     ),
     "inspect": Command(
         "partlens.verbs.inspection:inspect",

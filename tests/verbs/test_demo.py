@@ -18,13 +18,15 @@ def test_the_demo_makes_everything_and_goes_on_where_it_was(tmp_path: Path, monk
         monkeypatch.setattr(demonstration, name, value)
     monkeypatch.setattr(shares, "_ROUNDS", 5)
     monkeypatch.setattr(rules, "_SILHOUETTE_DRAWS", 2)
+    monkeypatch.setattr(demonstration, "_INSPECT", {"photos": 12, "measured": 8, "views": 2, "parts_max": 2})
     short = {"epochs": 1, "warmup_epochs": 1, "views": 2}
     monkeypatch.setattr(demonstration, "_EXPLAINER", demonstration._EXPLAINER | short)
     page = demo(out=tmp_path / "demo", flowers=120)
     assert page.exists()
     assert len(list((tmp_path / "demo" / "run" / "explanations").glob("*/explanation.json"))) == 6
     text = page.read_text()
-    assert "What each class is read from" in text
+    assert text.index("What each category is known by") < text.index("What each class is read from")
+    assert text.index("What each class is read from") < text.index('class="chapter" id="explainer"')
     assert "Single predictions" in text
     weights = tmp_path / "demo" / "run" / "explainer.safetensors"
     before = hashlib.sha256(weights.read_bytes()).hexdigest()

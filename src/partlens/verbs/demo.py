@@ -1,8 +1,9 @@
-"""The demo: flowers are drawn, a network learns them, its middle layer, classes and decisions are explained on a page.
+"""The demo: flowers are drawn, a network learns them, and a page says what it knows each kind by.
 
 It needs no data, no weights and no network. The performer is a small convolutional network of the papers' kind; it
 learns which colour the petals have, among flowers whose other parts and surroundings show the same colours, and so has
-to find the petals. Nobody tells it where they are, and nobody tells the explainer.
+to find the petals. The first chapter asks the network itself: which parts carry the score of each kind. The second is
+an explainer network of one layer.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from partlens.records import read_json, write_json
 from partlens.verbs.evaluate import evaluate
 from partlens.verbs.explain import explain
 from partlens.verbs.fit_explainer import fit_explainer
+from partlens.verbs.inspection import inspect
 from partlens.verbs.parts import parts
 from partlens.verbs.runs import report, verb
-from partlens.verbs.select_features import select_features
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,14 +33,16 @@ if TYPE_CHECKING:
 # Few, for a short demo: with 1,000 flowers and 10 epochs the network was right on 96.6 % of the held-out ones.
 _FLOWERS = 800
 _CATEGORY = "petal-red"
+_TAP = "relu4"
 _EPOCHS = 12
 _BATCH = 32
 _RATE = 2e-3
 _ROUNDS = 100  # of the bootstrap
 _HALVINGS = 20  # of the photos, which say how stable the parts are
+_INSPECT = {"photos": 40, "measured": 20, "views": 3, "parts_max": 4}
 _MU = 5.0  # the authors' bound for their generated flowers
 # Flowers have few parts, which mostly move as one: teachers have to be asked to differ, or all are petals.
-_EXPLAINER = {"epochs": 6, "warmup_epochs": 14, "teachers": 8, "teacher_variety": 2.0, "patience": 0}
+_EXPLAINER = {"epochs": 5, "warmup_epochs": 10, "teachers": 8, "teacher_variety": 2.0, "patience": 0}
 
 
 def _trained(images: ImageSet, seed: int, progress: Progress) -> tuple[nn.Module, float]:
@@ -69,7 +72,7 @@ def demo(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Path:
-    """Make everything and explain it: flowers, a trained network, its explainer, the numbers and the page.
+    """Make everything and explain it: flowers, a trained network, what it knows them by, its explainer, and the page.
 
     Args:
         out: folder for what is made; a demo that was stopped in it goes on.
@@ -101,12 +104,12 @@ def demo(
     show.say(f"a network that knows {len(names)} kinds of flowers: accuracy {accuracy:.1%} on held-out ones")
     model = f"partlens:flower-demo@{weights}"
     run = out / "run"
+    inspect(model, images, out=run, tap=_TAP, mu=_MU, config=dict(_INSPECT, seed=seed), progress=show)
+    explain(run, _some_flowers(images, out / "flowers"), progress=show)
     config = dict(_EXPLAINER, seed=seed)
-    fit_explainer(model, images, out=run, category=_CATEGORY, tap="relu4", config=config, seeds=1, progress=show)
+    fit_explainer(model, images, out=run, category=_CATEGORY, tap=_TAP, config=config, seeds=1, progress=show)
     scores = evaluate(run, images, rounds=_ROUNDS, progress=show)
     parts(run, images, config={"rounds": _HALVINGS}, progress=show)
-    select_features(model, images, out=run, mu=_MU, seed=seed, progress=show)
-    explain(run, _some_flowers(images, out / "flowers"), progress=show)
     page = report(run)
     show.say(_summary(scores))
     show.say(f"{time.monotonic() - started:.0f} s in all; look at {page}")
