@@ -609,6 +609,12 @@ def test_other_photos_are_decoded_whole(tmp_path, name, size, box):
     np.testing.assert_array_equal(small, whole)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (6, 4), (8, 7), (9, 40)])
+def test_the_smallest_photos_are_readable(tmp_path, size):
+    Image.new("RGB", size, (9, 90, 200)).save(tmp_path / "a.jpg")
+    assert ImageSet.open(tmp_path).readable()[1] == ()
+
+
 def test_a_damaged_photo_is_found_though_an_eighth_of_it_is_decoded(tmp_path):
     whole = camera_photo(tmp_path / "whole.jpg", (640, 480)).read_bytes()
     for cut in (2, 5, len(whole) // 2):

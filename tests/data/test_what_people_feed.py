@@ -285,7 +285,36 @@ def test_a_table_that_is_something_else(tmp_path, content):
         ImageSet.open(tmp_path)
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])
+@pytest.mark.parametrize("head", ["image,category", ",image,category,,", '"image","category"'])
+def test_tables_as_programs_write_them(tmp_path, end, head):
+    row = {"i": "cat/0.png,fox", ",": "0,cat/0.png,fox,,", '"': '"cat/0.png","fox"'}[head[0]]
+    folder(tmp_path)
+    (tmp_path / "images.csv").write_bytes(f"{head}{end}{row}{end}".encode("utf-8-sig"))
+    assert ImageSet.open(tmp_path).categories == ("fox",)
+    (tmp_path / "list.tsv").write_bytes(f"{head}{end}{row}{end}".replace(",", "\t").encode())
+    assert ImageSet.open(tmp_path / "list.tsv").categories == ("fox",)
+
+
+def test_a_table_that_holds_the_photos_themselves_is_refused(tmp_path):
+    cells = [{"bytes": b"\x89PNG", "path": "a.png"}]
+    pq.write_table(pa.table({"image": cells, "label": [1]}), tmp_path / "train.parquet")
+    with pytest.raises(ImageError, match="got dict in a cell. Save the photos as files"):
+        ImageSet.open(tmp_path / "train.parquet")
+
+
+def test_categories_that_differ_in_case_alone_are_warned_of(tmp_path):
+    root = folder(tmp_path, "image,category\ncat/0.png,Fox\ncat/1.png,fox\n")
+    text = "categories that differ in upper and lower case alone: Fox = fox"
+    assert text in check_data(root, few=0).warnings
+
+
 # Landmarks
+
+
+def test_positions_from_0_to_1_are_said_to_be_read_as_pixels(tmp_path):
+    root = folder(tmp_path, landmarks="image,landmark,x,y\ncat/0.png,head,0.5,0.25\ncat/1.png,head,0.75,1\n")
+    assert any("all positions in landmarks.csv are from 0 to 1" in text for text in check_data(root, few=0).warnings)
 
 
 @pytest.mark.parametrize(
@@ -405,6 +434,10 @@ def test_photos_that_are_something_else(tmp_path, content, text):
         lambda: ImageSet.from_arrays(np.zeros((1, 4, 4, 3), np.uint8), splits=[None]),
         lambda: ImageSet.from_arrays(np.zeros((1, 4, 4, 3), np.uint8), categories=3),
         lambda: ImageSet.from_arrays(np.zeros((1, 4, 4, 3), np.uint8), categories="c"),
+        lambda: ImageSet.from_arrays(np.zeros((1, 4, 4, 3), np.uint8)).read("0"),
+        lambda: ImageSet.from_arrays(np.zeros((1, 4, 4, 3), np.uint8)).take(["a"]),
+        lambda: ImageSet.from_arrays(np.zeros((1, 4, 4, 3), np.uint8)).with_parts(None),
+        lambda: ImageSet.from_generator(lambda _: None, ["a"]).read(0),
         lambda: ImageSet.open(None),
         lambda: ImageSet.from_files([3]),
         lambda: PartTruth(None, (), np.zeros((0, 0, 2)), np.zeros((0, 0, 2)), np.zeros((0, 2))),

@@ -375,6 +375,8 @@ def test_a_preprocessing_of_another_kind_is_refused_when_it_is_given(given: obje
     for model in (nn.Conv2d(3, 2, 3), "partlens:flower-demo@random:0"):
         with pytest.raises(InputTypeError, match=r"preprocessing as a partlens.Preprocessing"):
             load_performer(model, preprocessing=given)
+    with pytest.raises(InputTypeError, match=r"preprocessing as a partlens.Preprocessing"):
+        Performer(nn.Conv2d(3, 2, 3), "mine", given, "")
 
 
 def test_a_preprocessing_may_be_a_dictionary() -> None:

@@ -6,6 +6,7 @@ Positions are in the image's own pixels (x to the right, y downwards, the top le
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -168,6 +169,9 @@ def _warnings(table: Table, at: Sequence[Sequence[float]]) -> tuple[str, ...]:
     if corner > 1:
         remedy = f"delete these rows of {table.path.name}, or add a column 'visible' that is 0 there"
         found += (f"{corner} landmarks stand at exactly 0,0, as hidden parts are often written: {remedy}",)
+    known = [edge for edges in at for edge in edges if not math.isnan(edge)]
+    if any(edge % 1 for edge in known) and all(0 <= edge <= 1 for edge in known):
+        found += (f"all positions in {table.path.name} are from 0 to 1: they are read as pixels, not as shares",)
     return found
 
 

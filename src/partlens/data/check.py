@@ -202,9 +202,11 @@ def _warnings(
     small = _small(splits, images, few)
     astray = () if truth is None else _outside(truth)
     nowhere = [name for name, counts in parts.items() if not counts]
+    alike = _alike(images)
     for names, text in (
         (torn, f"the same photo is in several categories: {listed(torn, 3)}"),
         (small, f"fewer than {few} images: {listed(small)}"),
+        (alike, f"categories that differ in upper and lower case alone: {listed(alike)}"),
         ("nan" in images.category_counts(), "a category is called 'nan', as pandas writes an empty cell"),
         (
             "train" not in splits and len(splits) > 1,
@@ -217,6 +219,14 @@ def _warnings(
         if names:
             found.append(text)
     return [*found, *(() if truth is None else truth.warnings)]
+
+
+def _alike(images: ImageSet) -> list[str]:
+    """Name the categories that differ in upper and lower case alone."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in images.category_counts():
+        groups[name.casefold()].append(name)
+    return [" = ".join(group) for group in groups.values() if len(group) > 1]
 
 
 def _small(splits: Mapping[str, Mapping[str, int]], images: ImageSet, few: int) -> list[str]:

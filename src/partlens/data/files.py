@@ -256,7 +256,7 @@ class Files:
                 if image.format == "JPEG":
                     # An eighth of the pixels takes all of the stream: whatever is wrong with it is found.
                     self._window(row, image.size)
-                    image.draft(None, (image.width // 8, image.height // 8))
+                    image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
                     image.load()
                 else:
                     self._pixels(row, image)
@@ -341,7 +341,10 @@ class Generated:
 
     def read(self, row: int, scaled: Scaled | None = None) -> Image.Image:  # noqa: ARG002 -- it draws at its own size
         """Return an image as 8-bit RGB."""
-        image = self.draw(row)
+        image: object = self.draw(row)  # a user's function may give anything
+        if not isinstance(image, np.ndarray):
+            rule = "uint8 arrays [row, col, 3] from the generator"
+            raise InputTypeError(expected(rule, type(image).__name__, "Change the function that draws"))
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             rule, got = "uint8 arrays [row, col, 3] from the generator", f"{image.dtype} {image.shape}"
             raise ImageError(expected(rule, got, "Change the function that draws"))

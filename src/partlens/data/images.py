@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
@@ -446,12 +447,16 @@ class ImageSet:
             >>> photos.part_truth.count()
             {'head': 1}
         """
+        if not isinstance(truth, PartTruth):
+            raise InputTypeError(expected("a PartTruth", type(truth).__name__, "Build one, or read landmarks.csv"))
         if not set(self.keys) & set(truth.keys):
             names = f"{listed(truth.keys)} for {listed(self.keys)}"
             raise ImageError(expected("parts of at least one of the images", names, "Use the images' own names"))
         return replace(self, _truth=truth.for_keys)
 
     def _checked(self, index: int) -> int:
+        if not isinstance(index, (int, np.integer)):
+            raise InputTypeError(expected("a position as a whole number", repr(index), "Count from 0"))
         if not -len(self) <= index < len(self):
             raise ImageError(expected(f"a position from 0 to {len(self) - 1} in {self.name}", index, "Count from 0"))
         return int(index) % len(self)

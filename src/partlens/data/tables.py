@@ -173,7 +173,7 @@ def _separator(text: str, known: Sequence[str]) -> str:
     """Return the sign that separates cells: the one that gives the header most of the columns that are known."""
 
     def hits(sign: str) -> int:
-        header = next(csv.reader(io.StringIO(text), delimiter=sign), [])
+        header = next(csv.reader(io.StringIO(text, newline=""), delimiter=sign), [])
         return len({_SAME_AS.get(_folded(name), _folded(name)) for name in header} & set(known))
 
     return max(_SEPARATORS, key=hits)  # the first of equal ones
@@ -220,6 +220,10 @@ def _table(
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, (dict, list, bytes)):
+        got = f"{type(value).__name__} in a cell"
+        remedy = "Save the photos as files, and their names in the table"
+        raise ImageError(expected("a table of texts and numbers", got, remedy))
     return (
         "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
     )  # nan is how pandas writes an empty cell

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from partlens.errors import InputError, LayerError, expected, nearest
+from partlens.errors import InputError, InputTypeError, LayerError, expected, nearest
 from partlens.network.borrowed import borrowed, unwrapped
 from partlens.network.classes import Match, match
 from partlens.network.graph import Graph, trace
@@ -54,6 +54,12 @@ class Performer:
     notes: tuple[str, ...] = ()
     untrained_layers: tuple[str, ...] = ()
     loaded_as: tuple[str, Preprocessing] | None = None
+
+    def __post_init__(self) -> None:
+        given: object = self.preprocessing
+        if not isinstance(given, Preprocessing):
+            rule = "preprocessing as a partlens.Preprocessing"
+            raise InputTypeError(expected(rule, type(given).__name__, "Write its sizes, mean and standard deviation"))
 
     @property
     def spec(self) -> str | None:

@@ -195,7 +195,7 @@ def _prefix_of_most(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
         cuts = (".".join(steps[:cut]) for cut in range(1, len(steps)))
         starts.update(f"{cut}." for cut in cuts if name[len(cut) + 1 :] in own)
     start, times = next(iter(starts.most_common(1)), ("", 0))
-    return start if 2 * times > len(weights) else ""
+    return start if 2 * times > len(own) else ""
 
 
 def output_count(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> int | None:
