@@ -9,6 +9,8 @@ never touched, the forward pass is the network's own bit for bit, and no spellin
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -75,22 +77,29 @@ def stretched(signal: Tensor, size: Sequence[int], stride: Sequence[int], stride
     ``imresize`` does and PyTorch calls ``nearest-exact``. ``"aligned"``: cell ``j`` lies at ``j / stride`` between the
     windows that were really computed, and takes its value by linear interpolation.
     """
-    cells = signal.shape[2:]
+    for axis, (wanted, have, step) in enumerate(zip(size, signal.shape[2:], stride, strict=True), start=2):
+        spread = _stretching(have, wanted, step, strides).to(signal)
+        if axis == signal.ndim - 1:
+            signal = signal @ spread.T
+        elif axis == signal.ndim - 2:
+            signal = spread @ signal
+        else:
+            signal = (signal.movedim(axis, -1) @ spread.T).movedim(-1, axis)
+    return signal
+
+
+@functools.lru_cache(maxsize=256)
+def _stretching(have: int, wanted: int, step: int, strides: Strides) -> Tensor:
+    """Return the matrix that stretches one axis of a signal: a row for each of the ``wanted`` cells."""
+    one = torch.eye(have, dtype=torch.float64)[None]
     # Divided by the mean number of repeats, branches with different numbers of strided convolutions (one next to a
     # strided pooling, say) still add in the proportions of the true gradient.
-    repeats = 1.0
-    for wanted, have in zip(size, cells, strict=True):
-        repeats *= wanted / have
     if strides == "nearest":
-        return F.interpolate(signal, size=tuple(size), mode="nearest-exact") / repeats
-    spanned = tuple((have - 1) * step + 1 for have, step in zip(cells, stride, strict=True))
-    mode = ("linear", "bilinear", "trilinear")[len(cells) - 1]
-    between = F.interpolate(signal, size=spanned, mode=mode, align_corners=True)
-    for axis, (wanted, have) in enumerate(zip(size, spanned, strict=True), start=2):
-        # Cells that no strided window reached take the last window's value; with ceil_mode one may lie outside.
-        kept = torch.arange(wanted, device=signal.device).clamp(max=have - 1)
-        between = between.index_select(axis, kept)
-    return between / repeats
+        return F.interpolate(one, size=wanted, mode="nearest-exact")[0].T * (have / wanted)
+    spanned = (have - 1) * step + 1
+    between = F.interpolate(one, size=spanned, mode="linear", align_corners=True)[0].T
+    # Cells that no strided window reached take the last window's value; with ceil_mode one may lie outside.
+    return between[torch.arange(wanted).clamp(max=spanned - 1)] * (have / wanted)
 
 
 def strided_gradient(
@@ -126,9 +135,8 @@ def strided_gradient(
         cells + 2 * pad - gap * (kernel - 1)
         for cells, pad, gap, kernel in zip(input_size, padding, dilation, weight.shape[2:], strict=True)
     ]
-    back: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(size) - 1]
     dense = stretched(signal, size, stride, strides)
-    result = back(dense, weight, padding=tuple(padding), dilation=tuple(dilation), groups=groups)
+    result = _transposed(len(size))(dense, weight, padding=tuple(padding), dilation=tuple(dilation), groups=groups)
     if tuple(result.shape[2:]) != tuple(input_size):
         raise LayerError(
             expected(
@@ -140,40 +148,100 @@ def strided_gradient(
     return result
 
 
+def _transposed(count: int) -> Callable[..., Tensor]:
+    """Return the transposed convolution over as many axes."""
+    convolutions: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    return convolutions[count - 1]
+
+
 def _axes(value: Any, count: int) -> tuple[int, ...]:
     values = tuple(int(v) for v in value)
     return values * count if len(values) == 1 else values
 
 
-def _convolution(node: Any, strides: Strides) -> _Replacement | None:
-    """Return what replaces the data gradient of a strided convolution."""
-    if node._saved_transposed or max(node._saved_stride) == 1:  # noqa: SLF001
-        return None
-    weight = node._saved_weight.detach()  # noqa: SLF001
-    count = weight.ndim - 2
-    stride, padding = _axes(node._saved_stride, count), _axes(node._saved_padding, count)  # noqa: SLF001
-    dilation, groups = _axes(node._saved_dilation, count), int(node._saved_groups)  # noqa: SLF001
-    # Windows that lie side by side (patch embeddings) leave no lattice. Those with gaps between them do.
-    if tuple(weight.shape[2:]) == stride and max(dilation) == 1:
-        return None
+class _Strided:
+    """What is known of the strided convolution of a node."""
 
-    def replace(grads_in: _Grads, grads_out: _Grads) -> _Grads:
-        ordinary, arrived = grads_in[0], grads_out[0]
-        if ordinary is None or arrived is None:
-            return grads_in
-        fixed = strided_gradient(
-            arrived,
-            weight,
-            ordinary.shape[2:],
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            strides=strides,
-        )
-        return (fixed, *grads_in[1:])
+    def __init__(self, node: Any) -> None:
+        self.node = node
+        self.weight = node._saved_weight.detach()  # noqa: SLF001
+        count = self.weight.ndim - 2
+        self.stride = _axes(node._saved_stride, count)  # noqa: SLF001
+        self.padding = _axes(node._saved_padding, count)  # noqa: SLF001
+        self.dilation = _axes(node._saved_dilation, count)  # noqa: SLF001
+        self.groups = int(node._saved_groups)  # noqa: SLF001
 
-    return replace
+    @classmethod
+    def of(cls, node: Any, kind: str) -> _Strided | None:
+        """Return it where a stride leaves a lattice."""
+        if kind != "ConvolutionBackward" or node._saved_transposed or max(node._saved_stride) == 1:  # noqa: SLF001
+            return None
+        made = cls(node)
+        # Windows that lie side by side (patch embeddings) leave no lattice. Those with gaps between them do.
+        return None if tuple(made.weight.shape[2:]) == made.stride and max(made.dilation) == 1 else made
+
+    def kernel(self) -> Tensor | None:
+        """Return the kernel with which the strided data gradient itself is that of a nearest-stretched signal.
+
+        Repeating each cell ``s`` times and then sliding the kernel over them is sliding, in steps of ``s``, the sum of
+        ``s`` kernels that lie a cell apart. That holds where each cell is repeated equally often.
+        """
+        sizes = zip(self.node._saved_input.shape[2:], self.weight.shape[2:], strict=True)  # noqa: SLF001
+        dense = [cells + 2 * pad - kernel + 1 for (cells, kernel), pad in zip(sizes, self.padding, strict=True)]
+        if max(self.dilation) > 1 or any(size % step for size, step in zip(dense, self.stride, strict=True)):
+            return None
+        exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        box = exact.new_full((1, 1, *self.stride), 1 / math.prod(self.stride))
+        summed = _transposed(len(self.stride))(exact.flatten(0, 1)[:, None], box)
+        return summed.reshape(*self.weight.shape[:2], *summed.shape[2:]).to(self.weight.dtype)
+
+    def replaces(self, strides: Strides) -> _Replacement:
+        """Return what replaces the data gradient."""
+
+        def replace(grads_in: _Grads, grads_out: _Grads) -> _Grads:
+            ordinary, arrived = grads_in[0], grads_out[0]
+            if ordinary is None or arrived is None:
+                return grads_in
+            fixed = strided_gradient(
+                arrived,
+                self.weight,
+                ordinary.shape[2:],
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+                groups=self.groups,
+                strides=strides,
+            )
+            return (fixed, *grads_in[1:])
+
+        return replace
+
+
+class _Exchanged:
+    """The kernel of a strided convolution, exchanged in the record while it is on; takes itself off."""
+
+    def __init__(self, weight: Tensor, kernel: Tensor) -> None:
+        self.weight, self.kernel, self.on = weight, kernel, True
+
+    def unpacked(self, _held: Any) -> Tensor:
+        return self.kernel if self.on else self.weight
+
+    def remove(self) -> None:
+        self.on = False
+
+
+def _at_stride(strided: _Strided, strides: Strides) -> Any:
+    """Hang the treatment on a strided convolution; return what takes it off."""
+    kernel = strided.kernel() if strides == "nearest" else None
+    if kernel is not None:
+        exchanged = _Exchanged(strided.node._saved_weight, kernel)  # noqa: SLF001
+        try:  # so that autograd computes one gradient instead of two
+            strided.node._raw_saved_weight.register_hooks(lambda held: held, exchanged.unpacked)  # noqa: SLF001
+        except RuntimeError:  # what is saved has hooks already, of a checkpoint or of an earlier treatment
+            pass
+        else:
+            return exchanged
+    return strided.node.register_hook(strided.replaces(strides))
 
 
 def _scattered(signal: Tensor, indices: Tensor, size: Sequence[int], *, add: bool) -> Tensor:
@@ -211,18 +279,23 @@ def _max_pool(node: Any, count: int, pooling: Pooling, strides: Strides) -> _Rep
     dilation = _axes(node._saved_dilation, count)  # noqa: SLF001
     given, indices = node._saved_self.detach(), node._saved_result1  # noqa: SLF001
 
+    @functools.cache
+    def dense() -> tuple[torch.Size, Tensor]:
+        """Pool in steps of one cell, once for all rounds; return the size of the result and where each value lies."""
+        pool: Callable[..., Any] = F.max_pool2d if count == 2 else F.max_pool3d
+        values, places = pool(_with_images(given, count), kernel, 1, padding, dilation, return_indices=True)
+        return values.shape[2:], places
+
     def replace(grads_in: _Grads, grads_out: _Grads) -> _Grads:
         arrived = grads_out[0]
         if grads_in[0] is None or arrived is None:
             return grads_in
-        seen, arrived = _with_images(given, count), _with_images(arrived, count)
+        size, arrived = _with_images(given, count).shape[2:], _with_images(arrived, count)
         if pooling == "overwrite":
-            signal = _scattered(arrived, _with_images(indices, count), seen.shape[2:], add=False)
+            signal = _scattered(arrived, _with_images(indices, count), size, add=False)
         else:
-            pool: Callable[..., Any] = F.max_pool2d if count == 2 else F.max_pool3d
-            dense, places = pool(seen, kernel, 1, padding, dilation, return_indices=True)
-            signal = stretched(arrived, dense.shape[2:], stride, strides)
-            signal = _scattered(signal, places, seen.shape[2:], add=True)
+            cells, places = dense()
+            signal = _scattered(stretched(arrived, cells, stride, strides), places, size, add=True)
         return (signal.reshape(given.shape), *grads_in[1:])
 
     return replace
@@ -253,9 +326,7 @@ def _mean_pool(node: Any, count: int, strides: Strides) -> _Replacement | None:
 
 
 def _resampled(node: Any, kind: str, strides: Strides | None, pooling: Pooling) -> _Replacement | None:
-    """Return what replaces the backward pass of a strided convolution or a pooling, if anything does."""
-    if strides and kind == "ConvolutionBackward":
-        return _convolution(node, strides)
+    """Return what replaces the backward pass of a pooling, if anything does."""
     if pooling != "route" and kind in _MAX_POOLS:
         return _max_pool(node, _MAX_POOLS[kind], pooling, strides or "nearest")
     if pooling == "resample" and kind in _MEAN_POOLS:
@@ -336,6 +407,8 @@ def rewritten(
                 continue
             if looked_into and _opaque(node, kind):
                 handles.append(node.register_prehook(_refuse(kind)))
+            elif strides and (strided := _Strided.of(node, kind)) is not None:
+                handles.append(_at_stride(strided, strides))
             elif (replace := _resampled(node, kind, strides, pooling)) is not None:
                 handles.append(node.register_hook(replace))
         yield known.note
