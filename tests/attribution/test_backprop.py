@@ -735,7 +735,10 @@ def test_checkpointed_parts_are_seen(small) -> None:
             return checkpoint(small, x, use_reentrant=False)
 
     x = images()
-    assert torch.equal(guided_backprop(Saving(), x, 1), guided_backprop(small, x, 1))
+    plain = guided_backprop(small, x, 1, fix_strides=False)
+    assert torch.equal(guided_backprop(Saving(), x, 1, fix_strides=False), plain)
+    # What a checkpoint has taken away cannot be exchanged in the record: equal but for rounding.
+    torch.testing.assert_close(guided_backprop(Saving(), x, 1), guided_backprop(small, x, 1))
 
 
 @pytest.mark.data

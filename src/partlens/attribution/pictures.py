@@ -116,5 +116,6 @@ def strip(crops: Sequence[ByteArray] | ByteArray, side_px: int, gap_px: int = 4)
 def save_png(path: Path, picture: Image.Image) -> None:
     """Write a PNG whole or not at all."""
     content = io.BytesIO()
-    picture.save(content, "PNG", optimize=False, compress_level=6)
+    # Level 6 takes two and a half times as long for 5 % fewer bytes.
+    picture.save(content, "PNG", optimize=False, compress_level=4)
     write_atomically(path, lambda p: p.write_bytes(content.getvalue()))
