@@ -22,8 +22,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
 import traceback
@@ -298,19 +297,41 @@ def _tried(step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def run(out: Path, names: list[str]) -> None:
-    """Try every network that has no line yet, a process each."""
+    """Try every network that has no line yet, each in a process of its own, forked so that libraries load once."""
+    import timm  # noqa: F401
+    import torchvision  # noqa: F401
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)  # threads do not survive a fork
     done = {json.loads(line)["name"] for line in out.read_text().splitlines()} if out.exists() else set()
     for name in (name for name in names if name not in done):
-        command = [sys.executable, __file__, "one", name]
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-            lines = [line for line in answer.stdout.splitlines() if line.startswith("{")]
-            found = json.loads(lines[-1]) if lines else {"name": name, "failed": answer.stderr.strip()[-400:]}
-        except subprocess.TimeoutExpired:
-            found = {"name": name, "failed": f"no end within {LIMIT_S} s"}
+        with tempfile.TemporaryDirectory() as folder:
+            found = _in_process(name, Path(folder) / "found.json")
         with out.open("a") as file:
             file.write(json.dumps(found) + "\n")
         print(name, _summary(found), flush=True)
+
+
+def _in_process(name: str, answer: Path) -> dict[str, Any]:
+    process = multiprocessing.get_context("fork").Process(target=_written, args=(name, answer))
+    process.start()
+    process.join(LIMIT_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return {"name": name, "failed": f"no end within {LIMIT_S} s"}
+    found: dict[str, Any] = (
+        json.loads(answer.read_text()) if answer.exists() else {"failed": f"exit {process.exitcode}"}
+    )
+    return {"name": name, **found}
+
+
+def _written(name: str, answer: Path) -> None:
+    try:
+        found = one(name)
+    except Exception as error:  # noqa: BLE001 - the network itself could not be made
+        found = {"failed": f"could not be built: {type(error).__name__}: {error}"}
+    answer.write_text(json.dumps(found))
 
 
 def _summary(found: dict[str, Any]) -> str:

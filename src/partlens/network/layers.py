@@ -181,6 +181,11 @@ class Layers:
         """Return the layers through which everything passes, in execution order."""
         return [found.place.label for found in self._cut()]
 
+    def maker_of(self, name: str) -> str:
+        """Return the innermost layer that gives the same value."""
+        found = self._found[name]
+        return next(n for n, f in self._found.items() if f.place.order == found.place.order and f.shape == found.shape)
+
     def is_cut(self, name: str) -> bool:
         """Whether everything passes a layer."""
         return self._found[name].place.cut

@@ -24,7 +24,7 @@ from partlens.network.outputs import Outputs, made_images, outputs_of
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import ReceptiveField, receptive_field, spread_evenly
 from partlens.network.upper import OUTPUT, LaidOut, Rerun
-from partlens.network.watched import place_of
+from partlens.network.watched import place_of, three_images
 
 
 @dataclass(frozen=True)
@@ -241,13 +241,18 @@ class Performer:
         module = unwrapped(self.module)
         self.layout(tap)
         self._known.check_cut(tap, [name for name in targets if name != OUTPUT])
-        source, *places = (None if name == OUTPUT else place_of(module, name) for name in (tap, *targets))
+        # The value is put in where it is made: a block around may have made more of it, such as pooled tokens.
+        names = (self._known.maker_of(tap), *targets)
+        source, *places = (None if name == OUTPUT else place_of(module, name) for name in names)
         assert source is not None
-        weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
-        blank = torch.zeros(1, self.preprocessing.channels, *self.preprocessing.size_px, dtype=weight.dtype)
         own = [None if place is None else (place.path, place.call) for place in places]
+        weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+        images = three_images(self.preprocessing.channels, self.preprocessing.size_px, weight)
         with borrowed(module, copy_weights=False) as network:
-            return Rerun(network, (source.path, source.call), own, blank.to(weight.device))
+            made = Rerun(network, (source.path, source.call), own, torch.zeros_like(images[:1]))
+        if not made.reproduces(images):
+            raise self._known.bypassed(tap)
+        return made
 
     @functools.cached_property
     def outputs(self) -> Outputs:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from partlens.errors import LayerError, expected, first_line
 from partlens.network.layout import Layout
+from partlens.network.outputs import entries_of
 from partlens.network.watched import read_entry
 
 OUTPUT = "output"
+_CLOSE = 1e-3
 
 
 class LaidOut(nn.Module):
@@ -85,9 +87,22 @@ class Rerun(nn.Module):
 
     def forward(self, given: Tensor) -> tuple[Any, ...]:
         """Return the targets' own values, with ``given`` in the place of the source's output."""
+        answer, found = self._run(self.blank.to(given).expand(len(given), -1, -1, -1), given)
+        return tuple(answer if place is None else found[place] for place in self.target_places)
+
+    @torch.no_grad()
+    def reproduces(self, images: Tensor) -> bool:
+        """Whether the source's own output gives the network's own values."""
+        answer, found = self._run(images)
+        again = self(found[self.source_place])
+        own = [answer if place is None else found[place] for place in self.target_places]
+        return all(_alike(one, other) for one, other in zip(own, again, strict=True))
+
+    def _run(self, images: Tensor, given: Tensor | None = None) -> tuple[Any, dict[tuple[str, int], Tensor]]:
+        """Run the network, note what source and targets give, and put ``given`` into the source's place."""
         found: dict[tuple[str, int], Tensor] = {}
         calls: Counter[str] = Counter()
-        wanted = {place for place in self.target_places if place is not None}
+        wanted = {self.source_place, *(place for place in self.target_places if place is not None)}
 
         def hook_of(path: str) -> Any:
             def hook(_module: nn.Module, _inputs: Any, answer: Any) -> Any:
@@ -97,15 +112,27 @@ class Rerun(nn.Module):
                     value = read_entry(answer)
                     assert value is not None  # the layer was read when it was chosen
                     found[place] = value.clone()
-                return _with_entry(answer, given.clone()) if place == self.source_place else None
+                if place == self.source_place and given is not None:
+                    return _with_entry(answer, given.clone())
+                return None
 
             return hook
 
         with contextlib.ExitStack() as hooks:
-            for path in {path for path, _ in (self.source_place, *wanted)}:
+            for path in {path for path, _ in wanted}:
                 hooks.callback(self.network.get_submodule(path).register_forward_hook(hook_of(path)).remove)
-            answer = self.network(self.blank.to(given).expand(len(given), -1, -1, -1))
-        return tuple(answer if place is None else found[place] for place in self.target_places)
+            answer = self.network(images)
+        return answer, found
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two answers have the same values, up to rounding."""
+    pairs = [({"": answer} if isinstance(answer, Tensor) else entries_of(answer)) for answer in (one, other)]
+    return pairs[0].keys() == pairs[1].keys() and all(
+        bool(torch.allclose(value, pairs[1][name], rtol=_CLOSE, atol=_CLOSE * float(value.abs().max())))
+        for name, value in pairs[0].items()
+        if value.is_floating_point() and value.numel()
+    )
 
 
 def _with_entry(answer: Any, value: Tensor) -> Any:

@@ -1,0 +1,214 @@
+"""Networks as people write them: no graph, blocks of their own, several answers, odd stems; refused only for a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from runpy import run_path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from partlens.attribution.average_pictures import crop_of
+from partlens.errors import LayerError
+from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.network import build_explainer, explainer_structure, performer_head
+from partlens.network.outputs import class_scores
+from partlens.network.performer import Performer
+from partlens.network.preprocessing import Preprocessing
+from partlens.network.taps import forward_taps
+from partlens.selection.measured_layers import feature_index
+
+MADE = run_path(str(Path(__file__).parent / "families.py"))
+Plain, Vit, Untraceable, performer_of, network_of = (
+    MADE[name] for name in ("Plain", "Vit", "Untraceable", "performer_of", "network_of")
+)
+
+
+def photos(count: int = 2, channels: int = 3) -> Tensor:
+    return torch.randn(count, channels, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+def test_a_network_without_a_graph_has_the_layers_of_one_with_a_graph() -> None:
+    plain, wrapped = network_of("relu"), Untraceable(network_of("relu")).eval()
+    performer = performer_of(wrapped)
+    with pytest.raises(LayerError, match=r"torch\.fx can trace"):
+        _ = performer.graph
+    of_both = [
+        {
+            layer.name.removeprefix("inner."): (layer.shape, layer.reason)
+            for layer in each.layers
+            if layer.name != "inner"
+        }
+        for each in (performer_of(plain), performer)
+    ]
+    assert of_both[0] == of_both[1]
+    assert performer.tap == f"inner.{performer_of(plain).tap}"
+    assert performer.targets(performer.tap) == tuple(
+        f"inner.{name}" for name in performer_of(plain).targets(performer_of(plain).tap)
+    )
+    index = feature_index(performer)
+    assert {name.removeprefix("inner.") for name in index.layers} <= set(of_both[0])
+    crops = crop_of(performer, index.layers[:3])  # pictures of filters need no graph, either
+    assert {crop.side_px for crop in crops.values()} == {(16, 16)}
+
+
+class Asserting(nn.Module):
+    """What torch.fx cannot follow, one kind at a time."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.inner = kind, network_of("relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "shapes":
+            assert x.shape[2] == x.shape[3]
+        elif self.kind == "isinstance":
+            if not isinstance(x, Tensor):
+                raise TypeError
+        elif self.kind == "len":
+            if len(x) < 1:
+                raise ValueError
+        elif self.kind == "loop":
+            return torch.stack([self.inner(x[i : i + 1])[0] for i in range(x.shape[0])])
+        elif self.kind == "int":
+            return self.inner(F.adaptive_avg_pool2d(x, int(x.shape[-1])))
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", ["shapes", "isinstance", "len", "int"])
+def test_checks_in_a_forward_do_not_matter(kind: str) -> None:
+    performer = performer_of(Asserting(kind).eval())
+    assert performer.tap == "inner.two"
+    output, taps = forward_taps(performer, photos(), [performer.tap])
+    assert torch.equal(performer.upper(performer.tap)(taps[performer.tap])[0], output)
+
+
+def test_a_loop_over_the_images_is_refused_with_a_reason() -> None:
+    # A layer that sees one image at a time has no place where all of a batch could be put in.
+    performer = performer_of(Asserting("loop").eval())
+    assert {layer.reason for layer in performer.layers} == {"the first axis is not that of the images"}
+    with pytest.raises(LayerError, match="got none among .* first axis is not that of the images"):
+        _ = performer.tap
+
+
+class Pooled(nn.Module):
+    """A block that returns tokens and what it has pooled from them; the head reads the latter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = Vit(), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        tokens = self.inner.patches(x).flatten(2).transpose(1, 2)
+        tokens = self.norm(self.inner.blocks(tokens))
+        if bool(tokens.isnan().any()):
+            raise ValueError
+        return {"tokens": tokens, "pooled": tokens.mean(1)}
+
+
+class Headed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = Pooled(), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x)["pooled"])
+
+
+def test_what_a_block_pools_from_its_tokens_follows_them() -> None:
+    performer = performer_of(Headed().eval())
+    output, taps = forward_taps(performer, photos(), ["backbone"])
+    assert taps["backbone"].shape == (2, 16, 4, 4)
+    assert torch.allclose(performer.upper("backbone")(taps["backbone"])[0], output)
+    assert not torch.allclose(performer.upper("backbone")(taps["backbone"] + 1)[0], output)
+
+
+def test_a_layer_that_not_everything_passes_is_refused_in_a_network_without_a_graph() -> None:
+    performer = performer_of(Untraceable(network_of("silu")).eval())
+    reasons = {layer.name: layer.reason for layer in performer.layers}
+    assert reasons["inner.two.conv1"] == "a shortcut goes around it"
+    with pytest.raises(LayerError, match=r"inner\.two\.conv1, which a shortcut goes around"):
+        performer.upper("inner.two.conv1")
+    with pytest.raises(LayerError, match=r"a target after inner\.two, got inner\.one"):
+        performer.upper("inner.two", ["inner.one"])
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+def test_an_activation_of_ones_own_hides_no_block() -> None:
+    performer = performer_of(Plain(Swish).eval())
+    assert performer.tap == "two"
+    assert performer.targets("two") == ("three",)
+
+
+class HeadFirst(nn.Module):
+    """Registers its head before its stem, and standardises the weights of its own kind of convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.last = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 8, 3)
+        self.stem = nn.Parameter(torch.randn(8, 3, 3, 3))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(F.conv2d(x, self.stem - self.stem.mean()))
+        return self.head(self.relu(self.last(x))).mean((2, 3))
+
+
+def test_channels_are_those_of_the_photos_whatever_convolution_comes_first() -> None:
+    performer = performer_of(HeadFirst().eval())
+    assert [layer.name for layer in performer.layers] == ["relu", "last", "relu_1", "head"]
+    assert performer.field("relu").size_px == (3, 3)
+    assert feature_index(performer).channels == (8, 8, 8)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_networks_of_other_channels_say_so_in_their_preprocessing(channels: int) -> None:
+    network = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    performer = performer_of(network.eval(), channels=channels)
+    assert performer.layers[0].shape == (4, 30, 30)
+    assert performer.field("1").size_px == (3, 3)
+    with pytest.raises(LayerError, match="got 3 channels of 32x32 px"):
+        _ = performer_of(network).layers
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "ViT": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+    "DeiT": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+    "Swin": {
+        "image_size": 32,
+        "patch_size": 2,
+        "embed_dim": 8,
+        "depths": [2, 2],
+        "num_heads": [1, 2],
+        "window_size": 4,
+    },
+    "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "layer_type": "basic"},
+    "ConvNext": {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [2, 2], "image_size": 32},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_hugging_face_makes_of_them_is_explained_like_any_other(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}Config")(num_labels=4, **FAMILIES[family])
+    torch.manual_seed(0)
+    module = getattr(transformers, f"{family}ForImageClassification")(config).eval()
+    performer = Performer(module, family, Preprocessing(size_px=(32, 32)), "")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    structure = explainer_structure(performer, photos(), performer.tap)
+    explainer = build_explainer(performer, structure, ExplainerConfig.preset("partlens", standardise=False))
+    output, taps = forward_taps(performer, photos(), [structure.read])
+    explainer.start_norms(taps[structure.read])
+    with torch.no_grad():
+        explainer.share_logit.fill_(-torch.inf)
+        (again,) = performer_head(performer, structure)(explainer.eval()(taps[structure.read]).reconstructions[-1])
+    scores = class_scores(output, 2)
+    assert torch.allclose(again, scores, atol=1e-5 * float(scores.abs().max()) + 1e-9)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
