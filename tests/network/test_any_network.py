@@ -1,4 +1,4 @@
-"""Networks as people write them: no graph, blocks of their own, several answers, odd stems; refused only for a reason."""
+"""Networks as people write them: no graph, blocks of their own, several answers, odd stems."""
 
 from __future__ import annotations
 
