@@ -83,12 +83,7 @@ class PartTruth:
 
     def __post_init__(self) -> None:
         for what, names in (("landmark", self.landmarks), ("image", self.keys)):
-            if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
-                rule = f"{what} names as a tuple of texts"
-                raise InputTypeError(expected(rule, repr(names), "Give one name each"))
-            twice = [name for name, times in Counter(names).items() if times > 1]
-            if twice:
-                raise ImageError(expected(f"every {what} name once", listed(twice), "Remove the repeated names"))
+            _check_names(what, names)
         images, landmarks = len(self.keys), len(self.landmarks)
         parts = (images, landmarks, 2)
         shapes = {"positions_px": parts, "sizes_px": parts, "image_size_px": (images, 2)}
@@ -134,6 +129,14 @@ class PartTruth:
         """Return, for each landmark, the number of images in which its position is known."""
         known = np.isfinite(self.positions_px).all(axis=2).sum(axis=0)
         return {name: int(number) for name, number in zip(self.landmarks, known, strict=True)}
+
+
+def _check_names(what: str, names: object) -> None:
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise InputTypeError(expected(f"{what} names as a tuple of texts", repr(names), "Give one name each"))
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise ImageError(expected(f"every {what} name once", listed(twice), "Remove the repeated names"))
 
 
 def _numbers(given: object, name: str) -> FloatArray:

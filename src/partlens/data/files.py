@@ -293,8 +293,10 @@ def as_bytes(given: Any, where: str) -> ByteArray:
     if image.ndim not in {2, 3} or image.shape[2:] not in {(), (3,)} or 0 in image.shape:
         turned = (image.ndim, image.shape[0]) in {(3, 1), (3, 3)}
         raise ImageError(expected(f"shape [row, col, 3] for {where}", str(image.shape), _COLOURS_LAST[turned]))
-    if image.dtype == np.uint8:
-        return image
+    return image if image.dtype == np.uint8 else _from_floats(image, where)
+
+
+def _from_floats(image: npt.NDArray[Any], where: str) -> ByteArray:
     if not np.issubdtype(image.dtype, np.floating):
         rule = f"uint8 (0–255) or float (0–1) values for {where}"
         raise ImageError(expected(rule, str(image.dtype), 'Convert them, as with images.astype("uint8")'))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,12 +95,15 @@ class _Walk:
             found.append(f"passed over {listed(kinds, _KINDS)}")
         if converted := sorted({".heic", ".heif"} & set(self.others)):
             found.append(f"{', '.join(converted)} files are not read: save them as JPEG")
+        if bare := self._bare():
+            found.append(f"folders without an image that is read: {listed(bare)}")
+        return (*found, *self._tables())
+
+    def _bare(self) -> list[str]:
+        """Name the folders below which no image lies, the outermost ones."""
         holding = {above for folder in {path.parent for path in self.images} for above in (folder, *folder.parents)}
         bare = [path for path in sorted(self.parents) if path not in holding and path.parent in holding]
-        if bare:
-            names = [path.relative_to(self.root).as_posix() for path in bare]
-            found.append(f"folders without an image that is read: {listed(names)}")
-        return (*found, *self._tables())
+        return [path.relative_to(self.root).as_posix() for path in bare]
 
     def _tables(self) -> Iterator[str]:
         """Name tables of images that are not read, such as that of a hub."""
@@ -168,19 +171,29 @@ def _doubts(
     path: Path, parts: Sequence[tuple[str, ...]], categories: list[str] | None, splits: list[str] | None
 ) -> Iterator[str]:
     """Say where folders may mean something else than what they are taken for."""
-    tops = Counter(categories or ())
-    sides = [name for name in tops if split_name(name) in {"train", "test"}]
-    if sides and splits is None:
-        others = [name for name in tops if name not in sides]
-        beside = f", since {listed(others)} lies beside" if others else ", since not both are there"
-        yield f"the folders {listed(sides)} are taken for categories, not for splits{beside}"
-    folder, rest = path, [*parts]
-    while len({names[0] for names in rest}) == 1 and min(map(len, rest)) > 1:
-        folder, rest = folder / rest[0][0], [names[1:] for names in rest]
-    inner = {names[0] for names in rest if len(names) > 1}
-    if folder != path and splits is None and len(inner) > 1:
-        yield f"all images lie in {folder}: give that folder for the categories {listed(sorted(inner))}"
+    if splits is None:
+        yield from _sides_as_categories(Counter(categories or ()))
+        yield from _inner_categories(path, parts)
     loose = sum(len(names) == 1 for names in parts)
     if 0 < loose < len(parts):
         there = sorted({names[0] for names in parts if len(names) > 1})
         yield f"no categories, since {loose} images lie beside the folders {listed(there)}: move them into folders"
+
+
+def _sides_as_categories(tops: Iterable[str]) -> Iterator[str]:
+    """Say that folders called train or test give no splits."""
+    sides = [name for name in tops if split_name(name) in {"train", "test"}]
+    others = [name for name in tops if name not in sides]
+    if sides:
+        beside = f", since {listed(others)} lies beside" if others else ", since not both are there"
+        yield f"the folders {listed(sides)} are taken for categories, not for splits{beside}"
+
+
+def _inner_categories(path: Path, parts: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Say that all images lie in one folder, where it holds several that look like categories."""
+    folder, rest = path, [*parts]
+    while len({names[0] for names in rest}) == 1 and min(map(len, rest)) > 1:
+        folder, rest = folder / rest[0][0], [names[1:] for names in rest]
+    inner = {names[0] for names in rest if len(names) > 1}
+    if folder != path and len(inner) > 1:
+        yield f"all images lie in {folder}: give that folder for the categories {listed(sorted(inner))}"

@@ -49,6 +49,14 @@ def _check_names(what: str, values: Any, count: int) -> None:
         raise ImageError(expected(rule, len(values), f"Give {what} in image order"))
 
 
+def _gathered(remarks: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Return a sentence for each remark that was made of images, with their number and some of their names."""
+    of: dict[str, list[str]] = {}
+    for text, key in remarks:
+        of.setdefault(text, []).append(key)
+    return tuple(f"{len(keys)} images {text}: {listed(keys, 3)}" for text, keys in of.items() if text)
+
+
 @dataclass(frozen=True)
 class UnreadableImage:
     """An image that could not be decoded: its key, and the reason in words."""
@@ -522,10 +530,7 @@ class ImageSet:
         if not good:
             got = f"{len(bad)} unreadable ones ({listed([image.key for image in bad])}; {bad[0].reason})"
             raise ImageError(expected(f"at least one readable image in {self.name}", got, "Give other images"))
-        remarks: dict[str, list[str]] = {}
-        for index in good:
-            remarks.setdefault(found[index][1], []).append(self.keys[index])
-        said = tuple(f"{len(keys)} images {text}: {listed(keys, 3)}" for text, keys in remarks.items() if text)
+        said = _gathered((found[index][1], self.keys[index]) for index in good)
         known = tuple(found[index][0] for index in good)
         readable = self.take(good) if bad else self
         return replace(readable, path=self.path, notes=(*self.notes, *said), _known_digests=known), bad

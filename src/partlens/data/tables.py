@@ -150,21 +150,29 @@ def _folded(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().casefold())
 
 
+def _our_name(written: str, known: Sequence[str], *, same: bool) -> str | None:
+    """Return our name of a column, None where it is not known; ``same`` admits what others call it."""
+    folded = _folded(written)
+    named = folded if folded in known or not same else _SAME_AS.get(folded)
+    return named if named in known else None
+
+
+def _place_of(path: Path, header: Sequence[str], ours: Sequence[str | None], name: str) -> int:
+    """Return the place of a column in the header; of several the one that is written exactly so."""
+    places = [place for place, each in enumerate(ours) if each == name]
+    exact = [place for place in places if header[place] == name] or places
+    if len(exact) > 1:
+        got = " and ".join(header[place] for place in exact)
+        raise ImageError(expected(f"one column {name} in {path}", got, "Rename or delete one of them"))
+    return exact[0]
+
+
 def _our_names(path: Path, header: Sequence[str], known: Sequence[str]) -> dict[int, str]:
     """Return our name of each column of a header that is known; one that is written exactly so comes first."""
-    found: dict[str, int] = {}
-    for place, name in enumerate(header):
-        ours = _folded(name)
-        if ours not in known and _SAME_AS.get(ours) in known and not any(_folded(n) == _SAME_AS[ours] for n in header):
-            ours = _SAME_AS[ours]
-        if ours not in known:
-            continue
-        before = header[found[ours]] if ours in found else None
-        if before is not None and (before == ours) == (name == ours):
-            rule = f"one column {ours} in {path}"
-            raise ImageError(expected(rule, f"{before} and {name}", "Rename or delete one of them"))
-        if before is None or name == ours:
-            found[ours] = place
+    plain = [_our_name(name, known, same=False) for name in header]
+    same = [_our_name(name, known, same=True) for name in header]
+    ours = [first or (second if second not in plain else None) for first, second in zip(plain, same, strict=True)]
+    found = {name: _place_of(path, header, ours, name) for name in dict.fromkeys(ours) if name is not None}
     spare = [name for name in _CATEGORY_COLUMNS if name in found][1:]  # the first one says what an image shows
     return {place: name for name, place in found.items() if name not in spare}
 

@@ -51,8 +51,8 @@ def _unwrapped_state(content: Any, where: str, depth: int = _DEPTH) -> Mapping[s
     if not isinstance(content, Mapping) or not depth:
         raise WeightsError(expected(rule, type(content).__name__, remedy))
     usual = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping) and content[name]]
-    fitting = usual or [name for name, value in content.items() if _is_state(value)]
-    if not usual and len(fitting) != 1:
+    fitting = usual[:1] or [name for name, value in content.items() if _is_state(value)]
+    if len(fitting) != 1:
         got = f"several: {listed(fitting)}" if fitting else f"the entries {listed(list(map(str, content)))}"
         raise WeightsError(expected(rule, got, "Save the one that is meant, as safetensors"))
     return _unwrapped_state(content[fitting[0]], where, depth - 1)

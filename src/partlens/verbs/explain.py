@@ -397,14 +397,27 @@ def _part_classes(
     return [str(output) for output in shared], notes
 
 
+def _one_by_one(images: Any) -> list[Any]:
+    """Return what is to be explained as a list: one file, picture or array, or several of them."""
+    if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4:
+        return [images]
+    if not isinstance(images, Iterable):
+        raise InputTypeError(expected("images to explain", type(images).__name__, "Give files, a folder or arrays"))
+    return list(images)
+
+
+def _folder_files(folder: Path, show: Progress) -> tuple[Path, ...]:
+    readable, dropped = ImageSet.from_folder(folder).readable()
+    for text in (*(f"skipped {folder / each.key}: {each.reason}" for each in dropped), *readable.notes):
+        show.say(text)
+    return readable.files
+
+
 def _image_files(images: Any, show: Progress) -> ImageSet:
     """Return the images to explain; of folders the files that can be read, the others are told."""
     if isinstance(images, ImageSet):
         return images
-    one = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4
-    if not one and not isinstance(images, Iterable):
-        raise InputTypeError(expected("images to explain", type(images).__name__, "Give files, a folder or arrays"))
-    given = [images] if one else list(images)
+    given = _one_by_one(images)
     named = [isinstance(each, (str, os.PathLike)) for each in given]
     if given and not any(named):
         return ImageSet.from_arrays(given)
@@ -413,13 +426,7 @@ def _image_files(images: Any, show: Progress) -> ImageSet:
         raise InputTypeError(expected("files alone or pictures alone to explain", kinds, "Explain them in two calls"))
     files: list[Path] = []
     for path in map(Path, given):
-        if not path.is_dir():
-            files.append(path)  # one that was named has to be there
-            continue
-        readable, dropped = ImageSet.from_folder(path).readable()
-        files += readable.files
-        for text in (*(f"skipped {path / each.key}: {each.reason}" for each in dropped), *readable.notes):
-            show.say(text)
+        files += _folder_files(path, show) if path.is_dir() else [path]  # one that was named has to be there
     if not files:
         raise ImageError(expected("at least 1 image to explain", 0, "Name image files or a folder"))
     return ImageSet.from_files(files)
