@@ -16,6 +16,7 @@ from partlens.attribution.record import ExplanationRecord
 from partlens.evaluation.results import Evaluation, Gallery
 from partlens.explainer.record import ExplainerRun, History
 from partlens.metrics.scores import LOCALISATION, SCORES
+from partlens.object_parts.inspection import InspectRecord
 from partlens.object_parts.record import PartsFile
 from partlens.records import Record, Value
 from partlens.selection.record import SelectionRecord
@@ -102,6 +103,7 @@ def scores() -> list[str]:
 
 EVALUATED: dict[type[Record], str] = {Evaluation: "evaluation.json", Gallery: "gallery/gallery.json"}
 WRITTEN: dict[type[Record], str] = {
+    InspectRecord: "inspect.json",
     ExplainerRun: "run.json",
     History: "history.json",
     PartsFile: "parts.json",

@@ -243,7 +243,10 @@ def _answer(network: nn.Module, images: Tensor, name: str) -> Any:
         return network(images)
     except Exception as error:  # a network may raise anything
         rule = f"{name} to take images of shape {tuple(images.shape)}"
-        remedy = "Correct its preprocessing; wrap a network of other inputs in one that takes the images alone"
+        remedy = (
+            "Correct its preprocessing, as with Preprocessing(channels=1); wrap a network of other inputs in one that "
+            "takes the images alone"
+        )
         raise LayerError(expected(rule, first_line(error).rstrip("."), remedy)) from error
 
 
