@@ -15,6 +15,7 @@ from partlens.explainer.network import build_explainer, explainer_structure, per
 from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
 from partlens.object_parts.contributions import (
+    MOST_PLAYERS,
     PartContributions,
     Tracks,
     class_score,
@@ -63,6 +64,15 @@ def test_shapley_values_match_the_mean_over_all_orders(some: Tracks) -> None:
     assert torch.allclose(found.parts.float(), mean[:, :3], atol=1e-5)
     assert torch.allclose(found.ordinary.float(), mean[:, 3], atol=1e-5)
     assert torch.allclose(found.parts.sum(1) + found.ordinary, found.score - found.baseline, atol=1e-9)
+
+
+@pytest.mark.parametrize("wrong", [0, MOST_PLAYERS])
+def test_one_part_to_as_many_as_can_be_enumerated(some: Tracks, wrong: int) -> None:
+    alone = part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), 1)
+    assert torch.allclose(alone.parts[:, 0] + alone.ordinary, alone.score - alone.baseline, atol=1e-9)
+    part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), MOST_PLAYERS - 1)
+    with pytest.raises(InputError, match=f"Expected 1 to {MOST_PLAYERS - 1} parts, got {wrong}"):
+        part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), wrong)
 
 
 def test_removal_is_the_fall_of_the_score(some: Tracks) -> None:
