@@ -210,7 +210,8 @@ class LaterParts:
         """Return the places of all candidates in a view, as shares of its sides."""
         found = []
         for some in self.everyone.split(_PHOTOS_AT_ONCE):
-            maps = self.view(some, number).clamp(min=0)
+            # Cells lie side by side in memory, so that no dictionary copies them.
+            maps = self.view(some, number).clamp(min=0).contiguous(memory_format=torch.channels_last)
             found.append(torch.cat([centroids(part_codes(maps, parts)) for parts in self.dictionaries], 1))
         return torch.cat(found)
 

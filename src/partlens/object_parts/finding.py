@@ -4,11 +4,12 @@
    photos. Each filter is divided by its standard deviation, so that no few strong ones decide. A part's place in a view
    is the centroid of its codes, squared.
 2. *Choice.* A candidate's movement is the mean squared error of its place under crops and mirrors over the variance of
-   the place; what it adds is the share of that variance that the places of the parts already chosen do not foretell (by
-   linear regression). The next part is the one of least ``movement / adds^variety``.
-3. *Number.* The photos support a part that adds more than half of its variance, and more than its error (else a place
-   that never moves would say as much). A part must also be found again in both halves of the photos: its place there
-   must be more like its own than in 95 of 100 shuffles of the photos.
+   the place. Those of least movement are taken, each with a penalty for moving like those already taken
+   (`partlens.explainer.teachers.part_teachers`).
+3. *Number.* What a part adds is the share of its place's variance that the places of the parts before it do not
+   foretell, by linear regression. The photos support a part that adds more than half, and more than its movement
+   (else a place that never moves would say as much), and that is found again in both halves of the photos: its place
+   there must be more like its own than in 95 of 100 shuffles of the photos.
 4. *Places* are the mean of the photo and its mirror. Crops are left out of them: they cut parts off.
 
 What is found are directions of the later layer, so that the places of the same parts are known on any further photo.
@@ -30,9 +31,9 @@ from partlens.errors import LayerError, expected
 from partlens.explainer.teachers import (
     LaterParts,
     centroids,
-    followed,
     mean_correlation,
     part_codes,
+    part_teachers,
     place_correlations,
     places_in_photo,
 )
@@ -47,7 +48,7 @@ _SHUFFLES = 100
 _LEVEL = 0.95
 _LEAST_HALF = 4
 _NEW = 0.5
-"""A part adds more of its variance than the others foretell."""
+"""Least share that a part adds: more than the others foretell."""
 _LITTLE = 1e-6
 
 Views = Callable[[Int[Tensor, " photo"], int], Sequence[Tensor]]
@@ -149,18 +150,19 @@ def find_parts(
     """
     everyone = torch.arange(len(windows))
     scale = _filter_scale(views, len(windows))
-    finder, movement = _search(views, everyone, windows, scale, settings, generator)
+    finder, movement = search(views, everyone, windows, scale, settings, generator)
     maps = views(everyone, 0)
     places = finder(maps)
     halves = everyone[torch.randperm(len(everyone), generator=generator)].chunk(2)
     again = [
-        _search(views, half, windows[half], scale, settings, generator)[0](maps)
+        search(views, half, windows[half], scale, settings, generator)[0](maps)
         for half in halves
         if len(half) >= _LEAST_HALF
     ]
-    stability, supported = _found_again(places, again, generator)
-    order = (~supported).int().argsort(stable=True)[: max(settings.parts_min, int(supported.sum()))]
-    kept = order[movement[order].argsort(stable=True)].tolist()
+    stability, repeated = _found_again(places, again, generator)
+    order = [part for part in supported(places, movement) if repeated[part]]
+    order += [part for part in range(len(movement)) if part not in order][: max(0, settings.parts_min - len(order))]
+    kept = sorted(order, key=movement.tolist().__getitem__)
     finder = finder.only(kept)
     if windows.shape[1] > 1:
         mirror = places_in_photo(finder(views(everyone, 1)), windows[:, 1])
@@ -183,7 +185,7 @@ def _filter_scale(views: Views, photos: int) -> Float[Tensor, " filter"]:
     return torch.where(spread > 0, spread, 1.0)
 
 
-def _search(
+def search(
     views: Views,
     photos: Int[Tensor, " photo"],
     windows: Float[Tensor, "photo view 5"],
@@ -193,11 +195,10 @@ def _search(
 ) -> tuple[PartFinder, Float[Tensor, " part"]]:
     """Choose parts of some photos, in the order of their choice; return their finder and their movement."""
     source = LaterParts(lambda some, view: _scaled(views(photos[some], view)[0], scale), len(photos), generator, _SIZES)
-    places, _, movement = followed(source, windows)
-    chosen = _choice(places, movement, settings)
+    taught = part_teachers(source, windows, settings.parts_max, settings.variety)
     numbered = [(n, row) for n, directions in enumerate(source.dictionaries) for row in range(len(directions))]
     finder = PartFinder(scale, tuple(source.dictionaries), tuple(numbered))
-    return finder.only(chosen), movement[chosen]
+    return finder.only(taught.chosen), taught.movement
 
 
 def added(places: Float[Tensor, "photo part 2"], chosen: Sequence[int]) -> Float[Tensor, " part"]:
@@ -219,23 +220,16 @@ def added(places: Float[Tensor, "photo part 2"], chosen: Sequence[int]) -> Float
     return adds.float()
 
 
-def _choice(
-    places: Float[Tensor, "photo part 2"], movement: Float[Tensor, " part"], settings: FindingConfig
-) -> list[int]:
-    """Choose the parts that the photos support, and at least ``parts_min``."""
-    chosen: list[int] = []
-    while len(chosen) < min(settings.parts_max, len(movement)):
-        adds = added(places, chosen).clamp(min=_LITTLE)
-        cost = movement / adds**settings.variety
-        supported = (movement < adds) & (adds > _NEW)
-        supported[chosen] = False
-        if bool(supported.any()):
-            cost[~supported] = torch.inf
-        elif len(chosen) >= settings.parts_min:
-            break
-        cost[chosen] = torch.inf
-        chosen.append(int(cost.argmin()))
-    return chosen
+def supported(places: Float[Tensor, "photo part 2"], movement: Float[Tensor, " part"]) -> list[int]:
+    """Return which parts, in their order, add more than half of their variance to those before, and more than they err.
+
+    The first one always does, unless it moves no better than a place that stays.
+    """
+    kept: list[int] = []
+    for part, error in enumerate(movement.tolist()):
+        if max(error, _NEW) < float(added(places, kept)[part]):
+            kept.append(part)
+    return kept
 
 
 def _found_again(

@@ -22,12 +22,12 @@ class FindingConfig(Settings):
     Attributes:
         parts_min: fewest parts of a category.
         parts_max: most parts of a category.
-        variety: how much it counts what a part adds to the places of those already chosen; 0 is not at all.
+        variety: what a part pays for moving like the parts already chosen.
     """
 
     parts_min: int = Field(2, ge=1)
     parts_max: int = Field(8, ge=1)
-    variety: float = Field(0.5, ge=0)
+    variety: float = Field(0.7, ge=0)
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
