@@ -10,7 +10,7 @@ import pytest
 STUDY = runpy.run_path(str(Path(__file__).parents[1] / "studies" / "verdicts.py"))
 
 
-@pytest.mark.parametrize("name", ["watermark", "texture", "two parts"])
+@pytest.mark.parametrize("name", ["watermark", "texture"])
 def test_what_is_planted_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     world = STUDY["WORLDS"][name]
     monkeypatch.setitem(STUDY["verdicts"].__globals__, "CONFIG", {"photos": 40, "measured": 24, "views": 3})

@@ -99,6 +99,7 @@ def test_windows_on_and_beside_the_object_stay_there() -> None:
     left = TapMaps(add_up, torch.zeros(PHOTOS, 2, SIDE, SIDE), torch.zeros(2, SIDE, SIDE))
     left.maps[:, 0, :, :5] = 1.0
     found = kept_by_kind(left, whole_photos(left), PLACES, draws(), objects=objects)
+    # A tenth of the image at the middle of the object, which is half of the image: all of it is on the object.
     assert found.score["object"][1:, 0].tolist() == pytest.approx([0.2] * (PHOTOS - 1))
     assert found.score["off_object"][1:, 0].tolist() == [0.0] * (PHOTOS - 1)
     assert math.isnan(float(found.score["object"][0, 0]))

@@ -45,6 +45,13 @@ def test_windows_at_the_parts_that_keep_more_than_all_others_are_parts() -> None
     assert verdict.advantage.n == PHOTOS
 
 
+def test_the_sentence_speaks_of_the_area_at_which_the_parts_are_furthest_above() -> None:
+    kept = measured(0.3)
+    kept.score["parts"][:, 1] += 0.2
+    verdict = judged(kept, grid(0.2, 0.3), APART, draws())
+    assert "20% of the image around 3 parts" in sentence("fox", verdict, kept, (1, 3, 2, 2))
+
+
 def test_parts_that_all_stand_in_one_place_may_be_the_whole_object_where_that_is_not_known() -> None:
     together = 0.5 + 0.05 * torch.rand(PHOTOS, 3, 2, generator=draws())
     verdict = judged(measured(0.5), grid(0.2, 0.3), together, draws())
@@ -63,14 +70,14 @@ def test_parts_that_keep_less_than_everything_else_are_texture_or_the_whole() ->
     kept.score["rest"] = noisy(0.6, 30)
     verdict = judged(kept, grid(0.2, 0.3), APART, draws())
     assert (verdict.kind, verdict.reason) == ("texture", "rest")
-    assert "everything outside keeps" in sentence("elephant", verdict, kept, 2)
+    assert "everything outside keeps" in sentence("elephant", verdict, kept, (2, 2, 2, 2))
 
 
 def test_a_place_that_is_the_same_in_all_photos_is_something_beside_the_object() -> None:
     verdict = judged(measured(0.2), grid(0.1, 0.6, where=12), APART, draws())
     assert (verdict.kind, verdict.reason) == ("elsewhere", "fixed")
     assert verdict.fixed == (0.875, 0.125)
-    words = sentence("fox", verdict, measured(0.2), 1)
+    words = sentence("fox", verdict, measured(0.2), (1, 1, 1, 1))
     assert "always at the bottom left" in words
     assert f"n = {PHOTOS}" in words
 
@@ -92,7 +99,7 @@ def test_parts_that_keep_no_more_than_any_window_on_the_object_are_texture() -> 
 def test_too_few_photos_are_undecided() -> None:
     verdict = judged(measured(0.5, photos=7), grid(0.2, 0.3, photos=7), APART, draws())
     assert (verdict.kind, verdict.reason) == ("undecided", "few")
-    assert "8 are needed" in sentence("fox", verdict, measured(0.5, photos=7), 1)
+    assert "8 are needed" in sentence("fox", verdict, measured(0.5, photos=7), (1, 1, 1, 1))
 
 
 def test_photos_that_could_not_tell_even_the_best_window_from_chance_are_undecided() -> None:

@@ -76,11 +76,6 @@ class Account:
     shares: Shares
     verdict: Verdict
 
-    @property
-    def said_windows(self) -> int:
-        """At how many parts the windows stand that the sentence speaks of."""
-        return self.windows[AREAS.index(SAID_AREA)]
-
 
 def account_of(
     seen: TapMaps,

@@ -107,7 +107,7 @@ class KeptCurves(Value):
         rest: everything outside the windows at the parts.
         ceiling: the best single window of each photo, among sixteen.
         annotated: windows at annotated parts.
-        object: windows at random places on the object.
+        object: a window at the best of nine places on the object.
         off_object: windows at random places beside the object.
     """
 

@@ -32,6 +32,7 @@ _CHUNK = 64  # masked maps that go through the upper layers together
 _LITTLE = 1e-6
 _ON_OBJECT = 0.5  # of a cell
 _MOST_WINDOWS = 4
+_ACROSS_OBJECT = 3
 
 Upper = Callable[[Tensor], Tensor]
 """The performer's layers above the tap: maps to scores (image, output)."""
@@ -183,7 +184,7 @@ class KeptByKind:
 NULLS = ("other_photos", "random", "centre")
 """Windows for comparison that know nothing of the parts in a photo."""
 OBJECT_KINDS = ("object", "off_object")
-"""Windows at random places on the object and beside it, where masks or boxes say where it is."""
+"""A window at one place of the object, and windows beside it, where masks say where it is."""
 
 
 def kept_by_kind(
@@ -208,7 +209,8 @@ def kept_by_kind(
         draws: of other photos and of random places, averaged.
         annotated: places of annotated parts, NaN where they are unknown; optional.
         objects: how much of each cell is the object, NaN for photos where it is not known; optional. Windows of the
-            kinds ``object`` and ``off_object`` stand at random places on it and beside it.
+            kinds ``object`` and ``off_object`` stand at the one of nine places on it that keeps most, and at random
+            places beside it.
     """
     kinds = _kinds(places, generator, draws, annotated)
     unknown = _unknown(annotated, objects)
@@ -221,19 +223,21 @@ def kept_by_kind(
         }
         masks["rest"] = [~masks["parts"][0]]
         if objects is not None:
-            background = objects < _ON_OBJECT
-            inside = [_places_on(objects, count, generator) for _ in range(draws)]
-            masks["object"] = [windows_elsewhere(background, each, area) for each in inside]
+            masks["object"] = [windows_at(each, taps.grid, area) for each in _places_on(objects)]
             masks["off_object"] = [windows_elsewhere(objects > 0, each[:, :count], area) for each in kinds["random"]]
         found = kept(taps, whole, torch.stack(list(itertools.chain.from_iterable(masks.values())), 1))
         first = 0
         for kind, several in masks.items():
             columns = slice(first, first + len(several))
-            mean = found.score[:, columns].mean(1)
+            kept_here, right = found.score[:, columns], found.decision[:, columns].double()
+            if kind == "object":  # of the places on the object, the one that keeps most: as a part would be chosen
+                best = kept_here[~unknown[kind]].nanmedian(0).values.nan_to_num(-torch.inf).argmax()
+                kept_here, right = kept_here[:, best, None], right[:, best, None]
+            mean = kept_here.mean(1)
             if kind in unknown:
                 mean = torch.where(unknown[kind], torch.nan, mean)
             score.setdefault(kind, []).append(mean)
-            decision.setdefault(kind, []).append(found.decision[:, columns].double().mean(1))
+            decision.setdefault(kind, []).append(right.mean(1))
             first += len(several)
     return KeptByKind(
         {kind: torch.stack(values, 1) for kind, values in score.items()},
@@ -241,14 +245,18 @@ def kept_by_kind(
     )
 
 
-def _places_on(
-    objects: Float[Tensor, "photo row col"], count: int, generator: torch.Generator
-) -> Float[Tensor, "photo place 2"]:
-    """Draw places on the object: middles of cells, each as likely as it is covered."""
-    chance = objects.nan_to_num(1.0).flatten(1) + _LITTLE
-    cells = torch.multinomial(chance, count, replacement=True, generator=generator)
-    rows, cols = objects.shape[1:]
-    return torch.stack([(cells // cols + 0.5) / rows, (cells % cols + 0.5) / cols], -1)
+def _places_on(objects: Float[Tensor, "photo row col"]) -> list[Float[Tensor, "photo 1 2"]]:
+    """Return nine places on the object, three by three over the box around its cells."""
+    held = objects.nan_to_num(1.0) >= _ON_OBJECT
+    found = []
+    for axis, side in ((2, objects.shape[1]), (1, objects.shape[2])):
+        line = held.any(axis)
+        first = line.int().argmax(1)
+        last = side - line.flip(1).int().argmax(1)
+        found.append((first / side, (last - first) / side))
+    (top, high), (left, wide) = found
+    steps = [(number + 0.5) / _ACROSS_OBJECT for number in range(_ACROSS_OBJECT)]
+    return [torch.stack([top + r * high, left + c * wide], -1)[:, None] for r in steps for c in steps]
 
 
 def _unknown(annotated: Tensor | None, objects: Tensor | None) -> dict[str, Bool[Tensor, " photo"]]:

@@ -10,9 +10,9 @@ at random, and an advantage counts where it is above the 95 % quantile of what c
   the parts, than random windows and than one in the centre: what stands still while objects move is no part of them;
   or, where masks or boxes say where the object is, where windows beside it keep more than windows on it;
 - *parts* where the windows at the parts keep more than each kind for comparison: the same windows laid on other
-  photos, random ones, one in the centre, and windows anywhere on the object; and where 30 % of the image at the parts
-  keep more than the other 70 %. Where the object is not known, there must be parts in two places at least: what stands
-  in one place alone may as well be the whole object;
+  photos, random ones, one in the centre, and one at the best of nine places on the object; and where 30 % of the image
+  at the parts keep more than the other 70 %. Where the object is not known, there must be parts in two places at least:
+  what stands in one place alone may as well be the whole object;
 - *texture*, or the whole, where one of these fails, although the photos are enough to tell the best single window of
   each photo from the windows for comparison;
 - *undecided* where they are not enough.
@@ -21,7 +21,7 @@ at random, and an advantage counts where it is above the 95 % quantile of what c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -205,21 +205,25 @@ def _kind(
     return "undecided", "unsure"
 
 
-def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: int) -> str:
+def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: Sequence[int]) -> str:
     """Say the verdict with its numbers and n.
 
     Args:
         name: of the category; empty where all photos are one.
         verdict: what was found.
         kept: what windows keep.
-        windows: parts that the windows of :data:`SAID_AREA` stand at.
+        windows: at how many parts the windows of each area stand.
+
+    Of parts the area is told at which they are furthest above the best kind for comparison.
     """
     what = name or "these photos"
     at = AREAS.index(SAID_AREA)
+    if verdict.kind == "parts":
+        at = int((curve(kept.score["parts"]) - curve(kept.score[verdict.best_null])).nan_to_num(-1.0).argmax())
     parts, null = (_percent(float(curve(kept.score[kind])[at])) for kind in ("parts", verdict.best_null))
-    around = "one part" if windows == 1 else f"{windows} parts"
-    numbers = f"{SAID_AREA:.0%} of the image around {around} keeps {parts} of the score"
-    other = f"{_NAMES[verdict.best_null]} keep{'s' if verdict.best_null == 'centre' else ''} {null}"
+    around = "one part" if windows[at] == 1 else f"{windows[at]} parts"
+    numbers = f"{AREAS[at]:.0%} of the image around {around} keeps {parts} of the score"
+    other = f"{_NAMES[verdict.best_null]} keep{'s' if verdict.best_null in _ONE else ''} {null}"
     n = f"n = {verdict.photos}"
     if verdict.kind == "parts":
         return f"The network knows {what} by parts: {numbers}; {other} ({n})."
@@ -243,17 +247,18 @@ def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: int) -> str
     return f"Undecided: the photos of {what} are too few to tell parts from chance: {numbers}; {other} ({n})."
 
 
+_ONE = ("centre", "object")
 _PLAIN = {
     "other_photos": "the same places of other photos",
     "random": "random places",
     "centre": "the centre",
-    "object": "any places of the object",
+    "object": "the best of nine places on the object",
 }
 _NAMES = {
     "other_photos": "the same windows of other photos",
     "random": "random windows",
     "centre": "a window in the centre",
-    "object": "windows anywhere on the object",
+    "object": "the best of nine places on the object",
 }
 
 

@@ -195,7 +195,7 @@ def _record(
     return InspectedCategory(
         name=photos.name,
         verdict=verdict.kind,
-        sentence=sentence(photos.name, verdict, kept, account.said_windows),
+        sentence=sentence(photos.name, verdict, kept, account.windows),
         reason=verdict.reason,
         advantage=verdict.advantage,
         best_null=verdict.best_null,
