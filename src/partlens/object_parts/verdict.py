@@ -14,7 +14,7 @@ at random, and an advantage counts where it is above the 95 % quantile of what c
   at the parts keep more than the other 70 %. Where the object is not known, there must be parts in two places at least:
   what stands in one place alone may as well be the whole object;
 - *texture*, or the whole, where one of these fails, although the photos are enough to tell the best single window of
-  each photo from the windows for comparison;
+  each photo from random ones;
 - *undecided* where they are not enough.
 """
 
@@ -165,7 +165,7 @@ def judged(
     advantage, best = advantage_of(kept, nulls, generator)
     fixed, place = fixed_window(grid)
     photos = int((~parts.isnan().any(1)).sum())
-    kind, reason = _kind(kept, grid, fixed, against, best, photos, generator)
+    kind, reason = _kind(kept, grid, fixed, against, photos, generator)
     if kind == "parts" and not _more_than_the_rest(kept, generator):
         kind, reason = "texture", "rest"
     elif kind == "parts" and "object" not in kept.score and not in_several_places(places):
@@ -185,7 +185,6 @@ def _kind(
     grid: Tensor,
     fixed: Curve,
     against: Mapping[str, Compared],
-    best: str,
     photos: int,
     generator: torch.Generator,
 ) -> tuple[Kind, Reason]:
@@ -200,7 +199,7 @@ def _kind(
     if all(one.counts for one in against.values() if math.isfinite(one.value)):
         return "parts", ""
     ceiling = grid.amax(2)
-    if compared(ceiling, kept.score[best][:some], generator).counts:
+    if compared(ceiling, kept.score["random"][:some], generator).counts:
         return "texture", ""
     return "undecided", "unsure"
 
