@@ -30,9 +30,11 @@ def measured(parts: float, others: float = 0.2, photos: int = PHOTOS, spread: fl
     return KeptByKind(score, {kind: values > 0.5 for kind, values in score.items()})
 
 
-def grid(level: float, best: float = 0.0, where: int | None = None, photos: int = PHOTOS) -> Tensor:
+def grid(
+    level: float, best: float = 0.0, where: int | None = None, photos: int = PHOTOS, spread: float = 0.1
+) -> Tensor:
     """Sixteen windows of one level; ``best`` more at one place, of every photo or of each its own."""
-    found = noisy(level, 9, photos)[..., None].repeat(1, 1, 16)
+    found = noisy(level, 9, photos, spread)[..., None].repeat(1, 1, 16)
     for photo in range(photos):
         found[photo, :, photo % 16 if where is None else where] += best
     return found
@@ -103,7 +105,7 @@ def test_too_few_photos_are_undecided() -> None:
 
 
 def test_photos_that_could_not_tell_even_the_best_window_from_chance_are_undecided() -> None:
-    verdict = judged(measured(0.2, photos=9, spread=2.0), grid(0.0, 0.01, photos=9), APART, draws())
+    verdict = judged(measured(0.2, photos=9, spread=2.0), grid(0.0, 0.01, photos=9, spread=2.0), APART, draws())
     assert (verdict.kind, verdict.reason) == ("undecided", "unsure")
 
 
