@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from partlens.attribution.backprop import backward_signals, guided_backprop, heat_map
-from partlens.attribution.rules import rewritten, strided_gradient
+from partlens.attribution.rules import rewritten
+from partlens.attribution.strides import strided_gradient
 from partlens.errors import InputError, InputTypeError, LayerError
 from partlens.network.performer import Performer, weights_sha256
 from partlens_papers.flowers.lattice import lattice_energy_frac, lattice_index

@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from partlens.attribution.backprop import backward_signals, guided_backprop
-from partlens.attribution.rules import strided_gradient
+from partlens.attribution.strides import strided_gradient
 from partlens.errors import PartlensWarning
 
 

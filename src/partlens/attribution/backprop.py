@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from partlens.attribution.rules import POOLINGS, RULES, STRIDES, Pooling, Rule, Strides, rewritten
+from partlens.attribution.rules import POOLINGS, RULES, Pooling, Rule, rewritten
+from partlens.attribution.strides import STRIDES, Strides
 from partlens.errors import (
     InputError,
     InputTypeError,
@@ -335,7 +336,7 @@ def guided_backprop(
         filters: one filter of ``layer``, or several (a list, an array, a tensor). Fully connected layers have maps of
             one cell.
         rule: ``"guided"``, ``"deconvnet"`` or ``"gradient"``, see `partlens.attribution.rules.rewritten`.
-        fix_strides: whether strided convolutions leave no lattice (`partlens.attribution.rules.strided_gradient`):
+        fix_strides: whether strided convolutions leave no lattice (`partlens.attribution.strides.strided_gradient`):
             ``True`` or ``"nearest"`` as the authors do, which moves structures by about half a stride in every
             strided layer; ``"aligned"``, linear between the true places of the windows, which does not; ``False``
             for the true gradient. With strides of 1 the result is the same bit for bit.

@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from partlens.attribution.activations import Activation, Activations, activations, kind_of, nodes_behind
+from partlens.attribution.strides import Strided, Strides, at_stride, axes, stretched
 from partlens.errors import LayerError, expected
 
 Rule = Literal["guided", "deconvnet", "gradient"]
 Pooling = Literal["route", "overwrite", "resample"]
-Strides = Literal["nearest", "aligned"]
 
 RULES: tuple[Rule, ...] = ("guided", "deconvnet", "gradient")
 POOLINGS: tuple[Pooling, ...] = ("route", "overwrite", "resample")
-STRIDES: tuple[Strides, ...] = ("nearest", "aligned")
 
 _MAX_POOLS = {"MaxPool2DWithIndicesBackward": 2, "MaxPool3DWithIndicesBackward": 3}
 _MEAN_POOLS = {"AvgPool2DBackward": 2, "AvgPool3DBackward": 3}
@@ -70,180 +67,6 @@ def _through_product(activation: Activation) -> _Replacement:
     return replace
 
 
-def stretched(signal: Tensor, size: Sequence[int], stride: Sequence[int], strides: Strides = "nearest") -> Tensor:
-    """Resize a signal from a strided operation's output to what it would be with stride 1, its total kept.
-
-    ``"nearest"`` is the authors' way: cell ``j`` takes the value of cell ``floor((j + 0.5) · n / size)``, as MATLAB's
-    ``imresize`` does and PyTorch calls ``nearest-exact``. ``"aligned"``: cell ``j`` lies at ``j / stride`` between the
-    windows that were really computed, and takes its value by linear interpolation.
-    """
-    for axis, (wanted, have, step) in enumerate(zip(size, signal.shape[2:], stride, strict=True), start=2):
-        spread = _stretching(have, wanted, step, strides).to(signal)
-        if axis == signal.ndim - 1:
-            signal = signal @ spread.T
-        elif axis == signal.ndim - 2:
-            signal = spread @ signal
-        else:
-            signal = (signal.movedim(axis, -1) @ spread.T).movedim(-1, axis)
-    return signal
-
-
-@functools.lru_cache(maxsize=256)
-def _stretching(have: int, wanted: int, step: int, strides: Strides) -> Tensor:
-    """Return the matrix that stretches one axis of a signal: a row for each of the ``wanted`` cells."""
-    one = torch.eye(have, dtype=torch.float64)[None]
-    # Divided by the mean number of repeats, branches with different numbers of strided convolutions (one next to a
-    # strided pooling, say) still add in the proportions of the true gradient.
-    if strides == "nearest":
-        return F.interpolate(one, size=wanted, mode="nearest-exact")[0].T * (have / wanted)
-    spanned = (have - 1) * step + 1
-    between = F.interpolate(one, size=spanned, mode="linear", align_corners=True)[0].T
-    # Cells that no strided window reached take the last window's value; with ceil_mode one may lie outside.
-    return between[torch.arange(wanted).clamp(max=spanned - 1)] * (have / wanted)
-
-
-def strided_gradient(
-    signal: Float[Tensor, "image filter ..."],
-    weight: Float[Tensor, "filter slice ..."],
-    input_size: Sequence[int],
-    *,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int = 1,
-    strides: Strides = "nearest",
-) -> Float[Tensor, "image channel ..."]:
-    """Data gradient of a strided convolution without the lattice that its stride leaves.
-
-    ``S = H + 2·padding - dilation·(kernel - 1)`` cells is what the convolution would give with stride 1, ``H`` its
-    input's cells. The signal that arrives at its output is resized to ``S`` (`stretched`), then goes through the
-    ordinary stride-1 data gradient with the same weights.
-
-    Source:
-        Oramas et al., ICLR 2019, the released code, which computes ``S`` from the *network's* input and is therefore
-        right for a first layer without padding only. Here it is computed from each layer's own input. The division
-        in `stretched` is ours; in a chain it changes a factor alone.
-
-    Example:
-        >>> ones = torch.ones(1, 1, 3, 3)
-        >>> pointwise = torch.ones(1, 1, 1, 1)
-        >>> grad = strided_gradient(ones, pointwise, (6, 6), stride=(2, 2), padding=(0, 0), dilation=(1, 1))
-        >>> grad.unique().tolist()
-        [0.25]
-    """
-    size = [
-        cells + 2 * pad - gap * (kernel - 1)
-        for cells, pad, gap, kernel in zip(input_size, padding, dilation, weight.shape[2:], strict=True)
-    ]
-    dense = stretched(signal, size, stride, strides)
-    result = _transposed(len(size))(dense, weight, padding=tuple(padding), dilation=tuple(dilation), groups=groups)
-    if tuple(result.shape[2:]) != tuple(input_size):
-        raise LayerError(
-            expected(
-                f"a signal of the convolution's input size {tuple(input_size)}",
-                f"{tuple(result.shape[2:])}",
-                "Use fix_strides=False and report the layer",
-            )
-        )
-    return result
-
-
-def _transposed(count: int) -> Callable[..., Tensor]:
-    """Return the transposed convolution over as many axes."""
-    convolutions: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-    return convolutions[count - 1]
-
-
-def _axes(value: Any, count: int) -> tuple[int, ...]:
-    values = tuple(int(v) for v in value)
-    return values * count if len(values) == 1 else values
-
-
-class _Strided:
-    """What is known of the strided convolution of a node."""
-
-    def __init__(self, node: Any) -> None:
-        self.node = node
-        self.weight = node._saved_weight.detach()  # noqa: SLF001
-        count = self.weight.ndim - 2
-        self.stride = _axes(node._saved_stride, count)  # noqa: SLF001
-        self.padding = _axes(node._saved_padding, count)  # noqa: SLF001
-        self.dilation = _axes(node._saved_dilation, count)  # noqa: SLF001
-        self.groups = int(node._saved_groups)  # noqa: SLF001
-
-    @classmethod
-    def of(cls, node: Any, kind: str) -> _Strided | None:
-        """Return it where a stride leaves a lattice."""
-        if kind != "ConvolutionBackward" or node._saved_transposed or max(node._saved_stride) == 1:  # noqa: SLF001
-            return None
-        made = cls(node)
-        # Windows that lie side by side (patch embeddings) leave no lattice. Those with gaps between them do.
-        return None if tuple(made.weight.shape[2:]) == made.stride and max(made.dilation) == 1 else made
-
-    def kernel(self) -> Tensor | None:
-        """Return the kernel with which the strided data gradient itself is that of a nearest-stretched signal.
-
-        Repeating each cell ``s`` times and then sliding the kernel over them is sliding, in steps of ``s``, the sum of
-        ``s`` kernels that lie a cell apart. That holds where each cell is repeated equally often.
-        """
-        sizes = zip(self.node._saved_input.shape[2:], self.weight.shape[2:], strict=True)  # noqa: SLF001
-        dense = [cells + 2 * pad - kernel + 1 for (cells, kernel), pad in zip(sizes, self.padding, strict=True)]
-        if max(self.dilation) > 1 or any(size % step for size, step in zip(dense, self.stride, strict=True)):
-            return None
-        exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        box = exact.new_full((1, 1, *self.stride), 1 / math.prod(self.stride))
-        summed = _transposed(len(self.stride))(exact.flatten(0, 1)[:, None], box)
-        return summed.reshape(*self.weight.shape[:2], *summed.shape[2:]).to(self.weight.dtype)
-
-    def replaces(self, strides: Strides) -> _Replacement:
-        """Return what replaces the data gradient."""
-
-        def replace(grads_in: _Grads, grads_out: _Grads) -> _Grads:
-            ordinary, arrived = grads_in[0], grads_out[0]
-            if ordinary is None or arrived is None:
-                return grads_in
-            fixed = strided_gradient(
-                arrived,
-                self.weight,
-                ordinary.shape[2:],
-                stride=self.stride,
-                padding=self.padding,
-                dilation=self.dilation,
-                groups=self.groups,
-                strides=strides,
-            )
-            return (fixed, *grads_in[1:])
-
-        return replace
-
-
-class _Exchanged:
-    """The kernel of a strided convolution, exchanged in the record while it is on; takes itself off."""
-
-    def __init__(self, weight: Tensor, kernel: Tensor) -> None:
-        self.weight, self.kernel, self.on = weight, kernel, True
-
-    def unpacked(self, _held: Any) -> Tensor:
-        return self.kernel if self.on else self.weight
-
-    def remove(self) -> None:
-        self.on = False
-
-
-def _at_stride(strided: _Strided, strides: Strides) -> Any:
-    """Hang the treatment on a strided convolution; return what takes it off."""
-    kernel = strided.kernel() if strides == "nearest" else None
-    if kernel is not None:
-        exchanged = _Exchanged(strided.node._saved_weight, kernel)  # noqa: SLF001
-        try:  # so that autograd computes one gradient instead of two
-            strided.node._raw_saved_weight.register_hooks(lambda held: held, exchanged.unpacked)  # noqa: SLF001
-        except RuntimeError:  # what is saved has hooks already, of a checkpoint or of an earlier treatment
-            pass
-        else:
-            return exchanged
-    return strided.node.register_hook(strided.replaces(strides))
-
-
 def _scattered(signal: Tensor, indices: Tensor, size: Sequence[int], *, add: bool) -> Tensor:
     """Bring a signal to the cells that ``indices`` name, adding up or letting the last window win."""
     flat, where = signal.flatten(2), indices.flatten(2)
@@ -262,8 +85,8 @@ def _scattered(signal: Tensor, indices: Tensor, size: Sequence[int], *, add: boo
 
 def _window(node: Any, count: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Kernel, stride and padding of a pooling, per axis."""
-    kernel = _axes(node._saved_kernel_size, count)  # noqa: SLF001
-    return kernel, _axes(node._saved_stride or kernel, count), _axes(node._saved_padding, count)  # noqa: SLF001
+    kernel = axes(node._saved_kernel_size, count)  # noqa: SLF001
+    return kernel, axes(node._saved_stride or kernel, count), axes(node._saved_padding, count)  # noqa: SLF001
 
 
 def _with_images(maps: Tensor, count: int) -> Tensor:
@@ -276,7 +99,7 @@ def _max_pool(node: Any, count: int, pooling: Pooling, strides: Strides) -> _Rep
     kernel, stride, padding = _window(node, count)
     if pooling == "resample" and max(stride) == 1:
         return None
-    dilation = _axes(node._saved_dilation, count)  # noqa: SLF001
+    dilation = axes(node._saved_dilation, count)  # noqa: SLF001
     given, indices = node._saved_self.detach(), node._saved_result1  # noqa: SLF001
 
     @functools.cache
@@ -407,8 +230,8 @@ def rewritten(
                 continue
             if looked_into and _opaque(node, kind):
                 handles.append(node.register_prehook(_refuse(kind)))
-            elif strides and (strided := _Strided.of(node, kind)) is not None:
-                handles.append(_at_stride(strided, strides))
+            elif strides and (strided := Strided.of(node, kind)) is not None:
+                handles.append(at_stride(strided, strides))
             elif (replace := _resampled(node, kind, strides, pooling)) is not None:
                 handles.append(node.register_hook(replace))
         yield known.note
