@@ -124,7 +124,7 @@ def finding_layers(performer: Performer) -> tuple[str, ...]:
     Raises:
         LayerError: no layer has such maps.
     """
-    maps = [layer for layer in performer.layers if len(layer.shape) == 3 and "Pool" not in layer.kind]
+    maps = [layer for layer in performer.layers if layer.has_maps and "Pool" not in layer.kind]
     fine = [layer for layer in maps if min(layer.shape[1:]) >= _LEAST_CELLS]
     if not fine:
         rule = f"a layer of {performer.name} with maps of at least {_LEAST_CELLS}x{_LEAST_CELLS} cells"

@@ -44,18 +44,18 @@ class TapMaps:
 
     Attributes:
         upper: from maps to the performer's scores.
-        maps: at the tap.
+        maps: at the tap; rows below those of ``nothing`` hold tokens without a place, which stay as they are.
         nothing: what a cell is set to: zero after a ReLU; else the mean map of photos.
     """
 
     upper: Upper
-    maps: Float[Tensor, "photo filter row col"]
+    maps: Float[Tensor, "photo filter read_row col"]
     nothing: Float[Tensor, "filter row col"]
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns."""
-        return self.maps.shape[2], self.maps.shape[3]
+        return self.nothing.shape[1], self.nothing.shape[2]
 
     def take(self, photos: Int[Tensor, " chosen"] | slice) -> TapMaps:
         """Return the maps of some of the photos."""
@@ -136,7 +136,9 @@ def _scores(taps: TapMaps, keep: Bool[Tensor, "photo variant row col"]) -> Float
     with torch.no_grad():
         for rows in torch.arange(photos * variants).split(_CHUNK):
             mask = keep.flatten(0, 1)[rows][:, None]
-            found.append(taps.upper(torch.where(mask, taps.maps[photo[rows]], taps.nothing)))
+            maps = taps.maps[photo[rows]]
+            filled = torch.where(mask, maps[:, :, : taps.grid[0]], taps.nothing)
+            found.append(taps.upper(torch.cat([filled, maps[:, :, taps.grid[0] :]], 2)))
     return torch.cat(found).view(photos, variants, -1)
 
 

@@ -90,7 +90,8 @@ class ExplainedWindows:
 def explain_windows(opened: OpenedInspection, batch: Tensor) -> list[ExplainedWindows]:
     """Share the score of each photo's predicted class among the parts of its category and elsewhere."""
     record = opened.record
-    output, taps = forward_taps(opened.performer, batch, list(dict.fromkeys((record.tap, *record.finding))))
+    read = opened.performer.whole(record.tap)
+    output, taps = forward_taps(opened.performer, batch, list(dict.fromkeys((read, *record.finding))))
     outputs = opened.performer.outputs.scores(output, len(batch)).cpu()
     found = []
     for photo, row in enumerate(outputs):
@@ -99,7 +100,7 @@ def explain_windows(opened: OpenedInspection, batch: Tensor) -> list[ExplainedWi
             empty = torch.empty(0)
             found.append(ExplainedWindows(row, None, empty, empty, empty, empty))
             continue
-        maps = TapMaps(opened.upper, taps[record.tap][photo : photo + 1].cpu(), opened.nothing)
+        maps = TapMaps(opened.upper, taps[read][photo : photo + 1].cpu(), opened.nothing)
         places = opened.finders[category.name]([taps[layer][photo : photo + 1].cpu() for layer in record.finding])
         cells = part_cells(places, maps.grid, SAID_AREA)
         generator = torch.Generator().manual_seed(record.config.seed)

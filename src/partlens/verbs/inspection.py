@@ -227,9 +227,10 @@ class _Work:
 
         chosen, config = self.chosen, self.record.config
         generator = torch.Generator().manual_seed(config.seed)
+        read = self.performer.whole(self.record.tap)
         kinds = (
-            ("found", chosen.found, config.views, self.record.tap),
-            ("measured", chosen.measured, 1, self.record.tap),
+            ("found", chosen.found, config.views, read),
+            ("measured", chosen.measured, 1, read),
             ("others", chosen.others, 1, None),
         )
         total = sum(len(rows) * views for _, rows, views, _ in kinds)
@@ -269,7 +270,8 @@ class _Work:
         from partlens.verbs.inspected_category import Stage
 
         found, measured, _ = reads
-        nothing = _nothing(found, self.record.config)
+        rows = self.performer.layer(self.record.tap).shape[1]
+        nothing = _nothing(found, rows, self.record.config)
         upper = upper_of(self.performer, self.record.tap)
         return Stage(self.performer, self.images, upper, nothing, found, measured, self.record.config, self.folder)
 
@@ -341,11 +343,14 @@ def _steps(advance: Advance, before: int, views: int) -> Callable[[int], None]:
     return lambda photos: advance(before + photos * views)
 
 
-def _nothing(found: Read, config: InspectConfig) -> Tensor:
-    """Return what a cell of the tap is set to: zero where the tap has no negative values, else the mean map."""
+def _nothing(found: Read, rows: int, config: InspectConfig) -> Tensor:
+    """Return what a cell of the tap is set to: zero where the tap has no negative values, else the mean map.
+
+    ``rows`` are those of cells, without what is read below them (`Performer.whole`).
+    """
     import torch
 
-    some = found.tap(torch.arange(len(found.rows))[:: max(1, len(found.rows) // 256)])
+    some = found.tap(torch.arange(len(found.rows))[:: max(1, len(found.rows) // 256)])[:, :, :rows]
     if config.fill == "zero" or (config.fill == "auto" and float(some.min()) >= 0):
         return torch.zeros(some.shape[1:])
     return some.mean(0)
