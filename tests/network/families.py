@@ -86,13 +86,13 @@ class Attention(nn.Module):
 class Vit(nn.Module):
     """Tokens, of which the first ``extra`` have no place."""
 
-    def __init__(self, width: int = 16, extra: int = 1) -> None:
+    def __init__(self, width: int = 16, extra: int = 1, patch: int = 8, classes: int = CLASSES) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.patches = nn.Conv2d(3, width, patch, patch)
         self.extra = nn.Parameter(torch.randn(1, extra, width))
-        self.position = nn.Parameter(0.1 * torch.randn(1, extra + (SIDE_PX // 8) ** 2, width))
+        self.position = nn.Parameter(0.1 * torch.randn(1, extra + (SIDE_PX // patch) ** 2, width))
         self.blocks = nn.Sequential(*(Attention(width) for _ in range(3)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
@@ -103,11 +103,11 @@ class Vit(nn.Module):
 class Swin(nn.Module):
     """Channels last throughout, with attention in windows and one merging of patches."""
 
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, width: int = 8, patch: int = 4, classes: int = CLASSES) -> None:
         super().__init__()
-        self.patches, self.norm = nn.Conv2d(3, width, 4, 4), nn.LayerNorm(width)
+        self.patches, self.norm = nn.Conv2d(3, width, patch, patch), nn.LayerNorm(width)
         self.one, self.merge, self.two = Windows(width), nn.Linear(4 * width, 2 * width), Windows(2 * width)
-        self.three, self.last, self.head = Windows(2 * width), nn.LayerNorm(2 * width), nn.Linear(2 * width, CLASSES)
+        self.three, self.last, self.head = Windows(2 * width), nn.LayerNorm(2 * width), nn.Linear(2 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.one(self.norm(self.patches(x).permute(0, 2, 3, 1)))
