@@ -291,7 +291,8 @@ class Record(Value):
             return cls.model_validate_json(json.dumps(content))
         except ValidationError as error:
             if (ours := _our_error(error)) is not None:
-                raise RunError(f"{path}: {ours} {cls.AGAIN}.") from error
+                place = ".".join(str(step) for step in error.errors(include_url=False)[0]["loc"])
+                raise RunError(f"{path}{place and f' at {place}'}: {ours} {cls.AGAIN}.") from error
             rule, got, _ = _fault(error, cls)
             raise RunError(expected(f"{rule} in {path}", got, cls.AGAIN)) from error
         except RecursionError as error:

@@ -349,7 +349,7 @@ def test_the_same_run_gives_the_same_page(run, tmp_path):
             {"found__classes__1__norm": "much"},
             r"Expected found\.classes\.1\.norm to be a valid number in .*, got 'much'",
         ),
-        ({"found__index__layers": ["a"] * 8}, r"Expected found\.index to be .*each layer once"),
+        ({"found__index__layers": ["a"] * 8}, r"selection\.json at found\.index: Expected each layer once"),
         ({"found__index__channels": [1] * 7}, r"one number of channels for each"),
         ({"found__classes__0__filters__0__layer": "conv9"}, r"filters of the measured layers, not of conv9"),
     ],
