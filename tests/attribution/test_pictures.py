@@ -76,3 +76,13 @@ def test_png_is_written_and_read_back(tmp_path: Path) -> None:
     save_png(tmp_path / "a" / "x.png", picture_of(values))
     read = np.asarray(Image.open(io.BytesIO((tmp_path / "a" / "x.png").read_bytes())))
     assert np.array_equal(read, np.rint(values * 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("grey", [0, 90, 255])
+def test_a_glow_darkens_the_photo_and_shines_in_its_light_where_the_heat_is(grey: int) -> None:
+    photo = Image.fromarray(np.full((4, 4, 3), grey, np.uint8))
+    cold = np.asarray(overlay(photo, np.zeros((4, 4))))
+    assert (cold == round(0.72 * grey + 22)).all()
+    hot = np.asarray(overlay(photo, np.ones((4, 4))), dtype=float)
+    shining = coloured(np.ones((4, 4)), "glow") * (0.55 + 0.45 * grey / 255)
+    assert np.abs(hot - (0.92 * shining + 0.08 * cold)).max() <= 1
