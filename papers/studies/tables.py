@@ -126,7 +126,52 @@ def planted() -> list[str]:
     return lines
 
 
+RECIPES = (
+    "constant",
+    "plain factors",
+    "teachers",
+    "fewer at a time",
+    "filters alike",
+    "and mirror",
+    "more variety",
+    "as many as supported",
+    "ceiling: best four candidates",
+    "ceiling: all candidates",
+    "ceiling: features",
+)
+
+
+def discovery() -> list[str]:
+    """Landmark regression, a row a recipe: the mean over seeds with the first seed's interval."""
+    lines: list[str] = []
+    for network, rows in load("part-discovery.json").items():
+        seeds = len({row["seed"] for row in rows})
+        lines += [f"{network}, {rows[0]['error']['n']} test photos, {seeds} seed{'s' * (seeds > 1)}:", ""]
+        lines += ["| | K = 4 | K = 8 | K = 16 | NMI, ARI |", "|---" * 5 + "|"]
+        for name in (name for name in RECIPES if any(row["recipe"] == name for row in rows)):
+            own = [row for row in rows if row["recipe"] == name]
+            parts = sorted({row["parts"] for row in own})
+            if parts == [4, 8, 16]:
+                label, cells = name, [_errors([row for row in own if row["parts"] == count]) for count in parts]
+            else:
+                label, cells = f"{name} ({' or '.join(map(str, parts))})", [_errors(own), "", ""]
+            lines.append(f"| {label} | {' | '.join(cells)} | {_agreement(own)} |")
+        lines.append("")
+    return lines[:-1]
+
+
+def _errors(rows: list[dict[str, Any]]) -> str:
+    low, high = rows[0]["error"]["interval"]
+    return f"{sum(row['error']['value'] for row in rows) / len(rows):.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _agreement(rows: list[dict[str, Any]]) -> str:
+    known = [row for row in rows if "nmi" in row and row["parts"] == rows[0]["parts"]]
+    return ", ".join(f"{sum(row[key] for row in known) / len(known):.2f}" for key in ("nmi", "ari") if known)
+
+
 SECTIONS = {
+    "part-discovery": discovery,
     "explainers": explainers,
     "flowers-single-6c": lambda: flowers("flowers-single-6c"),
     "flowers-double-12c": lambda: flowers("flowers-double-12c"),
