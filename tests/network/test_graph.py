@@ -195,3 +195,24 @@ def test_timms_padding_like_tensorflows_is_followed() -> None:
     output, taps = forward_taps(performer, torch.randn(1, 3, 64, 64), [performer.tap])
     with torch.no_grad():
         assert torch.equal(performer.upper(performer.tap)(taps[performer.tap])[0], output)
+
+
+class _SizedByWeights(nn.Module):
+    """Reads the first side of a weight, as relative positions do, and the number of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+        self.places = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = self.conv2(torch.relu(self.conv1(x)))
+        number = self.places.shape[0]
+        return (maps.flatten(2).mean(2) @ self.places.T).reshape(x.shape[0], number)[:, : number - 1]
+
+
+def test_the_first_side_of_a_weight_is_no_number_of_images() -> None:
+    torch.manual_seed(0)
+    network, images = _SizedByWeights().eval(), torch.randn(3, 3, 8, 8)
+    maps = network.conv1(images).relu()
+    assert torch.equal(trace(network).cut("relu", ["output"])(maps)[0], network(images))

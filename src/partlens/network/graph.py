@@ -462,12 +462,21 @@ class Graph:
         """Return the nodes that the target needs besides the start: with the input where a path goes around it."""
 
         def sources(node: fx.Node) -> list[fx.Node]:
-            base = _batch_of(node)
-            # The number of images is known from the map itself, whatever it was read from.
-            known = base is not None and base not in after
-            return [] if known else [n for n in node.all_input_nodes if n is not start]
+            return [] if self._counts_before(node, after) else [n for n in node.all_input_nodes if n is not start]
 
         return _reached([target], sources)
+
+    def _counts_before(self, node: fx.Node, after: set[fx.Node]) -> bool:
+        """Whether a node is the number of images, read from what comes before the cut: the cut's maps tell it as well.
+
+        The first side of a weight is no number of images.
+        """
+        base = _batch_of(node)
+        return base is not None and base not in after and base in self._of_images
+
+    @functools.cached_property
+    def _of_images(self) -> set[fx.Node]:
+        return self.descendants(self.input)
 
     def bypassed(self, source: str, start: fx.Node, target: str) -> LayerError:
         """Build the error of a layer that not everything passes."""
@@ -487,8 +496,7 @@ class Graph:
         for node in self.nodes:
             if node not in needed:
                 continue
-            base = _batch_of(node)
-            if base is not None and base not in after:
+            if self._counts_before(node, after):
                 made[node] = graph.call_method("size", (given, 0))
                 continue
             made[node] = self.hooked.copied(node, graph, made) or graph.node_copy(node, made.__getitem__)
