@@ -22,9 +22,10 @@ def test_links_resolve(page: Path) -> None:
 
 
 def test_pages_stay_short_and_results_small() -> None:
+    lines = [line for page in (PAPERS / "docs").glob("*.md") for line in page.read_text().splitlines()]
     assert (
-        sum(len(page.read_text().split()) for page in (PAPERS / "docs").glob("*.md")) <= 10_300
-    )  # four pages, most of it tables
+        sum(len(line.split()) for line in lines if not line.startswith("|")) <= 5_000
+    )  # tables are looked up, not read
     assert all(path.stat().st_size <= 300_000 for path in (PAPERS / "results").rglob("*") if path.is_file())
 
 

@@ -254,7 +254,10 @@ def test_errors_name_the_value_and_the_remedy(
         partlens.explain(selected, tmp_path / "broken.png", model=tiny)
     with pytest.raises(ImageError, match="Expected at least 1 image to explain, got 0"):
         partlens.explain(selected, [], model=tiny)
-    with pytest.raises(RunError, match="Expected a selection or an explainer in .* got none. Run select-features"):
+    with pytest.raises(
+        RunError,
+        match="Expected an inspection, a selection or an explainer in .* got none. Run inspect, select-features",
+    ):
         partlens.explain(tmp_path, few_flowers, model=tiny)
     with pytest.raises(InputError, match="Expected labels to be 'data' or 'predictions', got 'guesses'"):
         select_features(tiny, few_flowers, out=tmp_path / "b", labels="guesses")  # type: ignore[arg-type]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from partlens.network.performer import Performer, module_of
+from partlens.errors import InputTypeError, expected
+from partlens.network.performer import Performer
 from partlens_papers.networks.paper_networks import PaperNet
 
 ETA_SHALLOW = 1.0e6
@@ -180,8 +181,16 @@ def paper_setting(performer: Performer | nn.Module | str) -> PaperSetting | None
         >>> paper_setting("torchvision:googlenet") is None
         True
     """
-    name = _named(performer) if isinstance(performer, str) else _recognised(module_of(performer))
+    name = _named(performer) if isinstance(performer, str) else _recognised(_layers_of(performer))
     return None if name is None else _SETTINGS[name]
+
+
+def _layers_of(performer: Performer | nn.Module) -> nn.Module:
+    """Return the network; its layers alone are asked for, so weights without values do as well."""
+    module = performer.module if isinstance(performer, (Performer, nn.DataParallel)) else performer
+    if not isinstance(module, nn.Module):
+        raise InputTypeError(expected("a network or its name", type(module).__name__, "Pass a performer or a module"))
+    return module
 
 
 def known_networks() -> Sequence[str]:
