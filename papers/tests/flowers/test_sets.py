@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from partlens.data.flowers import PARTS
 from partlens.data.images import ImageSet
 from partlens.errors import AtWorkError, InputError, RunError
 from partlens.records import sole_writer
 from partlens_papers.flowers import sets as flower_sets
-from partlens_papers.flowers.categories import DOUBLE_CATEGORIES, PARTS
+from partlens_papers.flowers.categories import DOUBLE_CATEGORIES
 from partlens_papers.flowers.drawing import flower_labels, render_flower
 from partlens_papers.flowers.sets import FLOWER_SETS, FlowerSet, flower_set, make_flowers, open_flower_set
 

@@ -20,7 +20,7 @@ from partlens.data.images import ImageSet
 from partlens.errors import InputError, InputTypeError, expected, listed, nearest
 
 PARTS = ("stem", "leaf", "petal", "centre")
-_COLOURS = {
+COLOURS = {
     "red": (0.82, 0.10, 0.12),
     "orange": (0.96, 0.50, 0.08),
     "yellow": (0.98, 0.86, 0.16),
@@ -28,8 +28,8 @@ _COLOURS = {
     "violet": (0.52, 0.24, 0.74),
     "blue": (0.20, 0.36, 0.86),
 }
-PETAL_CATEGORIES = tuple(f"petal-{colour}" for colour in _COLOURS)
-_CLASSES, _BROWN = tuple(_COLOURS.values()), (0.40, 0.25, 0.11)
+PETAL_CATEGORIES = tuple(f"petal-{colour}" for colour in COLOURS)
+_CLASSES, _BROWN = tuple(COLOURS.values()), (0.40, 0.25, 0.11)
 _GREENS = ((0.34, 0.50, 0.20), (0.22, 0.40, 0.14), (0.40, 0.56, 0.26))
 _GROUNDS = (*_GREENS, (0.52, 0.70, 0.90), (0.42, 0.32, 0.22), (0.70, 0.72, 0.66))
 _LAYERS = ("stem", "leaf", "leaf", "petal", "centre")  # of a plant, back to front
@@ -147,7 +147,7 @@ def _paint(seed: int, category: str, size: int, layers: Sequence[_Layer]) -> Byt
         for _ in range(int(draw(least, most))):
             place, axes = (draw(0, 1), 1 - top * draw(0, 1)), (long * draw(0.5, 1.2), wide * draw(0.6, 1.2))
             scene.append((_oval(size, place, axes, draw(-1, 1), blur * draw(0.6, 1.4)), _pick(draw, options, 0.15)))
-    natural = [_GREENS, _GREENS[:1], _GREENS[1:], (_COLOURS[category[6:]],), (*_CLASSES, _BROWN)]
+    natural = [_GREENS, _GREENS[:1], _GREENS[1:], (COLOURS[category[6:]],), (*_CLASSES, _BROWN)]
     colours = [_pick(draw, options, 0.1) for options in natural]
     for (window, cover, shade), colour in [*scene, *zip(layers, colours, strict=True)]:
         region = light[:, *window]

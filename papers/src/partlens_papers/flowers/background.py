@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from partlens.data.flowers import COLOURS
 from partlens_papers.flowers.canvas import (
     Blade,
     Canvas,
@@ -19,7 +20,7 @@ from partlens_papers.flowers.canvas import (
     rotation,
     turn,
 )
-from partlens_papers.flowers.categories import CENTRES, COLOURS, WHITE
+from partlens_papers.flowers.categories import CENTRES, WHITE
 from partlens_papers.flowers.light import Light
 
 _GRID = 24

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
+from partlens.data.flowers import COLOURS, PETAL_CATEGORIES
 from partlens.errors import InputError, expected, listed, nearest
 from partlens_papers.flowers.canvas import Colour
 
-PARTS = ("stem", "leaf", "petal", "centre")
-COLOURS: dict[str, Colour] = {
-    "red": (0.82, 0.10, 0.12),
-    "orange": (0.96, 0.50, 0.08),
-    "yellow": (0.98, 0.86, 0.16),
-    "pink": (0.95, 0.48, 0.68),
-    "violet": (0.52, 0.24, 0.74),
-    "blue": (0.20, 0.36, 0.86),
-}
-PETAL_CATEGORIES = tuple(f"petal-{colour}" for colour in COLOURS)
 STEM_CATEGORIES = tuple(f"stem-{colour}" for colour in COLOURS)
 # Two colours that are neighbours on the wheel, and which part bears which: 6 pairs x 2 ways. Every petal colour meets
 # two stem colours and the reverse, so that one part alone leaves two classes open.

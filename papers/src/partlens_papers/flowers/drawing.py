@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from partlens.data.annotations import PartTruth
+from partlens.data.flowers import PARTS, PETAL_CATEGORIES
 from partlens.data.images import ImageSet
 from partlens.data.splits import split_of
 from partlens.errors import InputError, expected
 from partlens_papers.flowers.background import background, grass
 from partlens_papers.flowers.canvas import BoolArray, ByteArray, Canvas, Dice
-from partlens_papers.flowers.categories import PARTS, PETAL_CATEGORIES, checked_category
+from partlens_papers.flowers.categories import checked_category
 from partlens_papers.flowers.light import Light, develop, draw_light
 from partlens_papers.flowers.plant import plant
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from partlens.data.flowers import PARTS
 from partlens_papers.flowers.canvas import (
     Blade,
     ByteArray,
@@ -20,7 +21,7 @@ from partlens_papers.flowers.canvas import (
     rotation,
     turn,
 )
-from partlens_papers.flowers.categories import CENTRES, PARTS, WHITE
+from partlens_papers.flowers.categories import CENTRES, WHITE
 from partlens_papers.flowers.light import Light
 
 

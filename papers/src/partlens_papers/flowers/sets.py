@@ -34,12 +34,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from partlens.data.flowers import PARTS, PETAL_CATEGORIES
 from partlens.data.images import ImageSet
 from partlens.data.tables import IMAGE_TABLE, LANDMARK_TABLE
 from partlens.errors import InputError, RunError, StorageError, expected, failed
 from partlens.progress import Progress
 from partlens.records import read_json, remove_leftovers, sole_writer, write_atomically, write_json, write_text
-from partlens_papers.flowers.categories import DOUBLE_CATEGORIES, PARTS, PETAL_CATEGORIES
+from partlens_papers.flowers.categories import DOUBLE_CATEGORIES
 from partlens_papers.flowers.drawing import flower_labels, flower_seed, generated_flowers, render_flower
 
 ByteArray = npt.NDArray[np.uint8]

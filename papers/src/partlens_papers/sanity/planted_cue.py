@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from partlens.data.flowers import PETAL_CATEGORIES
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected
-from partlens_papers.flowers.categories import PETAL_CATEGORIES
 from partlens_papers.flowers.drawing import flower_seed, render_flower
 
 MARKED = "marked"
