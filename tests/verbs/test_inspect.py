@@ -13,7 +13,7 @@ import partlens
 from partlens.attribution.record import ExplanationRecord
 from partlens.cli import main
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, RunError
+from partlens.errors import ImageError, InputError, LayerError, RunError
 from partlens.network.performer import Performer, weights_sha256
 from partlens.object_parts.inspection import InspectRecord
 from partlens.verbs import inspected_category
@@ -161,3 +161,61 @@ def test_an_inspection_leaves_the_selection_to_explain_by_filters(inspected: Pat
     selection = partlens.load_selection(inspected, tiny)
     assert selection.found.mu in {mu for mu, _ in selection.found.tried}
     assert selection.classes == ("petal-blue", "petal-red")
+
+
+def _yes_or_no(tap: str) -> Performer:
+    """A network of one output, blue against red, that is sure of it: its one weight looks at a colour."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 1, 1), torch.nn.AdaptiveAvgPool2d(1)
+    ).eval()
+    with torch.no_grad():
+        for layer in (network[0], network[2]):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        network[0].weight[0, 2, 1, 1] = network[0].weight[1, 0, 1, 1] = 1.0  # blue, red
+        network[2].weight[0, :2, 0, 0] = torch.tensor([40.0, -40.0])
+    preprocessing = partlens.Preprocessing(size_px=(32, 32), resize="squash")
+    return Performer(network, "blue", preprocessing, weights_sha256(network), tap, class_names=("blue",))
+
+
+def test_one_output_says_yes_or_no_and_its_probabilities_are_its_own(tmp_path: Path) -> None:
+    flowers = partlens.generated_flowers(60, seed=3, size=48, categories=("petal-red", "petal-blue"))
+    performer = _yes_or_no("1")
+    found = partlens.inspect(performer, flowers, out=tmp_path / "run", config=SMALL)
+    names = {each.name for one in found.categories for each in one.decided}
+    assert names <= {"blue", "not blue"}
+    for one in found.categories:
+        for photo in one.shown:
+            row = flowers.keys.index(photo.image)
+            score = performer.module(performer.preprocessing([flowers.read(row)]))
+            yes = float(score.detach().sigmoid())
+            assert photo.predicted == ("blue" if yes > 0.5 else "not blue")
+            assert photo.probability == pytest.approx(max(yes, 1 - yes), abs=1e-4)
+            assert photo.probability < 1  # a softmax of one output would be 1
+
+
+def test_a_tap_below_layers_without_weights_is_inspected(tmp_path: Path) -> None:
+    flowers = partlens.generated_flowers(60, seed=3, size=48, categories=("petal-red", "petal-blue"))
+    found = partlens.inspect(_yes_or_no("2"), flowers, out=tmp_path / "run", tap="2", config=SMALL)
+    assert all(one.parts for one in found.categories)
+
+
+def test_a_tap_that_a_shortcut_goes_around_is_refused_before_a_photo_is_read(
+    few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    class Around(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 3, padding=1)
+            self.head = torch.nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x).relu()
+            return self.head((x + self.second(x).relu()).mean((2, 3)))
+
+    preprocessing = partlens.Preprocessing(size_px=(32, 32), resize="squash")
+    around = Around().eval()
+    performer = Performer(around, "around", preprocessing, weights_sha256(around))
+    with pytest.raises(LayerError, match="second"):
+        partlens.inspect(performer, few_flowers, out=tmp_path / "run", tap="second", config=SMALL)
+    assert not (tmp_path / "run").exists()

@@ -152,6 +152,15 @@ class Outputs:
         values = scores.double()
         return values.sigmoid() if self.independent else values.softmax(1)
 
+    def decisions(self, scores: Float[Tensor, "image output"]) -> Float[Tensor, "image decision"]:
+        """Return scores of which the largest is the decision: those of the outputs; of a single one its yes and its no.
+
+        Example:
+            >>> Outputs("logits", 1).decisions(torch.tensor([[-2.0]])).tolist()
+            [[-2.0, 2.0]]
+        """
+        return torch.cat([scores, -scores], 1) if self.count == 1 else scores
+
     def doubt(self, answers: Float[Tensor, "image output"]) -> str:
         """Say what speaks against the kind in scores of photos; nothing where nothing does."""
         if self.kind != "logits" or len(answers) < _MADE:

@@ -182,7 +182,7 @@ class DecidedClass(Value):
 
     Attributes:
         name: of the output.
-        output: its number.
+        output: its number; 1 is the no of a single output.
         share: of the photos.
     """
 

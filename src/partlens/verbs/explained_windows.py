@@ -21,10 +21,10 @@ from partlens.object_parts.regions import TapMaps, Upper, part_cells, shapley_sh
 from partlens.object_parts.verdict import SAID_AREA
 from partlens.records import read_tensors
 from partlens.run import Run
+from partlens.verbs.inspected_category import decision_name
 from partlens.verbs.inspected_pictures import draw_parts
 from partlens.verbs.inspection import TENSORS, upper_of
 from partlens.verbs.runs import open_performer
-from partlens.verbs.select_features import output_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -95,7 +95,7 @@ def explain_windows(opened: OpenedInspection, batch: Tensor) -> list[ExplainedWi
     outputs = opened.performer.outputs.scores(output, len(batch)).cpu()
     found = []
     for photo, row in enumerate(outputs):
-        category = opened.category_of(int(row.argmax()))
+        category = opened.category_of(int(opened.performer.outputs.decisions(row[None]).argmax()))
         if category is None:
             empty = torch.empty(0)
             found.append(ExplainedWindows(row, None, empty, empty, empty, empty))
@@ -119,8 +119,9 @@ def window_records(
     if category is None:
         return ()
     draw_parts(folder / "parts.jpg", frame, found.places, _grid(opened.nothing), SAID_AREA)
-    output = int(found.outputs.argmax())
-    chance = opened.performer.outputs.probabilities(found.outputs[None])[0]
+    outputs = opened.performer.outputs
+    scores = outputs.decisions(found.outputs[None])
+    output, chance = int(scores.argmax()), outputs.probabilities(scores)[0]
     parts = tuple(
         WindowPart(
             name=part.name,
@@ -134,7 +135,7 @@ def window_records(
     return (
         ExplainedByWindows(
             category=category.name,
-            name=output_name(opened.performer, output),
+            name=decision_name(opened.performer, output),
             output=output,
             probability=float(chance[output]),
             parts=parts,

@@ -305,10 +305,16 @@ def _on_object(places: Tensor, objects: Tensor | None) -> float:
     return float((held[known] > 0).double().mean()) if bool(known.any()) else math.nan
 
 
+def decision_name(performer: Performer, decision: int) -> str:
+    """Name a decision of the performer: an output, or the no of a single one."""
+    outputs = performer.outputs.count
+    return output_name(performer, decision) if decision < outputs else f"not {output_name(performer, 0)}"
+
+
 def _decided(performer: Performer, logits: Tensor) -> tuple[DecidedClass, ...]:
-    counts = Counter(logits.argmax(1).tolist())
+    counts = Counter(performer.outputs.decisions(logits).argmax(1).tolist())
     return tuple(
-        DecidedClass(name=output_name(performer, output), output=output, share=number / len(logits))
+        DecidedClass(name=decision_name(performer, output), output=output, share=number / len(logits))
         for output, number in counts.most_common(_DECIDED)
         if number / len(logits) >= _LITTLE_SHARE
     )
@@ -317,15 +323,16 @@ def _decided(performer: Performer, logits: Tensor) -> tuple[DecidedClass, ...]:
 def _shown(stage: Stage, drawn: _Drawn, logits: Tensor) -> tuple[InspectedPhoto, ...]:
     """Record and draw the first of the photos whose scores were shared."""
     account, at = drawn.account, AREAS.index(SAID_AREA)
+    outputs = stage.performer.outputs
+    chances = outputs.probabilities(outputs.decisions(logits))
     made = []
     for photo in range(min(SHOWN_PHOTOS, len(account.shares.players))):
-        chance = logits[photo].double().softmax(0)
         output = int(account.whole.classes[photo])
         made.append(
             InspectedPhoto(
                 image=stage.images.keys[drawn.rows[photo]],
-                predicted=output_name(stage.performer, output),
-                probability=float(chance[output]),
+                predicted=decision_name(stage.performer, output),
+                probability=float(chances[photo, output]),
                 shares=tuple(account.shares.players[photo].tolist()),
                 standard_error=tuple(account.shares.standard_error[photo].tolist()),
                 losses=tuple(account.shares.loss[photo].tolist()),

@@ -84,10 +84,11 @@ def inspect(
     started, show, run = time.monotonic(), progress or Progress.silent(), Run(Path(out))
     settings = config if isinstance(config, InspectConfig) else InspectConfig(**dict(config or {}))
     performer = loaded(model)
-    images, unreadable = open_photos(data)
+    images, unreadable = open_photos(data, show=show)
     chosen = _chosen(images, category, split, settings)
     tap = tap or performer.tap
     performer.layer(tap)  # refuses one that is unknown
+    upper = upper_of(performer, tap)  # refuses one that a shortcut goes around, before a photo is read
     asked = InspectRecord(
         created=now(),
         command=command(),
@@ -103,7 +104,7 @@ def inspect(
         if record.finished:
             show.say(f"{out} holds this inspection already; nothing to do")
             return record
-        work = _Work(performer, images, chosen, record, run.folder, show)
+        work = _Work(performer, images, chosen, record, upper, run.folder, show)
         reads = work.reads()
         stage = work.stage(reads)
         categories = work.categories(stage)
@@ -208,6 +209,7 @@ class _Work:
     images: ImageSet
     chosen: _Chosen
     record: InspectRecord
+    upper: Upper
     folder: Path
     show: Progress
 
@@ -272,8 +274,7 @@ class _Work:
         found, measured, _ = reads
         rows = self.performer.layer(self.record.tap).shape[1]
         nothing = _nothing(found, rows, self.record.config)
-        upper = upper_of(self.performer, self.record.tap)
-        return Stage(self.performer, self.images, upper, nothing, found, measured, self.record.config, self.folder)
+        return Stage(self.performer, self.images, self.upper, nothing, found, measured, self.record.config, self.folder)
 
     def categories(self, stage: Stage) -> tuple[InspectedCategory, ...]:
         """Inspect category by category; a finished one is only read."""
@@ -357,11 +358,12 @@ def _nothing(found: Read, rows: int, config: InspectConfig) -> Tensor:
 
 
 def upper_of(performer: Performer, tap: str) -> Upper:
-    """Return the performer's own layers above the tap, from maps to class scores in float32."""
-    module = performer.upper(tap)
-    kind = next(module.parameters()).dtype
+    """Return the performer's own layers above the tap, from maps to scores of its decisions, float32 on the CPU."""
+    module, outputs = performer.upper(tap), performer.outputs
+    weight = next(module.parameters(), None)  # a mean over the cells has none
 
     def upper(maps: Tensor) -> Tensor:
-        return performer.outputs.scores(module(maps.to(kind))[0], len(maps)).float()
+        answer = module(maps if weight is None else maps.to(weight))[0]
+        return outputs.decisions(outputs.scores(answer, len(maps))).float().cpu()
 
     return upper
