@@ -24,7 +24,6 @@ class ReconstructionSums:
 
     count: int = 0
     squared_error: float = 0.0
-    squared_norm: float = 0.0
     mean: Tensor | None = None
     scatter: float = 0.0
 
@@ -35,7 +34,6 @@ class ReconstructionSums:
             raise InputError(expected(rule, got, "Decode with the targets the explainer was trained for"))
         value, truth = reconstruction.double().flatten(1), target.double().flatten(1)
         self.squared_error += float((value - truth).square().sum())
-        self.squared_norm += float(truth.square().sum())
         batch, mean = truth.shape[0], truth.mean(0)
         self.scatter += float((truth - mean).square().sum())
         if self.mean is None:
@@ -50,11 +48,6 @@ class ReconstructionSums:
     def relative_error(self) -> float:
         """Share of the target's variance that is lost; NaN for fewer than two photos or a constant target."""
         return self.squared_error / self.scatter if self.count > 1 and self.scatter > 0 else math.nan
-
-    @property
-    def relative_norm_error(self) -> float:
-        """``sum |x - x*|² / sum |x*|²``, against the zero map."""
-        return self.squared_error / self.squared_norm if self.squared_norm > 0 else math.nan
 
 
 def class_outputs(outputs: Float[Tensor, "image output"]) -> Float[Tensor, "image class"]:

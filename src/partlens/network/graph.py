@@ -507,10 +507,6 @@ class Graph:
         graph.output(tuple(fx.node.map_arg(end, made.__getitem__) for end in ends))
         return _assemble(parts, graph, self.root)
 
-    def leaves_of(self, *kinds: type[nn.Module]) -> list[fx.Node]:
-        """Return the nodes that call a module of some kinds."""
-        return [n for n in self.nodes if n.op == "call_module" and isinstance(self.leaf(n), kinds)]
-
     def shapes(self, input_size: tuple[int, int], upto: Iterable[fx.Node] | None = None) -> dict[fx.Node, Any]:
         """Run the graph once on a zero image and note the size of each tensor, and other values as they are.
 
