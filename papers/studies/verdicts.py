@@ -185,14 +185,16 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
     parser.add_argument("--out", type=Path, default=Path("verdicts.json"))
     given = parser.parse_args()
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {}
     for name in given.worlds:
-        rows = [row | {"seed": seed} for seed in range(given.seeds) for row in verdicts(WORLDS[name], seed)]
-        counts = Counter((row["kind"], row["verdict"]) for row in rows)
-        right = sum(row["right"] for row in rows)
-        found[name] = {"right": right, "of": len(rows), "rows": rows}
-        print(f"{name}: {right} of {len(rows)} right; {dict(counts)}", flush=True)
-        given.out.write_text(json.dumps(found, indent=2) + "\n")
+        rows = found.get(name, {"rows": []})["rows"]
+        for seed in sorted(set(range(given.seeds)) - {row["seed"] for row in rows}):
+            rows += [row | {"seed": seed} for row in verdicts(WORLDS[name], seed)]
+            right = sum(row["right"] for row in rows)
+            found[name] = {"right": right, "of": len(rows), "rows": rows}
+            counts = Counter((row["kind"], row["verdict"]) for row in rows)
+            print(f"{name}, {seed + 1} seeds: {right} of {len(rows)} right; {dict(counts)}", flush=True)
+            given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

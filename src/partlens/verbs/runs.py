@@ -176,25 +176,25 @@ def layers(model: str | nn.Module | Performer) -> list[LayerInfo]:
 
 
 def category_names(given: str | Sequence[str], known: Collection[str] = ()) -> tuple[str, ...]:
-    """Read names from a list, or from a text with commas, each once.
+    """Read names from a text with commas, or from a list of such, each once.
 
     Args:
         given: names.
         known: categories of the photos: those that hold commas themselves stay whole.
 
     Example:
-        >>> category_names("cat, tench, Tinca tinca,cat", {"cat", "tench, Tinca tinca"})
-        ('cat', 'tench, Tinca tinca')
+        >>> category_names(["cat, tench, Tinca tinca,cat", "fox,cat"], {"cat", "tench, Tinca tinca"})
+        ('cat', 'tench, Tinca tinca', 'fox')
     """
-    if not isinstance(given, str):
-        return tuple(dict.fromkeys(name.strip() for name in given if name.strip()))
-    pieces, found, first = given.split(","), [], 0
-    while first < len(pieces):
-        ends = range(len(pieces), first, -1)
-        last = next((end for end in ends if ",".join(pieces[first:end]).strip() in known), first + 1)
-        found.append(",".join(pieces[first:last]))
-        first = last
-    return category_names(found)
+    found: list[str] = []
+    for text in [given] if isinstance(given, str) else given:
+        pieces = text.split(",")
+        while pieces:
+            ends = range(len(pieces), 0, -1)
+            last = next((end for end in ends if ",".join(pieces[:end]).strip() in known), 1)
+            found.append(",".join(pieces[:last]).strip())
+            pieces = pieces[last:]
+    return tuple(dict.fromkeys(name for name in found if name))
 
 
 def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
