@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from partlens.attribution.average_pictures import crop_of
+from partlens.attribution.backprop import guided_backprop
+from partlens.attribution.grad_cam import layer_grad_cam
 from partlens.errors import LayerError
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import build_explainer, explainer_structure, performer_head
@@ -71,8 +73,6 @@ class Asserting(nn.Module):
         elif self.kind == "len":
             if len(x) < 1:
                 raise ValueError
-        elif self.kind == "loop":
-            return torch.stack([self.inner(x[i : i + 1])[0] for i in range(x.shape[0])])
         elif self.kind == "int":
             return self.inner(F.adaptive_avg_pool2d(x, int(x.shape[-1])))
         return self.inner(x)
@@ -86,12 +86,52 @@ def test_checks_in_a_forward_do_not_matter(kind: str) -> None:
     assert torch.equal(performer.upper(performer.tap)(taps[performer.tap])[0], output)
 
 
-def test_a_loop_over_the_images_is_refused_with_a_reason() -> None:
-    # A layer that sees one image at a time has no place where all of a batch could be put in.
-    performer = performer_of(Asserting("loop").eval())
-    assert {layer.reason for layer in performer.layers} == {"the first axis is not that of the images"}
-    with pytest.raises(LayerError, match="got none among .* first axis is not that of the images"):
-        _ = performer.tap
+class OneByOne(nn.Module):
+    """Runs its images one after another: all of it, what comes behind the stem, or without the axis of the images."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.inner = kind, network_of("silu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "unbatched":
+            return torch.stack([self.inner.head(self.inner.stem[0](image).mean((1, 2))) for image in x])
+        if self.kind == "behind the stem":
+            x = self.inner.stem(x)
+            maps = [self.inner.three(self.inner.two(self.inner.one(x[i : i + 1]))) for i in range(len(x))]
+            return self.inner.head(torch.cat(maps).mean((2, 3)))
+        return torch.stack([self.inner(image[None])[0] for image in x])
+
+
+@pytest.mark.parametrize("kind", ["whole", "behind the stem"])
+def test_a_network_that_runs_its_images_one_by_one_is_explained_like_any_other(kind: str) -> None:
+    looped, plain = performer_of(OneByOne(kind).eval()), performer_of("silu")
+    assert looped.tap == f"inner.{plain.tap}"
+    shapes = {layer.name: (layer.shape, layer.reason) for layer in looped.layers}
+    wanted = {layer.name: (layer.shape, layer.reason) for layer in plain.layers}
+    assert all(shapes[f"inner.{name}"] == wanted[name] for name in ("stem.0", "one", "two", "two.conv1", "three"))
+    output, taps = forward_taps(looped, photos(), ["inner.stem.0", "inner.one", "inner.two.act1"])
+    found, of_plain = forward_taps(plain, photos(), ["stem.0", "one", "two.act1"])
+    torch.testing.assert_close(output, found)
+    for name, maps in of_plain.items():
+        torch.testing.assert_close(taps[f"inner.{name}"], maps)
+    above = looped.upper("inner.one", ["inner.two", "output"])
+    torch.testing.assert_close(above(taps["inner.one"])[1], output)
+    assert not torch.allclose(above(taps["inner.one"].flip(0))[1], output)
+    assert "inner.one.conv1" in feature_index(looped).layers
+    for call in (
+        lambda on, name: guided_backprop(on, photos(), layer=name, filters=[1, 3]),
+        lambda on, name: layer_grad_cam(on, photos(), name, torch.tensor([0, 1])),
+    ):
+        torch.testing.assert_close(call(looped, "inner.two"), call(plain, "two"))
+
+
+def test_images_without_their_axis_are_refused_with_what_to_do() -> None:
+    performer = performer_of(OneByOne("unbatched").eval())
+    said = r"got none among .* first axis is not that of the images.*\. Write its forward for a batch of images"
+    for call in (lambda: performer.tap, lambda: feature_index(performer)):
+        with pytest.raises(LayerError, match=said):
+            call()
 
 
 class Pooled(nn.Module):

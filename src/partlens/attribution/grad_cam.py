@@ -111,12 +111,12 @@ def layer_grad_cam(
     module = module_of(performer)
     size_px = (int(batch.shape[2]), int(batch.shape[3]))
     layouts = tap_layouts(performer, like_weights(module, batch), [layer])
-    pieces = []
+    pieces, at_once = [], 1 if layouts[layer].loop else _BATCH
     with torch.inference_mode(mode=False), borrowed(module, copy_weights=False) as network:
         for child in network.modules():
             if getattr(child, "inplace", False):
                 child.inplace = False  # type: ignore[assignment]  # borrowed puts it back
-        for part, of in zip(batch.split(_BATCH), classes.split(_BATCH), strict=True):
+        for part, of in zip(batch.split(at_once), classes.split(at_once), strict=True):
             images = like_weights(network, part.detach().clone())
             maps, gradient = _maps_and_gradient(network, images, layer, of, layouts)
             pieces.append(grad_cam(maps.detach().float().cpu(), gradient.float().cpu(), size_px))

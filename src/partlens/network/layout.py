@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -55,12 +55,14 @@ class Layout:
         grid: rows and columns of the tokens that have a place.
         before: tokens before these, such as a class token.
         after: tokens after them.
+        loop: how often the layer is called for each image, where the network runs its images one by one; else 0.
     """
 
     kind: Kind
     grid: tuple[int, int] = (0, 0)
     before: int = 0
     after: int = 0
+    loop: int = 0
 
     @property
     def beside(self) -> int:
@@ -142,6 +144,7 @@ def tap_layout(module: nn.Module, found: Mapping[str, Layout | str], tap: str) -
     raise LayerError(expected(f"{name} to give maps or vectors", f"a layer of which {layout}", remedy))
 
 
+BATCH_UNKNOWN = "the first axis is not that of the images"
 _MOST_BESIDE = 16  # tokens without a place
 
 
@@ -151,7 +154,9 @@ def layouts_of(calls: Sequence[Call], size: tuple[int, int]) -> dict[str, Layout
     ``calls`` are those of one watched pass of images of ``size``.
     """
     evidence = _Evidence(calls, size)
-    return {call.name: evidence.layout(call.output) for call in calls}
+    found = {call.name: evidence.layout(call.output) for call in calls}
+    looped = ((call.name, found[call.name], call.loop) for call in calls if call.loop)
+    return found | {name: replace(known, loop=loop) for name, known, loop in looped if isinstance(known, Layout)}
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -257,7 +262,7 @@ class _Evidence:
         if value.ndim not in {2, 3, 4}:
             return "the output is neither maps, tokens nor vectors"
         if len(value) != IMAGES:
-            return "the first axis is not that of the images"
+            return BATCH_UNKNOWN
         if value.ndim == 2:
             return Layout("vectors")
         axis = self.axes.get(id(value))

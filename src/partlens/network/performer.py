@@ -19,7 +19,7 @@ from partlens.network.borrowed import borrowed, unwrapped
 from partlens.network.classes import Match, match
 from partlens.network.graph import Graph, trace
 from partlens.network.layers import LayerInfo, Layers, found_layouts
-from partlens.network.layout import WHOLE, Layout, own_name, tap_layout
+from partlens.network.layout import BATCH_UNKNOWN, WHOLE, Layout, own_name, tap_layout
 from partlens.network.outputs import Outputs, made_images, outputs_of
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import ReceptiveField, receptive_field, spread_evenly
@@ -107,11 +107,19 @@ class Performer:
         chosen = self.default_tap or self._known.default()
         if chosen is not None:
             return chosen
+        rule = f"a layer of {type(unwrapped(self.module)).__name__} with maps larger than 1x1 and two layers after it"
+        raise LayerError(expected(rule, *self.without_layers("Use a larger input")))
+
+    def without_layers(self, remedy: str) -> tuple[str, str]:
+        """Say why no layer of the network can be used, and what to do."""
         reasons = Counter(layer.reason or "too few layers after it" for layer in self.layers)
         why = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
-        rule = f"a layer of {type(unwrapped(self.module)).__name__} with maps larger than 1x1 and two layers after it"
-        got = f"none among {len(self.layers)} layers ({why})"
-        raise LayerError(expected(rule, got, "Use a larger input, or explain a part of the network that has one"))
+        if BATCH_UNKNOWN in reasons:
+            remedy = "Write its forward for a batch of images"
+        return (
+            f"none among {len(self.layers)} layers ({why})",
+            f"{remedy}, or explain a part of the network that has one",
+        )
 
     def layout(self, tap: str) -> Layout:
         """Return where a tap's own output has its filters and places.
@@ -249,7 +257,8 @@ class Performer:
         weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
         images = three_images(self.preprocessing.channels, self.preprocessing.size_px, weight)
         with borrowed(module, copy_weights=False) as network:
-            made = Rerun(network, (source.path, source.call), own, torch.zeros_like(images[:1]))
+            loops = {place_of(module, name).path: self.layout(name).loop for name in {*names} - {OUTPUT}}
+            made = Rerun(network, (source.path, source.call), own, torch.zeros_like(images[:1]), loops)
         if not made.reproduces(images):
             raise self._known.bypassed(tap)
         return made

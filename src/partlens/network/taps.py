@@ -58,29 +58,38 @@ class _Taps(Mapping[str, Tensor]):
         self._reduce = {name: of_tap.get(name, torch.clone) for name in names}
         self._lock = threading.Lock()  # DataParallel runs its replicas in threads
         self._calls: dict[tuple[str, torch.device | None], int] = {}
-        self._held: dict[str, dict[torch.device, Tensor]] = {}
+        self._held: dict[str, dict[torch.device, list[Tensor]]] = {}
+        self._images = 1
 
-    def clear(self) -> None:
-        """Forget what was read."""
+    def begin(self, inputs: Sequence[Any]) -> None:
+        """Forget what was read of an earlier pass."""
         with self._lock:
             self._calls.clear()
             self._held.clear()
+            self._images = next((len(value) for value in inputs if isinstance(value, Tensor) and value.ndim), 1)
+
+    def _loop(self, tap: str) -> int:
+        return self._layouts[tap].loop if tap in self._layouts else 0
 
     @property
     def complete(self) -> bool:
         """Whether every tap has been read in this pass."""
-        return len(self._held) == len(self._names)
+        return len(self._held) == len(self._names) and all(
+            sum(map(len, pieces.values())) >= self._images for tap, pieces in self._held.items() if self._loop(tap)
+        )
 
     def record(self, places: Mapping[str, Place], path: str, device: torch.device | None, output: Any) -> None:
         with self._lock:
             call = self._calls.get((path, device), 0)
             self._calls[path, device] = call + 1
             for tap, place in places.items():
-                if place.call == call:
+                loop = self._loop(tap)
+                if place.call == (call % loop if loop else call):
                     value = tensor_at(tap, output, place.key)
                     if (layout := self._layouts.get(tap)) is not None:
                         value = layout.to_maps(value, whole=place.key == WHOLE)
-                    self._held.setdefault(tap, {})[value.device] = self._reduce[tap](value)
+                    pieces = self._held.setdefault(tap, {}).setdefault(value.device, [])
+                    pieces.append(self._reduce[tap](value))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -91,7 +100,7 @@ class _Taps(Mapping[str, Tensor]):
             remedy = "Run the network inside the with block, or choose a layer that its forward calls"
             raise LayerError(expected(rule, "a pass in which it was not called that often", remedy))
         # The replicas of DataParallel finish in any order; their batches were dealt in that of the devices.
-        ordered = [pieces[d] for d in sorted(pieces, key=lambda d: (d.type, d.index or 0))]
+        ordered = [each for d in sorted(pieces, key=lambda d: (d.type, d.index or 0)) for each in pieces[d]]
         return ordered[0] if len(ordered) == 1 else torch.cat([p.to(ordered[0].device) for p in ordered])
 
     def __iter__(self) -> Iterator[str]:
@@ -149,7 +158,7 @@ def read_taps(
         return hook
 
     with contextlib.ExitStack() as hooks:
-        hooks.callback(module.register_forward_pre_hook(in_this_thread(lambda *_: taps.clear())).remove)
+        hooks.callback(module.register_forward_pre_hook(in_this_thread(lambda _, inputs: taps.begin(inputs))).remove)
         for path in by_path:
             hooks.callback(inner.get_submodule(path).register_forward_hook(in_this_thread(hook_of(path))).remove)
         yield taps

@@ -68,16 +68,22 @@ class Rerun(nn.Module):
         source: module path and number of the call whose output is replaced.
         targets: of each target the same, ``None`` for what the network returns.
         blank: an image.
+        loops: of a module that the network calls image by image, how often for each (`Layout.loop`).
     """
 
     blank: Tensor
 
     def __init__(
-        self, network: nn.Module, source: tuple[str, int], targets: Sequence[tuple[str, int] | None], blank: Tensor
+        self,
+        network: nn.Module,
+        source: tuple[str, int],
+        targets: Sequence[tuple[str, int] | None],
+        blank: Tensor,
+        loops: Mapping[str, int],
     ) -> None:
         super().__init__()
         self.network = copied(network).eval()
-        self.source_place, self.target_places = source, tuple(targets)
+        self.source_place, self.target_places, self.loops = source, tuple(targets), loops
         self.register_buffer("blank", blank, persistent=False)
         for each in self.network.modules():
             if getattr(each, "inplace", False):
@@ -100,20 +106,21 @@ class Rerun(nn.Module):
 
     def _run(self, images: Tensor, given: Tensor | None = None) -> tuple[Any, dict[tuple[str, int], Tensor]]:
         """Run the network, note what source and targets give, and put ``given`` into the source's place."""
-        found: dict[tuple[str, int], Tensor] = {}
+        found: dict[tuple[str, int], list[Tensor]] = {}
         calls: Counter[str] = Counter()
         wanted = {self.source_place, *(place for place in self.target_places if place is not None)}
 
         def hook_of(path: str) -> Any:
             def hook(_module: nn.Module, _inputs: Any, answer: Any) -> Any:
-                place = (path, calls[path])
+                image, call = divmod(calls[path], self.loops[path]) if self.loops.get(path) else (0, calls[path])
+                place = (path, call)
                 calls[path] += 1
                 if place in wanted:
                     value = read_entry(answer)
                     assert value is not None  # the layer was read when it was chosen
-                    found[place] = value.clone()
+                    found.setdefault(place, []).append(value.clone())
                 if place == self.source_place and given is not None:
-                    return _with_entry(answer, given.clone())
+                    return _with_entry(answer, (given[image : image + 1] if self.loops.get(path) else given).clone())
                 return None
 
             return hook
@@ -122,7 +129,7 @@ class Rerun(nn.Module):
             for path in {path for path, _ in wanted}:
                 hooks.callback(self.network.get_submodule(path).register_forward_hook(hook_of(path)).remove)
             answer = self.network(images)
-        return answer, found
+        return answer, {place: torch.cat(pieces) for place, pieces in found.items()}
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Call:
         alike: of tokens, which of them are the same for both images.
         changed: of tokens, those that the change of a place altered most, as far as they stand out.
         maker: the node of autograd's graph that made it; ``None`` in a pass without gradients.
+        loop: how often the module is called for each image, where the network runs its images one by one.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Call:
     alike: tuple[bool, ...]
     changed: tuple[int, ...]
     maker: Any
+    loop: int = 0
 
 
 def read_entry(output: Any) -> Tensor | None:
@@ -114,8 +116,44 @@ def _tokens_facts(output: Tensor) -> tuple[tuple[bool, ...], tuple[int, ...]]:
 def watch(module: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
     """Run a borrowed network on `three_images`; return every call of a module, as they end, and the network's answer.
 
-    Tensors are kept while the list is: drop it when the conclusions are drawn.
+    Where the network runs its images one by one, the calls for one image stand for all, with the tensors of all, and
+    the answer is that for the first. Tensors are kept while the list is: drop it when the conclusions are drawn.
     """
+    calls, answer = _one_pass(module, images)
+    if not any(len(call.output) == 1 and call.name.endswith("_2") for call in calls):
+        return calls, answer
+    passes = [_one_pass(module, image) for image in images.split(1)]
+    shapes = {tuple((call.name, call.output.shape) for call in of_image) for of_image, _ in passes}
+    return (calls, answer) if len(shapes) > 1 else (_joined(calls, [each for each, _ in passes]), passes[0][1])
+
+
+def _joined(calls: Sequence[Call], passes: Sequence[Sequence[Call]]) -> list[Call]:
+    """Join the calls of passes of one image each; of the batch's own pass where a module serves all images at once."""
+    of_all, of_one = _times_called(calls), _times_called(passes[0])
+    whole = {call.name: call for call in calls}
+    joined: dict[int, Tensor] = {}  # by the first image's tensor: what one call gave is what the next one was given
+
+    def join(pieces: Sequence[Tensor]) -> Tensor:
+        return joined.setdefault(id(pieces[0]), torch.cat(tuple(pieces)).detach())
+
+    found = []
+    for same in zip(*passes, strict=True):
+        first = same[0]
+        once = of_one[id(first.module)]
+        loop = once if of_all[id(first.module)] == len(passes) * once else 0
+        output = join([call.output for call in same]) if loop else whole[first.name].output
+        joined[id(first.output)] = output
+        given = (join([call.given[0] for call in same]),) if first.given and first.given[0].ndim else ()
+        lowest, facts = min(call.lowest for call in same), _tokens_facts(output)
+        found.append(Call(first.name, first.module, given, output, lowest, *facts, first.maker, loop))
+    return found
+
+
+def _times_called(calls: Sequence[Call]) -> Counter[int]:
+    return Counter(id(call.module) for call in calls)
+
+
+def _one_pass(module: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
     calls: list[Call] = []
     counts: Counter[str] = Counter()
 

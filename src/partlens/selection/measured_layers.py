@@ -152,5 +152,5 @@ def feature_index(performer: Performer, config: DescriptorConfig | None = None) 
     chosen = [(one, count) for one, count in found if (one.kind in wanted if wanted else one.kind != "same")]
     if not chosen:
         rule = f"{config.layers} with modules of their own before the class scores of {performer.name}"
-        raise LayerError(expected(rule, "none", "Choose outputs, or name layers in a list"))
+        raise LayerError(expected(rule, *performer.without_layers("Choose outputs, or name layers in a list")))
     return FeatureIndex(tuple(one.name for one, _ in chosen), tuple(count for _, count in chosen))
