@@ -11,7 +11,7 @@ from partlens.network.zoo import class_names_of, own_weights
 from partlens_papers.flowers.network import flower_net
 from partlens_papers.networks.paper_networks import PLANS, PaperNet
 
-__all__ = ["alexnet_caffe", "flower_net", "paper_performer", "vgg_f", "vgg_m", "vgg_s"]
+__all__ = ["alexnet_caffe", "flower_net", "paper_performer", "vgg16", "vgg_f", "vgg_m", "vgg_s"]
 
 _CAFFE_MEAN_BGR = (104.0, 117.0, 123.0)
 _HEAD = ("fc6", "fc7", "fc8")
@@ -81,3 +81,29 @@ def vgg_m(weights: str | None = None) -> Performer:
 def vgg_s(weights: str | None = None) -> Performer:
     """Return VGG-S; see :func:`paper_performer`."""
     return paper_performer("vgg-s", weights)
+
+
+def vgg16(weights: str) -> Performer:
+    """Return VGG-16 with torchvision's names, whose file may lack the fully connected layers.
+
+    Raises:
+        WeightsError: weights that do not fit.
+    """
+    from torchvision.models import vgg16 as build
+
+    state, metadata = read_weights(Path(weights))
+    outputs = int(state["classifier.6.bias"].shape[0]) if "classifier.6.bias" in state else 1000
+    module = seeded(lambda: build(weights=None, num_classes=outputs, init_weights=False), 0)
+    may_lack = () if any(name.startswith("classifier.") for name in state) else ("classifier.",)
+    absent = load_into(module, state, Path(weights).name, may_lack)
+    untrained = ("classifier.0", "classifier.3", "classifier.6") if absent else ()
+    module.eval()
+    usual = Preprocessing(resize="squash")
+    return Performer(
+        module,
+        "vgg16",
+        usual if absent else Preprocessing.from_metadata(metadata) or usual,  # the papers' convolutions know one input
+        weights_sha256(module),
+        class_names=None if absent else class_names_of(metadata, outputs, Path(weights).name),
+        untrained_layers=untrained,
+    )

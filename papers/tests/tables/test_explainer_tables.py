@@ -456,6 +456,15 @@ def test_a_sweep_writes_down_how_its_photos_are_opened(
         photos_of(made[0][1][0])
 
 
+@pytest.mark.parametrize(("against", "counts"), [("all", {RED: 32, BLUE: 32}), ("background", {RED: 32})])
+def test_a_category_is_told_from_all_others_or_from_background(
+    flower_folder: Path, tmp_path: Path, against: str, counts: dict[str, int]
+) -> None:
+    plan = planned("errors", flower_folder, performers=TRAINED, background=str(flower_folder), against=against)
+    for job in jobs_of(plan, find_photos(plan, tmp_path), tmp_path):  # also the one that trains the performer
+        assert photos_of(job).category_counts() == {**counts, "background": 64}
+
+
 def test_teachers_can_come_from_the_tap(
     finished: tuple[Path, TableRecord], flower_folder: Path, tmp_path: Path
 ) -> None:

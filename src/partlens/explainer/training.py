@@ -109,7 +109,7 @@ def _optimiser(explainer: Explainer, of_decoder: float, *, warm: bool) -> torch.
             parameter.requires_grad_(rates[role] > 0)  # what is held needs no gradient
         decay = config.weight_decay if role == "interpretable" else 0.0
         groups.append({"params": list(parameters), "lr": rates[role], "base": rates[role], "weight_decay": decay})
-    return torch.optim.AdamW(groups)
+    return torch.optim.AdamW(groups, fused=True)  # of a fully connected decoder the rest is eight times as slow
 
 
 class _Patience:

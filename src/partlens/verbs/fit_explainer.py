@@ -272,8 +272,9 @@ def _cached_maps(fit: _Fit) -> TrainingMaps:
     photos, config, structure = fit.photos, fit.asked.config, fit.asked.structure
     generator = torch.Generator().manual_seed(config.seed)
     windows = view_windows(len(photos.own), config.views, generator)
-    # Of others a whole photo and a crop.
-    others = view_windows(len(photos.others), 1 + _BACKGROUND_VIEWS, generator)[:, [0, 2]]
+    # Of others a whole photo and a crop, or its mirror where the category's photos are not cropped either.
+    second = 2 if config.views > _BACKGROUND_VIEWS else 1
+    others = view_windows(len(photos.others), 1 + _BACKGROUND_VIEWS, generator)[:, [0, second]]
     counts = [config.views] * len(photos.own) + [_BACKGROUND_VIEWS] * len(photos.others)
     rows = np.repeat(np.array([*photos.own, *photos.others], dtype=np.int64), counts)
     table = torch.cat([windows.flatten(0, 1), others.flatten(0, 1)])

@@ -153,8 +153,17 @@ class PaperNet(nn.Module):
         """
         return tuple((c.filters, c.kernel, c.stride, c.padding, c.groups) for c in PLANS[net].convs)
 
-    def forward(self, x: Float[Tensor, "image 3 row col"]) -> Float[Tensor, "image output"]:
-        """Score a batch of inputs."""
-        for name, layer in self.named_children():
+    def until(self, last: str) -> list[tuple[str, nn.Module]]:
+        """Return the layers up to one, that included."""
+        layers = list(self.named_children())
+        return layers[: [name for name, _ in layers].index(last) + 1]
+
+    def run_from(self, first: str, x: Tensor) -> Tensor:
+        """Run the network from a layer on."""
+        for name, layer in list(self.named_children())[len(self.until(first)) - 1 :]:
             x = layer(torch.flatten(x, 1) if name == "fc6" else x)
         return x
+
+    def forward(self, x: Float[Tensor, "image 3 row col"]) -> Float[Tensor, "image output"]:
+        """Score a batch of inputs."""
+        return self.run_from("conv1", x)

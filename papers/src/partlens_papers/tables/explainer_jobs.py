@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from partlens.errors import RunError, expected
+from partlens.errors import BACKGROUND, RunError, expected
 from partlens.records import Settings, plain
 from partlens.run import EXPLAINER as RUN
 from partlens.verbs import runs
@@ -80,12 +80,18 @@ def photos_of(job: Job) -> ImageSet:
         if found != wanted:
             rule, got = f"the photos {wanted[:12]} at {place}", f"others ({found[:12]})"
             raise RunError(expected(rule, got, "Make the table again from these"))
-    return _OPENED[place, wanted]
+    images = _OPENED[place, wanted]
+    if job.settings.get("against") != BACKGROUND:
+        return images
+    kept = {*(job.settings.get("joint") or (job.category,)), BACKGROUND}
+    return images.take([row for row, name in enumerate(images.categories) if name in kept])
 
 
-def performer_spec(job: Job) -> str:
-    """Return how to load a job's performer, with an absolute path."""
-    return str(job.places["spec"])
+def performer_of(job: Job, spec: str = "spec") -> Performer:
+    """Load a job's performer; what the papers' VGG-16 has in common for all categories is computed once."""
+    from partlens_papers.networks.remembered import remembering
+
+    return remembering(loaded(str(job.places[spec])), Path(job.places["maps"]))
 
 
 def job_device() -> str:
@@ -106,7 +112,7 @@ def train(job: Job, folder: Path) -> Made:  # noqa: ARG001 -- every job gets its
     out.parent.mkdir(parents=True, exist_ok=True)
     joint = job.settings.get("joint")
     train_performer(
-        job.places["base"],
+        performer_of(job, "base"),
         photos_of(job),
         out=out,
         category=None if joint else job.category,
@@ -114,7 +120,7 @@ def train(job: Job, folder: Path) -> Made:  # noqa: ARG001 -- every job gets its
         config={"seed": job.seed, **job.settings["train"]},
         device=job_device(),
     )
-    trained = loaded(performer_spec(job))
+    trained = performer_of(job)
     return (), {"weights_sha256": trained.weights_sha256, "notes": list(trained.notes)}
 
 
@@ -142,11 +148,11 @@ def explain(job: Job, folder: Path) -> Made:
     from partlens_papers.tap_teachers import tap_places
 
     settings, images = job.settings, photos_of(job)
-    spec = performer_spec(job)
-    chosen = choose_layers(loaded(spec), settings)
+    performer = performer_of(job)
+    chosen = choose_layers(performer, settings)
     run = folder / "run"
     fitted = fit_explainer(
-        spec,
+        performer,
         images,
         out=run,
         category=settings.get("joint") or job.category,
@@ -160,7 +166,7 @@ def explain(job: Job, folder: Path) -> Made:
         places_of=tap_places if settings["teachers"] == "tap" else None,
     )
     how: dict[str, Any] = {"split": settings["split"], "seed": job.seed, "rounds": BOOTSTRAP_ROUNDS}
-    found = evaluate(run, images, model=spec, gallery="none", **how)
+    found = evaluate(run, images, model=performer, gallery="none", **how)
     record = fitted.record
     facts = {
         "network": record.performer.name,
@@ -198,7 +204,7 @@ def compare(job: Job, folder: Path) -> Made:
     from partlens.explainer.templates import PEAK_POWER
     from partlens_papers.tables.rival_measures import RivalBench, measure_rivals
 
-    images, performer = photos_of(job), loaded(performer_spec(job))
+    images, performer = photos_of(job), performer_of(job)
     run = folder.parent / EXPLAINER / "run" / RUN
     if not run.is_file():
         remedy = f"Delete {folder.parent / EXPLAINER} as well, and the explainer is fitted again"
@@ -265,7 +271,7 @@ def interpret(job: Job, folder: Path) -> Made:
     from partlens_papers.rivals.interpretable_training import labelled_maps, train_interpretable_cnn
     from partlens_papers.tables.rival_measures import measure_interpretable
 
-    settings, images, performer = job.settings, photos_of(job), loaded(performer_spec(job))
+    settings, images, performer = job.settings, photos_of(job), performer_of(job)
     chosen = choose_layers(performer, settings)
     tap = chosen.tap or performer.tap
     photos, others = images.rows_of((job.category,), "train")

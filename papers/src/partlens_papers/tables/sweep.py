@@ -62,6 +62,7 @@ class SweepConfig(Settings):
         teachers: places of the part teachers: the performer's ``later`` layer, or the ``tap``'s own features, which is
             better on AlexNet's birds (:mod:`partlens_papers.tap_teachers`).
         background: folder or table of photos that count as background, with the data's own.
+        against: what a category is told from: ``all`` other photos, or the ``background`` alone, as in the papers.
         others: most photos of other categories in a fit.
         split: what is measured.
         workers: processes that do jobs; 0 does them in this one.
@@ -77,6 +78,7 @@ class SweepConfig(Settings):
     preset: Literal["partlens", "paper"] = "partlens"
     teachers: Literal["later", "tap"] = "later"
     background: str | None = None
+    against: Literal["all", "background"] = "all"
     others: int = Field(1500, ge=0)
     split: str = "test"
     workers: int = Field(0, ge=0)
@@ -255,13 +257,15 @@ def jobs_of(plan: Plan, photos: Photos, out: Path) -> list[Job]:
         "data": photos.facts["fingerprint"],
         "joined": photos.joined,
         **({"joint": list(together)} if together else {}),
+        **({"against": plan.sweep.against} if plan.sweep.against != "all" else {}),
     }
     jobs: list[Job] = []
     for label, text in plan.performers.items():
         for category in (joint_label(together),) if together else photos.categories:
             training, point = _point(plan, out, label, text, Job("", "", label, category, 0, common))
-            point = dataclasses.replace(point, places={"data": photos.path, **point.places})
-            jobs += [dataclasses.replace(job, places={"data": photos.path, **job.places}) for job in training]
+            places = {"data": photos.path, "maps": str(out / "maps")}
+            point = dataclasses.replace(point, places={**places, **point.places})
+            jobs += [dataclasses.replace(job, places={**places, **job.places}) for job in training]
             for seed in range(plan.sweep.seed, plan.sweep.seed + plan.sweep.seeds):
                 jobs += _explainer_jobs(plan, dataclasses.replace(point, seed=seed))
     return jobs
@@ -283,7 +287,7 @@ def _point(plan: Plan, out: Path, label: str, text: str, point: Job) -> tuple[li
     if not text.startswith(TRAINED):
         return [], dataclasses.replace(point, settings=settings, places={"spec": located})
     file = out / "performers" / f"{label}-{point.category}.safetensors"
-    kept = ("model", "weights", "data", "joined", "joint")
+    kept = ("model", "weights", "data", "joined", "joint", "against")
     recipe: dict[str, Any] = {key: value for key, value in settings.items() if key in kept}
     recipe["train"] = plan.methods.train
     recipe["fields"] = _without_seed(dict(settings_of(FinetuneConfig, plan.methods.train)))
