@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from partlens.errors import RunError, expected, printable
+from partlens.estimate import Number
 from partlens.records import Record, Value, content_hash, plain, remove_leftovers, sole_writer
 
 PHOTOS = "photos.json"
@@ -62,6 +63,30 @@ class Unreadable(Value):
     reason: str
 
 
+Precision = Literal["auto", "float32", "float32-channels-last", "bfloat16"]
+"""How passes over photos compute; ``auto`` takes the fastest whose answers agree with float32."""
+
+
+class PassPrecision(Value):
+    """How passes over photos compute, and how far that was from float32 on the photos that it was tried on.
+
+    Attributes:
+        used: the precision; ``bfloat16`` has channels last, too.
+        photos: that it was tried on; 0 where nothing was tried, because it was asked for or too little is read.
+        error: the norm of the difference over the norm, the largest of the scores and the layers read.
+        agreement: share of photos with the same decision.
+        faster: how many times as fast as float32.
+        notes: what was tried and not used, and why.
+    """
+
+    used: Precision
+    photos: int = 0
+    error: Number = 0.0
+    agreement: Number = 1.0
+    faster: Number = 1.0
+    notes: tuple[str, ...] = ()
+
+
 class PerformerInfo(Value):
     """The network of a run.
 
@@ -71,6 +96,7 @@ class PerformerInfo(Value):
         weights_sha256: hash of its weights and buffers.
         preprocessing: how images become its input.
         notes: what a reader of results must know.
+        precision: of passes over photos, ``None`` until it is chosen.
     """
 
     name: str
@@ -78,6 +104,12 @@ class PerformerInfo(Value):
     weights_sha256: str
     preprocessing: dict[str, Any]
     notes: tuple[str, ...] = ()
+    precision: PassPrecision | None = None
+
+    @property
+    def passes(self) -> Precision:
+        """In which precision passes over photos compute."""
+        return "float32" if self.precision is None else self.precision.used
 
 
 class DataInfo(Value):

@@ -445,7 +445,7 @@ def test_a_long_fit_says_beforehand_how_long_it_takes_and_what_is_faster(
 def test_without_bfloat16_units_the_default_is_float32(
     units: bool, given: dict[str, str], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "_has_bfloat16_units", lambda: units)
+    monkeypatch.setattr("partlens.network.precision.has_bfloat16_units", lambda _: units)
     assert verb._settings("partlens", given, torch.device("cpu"), seeds=1, background=0).precision == precision
 
 

@@ -16,6 +16,7 @@ from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, RunError
 from partlens.network.performer import Performer, weights_sha256
 from partlens.object_parts.inspection import InspectRecord
+from partlens.run import PassPrecision
 from partlens.verbs import inspected_category
 
 SMALL = {"photos": 30, "measured": 12, "views": 3, "parts_max": 3}
@@ -65,6 +66,9 @@ def test_a_stopped_inspection_goes_on_and_finds_the_same(
 ) -> None:
     whole = inspected_category.find_parts
     calls: list[int] = []
+    # A run that goes on reads in the precision that its record names; only the first start chooses one.
+    found = iter([PassPrecision(used="float32", photos=16)])
+    monkeypatch.setattr("partlens.network.precision.chosen_precision", lambda *_, **__: next(found))
 
     def stops(*arguments: object) -> object:
         calls.append(1)
@@ -76,6 +80,7 @@ def test_a_stopped_inspection_goes_on_and_finds_the_same(
     with pytest.raises(KeyboardInterrupt):
         partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config=SMALL)
     again = partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config=SMALL)
+    assert again.performer.precision == PassPrecision(used="float32", photos=16)
     assert len(calls) == 3  # the first category was not searched again
     assert again.categories == InspectRecord.read(inspected).categories
     assert not (tmp_path / "run" / "cache-inspect").exists()

@@ -133,7 +133,7 @@ def viewed_images(
     viewer = _Viewer(_Frames(images, performer.preprocessing), photos, table)
     drawn = ImageSet.from_generator(viewer, keys, recipe=recipe)
     as_framed = dataclasses.replace(performer.preprocessing, resize="squash", resize_px=None)
-    return drawn, dataclasses.replace(performer, preprocessing=as_framed)
+    return drawn, performer.taking(as_framed)
 
 
 @dataclass(frozen=True)

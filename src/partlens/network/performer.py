@@ -25,6 +25,7 @@ from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import ReceptiveField, receptive_field, spread_evenly
 from partlens.network.upper import OUTPUT, LaidOut, Rerun
 from partlens.network.watched import place_of, three_images
+from partlens.run import Precision
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Performer:
         notes: what a reader of results must know, such as layers without trained weights.
         untrained_layers: layers that the weights file lacks and that keep their random start.
         loaded_as: the name it was loaded by, and the preprocessing that this name gives.
+        precision: in which passes that only read compute (`partlens.network.precision`).
     """
 
     module: nn.Module
@@ -54,6 +56,7 @@ class Performer:
     notes: tuple[str, ...] = ()
     untrained_layers: tuple[str, ...] = ()
     loaded_as: tuple[str, Preprocessing] | None = None
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         given: object = self.preprocessing
@@ -290,6 +293,20 @@ class Performer:
         if name.isdigit() and int(name) < count:
             return int(name)
         raise InputError(expected(f"a class of {self.name}", name, f"Nearest: {', '.join(nearest(name, names))}"))
+
+    def computing(self, precision: Precision) -> Performer:
+        """Return the performer with another precision of passes that only read; its module is the same."""
+        return self._like(precision=precision)
+
+    def taking(self, preprocessing: Preprocessing) -> Performer:
+        """Return the performer with another way from files to an input of the same size."""
+        return self._like(preprocessing=preprocessing)
+
+    def _like(self, **fields: object) -> Performer:
+        """Change fields that nothing computed depends on, and keep what was computed."""
+        made = dataclasses.replace(self, **fields)  # type: ignore[arg-type]
+        made.__dict__.update({name: known for name, known in self.__dict__.items() if name not in made.__dict__})
+        return made
 
     def on(self, device: torch.device) -> Performer:
         """Return the performer on a device: itself on the CPU, else with a copy of its network there."""

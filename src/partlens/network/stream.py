@@ -42,7 +42,12 @@ class Batch:
     maps: dict[str, Tensor]
 
 
-def _decode(performer: Performer, images: ImageSet, row: int) -> Tensor:
+def decoded(performer: Performer, images: ImageSet, row: int) -> Tensor:
+    """Return the network's input of one photo, a batch of one.
+
+    Raises:
+        ImageError: it cannot be read, with its name.
+    """
     try:
         return performer.preprocessing([images.read(row, performer.preprocessing.scaled_size)])
     except OSError as error:
@@ -66,7 +71,7 @@ def batches(
         while parts or waiting:
             while parts and len(waiting) < _AHEAD:
                 part = parts.popleft()
-                waiting.append((part, [pool.submit(_decode, performer, images, row) for row in part]))
+                waiting.append((part, [pool.submit(decoded, performer, images, row) for row in part]))
             part, futures = waiting.popleft()
             yield part, torch.cat([future.result() for future in futures])
     finally:
@@ -190,6 +195,7 @@ def stream_maps(
         "images": images.fingerprint(),
         "preprocessing": performer.preprocessing.to_dict(),
         "dtype": dtype,
+        "precision": performer.precision,
         "taps": taps,
     }
     with row_store(folder, identity, len(images)) as store:

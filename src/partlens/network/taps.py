@@ -25,6 +25,7 @@ from partlens.network.layout import WHOLE, Layout, tap_layout
 from partlens.network.outputs import entries_of
 from partlens.network.performer import Performer, module_of
 from partlens.network.watched import Place, place_of, read_entry
+from partlens.run import Precision
 
 _AGAINST_OVERFLOW = "Use float32 weights (module.float())"
 
@@ -183,16 +184,16 @@ def _first_bad_layer(module: nn.Module, batch: Tensor) -> str:
     return next(iter(found), "") or "the output"
 
 
-def _as_float(value: Any) -> Any:
+def as_float(value: Any) -> Any:
     """Detach and convert floating tensors to float32, in any nesting; what has named entries becomes a dictionary."""
     if isinstance(value, Tensor):
         return value.detach().float() if value.is_floating_point() else value.detach()
     if isinstance(value, Mapping):
-        return {k: _as_float(v) for k, v in value.items()}
+        return {k: as_float(v) for k, v in value.items()}
     if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
-        return {name: _as_float(entry) for name, entry in entries_of(value).items()}
+        return {name: as_float(entry) for name, entry in entries_of(value).items()}
     if isinstance(value, (list, tuple)):
-        return tuple(_as_float(v) for v in value)
+        return tuple(as_float(v) for v in value)
     return value
 
 
@@ -220,6 +221,16 @@ def _module_at(module: nn.Module, name: str) -> nn.Module:
     return module.get_submodule(place_of(module, name).path)
 
 
+def in_precision(precision: Precision, batch: Tensor) -> tuple[Tensor, torch.autocast]:
+    """Return a batch as layers that compute in a precision take it, and the block in which they do.
+
+    The memory order is that of the batch alone: convolutions hand it on, and the weights stay as they are.
+    """
+    if precision != "float32":
+        batch = batch.contiguous(memory_format=torch.channels_last)
+    return batch, torch.autocast(batch.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def forward_taps(
     performer: Performer | nn.Module,
     batch: Float[Tensor, "image channel row col"],
@@ -228,10 +239,10 @@ def forward_taps(
 ) -> tuple[Any, dict[str, Tensor]]:
     """Run a network in eval mode without gradients and read its taps.
 
-    The batch is moved to the network's device and floating type. The output and the taps, as maps whatever the layout
-    of the layer (`partlens.network.layout`), come as float32 on the network's device. Gradients are off by
-    ``no_grad``: tensors of ``inference_mode`` could neither enter a later training step nor be kept by a network that
-    caches values.
+    The batch is moved to the network's device and floating type, and computed in the performer's precision. The output
+    and the taps, as maps whatever the layout of the layer (`partlens.network.layout`), come as float32 on the network's
+    device; ``reduce`` is given what the layer gave. Gradients are off by ``no_grad``: tensors of ``inference_mode``
+    could neither enter a later training step nor be kept by a network that caches values.
 
     Raises:
         LayerError: an unknown layer or one that is not called.
@@ -255,9 +266,10 @@ def forward_taps(
     weight = next(filter(torch.is_floating_point, module.parameters()), None)
     ready = batch.to(device=weight.device, dtype=weight.dtype) if weight is not None else batch
     layouts = tap_layouts(performer, ready, names)
-    with borrowed(module, copy_weights=False) as network, torch.no_grad():
+    ready, computing = in_precision(getattr(performer, "precision", "float32"), ready)
+    with borrowed(module, copy_weights=False) as network, torch.no_grad(), computing:
         with read_taps(network, names, reduce, layouts) as taps:
-            output = _as_float(network(ready))
+            output = as_float(network(ready))
             held = {name: taps[name].detach().float() for name in names}
         if not (_finite(output) and _finite(held)):
             cause = "the batch itself" if not _finite(ready) else _first_bad_layer(network, ready)

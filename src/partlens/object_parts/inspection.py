@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from partlens.errors import InputError, expected
 from partlens.estimate import Estimate, Number
 from partlens.records import Record, Settings, Value
-from partlens.run import INSPECTION, RunRecord
+from partlens.run import INSPECTION, Precision, RunRecord
 
 Fill = Literal["auto", "zero", "mean"]
 VerdictName = Literal["parts", "texture", "elsewhere", "undecided"]
@@ -48,6 +48,7 @@ class InspectConfig(FindingConfig):
         fill: what cells outside windows are set to: ``zero``, the ``mean`` map of the photos, or ``auto``: zero where
             the tap has no negative values, else the mean.
         seed: of every draw.
+        precision: of passes over photos; ``auto`` takes the fastest whose answers agree with float32.
     """
 
     views: int = Field(4, ge=2)
@@ -56,6 +57,7 @@ class InspectConfig(FindingConfig):
     background: int = Field(400, ge=0)
     fill: Fill = "auto"
     seed: int = 0
+    precision: Precision = "auto"
 
     @property
     def finding(self) -> FindingConfig:

@@ -21,7 +21,7 @@ from partlens.data.images import ImageSet
 from partlens.explainer.views import gather, viewed_images
 from partlens.network.performer import Performer
 from partlens.network.stream import batches
-from partlens.network.taps import forward_taps
+from partlens.network.taps import Reduces, forward_taps
 from partlens.records import content_hash, plain
 from partlens.rows import RowStore, row_store
 from partlens.selection.descriptors import energy_and_peak, normalised
@@ -50,6 +50,16 @@ class Wanted:
     def maps(self) -> tuple[str, ...]:
         """Layers whose maps are kept."""
         return () if self.tap is None else tuple(dict.fromkeys((self.tap, *self.finding)))
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """All layers that are read of a whole photo."""
+        return tuple(dict.fromkeys((*self.index.layers, *self.maps)))
+
+    @property
+    def reduce(self) -> Reduces:
+        """What is kept of each layer that is not kept whole."""
+        return {name: energy_and_peak for name in self.index.layers if name not in self.maps}
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ def read_photos(
         "performer": performer.weights_sha256,
         "images": content_hash({"keys": [images.keys[row] for row in rows], "set": images.fingerprint()}),
         "preprocessing": performer.preprocessing.to_dict(),
+        "precision": performer.precision,
         "windows": content_hash({"windows": windows.tolist()}),
         "wanted": plain(wanted),
     }
@@ -156,8 +167,7 @@ def _equal_batches(
 def _whole(performer: Performer, inputs: Tensor, wanted: Wanted, views: int) -> tuple[dict[str, np.ndarray], int]:
     """Run whole photos: scores, energies and peaks of all measured layers, maps of the layers that are kept."""
     index, kept = wanted.index, wanted.maps
-    reduce = {name: energy_and_peak for name in index.layers if name not in kept}
-    output, held = forward_taps(performer, inputs, [*index.layers, *kept], reduce)
+    output, held = forward_taps(performer, inputs, wanted.read, wanted.reduce)
     measured = torch.cat([energy_and_peak(held[n]) if n in kept else held[n] for n in index.layers], dim=1)
     x, lost = normalised(measured[:, :, 0], index, wanted.descriptor)
     arrays: dict[str, Any] = {

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,20 +29,40 @@ from partlens.selection.record import DescriptorConfig, FeatureIndex
 
 def channels_only(values: Tensor) -> Tensor:
     """Keep one zero per channel, so that shapes can be read; refuse what has no channels."""
-    return _flat(values).new_zeros(values.shape[:2])
+    return _checked(values).new_zeros(values.shape[:2], dtype=torch.float32)
 
 
-def _flat(values: Tensor) -> Tensor:
-    """Bring maps or vectors to ``[image, channel, cell]`` in float32."""
+def _checked(values: Tensor) -> Tensor:
+    """Return maps or vectors as float32, or in half of it: their sums are float32 all the same."""
     if values.ndim not in {2, 4}:
         rule = "layers that give maps (image, filter, row, col) or vectors (image, filter)"
         raise LayerError(expected(rule, f"one of shape {tuple(values.shape)}", "Choose other layers"))
-    return values.detach().float().flatten(2) if values.ndim == 4 else values.detach().float()[:, :, None]
+    return values.detach() if values.element_size() == 2 else values.detach().float()
 
 
-def _squares(flat: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(flat, dim=2)  # makes no squared copy of the maps
+def _channels_last(values: Tensor) -> bool:
+    """Whether the channels of a cell lie side by side in a CPU's memory, where sums over cells need another way."""
+    last = values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    return last and not values.is_contiguous() and values.device.type == "cpu"
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Sum the squares of each channel over its cells in float32."""
+    if _channels_last(values):
+        # Image by image, so that what is squared stays in the processor's cache.
+        return torch.stack([image.float().square().sum((1, 2)) for image in values])
+    flat = values.flatten(2) if values.ndim == 4 else values[:, :, None]
+    norm: Tensor = torch.linalg.vector_norm(flat, dim=2, dtype=torch.float32)  # makes no squared copy of the maps
     return norm.square()
+
+
+def _peaks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest value of each channel and the number of its cell, the first of equal ones."""
+    if _channels_last(values):
+        largest, place = F.max_pool2d(values, values.shape[2:], return_indices=True)
+        return largest[:, :, 0, 0].float(), place[:, :, 0, 0]
+    largest, place = (values.flatten(2) if values.ndim == 4 else values[:, :, None]).max(dim=2)
+    return largest.float(), place
 
 
 def energy(
@@ -53,15 +74,14 @@ def energy(
         >>> energy(torch.tensor([[[[3.0, -4.0]], [[1.0, 0.0]]]])).tolist()
         [[25.0, 1.0]]
     """
-    return _squares(_flat(values))
+    return _squares(_checked(values))
 
 
 def energy_and_peak(values: Tensor) -> Tensor:
     """Energy, largest value and its row and column, ``[image, channel, 4]`` float32 (cells stay exact below 2^24)."""
-    flat = _flat(values)
-    peak, place = flat.max(dim=2)
+    peak, place = _peaks(_checked(values))
     cols = values.shape[3] if values.ndim == 4 else 1
-    return torch.stack([_squares(flat), peak, place // cols, place % cols], dim=2)
+    return torch.stack([energy(values), peak, place // cols, place % cols], dim=2)
 
 
 def normalised(energies: Tensor, index: FeatureIndex, config: DescriptorConfig) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from partlens.errors import InputError, LayerError, expected, listed, nearest
 from partlens.estimate import Estimate, Number
 from partlens.records import Settings, Value
-from partlens.run import SELECTION, RunRecord
+from partlens.run import SELECTION, Precision, RunRecord
 
 DEFAULT_MU = 10.0
 _NAMED_LAYERS = ("outputs", "activations", "convolutions")
@@ -41,6 +41,7 @@ class DescriptorConfig(Settings):
         energy: squared, the sum of squares over the cells (authors), or norm, its square root.
         layer_normalisation: l1 divides each layer by the sum of its energies (authors), none does not.
         image_normalisation: l2 divides the whole descriptor by its Euclidean norm (authors), none does not.
+        precision: of the pass over the photos; auto takes the fastest whose answers agree with float32.
 
     Raises:
         InputError: a value that is not among these, or no layer.
@@ -50,6 +51,7 @@ class DescriptorConfig(Settings):
     energy: Literal["squared", "norm"] = "squared"
     layer_normalisation: Literal["l1", "none"] = "l1"
     image_normalisation: Literal["l2", "none"] = "l2"
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def stream_responses(
         "performer": performer.weights_sha256,
         "images": images.fingerprint(),
         "preprocessing": performer.preprocessing.to_dict(),
+        "precision": performer.precision,
         "descriptor": plain(config),
         "index": plain(index),
         "peaks": peaks,

@@ -79,6 +79,7 @@ def evaluate(
     if rounds < 1:
         raise InputError(expected("rounds of at least 1", rounds, "Set --rounds to 1 or more"))
     (explainer, performer), record = load_explainer(run, model), handle.read(ExplainerRun)
+    performer = performer.computing(record.performer.passes)
     plan = GalleryPlan.of(gallery, fields, performer.preprocessing.size_px, occlusion, seed)
     images, unreadable = open_photos(data, record, show)
     rows = _rows(images, record.data.categories, split, seed)

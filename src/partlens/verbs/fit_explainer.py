@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from partlens.explainer.config import ExplainerConfig, Preset
 from partlens.explainer.record import WEIGHTS, ExplainerRun, ExplainerStructure, Grid, History
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
-from partlens.run import PHOTOS, Run, Unreadable, UsedPhotos, command, now, versions
+from partlens.run import PHOTOS, PassPrecision, Precision, Run, Unreadable, UsedPhotos, command, now, versions
 from partlens.verbs.runs import (
     chosen_categories,
     data_info,
@@ -29,6 +29,7 @@ from partlens.verbs.runs import (
     performer_info,
     sampled,
     verb,
+    with_precision,
 )
 
 if TYPE_CHECKING:
@@ -171,7 +172,8 @@ def fit_explainer(
         if record.finished:
             show.say(f"{out} is finished already; nothing to do")
         else:
-            shares = _learned(fit)
+            reading, begun = with_precision(performer, begun, folder, lambda: _precision(fit), show)  # noqa: PLW2901
+            shares = _learned(replace(fit, performer=reading))
             if cache is None and not keep_cache:
                 shutil.rmtree(maps)
             weights = file_sha256(folder / WEIGHTS)
@@ -193,20 +195,15 @@ def _settings(
         raise InputError(expected("background of at least 0", background, "Set --background to 0 or more"))
     if seeds < 1:
         raise InputError(expected("at least 1 seed", seeds, "Set --seeds to 1 or more"))
+    from partlens.network.precision import has_bfloat16_units
+
     if isinstance(config, ExplainerConfig):
         return config
     changes = dict(config or {})
-    if "precision" not in changes and device.type == "cpu" and not _has_bfloat16_units():
+    if "precision" not in changes and not has_bfloat16_units(device):
         # Emulated, a convolution in bfloat16 takes ten times as long as one in float32. The record says which it was.
         changes["precision"] = "float32"
     return ExplainerConfig.preset(preset, **changes)
-
-
-def _has_bfloat16_units() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware."""
-    import torch
-
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # noqa: SLF001
 
 
 def _chosen(
@@ -259,6 +256,26 @@ def _extras(performer: Performer, asked: ExplainerRun, places_of: PlaceSource | 
         head = performer_head(performer, asked.structure)
         classification = Classification(head, tuple(known.index(name) for name in categories))
     return Extras(places_of or later_places, classification, device)
+
+
+def _precision(fit: _Fit) -> PassPrecision:
+    """Choose the precision of the pass that caches maps: of maps that are there already, theirs."""
+    import torch
+
+    from partlens.network.precision import chosen_precision
+    from partlens.rows import RowRecord
+
+    found = RowRecord.read_if_there(fit.cache)
+    wanted: Precision = "float32" if fit.asked.config.precision == "float32" else "auto"
+    structure, photos = fit.asked.structure, fit.photos
+    return chosen_precision(
+        fit.performer.on(torch.device(fit.extras.device)),
+        photos.images,
+        photos.own,
+        [structure.read, *structure.targets],
+        passes=len(photos.own) * fit.asked.config.views + len(photos.others) * _BACKGROUND_VIEWS,
+        wanted=wanted if found is None else found.identity.get("precision", wanted),
+    )
 
 
 def _cached_maps(fit: _Fit) -> TrainingMaps:

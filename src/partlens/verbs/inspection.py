@@ -15,9 +15,18 @@ from partlens.object_parts.inspection import CategoryFile, InspectConfig, Inspec
 from partlens.page.page import write_report
 from partlens.progress import Advance, Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
-from partlens.run import SELECTION, Run, command, now, versions
+from partlens.run import SELECTION, PassPrecision, Run, command, now, versions
 from partlens.selection.record import DescriptorConfig, SelectionConfig, SelectionRecord
-from partlens.verbs.runs import category_names, data_info, loaded, open_photos, performer_info, sampled, verb
+from partlens.verbs.runs import (
+    category_names,
+    data_info,
+    loaded,
+    open_photos,
+    performer_info,
+    sampled,
+    verb,
+    with_precision,
+)
 from partlens.verbs.select_features import MOST_PICTURES, Chosen, SelectionPhotos, select_from
 
 if TYPE_CHECKING:
@@ -88,7 +97,7 @@ def inspect(
     chosen = _chosen(images, category, split, settings)
     tap = tap or performer.tap
     performer.layer(tap)  # refuses one that is unknown
-    upper = upper_of(performer, tap)  # refuses one that a shortcut goes around, before a photo is read
+    upper_of(performer, tap)  # refuses one that a shortcut goes around, before a photo is read
     asked = InspectRecord(
         created=now(),
         command=command(),
@@ -100,11 +109,14 @@ def inspect(
         tap=tap,
         finding=_finding_layers(performer),
     )
-    with run.begun(asked) as record:
-        if record.finished:
+    with run.begun(asked) as begun:
+        if begun.finished:
             show.say(f"{out} holds this inspection already; nothing to do")
-            return record
-        work = _Work(performer, images, chosen, record, upper, run.folder, show)
+            return begun
+        performer, record = with_precision(
+            performer, begun, run.folder, lambda: _precision(performer, images, chosen, begun), show
+        )
+        work = _Work(performer, images, chosen, record, upper_of(performer, tap), run.folder, show)
         reads = work.reads()
         stage = work.stage(reads)
         categories = work.categories(stage)
@@ -198,6 +210,30 @@ def _slug(name: str, number: int) -> str:
     return f"{number + 1:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:40] or 'photos'}"
 
 
+def _wanted(performer: Performer, tap: str | None, finding: tuple[str, ...]) -> Wanted:
+    from partlens.object_parts.reading import Wanted
+    from partlens.selection.measured_layers import feature_index
+
+    descriptor = DescriptorConfig()
+    return Wanted(tap, finding, feature_index(performer, descriptor), descriptor)
+
+
+def _precision(performer: Performer, images: ImageSet, chosen: _Chosen, record: InspectRecord) -> PassPrecision:
+    """Choose the precision of the passes: whatever is read must agree."""
+    from partlens.network.precision import chosen_precision
+
+    wanted = _wanted(performer, performer.whole(record.tap), record.finding)
+    return chosen_precision(
+        performer,
+        images,
+        chosen.found,
+        wanted.read,
+        passes=len(chosen.found) * record.config.views + len(chosen.measured) + len(chosen.others),
+        reduce=wanted.reduce,
+        wanted=record.config.precision,
+    )
+
+
 # --- work -------------------------------------------------------------------------------------------------------------
 
 
@@ -212,13 +248,6 @@ class _Work:
     upper: Upper
     folder: Path
     show: Progress
-
-    def wanted(self, tap: str | None) -> Wanted:
-        from partlens.object_parts.reading import Wanted
-        from partlens.selection.measured_layers import feature_index
-
-        descriptor = DescriptorConfig()
-        return Wanted(tap, self.record.finding, feature_index(self.performer, descriptor), descriptor)
 
     def reads(self) -> tuple[Read, Read, Read]:
         """Run all photos through the performer once: those that parts are found on in all views."""
@@ -247,7 +276,7 @@ class _Work:
                         self.images,
                         rows,
                         windows,
-                        self.wanted(tap),
+                        _wanted(self.performer, tap, self.record.finding),
                         self.folder / _CACHE / name,
                         _steps(advance, before, views),
                     )
@@ -324,7 +353,7 @@ def _selection(
     order = [*fitted, *(held if record.split != "test" else ())]
     chosen = images.take(rows[k] for k in order)
     arrays = {n: np.concatenate([read.arrays[n] for read in reads if read.rows])[order] for n in _RESPONSES}
-    index, lost = work.wanted(None).index, sum(read.dead_layers for read in reads)
+    index, lost = _wanted(work.performer, None, record.finding).index, sum(read.dead_layers for read in reads)
     responses = Responses(keys=chosen.keys, index=index, dead_layers=lost, **arrays)
     asked = SelectionRecord(
         created=record.created,
@@ -358,12 +387,19 @@ def _nothing(found: Read, rows: int, config: InspectConfig) -> Tensor:
 
 
 def upper_of(performer: Performer, tap: str) -> Upper:
-    """Return the performer's own layers above the tap, from maps to scores of its decisions, float32 on the CPU."""
+    """Return the performer's own layers above the tap, from maps to scores of its decisions, float32 on the CPU.
+
+    They compute in the performer's precision.
+    """
+    from partlens.network.taps import as_float, in_precision
+
     module, outputs = performer.upper(tap), performer.outputs
     weight = next(module.parameters(), None)  # a mean over the cells has none
 
     def upper(maps: Tensor) -> Tensor:
-        answer = module(maps if weight is None else maps.to(weight))[0]
-        return outputs.decisions(outputs.scores(answer, len(maps))).float().cpu()
+        given, computing = in_precision(performer.precision, maps if weight is None else maps.to(weight))
+        with computing:
+            answer = as_float(module(given)[0])
+        return outputs.decisions(outputs.scores(answer, len(maps))).cpu()
 
     return upper

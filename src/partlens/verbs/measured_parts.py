@@ -76,6 +76,7 @@ def opened_explainer(
     """
     explainer, performer = load_explainer(run, model)
     record = Run(run).read(ExplainerRun)
+    performer = performer.computing(record.performer.passes)
     images, _ = open_photos(data, record, show)
     categories = record.data.categories
     rows = sampled(images.rows_of(categories, split)[0], how.photos_max, how.seed)

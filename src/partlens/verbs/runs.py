@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, RunError, WeightsError, expected, listed, printable
 from partlens.progress import Progress
-from partlens.run import DataInfo, PerformerInfo, Run, RunRecord, Unreadable
+from partlens.run import DataInfo, PassPrecision, PerformerInfo, Run, RunRecord, Unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+_R = TypeVar("_R", bound=RunRecord)
 
 _SAFE = ("torchvision:", "timm:", "partlens:")
 
@@ -60,6 +62,41 @@ def performer_info(performer: Performer) -> PerformerInfo:
         weights_sha256=performer.weights_sha256,
         preprocessing=performer.preprocessing.to_dict(),
         notes=(*performer.notes, *performer.outputs.notes),
+    )
+
+
+def with_precision(
+    performer: Performer, record: _R, folder: Path, chosen: Callable[[], PassPrecision], show: Progress
+) -> tuple[Performer, _R]:
+    """Return the performer in the precision of a run's passes, and the record that names it.
+
+    It is chosen once: a run that goes on reads what its record says.
+
+    Args:
+        performer: the network.
+        record: of the run, as it was begun.
+        folder: of the run, where the record is written when the precision was chosen now.
+        chosen: chooses it (`partlens.network.precision.chosen_precision`).
+        show: where to say what is used.
+    """
+    found = record.performer.precision
+    if found is None:
+        found = chosen()
+        record = record.changed(performer=record.performer.model_copy(update={"precision": found}))
+        record.write(folder)
+        if found.used != "float32":
+            show.say(precision_said(found))
+    return performer.computing(found.used), record
+
+
+def precision_said(found: PassPrecision) -> str:
+    """Say in which precision photos are read, and how far that is from float32."""
+    if not found.photos:
+        return f"photos are read in {found.used}, as asked"
+    agreed = round(found.agreement * found.photos)
+    return (
+        f"photos are read in {found.used}, {found.faster:.1f} times as fast as float32: at most {found.error:.1%} off, "
+        f"{agreed} of {found.photos} decisions equal"
     )
 
 

@@ -14,7 +14,7 @@ from partlens.errors import ImageError, RunError, expected, listed
 from partlens.estimate import Estimate, proportion
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
-from partlens.run import Run, command, now, versions
+from partlens.run import PassPrecision, Run, command, now, versions
 from partlens.selection.record import (
     DEFAULT_MU,
     DescriptorConfig,
@@ -26,7 +26,7 @@ from partlens.selection.record import (
     SelectionFound,
     SelectionRecord,
 )
-from partlens.verbs.runs import data_info, loaded, open_performer, open_photos, performer_info, verb
+from partlens.verbs.runs import data_info, loaded, open_performer, open_photos, performer_info, verb, with_precision
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -159,12 +159,15 @@ def select_features(
         config=config,
         photos=len(rows),
     )
-    with run.begun(asked) as record:
-        if record.found is not None:
+    with run.begun(asked) as begun:
+        if begun.found is not None:
             show.say(f"{out} holds this selection already; nothing to do")
-            return SelectedFeatures(run.folder, record, record.found)
+            return SelectedFeatures(run.folder, begun, begun.found)
         show.say(f"{performer.name} · {len(rows)} photos to fit on, {len(held)} held out")
         chosen = images.take([*rows, *held])
+        performer, record = with_precision(
+            performer, begun, run.folder, lambda: _precision(performer, chosen, how), show
+        )
         photos = SelectionPhotos(
             performer, chosen, len(rows), config, performer.matched(sorted(set(chosen.categories)))
         )
@@ -186,6 +189,16 @@ def _split_rows(images: ImageSet, split: str) -> tuple[list[int], list[int]]:
         raise ImageError(expected(f"at least 2 photos in the split {split}", len(rows), remedy))
     held = list(images.indices(split="test")) if split != "test" and "test" in images.splits else []
     return rows, held
+
+
+def _precision(performer: Performer, images: ImageSet, how: DescriptorConfig) -> PassPrecision:
+    """Choose the precision of the pass over the photos: energies of all layers must agree."""
+    from partlens.network.precision import chosen_precision
+    from partlens.selection.descriptors import energy
+    from partlens.selection.measured_layers import feature_index
+
+    layers = feature_index(performer, how).layers
+    return chosen_precision(performer, images, range(len(images)), layers, reduce=energy, wanted=how.precision)
 
 
 def _found(photos: SelectionPhotos, out: Path, show: Progress) -> SelectionFound:
