@@ -498,3 +498,16 @@ def test_consistency_is_bounded_below_by_minus_one() -> None:
     assert raw.tolist() == [-1.0]
     both = torch.cat([cells, torch.zeros(20, 1, 2).double()], 1)
     assert consistency_per_filter(peaks_at(both), landmarks)[0][1] > -1
+
+
+@pytest.mark.parametrize("photos", [30, 60, 200])
+def test_the_interval_of_consistency_holds_its_own_value_also_for_chance(photos: int) -> None:
+    truth = moving(photos, 5) * 16.0
+    chance = localisation_scores(
+        peaks_at(moving(photos, 40)),
+        torch.stack([truth[:, 0], truth[:, 1]], 1),
+        (224, 224),
+        landmark_names=("head", "legs"),
+        generator=torch.Generator().manual_seed(0),
+    ).consistency
+    assert chance.low < chance.value < chance.high

@@ -125,15 +125,26 @@ def spread_per_filter(peaks: Peaks) -> Float[Tensor, " filter"]:
     return peaks.cells.var(0, unbiased=True).mean(-1).sqrt()
 
 
-def _affine_r2(
+def _r2(
+    error: Float[Tensor, "image landmark filter"],
+    total: Float[Tensor, "image landmark"],
+    weights: Float[Tensor, " image"],
+) -> Float[Tensor, "landmark filter"]:
+    """Return R² over photos that count as often as ``weights`` says, at least -1; NaN where nothing varies."""
+    of_all = weights @ total
+    score = 1 - torch.einsum("i,ilf->lf", weights, error) / torch.where(of_all > 0, of_all, math.nan)[:, None]
+    # A peak that never moves predicts exactly the mean; what rounding leaves of that is not a score.
+    return torch.where(score.abs() < _ROUNDING, 0.0, score).clamp(min=-1)
+
+
+def _missed_by(
     peaks: Float[Tensor, "image filter 2"], truth: Float[Tensor, "image 2"], photos: Int[Tensor, " image"]
-) -> Float[Tensor, " filter"]:
-    """Cross-validated R² of an affine fit of a landmark's x, y on the peak's x, y; folds split by photo."""
+) -> tuple[Float[Tensor, "image filter"], Float[Tensor, " image"]]:
+    """Fit a landmark's x, y by the peak's x, y in folds of photos: squared errors, and those of the mean."""
     count, filters = peaks.shape[:2]
     fold = photos % FOLDS
     design = torch.cat([peaks, peaks.new_ones(count, filters, 1)], -1).permute(1, 0, 2)  # filter image 3
-    error = peaks.new_zeros(filters)
-    total = peaks.new_zeros(())
+    error, total = peaks.new_zeros(count, filters), peaks.new_zeros(count)
     for held in range(FOLDS):
         fit, test = fold != held, fold == held
         if not bool(test.any()) or int(fit.sum()) < 4:
@@ -141,13 +152,47 @@ def _affine_r2(
         a, y = design[:, fit], truth[fit]
         ridge = torch.eye(3, dtype=peaks.dtype) * 1e-6 * int(fit.sum())
         weights = torch.linalg.solve(a.transpose(1, 2) @ a + ridge, a.transpose(1, 2) @ y)
-        error += ((design[:, test] @ weights - truth[test]) ** 2).sum((1, 2))
-        total += ((truth[test] - y.mean(0)) ** 2).sum()
-    if float(total) <= 0:
-        return torch.full((filters,), math.nan, dtype=peaks.dtype)
-    score = 1 - error / total
-    # A peak that never moves predicts exactly the mean; what rounding leaves of that is not a score.
-    return torch.where(score.abs() < _ROUNDING, 0.0, score)
+        error[test] = (design[:, test] @ weights - truth[test]).square().sum(2).t()
+        total[test] = (truth[test] - y.mean(0)).square().sum(1)
+    return error, total
+
+
+def _held_out_errors(
+    peaks: Peaks, landmarks_px: Float[Tensor, "image landmark 2"], photos: Int[Tensor, " image"] | None = None
+) -> tuple[Float[Tensor, "image landmark filter"], Float[Tensor, "image landmark"]]:
+    """Fit every landmark by every filter's peak in five folds of photos, and measure each photo with the other folds.
+
+    Returns:
+        Squared distances from the landmark, and those of the mean place of the photos that were fitted; 0 where the
+        landmark is absent, or on fewer than ten images.
+    """
+    _check(peaks, landmarks_px)
+    count, filters = peaks.scores.shape
+    group = torch.arange(count) if photos is None else photos
+    landmarks = landmarks_px.shape[1]
+    error = torch.zeros((count, landmarks, filters), dtype=torch.float64)
+    total = torch.zeros((count, landmarks), dtype=torch.float64)
+    scale = max(peaks.side_cells)
+    for landmark in range(landmarks):
+        truth = landmarks_px[:, landmark].double()
+        present = ~truth.isnan().any(-1)
+        if int(present.sum()) < 2 * FOLDS:
+            continue
+        # Photo numbers are ranked so that the folds are balanced whatever the numbers are.
+        ranks = torch.unique(group[present], return_inverse=True)[1]
+        cells = (peaks.cells[present] - (scale - 1) / 2) / scale
+        error[present, landmark], total[present, landmark] = _missed_by(cells.double(), truth[present], ranks)
+    return error, total
+
+
+def _best_landmark(
+    r2: Float[Tensor, "landmark filter"],
+) -> tuple[Float[Tensor, " filter"], Int[Tensor, " filter"]]:
+    """Return each filter's highest score and its landmark; NaN where no landmark could be measured."""
+    if not len(r2):
+        return torch.full(r2.shape[1:], math.nan, dtype=r2.dtype), torch.zeros(r2.shape[1:], dtype=torch.long)
+    best = r2.nan_to_num(-2).max(0)
+    return torch.where(best.values < -1, math.nan, best.values), best.indices
 
 
 def consistency_per_filter(
@@ -164,22 +209,8 @@ def consistency_per_filter(
     Returns:
         The score and the index of the landmark it belongs to; NaN where no landmark has ten images.
     """
-    _check(peaks, landmarks_px)
-    count, filters = peaks.scores.shape
-    group = torch.arange(count) if photos is None else photos
-    scores = torch.full((max(1, landmarks_px.shape[1]), filters), math.nan, dtype=torch.float64)
-    scale = max(peaks.side_cells)
-    for landmark in range(landmarks_px.shape[1]):
-        truth = landmarks_px[:, landmark].double()
-        present = ~truth.isnan().any(-1)
-        if int(present.sum()) < 2 * FOLDS:
-            continue
-        # Photo numbers are ranked so that the folds are balanced whatever the numbers are.
-        ranks = torch.unique(group[present], return_inverse=True)[1]
-        cells = (peaks.cells[present] - (scale - 1) / 2) / scale
-        scores[landmark] = _affine_r2(cells, truth[present], ranks).clamp(min=-1)
-    best = scores.nan_to_num(-2).max(0)
-    return torch.where(best.values < -1, math.nan, best.values), best.indices
+    errors = _held_out_errors(peaks, landmarks_px, photos)
+    return _best_landmark(_r2(*errors, torch.ones(len(errors[1]), dtype=torch.float64)))
 
 
 def _directions(peaks: Peaks, live: Bool[Tensor, " filter"]) -> Float[Tensor, "image live 2"]:
@@ -271,9 +302,11 @@ def localisation_scores(
     def instability(index: Tensor, top: int = highest) -> float:
         return float(instability_per_filter(peaks.rows(index), landmarks_px[index], input_size_px, top).nanmean())
 
+    errors = _held_out_errors(peaks, landmarks_px, group)
+
+    # Drawn photos keep the fits of all: fitted on fewer different photos, each draw would be worse than the value.
     def consistency(index: Tensor) -> float:
-        rows = peaks.rows(index)
-        score = consistency_per_filter(rows, landmarks_px[index], group[index])[0][live]
+        score = _best_landmark(_r2(*errors, index.bincount(minlength=count).double()))[0][live]
         return float(score.nanmean()) if score.numel() else math.nan
 
     def correlation(index: Tensor) -> float:
@@ -282,7 +315,7 @@ def localisation_scores(
     def parts(index: Tensor) -> float:
         return math.nan if fixed_null else distinct_parts(peaks.rows(index), live)
 
-    best = consistency_per_filter(peaks, landmarks_px, group)
+    best = _best_landmark(_r2(*errors, torch.ones(count, dtype=torch.float64)))
     held = best[1][live & ~best[0].isnan()]
     shares = {
         name: float((held == i).double().mean()) if held.numel() else math.nan for i, name in enumerate(landmark_names)
