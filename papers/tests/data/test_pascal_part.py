@@ -1,5 +1,6 @@
 """Pascal-Part in its own layout: silhouettes to boxes, landmarks and masks, and what is wrong with a copy."""
 
+import csv
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from scipy.io import savemat
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError
 from partlens_papers.data import pascal_part
+from partlens_papers.data.animal_part import marked
 from partlens_papers.data.convert import convert
 from partlens_papers.data.layouts import layout_of
 from partlens_papers.data.listing import Choice
@@ -207,3 +209,19 @@ def test_what_large_sets_hold_is_found_out_once(voc, tmp_path, monkeypatch):
     (tmp_path / "blocked").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "blocked"))
     assert "could not be kept" in pascal_part.read(voc, Choice()).notes[0]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("category", ["cat", "cow", "dog", "horse", "sheep"])
+def test_the_papers_own_parts_equal_the_table_of_them(shared, category):
+    with (shared / "data/voc-part/images.csv").open() as handle:
+        number = {r["image"]: int(r["object"]) for r in csv.DictReader(handle) if r["category"] == category}
+    with (shared / "data/voc-part/paper_parts.csv").open() as handle:
+        table = [row for row in csv.DictReader(handle) if row["image"] in number]
+    for index, part in enumerate(("head", "neck", "torso"), start=1):
+        found = marked(shared / "data/voc-part-raw-sample" / category / f"truth_part0{index}.mat")
+        rows = [row for row in table if row["part"] == part]
+        assert len(rows) > 80
+        for row in rows:
+            (mine,) = found[number[row["image"]]]
+            np.testing.assert_allclose(mine, [float(row[n]) for n in ("x", "y", "width", "height")], atol=0.06)

@@ -305,7 +305,7 @@ class _Parts:
 
     def _table(self, path: Path) -> dict[int, BoxArray]:
         if path not in self._read:
-            self._read[path] = _marked(path)
+            self._read[path] = marked(path)
         return self._read[path]
 
 
@@ -316,8 +316,11 @@ def _in_photo(marks: BoxArray | None, box: Box) -> Iterator[Box]:
         yield box[0] + x * width, box[1] + y * height, across * width, down * height
 
 
-def _marked(path: Path) -> dict[int, BoxArray]:
-    """Read one part of one category: for an object's number its marks as x, y, width, height in the square."""
+def marked(path: Path) -> dict[int, BoxArray]:
+    """Read one part of one category: for an object's number its marks as x, y, width, height in the square.
+
+    The papers' own files of Pascal-Part (``truth_part01.mat`` head, ``02`` neck, ``03`` torso) are alike.
+    """
     found: dict[int, BoxArray] = {}
     for index, entry in enumerate(_entries(path, "truth", "pHW_center", "pHW_scale"), start=1):
         try:

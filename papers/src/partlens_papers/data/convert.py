@@ -117,7 +117,8 @@ def convert(
     of the photo, gets no position and is named in the result.
 
     Args:
-        layout: ``cub`` (CUB-200-2011), ``animal-part`` (ILSVRC 2013 DET Animal-Part) or ``pascal-part`` (VOC 2010).
+        layout: ``cub`` (CUB-200-2011), ``animal-part`` (ILSVRC 2013 DET Animal-Part), ``pascal-part`` (VOC 2010) or
+            ``animal-pose``.
         source: the data set's folder.
         out: the folder to write.
         crop: ``box`` gives one image per object, the content of its box, as the papers show objects to their networks;

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from partlens_papers.data import animal_part, cub, pascal_part
+from partlens_papers.data import animal_part, animal_pose, cub, pascal_part
 from partlens_papers.data.listing import Choice, Listing
 
-LayoutName = Literal["cub", "animal-part", "pascal-part"]
+LayoutName = Literal["cub", "animal-part", "pascal-part", "animal-pose"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ LAYOUTS = (
     Layout("cub", "CUB-200-2011", cub.why_not, cub.read),
     Layout("animal-part", "ILSVRC 2013 DET Animal-Part", animal_part.why_not, animal_part.read),
     Layout("pascal-part", "Pascal-Part (VOC 2010)", pascal_part.why_not, pascal_part.read),
+    Layout("animal-pose", "Animal-Pose", animal_pose.why_not, animal_pose.read),
 )
 
 
