@@ -36,7 +36,7 @@ def test_rows_go_on_where_they_stopped(tmp_path: Path, stop: int) -> None:
     assert found["id"].tolist() == list(range(10))
     assert found["0-a b"].dtype == np.float16
     assert (found["0-a b"] == np.arange(10)[:, None, None]).all()
-    assert {path.name for path in tmp_path.iterdir()} == {"0-a_b.npy", "id.npy", "rows.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"0-a_b.npy", "id.npy", "rows.json", "state-10.npz"}
     for name, array in read_rows(tmp_path).items():
         assert np.array_equal(array, found[name])
         assert not array.flags.writeable

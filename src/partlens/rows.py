@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, cast
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from partlens.errors import RunError, StorageError, expected, failed
-from partlens.records import Record, plain, sole_writer
+from partlens.records import Record, file_sha256, plain, sole_writer, write_atomically
 
-_SETTLE_SECONDS = 2.0
+_SETTLE_SECONDS = 15.0
 _BLOCK_BYTES = 1 << 24
+_STATE = "state-{}.npz"  # by the rows that it belongs to
 
 _Kind = Annotated[str, Field(pattern=r"^[<>|=][biufc]\d+$")]  # plain numbers: no objects, no texts
 
@@ -34,7 +36,7 @@ class RowRecord(Record):
     """What the rows of a folder belong to, how many are complete, kind and shape of a row, the writer's state."""
 
     FILE: ClassVar[str] = "rows.json"
-    SCHEMA: ClassVar[str] = "partlens/rows/1"
+    SCHEMA: ClassVar[str] = "partlens/rows/2"
     AGAIN: ClassVar[str] = "Delete its folder and run the command again"
     SEALED: ClassVar[bool] = True
 
@@ -43,7 +45,7 @@ class RowRecord(Record):
     rows_done: Annotated[int, Field(ge=0)]
     arrays: dict[str, tuple[_Kind, tuple[Annotated[int, Field(ge=0)], ...]]]
     checksums: dict[str, int]  # of the finished rows of each
-    state: dict[str, int]
+    state_sha256: str  # of the file of the state; empty where there is none
 
 
 class _Array:
@@ -135,15 +137,15 @@ class RowStore:
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], rows: int) -> None:
         self.rows, self.done = rows, 0
-        self.state: dict[str, int] = {}
+        self.state: dict[str, np.ndarray] = {}
         self._folder, self._identity = folder, plain(identity)
         self._arrays: dict[str, _Array] = {}
         self._settled = (0, 0.0)  # rows and time
 
-    def append(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, int] | None = None) -> None:
+    def append(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, npt.ArrayLike] | None = None) -> None:
         """Add rows: by name arrays with as many rows each, of the same names, kinds and shapes each time.
 
-        ``state``, optional, is what `state` holds from now on, for the run that goes on.
+        ``state``, optional, is what `state` holds from now on, for the run that goes on: numbers and arrays.
 
         Raises:
             StorageError: no room on the disk, or no permission; the rows of before are complete.
@@ -161,9 +163,12 @@ class RowStore:
             for name, array in arrays.items():
                 self._arrays[name].write(self.done, array)
         self.done += count
-        self.state = self.state if state is None else dict(state)
+        self._remember(self.state if state is None else state)
         if time.monotonic() - self._settled[1] > _SETTLE_SECONDS:
             self._settle()
+
+    def _remember(self, state: Mapping[str, npt.ArrayLike]) -> None:
+        self.state = {name: np.asarray(value) for name, value in state.items()}
 
     def read(self, name: str) -> np.ndarray:
         """Return the complete rows of an array, a read-only memory map where there is a folder."""
@@ -196,7 +201,7 @@ class RowStore:
         if resume:
             self._resume(RowRecord.read(folder))
             return
-        for path in (folder / RowRecord.FILE, *folder.glob("*.npy")):
+        for path in (folder / RowRecord.FILE, *folder.glob("*.npy"), *folder.glob(_STATE.format("*"))):
             path.unlink()
 
     def _resume(self, found: RowRecord) -> None:
@@ -207,7 +212,7 @@ class RowStore:
             said = f"another {', '.join(different)} ({first}: {got.get(first)!r} instead of {wanted.get(first)!r})"
             remedy = "Choose another folder, or delete this one"
             raise RunError(expected(f"rows of this configuration in {self._folder}", said, remedy))
-        self.done, self.state = found.rows_done, dict(found.state)
+        self.done, self.state = found.rows_done, _read_state(cast("Path", self._folder), found)
         self._settled = (self.done, time.monotonic())
         self._arrays = {name: _Array(self._folder, name, self.rows, *each) for name, each in found.arrays.items()}
         for name, each in self._arrays.items():
@@ -222,20 +227,39 @@ class RowStore:
                 if each.handle is not None:
                     os.fsync(each.handle.fileno())
         arrays = {name: (kind.str, shape) for name, (kind, shape) in self._kinds().items()}
+        state = self._folder / _STATE.format(self.done)
+        if self.state:
+            write_atomically(state, self._write_state)
         RowRecord(
             identity=self._identity,
             rows=self.rows,
             rows_done=self.done,
             arrays=arrays,
             checksums={name: each.checksum for name, each in self._arrays.items()},
-            state=self.state,
+            state_sha256=file_sha256(state) if self.state else "",
         ).write(self._folder)
+        for path in {*self._folder.glob(_STATE.format("*"))} - {state}:
+            path.unlink()
         self._settled = (self.done, time.monotonic())
+
+    def _write_state(self, path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, **self.state)  # type: ignore[arg-type]
 
     def _close(self) -> None:
         for each in self._arrays.values():
             if each.handle is not None:
                 each.handle.close()
+
+
+def _read_state(folder: Path, found: RowRecord) -> dict[str, np.ndarray]:
+    path = folder / _STATE.format(found.rows_done)
+    if not found.state_sha256:
+        return {}
+    if not path.exists() or file_sha256(path) != found.state_sha256:
+        raise RunError(expected(f"the state {RowRecord.FILE} names in {path}", "another", RowRecord.AGAIN))
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 @contextlib.contextmanager
@@ -254,8 +278,8 @@ def row_store(
 ) -> Iterator[RowStore]:
     """Open the rows of a folder to fill or to finish them; this process is their only writer meanwhile.
 
-    Rows are complete once they are on the disk, every two seconds and at the end of the block, also after an exception
-    or Ctrl-C. A killed process loses at most two seconds of work.
+    Rows are complete once they are on the disk, every quarter of a minute and at the end of the block, also after an
+    exception or Ctrl-C. A killed process loses at most what it did since.
 
     Args:
         folder: of this store alone, made when missing; ``None`` keeps the rows in memory.

@@ -10,14 +10,19 @@ import torch
 from torch import nn
 
 from partlens.attribution import average_pictures as module
-from partlens.attribution.average_pictures import STRIP_PHOTOS, average_pictures, crop_of, strongest
+from partlens.attribution.average_pictures import STRIP_PHOTOS, average_pictures, crop_of
 from partlens.data.images import ImageSet
 from partlens.errors import InputError
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.stream import stream
+from partlens.selection.responses import TopPhotos
 
 SIDE = 40
+
+
+def top(peaks: np.ndarray, cells: np.ndarray, count: int = 100) -> TopPhotos:
+    return TopPhotos.none(min(count, len(peaks)), peaks.shape[1]).merged(peaks, cells, 0)
 
 
 def _performer(module: nn.Module) -> Performer:
@@ -82,7 +87,7 @@ def test_T23_the_peak_is_the_middle_of_the_crop_and_the_crop_is_the_receptive_fi
     photo[0, 20, 16] = 255
     images = ImageSet.from_arrays(photo)
     peaks, cells = responses(performer, images, "relu2")
-    (picture,) = average_pictures(performer, images, [("relu2", 0)], (peaks, cells))
+    (picture,) = average_pictures(performer, images, [("relu2", 0)], top(peaks, cells))
     size = performer.field("relu2").size_px
     assert picture.average.shape[:2] == size == (7, 7)
     assert picture.receptive_field_px == size
@@ -102,7 +107,7 @@ def test_T24_the_average_shows_the_planted_pattern_and_random_crops_do_not(
     images, corners = planted
     performer = _performer(_pattern_network(pattern))
     peaks, cells = responses(performer, images, "relu")
-    (picture,) = average_pictures(performer, images, [("relu", 0)], (peaks, cells))
+    (picture,) = average_pictures(performer, images, [("relu", 0)], top(peaks, cells))
     assert len(picture.rows) == 100
     found = cells[list(picture.rows), 0]
     assert (found == corners[list(picture.rows)]).all(axis=1).mean() > 0.9
@@ -123,7 +128,7 @@ def test_padding_is_left_out_of_the_mean() -> None:
     performer = _performer(network)
     white = ImageSet.from_arrays(np.full((3, SIDE, SIDE, 3), 255, np.uint8))
     cells = np.zeros((3, 1, 2), np.int32)  # the upper left corner: most of the crop is outside
-    (picture,) = average_pictures(performer, white, [("relu", 0)], (np.ones((3, 1), np.float32), cells))
+    (picture,) = average_pictures(performer, white, [("relu", 0)], top(np.ones((3, 1), np.float32), cells))
     assert picture.valid_frac.min() == 0
     assert picture.valid_frac[4:, 4:].min() == 1
     assert np.allclose(picture.average[picture.valid_frac > 0], 1)
@@ -138,7 +143,7 @@ def test_fully_connected_layers_average_whole_photos() -> None:
     rng = np.random.default_rng(0)
     images = ImageSet.from_arrays(rng.integers(0, 256, (5, SIDE, SIDE, 3), dtype=np.uint8))
     peaks, cells = responses(performer, images, "fc")
-    (picture,) = average_pictures(performer, images, [("fc", 1)], (peaks[:, 1:2], cells[:, 1:2]), top_photos=5)
+    (picture,) = average_pictures(performer, images, [("fc", 1)], top(peaks[:, 1:2], cells[:, 1:2], 5))
     assert picture.receptive_field_px is None
     whole = np.mean([np.asarray(images.read(i), np.float32) / 255 for i in range(5)], axis=0)
     assert np.allclose(picture.average, whole, atol=1e-6)
@@ -146,7 +151,8 @@ def test_fully_connected_layers_average_whole_photos() -> None:
 
 
 def test_equal_peaks_keep_the_order_of_the_photos() -> None:
-    assert strongest(np.array([[1.0, 0.0], [1.0, 2.0], [1.0, 2.0]]), 2).tolist() == [[0, 1], [1, 2]]
+    peaks = np.array([[1.0, 0.0], [1.0, 2.0], [1.0, 2.0]])
+    assert top(peaks, np.zeros((3, 2, 2)), 2).photo.T.tolist() == [[0, 1], [1, 2]]
 
 
 def test_scaled_pictures_have_the_wanted_side(
@@ -155,7 +161,7 @@ def test_scaled_pictures_have_the_wanted_side(
     images, _ = planted
     performer = _performer(_pattern_network(pattern))
     peaks, cells = responses(performer, images, "relu")
-    arguments = (performer, images, [("relu", 0)], (peaks, cells))
+    arguments = (performer, images, [("relu", 0)], top(peaks, cells))
     monkeypatch.setattr(module, "PICTURE_PX", 6)
     (small,) = average_pictures(*arguments)
     assert small.average.shape == (6, 6, 3)
@@ -166,16 +172,16 @@ def test_random_control_follows_the_seed(pattern: np.ndarray, planted: tuple[Ima
     images, _ = planted
     performer = _performer(_pattern_network(pattern))
     peaks, cells = responses(performer, images, "relu")
-    arguments = (performer, images, [("relu", 0)], (peaks, cells))
+    arguments = (performer, images, [("relu", 0)], top(peaks, cells))
     first, again, other = (average_pictures(*arguments, seed=s)[0].control for s in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 def test_bad_input_says_what_is_wrong(tiny: Performer, few_flowers: ImageSet) -> None:
-    one = np.ones((1, 1), np.float32)
-    with pytest.raises(InputError, match=r"Expected peaks of shape \(80, 1\), got \(1, 1\)"):
-        average_pictures(tiny, few_flowers, [("relu2", 0)], (one, np.zeros((1, 1, 2), np.int32)))
+    others = top(np.ones((81, 1)), np.zeros((81, 1, 2)))
+    with pytest.raises(InputError, match=r"Expected photos among 80 for 2 filters, got number 80 for 1"):
+        average_pictures(tiny, few_flowers, [("relu2", 0), ("relu2", 1)], others)
 
 
 def test_a_field_larger_than_the_input_is_cut_to_a_share_of_it(
@@ -203,7 +209,7 @@ def test_the_strip_shows_the_best_photos_first_and_grey_beyond_them() -> None:
     images = ImageSet.from_arrays(np.repeat(levels, SIDE * SIDE * 3).reshape(10, SIDE, SIDE, 3))
     cells = np.zeros((10, 1, 2), np.int32)  # the upper left corner: the middle of the crop is the photo's first pixel
     peaks = np.array([3, 1, 4, 1.5, 5, 9, 2, 6, 5.5, 0], np.float32)[:, None]
-    (picture,) = average_pictures(_performer(network), images, [("relu", 0)], (peaks, cells), top_photos=9)
+    (picture,) = average_pictures(_performer(network), images, [("relu", 0)], top(peaks, cells, 9))
     assert picture.rows == (5, 7, 8, 4, 2, 0, 6, 3, 1)
     assert picture.crops.shape == (STRIP_PHOTOS, 9, 9, 3)
     assert picture.crops[:, 8, 8, 0].tolist() == [levels[i] for i in picture.rows[:8]]
@@ -218,7 +224,7 @@ def test_few_photos_make_a_short_strip() -> None:
     seen: list[tuple[int, int]] = []
     cells = np.zeros((3, 1, 2), np.int32)
     found = average_pictures(
-        _performer(network), images, [("relu", 0)], (np.ones((3, 1)), cells), advance=lambda *a: seen.append(a)
+        _performer(network), images, [("relu", 0)], top(np.ones((3, 1)), cells), advance=lambda *a: seen.append(a)
     )
     assert found[0].crops.shape[0] == 3
     assert seen == [(1, 3), (2, 3), (3, 3)]
@@ -232,8 +238,8 @@ def test_crops_stay_on_the_peak_in_a_scaled_photo_and_random_ones_reach_all_of_i
     layers = {"relu": module._Layer(crop_of(performer, ["relu"])["relu"], [0])}
     assert layers["relu"].side == (6, 6)
     cells = np.tile(np.array([20, 10]), (200, 1, 1))
-    top = np.arange(200)[None]
-    corner, at_random = module._corners(performer, [("relu", 0)], cells, top, layers, 0)
+    found = top(np.ones((200, 1)), cells, 200)
+    corner, at_random = module._corners(performer, [("relu", 0)], found, layers, 0)
     # A kernel of 9 at cell (20, 10) has its middle at (24.5, 14.5) px; two thirds of that is (16.33, 9.67), a crop of 6
     # around it begins at (13, 7), and the photo behind a border of 6.
     assert corner[0, 0].tolist() == [13 + 6, 7 + 6]

@@ -11,6 +11,7 @@ import torch
 
 from partlens.errors import InputError, InputTypeError
 from partlens.selection import inner_products, lasso, working_sets
+from partlens.selection.inner_products import Rows
 from partlens.selection.lasso import LassoSolution, NotConvergedError, mu_lasso
 from partlens.selection.working_sets import OBJECTIVE_FLOOR
 
@@ -171,10 +172,9 @@ def test_a_memory_map_is_read_in_blocks_and_left_alone(tmp_path, monkeypatch) ->
     np.save(tmp_path / "x.npy", x.astype(np.float32))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     kept = mu_lasso(mapped, labels, 2.0, method="responses")
-    monkeypatch.setattr(inner_products, "KEPT_BYTES", 0)
-    for module in (inner_products,):
-        monkeypatch.setattr(module, "ROW_BLOCK", 16)
-    for source in (mapped, torch.from_numpy(np.array(mapped))):
+    monkeypatch.setattr(inner_products, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(inner_products, "_FEWEST_ROWS", 16)
+    for source in (mapped, torch.from_numpy(np.array(mapped)), Rows(mapped, range(90))):
         streamed = mu_lasso(source, labels, 2.0, method="responses")
         assert torch.allclose(streamed.weights, kept.weights, atol=1e-9)
     gram = mu_lasso(mapped, labels, 2.0, method="gram")
@@ -193,7 +193,8 @@ def test_inputs_are_not_changed() -> None:
 @pytest.mark.parametrize("tile", [1024, 7])
 def test_the_gram_matrix_is_summed_in_blocks_and_tiles(tile, monkeypatch) -> None:
     monkeypatch.setattr(inner_products, "_TILE", tile)
-    monkeypatch.setattr(inner_products, "ROW_BLOCK", 16)
+    monkeypatch.setattr(inner_products, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(inner_products, "_FEWEST_ROWS", 16)
     x, labels = design(75, 33, 3)
     sums = inner_products.FromGram(x, torch.from_numpy(labels), torch.device("cpu"))
     assert np.allclose(sums.gram, x.T @ x, atol=1e-12)

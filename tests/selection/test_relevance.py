@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from partlens.errors import ImageError, InputError
-from partlens.selection import relevance
+from partlens.selection import inner_products, relevance
 from partlens.selection.descriptors import descriptor
 from partlens.selection.lasso import mu_lasso
 from partlens.selection.record import FeatureIndex
@@ -103,7 +103,8 @@ def test_many_images_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     x, labels, index = planted(50, 0)
     found, truth = select_relevant(x, labels, index), labels.matrix.argmax(1)
     whole = told_right(found, x, truth)
-    monkeypatch.setattr(relevance, "_READ_ROWS", 7)
+    monkeypatch.setattr(inner_products, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(inner_products, "_FEWEST_ROWS", 7)
     assert torch.equal(told_right(found, x, truth), whole)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
@@ -20,7 +22,7 @@ from partlens.network.taps import forward_taps
 from partlens.rows import RowRecord
 from partlens.selection.descriptors import descriptor
 from partlens.selection.record import DescriptorConfig, FeatureIndex
-from partlens.selection.responses import image_descriptors, stream_responses
+from partlens.selection.responses import TopPhotos, image_descriptors, stream_responses
 
 MADE = runpy.run_path(str(Path(__file__).with_name("made_networks.py")))
 as_performer, Residual = MADE["as_performer"], MADE["Residual"]
@@ -36,8 +38,8 @@ def test_a_dead_layer_gives_zeros_and_is_counted(images, tmp_path) -> None:
     with torch.no_grad():
         net[0].weight.zero_()
         net[0].bias.fill_(-1.0)
-    for path_peaks in (True, False):
-        found = stream_responses(as_performer(net), images, peaks=path_peaks, batch_size=4)
+    for top in ((3, 11), (0, 0)):
+        found = stream_responses(as_performer(net), images, top=top, shard=4)
         rows = found.index.rows("1")
         assert found.dead_layers == 11
         assert np.isfinite(found.descriptor).all()
@@ -49,15 +51,15 @@ def test_a_dead_layer_gives_zeros_and_is_counted(images, tmp_path) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        stream_responses(as_performer(net), images, out=tmp_path, batch_size=4, progress=kill)
-    assert stream_responses(as_performer(net), images, out=tmp_path, batch_size=4).dead_layers == 11
+        stream_responses(as_performer(net), images, out=tmp_path, shard=4, progress=kill)
+    assert stream_responses(as_performer(net), images, out=tmp_path, shard=4).dead_layers == 11
     silent = descriptor({"a": torch.zeros(2, 3)}, FeatureIndex(("a",), (3,)))
     assert silent.tolist() == [[0.0] * 3] * 2
 
 
 def test_one_pass_gives_descriptors_peaks_and_scores(tiny, images, tmp_path) -> None:
     seen = []
-    found = stream_responses(tiny, images, out=tmp_path, batch_size=4, progress=lambda *a: seen.append(a))
+    found = stream_responses(tiny, images, out=tmp_path, top=(5, 9), shard=4, progress=lambda *a: seen.append(a))
     assert seen == [(4, 11), (8, 11), (11, 11)]
     batch = tiny.preprocessing([images.read(i) for i in range(11)])
     output, taps = forward_taps(tiny, batch, found.index.layers)
@@ -76,24 +78,36 @@ def test_one_pass_gives_descriptors_peaks_and_scores(tiny, images, tmp_path) -> 
     assert np.allclose(found.descriptor, descriptor(taps, found.index), atol=1e-6)
     assert np.allclose(found.logits, output, atol=1e-5)
     assert isinstance(found.descriptor, np.memmap)
-    assert found.peak is not None
-    assert found.peak_cell is not None
     for layer in found.index.layers:
-        rows, flat = found.index.rows(layer), taps[layer].flatten(2)
-        assert np.allclose(found.peak[:, rows], flat.amax(2), atol=1e-5)
-        cells = found.peak_cell[:, rows].astype(int)
-        width = taps[layer].shape[3]
-        at = torch.from_numpy(cells[..., 0] * width + cells[..., 1])
-        assert torch.allclose(flat.gather(2, at[:, :, None])[:, :, 0], flat.amax(2), atol=1e-5)
-    peak, cell = found.peaks([7, 2], 3)
-    assert np.array_equal(peak, found.peak[:3][:, [7, 2]])
-    assert np.array_equal(cell, found.peak_cell[:3][:, [7, 2]])
-    light = stream_responses(tiny, images, peaks=False)
-    with pytest.raises(InputError, match="responses with peaks"):
-        light.peaks([0], 1)
-    assert light.peak is None
-    assert light.peak_cell is None
+        rows, flat = found.index.rows(layer), taps[layer][:9].flatten(2)
+        peak, order = flat.amax(2).sort(dim=0, descending=True, stable=True)
+        assert np.array_equal(found.top.photo[:, rows], order[:5])
+        assert np.allclose(found.top.peak[:, rows], peak[:5], atol=1e-5)
+        cells = torch.from_numpy(found.top.cell[:, rows].astype(int))
+        at = cells[..., 0] * taps[layer].shape[3] + cells[..., 1]
+        there = flat[order[:5], torch.arange(flat.shape[1])].gather(2, at[:, :, None])[:, :, 0]
+        assert torch.allclose(there, peak[:5], atol=1e-5)
+    some = found.top.of([7, 2]).first(3)
+    assert np.array_equal(some.photo, found.top.photo[:3][:, [7, 2]])
+    assert np.array_equal(some.cell, found.top.cell[:3][:, [7, 2]])
+    light = stream_responses(tiny, images)
+    assert light.top.photo.shape == (0, found.index.size)
     assert np.allclose(light.descriptor, found.descriptor, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_merged_photos_are_those_of_one_stable_sort(photos: int, count: int, step: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    peak = generator.integers(0, 4, (photos, 3)).astype(np.float32)  # few values: ties everywhere
+    cell = generator.integers(0, 9, (photos, 3, 2)).astype(np.int16)
+    top = TopPhotos.none(min(count, photos), 3)
+    for first in range(0, photos, step):
+        top = top.merged(peak[first : first + step], cell[first : first + step], first)
+    order = np.argsort(-peak, axis=0, kind="stable")[:count]
+    assert np.array_equal(top.photo, order)
+    assert np.array_equal(top.peak, np.take_along_axis(peak, order, 0))
+    assert np.array_equal(top.cell, np.take_along_axis(cell, order[:, :, None], 0))
 
 
 def test_a_killed_pass_goes_on_with_the_next_batch(tiny, images, tmp_path) -> None:
@@ -102,17 +116,20 @@ def test_a_killed_pass_goes_on_with_the_next_batch(tiny, images, tmp_path) -> No
             raise Killed
 
     with pytest.raises(Killed):
-        stream_responses(tiny, images, out=tmp_path / "a", batch_size=4, progress=kill)
+        stream_responses(tiny, images, out=tmp_path / "a", top=(3, 11), shard=4, progress=kill)
     assert json.loads((tmp_path / "a" / RowRecord.FILE).read_text())["rows_done"] == 8
-    whole = stream_responses(tiny, images, out=tmp_path / "b", batch_size=4)
+    whole = stream_responses(tiny, images, out=tmp_path / "b", top=(3, 11), shard=4)
     seen: list[int] = []
-    resumed = stream_responses(tiny, images, out=tmp_path / "a", batch_size=4, progress=lambda n, _: seen.append(n))
+    again = {"out": tmp_path / "a", "top": (3, 11), "progress": lambda n, _: seen.append(n)}
+    resumed = stream_responses(tiny, images, **again, shard=4)
     assert seen == [11]
-    for part in ("descriptor", "peak", "peak_cell", "logits"):
+    for part in ("descriptor", "logits"):
         assert np.array_equal(getattr(resumed, part), getattr(whole, part))
+    for name, values in vars(whole.top).items():
+        assert np.array_equal(getattr(resumed.top, name), values)
     assert resumed.dead_layers == whole.dead_layers
     seen.clear()
-    stream_responses(tiny, images, out=tmp_path / "a", progress=lambda n, _: seen.append(n))
+    stream_responses(tiny, images, **again)
     assert not seen
 
 
@@ -122,7 +139,7 @@ def test_responses_of_another_configuration_are_refused(tiny, images, tmp_path) 
     for change in (
         {"config": PLAIN},
         {"images": images.take([0, 1])},
-        {"peaks": False},
+        {"top": (2, 5)},
         {"performer": dataclasses.replace(tiny, weights_sha256="0" * 64)},
     ):
         with pytest.raises(RunError, match="delete this one"):
@@ -137,7 +154,7 @@ def test_a_corrupt_image_is_named_and_finished_batches_stay(tiny, tmp_path) -> N
         Image.new("RGB", (20, 20), (index, 0, 0)).save(folder / f"{index}.png")
     (folder / "4.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"4\.png"):
-        stream_responses(tiny, ImageSet.from_folder(folder), out=tmp_path / "out", batch_size=2)
+        stream_responses(tiny, ImageSet.from_folder(folder), out=tmp_path / "out", shard=2)
     assert json.loads((tmp_path / "out" / RowRecord.FILE).read_text())["rows_done"] == 4
 
 
@@ -162,7 +179,7 @@ def test_the_performer_is_left_as_it_was(images, tmp_path) -> None:
         )
 
     before = state()
-    found = stream_responses(performer, images, batch_size=4)
+    found = stream_responses(performer, images, shard=4)
     image_descriptors(performer, torch.randn(1, 3, 16, 16, generator=torch.Generator()), found.index)
     assert state() == before
     with pytest.raises(InputError, match="finite"):
@@ -181,13 +198,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path) -> None:
     def watch(*_: int) -> None:
         seen.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
 
-    found = stream_responses(as_performer(net, 4), images, out=tmp_path, batch_size=16, progress=watch)
-    assert found.peak_cell is not None
-    assert found.descriptor.nbytes + found.peak_cell.nbytes > 50e6
+    found = stream_responses(as_performer(net, 4), images, out=tmp_path, top=(9, 800), shard=16, progress=watch)
+    assert found.descriptor.nbytes > 20e6
     third = len(seen) // 3
     assert max(seen[-third:]) - max(seen[:third]) < 20e6
-
-
-def test_arguments_are_checked(tiny, images) -> None:
-    with pytest.raises(InputError, match="batch_size"):
-        stream_responses(tiny, images, batch_size=0)

@@ -76,7 +76,7 @@ def test_the_record_says_what_the_solver_found(tiny: Performer, few_flowers: Ima
     found = record.found
     assert [one.output for one in found.classes] == [2, 0]
     fit, held = (list(few_flowers.indices(split=split)) for split in ("train", "test"))
-    responses = stream_responses(named, few_flowers.take([*fit, *held]))
+    responses = stream_responses(named, few_flowers.take([*fit, *held]), top=(8, len(fit)))
     x, logits = (torch.from_numpy(np.array(rows)) for rows in (responses.descriptor, responses.logits))
     classes = ["petal-blue", "petal-red"]
     kind = torch.tensor([classes.index(few_flowers.categories[i]) for i in [*fit, *held]])
@@ -105,9 +105,9 @@ def test_the_record_says_what_the_solver_found(tiny: Performer, few_flowers: Ima
     pictured = {(f.layer, f.channel) for one in found.classes for f in one.filters if f.picture}
     first = max((one.filters[0] for one in found.classes), key=lambda each: abs(each.weight))
     assert pictured == {(first.layer, first.channel)}
-    peaks = responses.peaks([found.index.feature(first.layer, first.channel)], len(fit))
+    top = responses.top.of([found.index.feature(first.layer, first.channel)]).first(3)
     place = [(first.layer, first.channel)]
-    (drawn,) = average_pictures(named, few_flowers.take(fit), place, peaks, top_photos=3, seed=3)
+    (drawn,) = average_pictures(named, few_flowers.take(fit), place, top, seed=3)
     picture = next(f.picture for one in found.classes for f in one.filters if f.picture)
     assert (picture.sharpness, picture.control_sharpness) == (drawn.contrast, drawn.control_contrast)
     assert picture.receptive_field_px == drawn.receptive_field_px

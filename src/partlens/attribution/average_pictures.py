@@ -22,10 +22,10 @@ from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected
 from partlens.network.performer import Performer
 from partlens.network.receptive_field import ReceptiveField, cell_centre_px
+from partlens.selection.responses import TopPhotos
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-Peaks = tuple[npt.NDArray[np.floating], npt.NDArray[np.integer]]
 Advance = Callable[[int, int], None]
 
 STRIP_PHOTOS = 8
@@ -74,17 +74,6 @@ class AveragePicture:
     crops: npt.NDArray[np.uint8]
     contrast: float
     control_contrast: float
-
-
-def strongest(peak: npt.NDArray[np.floating], count: int) -> IntArray:
-    """Return the images with the largest peaks, ``[filter, count]``, best first; equal ones in the images' order.
-
-    Example:
-        >>> strongest(np.array([[1.0], [3.0], [3.0]]), 2).tolist()
-        [[1, 2]]
-    """
-    order = np.argsort(-np.asarray(peak), axis=0, kind="stable")[:count]
-    return np.ascontiguousarray(order.T).astype(np.int64)
 
 
 def crop_of(performer: Performer, layers: Sequence[str]) -> dict[str, Crop]:
@@ -182,41 +171,37 @@ def average_pictures(
     performer: Performer,
     images: ImageSet,
     filters: Sequence[tuple[str, int]],
-    peaks: Peaks,
+    top: TopPhotos,
     *,
-    top_photos: int = 100,
     seed: int = 0,
     advance: Advance = lambda *_: None,
 ) -> list[AveragePicture]:
     """Average what the strongest photos of each filter (layer, channel) show at its peak; a picture per filter.
 
-    ``peaks`` are the largest value of each map, ``[photo, filter]``, and its cell (row, col), ``[photo, filter, 2]``.
-    ``advance`` is called with (photos done, photos in all).
+    ``top`` are these photos, a column per filter. ``advance`` is called with (photos done, photos in all).
     """
-    peak, peak_cell = peaks
-    count = len(images)
-    if peak.shape != (count, len(filters)) or peak_cell.shape != (count, len(filters), 2):
-        rule, got = f"peaks of shape ({count}, {len(filters)})", f"{peak.shape} and {peak_cell.shape}"
-        raise InputError(expected(rule, got, "Give one column per filter and one row per photo"))
-    top = strongest(peak, min(top_photos, count))
+    if top.photo.shape[1] != len(filters) or top.photo.max(initial=-1) >= len(images):
+        rule = f"photos among {len(images)} for {len(filters)} filters"
+        got = f"number {top.photo.max(initial=-1)} for {top.photo.shape[1]}"
+        raise InputError(expected(rule, got, "Give one column per filter, of the same photos"))
     crops = crop_of(performer, list(dict(filters)))
     own = {layer: [k for k, (name, _) in enumerate(filters) if name == layer] for layer in crops}
     layers = {layer: _Layer(crop, own[layer]) for layer, crop in crops.items()}
-    corner, at_random = _corners(performer, filters, peak_cell, top, layers, seed)
-    wanted = _uses(filters, top)
+    corner, at_random = _corners(performer, filters, top, layers, seed)
+    wanted = _uses(filters, top.photo)
     for done, (photo, uses) in enumerate(wanted, start=1):
         frame = performer.preprocessing.frame(images.read(photo, performer.preprocessing.scaled_size))
         for layer, members in uses.items():
             layers[layer].add(frame, members, corner, at_random)
         advance(done, len(wanted))
-    return [_finished(owner, layers[owner[0]], k, top[k].tolist()) for k, owner in enumerate(filters)]
+    return [_finished(owner, layers[owner[0]], k, top.photo[:, k].tolist()) for k, owner in enumerate(filters)]
 
 
-def _uses(filters: Sequence[tuple[str, int]], top: IntArray) -> list[tuple[int, dict[str, list[tuple[int, int]]]]]:
+def _uses(filters: Sequence[tuple[str, int]], photos: IntArray) -> list[tuple[int, dict[str, list[tuple[int, int]]]]]:
     """Return, photo by photo, the filters (position in the list) of each layer that use it and its rank for them."""
     wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
     for k, (layer, _) in enumerate(filters):
-        for rank, photo in enumerate(top[k].tolist()):
+        for rank, photo in enumerate(photos[:, k].tolist()):
             wanted.setdefault(photo, {}).setdefault(layer, []).append((k, rank))
     return sorted(wanted.items())
 
@@ -224,15 +209,14 @@ def _uses(filters: Sequence[tuple[str, int]], top: IntArray) -> list[tuple[int, 
 def _corners(
     performer: Performer,
     filters: Sequence[tuple[str, int]],
-    peak_cell: npt.NDArray[np.integer],
-    top: IntArray,
+    top: TopPhotos,
     layers: Mapping[str, _Layer],
     seed: int,
 ) -> tuple[IntArray, IntArray]:
     """Return ``[filter, rank, 2]`` upper left corners in the scaled, padded photo: around the peak, and at random."""
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand((len(filters), top.shape[1], 2), generator=generator, dtype=torch.float64).numpy()
-    corner = np.zeros((len(filters), top.shape[1], 2), np.int64)
+    draws = torch.rand((len(filters), len(top.photo), 2), generator=generator, dtype=torch.float64).numpy()
+    corner = np.zeros((len(filters), len(top.photo), 2), np.int64)
     at_random = np.zeros_like(corner)
     for k, (name, _) in enumerate(filters):
         layer = layers[name]
@@ -240,7 +224,7 @@ def _corners(
         if layer.crop.field is None:
             corner[k] = at_random[k] = side  # the photo itself starts behind the border
             continue
-        centre = cell_centre_px(layer.crop.field, peak_cell[top[k], k])[:, ::-1] * layer.scale  # (row, col)
+        centre = cell_centre_px(layer.crop.field, top.cell[:, k])[:, ::-1] * layer.scale  # (row, col)
         corner[k] = _clipped(centre, side, size)
         at_random[k] = _clipped(draws[k] * size, side, size)
     return corner, at_random

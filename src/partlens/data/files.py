@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +26,7 @@ ByteArray = npt.NDArray[np.uint8]
 _EXIF_ORIENTATION = 0x0112
 _TURNED = frozenset({5, 6, 7, 8})
 _REDUCTIONS = (8, 4, 2)  # at which JPEG can be decoded
+_WAITING = 1024  # rows that are handed to threads at a time
 _WHITES = (255, 1023, 4095, 65535)  # the brightest value of 8, 10, 12 and 16 bits
 
 # What files of another kind begin with, what that is, and what to do.
@@ -369,5 +371,7 @@ class Generated:
 
 def parallel(work: Callable[[int], _Result], rows: Iterable[int]) -> Iterator[_Result]:
     """Map over rows in at most eight threads, results in order (decoding and hashing release the lock)."""
+    left = iter(rows)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(work, rows)
+        while some := list(islice(left, _WAITING)):  # all at once, a million would wait in memory
+            yield from pool.map(work, some)

@@ -2,12 +2,15 @@
 
 Two ways to the same numbers: from the responses, where only the working features' inner products are ever formed
 (``m`` features, ``C`` classes, ``N`` images: about ``4 N m C`` operations a round, 4 to 10 rounds), or from the Gram
-matrix ``AᵀA`` (``N m²`` operations once, then the images are no longer needed), which suits data that are streamed.
+matrix ``AᵀA`` (``N m²`` operations once, then the images are no longer needed). Either goes over the images in blocks
+and keeps sums alone, so that memory does not grow with them.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +20,54 @@ from torch import Tensor
 
 from partlens.errors import InputError, InputTypeError, expected
 
-Array = Tensor | npt.NDArray[Any]
-ROW_BLOCK = 2048  # images converted to float64 at a time
+BLOCK_BYTES = 2 << 20  # of the images that are converted to float64 at a time
+_FEWEST_ROWS = 64  # of a block, so that products of blocks stay products of matrices
 _TILE = 1024  # features of one tile of the Gram matrix
-KEPT_BYTES = 2 << 30  # responses up to this size are kept in float64
+GRAM_BYTES = 1 << 30  # largest Gram matrix that is chosen: 11,585 features
+
+
+class Rows:
+    """Some rows of an array, read when they are needed; a memory map's pages are let go of again.
+
+    Example:
+        >>> Rows(np.arange(8).reshape(4, 2), [3, 0])[:].tolist()
+        [[6, 7], [0, 1]]
+    """
+
+    ndim = 2
+
+    def __init__(self, source: npt.NDArray[Any], chosen: Sequence[int] | npt.NDArray[np.integer] | Tensor) -> None:
+        self.source, self.chosen = source, np.asarray(chosen, dtype=np.int64)
+        self.shape, self.dtype = (len(self.chosen), source.shape[1]), source.dtype
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, place: slice | tuple[int | slice, Any]) -> npt.NDArray[Any]:
+        rows, *columns = place if isinstance(place, tuple) else (place,)
+        read: npt.NDArray[Any] = np.asarray(self.source[self.chosen[rows]])
+        held = getattr(self.source, "_mmap", None)  # pages that were read would count as the process's memory
+        if held is not None and hasattr(mmap, "MADV_DONTNEED"):
+            held.madvise(mmap.MADV_DONTNEED)
+        return read[..., columns[0]] if columns else read
+
+    def take(self, chosen: Tensor) -> Rows:
+        """Return some of these rows: their positions, or whether each is taken."""
+        return Rows(self.source, self.chosen[chosen.numpy()])
+
+
+Array = Tensor | npt.NDArray[Any] | Rows
+
+
+def blocks(value: Array, device: torch.device, columns: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Read an array in float64 block by block of rows, whole or some columns; the blocks depend on its shape alone."""
+    size = max(_FEWEST_ROWS, BLOCK_BYTES // (8 * value.shape[1]))
+    for start in range(0, value.shape[0], size):
+        rows = slice(start, min(start + size, value.shape[0]))
+        block = value[rows]
+        if columns is not None:
+            block = block[:, columns.to(block.device) if isinstance(block, Tensor) else columns.cpu().numpy()]
+        yield rows, to_double(block, device)
 
 
 def to_double(value: Array, device: torch.device) -> Tensor:
@@ -35,7 +82,7 @@ def to_double(value: Array, device: torch.device) -> Tensor:
 
 def check_matrix(value: object, name: str, axes: str) -> None:
     """Refuse what is no array of real numbers with two axes and an entry along each."""
-    if not isinstance(value, (Tensor, np.ndarray)):
+    if not isinstance(value, (Tensor, np.ndarray, Rows)):
         remedy = "Use its toarray()" if hasattr(value, "toarray") else "Convert it, as np.asarray"
         raise InputTypeError(expected(f"{name} as a NumPy array or a torch tensor", type(value).__name__, remedy))
     if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta or value.is_quantized):
@@ -53,11 +100,11 @@ def check_matrix(value: object, name: str, axes: str) -> None:
 
 def _first_bad(value: Array) -> tuple[int, int] | None:
     """Find the first entry (row, column) that is not finite; rows are looked at in blocks."""
-    for start in range(0, value.shape[0], ROW_BLOCK):
-        bad = ~torch.isfinite(to_double(value[start : start + ROW_BLOCK], torch.device("cpu")))
+    for rows, block in blocks(value, torch.device("cpu")):
+        bad = ~torch.isfinite(block)
         if bool(bad.any()):
             row, col = (int(v) for v in bad.nonzero()[0])
-            return start + row, col
+            return rows.start + row, col
     return None
 
 
@@ -77,16 +124,16 @@ class FromGram:
     ``cross[j, k] = <a_k, l_j>`` and ``energy[k] = ||a_k||²`` of features k and classes j.
 
     Only the upper triangle is summed, in tiles, so that a block costs half a matrix product and no copy of the matrix.
-    Memory is ``8 m²`` bytes for ``m`` features (0.13 GB at 4,096, 3 GB at 19,456), whatever the number of images.
+    Memory is ``8 m²`` bytes for ``m`` features, whatever the number of images; `GRAM_BYTES` is the most of it.
     """
 
     def __init__(self, responses: Array, labels: Tensor, device: torch.device) -> None:
-        images, features = responses.shape
+        features = responses.shape[1]
         self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
         cross = torch.zeros(features, labels.shape[1], dtype=torch.float64, device=device)
         self.label_energy = torch.zeros(labels.shape[1], dtype=torch.float64, device=device)
-        for start in range(0, images, ROW_BLOCK):
-            block, target = to_double(responses[start : start + ROW_BLOCK], device), labels[start : start + ROW_BLOCK]
+        for rows, block in blocks(responses, device):
+            target = labels[rows]
             if not math.isfinite(float(block.abs().max())):
                 refuse_bad(responses, "responses", ("image", "feature"))
             cross.addmm_(block.T, target)
@@ -130,21 +177,20 @@ class FromGram:
 
 
 class FromResponses:
-    """Inner products computed from the responses, only where they are asked for."""
+    """Inner products computed from the responses, only where they are asked for.
+
+    Each question is one pass over blocks of images, whose sums are all that is kept: memory does not grow with the
+    number of images.
+    """
 
     def __init__(self, responses: Array, labels: Tensor, device: torch.device) -> None:
-        images, features = responses.shape
-        self.labels = labels.T.contiguous()
-        self.label_energy = self.labels.square().sum(1)
-        self.device = device
-        self.whole = images * features * 8 <= KEPT_BYTES
-        self.source = to_double(responses, device) if self.whole else responses
-        self.cross = torch.zeros(len(self.labels), features, dtype=torch.float64, device=device)
+        self.source, self.labels, self.device = responses, labels, device
+        features = responses.shape[1]
+        self.label_energy = labels.square().sum(0)
+        self.cross = torch.zeros(labels.shape[1], features, dtype=torch.float64, device=device)
         self.energy = torch.zeros(features, dtype=torch.float64, device=device)
-        # In blocks of rows, so that the sums are the same numbers whether the responses are kept or not.
-        for start in range(0, images, ROW_BLOCK):
-            block = to_double(self.source[start : start + ROW_BLOCK], device)
-            self.cross.addmm_(self.labels[:, start : start + len(block)], block)
+        for rows, block in blocks(responses, device):
+            self.cross.addmm_(labels[rows].T, block)
             self.energy += block.square().sum(0)
         if not bool(torch.isfinite(self.energy).all()):
             refuse_bad(responses, "responses", ("image", "feature"))
@@ -152,34 +198,25 @@ class FromResponses:
 
     def forget(self) -> None:
         """Forget the features taken in."""
-        self.columns: list[Tensor] = []
+        self.features = torch.zeros(0, dtype=torch.int64, device=self.device)
 
     def enter(self, features: Tensor) -> Tensor:
         """As `FromGram.enter`."""
-        if isinstance(self.source, Tensor):
-            taken = to_double(self.source.index_select(1, features.to(self.source.device)), self.device)
-        else:
-            taken = torch.empty(self.source.shape[0], len(features), dtype=torch.float64, device=self.device)
-            chosen = features.cpu().numpy()
-            for start in range(0, len(taken), ROW_BLOCK):
-                block = np.asarray(self.source[start : start + ROW_BLOCK])[:, chosen]
-                taken[start : start + len(block)] = to_double(block, self.device)
-        self.columns.append(taken)
-        return torch.cat([taken.T @ block for block in self.columns], dim=1)
+        self.features = torch.cat([self.features, features])
+        inner = torch.zeros(len(features), len(self.features), dtype=torch.float64, device=self.device)
+        for _, block in blocks(self.source, self.device, self.features):
+            inner.addmm_(block[:, -len(features) :].T, block)
+        return inner
 
     def slope(self, weights: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """As `FromGram.slope`."""
-        rest = -self.labels[classes]
-        start = 0
-        for block in self.columns:
-            rest.addmm_(weights[:, start : start + block.shape[1]], block.T)
-            start += block.shape[1]
         half = torch.zeros(len(classes), self.cross.shape[1], dtype=torch.float64, device=self.device)
-        step = len(self.source) if self.whole else ROW_BLOCK
-        for start in range(0, len(self.source), step):
-            block = to_double(self.source[start : start + step], self.device)
-            half.addmm_(rest[:, start : start + len(block)], block)
-        return half, rest.square().sum(1)
+        objective = torch.zeros(len(classes), dtype=torch.float64, device=self.device)
+        for rows, block in blocks(self.source, self.device):
+            rest = block[:, self.features] @ weights.T - self.labels[rows][:, classes]
+            half.addmm_(rest.T, block)
+            objective += rest.square().sum(0)
+        return half, objective
 
 
 Products = FromGram | FromResponses

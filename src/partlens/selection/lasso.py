@@ -37,7 +37,7 @@ from torch import Tensor
 
 from partlens.errors import InputError, InputTypeError, PartlensError, expected, listed
 from partlens.selection.inner_products import (
-    KEPT_BYTES,
+    GRAM_BYTES,
     Array,
     FromGram,
     FromResponses,
@@ -51,6 +51,7 @@ from partlens.selection.working_sets import ENTER, OBJECTIVE_FLOOR, solve_group
 Method = Literal["auto", "responses", "gram"]
 OnFailure = Literal["raise", "return"]
 _MAX_ITERATIONS = 20_000  # batched linear solves per group of classes; some tens are usual
+_LARGE_BYTES = 16 << 30
 _GATHER_BYTES = 256 << 20  # inner products of the working sets of one group of classes
 
 
@@ -171,7 +172,8 @@ def mu_lasso(
     """Solve the μ-lasso for all classes: minimise ``||A w_j - l_j||²`` subject to ``||w_j||_1 <= μ``.
 
     Args:
-        responses: ``A``, ``[image, feature]``, any real type, a memory map too (`Responses.descriptor`).
+        responses: ``A``, ``[image, feature]``, any real type; a memory map (`Responses.descriptor`) or some of its rows
+            (`Rows`) are read in blocks.
         labels: ``[image, class]``, any real type; one-hot in the papers, 1 for the images of the class. A column of
             zeros gives weights of zero.
         mu: ``μ``, above 0. The authors' demo: 10 for all data sets, 5 for an8Flower. Where `constraint_active` is
@@ -180,7 +182,7 @@ def mu_lasso(
         tolerance: largest relative gap (`LassoSolution.relative_gap`) that counts as solved.
         on_failure: ``"raise"``, or ``"return"`` what was reached.
         method: ``"responses"`` never forms the Gram matrix, ``"gram"`` does, ``"auto"`` takes what needs fewer
-            operations and at most some gigabytes.
+            operations, a Gram matrix up to 1 GiB alone.
 
     Returns:
         Weights and certificate. With exactly dependent features any optimum may come back, always the same for the
@@ -216,11 +218,8 @@ def mu_lasso(
 
 
 def _cheaper(images: int, features: int, classes: int) -> Method:
-    """Choose by operations, unless the responses or their working columns are too large to go over again and again."""
+    """Choose by operations, or one pass over responses too large to stay in memory; never a large Gram matrix."""
     rounds = 10
-    direct = 4.0 * rounds * images * features * classes
-    gram = 1.0 * images * features * features
-    columns = 8.0 * images * min(features, ENTER * classes)
-    data = 8.0 * images * features
-    large = max(columns, data) > 8 * KEPT_BYTES and 8.0 * features * features < max(columns, data)
-    return "gram" if gram < direct or large else "responses"
+    direct, gram = 4.0 * rounds * images * features * classes, 1.0 * images * features * features
+    wanted = gram < direct or 8 * images * features > _LARGE_BYTES
+    return "gram" if wanted and 8 * features * features <= GRAM_BYTES else "responses"

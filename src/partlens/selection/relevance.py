@@ -19,12 +19,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from partlens.errors import ImageError, InputError, expected, listed
+from partlens.selection.inner_products import Rows, blocks
 from partlens.selection.lasso import LassoSolution, OnFailure, mu_lasso
 from partlens.selection.record import DEFAULT_MU, FeatureIndex
 
 _MUS = (1.0, 2.0, 5.0, 10.0, 20.0)
 _FOLDS = 3
-_READ_ROWS = 4096  # descriptors that are read out at a time
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Selection:
 
 
 def select_relevant(
-    descriptors: Float[Tensor, "image feature"],
+    descriptors: Float[Tensor, "image feature"] | Rows,
     labels: LabelMatrix,
     index: FeatureIndex,
     mu: float | int = DEFAULT_MU,  # noqa: PYI041 - the shape checks of the tests do not take an int for a float
@@ -108,7 +108,7 @@ class ChosenMu:
 
 
 def choose_mu(
-    descriptors: Float[Tensor, "image feature"],
+    descriptors: Float[Tensor, "image feature"] | Rows,
     labels: LabelMatrix,
     index: FeatureIndex,
     generator: torch.Generator,
@@ -127,8 +127,9 @@ def choose_mu(
         for number in range(_FOLDS):
             inside, out = fold != number, fold == number
             part = LabelMatrix(labels.matrix[inside], labels.classes, labels.outputs)
-            found = select_relevant(descriptors[inside], part, index, mu, nonnegative=nonnegative, on_failure="return")
-            right[out] = told_right(found, descriptors[out], truth[out]).float()
+            fitted, rest = _some(descriptors, inside), _some(descriptors, out)
+            found = select_relevant(fitted, part, index, mu, nonnegative=nonnegative, on_failure="return")
+            right[out] = told_right(found, rest, truth[out]).float()
         tried.append((mu, float(right.mean())))
     best = max(accuracy for _, accuracy in tried)
     error = math.sqrt(max(best * (1 - best), 0.0) / max(1, len(descriptors)))
@@ -137,7 +138,7 @@ def choose_mu(
 
 def with_shuffled_labels(
     selection: Selection,
-    descriptors: Float[Tensor, "image feature"],
+    descriptors: Float[Tensor, "image feature"] | Rows,
     labels: LabelMatrix,
     generator: torch.Generator,
 ) -> Selection:
@@ -150,9 +151,15 @@ def with_shuffled_labels(
     )
 
 
+def _some(descriptors: Tensor | Rows, chosen: Tensor) -> Tensor | Rows:
+    return descriptors.take(chosen) if isinstance(descriptors, Rows) else descriptors[chosen]
+
+
 def told_right(
-    selection: Selection, descriptors: Float[Tensor, "image feature"], truth: Int[Tensor, " image"]
+    selection: Selection, descriptors: Float[Tensor, "image feature"] | Rows, truth: Int[Tensor, " image"]
 ) -> Bool[Tensor, " image"]:
     """Tell for each image whether its class, a column, is the one with the largest ``w_j · x`` over all features."""
-    told = [(rows.double() @ selection.weights).argmax(1) for rows in descriptors.split(_READ_ROWS)]
+    used = selection.weights.any(1).nonzero()[:, 0]
+    read = blocks(descriptors, selection.weights.device, used)
+    told = [(block @ selection.weights[used]).argmax(1) for _, block in read]
     return torch.cat(told) == truth

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +13,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, LayerError, expected
+from partlens.errors import ImageError, LayerError, expected
 from partlens.network.performer import Performer
-from partlens.network.stream import stream
+from partlens.network.stream import Batch, stream
 from partlens.network.taps import forward_taps
 from partlens.records import plain
 from partlens.rows import row_store
 from partlens.selection.descriptors import energy, energy_and_peak, normalised
 from partlens.selection.measured_layers import feature_index
 from partlens.selection.record import DescriptorConfig, FeatureIndex
+
+SHARD = 64
+"""Images of a shard, whatever reads them: sums and batches are the same numbers on one process and on many."""
+
+_BATCH = 32
+_COLUMNS = 4096  # features whose photos are ordered at a time
+_TOP = ("photo", "peak", "cell")
 
 Progress = Callable[[int, int], None]
 
@@ -46,6 +54,58 @@ def image_descriptors(
 
 
 @dataclass(frozen=True)
+class TopPhotos:
+    """The photos that activate each feature most, best first; of equal peaks the one that comes first in the list.
+
+    They are merged photo by photo, so that they take the same room however many photos there are.
+
+    Args:
+        photo: ``[rank, feature]`` int64: positions in the list; -1 where there are fewer photos than ranks.
+        peak: ``[rank, feature]`` float32: the largest value of the feature's map.
+        cell: ``[rank, feature, 2]`` int16: its place (row, col), the first of equal ones.
+
+    Example:
+        >>> peak, cell = np.array([[1.0, 5.0], [3.0, 5.0], [3.0, 7.0]], np.float32), np.zeros((3, 2, 2), np.int16)
+        >>> TopPhotos.none(2, 2).merged(peak[:2], cell[:2], 0).merged(peak[2:], cell[2:], 2).photo.tolist()
+        [[1, 2], [2, 0]]
+    """
+
+    photo: np.ndarray
+    peak: np.ndarray
+    cell: np.ndarray
+
+    @classmethod
+    def none(cls, count: int, features: int) -> TopPhotos:
+        """Return ranks that no photo has taken."""
+        shape = (count, features)
+        return cls(np.full(shape, -1), np.full(shape, -np.inf, np.float32), np.zeros((*shape, 2), np.int16))
+
+    def merged(self, peak: np.ndarray, cell: np.ndarray, first: int) -> TopPhotos:
+        """Take in further photos, ``[photo, feature]`` and ``[photo, feature, 2]``, the first of them ``first``."""
+        count = len(self.photo)
+        better = np.flatnonzero(peak.max(0) > self.peak[-1])
+        made = TopPhotos(*(values.copy() for values in (self.photo, self.peak, self.cell)))
+        number = np.broadcast_to(np.arange(first, first + len(peak))[:, None], peak.shape)
+        for columns in np.array_split(better, max(1, len(better) // _COLUMNS)):
+            held = np.concatenate([self.peak[:, columns], peak[:, columns]])
+            order = np.argsort(-held, axis=0, kind="stable")[:count]
+            made.peak[:, columns] = np.take_along_axis(held, order, 0)
+            both = np.concatenate([self.photo[:, columns], number[:, columns]])
+            made.photo[:, columns] = np.take_along_axis(both, order, 0)
+            cells = np.concatenate([self.cell[:, columns], cell[:, columns]])
+            made.cell[:, columns] = np.take_along_axis(cells, order[:, :, None], 0)
+        return made
+
+    def of(self, features: Sequence[int]) -> TopPhotos:
+        """Return those of some features."""
+        return TopPhotos(self.photo[:, features], self.peak[:, features], self.cell[:, features])
+
+    def first(self, count: int) -> TopPhotos:
+        """Return the best."""
+        return TopPhotos(self.photo[:count], self.peak[:count], self.cell[:count])
+
+
+@dataclass(frozen=True)
 class Responses:
     """Descriptors of a data set; a row per image. Arrays are read-only memory maps when a folder was given.
 
@@ -53,25 +113,17 @@ class Responses:
         keys: names of the images.
         index: layer and channel of every feature.
         descriptor: ``[image, feature]`` float32.
-        peak: ``[image, feature]`` float32: the largest value of each channel; ``None`` where not asked for.
-        peak_cell: ``[image, feature, 2]`` int16: its place (row, col), the first of equal ones; likewise.
         logits: ``[image, class]`` float32: the network's class scores (`partlens.network.outputs`).
         dead_layers: pairs of an image and a layer without any activation; their features are 0.
+        top: the images that activate each feature most, as many as were asked for.
     """
 
     keys: tuple[str, ...]
     index: FeatureIndex
     descriptor: np.ndarray
-    peak: np.ndarray | None
-    peak_cell: np.ndarray | None
     logits: np.ndarray
     dead_layers: int
-
-    def peaks(self, features: Sequence[int], photos: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the peaks of some features on the first photos, and their cells."""
-        if self.peak is None or self.peak_cell is None:
-            raise InputError(expected("responses with peaks", "none", "Stream them with peaks=True"))
-        return np.asarray(self.peak[:photos])[:, features], np.asarray(self.peak_cell[:photos])[:, features]
+    top: TopPhotos
 
 
 def stream_responses(
@@ -80,24 +132,31 @@ def stream_responses(
     config: DescriptorConfig | None = None,
     *,
     out: Path | None = None,
-    batch_size: int = 32,
-    peaks: bool = True,
+    top: tuple[int, int] = (0, 0),
+    shard: int = SHARD,
     progress: Progress = lambda *_: None,
 ) -> Responses:
-    """Run every image through the performer once and keep its descriptor, peaks and scores.
+    """Run every image through the performer once; keep its descriptor and scores, and the images with the top peaks.
 
     Each layer is reduced to a few numbers per channel while the pass is there; the maps of all layers are never in
-    memory together. With a folder ``out``, rows are written as they come, and a killed run goes on with the next batch.
+    memory together. With a folder ``out``, rows are written as they come, and a killed run goes on with the next shard.
+
+    Args:
+        performer: the network.
+        images: what it sees.
+        config: what is measured.
+        out: where rows are kept; without, in memory.
+        top: how many images are kept per feature, and of the first how many.
+        shard: images that are read, and written, together.
+        progress: called with the images done and all of them.
 
     Raises:
-        ImageError: no images, or one that cannot be read (with its name); finished batches stay on disk.
+        ImageError: no images, or one that cannot be read (with its name); finished shards stay on disk.
         LayerError: no such layers, or a network without class scores.
-        InputError: values that are not finite, or ``batch_size`` below 1.
+        InputError: values that are not finite.
         RunError: ``out`` holds responses of another configuration.
     """
     config = config or DescriptorConfig()
-    if batch_size < 1:
-        raise InputError(expected("batch_size of at least 1", batch_size, "Correct the value"))
     if len(images) == 0:
         raise ImageError(expected("at least 1 image", 0, "Choose a folder with photos"))
     index = feature_index(performer, config)
@@ -108,28 +167,65 @@ def stream_responses(
         "precision": performer.precision,
         "descriptor": plain(config),
         "index": plain(index),
-        "peaks": peaks,
+        "top": list(top),
     }
+    count, among = min(top), top[1]
+    read = _Reading(performer, images, index, config, shard, peaks=count > 0)
     with row_store(out, identity, len(images)) as store:
-        reduce = energy_and_peak if peaks else energy
-        rows, scores = range(store.done, store.rows), performer.outputs.scores
-        for batch in stream(performer, images, rows, index.layers, batch_size=batch_size, reduce=reduce):
-            kept = _joined(batch.maps, index)
-            x, lost = normalised(kept[:, :, 0] if peaks else kept, index, config)
-            arrays = {"descriptor": x.cpu().numpy(), "logits": scores(batch.outputs, len(batch.rows)).cpu().numpy()}
-            if peaks:
-                arrays |= {
-                    "peak": kept[:, :, 1].cpu().numpy(),
-                    "peak_cell": kept[:, :, 2:].cpu().numpy().astype(np.int16),
-                }
-            store.append(arrays, {"dead_layers": store.state.get("dead_layers", 0) + int(lost.sum())})
+        kept = (
+            TopPhotos(**{name: store.state[name] for name in _TOP}) if store.done else TopPhotos.none(count, index.size)
+        )
+        for arrays, lost in read(range(store.done, store.rows)):
+            kept = _seen(kept, arrays, store.done, among)
+            state = {"dead_layers": store.state.get("dead_layers", 0) + lost, **vars(kept)}
+            store.append({name: arrays[name] for name in ("descriptor", "logits")}, state)
             progress(store.done, store.rows)
         return Responses(
             keys=tuple(images.keys),
             index=index,
             descriptor=store.read("descriptor"),
-            peak=store.read("peak") if peaks else None,
-            peak_cell=store.read("peak_cell") if peaks else None,
             logits=store.read("logits"),
             dead_layers=int(store.state["dead_layers"]),
+            top=kept,
         )
+
+
+def _seen(kept: TopPhotos, arrays: Mapping[str, np.ndarray], first: int, among: int) -> TopPhotos:
+    if not len(kept.photo) or first >= among:
+        return kept
+    return kept.merged(arrays["peak"][: among - first], arrays["cell"][: among - first], first)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """Reads images shard by shard."""
+
+    performer: Performer
+    images: ImageSet
+    index: FeatureIndex
+    config: DescriptorConfig
+    shard: int
+    peaks: bool
+
+    def __call__(self, rows: Sequence[int]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        """Yield of each shard its arrays, a row per image, and the number of dead layers."""
+        reduce = energy_and_peak if self.peaks else energy
+        held: list[dict[str, np.ndarray]] = []
+        dead = 0
+        size = math.gcd(_BATCH, self.shard)
+        for batch in stream(self.performer, self.images, rows, self.index.layers, batch_size=size, reduce=reduce):
+            arrays, lost = self._of_batch(batch)
+            held.append(arrays)
+            dead += lost
+            if len(held) * size >= self.shard or batch.rows[-1] == rows[-1]:
+                yield {name: np.concatenate([each[name] for each in held]) for name in arrays}, dead
+                held, dead = [], 0
+
+    def _of_batch(self, batch: Batch) -> tuple[dict[str, np.ndarray], int]:
+        kept = _joined(batch.maps, self.index)
+        kept = kept if self.peaks else kept[:, :, None]
+        x, lost = normalised(kept[:, :, 0], self.index, self.config)
+        found = {"descriptor": x, "logits": self.performer.outputs.scores(batch.outputs, len(batch.rows))}
+        if self.peaks:
+            found |= {"peak": kept[:, :, 1], "cell": kept[:, :, 2:].to(torch.int16)}
+        return {name: values.cpu().numpy() for name, values in found.items()}, int(lost.sum())

@@ -27,7 +27,7 @@ from partlens.verbs.runs import (
     verb,
     with_precision,
 )
-from partlens.verbs.select_features import MOST_PICTURES, Chosen, SelectionPhotos, select_from
+from partlens.verbs.select_features import MOST_PICTURES, Chosen, SelectionPhotos, ranks, select_from
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 TENSORS = "inspect.safetensors"
 _CACHE = "cache-inspect"
-_RESPONSES = ("descriptor", "peak", "peak_cell", "logits")
+_RESPONSES = ("descriptor", "logits")
 _TOP_PHOTOS = 50
 _LEAST_FOUND = 4
 _LEAST_MEASURED = 8
@@ -335,7 +335,7 @@ def _selection(
     """Bring what was read into the form of a selection: photos to fit on first, then those held out."""
     import numpy as np
 
-    from partlens.selection.responses import Responses
+    from partlens.selection.responses import Responses, TopPhotos
 
     record, images = work.record, work.images
     config = SelectionConfig(
@@ -354,7 +354,10 @@ def _selection(
     chosen = images.take(rows[k] for k in order)
     arrays = {n: np.concatenate([read.arrays[n] for read in reads if read.rows])[order] for n in _RESPONSES}
     index, lost = _wanted(work.performer, None, record.finding).index, sum(read.dead_layers for read in reads)
-    responses = Responses(keys=chosen.keys, index=index, dead_layers=lost, **arrays)
+    top = TopPhotos.none(min(ranks(config), len(fitted)), index.size)
+    peak, cell = (np.concatenate([read.arrays[n] for read in reads if read.rows]) for n in ("peak", "peak_cell"))
+    top = top.merged(peak[fitted], cell[fitted], 0)
+    responses = Responses(keys=chosen.keys, index=index, dead_layers=lost, top=top, **arrays)
     asked = SelectionRecord(
         created=record.created,
         command=record.command,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from partlens.data.images import ImageSet
     from partlens.network.classes import Match
     from partlens.network.performer import Performer
+    from partlens.selection.inner_products import Rows
     from partlens.selection.relevance import LabelMatrix, Selection
     from partlens.selection.responses import Responses
 
@@ -42,6 +43,7 @@ TOP_PHOTOS = 100
 MOST_PICTURES = 400
 _CACHE = "cache-selection"
 _NAMED_PHOTOS = 8
+_DOUBTED = 4096  # photos whose scores are looked at for what the outputs are
 
 Labels = Literal["data", "predictions"]
 Chosen = Literal["auto"]
@@ -208,9 +210,19 @@ def _found(photos: SelectionPhotos, out: Path, show: Progress) -> SelectionFound
     images = photos.images
     with show.task("reading all layers", len(images)) as advance:
         responses = stream_responses(
-            photos.performer, images, photos.config.descriptor, out=out / _CACHE, progress=lambda done, _: advance(done)
+            photos.performer,
+            images,
+            photos.config.descriptor,
+            out=out / _CACHE,
+            top=(ranks(photos.config), photos.fit),
+            progress=lambda done, _: advance(done),
         )
     return select_from(photos, responses, out, show)
+
+
+def ranks(config: SelectionConfig) -> int:
+    """Return how many photos are kept per filter: those of its picture and those that are named."""
+    return max(config.top_photos, _NAMED_PHOTOS)
 
 
 def select_from(photos: SelectionPhotos, responses: Responses, out: Path, show: Progress) -> SelectionFound:
@@ -218,25 +230,23 @@ def select_from(photos: SelectionPhotos, responses: Responses, out: Path, show: 
 
     Writes ``selection.safetensors`` and pictures; the record is the caller's.
     """
-    import numpy as np
-    import torch
-
+    from partlens.selection.inner_products import Rows
     from partlens.selection.relevance import select_relevant
 
-    config = photos.config
-    x, logits = (torch.from_numpy(np.array(rows)) for rows in (responses.descriptor, responses.logits))
-    labels, names = _labelled(photos, logits)
-    for line in _doubts(photos, logits):
+    config, index = photos.config, responses.index
+    told = _told(responses)
+    labels, names = _labelled(photos, told)
+    for line in _doubts(photos, responses, told):
         show.say(line)
     readable = replace(labels, classes=tuple(_readable(photos.performer, labels.classes, labels.outputs)))
-    index, fitted = responses.index, x[: photos.fit]
+    fitted = Rows(responses.descriptor, range(photos.fit))
     mu, tried = _bound(config, fitted, readable, index)
     selection = select_relevant(fitted, readable, index, mu, nonnegative=config.nonnegative)
     of_class = [selection.relevant(column) for column in range(len(names))]
     mean = sum(map(len, of_class)) / len(of_class)
     show.say(f"{index.size} filters in {len(index.layers)} layers; {mean:.1f} relevant per class (mu = {mu:g})")
     pictures = _draw(photos, responses, of_class, out, show)
-    accuracy, shuffled, model_accuracy = _readouts(photos, selection, labels, x, logits)
+    accuracy, shuffled, model_accuracy = _readouts(photos, selection, labels, responses, told)
     write_tensors(out / WEIGHTS, {"weights": selection.weights}, {"schema": SelectionRecord.SCHEMA})
     return SelectionFound(
         index=index,
@@ -246,14 +256,14 @@ def select_from(photos: SelectionPhotos, responses: Responses, out: Path, show: 
         accuracy=accuracy,
         shuffled=shuffled,
         model_accuracy=model_accuracy,
-        classes=_classes(selection, labels, of_class, _strongest(responses, of_class, photos.fit), pictures),
+        classes=_classes(selection, labels, of_class, _strongest(responses, of_class), pictures),
         mu=mu if tried else None,
         tried=tried,
     )
 
 
 def _bound(
-    config: SelectionConfig, fitted: Tensor, labels: LabelMatrix, index: FeatureIndex
+    config: SelectionConfig, fitted: Rows, labels: LabelMatrix, index: FeatureIndex
 ) -> tuple[float, tuple[tuple[float, float], ...]]:
     """Return μ, and what was tried where held-out folds choose it."""
     import torch
@@ -267,24 +277,35 @@ def _bound(
     return chosen.mu, chosen.tried
 
 
-def _decided(photos: SelectionPhotos, logits: Tensor) -> list[str]:
+def _told(responses: Responses) -> list[int]:
+    """Return the output that the network decides for, of every photo."""
+    import torch
+
+    from partlens.selection.inner_products import Rows, blocks
+
+    logits = Rows(responses.logits, range(len(responses.keys)))
+    told = [block.argmax(1) for _, block in blocks(logits, torch.device("cpu"))]
+    return [int(output) for output in torch.cat(told)]
+
+
+def _decided(photos: SelectionPhotos, told: Sequence[int]) -> Sequence[str]:
     """Return the class of every photo: its category, or the output that the network decides for."""
-    if photos.config.labels == "data":
-        return list(photos.images.categories)
-    return [str(output) for output in logits.argmax(1).tolist()]
+    return photos.images.categories if photos.config.labels == "data" else list(map(str, told))
 
 
-def _doubts(photos: SelectionPhotos, logits: Tensor) -> list[str]:
+def _doubts(photos: SelectionPhotos, responses: Responses, told: Sequence[int]) -> list[str]:
     """Say what the network's answers to the photos speak against: what its outputs are, or what categories mean."""
+    import torch
+
     from partlens.network.classes import disagreement
 
-    said = [photos.performer.outputs.doubt(logits)]
-    if photos.config.labels == "data" and logits.shape[1] > 1:
-        said.append(disagreement(photos.images.categories, logits.argmax(1).tolist(), photos.matched.outputs))
+    said = [photos.performer.outputs.doubt(torch.tensor(responses.logits[:_DOUBTED]))]
+    if photos.config.labels == "data" and photos.performer.outputs.count > 1:
+        said.append(disagreement(photos.images.categories, told, photos.matched.outputs))
     return [line for line in said if line]
 
 
-def _labelled(photos: SelectionPhotos, logits: Tensor) -> tuple[LabelMatrix, tuple[str, ...]]:
+def _labelled(photos: SelectionPhotos, told: Sequence[int]) -> tuple[LabelMatrix, tuple[str, ...]]:
     """Return the labels of the photos to fit on, and the names of their classes as the data or the network has them."""
     from partlens.selection.relevance import label_matrix
 
@@ -293,7 +314,7 @@ def _labelled(photos: SelectionPhotos, logits: Tensor) -> tuple[LabelMatrix, tup
     def output_of(name: str) -> int | None:
         return by_category[name] if photos.config.labels == "data" else int(name)
 
-    labels = label_matrix(_decided(photos, logits)[: photos.fit], output_of)
+    labels = label_matrix(_decided(photos, told)[: photos.fit], output_of)
     if len(labels.classes) < 2:
         got = f"{len(labels.classes)} ({listed(labels.classes)})"
         raise ImageError(expected("at least 2 classes", got, "Add photos of another class, or use --labels data"))
@@ -301,25 +322,28 @@ def _labelled(photos: SelectionPhotos, logits: Tensor) -> tuple[LabelMatrix, tup
 
 
 def _readouts(
-    photos: SelectionPhotos, selection: Selection, labels: LabelMatrix, x: Tensor, logits: Tensor
+    photos: SelectionPhotos, selection: Selection, labels: LabelMatrix, responses: Responses, told: Sequence[int]
 ) -> tuple[Estimate, Estimate, Estimate]:
     """Measure on the held-out photos of the fitted classes: the read-out, its null, and the network itself."""
     import torch
 
+    from partlens.selection.inner_products import Rows
     from partlens.selection.relevance import told_right, with_shuffled_labels
 
-    decided = _decided(photos, logits)
+    decided = _decided(photos, told)
     rows = [row for row in range(photos.fit, len(decided)) if decided[row] in labels.classes]
     if not rows:
         return Estimate.undefined(), Estimate.undefined(), Estimate.undefined()
     truth = torch.tensor([labels.classes.index(decided[row]) for row in rows])
     generator = torch.Generator().manual_seed(photos.config.seed)
-    null = with_shuffled_labels(selection, x[: photos.fit], labels, generator)
-    right = proportion(told_right(selection, x[rows], truth).double())
-    by_chance = proportion(told_right(null, x[rows], truth).double())
+    fitted, held = Rows(responses.descriptor, range(photos.fit)), Rows(responses.descriptor, rows)
+    null = with_shuffled_labels(selection, fitted, labels, generator)
+    right = proportion(told_right(selection, held, truth).double())
+    by_chance = proportion(told_right(null, held, truth).double())
     own = Estimate.undefined()
     if photos.config.labels == "data" and None not in labels.outputs:
-        own = proportion((logits[rows].argmax(1) == torch.tensor(labels.outputs)[truth]).double())
+        said = torch.tensor([told[row] for row in rows])
+        own = proportion((said == torch.tensor(labels.outputs)[truth]).double())
     return right, by_chance, own
 
 
@@ -377,16 +401,11 @@ def _classes(
     )
 
 
-def _strongest(responses: Responses, of_class: _OfClass, fit: int) -> dict[tuple[str, int], tuple[str, ...]]:
+def _strongest(responses: Responses, of_class: _OfClass) -> dict[tuple[str, int], tuple[str, ...]]:
     """Name the photos that activate each relevant filter most."""
-    from partlens.attribution.average_pictures import strongest
-
     filters = list(dict.fromkeys((layer, channel) for found in of_class for layer, channel, _ in found))
-    if not filters:
-        return {}
-    peak, _ = responses.peaks([responses.index.feature(*each) for each in filters], fit)
-    top = strongest(peak, min(_NAMED_PHOTOS, fit))
-    return {each: tuple(responses.keys[photo] for photo in photos) for each, photos in zip(filters, top, strict=True)}
+    top = responses.top.of([responses.index.feature(*each) for each in filters]).photo[:_NAMED_PHOTOS]
+    return {each: tuple(responses.keys[row] for row in rows) for each, rows in zip(filters, top.T, strict=True)}
 
 
 def _draw(photos: SelectionPhotos, responses: Responses, of_class: _OfClass, out: Path, show: Progress) -> _Pictures:
@@ -408,8 +427,7 @@ def _draw(photos: SelectionPhotos, responses: Responses, of_class: _OfClass, out
             photos.performer,
             photos.images.take(range(fit)),
             wanted,
-            responses.peaks([responses.index.feature(*each) for each in wanted], fit),
-            top_photos=config.top_photos,
+            responses.top.of([responses.index.feature(*each) for each in wanted]).first(config.top_photos),
             seed=config.seed,
             advance=lambda done, total: advance(done * fit // total),
         )

@@ -59,7 +59,7 @@ def select_on_training(
     for name in flowers.classes:
         rows += flowers.images.indices(category=name, split="train")[:images_per_class]
     images = flowers.images.take(sorted(rows))
-    responses = stream_responses(performer, images, DescriptorConfig(), peaks=False)
+    responses = stream_responses(performer, images, DescriptorConfig())
     labels = label_matrix(images.categories, lambda _: None, flowers.classes)
     return select_relevant(torch.from_numpy(np.array(responses.descriptor)), labels, responses.index, mu)
 
