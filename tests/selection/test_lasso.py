@@ -258,8 +258,6 @@ def test_bad_inputs_are_named() -> None:
         mu_lasso(x.astype(complex), labels, 1.0)
     with pytest.raises(InputTypeError, match="torch tensor, got list"):
         inner_products.check_matrix([[1.0]], "responses", "image, feature")
-    with pytest.raises(InputTypeError, match="mu as a number, got bool"):
-        lasso._check_options(True, 1e-6, "raise")
 
 
 def test_the_certificate_is_put_together_by_hand(monkeypatch) -> None:
