@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -48,6 +49,28 @@ def test_every_parameter_of_a_verb_is_an_option_with_help(command: str, capsys: 
             continue
         (text,) = re.findall(rf"^  (?:--)?{parameter.replace('_', '-')}\b(?: [^\n]*)?\n? +(\S.*)$", shown, re.MULTILINE)
         assert text.strip(), parameter
+
+
+def test_where_to_compute_is_typed_by_its_own_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from partlens.verbs import select_features as module
+
+    given: list[dict] = []
+    real = module.select_features
+
+    @functools.wraps(real)
+    def noted(*_: object, **options: object) -> str:
+        given.append(options)
+        return ""
+
+    monkeypatch.setattr(module, "select_features", noted)
+    monkeypatch.setattr("partlens.verbs.printed.print_path", lambda _: None)
+    words = ["select-features", "torchvision:resnet18", "photos", "--out", "run"]
+    assert main(words) == 0
+    assert main([*words, "--workers", "3", "--device", "cuda:1", "--descriptor.energy", "norm"]) == 0
+    assert [each["compute"] for each in given] == [{}, {"device": "cuda:1", "workers": 3}]
+    assert [each["descriptor"] for each in given] == [{}, {"energy": "norm"}]
 
 
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:

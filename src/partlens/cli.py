@@ -48,6 +48,7 @@ class Command:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
+_COMPUTE = "partlens.shards:Compute"
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "partlens.verbs.demo:demo",
@@ -73,7 +74,7 @@ COMMANDS: dict[str, Command] = {
         "partlens.verbs.fit_explainer:fit_explainer",
         "learn an explainer of one layer of a model from a folder of photos",
         "partlens.verbs.printed:print_path",
-        {"config": "partlens.explainer.config:ExplainerConfig"},
+        {"config": "partlens.explainer.config:ExplainerConfig", "compute": _COMPUTE},
     ),
     "evaluate": Command(
         "partlens.verbs.evaluate:evaluate",
@@ -91,7 +92,7 @@ COMMANDS: dict[str, Command] = {
         "partlens.verbs.select_features:select_features",
         "find the few filters that indicate each class, and what they respond to",
         "partlens.verbs.printed:print_path",
-        {"descriptor": "partlens.selection.record:DescriptorConfig"},
+        {"descriptor": "partlens.selection.record:DescriptorConfig", "compute": _COMPUTE},
     ),
     "explain": Command(
         "partlens.verbs.explain:explain",
@@ -151,6 +152,10 @@ def _group(settings: type) -> str:
     return settings.__name__.removesuffix("Config").lower()
 
 
+def _prefix(settings: type) -> str:
+    return "" if getattr(settings, "FLAT", False) else f"{_group(settings)}."
+
+
 def _defaults(settings: Any, name: str) -> str:
     """Say the default of a field, by preset where these differ."""
     presets = getattr(settings, "PRESETS", ("",))
@@ -167,7 +172,13 @@ def _add_settings(parser: Any, settings: Any) -> None:
     texts = {name: text for kind in reversed(settings.__mro__) for name, text in _described(kind).items()}
     for name in settings.model_fields:
         kind, text = get_type_hints(settings)[name], texts[name] + _defaults(settings, name)
-        group.add_argument(f"--{_group(settings)}.{name}", type=kind, default=argparse.SUPPRESS, help=text)
+        group.add_argument(f"--{_prefix(settings)}{name}", type=kind, default=argparse.SUPPRESS, help=text)
+
+
+def _changed(settings: Any, options: Any) -> dict[str, Any]:
+    """Return the fields that were given."""
+    group = options if not _prefix(settings) else vars(options).get(_group(settings), argparse.Namespace())
+    return {name: value for name, value in vars(group).items() if name in settings.model_fields}
 
 
 def _add_parameter(parser: Any, parameter: inspect.Parameter, module: Mapping[str, Any], text: str) -> None:
@@ -190,7 +201,7 @@ class _Plan(NamedTuple):
     parser: Any
     function: Callable[..., Any]
     parameters: Mapping[str, inspect.Parameter]
-    settings: Mapping[str, type]
+    settings: Mapping[str, Any]
 
 
 def _plan(program: str, name: str, command: Command) -> _Plan:
@@ -223,9 +234,7 @@ def _call(program: str, name: str, command: Command, arguments: Sequence[str]) -
     plan = _plan(program, name, command)
     options = plan.parser.parse_args(list(arguments))
     given = {n: getattr(options, n) for n in plan.parameters if n != "progress" and n not in plan.settings}
-    for parameter, settings in plan.settings.items():
-        changed = vars(options).get(_group(settings))
-        given[parameter] = {} if changed is None else dict(vars(changed))
+    given |= {parameter: _changed(settings, options) for parameter, settings in plan.settings.items()}
     if "progress" in plan.parameters:
         from partlens.progress import Progress
 

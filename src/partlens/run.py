@@ -97,6 +97,7 @@ class PerformerInfo(Value):
         preprocessing: how images become its input.
         notes: what a reader of results must know.
         precision: of passes over photos, ``None`` until it is chosen.
+        device: where it computed.
     """
 
     name: str
@@ -105,6 +106,7 @@ class PerformerInfo(Value):
     preprocessing: dict[str, Any]
     notes: tuple[str, ...] = ()
     precision: PassPrecision | None = None
+    device: str = "cpu"
 
     @property
     def passes(self) -> Precision:

@@ -16,7 +16,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import build_explainer, explainer_structure, performer_head, reference_decoder
 from partlens.network.fitting import save_classifier
 from partlens.network.flower_network import flower_network, flower_preprocessing
-from partlens.network.performer import Performer, weights_sha256
+from partlens.network.performer import Performer, device_of, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.zoo import load_performer
 from partlens.selection.measured_layers import feature_index
@@ -79,6 +79,21 @@ def test_a_copy_goes_to_another_device() -> None:
     assert performer.device == torch.device("cpu")
     assert there.name == "net"
     assert Performer(nn.ReLU(), "net", Preprocessing(), "").device == torch.device("cpu")
+
+
+def test_names_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, and as if there were two: workers take them in turn, a named one is meant."""
+    here = torch.device("meta")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert [str(device_of(name, here)) for name in (None, "auto", "cpu")] == ["meta", "cpu", "cpu"]
+    for wrong in ("cuda", "cuda:1", "meta", "gpu"):
+        with pytest.raises(InputError, match=f"got {wrong}. Choose auto"):
+            device_of(wrong)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(device_of("auto", here, worker)) for worker in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [str(device_of("cuda:1", here, worker)) for worker in range(2)] == ["cuda:1", "cuda:1"]
+    with pytest.raises(InputError, match="a device that this machine has, got cuda:2"):
+        device_of("cuda:2")
 
 
 def test_hash_depends_on_names_types_shapes_and_bytes() -> None:

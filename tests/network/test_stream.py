@@ -12,12 +12,18 @@ from torch import nn
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, RunError, StorageError
+from partlens.network import stream as module
 from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.stream import stream, stream_maps
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import load_performer
 from partlens.rows import RowRecord, read_rows
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH", 4)
 
 
 @pytest.fixture
@@ -56,14 +62,14 @@ def test_batches_come_in_the_order_asked_with_maps_and_outputs(performer, images
 
 def test_the_network_is_the_callers_between_batches(performer, images) -> None:
     performer.module.train()
-    for _ in stream(performer, images, range(4), ["1"], batch_size=2):
+    for _ in stream(performer, images, range(4), ["1"]):
         assert performer.module.training
         assert not any(m._forward_hooks for m in performer.module.modules())
 
 
 def test_one_pass_keeps_the_maps(performer, images, tmp_path) -> None:
     seen = []
-    maps = stream_maps(performer, images, ["1", "4", "1"], tmp_path, "float32", 4, progress=lambda *a: seen.append(a))
+    maps = stream_maps(performer, images, ["1", "4", "1"], tmp_path, "float32", progress=lambda *a: seen.append(a))
     assert seen == [(4, 11), (8, 11), (11, 11)]
     assert list(maps) == ["1", "4"]
     assert np.allclose(maps["1"], maps_at_once(performer, images, "1"), atol=1e-6)
@@ -74,7 +80,7 @@ def test_one_pass_keeps_the_maps(performer, images, tmp_path) -> None:
 
 
 def test_float16_maps_are_the_nearest_float16(performer, images, tmp_path) -> None:
-    maps = stream_maps(performer, images, ["1"], tmp_path, batch_size=11)
+    maps = stream_maps(performer, images, ["1"], tmp_path)
     wanted = maps_at_once(performer, images, "1").numpy()
     assert maps["1"].dtype == np.float16
     assert np.array_equal(maps["1"], wanted.astype(np.float16))
@@ -90,10 +96,10 @@ def test_a_killed_run_goes_on_with_the_next_batch(performer, images, tmp_path) -
             raise Killed
 
     with pytest.raises(Killed):
-        stream_maps(performer, images, ["1"], tmp_path / "a", "float32", 4, progress=kill)
+        stream_maps(performer, images, ["1"], tmp_path / "a", "float32", progress=kill)
     with pytest.raises(RunError, match="11 finished rows"):
         read_rows(tmp_path / "a")
-    read, whole = [], stream_maps(performer, images, ["1"], tmp_path / "b", "float32", 4)
+    read, whole = [], stream_maps(performer, images, ["1"], tmp_path / "b", "float32")
 
     @dataclasses.dataclass(frozen=True)
     class Counting:
@@ -109,11 +115,11 @@ def test_a_killed_run_goes_on_with_the_next_batch(performer, images, tmp_path) -
         def fingerprint(self) -> str:
             return images.fingerprint()
 
-    resumed = stream_maps(performer, Counting(), ["1"], tmp_path / "a", "float32", 4)
+    resumed = stream_maps(performer, Counting(), ["1"], tmp_path / "a", "float32")
     assert sorted(read) == [8, 9, 10]
     assert np.array_equal(resumed["1"], whole["1"])
     read.clear()
-    stream_maps(performer, Counting(), ["1"], tmp_path / "a", "float32", 4)
+    stream_maps(performer, Counting(), ["1"], tmp_path / "a", "float32")
     assert not read
 
 
@@ -139,13 +145,13 @@ def test_a_corrupt_image_is_named_and_finished_batches_stay(performer, tmp_path)
         Image.new("RGB", (20, 20), (index, 0, 0)).save(folder / f"{index}.png")
     (folder / "4.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"4\.png"):
-        stream_maps(performer, ImageSet.from_folder(folder), ["1"], tmp_path / "out", batch_size=2)
+        stream_maps(performer, ImageSet.from_folder(folder), ["1"], tmp_path / "out")
     assert json.loads((tmp_path / "out" / RowRecord.FILE).read_text())["rows_done"] == 4
 
 
 def test_values_too_large_for_float16(performer, images, tmp_path) -> None:
     performer.module[0].bias.data.fill_(1e5)
-    with pytest.raises(InputError, match=r"float16 maps of 1.*000000.*another tap or targets"):
+    with pytest.raises(InputError, match=r"float16 maps of 1.*000000.*float32"):
         stream_maps(performer, images, ["1"], tmp_path)
     assert stream_maps(performer, images, ["1"], tmp_path, "float32")["1"].min() > 65504
 
@@ -153,8 +159,6 @@ def test_values_too_large_for_float16(performer, images, tmp_path) -> None:
 def test_arguments_are_checked(performer, images, tmp_path) -> None:
     with pytest.raises(InputError, match="float16 or float32"):
         stream_maps(performer, images, ["1"], tmp_path, "int8")
-    with pytest.raises(InputError, match="batch_size of at least 1, got 0"):
-        stream_maps(performer, images, ["1"], tmp_path, batch_size=0)
     with pytest.raises(LayerError, match="at least one tap"):
         stream_maps(performer, images, [], tmp_path)
     with pytest.raises(LayerError, match="Nearest"):
@@ -181,7 +185,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path) -> None:
     performer = load_performer(module, Preprocessing(size_px=(48, 48), resize="squash"))
     images = ImageSet.from_arrays(np.zeros((320, 8, 8, 3), dtype=np.uint8))
     seen: list[int] = []
-    stream_maps(performer, images, ["0"], tmp_path, "float32", 16, progress=lambda *_: seen.append(resident_bytes()))
+    stream_maps(performer, images, ["0"], tmp_path, "float32", progress=lambda *_: seen.append(resident_bytes()))
     assert read_rows(tmp_path)["0-0.maps"].nbytes > 180e6
     third = len(seen) // 3
     assert max(seen[-third:]) - max(seen[:third]) < 40e6  # the allocator breathes; the maps do not pile up

@@ -20,6 +20,7 @@ from partlens.errors import ImageError, InputError, RunError
 from partlens.network.performer import weights_sha256
 from partlens.network.taps import forward_taps
 from partlens.rows import RowRecord
+from partlens.selection import responses
 from partlens.selection.descriptors import descriptor
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.selection.responses import TopPhotos, image_descriptors, stream_responses
@@ -33,13 +34,18 @@ class Killed(Exception):
     pass
 
 
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "SHARD", 4)
+
+
 def test_a_dead_layer_gives_zeros_and_is_counted(images, tmp_path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3), nn.Flatten(), nn.Linear(288, 2)).eval()
     with torch.no_grad():
         net[0].weight.zero_()
         net[0].bias.fill_(-1.0)
     for top in ((3, 11), (0, 0)):
-        found = stream_responses(as_performer(net), images, top=top, shard=4)
+        found = stream_responses(as_performer(net), images, top=top)
         rows = found.index.rows("1")
         assert found.dead_layers == 11
         assert np.isfinite(found.descriptor).all()
@@ -51,15 +57,15 @@ def test_a_dead_layer_gives_zeros_and_is_counted(images, tmp_path) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        stream_responses(as_performer(net), images, out=tmp_path, shard=4, progress=kill)
-    assert stream_responses(as_performer(net), images, out=tmp_path, shard=4).dead_layers == 11
+        stream_responses(as_performer(net), images, out=tmp_path, progress=kill)
+    assert stream_responses(as_performer(net), images, out=tmp_path).dead_layers == 11
     silent = descriptor({"a": torch.zeros(2, 3)}, FeatureIndex(("a",), (3,)))
     assert silent.tolist() == [[0.0] * 3] * 2
 
 
 def test_one_pass_gives_descriptors_peaks_and_scores(tiny, images, tmp_path) -> None:
     seen = []
-    found = stream_responses(tiny, images, out=tmp_path, top=(5, 9), shard=4, progress=lambda *a: seen.append(a))
+    found = stream_responses(tiny, images, out=tmp_path, top=(5, 9), progress=lambda *a: seen.append(a))
     assert seen == [(4, 11), (8, 11), (11, 11)]
     batch = tiny.preprocessing([images.read(i) for i in range(11)])
     output, taps = forward_taps(tiny, batch, found.index.layers)
@@ -116,12 +122,12 @@ def test_a_killed_pass_goes_on_with_the_next_batch(tiny, images, tmp_path) -> No
             raise Killed
 
     with pytest.raises(Killed):
-        stream_responses(tiny, images, out=tmp_path / "a", top=(3, 11), shard=4, progress=kill)
+        stream_responses(tiny, images, out=tmp_path / "a", top=(3, 11), progress=kill)
     assert json.loads((tmp_path / "a" / RowRecord.FILE).read_text())["rows_done"] == 8
-    whole = stream_responses(tiny, images, out=tmp_path / "b", top=(3, 11), shard=4)
+    whole = stream_responses(tiny, images, out=tmp_path / "b", top=(3, 11))
     seen: list[int] = []
     again = {"out": tmp_path / "a", "top": (3, 11), "progress": lambda n, _: seen.append(n)}
-    resumed = stream_responses(tiny, images, **again, shard=4)
+    resumed = stream_responses(tiny, images, **again)
     assert seen == [11]
     for part in ("descriptor", "logits"):
         assert np.array_equal(getattr(resumed, part), getattr(whole, part))
@@ -154,7 +160,7 @@ def test_a_corrupt_image_is_named_and_finished_batches_stay(tiny, tmp_path) -> N
         Image.new("RGB", (20, 20), (index, 0, 0)).save(folder / f"{index}.png")
     (folder / "4.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"4\.png"):
-        stream_responses(tiny, ImageSet.from_folder(folder), out=tmp_path / "out", shard=2)
+        stream_responses(tiny, ImageSet.from_folder(folder), out=tmp_path / "out")
     assert json.loads((tmp_path / "out" / RowRecord.FILE).read_text())["rows_done"] == 4
 
 
@@ -179,7 +185,7 @@ def test_the_performer_is_left_as_it_was(images, tmp_path) -> None:
         )
 
     before = state()
-    found = stream_responses(performer, images, shard=4)
+    found = stream_responses(performer, images)
     image_descriptors(performer, torch.randn(1, 3, 16, 16, generator=torch.Generator()), found.index)
     assert state() == before
     with pytest.raises(InputError, match="finite"):
@@ -198,7 +204,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path) -> None:
     def watch(*_: int) -> None:
         seen.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
 
-    found = stream_responses(as_performer(net, 4), images, out=tmp_path, top=(9, 800), shard=16, progress=watch)
+    found = stream_responses(as_performer(net, 4), images, out=tmp_path, top=(9, 800), progress=watch)
     assert found.descriptor.nbytes > 20e6
     third = len(seen) // 3
     assert max(seen[-third:]) - max(seen[:third]) < 20e6

@@ -115,6 +115,16 @@ def test_the_record_says_what_the_solver_found(tiny: Performer, few_flowers: Ima
     assert strongest[:3] == tuple(few_flowers.keys[fit[row]] for row in drawn.rows)
 
 
+def test_the_record_says_where_it_computed(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    record = select_features(tiny, few_flowers, out=tmp_path / "run", pictures=0, compute={"device": "cpu"}).record
+    assert record.performer.device == "cpu"
+    with pytest.raises(InputError, match="a device that this machine has, got cuda:99"):
+        select_features(tiny, few_flowers, out=tmp_path / "other", compute={"device": "cuda:99"})
+    with pytest.raises(InputError, match="workers"):
+        select_features(tiny, few_flowers, out=tmp_path / "other", compute={"workers": 0})
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_same_command_again_changes_nothing_and_another_is_refused(
     selected: Path, tiny: Performer, few_flowers: ImageSet
 ) -> None:

@@ -309,10 +309,37 @@ class Performer:
         return made
 
     def on(self, device: torch.device) -> Performer:
-        """Return the performer on a device: itself on the CPU, else with a copy of its network there."""
-        if device.type == "cpu":
+        """Return the performer on a device: itself where it is there, else with a copy of its network."""
+        if device == self.device:
             return self
         return dataclasses.replace(self, module=copy.deepcopy(self.module).to(device))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Give the fields alone: what was computed is computed again by who needs it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def device_of(name: str | None, here: torch.device | None = None, number: int = 0) -> torch.device:
+    """Return the device that a name means.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``; ``auto``, a GPU where there is one; ``None``, where the network is.
+        here: where the network is; by default on the CPU.
+        number: of a worker: where a GPU is meant and none is named, they are taken in turn.
+
+    Raises:
+        InputError: no such device, or not on this machine.
+    """
+    count = torch.cuda.device_count()
+    if name is None:
+        return here or torch.device("cpu")
+    try:
+        device = torch.device({"auto": "cuda" if count else "cpu"}.get(name, name))
+    except RuntimeError as error:
+        raise InputError(expected("a device such as auto, cpu or cuda", name, "Choose auto")) from error
+    if device.type not in {"cpu", "cuda"} or (device.type == "cuda" and (device.index or 0) >= count):
+        raise InputError(expected("a device that this machine has", name, "Choose auto"))
+    return torch.device("cuda", number % count) if device == torch.device("cuda") else device
 
 
 def module_of(performer: Performer | nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,13 @@ from torch import Tensor
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, expected, failed, listed
-from partlens.network.performer import Performer
+from partlens.network.performer import Performer, device_of
 from partlens.network.taps import Reduce, forward_taps
 from partlens.rows import row_store
+from partlens.shards import Compute, in_shards
+
+BATCH = 32
+"""Photos of a batch of a pass, which is the same on any number of processes."""
 
 _FLOAT16_MAX = 65504.0
 _AHEAD = 2  # batches decoded in advance
@@ -156,7 +160,7 @@ def _as_stored(tap: str, values: Tensor, dtype: str, names: Sequence[str]) -> np
         if float(largest.max()) > _FLOAT16_MAX:
             rule = f"values up to {_FLOAT16_MAX:.0f} for float16 maps of {tap}"
             got = f"{float(largest.max()):.6g} on {names[int(largest.argmax())]}"
-            raise InputError(expected(rule, got, "Choose another tap or targets, such as a layer behind a norm layer"))
+            raise InputError(expected(rule, got, "Use dtype float32"))
     return values.cpu().numpy().astype(dtype)
 
 
@@ -166,8 +170,8 @@ def stream_maps(
     taps: Sequence[str],
     folder: Path,
     dtype: Literal["float16", "float32"] = "float16",
-    batch_size: int = 32,
     *,
+    compute: Compute = Compute(),  # noqa: B008 - frozen
     progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
     """Run every image through the performer once and keep its maps on disk.
@@ -185,8 +189,6 @@ def stream_maps(
     """
     if dtype not in {"float16", "float32"}:
         raise InputError(expected("dtype float16 or float32", dtype, "Choose float16"))
-    if batch_size < 1:
-        raise InputError(expected("batch_size of at least 1", batch_size, "Correct the value"))
     if not taps:
         raise LayerError(expected("at least one tap", "none", "Name a layer"))
     taps = tuple(dict.fromkeys(taps))
@@ -199,10 +201,30 @@ def stream_maps(
         "taps": taps,
     }
     with row_store(folder, identity, len(images)) as store:
-        for batch in stream(performer, images, range(store.done, store.rows), taps, batch_size=batch_size):
-            names = [images.keys[row] for row in batch.rows]
-            stored = {_file(n, tap): _as_stored(tap, batch.maps[tap], dtype, names) for n, tap in enumerate(taps)}
-            store.append(stored)
+        read = _Maps(performer, images, taps, dtype, BATCH)
+        for maps in in_shards(read, range(store.done, store.rows), compute):
+            store.append(maps)
             if progress is not None:
                 progress(store.done, store.rows)
         return {tap: store.read(_file(n, tap)) for n, tap in enumerate(taps)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Maps:
+    """Reads maps, a batch a shard (`partlens.shards.Reader`)."""
+
+    performer: Performer
+    images: ImageSet
+    taps: tuple[str, ...]
+    dtype: str
+    shard: int
+
+    def __call__(self, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+        for batch in stream(self.performer, self.images, rows, self.taps, batch_size=self.shard):
+            names = [self.images.keys[row] for row in batch.rows]
+            maps = enumerate(self.taps)
+            yield {_file(n, tap): _as_stored(tap, batch.maps[tap], self.dtype, names) for n, tap in maps}
+
+    def on(self, device: str | None, number: int) -> _Maps:
+        """Return the same for a worker."""
+        return replace(self, performer=self.performer.on(device_of(device, self.performer.device, number)))

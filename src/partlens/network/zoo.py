@@ -35,7 +35,6 @@ from partlens.errors import (
     InputTypeError,
     PartlensError,
     WeightsError,
-    checked,
     expected,
     first_line,
     nearest,
@@ -348,7 +347,6 @@ def _with_weights(module: nn.Module, weights: str | None, preprocessing: Preproc
     return _performer(module, Preprocessing.from_metadata(metadata) or preprocessing, names)
 
 
-@checked
 def load_performer(
     model: str | nn.Module | Performer,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,

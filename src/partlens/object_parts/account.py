@@ -26,14 +26,13 @@ from partlens.object_parts.regions import (
 )
 from partlens.object_parts.verdict import SAID_AREA, Verdict, judged
 
-GRID = 3
+GRID = 4
 """Windows of the ceiling along a side."""
 
-_RANKING_PHOTOS = 12
+_RANKING_PHOTOS = 16
 _GRID_PHOTOS = 12
-_ALONE_PHOTOS = 24
-_SHARED_PASSES = 512  # coalitions in all, so that many parts do not take many times as long
-_LEAST_SHARED = 3
+_SHARED_PASSES = 1024  # coalitions in all, so that many parts do not take many times as long
+_LEAST_SHARED = 4
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Account:
         whole: what the performer says of the measured photos.
         kept: by windows of each kind.
         grid: kept by single windows over the whole image, on the first of the photos.
-        alone: kept by a window of the smallest area at each part alone, on the first of the photos.
+        alone: kept by a window of the smallest area at each part alone.
         shares: of the first of the photos, elsewhere last.
         verdict: what the network knows the category by.
     """
@@ -73,7 +72,7 @@ class Account:
     whole: Whole
     kept: KeptByKind
     grid: Float[Tensor, "gridded area window"]
-    alone: Float[Tensor, "alone part"]
+    alone: Float[Tensor, "photo part"]
     shares: Shares
     verdict: Verdict
 
@@ -104,8 +103,7 @@ def account_of(
     )
     first = slice(0, _GRID_PHOTOS)
     grid = kept_by_grid(measured.take(first), _part_of(whole, first), GRID)
-    some = slice(0, _ALONE_PHOTOS)
-    alone = torch.stack([windows_at(places[some, [p]], measured.grid, AREAS[0]) for p in range(len(order))], 1)
+    alone = torch.stack([windows_at(places[:, [p]], measured.grid, AREAS[0]) for p in range(len(order))], 1)
     shared = slice(0, max(_LEAST_SHARED, _SHARED_PASSES // 2 ** (len(order) + 1)))
     return Account(
         order=order,
@@ -114,7 +112,7 @@ def account_of(
         whole=whole,
         kept=by_kind,
         grid=grid,
-        alone=kept(measured.take(some), _part_of(whole, some), alone).score,
+        alone=kept(measured, whole, alone).score,
         shares=shapley_shares(
             measured.take(shared),
             _part_of(whole, shared),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +14,16 @@ from torch import Tensor
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, LayerError, expected
-from partlens.network.performer import Performer
-from partlens.network.stream import Batch, stream
+from partlens.network.performer import Performer, device_of
+from partlens.network.stream import BATCH, Batch, stream
 from partlens.network.taps import forward_taps
 from partlens.records import plain
 from partlens.rows import row_store
 from partlens.selection.descriptors import energy, energy_and_peak, normalised
 from partlens.selection.measured_layers import feature_index
 from partlens.selection.record import DescriptorConfig, FeatureIndex
+from partlens.shards import SHARD, Compute, in_shards
 
-SHARD = 64
-"""Images of a shard, whatever reads them: sums and batches are the same numbers on one process and on many."""
-
-_BATCH = 32
 _COLUMNS = 4096  # features whose photos are ordered at a time
 _TOP = ("photo", "peak", "cell")
 
@@ -133,7 +130,7 @@ def stream_responses(
     *,
     out: Path | None = None,
     top: tuple[int, int] = (0, 0),
-    shard: int = SHARD,
+    compute: Compute = Compute(),  # noqa: B008 - frozen
     progress: Progress = lambda *_: None,
 ) -> Responses:
     """Run every image through the performer once; keep its descriptor and scores, and the images with the top peaks.
@@ -147,7 +144,7 @@ def stream_responses(
         config: what is measured.
         out: where rows are kept; without, in memory.
         top: how many images are kept per feature, and of the first how many.
-        shard: images that are read, and written, together.
+        compute: where.
         progress: called with the images done and all of them.
 
     Raises:
@@ -170,12 +167,12 @@ def stream_responses(
         "top": list(top),
     }
     count, among = min(top), top[1]
-    read = _Reading(performer, images, index, config, shard, peaks=count > 0)
+    read = _Reading(performer, images, index, config, SHARD, peaks=count > 0)
     with row_store(out, identity, len(images)) as store:
         kept = (
             TopPhotos(**{name: store.state[name] for name in _TOP}) if store.done else TopPhotos.none(count, index.size)
         )
-        for arrays, lost in read(range(store.done, store.rows)):
+        for arrays, lost in in_shards(read, range(store.done, store.rows), compute):
             kept = _seen(kept, arrays, store.done, among)
             state = {"dead_layers": store.state.get("dead_layers", 0) + lost, **vars(kept)}
             store.append({name: arrays[name] for name in ("descriptor", "logits")}, state)
@@ -212,7 +209,7 @@ class _Reading:
         reduce = energy_and_peak if self.peaks else energy
         held: list[dict[str, np.ndarray]] = []
         dead = 0
-        size = math.gcd(_BATCH, self.shard)
+        size = math.gcd(BATCH, self.shard)
         for batch in stream(self.performer, self.images, rows, self.index.layers, batch_size=size, reduce=reduce):
             arrays, lost = self._of_batch(batch)
             held.append(arrays)
@@ -220,6 +217,10 @@ class _Reading:
             if len(held) * size >= self.shard or batch.rows[-1] == rows[-1]:
                 yield {name: np.concatenate([each[name] for each in held]) for name in arrays}, dead
                 held, dead = [], 0
+
+    def on(self, device: str | None, number: int) -> _Reading:
+        """Return the same for a worker (`partlens.shards.Reader`)."""
+        return replace(self, performer=self.performer.on(device_of(device, self.performer.device, number)))
 
     def _of_batch(self, batch: Batch) -> tuple[dict[str, np.ndarray], int]:
         kept = _joined(batch.maps, self.index)

@@ -18,10 +18,10 @@ from partlens.explainer.record import WEIGHTS, ExplainerRun, ExplainerStructure,
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import PHOTOS, PassPrecision, Precision, Run, Unreadable, UsedPhotos, command, now, versions
+from partlens.shards import Compute, compute_of
 from partlens.verbs.runs import (
     chosen_categories,
     data_info,
-    device_of,
     labels_of,
     loaded,
     open_performer,
@@ -86,6 +86,7 @@ class _Fit:
     cache: Path
     extras: Extras
     show: Progress
+    where: Compute
 
 
 @verb
@@ -103,7 +104,7 @@ def fit_explainer(
     background: int = _MOST_BACKGROUND,
     cache: str | Path | None = None,
     keep_cache: bool = False,
-    device: str = "cpu",
+    compute: Compute | Mapping[str, Any] | None = None,
     places_of: PlaceSource | None = None,
     progress: Progress | None = None,
 ) -> FittedExplainer:
@@ -127,8 +128,7 @@ def fit_explainer(
         cache: folder for the cached maps, kept afterwards; runs of the same photos, layers, ``views`` and ``seed`` may
             share it, one after the other. By default ``cache`` in the run directory.
         keep_cache: keep the run directory's cached maps, too.
-        device: where maps are computed and the explainer learns: ``cpu``, ``cuda``, ``cuda:1``. Not part of what makes
-            a run the same.
+        compute: on which device maps are computed and the explainer learns, and how many processes read photos.
         places_of: where candidates for teachers come from (:data:`partlens.explainer.teachers.PlaceSource`); by default
             the performer's later layer.
         progress: how to show progress; by default it is not shown.
@@ -143,11 +143,13 @@ def fit_explainer(
         RunError: ``out`` holds another run; the text names the setting that differs.
         StorageError: the disk is full; what was finished stays.
     """
+    from partlens.network.performer import device_of
+
     started, show, folder = time.monotonic(), progress or Progress.silent(), Path(out)
-    where = device_of(device)
-    settings = _settings(preset, config, where, seeds=seeds, background=background)
-    performer = loaded(model)
-    info = performer_info(performer)  # refuses a network without scores before a photo is read
+    where, performer = compute_of(compute), loaded(model)
+    device = device_of(where.device, performer.device)
+    settings = _settings(preset, config, device, seeds=seeds, background=background)
+    info = performer_info(performer, device)  # refuses a network without scores before a photo is read
     photos = _chosen(data, category, background, settings.seed, show)
     structure, grid = _opened(performer, photos, tap, targets)
     asked = ExplainerRun(
@@ -166,7 +168,7 @@ def fit_explainer(
         grid=grid,
     )
     maps = folder / "cache" if cache is None else Path(cache)
-    fit = _Fit(performer, photos, asked, folder, maps, _extras(performer, asked, places_of, where), show)
+    fit = _Fit(performer, photos, asked, folder, maps, _extras(performer, asked, places_of, device), show, where)
     with Run(folder).begun(asked) as begun:
         record = begun
         if record.finished:
@@ -302,6 +304,7 @@ def _cached_maps(fit: _Fit) -> TrainingMaps:
             drawn,
             [structure.read, *structure.targets],
             fit.cache,
+            compute=fit.where,
             progress=lambda done, _: advance(done),
         )
     return TrainingMaps(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from partlens.data.images import ImageSet
-from partlens.errors import InputError, RunError, WeightsError, checked, expected, listed, printable
+from partlens.errors import RunError, WeightsError, expected, listed, printable
 from partlens.progress import Progress
 from partlens.run import DataInfo, PassPrecision, PerformerInfo, Run, RunRecord, Unreadable
 
@@ -35,16 +35,14 @@ def verb(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Make a function a verb: it hands the process back as it found it.
 
     Some libraries draw from Python's random numbers, set environment variables and add warning filters while they are
-    imported. The first call of a verb is when that happens, in the middle of the user's work. Arguments of another kind
-    than it takes are refused (`partlens.errors.checked`).
+    imported. The first call of a verb is when that happens, in the middle of the user's work.
     """
-    inner = checked(function)
 
     @functools.wraps(function)
     def untouched(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         drawn, known, filters = random.getstate(), set(os.environ), list(warnings.filters)
         try:
-            return inner(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             random.setstate(drawn)
             for name in set(os.environ) - known:
@@ -56,14 +54,15 @@ def verb(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return untouched
 
 
-def performer_info(performer: Performer) -> PerformerInfo:
-    """Return what records say of a performer."""
+def performer_info(performer: Performer, device: torch.device | None = None) -> PerformerInfo:
+    """Return what records say of a performer, and of the device where it computes, if that is another than its own."""
     return PerformerInfo(
         name=performer.name,
         spec=performer.spec,
         weights_sha256=performer.weights_sha256,
         preprocessing=performer.preprocessing.to_dict(),
         notes=(*performer.notes, *performer.outputs.notes),
+        device=str(device or performer.device),
     )
 
 
@@ -193,11 +192,13 @@ def labels_of(images: ImageSet, categories: Sequence[str], rows: Sequence[int]) 
     return torch.tensor([0 if whole else categories.index(images.categories[i]) for i in rows], dtype=torch.long)
 
 
-def loaded(model: str | nn.Module | Performer) -> Performer:
-    """Return the performer that a name, a network or a performer means."""
+def loaded(model: str | nn.Module | Performer, device: str | None = None) -> Performer:
+    """Return the performer that a name, a network or a performer means, on a device (`device_of`)."""
+    from partlens.network.performer import device_of
     from partlens.network.zoo import load_performer
 
-    return load_performer(model)
+    performer = load_performer(model)
+    return performer.on(device_of(device, performer.device))
 
 
 @verb
@@ -244,23 +245,6 @@ def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
         return list(rows)
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return [rows[int(i)] for i in drawn]
-
-
-def device_of(name: str) -> torch.device:
-    """Return the device of a name.
-
-    Raises:
-        InputError: no such device, or not on this machine.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(expected("a device such as cpu or cuda", name, "Choose cpu")) from error
-    if device.type not in {"cpu", "cuda"} or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise InputError(expected("a device that this machine has", name, "Choose cpu"))
-    return device
 
 
 @verb

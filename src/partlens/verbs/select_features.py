@@ -26,6 +26,7 @@ from partlens.selection.record import (
     SelectionFound,
     SelectionRecord,
 )
+from partlens.shards import Compute, compute_of
 from partlens.verbs.runs import data_info, loaded, open_performer, open_photos, performer_info, verb, with_precision
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def select_features(
     pictures: int = MOST_PICTURES,
     seed: int = 0,
     keep_cache: bool = False,
+    compute: Compute | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> SelectedFeatures:
     """Find the few internal filters that indicate each class, and what activates them; write a run directory.
@@ -125,6 +127,7 @@ def select_features(
         pictures: most filters that get pictures, those with the largest weights first.
         seed: seed of the shuffled labels and the random crops.
         keep_cache: keep the descriptors of all photos.
+        compute: on which device and on how many processes.
         progress: how to show progress; optional.
 
     Returns:
@@ -141,7 +144,7 @@ def select_features(
     how = descriptor if isinstance(descriptor, DescriptorConfig) else DescriptorConfig(**dict(descriptor or {}))
     config = SelectionConfig(
         split=split,
-        mu=mu if isinstance(mu, str) else float(mu),
+        mu=mu if mu == "auto" else float(mu),
         labels=labels,
         nonnegative=nonnegative,
         descriptor=how,
@@ -149,7 +152,8 @@ def select_features(
         pictures=pictures,
         seed=seed,
     )
-    performer = loaded(model)
+    where = compute_of(compute)
+    performer = loaded(model, where.device)
     images, unreadable = open_photos(data, show=show)
     rows, held = _split_rows(images, split)
     asked = SelectionRecord(
@@ -175,7 +179,7 @@ def select_features(
         )
         for line in filter(None, (*performer.outputs.notes, photos.matched.said() if labels == "data" else "")):
             show.say(line)
-        found = _found(photos, run.folder, show)
+        found = _found(photos, run.folder, show, where)
         if not keep_cache:
             shutil.rmtree(run.folder / _CACHE)
         finished = run.finish(record, started, found=found)
@@ -203,7 +207,7 @@ def _precision(performer: Performer, images: ImageSet, how: DescriptorConfig) ->
     return chosen_precision(performer, images, range(len(images)), layers, reduce=energy, wanted=how.precision)
 
 
-def _found(photos: SelectionPhotos, out: Path, show: Progress) -> SelectionFound:
+def _found(photos: SelectionPhotos, out: Path, show: Progress, where: Compute) -> SelectionFound:
     """Stream the photos once, and select from their responses."""
     from partlens.selection.responses import stream_responses
 
@@ -215,6 +219,7 @@ def _found(photos: SelectionPhotos, out: Path, show: Progress) -> SelectionFound
             photos.config.descriptor,
             out=out / _CACHE,
             top=(ranks(photos.config), photos.fit),
+            compute=where,
             progress=lambda done, _: advance(done),
         )
     return select_from(photos, responses, out, show)

@@ -19,7 +19,7 @@ from partlens.errors import BACKGROUND, ImageError, InputError, RunError, expect
 from partlens.progress import Progress
 from partlens.records import SCHEMA, content_hash, plain, read_json, sole_writer, write_json, write_tensors
 from partlens.run import EXPLAINER, SELECTION, command, versions
-from partlens.verbs.runs import category_names, device_of, loaded, open_photos, performer_info
+from partlens.verbs.runs import category_names, loaded, open_photos, performer_info
 from partlens_papers.given import settings_of
 from partlens_papers.networks.finetune_config import FinetuneConfig
 
@@ -303,6 +303,8 @@ def train_performer(
     if categories is not None and against is not None:
         named = listed(category_names(against))
         raise InputError(expected("against with a single category only", named, "Leave it out"))
+    from partlens.network.performer import device_of
+
     where = device_of(device)
     performer = loaded(model)
     header = performer.preprocessing.to_metadata()  # refused before the work, where the header has no words for it

@@ -162,7 +162,7 @@ def explain(job: Job, folder: Path) -> Made:
         config={**({} if chosen.eta is None else {"eta": chosen.eta}), **settings["explainer"], "seed": job.seed},
         seeds=1,
         background=settings["background"],
-        device=job_device(),
+        compute={"device": job_device()},
         places_of=tap_places if settings["teachers"] == "tap" else None,
     )
     how: dict[str, Any] = {"split": settings["split"], "seed": job.seed, "rounds": BOOTSTRAP_ROUNDS}
