@@ -418,6 +418,18 @@ def test_photos_that_are_something_else(tmp_path, content, text):
         ImageSet.from_files([tmp_path / "x.jpg"]).read(0)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no pipes in folders there")
+@pytest.mark.timeout(60)
+def test_a_pipe_or_a_folder_called_like_a_photo_is_not_waited_for(tmp_path):
+    photo(tmp_path / "cat/a.png")
+    os.mkfifo(tmp_path / "cat/pipe.png")
+    (tmp_path / "images.csv").write_text("image\ncat/a.png\ncat/pipe.png\ncat\n")
+    images, bad = ImageSet.open(tmp_path).readable()
+    assert images.keys == ("cat/a.png",)
+    assert all("got a folder, a pipe or a device" in each.reason for each in bad)
+    assert len(bad) == 2
+
+
 # Kinds at the door
 
 

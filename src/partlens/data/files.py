@@ -187,6 +187,9 @@ class Files:
     def _named(self, row: int) -> Iterator[None]:
         """Say of what goes wrong inside which file it was."""
         path = self.paths[row]
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            rule, remedy = f"an image file {path}", "Correct the table, or remove it from the folder"
+            raise ImageError(expected(rule, "a folder, a pipe or a device", remedy))
         try:
             yield
         except ImageError:
