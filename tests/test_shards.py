@@ -18,10 +18,14 @@ from torch import nn
 
 from partlens.data.flowers import generated_flowers
 from partlens.errors import ImageError, InputError, RunError
+from partlens.explainer.views import view_windows
 from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.stream import stream_maps
 from partlens.network.zoo import load_performer
+from partlens.object_parts.reading import Wanted, read_photos
+from partlens.selection.measured_layers import feature_index
+from partlens.selection.record import DescriptorConfig
 from partlens.selection.responses import stream_responses
 from partlens.shards import Compute, _result, in_shards
 
@@ -82,7 +86,7 @@ def test_a_shard_that_kills_every_worker_is_one_error() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Compute]:
-    with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as local:
+    with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as local:
         yield Compute(cluster=local.scheduler_address)
 
 
@@ -125,6 +129,15 @@ def test_a_pass_is_equal_bit_for_bit_on_one_process_and_on_a_cluster(
         for n, where in enumerate((Compute(), cluster))
     ]
     assert np.array_equal(*maps)
+    index = feature_index(network)
+    wanted, windows = Wanted("3", ("3",), index, DescriptorConfig()), view_windows(40, 2, torch.Generator())
+    reads = [
+        read_photos(network, flowers, range(5, 45), windows, wanted, tmp_path / f"inspect {n}", where)
+        for n, where in enumerate((Compute(), cluster))
+    ]
+    assert {"descriptor", "tap", "later-0"} < set(reads[0].arrays)
+    for name, array in reads[0].arrays.items():
+        assert np.array_equal(reads[1].arrays[name], array), name
 
 
 def test_an_error_of_a_worker_is_the_same_sentence(network: Performer, tmp_path: Path, cluster: Compute) -> None:

@@ -58,7 +58,7 @@ COMMANDS: dict[str, Command] = {
         "partlens.verbs.inspection:inspect",
         "tell what a network knows each category by: its parts, texture, or something beside the object",
         "partlens.verbs.printed:print_verdicts",
-        {"config": "partlens.object_parts.inspection:InspectConfig"},
+        {"config": "partlens.object_parts.inspection:InspectConfig", "compute": _COMPUTE},
     ),
     "layers": Command(
         "partlens.verbs.runs:layers",

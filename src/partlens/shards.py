@@ -130,7 +130,7 @@ def _client(compute: Compute, shards: int) -> Iterator[Any]:
             count = min(compute.workers, shards)
             threads = str(max(1, (os.cpu_count() or 1) // count))
             # Without a limit of dask's own: it would kill workers whose memory is the network's.
-            options = {"threads_per_worker": 1, "dashboard_address": None, "memory_limit": 0, "silence_logs": 50}
+            options = {"threads_per_worker": 1, "dashboard_address": ":0", "memory_limit": 0, "silence_logs": 50}
             local = LocalCluster(count, host="127.0.0.1", env={"OMP_NUM_THREADS": threads}, **options)
             address = stack.enter_context(local)
         try:

@@ -8,7 +8,7 @@ disk batch by batch, so that memory does not grow with the photos and a killed r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from partlens.data.images import ImageSet
 from partlens.explainer.views import gather, viewed_images
-from partlens.network.performer import Performer
+from partlens.network.performer import Performer, device_of
 from partlens.network.stream import batches
 from partlens.network.taps import Reduces, forward_taps
 from partlens.records import content_hash, plain
 from partlens.rows import RowStore, row_store
 from partlens.selection.descriptors import energy_and_peak, normalised
 from partlens.selection.record import DescriptorConfig, FeatureIndex
+from partlens.shards import Compute, in_shards
 
 _PHOTOS_AT_ONCE = 16
 _TAP = "tap"
@@ -95,6 +96,7 @@ def read_photos(
     windows: Float[Tensor, "photo view 5"],
     wanted: Wanted,
     folder: Path,
+    compute: Compute = Compute(),  # noqa: B008 - frozen
     advance: Advance = lambda _: None,
 ) -> Read:
     """Run photos in their views through the performer once and keep on disk what an inspection needs.
@@ -115,7 +117,8 @@ def read_photos(
         "wanted": plain(wanted),
     }
     with row_store(folder, identity, len(rows)) as store:
-        for arrays, lost in _read(performer, images, rows[store.done :], windows[store.done :], wanted):
+        read = _Reading(performer, images, tuple(rows), windows, wanted)
+        for arrays, lost in in_shards(read, range(store.done, store.rows), compute):
             store.append(arrays, {"dead_layers": store.state.get("dead_layers", 0) + lost})
             advance(store.done)
         return Read(tuple(rows), windows, _arrays(store), int(store.state.get("dead_layers", 0)))
@@ -125,13 +128,34 @@ def _arrays(store: RowStore) -> dict[str, np.ndarray]:
     return {name: store.read(name) for name in store.names}
 
 
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """Reads photos in their views, some photos a shard (`partlens.shards.Reader`)."""
+
+    performer: Performer
+    images: ImageSet
+    rows: tuple[int, ...]
+    windows: Tensor
+    wanted: Wanted
+    shard: int = _PHOTOS_AT_ONCE
+
+    def __call__(self, rows: Sequence[int]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        """Yield of each shard its arrays and the number of dead layers."""
+        if rows:
+            yield from _read(
+                self.performer, self.images, [self.rows[k] for k in rows], self.windows[list(rows)], self.wanted
+            )
+
+    def on(self, device: str | None, number: int) -> _Reading:
+        """Return the same for a worker."""
+        return replace(self, performer=self.performer.on(device_of(device, self.performer.device, number)))
+
+
 def _read(
     performer: Performer, images: ImageSet, rows: Sequence[int], windows: Tensor, wanted: Wanted
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Read chunk by chunk: all views of some photos one after another, so that a photo is decoded once."""
     photos, views = windows.shape[:2]
-    if not photos:
-        return
     order = np.concatenate(
         [
             np.arange(first, min(first + _PHOTOS_AT_ONCE, photos)) * views + view

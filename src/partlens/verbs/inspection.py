@@ -17,6 +17,7 @@ from partlens.progress import Advance, Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import SELECTION, PassPrecision, Run, command, now, versions
 from partlens.selection.record import DescriptorConfig, SelectionConfig, SelectionRecord
+from partlens.shards import Compute, compute_of
 from partlens.verbs.runs import (
     category_names,
     data_info,
@@ -59,6 +60,7 @@ def inspect(
     mu: float | Chosen = "auto",
     config: InspectConfig | Mapping[str, Any] | None = None,
     keep_cache: bool = False,
+    compute: Compute | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> InspectRecord:
     """Tell what a network knows each category by: its parts, texture, or something beside the object.
@@ -78,6 +80,7 @@ def inspect(
         mu: bound of the relevant filters (see :func:`select_features`); ``auto`` lets held-out folds choose.
         config: a whole configuration, or fields to change in the default.
         keep_cache: keep what was read of the photos.
+        compute: on which device and on how many processes.
         progress: how to show progress; optional.
 
     Returns:
@@ -92,7 +95,8 @@ def inspect(
     """
     started, show, run = time.monotonic(), progress or Progress.silent(), Run(Path(out))
     settings = config if isinstance(config, InspectConfig) else InspectConfig(**dict(config or {}))
-    performer = loaded(model)
+    where = compute_of(compute)
+    performer = loaded(model, where.device)
     images, unreadable = open_photos(data, show=show)
     chosen = _chosen(images, category, split, settings)
     tap = tap or performer.tap
@@ -117,7 +121,7 @@ def inspect(
             performer, begun, run.folder, lambda: _precision(performer, images, chosen, begun), show
         )
         work = _Work(performer, images, chosen, record, upper_of(performer, tap), run.folder, show)
-        reads = work.reads()
+        reads = work.reads(where)
         stage = work.stage(reads)
         categories = work.categories(stage)
         notes = (*chosen.notes, *work.filters(reads, mu))
@@ -249,7 +253,7 @@ class _Work:
     folder: Path
     show: Progress
 
-    def reads(self) -> tuple[Read, Read, Read]:
+    def reads(self, where: Compute) -> tuple[Read, Read, Read]:
         """Run all photos through the performer once: those that parts are found on in all views."""
         import torch
 
@@ -278,6 +282,7 @@ class _Work:
                         windows,
                         _wanted(self.performer, tap, self.record.finding),
                         self.folder / _CACHE / name,
+                        where,
                         _steps(advance, before, views),
                     )
                 )
