@@ -210,3 +210,18 @@ def test_the_network_is_as_it_was() -> None:
     assert all(p.grad is None for p in module.parameters())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class WritesIntoItsInput(Network):
+    def forward(self, x: Tensor) -> Any:
+        x -= 0.5  # the copy inside a network's forward that its author saved
+        return super().forward(x)
+
+
+def test_a_network_that_writes_into_its_input_is_taken() -> None:
+    writing, plain = (make(lambda _, s: s) for make in (WritesIntoItsInput, Network))
+    on = load_performer(writing, preprocessing=Preprocessing(size_px=(16, 16), resize="squash"))
+    assert (on.outputs.kind, on.tap) == ("logits", "body.1")
+    images = IMAGES.clone()
+    torch.testing.assert_close(forward_taps(on, images, [])[0], forward_taps(plain, IMAGES - 0.5, [])[0])
+    assert torch.equal(images, IMAGES)

@@ -235,7 +235,7 @@ def outputs_of(module: nn.Module, example: Float[Tensor, "image channel row col"
     ready = example if weight is None else example.to(device=weight.device, dtype=weight.dtype)
     with torch.inference_mode(mode=False), borrowed(module, copy_weights=False) as network, torch.enable_grad():
         one, several = (
-            class_scores(_answer(network, part.detach().clone().requires_grad_(), name), len(part))
+            class_scores(_answer(network, part.detach().clone().requires_grad_().clone(), name), len(part))
             for part in (ready[:1], ready)
         )
         if one.shape[1] != several.shape[1]:

@@ -269,7 +269,7 @@ def forward_taps(
     ready, computing = in_precision(getattr(performer, "precision", "float32"), ready)
     with borrowed(module, copy_weights=False) as network, torch.no_grad(), computing:
         with read_taps(network, names, reduce, layouts) as taps:
-            output = as_float(network(ready))
+            output = as_float(network(ready.clone()))  # a network may write into its input
             held = {name: taps[name].detach().float() for name in names}
         if not (_finite(output) and _finite(held)):
             cause = "the batch itself" if not _finite(ready) else _first_bad_layer(network, ready)
