@@ -6,8 +6,10 @@ that the pages name; this script only formats them.
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from partlens_papers.flowers.benchmark import benchmark_table
@@ -15,6 +17,7 @@ from partlens_papers.removal.removal_tables import curve_table, table
 from partlens_papers.sanity.sanity_tables import sanity_lines
 from partlens_papers.tables.blocks import TableRecord
 from partlens_papers.tables.page import shown_columns
+from partlens_papers.tables.published import CUB, VOC, published
 
 HERE = Path(__file__).parent
 PAGES = HERE.parent / "docs"
@@ -170,9 +173,138 @@ def _agreement(rows: list[dict[str, Any]]) -> str:
     return ", ".join(f"{sum(row[key] for row in known) / len(known):.2f}" for key in ("nmi", "ari") if known)
 
 
+RUNS = {
+    "alexnet-voc-instability": "teachers (our default)",
+    "alexnet-cub-instability": "teachers (our default)",
+    "vgg16-voc-instability": "teachers (our default)",
+    "vgg16-voc-paper-preset-instability": "printed (preset `paper`)",
+}
+
+
+def performers() -> list[str]:
+    """Held-out errors of the papers' performers beside the printed ones."""
+    lines = [
+        "| | cat | cow | dog | horse | sheep | mean | printed mean, VOC | birds of CUB | printed |",
+        "|---" * 10 + "|",
+    ]
+    found = load("reproduction/performers.json")
+    for network, name in (("alexnet", "AlexNet"), ("vgg16", "VGG-16")):
+        cells, errors = [], []
+        for category in ("cat", "cow", "dog", "horse", "sheep", "bird"):
+            row = found.get(f"{network}-{category}")
+            cells.append("not run" if row is None else _percent(row["error"]))
+            errors += [row["error"]["value"]] if row is not None and category != "bird" else []
+        lines.append(
+            f"| {name} | {' | '.join(cells[:5])} | {100 * fmean(errors):.1f} ({len(errors)}) | "
+            f"{_printed_error(name, VOC)} | {cells[5]} | {_printed_error(name, CUB)} |"
+        )
+    return lines
+
+
+def _percent(estimate: dict[str, Any]) -> str:
+    low, high = estimate["interval"]
+    return f"{100 * estimate['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}], n {estimate['n']}"
+
+
+def _printed_error(network: str, data: str) -> float:
+    return published("error_percent", network=network, subject="performer", data=data)[0].average
+
+
+def places_with_noise() -> list[str]:
+    """Instability of peaks that are at a place, off by some cells."""
+    found = load("reproduction/nulls.json")
+    lines = []
+    for title, key in (("VOC, mean of five", "voc mean"), ("birds of CUB", "bird")):
+        noises = [n for n in found[key]["centre"] if float(n) < 10]
+        lines += [f"| {title}: the peak is at … | {' | '.join(f'{n} cells off' for n in noises)} |"]
+        lines.append("|---" * (len(noises) + 1) + "|")
+        for place, row in found[key].items():
+            lines.append(f"| {place} | " + " | ".join(f"{row[n]:.3f}" if n in row else "" for n in noises) + " |")
+        lines.append("")
+    return lines[:-1]
+
+
+def settings() -> list[str]:
+    """The last epoch of every setting that was tried, everything at once."""
+    found = load("reproduction/settings-alexnet-cat.json")
+    keys = (
+        "p",
+        "error_increase_points",
+        "lost_variance",
+        "instability",
+        "correlation",
+        "distinct_parts",
+        "spread_cells",
+    )
+    heads = [
+        "p",
+        "error +points",
+        "lost variance",
+        "instability",
+        "correlation",
+        "distinct parts",
+        "spread, cells",
+        "dead",
+    ]
+    lines = ["| start, filter terms | epochs | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
+    for run in found["runs"]:
+        last = run["epochs"][-1]
+        cells = ["–" if last[key] is None else f"{last[key]:.3g}" for key in (*keys, "dead")]
+        lines.append(f"| {run['setting']['name']} | {last['epoch']} | " + " | ".join(cells) + " |")
+    for name, row in found["nulls"].items():
+        shown = ["–" if row.get(key) is None else f"{row[key]:.3g}" for key in (*keys, "dead")]
+        lines.append(f"| {name if name == 'tap' else f'null: {name}'} | – | " + " | ".join(shown) + " |")
+    return lines
+
+
+def reproduction() -> list[str]:
+    """Every finished explainer beside the printed figures, one row a category and seed."""
+    heads = "by largest cells, printed, top layer, printed, tap, printed, random, centre, corner, correlation, "
+    heads += "distinct parts, spread, consistency, p, printed, error + points"
+    names = [head.strip() for head in heads.split(",")]
+    lines = ["| | filters | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for folder, title in RUNS.items():
+        if not (RESULTS / "tables" / folder / "scores.csv").is_file():
+            continue
+        with (RESULTS / "tables" / folder / "scores.csv").open() as handle:
+            rows = [row for row in csv.DictReader(handle) if row["kind"] == "explainer"]
+        for job in dict.fromkeys((row["performer"], row["category"], row["seed"]) for row in rows):
+            mine = {(r["subject"], r["score"]): r for r in rows if (r["performer"], r["category"], r["seed"]) == job}
+            lines.append(f"| {job[0]}, {job[1]} | {title} | " + " | ".join(_job_cells(job, mine)) + " |")
+    return lines
+
+
+def _job_cells(job: tuple[str, str, str], scores: dict[tuple[str, str], dict[str, str]]) -> list[str]:
+    network, category = {"alexnet": "AlexNet", "vgg16": "VGG-16"}[job[0]], job[1]
+
+    def of(subject: str, score: str = "instability", digits: str = ".3f") -> str:
+        row = scores.get((subject, score))
+        return "–" if row is None or not row["value"] else f"{float(row['value']):{digits}}"
+
+    def printed(measure: Any, subject: str) -> str:
+        data = CUB if category == "bird" else VOC
+        lines = published(measure, network=network, subject=subject, data=data)
+        value = lines[0].values.get(category, lines[0].average if data == CUB else None) if lines else None
+        return "–" if value is None else f"{value:.3f}"
+
+    read = "explainer_largest" if ("explainer_largest", "instability") in scores else "explainer"
+    own = scores[read, "instability"]
+    first = f"{float(own['value']):.3f} [{float(own['low']):.3f}, {float(own['high']):.3f}], n {own['n']}"
+    beside = [of(read, score, ".2f") for score in ("filter_correlation", "distinct_parts", "peak_spread_cells")]
+    ordinary = [of("top"), printed("instability", "performer"), of("tap"), printed("instability", "tap")]
+    share = [of("explainer", "p", ".2f"), printed("p", "explainer"), of("explainer", "error_increase_points", ".1f")]
+    nulls = [of(null) for null in ("random", "centre", "corner")]
+    consistent = of(read, "consistency", ".2f")
+    return [first, printed("instability", "explainer"), *ordinary, *nulls, *beside, consistent, *share]
+
+
 SECTIONS = {
     "part-discovery": discovery,
     "explainers": explainers,
+    "performers": performers,
+    "places-with-noise": places_with_noise,
+    "settings": settings,
+    "reproduction": reproduction,
     "flowers-single-6c": lambda: flowers("flowers-single-6c"),
     "flowers-double-12c": lambda: flowers("flowers-double-12c"),
     "removal": removal,
