@@ -11,7 +11,16 @@ This module imports nothing of the package and no tensor library.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import functools
+import inspect
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _LONGEST_SHOWN = 120  # characters of a wrong value in a sentence
 
@@ -57,6 +66,83 @@ class PartlensWarning(UserWarning):
 
 class StorageError(PartlensError, OSError):
     """Results could not be written (disk full, no permission); what was complete before is untouched."""
+
+
+def _is_flag(value: object) -> bool:
+    return type(value).__name__ in {"bool", "bool_"}  # NumPy's, too
+
+
+def _is_number(value: object, kind: type) -> bool:
+    if not isinstance(value, kind) or _is_flag(value):
+        return False
+    return not isinstance(value, int) or abs(value) < 2**64
+
+
+def _are_texts(value: Any) -> bool:
+    several = isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping))
+    return several and getattr(value, "ndim", 1) == 1 and all(isinstance(each, str) for each in value)
+
+
+_KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "None": ("None", lambda value: value is None),
+    "bool": ("True or False", _is_flag),
+    "int": ("a whole number", lambda value: _is_number(value, Integral)),
+    "float": ("a number", lambda value: _is_number(value, Real)),
+    "str": ("a text", lambda value: isinstance(value, str)),
+    "Path": ("a path", lambda value: isinstance(value, os.PathLike)),
+    "Mapping[str, Any]": ("a dictionary", lambda value: isinstance(value, Mapping)),
+    "Sequence[str]": ("a list of texts", _are_texts),
+}
+_CLASSES = {"ImageSet", "nn.Module", "Performer", "Preprocessing", "Progress"}  # known by name where not imported
+
+
+def _kind(annotation: str, names: Mapping[str, Any]) -> tuple[str, Callable[[object], bool]] | None:
+    """Return how one alternative of an annotation is called and recognised; ``None`` for what is not checked here."""
+    meant = names.get(annotation)
+    if get_origin(meant) is Literal or annotation == "Literal":
+        return _KINDS["str"]  # which words there are, the function says itself
+    if annotation in _CLASSES or (isinstance(meant, type) and annotation not in _KINDS):
+        name = annotation.rpartition(".")[2]
+        return f"a {name}", lambda value: any(each.__name__ == name for each in type(value).__mro__)
+    return _KINDS.get(annotation)
+
+
+def _alternatives(annotation: Any) -> list[str]:
+    if isinstance(annotation, str):
+        return annotation.split(" | ")
+    kinds = get_args(annotation) if get_origin(annotation) in {Union, UnionType} else (annotation,)
+    return ["None" if kind is NoneType else getattr(kind, "__name__", str(kind)) for kind in kinds]
+
+
+def checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Make a public function refuse arguments of another kind than its annotations say, each in one sentence.
+
+    Alternatives that are more than a kind, such as a tensor with its axes, are left to the function.
+
+    Example:
+        >>> @checked
+        ... def twice(number: "int", loud: "bool" = False) -> "int":
+        ...     return 2 * number
+        >>> twice(3, loud="yes")
+        Traceback (most recent call last):
+            ...
+        partlens.errors.InputTypeError: Expected loud as True or False, got 'yes'. Give that, or leave loud out.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def at_the_door(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            parameter = signature.parameters[name]
+            kinds = [_kind(each, function.__globals__) for each in _alternatives(parameter.annotation)]
+            known = [kind for kind in kinds if kind is not None]
+            if len(known) == len(kinds) and not any(fits(value) for _, fits in known):
+                rule = f"{name} as {' or '.join(dict.fromkeys(words for words, _ in known))}"
+                optional = "" if parameter.default is parameter.empty else f", or leave {name} out"
+                raise InputTypeError(expected(rule, shown(value), f"Give that{optional}"))
+        return function(*args, **kwargs)
+
+    return at_the_door
 
 
 def expected(rule: str, got: object, remedy: str) -> str:

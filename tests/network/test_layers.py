@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from partlens.errors import LayerError
 from partlens.network.performer import Performer
@@ -116,6 +116,26 @@ def test_the_default_tap_is_the_last_that_is_fine_enough() -> None:
         _ = of(chain((4, 1)), (16, 16)).tap
     with pytest.raises(LayerError, match="larger than 1x1"):
         _ = of(chain((4, 1), (4, 1), (4, 1)), (1, 1)).tap
+
+
+class Branches(nn.Module):
+    """The only layers that everything passes are the stem, whose cells see 3 px, and the one before the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu = nn.Conv2d(3, 8, 3), nn.ReLU()
+        self.fine, self.coarse, self.last = nn.Conv2d(8, 8, 16, 8), nn.Conv2d(8, 8, 16, 8), nn.ReLU()
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        return self.head(self.last(self.fine(x) + self.coarse(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("side", "tap"), [(64, "last"), (32, "relu")])
+def test_a_layer_that_sees_no_part_of_an_object_is_not_the_default_tap(side: int, tap: str) -> None:
+    shape = Preprocessing(size_px=(side, side), resize="squash")
+    assert Performer(Branches().eval(), "branches", shape, "").tap == tap
 
 
 def test_hidden_linear_layers_ask_for_the_activation_before_the_last_convolution() -> None:

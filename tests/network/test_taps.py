@@ -296,3 +296,16 @@ def test_outputs_can_be_reduced_while_they_are_there() -> None:
     with pytest.raises(RuntimeError, match="no room"):
         forward_taps(module, image, ["1"], lambda _: (_ for _ in ()).throw(RuntimeError("no room")))
     assert state(module) == before
+
+
+def test_a_block_that_gives_what_its_last_layer_gave_is_reduced_once() -> None:
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)), nn.Flatten(0, 1))
+    seen: list[torch.Tensor] = []
+
+    def reduce(maps: torch.Tensor) -> torch.Tensor:
+        seen.append(maps.clone())
+        return maps.sum()
+
+    _, taps = forward_taps(network, torch.rand(2, 3, 6, 6), ["0.0", "0.1", "0"], reduce)
+    assert len(seen) == 2  # the convolution before its values are overwritten, the rectifier, not the block
+    assert float(taps["0"]) == float(taps["0.1"]) != float(taps["0.0"])

@@ -254,12 +254,13 @@ def test_bad_inputs_are_named() -> None:
         mu_lasso(x[0], labels, 1.0)
     with pytest.raises(InputError, match="at least one entry"):
         mu_lasso(x[:0], labels[:0], 1.0)
+    for method in ("responses", "gram"):
+        with pytest.raises(InputError, match="so large that their squares overflow. Scale them down"):
+            mu_lasso(1e200 * np.ones((4, 2)), np.eye(4), 1.0, method=method)
     with pytest.raises(InputTypeError, match="real numbers"):
         mu_lasso(x.astype(complex), labels, 1.0)
     with pytest.raises(InputTypeError, match="torch tensor, got list"):
         inner_products.check_matrix([[1.0]], "responses", "image, feature")
-    with pytest.raises(InputTypeError, match="mu as a number, got bool"):
-        lasso._check_options(True, 1e-6, "raise")
 
 
 def test_the_certificate_is_put_together_by_hand(monkeypatch) -> None:

@@ -25,6 +25,7 @@ from partlens.errors import (
     LayerError,
     PartlensError,
     PartlensWarning,
+    checked,
     expected,
     first_line,
 )
@@ -313,6 +314,7 @@ def _started(maps: Tensor, chosen: int, start: Start) -> Tensor:
     return signal
 
 
+@checked
 def guided_backprop(
     model: nn.Module | Performer,
     images: Float[Tensor, "image channel row col"],
@@ -423,8 +425,6 @@ def _wanted(layer: str | None, filters: object, target: object, images: int) -> 
             rule = f"one target for each of {images} images"
             raise InputError(expected(rule, f"{len(wanted)}", "Give one per image"))
         return wanted
-    if not isinstance(layer, str):
-        raise InputTypeError(expected("the layer's name", type(layer).__name__, "Name a layer (see partlens layers)"))
     if target is not None:
         raise InputError(expected("either a target or a layer", f"both ({layer})", "Give one of them"))
     if filters is None:

@@ -12,7 +12,7 @@ import numpy as np
 from partlens.data.annotations import PartTruth, UnusedPart
 from partlens.data.images import ImageSet, UnreadableImage
 from partlens.data.tables import IMAGE_TABLE, table_in
-from partlens.errors import listed, printable
+from partlens.errors import checked, listed, printable
 from partlens.records import Value
 
 FEW = 20
@@ -104,6 +104,7 @@ class DataCheck(Value):
         return f"; {which} cut to the boxes of the table"
 
 
+@checked
 def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
     """Check every image and annotation of a folder or table, and list what it holds.
 

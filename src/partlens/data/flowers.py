@@ -17,7 +17,7 @@ import numpy.typing as npt
 from partlens.data.annotations import BoolArray, PartTruth
 from partlens.data.files import ByteArray
 from partlens.data.images import ImageSet
-from partlens.errors import InputError, InputTypeError, expected, listed, nearest
+from partlens.errors import InputError, checked, expected, listed, nearest
 
 PARTS = ("stem", "leaf", "petal", "centre")
 COLOURS = {
@@ -160,13 +160,8 @@ def _paint(seed: int, category: str, size: int, layers: Sequence[_Layer]) -> Byt
 
 def _check(categories: Sequence[str], **numbers: tuple[int, int]) -> None:
     for name, (value, least) in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise InputTypeError(expected(f"{name} as a whole number", repr(value), f"Give a whole {name}"))
         if value < least:
             raise InputError(expected(f"{name} >= {least}", value, f"Give a larger {name}"))
-    if isinstance(categories, str) or not all(isinstance(category, str) for category in categories):
-        rule = "a list of flower categories"
-        raise InputTypeError(expected(rule, repr(categories), f"Choose among {', '.join(PETAL_CATEGORIES)}"))
     if not categories or len(set(categories)) < len(categories):
         raise InputError(expected("different categories, at least one", list(categories), "Name each once"))
     for category in set(categories) - set(PETAL_CATEGORIES):
@@ -174,6 +169,7 @@ def _check(categories: Sequence[str], **numbers: tuple[int, int]) -> None:
         raise InputError(expected("a flower category", f"{category!r}", remedy))
 
 
+@checked
 def render_flower(seed: int, category: str | None = None, size: int = 128) -> Flower:
     """Draw one flower; equal bytes for equal arguments.
 
@@ -227,6 +223,7 @@ class _Garden:
         return PartTruth(PARTS, keys, places[:, :, 0], places[:, :, 1], np.full((len(keys), 2), self.size), self.masks)
 
 
+@checked
 def generated_flowers(
     count: int, seed: int = 0, size: int = 128, categories: Sequence[str] = PETAL_CATEGORIES
 ) -> ImageSet:

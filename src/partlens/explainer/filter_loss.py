@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.errors import InputError, InputTypeError, expected
+from partlens.errors import InputError, InputTypeError, checked, expected
 from partlens.explainer.templates import peak_cells, template_log_prior
 
 _GradientRule = Literal["exact", "approximate"]
@@ -120,6 +120,7 @@ def single_templates(
     return chosen[..., None]
 
 
+@checked
 def filter_loss(
     maps: Float[Tensor, "image filter row col"],
     templates: Float[Tensor, "template side_row side_col"],
@@ -153,6 +154,8 @@ def filter_loss(
     """
     if gradient not in ("exact", "approximate"):
         raise InputError(expected("gradient exact or approximate", gradient, "Choose exact"))
+    if positive is not None and (not isinstance(positive, Tensor) or positive.dtype != torch.bool):
+        raise InputTypeError(expected("positive as a tensor of truth values", positive, "Give one for each image"))
     return filter_loss_of_scores(
         template_scores(maps, templates),
         alpha=alpha,

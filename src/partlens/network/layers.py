@@ -242,7 +242,8 @@ class Layers:
         2. Otherwise the last activation or block output that everything passes, whose map has at least 12 rows,
            with two convolutions or linear layers after it, and that is no bottleneck (half the filters of an
            earlier one at least); ``layer3`` in a ResNet at 224 px. Where no map is that fine, the last one with
-           the most rows. A layer whose cells see less than a twelfth of the input's side comes last.
+           the most rows. A layer whose cells see less than a twelfth of the input's side comes last, also after those
+           with one convolution or linear layer behind them (HRNet: ``final_layer`` rather than ``layer1``).
 
         Source:
             arXiv 1805.07468, section 4 (taps of AlexNet, VGG-M, VGG-S, VGG-16); the rule for other networks is
@@ -262,6 +263,12 @@ class Layers:
 
     def _candidates(self) -> list[_Found]:
         """The activations and blocks that the second rule of `default` allows; those that see too little come last."""
+        found = self._followed_by(2)
+        seeing = [layer for layer in found if self._sees_enough(layer)]
+        return seeing or [layer for layer in self._followed_by(1) if found and self._sees_enough(layer)] or found
+
+    def _followed_by(self, count: int) -> list[_Found]:
+        """The activations and blocks with so many convolutions or linear layers after them, without bottlenecks."""
         weighted = [found.place.order for found in self._found.values() if found.weighted]
         found: list[_Found] = []
         widest = 0
@@ -269,12 +276,12 @@ class Layers:
             place = layer.place
             if not layer.has_maps or not (place.activation or place.block) or min(layer.shape[1:]) < 2:
                 continue
-            if sum(order > place.order for order in weighted) < 2:
+            if sum(order > place.order for order in weighted) < count:
                 continue
             if 2 * layer.shape[0] >= widest:  # no bottleneck
                 found.append(layer)
                 widest = max(widest, layer.shape[0])
-        return [layer for layer in found if self._sees_enough(layer)] or found
+        return found
 
     def _sees_enough(self, found: _Found) -> bool:
         field = self._fields.get(found.name)

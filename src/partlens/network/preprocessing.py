@@ -81,7 +81,8 @@ class Preprocessing:
         if len(self.size_px) != 2 or min(self.size_px) < 1:
             raise InputError(expected("size_px as (rows, columns) of at least 1", self.size_px, "Correct the size"))
         for name, options in _CHOICES.items():
-            if (value := getattr(self, name)) not in options:
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in options:
                 raise InputError(expected(f"{name} to be one of {', '.join(options)}", value, f"Choose {options[0]}"))
         if self.resize == "crop":
             self._check_crop()
@@ -106,8 +107,9 @@ class Preprocessing:
                 rule = f"{name} as a tuple of {'whole ' * (kind is int)}numbers"
                 raise InputTypeError(expected(rule, values, f"Write {name}={getattr(type(self), name)}"))
             object.__setattr__(self, name, tuple(values))
-        for name, value, kind in (("resize_px", self.resize_px or 1, int), ("scale", self.scale, Real)):
-            if not _is(value, kind):
+        numbers = {"resize_px": self.resize_px, "channels": self.channels, "scale": self.scale}
+        for name, value in numbers.items():
+            if not _is(value, Real if name == "scale" else int) and (name, value) != ("resize_px", None):
                 raise InputTypeError(expected(f"{name} as a number", value, f"Correct {name}"))
         with np.errstate(all="ignore"):
             largest = np.float32(255 * self.scale) / np.array(self.std, dtype=np.float32)
@@ -298,7 +300,8 @@ class Preprocessing:
 
 
 def _is(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+    known = isinstance(value, kind) and not isinstance(value, bool)
+    return known and not (isinstance(value, int) and abs(value) >= 2**63)
 
 
 def _size(text: str) -> tuple[int, int]:

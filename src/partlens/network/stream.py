@@ -160,7 +160,7 @@ def _as_stored(tap: str, values: Tensor, dtype: str, names: Sequence[str]) -> np
         if float(largest.max()) > _FLOAT16_MAX:
             rule = f"values up to {_FLOAT16_MAX:.0f} for float16 maps of {tap}"
             got = f"{float(largest.max()):.6g} on {names[int(largest.argmax())]}"
-            raise InputError(expected(rule, got, "Use dtype float32"))
+            raise InputError(expected(rule, got, "Choose another tap or targets, such as a layer behind a norm layer"))
     return values.cpu().numpy().astype(dtype)
 
 

@@ -60,6 +60,7 @@ class _Taps(Mapping[str, Tensor]):
         self._lock = threading.Lock()  # DataParallel runs its replicas in threads
         self._calls: dict[tuple[str, torch.device | None], int] = {}
         self._held: dict[str, dict[torch.device, list[Tensor]]] = {}
+        self._last: tuple[Any, ...] = ()
         self._images = 1
 
     def begin(self, inputs: Sequence[Any]) -> None:
@@ -67,6 +68,7 @@ class _Taps(Mapping[str, Tensor]):
         with self._lock:
             self._calls.clear()
             self._held.clear()
+            self._last = ()
             self._images = next((len(value) for value in inputs if isinstance(value, Tensor) and value.ndim), 1)
 
     def _loop(self, tap: str) -> int:
@@ -90,7 +92,17 @@ class _Taps(Mapping[str, Tensor]):
                     if (layout := self._layouts.get(tap)) is not None:
                         value = layout.to_maps(value, whole=place.key == WHOLE)
                     pieces = self._held.setdefault(tap, {}).setdefault(value.device, [])
-                    pieces.append(self._reduce[tap](value))
+                    pieces.append(self._reduced(value, self._reduce[tap]))
+
+    def _reduced(self, value: Tensor, reduce: Reduce) -> Tensor:
+        """Reduce an output; a block gives what its last layer gave, which is then not reduced once more."""
+        if reduce is torch.clone or value.is_inference():
+            return reduce(value)
+        same = (id(value), value._version, reduce)  # noqa: SLF001
+        if self._last[:3] != same:
+            self._last = (*same, reduce(value), value)  # kept, so that no other tensor gets its identity
+        kept: Tensor = self._last[3]
+        return kept
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

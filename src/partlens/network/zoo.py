@@ -35,6 +35,7 @@ from partlens.errors import (
     InputTypeError,
     PartlensError,
     WeightsError,
+    checked,
     expected,
     first_line,
     nearest,
@@ -347,6 +348,7 @@ def _with_weights(module: nn.Module, weights: str | None, preprocessing: Preproc
     return _performer(module, Preprocessing.from_metadata(metadata) or preprocessing, names)
 
 
+@checked
 def load_performer(
     model: str | nn.Module | Performer,
     preprocessing: Preprocessing | Mapping[str, Any] | None = None,

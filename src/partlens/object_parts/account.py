@@ -26,13 +26,14 @@ from partlens.object_parts.regions import (
 )
 from partlens.object_parts.verdict import SAID_AREA, Verdict, judged
 
-GRID = 4
+GRID = 3
 """Windows of the ceiling along a side."""
 
-_RANKING_PHOTOS = 16
+_RANKING_PHOTOS = 12
 _GRID_PHOTOS = 12
-_SHARED_PASSES = 1024  # coalitions in all, so that many parts do not take many times as long
-_LEAST_SHARED = 4
+_ALONE_PHOTOS = 24
+_SHARED_PASSES = 512  # coalitions in all, so that many parts do not take many times as long
+_LEAST_SHARED = 3
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Account:
         whole: what the performer says of the measured photos.
         kept: by windows of each kind.
         grid: kept by single windows over the whole image, on the first of the photos.
-        alone: kept by a window of the smallest area at each part alone.
+        alone: kept by a window of the smallest area at each part alone, on the first of the photos.
         shares: of the first of the photos, elsewhere last.
         verdict: what the network knows the category by.
     """
@@ -72,7 +73,7 @@ class Account:
     whole: Whole
     kept: KeptByKind
     grid: Float[Tensor, "gridded area window"]
-    alone: Float[Tensor, "photo part"]
+    alone: Float[Tensor, "alone part"]
     shares: Shares
     verdict: Verdict
 
@@ -103,7 +104,8 @@ def account_of(
     )
     first = slice(0, _GRID_PHOTOS)
     grid = kept_by_grid(measured.take(first), _part_of(whole, first), GRID)
-    alone = torch.stack([windows_at(places[:, [p]], measured.grid, AREAS[0]) for p in range(len(order))], 1)
+    some = slice(0, _ALONE_PHOTOS)
+    alone = torch.stack([windows_at(places[some, [p]], measured.grid, AREAS[0]) for p in range(len(order))], 1)
     shared = slice(0, max(_LEAST_SHARED, _SHARED_PASSES // 2 ** (len(order) + 1)))
     return Account(
         order=order,
@@ -112,7 +114,7 @@ def account_of(
         whole=whole,
         kept=by_kind,
         grid=grid,
-        alone=kept(measured, whole, alone).score,
+        alone=kept(measured.take(some), _part_of(whole, some), alone).score,
         shares=shapley_shares(
             measured.take(shared),
             _part_of(whole, shared),

@@ -74,7 +74,7 @@ class InspectedPart(Value):
         share: of the score: its Shapley value over what there is to keep, the mean over photos.
         share_interval: of the mean, 95 %.
         loss: of the score when its window alone is taken away, the mean over photos.
-        alone: median kept score of a window of a tenth of the image at it alone.
+        alone: median kept score of a window of a tenth of the image at it alone, over the first 24 of the photos.
         movement: error of moving with crops and mirrors over the variance of its place; lower is better.
         stability: likeness, 0 to 1, to the part found in half of the photos.
         place: its mean place (row, col), as shares of the sides.
@@ -107,7 +107,7 @@ class KeptCurves(Value):
         random: windows at random places.
         centre: one window in the centre.
         rest: everything outside the windows at the parts.
-        ceiling: the best single window of each photo, among sixteen.
+        ceiling: the best single window of each photo, among nine.
         annotated: windows at annotated parts.
         object: a window at the best of nine places on the object.
         off_object: windows at random places beside the object.

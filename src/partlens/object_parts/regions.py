@@ -159,12 +159,14 @@ class Whole:
 
 def whole_photos(taps: TapMaps) -> Whole:
     """Run the whole maps and the empty one."""
-    rows, cols = taps.grid
-    keep = torch.stack([torch.ones(rows, cols, dtype=torch.bool), torch.zeros(rows, cols, dtype=torch.bool)])
-    scores = _scores(taps, keep.expand(len(taps.maps), 2, rows, cols))
-    classes = scores[:, 0].argmax(1)
-    of_class = scores.gather(2, classes[:, None, None].expand(-1, 2, 1))[..., 0].double()
-    return Whole(classes, of_class[:, 0], of_class[:, 1])
+    keep = torch.ones(len(taps.maps), 1, *taps.grid, dtype=torch.bool)
+    scores = _scores(taps, keep)[:, 0]
+    # Without tokens beside the grid, nothing is the same in all photos.
+    alike = taps.maps.shape[2] == taps.grid[0]
+    empty = _scores(taps.take(slice(0, 1)) if alike else taps, ~keep[: 1 if alike else None])[:, 0]
+    classes = scores.argmax(1, keepdim=True)
+    score, nothing = (each.expand(len(scores), -1).gather(1, classes)[:, 0].double() for each in (scores, empty))
+    return Whole(classes[:, 0], score, nothing)
 
 
 def kept(taps: TapMaps, whole: Whole, keep: Bool[Tensor, "photo variant row col"]) -> Kept:
@@ -196,7 +198,7 @@ def kept_by_kind(
     generator: torch.Generator,
     *,
     counts: Sequence[int] | None = None,
-    draws: int = 2,
+    draws: int = 1,
     annotated: Float[Tensor, "photo landmark 2"] | None = None,
     objects: Float[Tensor, "photo row col"] | None = None,
 ) -> KeptByKind:
@@ -363,7 +365,9 @@ def _values(
 def _exact(taps: TapMaps, whole: Whole, cells: Tensor) -> Shares:
     players = cells.shape[1]
     coalitions = torch.tensor(list(itertools.product((False, True), repeat=players)))
-    values = _values(taps, whole, cells, coalitions)
+    # Nobody keeps nothing, everybody keeps all; where that is the same, nothing is defined.
+    nobody = (whole.range * 0)[:, None]
+    values = torch.cat([nobody, _values(taps, whole, cells, coalitions[1:-1]), nobody + 1], 1)
     cube = values.view(len(values), *([2] * players))
     # A coalition of s other players precedes a player in s! (n - 1 - s)! of the n! orders.
     orders = [math.factorial(s) * math.factorial(players - 1 - s) / math.factorial(players) for s in range(players)]

@@ -24,6 +24,8 @@ from torch import Tensor
 from partlens.errors import InputError, LayerError, expected, listed
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 
+_BLOCK = 1 << 19  # numbers that are squared at a time
+
 # Energies
 
 
@@ -49,11 +51,21 @@ def _channels_last(values: Tensor) -> bool:
 def _squares(values: Tensor) -> Tensor:
     """Sum the squares of each channel over its cells in float32."""
     if _channels_last(values):
-        # Image by image, so that what is squared stays in the processor's cache.
-        return torch.stack([image.float().square().sum((1, 2)) for image in values])
+        return _squares_by_blocks(values.permute(0, 2, 3, 1).flatten(1, 2))
     flat = values.flatten(2) if values.ndim == 4 else values[:, :, None]
     norm: Tensor = torch.linalg.vector_norm(flat, dim=2, dtype=torch.float32)  # makes no squared copy of the maps
     return norm.square()
+
+
+def _squares_by_blocks(cells: Tensor) -> Tensor:
+    """Do the same for ``[image, cell, channel]``, some cells at a time: what is squared stays in the cache."""
+    sums = torch.zeros(cells.shape[0], cells.shape[2])
+    images, rows = max(1, _BLOCK // max(1, cells[0].numel())), max(1, _BLOCK // cells.shape[2])
+    for first in range(0, len(cells), images):
+        for block in cells[first : first + images].split(rows, dim=1):
+            squared = block.square() if block.dtype == torch.float32 else block.float().square_()
+            sums[first : first + images] += squared.sum(1)
+    return sums
 
 
 def _peaks(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -147,6 +147,8 @@ class FromGram:
             self.gram[right:, left:right] = self.gram[left:right, right:].T
         self.cross = cross.T.contiguous()
         self.energy = self.gram.diagonal()
+        if not bool(torch.isfinite(self.energy).all()):
+            refuse_bad(responses, "responses", ("image", "feature"))
         self.forget()
 
     def forget(self) -> None:

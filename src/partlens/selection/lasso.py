@@ -28,14 +28,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.errors import InputError, InputTypeError, PartlensError, expected, listed
+from partlens.errors import InputError, PartlensError, checked, expected, listed
 from partlens.selection.inner_products import (
     GRAM_BYTES,
     Array,
@@ -95,13 +94,9 @@ class LassoSolution:
     constraint_active: Bool[Tensor, " class"]
 
 
-def _check_options(mu: object, tolerance: object, on_failure: object) -> float:
-    if isinstance(mu, bool) or not isinstance(mu, (int, float, np.integer, np.floating)):
-        raise InputTypeError(expected("mu as a number", type(mu).__name__, "Give one bound for all classes"))
+def _check_options(mu: Any, tolerance: Any, on_failure: object) -> float:
     if not (math.isfinite(mu) and mu > 0):
         raise InputError(expected("a finite mu above 0", float(mu), "The paper's value is 10"))
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float, np.integer, np.floating)):
-        raise InputTypeError(expected("tolerance as a number", type(tolerance).__name__, "The default is 1e-6"))
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise InputError(expected("a finite tolerance above 0", tolerance, "The default is 1e-6"))
     if on_failure not in ("raise", "return"):
@@ -159,6 +154,7 @@ def _settled(solution: LassoSolution, tolerance: float, on_failure: str) -> Lass
     )
 
 
+@checked
 def mu_lasso(
     responses: Array,
     labels: Array,

@@ -345,7 +345,7 @@ def _selection(
     record, images = work.record, work.images
     config = SelectionConfig(
         split=record.split,
-        mu=mu if mu == "auto" else float(mu),
+        mu=mu if isinstance(mu, str) else float(mu),
         labels="data",
         nonnegative=True,
         descriptor=DescriptorConfig(),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from partlens.data.images import ImageSet
-from partlens.errors import RunError, WeightsError, expected, listed, printable
+from partlens.errors import RunError, WeightsError, checked, expected, listed, printable
 from partlens.progress import Progress
 from partlens.run import DataInfo, PassPrecision, PerformerInfo, Run, RunRecord, Unreadable
 
@@ -35,14 +35,16 @@ def verb(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Make a function a verb: it hands the process back as it found it.
 
     Some libraries draw from Python's random numbers, set environment variables and add warning filters while they are
-    imported. The first call of a verb is when that happens, in the middle of the user's work.
+    imported. The first call of a verb is when that happens, in the middle of the user's work. Arguments of another kind
+    than it takes are refused (`partlens.errors.checked`).
     """
+    inner = checked(function)
 
     @functools.wraps(function)
     def untouched(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         drawn, known, filters = random.getstate(), set(os.environ), list(warnings.filters)
         try:
-            return function(*args, **kwargs)
+            return inner(*args, **kwargs)
         finally:
             random.setstate(drawn)
             for name in set(os.environ) - known:

@@ -144,7 +144,7 @@ def select_features(
     how = descriptor if isinstance(descriptor, DescriptorConfig) else DescriptorConfig(**dict(descriptor or {}))
     config = SelectionConfig(
         split=split,
-        mu=mu if mu == "auto" else float(mu),
+        mu=mu if isinstance(mu, str) else float(mu),
         labels=labels,
         nonnegative=nonnegative,
         descriptor=how,
