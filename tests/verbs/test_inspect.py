@@ -15,6 +15,7 @@ from partlens.cli import main
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, RunError
 from partlens.network.performer import Performer, weights_sha256
+from partlens.network.taps import Reduce
 from partlens.object_parts.inspection import InspectRecord
 from partlens.run import PassPrecision
 from partlens.verbs import inspected_category
@@ -68,7 +69,13 @@ def test_a_stopped_inspection_goes_on_and_finds_the_same(
     calls: list[int] = []
     # A run that goes on reads in the precision that its record names; only the first start chooses one.
     found = iter([PassPrecision(used="float32", photos=16)])
-    monkeypatch.setattr("partlens.network.precision.chosen_precision", lambda *_, **__: next(found))
+
+    def chosen(*_: object, reduce: dict[str, Reduce], **__: object) -> PassPrecision:
+        # Energies must agree; where in a map two equal peaks are found may differ.
+        assert {tuple(each(torch.ones(2, 3, 4, 4)).shape) for each in reduce.values()} == {(2, 3)}
+        return next(found)
+
+    monkeypatch.setattr("partlens.network.precision.chosen_precision", chosen)
 
     def stops(*arguments: object) -> object:
         calls.append(1)

@@ -24,7 +24,7 @@ from partlens.network.stream import batches
 from partlens.network.taps import Reduces, forward_taps
 from partlens.records import content_hash, plain
 from partlens.rows import RowStore, row_store
-from partlens.selection.descriptors import energy_and_peak, normalised
+from partlens.selection.descriptors import energy, energy_and_peak, normalised
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.shards import Compute, in_shards
 
@@ -61,6 +61,11 @@ class Wanted:
     def reduce(self) -> Reduces:
         """What is kept of each layer that is not kept whole."""
         return {name: energy_and_peak for name in self.index.layers if name not in self.maps}
+
+    @property
+    def compared(self) -> Reduces:
+        """What of these must be alike in two precisions: energies, not the places of peaks that are nearly equal."""
+        return {name: energy for name in self.index.layers if name not in self.maps}
 
 
 @dataclass(frozen=True)

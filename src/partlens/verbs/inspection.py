@@ -233,7 +233,7 @@ def _precision(performer: Performer, images: ImageSet, chosen: _Chosen, record: 
         chosen.found,
         wanted.read,
         passes=len(chosen.found) * record.config.views + len(chosen.measured) + len(chosen.others),
-        reduce=wanted.reduce,
+        reduce=wanted.compared,
         wanted=record.config.precision,
     )
 
