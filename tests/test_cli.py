@@ -146,7 +146,7 @@ def test_the_whole_way_by_the_command_line(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert main(["evaluate", str(run), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
-    assert scores["schema"] == "partlens.evaluation/2"
+    assert scores["schema"] == "partlens.evaluation/3"
     assert main(["evaluate", str(run), str(tmp_path / "photos")]) == 0
     assert "instability" in capsys.readouterr().out
     assert main(["report", str(run)]) == 0
@@ -185,13 +185,13 @@ def test_only_what_the_user_gave_reaches_the_verb(
     fit.__signature__ = inspect.signature(verb.fit_explainer)  # type: ignore[attr-defined]
     fit.__doc__, fit.__module__ = verb.fit_explainer.__doc__, verb.__name__
     monkeypatch.setattr(verb, "fit_explainer", fit)
-    (tmp_path / "options.yaml").write_text("preset: paper\nseeds: 1\nexplainer:\n  epochs: 7\n")
+    (tmp_path / "options.yaml").write_text("preset: paper\nseeds: 2\nexplainer:\n  epochs: 7\n")
     named = [str(tmp_path / "options.yaml") if a == "CONFIG" else a for a in arguments]
     assert main(["fit-explainer", "torchvision:resnet18", "photos", "--out", "x", "--category", "a", "b", *named]) == 0
     assert given["preset"] == preset
     assert given["config"] == changes
     assert given["category"] == ["a", "b"]
-    assert given["seeds"] == (1 if "CONFIG" in arguments else 3)
+    assert given["seeds"] == (2 if "CONFIG" in arguments else 1)
     assert given["keep_cache"] is False
 
 

@@ -9,8 +9,9 @@ import torch
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer
 from partlens.explainer.record import ExplainerStructure
-from partlens.explainer.teachers import find_teachers, places_in_view
+from partlens.explainer.teachers import places_in_view
 from partlens.explainer.views import TrainingMaps, view_windows
+from partlens.object_parts.finding import found_places
 from partlens_papers.tap_teachers import part_candidates, tap_places, voted_parts
 
 
@@ -56,12 +57,11 @@ def test_the_tap_teaches_what_it_shows_and_the_later_layer_does_not(monkeypatch:
         tap[:, view, 1] += torch.exp(-(row.square()[:, :, None] + col.square()[:, None, :]) / 2)
     later = 0.05 * torch.rand(40 * 3, 4, 10, 10, generator=generator).numpy()
     labels = torch.zeros(40, dtype=torch.long)
-    data = TrainingMaps(tap.flatten(0, 1).numpy(), (later,), windows, labels, np.arange(0))
+    data = TrainingMaps(tap.flatten(0, 1).numpy(), (later,), windows, labels, np.arange(0), (later,))
     config = ExplainerConfig(teachers=1, views=3, warmup_epochs=1)
     structure = ExplainerStructure("tap", ("upper",), 4, 8, (10, 10), None, "tap")
     explainer = Explainer(structure, config, torch.nn.Identity(), generator=generator)
     missed = [
-        float((find_teachers(explainer, data, *source)[0]["teachers"][:, 0] - part).norm(dim=-1).mean())
-        for source in ((tap_places,), ())
+        float((source(explainer, data, 0)[:, 0] - part).norm(dim=-1).mean()) for source in (tap_places, found_places)
     ]
     assert missed[0] < 0.08 < missed[1]

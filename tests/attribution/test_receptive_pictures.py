@@ -18,7 +18,6 @@ from partlens.attribution.receptive_pictures import (
     occlusion_receptive_fields,
     region_picture,
     regions,
-    round_fields,
 )
 from partlens.attribution.record import OcclusionConfig
 from partlens.errors import InputError
@@ -204,21 +203,6 @@ def test_one_place_gives_the_smallest_size_that_can_be_told() -> None:
     square = torch.zeros(1, 448, 448)
     square[0, 10:43, 100:133] = 2.0
     assert float(_effective_side_px(square)) == pytest.approx(33 / math.sqrt(2), rel=0.001)
-
-
-def test_round_fields_overlap_to_discs_around_active_cells() -> None:
-    field = receptive_field(trace(nn.Sequential(nn.Conv2d(3, 1, 8, stride=8))), "0", (64, 64))
-    discs = round_fields((64, 64), torch.tensor([10.0, 20.0]))
-    assert float(discs[1].sum()) == pytest.approx(math.pi * 100, rel=0.02)
-    maps = torch.zeros(1, 8, 8)
-    maps[0, 2, 2], maps[0, 2, 6], maps[0, 6, 6] = 2.0, 1.5, 0.1
-    shown = regions(maps, discs, torch.tensor([1]), torch.tensor([0.5]), field)[0]
-    # Centres at 4 + 8 i: cells (2, 2) and (2, 6) are at rows 20 and columns 20 and 52.
-    assert bool(shown[20, 20])
-    assert bool(shown[20, 52])
-    assert bool(shown[20, 29])
-    assert not bool(shown[20, 36])
-    assert not bool(shown[52, 52])
 
 
 @pytest.mark.parametrize(

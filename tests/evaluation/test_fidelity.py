@@ -12,26 +12,31 @@ import torch
 from partlens.estimate import Estimate
 from partlens.evaluation.explainer_evaluation import _warnings_for
 from partlens.evaluation.fidelity import (
-    SHARES,
     Answers,
     FedBack,
+    FedIn,
     LostVariance,
-    ShareCurve,
     _measure_errors,
+    fed_in,
     measure_fidelity,
     own_columns,
     share_estimate,
 )
 from partlens.evaluation.results import EvaluatedData, Fidelity
+from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.network import build_explainer, explainer_structure
+from partlens.metrics.faithfulness import logistic_head
 from partlens.metrics.scores import LOCALISATION, LocalisationScores
 from partlens.network.performer import Performer
+
+KIND: FedIn = "parts"
 
 
 def fed(own: list[int], after: list[int], features: list[list[float]] | None = None) -> FedBack:
     """Answers of three classes, and features that are the same before and after unless given."""
     eye = torch.eye(3)
     of = torch.tensor(features or [[float(k)] for k in own])
-    return FedBack(eye[torch.tensor(own)], eye[torch.tensor(after)], of, of)
+    return FedBack(eye[torch.tensor(own)], of, {KIND: (eye[torch.tensor(after)], of)})
 
 
 def percent(errors: Any) -> tuple[float, float, float]:
@@ -47,20 +52,20 @@ def test_one_category_is_told_from_everything_else_by_its_own_output(generator: 
     held, others = fed([1, 1, 0, 1], [1, 2, 0, 1]), fed([0, 2, 1, 2], [2, 0, 1, 1])
     labels, photos = torch.zeros(4, dtype=torch.long), torch.arange(8)
     answers = Answers(held, labels, photos, columns=(1,), others=others)
-    errors = _measure_errors(answers, generator, 5)
+    errors = _measure_errors(answers, KIND, generator, 5)
     assert errors is not None
     assert percent(errors) == pytest.approx((100 * 2 / 8, 100 * 4 / 8, 25.0))
     assert errors.error_increase_points.n == 8
-    assert _measure_errors(dataclasses.replace(answers, others=None), generator, 5) is None
+    assert _measure_errors(dataclasses.replace(answers, others=None), KIND, generator, 5) is None
     crops = dataclasses.replace(answers, photos=torch.tensor([0, 0, 1, 2, 3, 4, 5, 5]))
-    assert _measure_errors(crops, generator, 5).error_increase_points.n == 6  # type: ignore[union-attr]
+    assert _measure_errors(crops, KIND, generator, 5).error_increase_points.n == 6  # type: ignore[union-attr]
 
 
 def test_several_categories_are_told_from_each_other(generator: torch.Generator) -> None:
     """Their outputs are columns 2 and 0; others are not counted, though they are there."""
     held, others = fed([2, 2, 0, 0], [2, 1, 0, 2]), fed([1], [1])
     answers = Answers(held, torch.tensor([0, 0, 1, 1]), torch.arange(5), columns=(2, 0), others=others, categories=2)
-    errors = _measure_errors(answers, generator, 5)
+    errors = _measure_errors(answers, KIND, generator, 5)
     assert errors is not None
     assert percent(errors) == pytest.approx((0.0, 50.0, 50.0))
     assert errors.error_increase_points.n == 4
@@ -70,25 +75,27 @@ def test_a_head_learns_from_training_photos_alone(generator: torch.Generator) ->
     """The category has features above 0; two held-out photos move below when the reconstruction is fed back."""
     above, below = [[1.0], [2.0], [1.5], [1.2]], [[-1.0], [-2.0], [-1.5], [-1.2]]
     moved = torch.tensor([[1.0], [2.0], [-1.5], [-1.2]])
-    held = dataclasses.replace(fed([0] * 4, [0] * 4, above), fed_features=moved)
+    held = fed([0] * 4, [0] * 4, above)
+    held = dataclasses.replace(held, fed={KIND: (held.outputs, moved)})
     answers = Answers(
         held,
         torch.zeros(4, dtype=torch.long),
         torch.arange(8),
         others=fed([0] * 4, [0] * 4, below),
-        train=fed([0] * 4, [0] * 4, above),
-        train_labels=torch.zeros(4, dtype=torch.long),
-        train_others=fed([0] * 4, [0] * 4, below),
+        head=logistic_head(torch.tensor(above + below), torch.tensor([1] * 4 + [0] * 4)),
     )
-    errors = _measure_errors(answers, generator, 5)
+    errors = _measure_errors(answers, KIND, generator, 5)
     assert errors is not None
     assert percent(errors) == pytest.approx((0.0, 25.0, 25.0))
-    assert _measure_errors(dataclasses.replace(answers, train=None), generator, 5) is None
-    assert _measure_errors(dataclasses.replace(answers, train_others=None), generator, 5) is None
-    two = dataclasses.replace(answers, categories=2, labels=torch.tensor([0, 0, 1, 1]))
-    taught = dataclasses.replace(two, train=fed([0] * 4, [0] * 4, [[1.0], [2.0], [-1.5], [-1.2]]))
-    taught = dataclasses.replace(taught, train_labels=torch.tensor([0, 0, 1, 1]), others=None, train_others=None)
-    errors = _measure_errors(taught, generator, 5)
+    assert _measure_errors(dataclasses.replace(answers, head=None), KIND, generator, 5) is None
+    two = dataclasses.replace(
+        answers,
+        categories=2,
+        labels=torch.tensor([0, 0, 1, 1]),
+        others=None,
+        head=logistic_head(torch.tensor([[1.0], [2.0], [-1.5], [-1.2]]), torch.tensor([0, 0, 1, 1])),
+    )
+    errors = _measure_errors(two, KIND, generator, 5)
     assert errors is not None
     assert percent(errors) == pytest.approx((50.0, 0.0, -50.0))
 
@@ -99,14 +106,14 @@ def test_fidelity_says_whose_errors_and_counts_other_photos_apart(generator: tor
     lost.add(target[:2] + 1, target[:2])
     lost.add(target[2:], target[2:])
     answers = Answers(held, torch.zeros(4, dtype=torch.long), torch.arange(6), columns=(1,), others=others)
-    found = measure_fidelity(answers, {"top": lost}, generator=generator, rounds=5)
+    found = measure_fidelity(answers, KIND, {"top": lost}, generator=generator, rounds=5)
     assert found.agreement_top1.value == 0.75
     assert found.agreement_top1.n == 4
     assert found.agreement_top1_background.value == 0.5
     assert found.agreement_top1_background.n == 2
-    assert found.relative_error["top"].value == pytest.approx(2 / 20)  # variance around the mean 3: 9 + 1 + 1 + 9
+    assert found.variance_kept["top"].value == pytest.approx(18 / 20)  # variance around the mean 3: 9 + 1 + 1 + 9
     assert found.errors_by == "performer"
-    alone = measure_fidelity(dataclasses.replace(answers, others=None), {}, generator=generator, rounds=5)
+    alone = measure_fidelity(dataclasses.replace(answers, others=None), KIND, {}, generator=generator, rounds=5)
     assert alone.errors_by is None
     assert alone.agreement_top1_background.n == alone.error_increase_points.n == 0
 
@@ -137,22 +144,22 @@ def test_the_share_has_students_interval_over_seeds() -> None:
     assert (alone.value, alone.n, alone.has_interval) == (0.3, 1, False)
 
 
-@pytest.mark.parametrize(("norms", "best"), [((1.0, 1.0), 0.3), ((1.0, 20.0), 0.2), ((20.0, 1.0), 0.4)])
-def test_the_best_share_divides_each_target_by_its_norm(
-    norms: tuple[float, float], best: float, generator: torch.Generator
-) -> None:
-    """Costs are quadratic around 0.2 for one target and 0.4 for the other."""
-    curve, grid = ShareCurve(eta=1e-9, reconstruction_weight=2.0), torch.tensor(SHARES, dtype=torch.float64)
-    costs = torch.stack([(grid - 0.2) ** 2, (grid - 0.4) ** 2], 1)
-    for _ in range(2):
-        curve.costs.append(costs.expand(3, -1, -1))
-        curve.norms.append(torch.tensor(norms, dtype=torch.float64).expand(3, -1))
-    found = curve.optimum(generator, torch.tensor([0, 0, 1, 2, 3, 4]), 3)
-    assert found.value == pytest.approx(best, abs=0.02)
-    assert found.n == 5
-    curve.eta = 10.0
-    dear = curve.optimum(generator, torch.arange(6), 3)
-    assert dear.value == pytest.approx(0.95, abs=0.01)
+def test_each_photo_is_fed_what_its_kind_says(tiny: Performer) -> None:
+    """Parts alone have the whole weight; those of another photo come from the one before, across batches, too."""
+    structure = explainer_structure(tiny, torch.rand(1, 3, 32, 32), tiny.tap)
+    explainer = build_explainer(tiny, structure, ExplainerConfig(seed=1)).eval()
+    maps = torch.rand(5, structure.channels_in, *structure.side_cells)
+    with torch.no_grad():
+        tracks = explainer.normed_tracks(maps)
+        first, second = (explainer.normed_tracks(part) for part in (maps[:3], maps[3:]))
+    p = float(explainer.p.detach())
+    found = fed_in(explainer, tracks)
+    mixed = p * tracks.interpretable + (1 - p) * tracks.ordinary
+    assert torch.allclose(found["reconstruction"], mixed, atol=1e-6)
+    assert torch.equal(found["parts"], tracks.interpretable)
+    assert not found["nothing"].any()
+    others = fed_in(explainer, first)["other_photo"], fed_in(explainer, second, first.interpretable[-1:])["other_photo"]
+    assert torch.allclose(torch.cat(others)[1:], tracks.interpretable[:-1], atol=1e-6)
 
 
 def flat(**changes: float) -> LocalisationScores:
@@ -178,7 +185,7 @@ def test_each_warning_has_its_limit(name: str, silent: float, said: float) -> No
         fidelity = Fidelity(
             agreement_top1=Estimate(agreement, (0, 1), 9),
             agreement_top1_background=none,
-            relative_error={},
+            variance_kept={},
             errors_by=None,
             performer_error_percent=none,
             explainer_error_percent=none,

@@ -16,7 +16,6 @@ from PIL import Image
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, StorageError
 from partlens.evaluation import frames, gallery
-from partlens.evaluation.fidelity import _rescaling_error
 from partlens.evaluation.frames import Frames, GalleryPlan
 from partlens.evaluation.gallery import write_gallery
 from partlens.evaluation.places import MeasuredPhotos, filter_scores
@@ -237,31 +236,17 @@ def test_feature_maps_peak_where_the_filter_does(made: dict[str, Any], tmp_path:
     assert content.fields == "occlusion"
 
 
-def test_fields_may_be_the_theory_and_settings_may_be_changed(made: dict[str, Any], tmp_path: Path) -> None:
-    analytic = written(tmp_path, made, fields="analytic")
-    assert analytic.covering is None
-    assert analytic.theoretical_px == {"explainer": (23, 23), "performer": (7, 7)}
-    assert {one.reads_px for one in analytic.layers["performer"]} == {7.0}
-    covered = {}
-    for fields in ("analytic", "occlusion"):
-        photo = written(tmp_path, made, fields=fields).layers["explainer"][0].photos[0]
-        covered[fields] = Image.open(tmp_path / "gallery" / str(photo.region_file)).tobytes()
-    assert covered["analytic"] != covered["occlusion"]
+def test_nothing_is_covered_for_the_mask_and_settings_may_be_changed(made: dict[str, Any], tmp_path: Path) -> None:
+    masked = written(tmp_path, made, fields="mask")
+    assert masked.covering is None
+    assert masked.theoretical_px == {"explainer": (23, 23), "performer": (7, 7)}
+    assert all(math.isnan(one.reads_px) for one in masked.layers["performer"])
+    assert {photo.region_file for one in masked.layers["explainer"] for photo in one.photos} == {None}
     changed = written(tmp_path, made, occlusion={"occluder_px": 9, "stride_px": 6}).covering
     assert changed is not None
     assert (changed.settings["occluder_px"], changed.settings["stride_px"]) == (9, 6)
     assert changed.places == math.ceil((32 - 9 + 1) / 6) ** 2
     with pytest.raises(InputError, match="Did you mean stride_px"):
         written(tmp_path, made, occlusion={"stride": 6})
-    with pytest.raises(InputError, match="fields to be occlusion or analytic, got 'round'"):
+    with pytest.raises(InputError, match="fields to be mask or occlusion, got 'round'"):
         written(tmp_path, made, fields="round")
-
-
-def test_p_cannot_be_had_by_scale_unless_the_norm_layer_stands_still(
-    made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frames, explainer = made["frames"], made["explainer"]
-    tapped = forward_taps(frames.performer, frames.batch([0, 1, 2]), ["relu2"])[1]["relu2"]
-    assert _rescaling_error(explainer, tapped) < 1e-4
-    monkeypatch.setattr(type(explainer.norm_interp), "update", lambda *_, **__: None)
-    assert _rescaling_error(explainer, tapped) == pytest.approx(9.0, rel=1e-4)  # ten times as strong

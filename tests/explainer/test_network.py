@@ -7,6 +7,7 @@ from torch import nn
 
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import (
+    Explainer,
     NormLayer,
     _dense_weights,
     build_explainer,
@@ -15,6 +16,7 @@ from partlens.explainer.network import (
     performer_head,
     reference_decoder,
 )
+from partlens.explainer.record import ExplainerStructure
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import forward_taps
@@ -289,3 +291,23 @@ def test_the_norm_of_the_track_is_measured_again_and_the_gain_kept(tiny: Perform
     assert torch.allclose(explainer.norm_interp.magnitude, actual, rtol=1e-5)
     assert torch.equal(explainer.gain, gain)
     assert torch.equal(explainer.norm_ordin.magnitude, ordinary)
+
+
+def test_p_cannot_be_had_by_scale_unless_the_norm_layer_stands_still() -> None:
+    """With conv-interp-2 ten times as strong and its norm measured again, the track is what it was."""
+    structure = ExplainerStructure("tap", ("top",), 4, 6, (8, 8), None, "tap")
+    maps = torch.rand(5, 4, 8, 8)
+    outcome = []
+    for times, measured in ((1.0, True), (10.0, True), (10.0, False)):
+        explainer = Explainer(
+            structure, ExplainerConfig(seed=1), nn.Identity(), generator=torch.Generator().manual_seed(1)
+        )
+        explainer.eval().start_norms(maps)
+        with torch.no_grad():
+            for parameter in explainer.conv_interp_2.parameters():
+                parameter.mul_(times)
+            if measured:
+                explainer.restart_norm(maps)
+            outcome.append(explainer.normed_tracks(maps).interpretable)
+    assert torch.allclose(outcome[0], outcome[1], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(10 * outcome[0], outcome[2], rtol=1e-4, atol=1e-6)

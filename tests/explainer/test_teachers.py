@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
@@ -14,15 +13,10 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer
 from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.teachers import (
-    LaterParts,
-    Source,
-    _factorised,
+    PlaceSource,
     _place_posterior,
-    centroids,
     find_teachers,
     matched_teachers,
-    part_codes,
-    part_teachers,
     places_in_photo,
     places_in_view,
     teacher_cost,
@@ -53,24 +47,11 @@ class Photos:
         self.other = 0.25 + 0.5 * torch.rand(photos, 2, generator=draws(4))
         self.jumps = torch.rand(views, photos, 2, generator=draws(3))
 
-    def view(self, photos: Tensor, number: int) -> Tensor:
-        return self.shown(number)[photos]
-
-    def later(self) -> LaterParts:
-        return LaterParts(self.view, len(self.part), draws())
-
     def shown(self, number: int) -> Tensor:
         both = places_in_view(torch.stack([self.part, self.other], 1), self.windows[:, number])
         still = torch.full_like(self.part, 0.5)
         shown = [blob(both[:, 0]), 0.9 * blob(both[:, 1]), blob(still), blob(self.jumps[number])]
         return torch.stack(shown, 1)
-
-
-def test_centroid_of_squared_codes_by_hand() -> None:
-    codes = torch.zeros(1, 2, 4, 4)
-    codes[0, 0, 1, 0], codes[0, 0, 1, 2] = 1.0, 2.0
-    # Squares weigh 1 and 4: column 0.5 * 1/5 + 2.5 * 4/5 = 2.1 of 4, row 1.5 of 4; an empty map stands in the middle.
-    assert centroids(codes).flatten().tolist() == pytest.approx([0.375, 0.525, 0.5, 0.5])
 
 
 def test_a_place_goes_to_the_view_and_back() -> None:
@@ -81,90 +62,6 @@ def test_a_place_goes_to_the_view_and_back() -> None:
         assert torch.allclose(places_in_photo(there, windows[:, number]), places, atol=1e-5)
     crop = torch.tensor([[0.5, 0.25, 0.5, 0.5, 0.0]])
     assert places_in_view(torch.tensor([[[0.5, 0.75]]]), crop).tolist() == [[[0.5, 0.5]]]
-
-
-def test_planted_factors_are_found() -> None:
-    truth = torch.block_diag(*[torch.rand(1, 5, generator=draws(k)) + 0.2 for k in range(3)])
-    cells = torch.rand(600, 3, generator=draws(5)).pow(3) @ truth
-    cells[300:, 0] = 9.0  # what the second time does not use
-    used = torch.ones(2, 600, dtype=torch.bool)
-    used[1, 300:] = False
-    more, found = _factorised(cells, used, [4, 3], draws(6))
-    assert more.shape == (4, cells.shape[1])
-    assert bool((found >= 0).all())
-    assert found.norm(dim=1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
-    likeness = (found @ torch.nn.functional.normalize(truth, dim=1).t()).amax(0)
-    assert float(likeness.min()) > 0.98
-
-
-def test_dictionaries_do_not_compete() -> None:
-    maps, parts = torch.rand(2, 6, 3, 3, generator=draws(1)), torch.rand(5, 6, generator=draws(2))
-    alone = torch.cat([part_codes(maps, parts[:2]), part_codes(maps, parts[2:])], 1)
-    assert torch.allclose(part_codes(maps, parts[:2], parts[2:]), alone, atol=1e-5)
-
-
-def test_parts_compete_for_a_cell() -> None:
-    parts = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), dim=1)
-    maps = torch.tensor([3.0, 3.0])[None, :, None, None]
-    codes = part_codes(maps, parts)[0, :, 0, 0]
-    assert float(codes[1]) == pytest.approx(3 * math.sqrt(2), rel=0.05)
-    assert float(codes[0]) < 0.15 * float(codes[1])
-
-
-def test_the_part_that_moves_with_the_photo_teaches_first() -> None:
-    photos = Photos()
-    found = part_teachers(photos.later(), photos.windows, 3, 0.0)
-    assert bool((found.movement.diff() >= 0).all())
-    assert float(found.movement[0]) < 0.1
-    missed = [float((found.places[:, 0] - truth).norm(dim=-1).mean()) for truth in (photos.part, photos.other)]
-    assert min(missed) < 0.05
-    # A place that never moves is no part, though its distance to where the crop takes it is small.
-    still = found.places.std(0).mean(-1) < 0.02
-    assert not bool(still[0])
-
-
-def test_a_place_that_never_moves_does_not_teach() -> None:
-    """Under mirrors alone a place in the middle misses nothing; the plain distance would choose it first."""
-    photos = Photos(views=2)
-    found = part_teachers(photos.later(), photos.windows, 30, 0.0)
-    assert float(found.places[:, 0].std(0).mean()) > 0.1
-    still = found.places.std(0).mean(-1) < 0.01
-    assert bool((found.movement[still] > 0.5).all())
-
-
-def test_photos_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    photos, asked = Photos(), []
-
-    def view(some: Tensor, number: int) -> Tensor:
-        asked.append(len(some))
-        return photos.view(some, number)
-
-    whole = part_teachers(photos.later(), photos.windows, 2, 0.3)
-    monkeypatch.setattr(teachers, "_PHOTOS_AT_ONCE", 12)
-    parted = part_teachers(LaterParts(view, 30, draws()), photos.windows, 2, 0.3)
-    assert max(asked) == 12
-    assert sum(asked) == 12 + 5 * 30
-    assert float(parted.movement[0]) < 0.1
-    assert parted.places.shape == whole.places.shape
-
-
-def test_variety_chooses_parts_that_move_apart() -> None:
-    photos = Photos()
-    alike = part_teachers(photos.later(), photos.windows, 6, 0.0)
-    varied = part_teachers(photos.later(), photos.windows, 6, 2.0)
-    assert varied.correlation < alike.correlation - 0.1
-    assert torch.equal(varied.places[:, 0], alike.places[:, 0])
-
-
-@pytest.mark.parametrize(
-    ("photos", "maps", "message"),
-    [(3, 1.0, "at least 4 photos to find parts in, got 3"), (8, 0.0, "a later layer that activates")],
-)
-def test_what_cannot_teach_is_refused(photos: int, maps: float, message: str) -> None:
-    windows = view_windows(photos, 2, draws(), 0.6)
-    with pytest.raises(ValueError, match=message):
-        later = LaterParts(lambda some, _: torch.full((len(some), 2, 4, 4), maps), photos, draws())
-        part_teachers(later, windows, 2, 0.3)
 
 
 def slow_cost(maps: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -245,38 +142,24 @@ def explainer_of(filters: int, **changes: object) -> Explainer:
     return Explainer(structure, config, torch.nn.Identity(), generator=draws())
 
 
-def test_teachers_come_from_the_last_target_or_from_where_they_are_sought() -> None:
-    """The tap shows one part and the later layer another."""
-    photos = Photos(photos=40, views=3)
+def told(photos: Photos) -> PlaceSource:
+    """Both parts of the photos of a category, each a little more to the right in each next one."""
 
-    def rows(of: Tensor) -> Tensor:
-        noise = 0.05 * torch.rand(40 * 3, 4, SIDE, SIDE, generator=draws(8))
-        seen = [places_in_view(of[:, None], photos.windows[:, number])[:, 0] for number in range(3)]
-        noise[:, 1] += torch.stack([blob(places) for places in seen], 1).flatten(0, 1)
-        return noise
+    def places(_: Explainer, data: TrainingMaps, category: int) -> Tensor:
+        own = data.own(category)
+        return torch.stack([photos.part, photos.other], 1)[own] + 0.01 * category
 
-    asked: list[tuple[int, int]] = []
-
-    def told(_: Explainer, data: TrainingMaps, category: int, generator: torch.Generator) -> Source:
-        asked.append((category, generator.initial_seed()))
-        return lambda number: places_in_view(photos.part[:, None], data.windows[:, number])
-
-    data, explainer = data_of(photos, rows(photos.part), rows(photos.other)), explainer_of(4, teachers=1, seed=3)
-    missed = []
-    for found in (find_teachers(explainer, data), find_teachers(explainer, data, told)):
-        places = found[0]["teachers"][:, 0]
-        missed.append([float((places - of).norm(dim=-1).mean()) for of in (photos.part, photos.other)])
-    assert missed[0][1] < 0.08 < missed[0][0]
-    assert missed[1][0] < 1e-5
-    assert [category for category, _ in asked] == [0]
+    return places
 
 
 def test_every_filter_gets_a_teacher_of_its_channel() -> None:
     photos = Photos(photos=40, views=3)
     seen = torch.stack([photos.shown(v) for v in range(3)], 1).flatten(0, 1)
-    state, _ = find_teachers(explainer_of(4, teachers=2), data_of(photos, seen, seen))
+    state, found = find_teachers(explainer_of(4, teachers=2), data_of(photos, seen, seen), told(photos))
     own = seen.unflatten(0, (40, 3))[:, 0]
+    assert torch.equal(state["teachers"], torch.stack([photos.part, photos.other], 1))
     assert state["teacher_of"][:, 0].tolist() == matched_teachers(own.relu(), state["teachers"]).tolist()
+    assert abs(found["teacher_correlation"]) < 0.5
 
 
 def test_every_category_has_teachers_of_its_own() -> None:
@@ -284,7 +167,7 @@ def test_every_category_has_teachers_of_its_own() -> None:
     tap = torch.stack([photos.shown(v) for v in range(3)], 1).flatten(0, 1)
     labels = torch.arange(24) % 2
     explainer = explainer_of(4, teachers=2)
-    state, found = find_teachers(explainer, data_of(photos, tap, tap, labels))
+    state, _ = find_teachers(explainer, data_of(photos, tap, tap, labels), told(photos))
     places, of = state["teachers"], state["teacher_of"]
     assert places.shape == (24, 4, 2)
     # Filters change category: each has a teacher in every one.
@@ -294,4 +177,3 @@ def test_every_category_has_teachers_of_its_own() -> None:
         assert sorted(set(of[:, category].tolist())) == [2 * category, 2 * category + 1]
         assert bool(places[others, mine].isnan().all())
         assert not bool(places[~others, mine].isnan().any())
-    assert 0 <= found["teacher_movement"] < 1

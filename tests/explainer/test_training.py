@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,18 @@ import torch
 from torch import nn
 
 from partlens.data.images import ImageSet
-from partlens.errors import RunError
+from partlens.errors import InputError, RunError
 from partlens.explainer import terms, training
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, build_explainer
 from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.terms import Objective
-from partlens.explainer.training import _decoder_rate, train_explainer
+from partlens.explainer.training import FACTORS, Extras, _decoder_rate, along_the_price
 from partlens.explainer.views import TrainingMaps, epoch_batches, gather, view_windows, viewed_images
 from partlens.network.performer import Performer
 from partlens.network.stream import batches
+from partlens.object_parts.candidates import centroids
+from partlens.object_parts.finding import found_places
 from partlens.records import read_json, read_tensors, write_tensors
 
 STRUCTURE = ExplainerStructure("relu2", ("relu3", "relu4"), 12, 12, (8, 8), None, "relu2")
@@ -41,13 +44,18 @@ def maps(tiny: Performer) -> TrainingMaps:
     targets = tiny.graph.cut("relu2", ["relu3", "relu4"])(tap)
     windows = view_windows(20, 3, generator, 0.5)
     arrays = tuple(t.detach().numpy().astype(np.float16) for t in targets)
-    return TrainingMaps(
-        tap.numpy().astype(np.float16), arrays, windows, torch.zeros(20, dtype=torch.long), np.arange(60, 66)
-    )
+    labels = torch.zeros(20, dtype=torch.long)
+    return TrainingMaps(tap.numpy().astype(np.float16), arrays, windows, labels, np.arange(60, 66), arrays[-1:])
 
 
 def fresh(tiny: Performer, **changes: Any) -> Explainer:
     return build_explainer(tiny, STRUCTURE, ExplainerConfig.preset("partlens", **{**SMALL, **changes}))
+
+
+def train_explainer(explainer: Explainer, data: TrainingMaps, folder: Path, **given: Any) -> Any:
+    """Train with the parts that are found on the last target."""
+    extras = Extras(places_of=found_places if explainer.config.teachers else None)
+    return training.train_explainer(explainer, data, folder, extras=extras, **given)
 
 
 class Killed(Exception):
@@ -193,7 +201,9 @@ def test_a_track_held_after_the_warm_up_stays_as_it_is(tiny: Performer, maps: Tr
         result = train_explainer(explainer, maps, tmp_path / f"{rate}-{epochs}")
         ends[rate, epochs] = explainer
         joint = [record for record in result.history if record["phase"] == "joint"]
-        assert all({"filter_1", "filter_2", "reconstruction", "p"} <= set(record) for record in joint)
+        # A held track has nothing to learn from its own terms, which are then not computed.
+        assert all({"reconstruction", "p"} <= set(record) for record in joint)
+        assert all(("filter_2" in record) == (rate > 0) for record in joint)
     held, longer, moved = ends.values()
     assert torch.equal(held.conv_interp_2.weight, longer.conv_interp_2.weight)
     assert not torch.equal(longer.conv_interp_2.weight, moved.conv_interp_2.weight)
@@ -203,13 +213,17 @@ def test_a_track_held_after_the_warm_up_stays_as_it_is(tiny: Performer, maps: Tr
 def test_teachers_go_on_while_the_track_learns_from_the_reconstruction(
     tiny: Performer, maps: TrainingMaps, tmp_path: Path
 ) -> None:
+    def seen(_: Explainer, data: TrainingMaps, category: int) -> torch.Tensor:
+        return centroids(gather(data.tap, data.rows(data.own(category)))[:, :4])  # what the tap shows can be learned
+
     missed = {}
-    for ratio in (0.0, 10.0):
+    for ratio in (0.0, 100.0):
         config = {"filter_ratio": ratio, "learning_rate_joint": 1e-2, "epochs": 8, "patience": 0}
-        history = train_explainer(fresh(tiny, **config), maps, tmp_path / str(ratio)).history
+        explainer, extras = fresh(tiny, **config), Extras(places_of=seen)
+        history = training.train_explainer(explainer, maps, tmp_path / str(ratio), extras=extras).history
         missed[ratio] = [record["teacher"] for record in history if record["phase"] == "joint"]
-    fell = {ratio: values[0] - values[-1] for ratio, values in missed.items()}
-    assert fell[10.0] > 2 * abs(fell[0.0]), fell
+    assert missed[100.0][0] - missed[100.0][-1] > 0.02, missed
+    assert missed[100.0][-1] < missed[0.0][-1], missed
 
 
 def test_the_decoder_takes_no_step_that_is_large_beside_its_weights() -> None:
@@ -379,8 +393,8 @@ def test_the_decoder_learns_and_is_drawn_to_the_targets_only_after_the_warm_up(
     history = train_explainer(fresh(tiny), maps, tmp_path).history
     assert ["reconstruction" in record for record in history] == [False] * 2 + [True] * 3
     assert [record["phase"] for record in history] == ["warmup"] * 2 + ["joint"] * 3
-    assert "teacher_movement" in history[0]
-    assert "teacher_movement" not in history[1]
+    assert "teacher_correlation" in history[0]
+    assert "teacher_correlation" not in history[1]
 
 
 def test_an_epoch_shows_every_photo_in_a_drawn_view_with_background(maps: TrainingMaps) -> None:
@@ -498,3 +512,27 @@ def test_views_are_the_photo_its_mirror_and_crops_of_at_least_the_given_area() -
     default = view_windows(400, 3, torch.Generator().manual_seed(0))[:, 2]
     sides = default[(default[:, 2] < 1) & (default[:, 3] < 1)]
     assert 0.55 <= float((sides[:, 2] * sides[:, 3]).min()) < 0.58
+
+
+def test_teachers_without_a_source_of_places_are_refused(tiny: Performer, maps: TrainingMaps, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a source of the places that teach, got none\. Give Extras\(places_of="):
+        training.train_explainer(fresh(tiny), maps, tmp_path)
+    with pytest.raises(InputError, match="a source of the places that teach"):
+        training.train_explainer(fresh(tiny, teachers=0), maps, tmp_path, extras=Extras(places_of=found_places))
+
+
+def test_a_price_is_learned_from_what_was_fitted_and_holds_the_filters(
+    tiny: Performer, maps: TrainingMaps, tmp_path: Path
+) -> None:
+    """p rises with the price, the filters and the norms' gain start where the fit ended, and the fit stays as it is."""
+    fitted = fresh(tiny, epochs=2, eta=3e4)
+    train_explainer(fitted, maps, tmp_path / "fit")
+    before = {name: value.clone() for name, value in fitted.state_dict().items()}
+    points = [copy.deepcopy(each) for each in along_the_price(fitted, maps, tmp_path / "price", Extras())]
+    assert [each.config.eta / fitted.config.eta for each in points] == pytest.approx(FACTORS)
+    shares = [float(each.p.detach()) for each in points]
+    assert max(shares[1:]) > shares[0] + 0.05
+    for each in points:
+        assert torch.equal(each.conv_interp_2.weight, fitted.conv_interp_2.weight)
+        assert not torch.equal(each.gain, fitted.gain)
+    assert all(torch.equal(value, before[name]) for name, value in fitted.state_dict().items())

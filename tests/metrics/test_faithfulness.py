@@ -9,18 +9,19 @@ from partlens.errors import InputError
 from partlens.metrics.faithfulness import (
     ReconstructionSums,
     agreement_top1,
-    category_error_increase,
     class_outputs,
+    decision_errors,
+    logistic_head,
 )
 
 
-def test_relative_error_in_batches_equals_the_whole() -> None:
+def test_variance_kept_in_batches_equals_the_whole() -> None:
     target, value = torch.randn(50, 3, 4) + 7, torch.randn(50, 3, 4) + 7
     sums = ReconstructionSums()
     for part in (slice(0, 7), slice(7, 30), slice(30, 50)):
         sums.add(value[part], target[part])
     whole = (value - target).double().square().sum() / (target - target.mean(0)).double().square().sum()
-    assert sums.relative_error == pytest.approx(float(whole), rel=1e-9)
+    assert sums.variance_kept == pytest.approx(1 - float(whole), rel=1e-9)
 
 
 def test_perfect_and_constant_reconstructions() -> None:
@@ -28,9 +29,9 @@ def test_perfect_and_constant_reconstructions() -> None:
     perfect, constant = ReconstructionSums(), ReconstructionSums()
     perfect.add(target, target)
     constant.add(target.mean(0).expand(40, 5), target)
-    assert perfect.relative_error == 0
-    assert constant.relative_error == pytest.approx(1, abs=1e-6)
-    assert math.isnan(ReconstructionSums().relative_error)
+    assert perfect.variance_kept == 1
+    assert constant.variance_kept == pytest.approx(0, abs=1e-6)
+    assert math.isnan(ReconstructionSums().variance_kept)
 
 
 def test_shapes_must_agree() -> None:
@@ -52,20 +53,21 @@ def test_error_increase_of_a_reconstruction_that_lost_the_category(generator: to
     labels = torch.arange(200) % 2
     features = torch.randn(200, 6, generator=generator) + 3 * labels[:, None]
     lost = torch.randn(200, 6, generator=generator) + 1.5
-    errors = category_error_increase(features, labels, features, lost, labels, generator=generator, rounds=200)
+    head = logistic_head(features, labels)
+    errors = decision_errors(head(features), head(lost), labels, generator=generator, rounds=200)
     assert errors.performer_error_percent.value < 5
     assert errors.error_increase_points.value > 30
     low, high = errors.error_increase_points.interval
     assert low < errors.error_increase_points.value < high
-    same = category_error_increase(features, labels, features, features, labels, generator=generator, rounds=20)
+    same = decision_errors(head(features), head(features), labels, generator=generator, rounds=20)
     assert same.error_increase_points.value == 0
     assert same.error_increase_points.interval == (0, 0)
 
 
-def test_error_increase_needs_both_classes(generator: torch.Generator) -> None:
+def test_a_head_needs_both_classes() -> None:
     one = torch.ones(5, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"or several categories, among the training photos, got labels \[1\]"):
-        category_error_increase(torch.rand(5, 2), one, torch.rand(5, 2), torch.rand(5, 2), one, generator=generator)
+        logistic_head(torch.rand(5, 2), one)
 
 
 def test_agreement_of_a_single_output_has_to_be_read_as_yes_or_no() -> None:

@@ -19,7 +19,7 @@ from partlens.object_parts.contributions import (
     PartContributions,
     Tracks,
     class_score,
-    filter_contributions,
+    gradient_activation,
     part_contributions,
     part_heat_maps,
     sampled_part_contributions,
@@ -39,13 +39,6 @@ def _bent(encoded: Tensor) -> Tensor:
 def some(generator: torch.Generator) -> Tracks:
     z, o = torch.rand(2, 3, 4, 2, 2, generator=generator)
     return Tracks(z, o, z)
-
-
-def test_filters_and_ordinary_track_sum_to_the_score_difference(some: Tracks) -> None:
-    found = filter_contributions(_bent, some)
-    total = found.filters.sum(1) + found.ordinary + found.remainder
-    assert torch.allclose(total, found.score - found.baseline, atol=1e-5)
-    assert float(found.remainder.abs().mean()) <= 0.005 * float((found.score - found.baseline).abs().mean())
 
 
 def test_shapley_values_match_the_mean_over_all_orders(some: Tracks) -> None:
@@ -89,10 +82,9 @@ def test_gradient_times_activation_is_exact_for_a_linear_score(some: Tracks) -> 
     def linear(encoded: Tensor) -> Tensor:
         return encoded.sum((2, 3)) @ weight
 
-    found = filter_contributions(linear, some)
-    assert torch.allclose(found.gradient_activation, some.interpretable.sum((2, 3)) * weight, atol=1e-5)
-    assert torch.allclose(found.filters, found.gradient_activation, atol=1e-5)
-    assert found.steps == 8
+    found = gradient_activation(linear, some)
+    assert torch.allclose(found, some.interpretable.sum((2, 3)) * weight, atol=1e-5)
+    assert not found.requires_grad
 
 
 def test_through_a_real_explainer_the_whole_is_the_fed_back_score(tiny: Performer, generator: torch.Generator) -> None:
@@ -109,11 +101,9 @@ def test_through_a_real_explainer_the_whole_is_the_fed_back_score(tiny: Performe
     with torch.no_grad():
         fed = head(explainer(taps["relu2"]).reconstructions[-1])
     fed = fed[0] if isinstance(fed, tuple) else fed
-    found = filter_contributions(score, parts)
-    assert torch.allclose(found.score, fed.gather(1, classes[:, None])[:, 0], atol=1e-5)
-    assert float(found.remainder.abs().mean()) < 0.01 * float((found.score - found.baseline).abs().mean())
     grouped = part_contributions(score, parts, torch.arange(12) % 3, 3)
-    assert torch.allclose(grouped.score.float(), found.score, atol=1e-5)
+    assert torch.allclose(grouped.score.float(), fed.gather(1, classes[:, None])[:, 0], atol=1e-5)
+    assert gradient_activation(score, parts).shape == (4, 12)
     assert all(p.grad is None for p in explainer.parameters())
 
 
@@ -211,5 +201,3 @@ def test_bad_parts(some: Tracks) -> None:
         part_contributions(_bent, some, torch.tensor([0, 1, 2, 0]), 2)
     with pytest.raises(InputError, match="Expected at least 1 part and 2 pairs of orders, got 0 and 32"):
         sampled_part_contributions(_bent, some, torch.tensor([0, 0, 0, 0]), 0, generator=torch.Generator())
-    with pytest.raises(InputError, match="Expected a tolerance between 0 and 1, got 0"):
-        filter_contributions(_bent, some, tolerance=0.0)

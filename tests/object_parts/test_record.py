@@ -38,10 +38,9 @@ def _part(name: str, filters: tuple[int, ...]) -> PartContribution:
                 "shapley",
                 "share",
                 "share_of_score",
-                "integrated_share",
-                "integrated_null",
                 "gradient_activation",
                 "gradient_activation_share",
+                "gradient_activation_null",
                 "removal",
             ),
             SOME,
@@ -88,7 +87,6 @@ def test_contributions_hold_for_the_parts_they_were_measured_on() -> None:
         score_of="answers",
         method="exact",
         shapley_remainder_frac=0.0,
-        integrated_remainder_frac=0.01,
         standard_error=0.0,
         parts=(_part("head", (0, 2)), _part("leg", (1,))),
         removal_check={},
@@ -107,7 +105,7 @@ def test_the_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     file = _file(*THREE, unplaced_names=(UnplacedName(name="tail", filters=(1,), best_overlap=0.1),))
     path = file.write(tmp_path)
     assert PartsFile.read(tmp_path).model_dump_json() == file.model_dump_json()
-    assert json.loads(path.read_text())["schema"] == "partlens.parts/2"
+    assert json.loads(path.read_text())["schema"] == "partlens.parts/3"
 
 
 def test_mean_places_of_filters() -> None:
@@ -149,7 +147,7 @@ def test_renaming_finds_ids_before_names() -> None:
             lambda c: c["parts"][1]["filters"].append(c["parts"][0]["filters"][0]),
             "every filter in one part in .*, got 0 in part 1 and part 2. Keep one",
         ),
-        (lambda c: c.update(schema="partlens.parts/9"), "schema partlens.parts/2 in .*, got partlens.parts/9"),
+        (lambda c: c.update(schema="partlens.parts/9"), "schema partlens.parts/3 in .*, got partlens.parts/9"),
         (lambda c: c.pop("parts"), "the field parts of PartsFile in .*, got nothing. .*run partlens parts again"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from partlens.object_parts import shares
-from partlens.object_parts.contributions import FilterContributions, PartContributions
+from partlens.object_parts.contributions import PartContributions
 from partlens.object_parts.record import Contributions, NamedPart
 from partlens.object_parts.shares import PartShares, _part_labels, mean_contributions
 
@@ -18,21 +18,18 @@ SHAPLEY = torch.tensor([[2.0, 1.0, 0.5], [4.0, 1.0, 1.5], [3.0, -1.0, 1.0]])
 REMOVAL = torch.tensor([[3.0, 1.0, 0.5], [5.0, 2.0, 1.0], [4.0, -1.0, 0.0]])
 ORDINARY = torch.tensor([1.0, 2.0, 3.0])
 BASELINE = torch.tensor([-1.0, 0.0, 1.0])
-INTEGRATED = torch.tensor([[1.0, 1.0, 2.0], [2.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+GRADIENT = torch.tensor([[1.0, 1.0, 2.0], [2.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
 OUTPUTS = torch.tensor([[5.0, 0.0], [1.0, 8.0], [7.0, 2.0]])
 
 
 def _batch(rows: slice, sign: float = 1.0) -> PartShares:
     shapley, ordinary = sign * SHAPLEY[rows], sign * ORDINARY[rows]
     score = BASELINE[rows] + shapley.sum(1) + ordinary
-    zeros = torch.zeros(len(shapley), 4)
     parts = PartContributions(shapley, ordinary, score, BASELINE[rows], REMOVAL[rows], 0 * shapley + 0.25, ordinary)
-    filters = FilterContributions(zeros, ordinary, zeros, score, BASELINE[rows], torch.full((len(shapley),), 0.5), 8)
-    drawn = torch.stack([INTEGRATED[rows], INTEGRATED[rows].flip(1)], 1)
+    drawn = torch.stack([GRADIENT[rows], GRADIENT[rows].flip(1)], 1)
     fed = torch.tensor([[1.0, 0.0]] * 3)[rows]
-    return PartShares(
-        parts, filters, INTEGRATED[rows], 2 * INTEGRATED[rows], drawn, torch.zeros(len(shapley), 3, 1, 1), fed, "exact"
-    )
+    filters, heat = torch.zeros(len(shapley), 4), torch.zeros(len(shapley), 3, 1, 1)
+    return PartShares(parts, filters, GRADIENT[rows], drawn, heat, fed, "exact")
 
 
 def _found(monkeypatch: pytest.MonkeyPatch, sign: float = 1.0) -> Contributions:
@@ -56,7 +53,6 @@ def test_every_number_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.interpretable_share.value == pytest.approx(13 / 19)
     assert found.ordinary_share.value == pytest.approx(6 / 19)
     assert found.shapley_remainder_frac == pytest.approx(0, abs=1e-12)
-    assert found.integrated_remainder_frac == pytest.approx(0.5 / (19 / 3))
     assert found.standard_error == 0.25
     assert found.score_of == "the performer's own prediction for each photo"
     head, rest, leg = found.parts
@@ -65,16 +61,16 @@ def test_every_number_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert head.shapley.value == 3
     assert (head.share.value, rest.share.value, leg.share.value) == pytest.approx((9 / 13, 1 / 13, 3 / 13))
     assert head.share_of_score.value == pytest.approx(9 / 19)
-    assert (head.integrated_share.value, rest.integrated_share.value) == pytest.approx((0.4, 0.2))
-    assert head.gradient_activation.value == pytest.approx(8 / 3)
-    assert head.gradient_activation_share.value == pytest.approx(0.4)
+    assert head.gradient_activation.value == pytest.approx(4 / 3)
+    shares_by_it = head.gradient_activation_share.value, rest.gradient_activation_share.value
+    assert shares_by_it == pytest.approx((0.4, 0.2))
     assert head.removal.value == 4
     assert head.predicted == (2.0, 4.0, 3.0)
     assert head.measured == (3.0, 5.0, 4.0)
     # Two draws of the filters: as they are, and with the first and last part swapped, over all photos together.
-    assert head.integrated_null.value == pytest.approx((0.4 + 0.4) / 2)
-    assert rest.integrated_null.value == pytest.approx(0.2)
-    assert (head.integrated_null.n, head.integrated_null.unit) == (2, "draws")
+    assert head.gradient_activation_null.value == pytest.approx((0.4 + 0.4) / 2)
+    assert rest.gradient_activation_null.value == pytest.approx(0.2)
+    assert (head.gradient_activation_null.n, head.gradient_activation_null.unit) == (2, "draws")
 
 
 def test_each_measure_is_checked_against_removal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +78,7 @@ def test_each_measure_is_checked_against_removal(monkeypatch: pytest.MonkeyPatch
     sizes = torch.tensor([2.0, 1.0, 1.0])
     for name, predicted in (
         ("shapley", SHAPLEY),
-        ("integrated_gradients", INTEGRATED),
-        ("gradient_activation", 2 * INTEGRATED),
+        ("gradient_activation", GRADIENT),
         ("part_size", SHAPLEY.sum(1, keepdim=True) * sizes / 4),
     ):
         correlation, slope = _line(predicted, REMOVAL)

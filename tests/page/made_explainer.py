@@ -26,6 +26,7 @@ from partlens.evaluation.results import (
     GalleryFilter,
     GalleryPhoto,
     LayerScores,
+    PartsAlone,
     PerformerScores,
 )
 from partlens.explainer.config import ExplainerConfig
@@ -62,6 +63,15 @@ def scores(**changes: Any) -> LayerScores:
     return LayerScores(**found, by_category={"fox": CategoryScores(**found, filters=2)})
 
 
+def parts_alone(kept: dict[str, Any]) -> PartsAlone:
+    """Return what part filters keep by themselves, and their nulls."""
+    fed = {}
+    for name, share, variance in (("parts", 0.37, 0.12), ("other_photo", 0.05, -0.4), ("nothing", 0.01, -0.6)):
+        variances = {**kept["variance_kept"], "layer4.1": estimate(variance)}
+        fed[name] = Fidelity(**{**kept, "agreement_top1": estimate(share), "variance_kept": variances})
+    return PartsAlone(**fed)
+
+
 def evaluation(**changes: Any) -> Evaluation:
     """Return an evaluation, some fields changed; those of its photos and its fidelity by ``data`` and ``kept``."""
     data = {
@@ -77,7 +87,7 @@ def evaluation(**changes: Any) -> Evaluation:
     kept = {
         "agreement_top1": estimate(0.83, 0.05),
         "agreement_top1_background": estimate(0.9),
-        "relative_error": {"layer4.0": estimate(0.21), "layer4.1": estimate(0.17)},
+        "variance_kept": {"layer4.0": estimate(0.79), "layer4.1": estimate(0.83)},
         "errors_by": "logistic head",
         "performer_error_percent": estimate(0.8, 0.5),
         "explainer_error_percent": estimate(2.4, 1.0),
@@ -101,9 +111,8 @@ def evaluation(**changes: Any) -> Evaluation:
         "instability_minus_null": {kind: estimate(None) for kind in ("random", "centre", "corner")},
         "same_peak": None,
         "p": estimate(0.42, 0.03),
-        "p_optimum": estimate(None),
-        "p_rescaling_error": math.nan,
         "reconstruction": Fidelity(**kept),
+        "parts_alone": parts_alone(kept),
         "part_interpretability": None,
         "filters": {
             "explainer": (filter_scores(0, 0.08, 0.6, "head"), filter_scores(1, math.nan, math.nan, None, dead=True)),
@@ -185,7 +194,7 @@ def history(**changes: Any) -> History:
     epochs = (
         {"epoch": 1, **warm},
         {"epoch": 2, "reconstruction": 2.1e6, "share": 3e5, **joint},
-        {"epoch": 3, "reconstruction": 1.9e6, "share": 3e5, "relative_error": 0.2, **joint},
+        {"epoch": 3, "reconstruction": 1.9e6, "share": 3e5, **joint},
     )
     return History(**{"epochs": epochs, **changes})
 

@@ -173,7 +173,7 @@ def explanation(folder: Path, image: str, names: tuple[str, ...], seed: int = 0,
             }
         )
     return {
-        "schema": "partlens.explanation/2",
+        "schema": "partlens.explanation/3",
         "image": image,
         "path": f"photos/{image}",
         "size_px": [640, 480],

@@ -107,8 +107,8 @@ def test_networks_with_fewer_filters_leave_empty_cards(tmp_path, numbers):
     assert page(tmp_path, layers=layers).count('<div class="card empty"></div>') == 1
 
 
-def test_round_fields_are_said_to_be_the_theory(tmp_path):
-    text = Page(page(tmp_path, fields="analytic", covering=None)).text
-    assert "Nothing was covered: round fields as wide as filters could read in theory" in text
-    assert "the explainer's 275 px, the performer's 211 px" in text
+def test_without_covering_the_line_is_round_what_the_mask_keeps(tmp_path):
+    text = Page(page(tmp_path, fields="mask", covering=None)).text
+    assert "inside the white line lies what the mask keeps around it" in text
+    assert "a filter of the explainer could read 275 px, one of the performer 211 px" in text
     assert "Of the filters shown" not in text

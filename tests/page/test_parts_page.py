@@ -27,10 +27,9 @@ def contributed(name, filters, share):
         "shapley": estimate(share),
         "share": estimate(share),
         "share_of_score": estimate(share / 10),
-        "integrated_share": estimate(share + 0.02),
-        "integrated_null": estimate(share + 0.3, 0.1, 20, "draws"),
         "gradient_activation": estimate(0.1),
-        "gradient_activation_share": estimate(None),
+        "gradient_activation_share": estimate(share + 0.02),
+        "gradient_activation_null": estimate(share + 0.3, 0.1, 20, "draws"),
         "removal": estimate(0.2),
         "predicted": [share, 0.5],
         "measured": [share + 0.1, 0.4],
@@ -51,7 +50,7 @@ def run(tmp_path):
     ]
     check = {"correlation": estimate(0.91), "slope": estimate(1.2), "null_correlation": estimate(0.1), "pairs": 126}
     content = {
-        "schema": "partlens.parts/2",
+        "schema": "partlens.parts/3",
         "rule": "landmarks",
         "config": {},
         "photos": 63,
@@ -95,12 +94,9 @@ def run(tmp_path):
             "interpretable_share": estimate(0.113),
             "ordinary_share": estimate(0.887),
             "shapley_remainder_frac": 0.0,
-            "integrated_remainder_frac": 0.014,
             "standard_error": 0.0,
             "parts": [contributed("face <b>", [0, 1], 0.72), contributed("other", [2, 3, 4], 0.28)],
-            "removal_check": dict.fromkeys(
-                ("shapley", "integrated_gradients", "gradient_activation", "part_size"), check
-            ),
+            "removal_check": dict.fromkeys(("shapley", "gradient_activation", "part_size"), check),
         },
         "command": "partlens parts run",
         "versions": {},
@@ -123,13 +119,14 @@ def text_of(run):
 def test_the_chapter_says_parts_shares_nulls_and_checks(run):
     text = text_of(run)
     for words in (
-        "Of what parts add to the score: face <b> 72.0 % (2 filters), other 28.0 % (3 filters).",
-        "Together they add 11 % of the score; the ordinary track adds the rest.",
+        "The explainer's filters by the part where they peak: face <b> 2, other 3.",
+        "On the performer itself Not in this run. What the parts carry of the network's own score is measured by",
+        "The parts add 11.3 % [",
+        "of the rise, which follows p, a price. A share counts filters as well as parts: grey is what as many random",
         "nearer than 20 % of the diagonal and predicts the landmark's position with R² above 0.0450",
         "Of filters with random peaks 1 % would get a part.",
         "No filter has the part front_legs.",
         "Names that fit no part found now, kept in parts.json: tail.",
-        "integrated gradients miss 1.4 % of the rise",
         "gradient × activation (the papers)",
         "0.910",
         "head: filters 4, 7",
@@ -162,7 +159,7 @@ def test_parts_without_landmarks_stand_nowhere_in_words(run):
 def test_parts_that_were_joined_since_have_no_contributions(run):
     changed(run, lambda c: c["parts"][0].update(name="other"))
     text = text_of(run)
-    assert "The filters by part: other 5 filters." in text
+    assert "filters by the part where they peak: other 5." in text
     assert "measured on other parts than these: run partlens parts again" in text
     assert "0.910" not in text
 
@@ -174,16 +171,16 @@ def test_a_name_that_was_edited_keeps_its_contributions(run):
 
 def test_a_run_without_parts_has_no_chapter(run):
     (run / "parts.json").unlink()
-    assert "Parts of filters" not in text_of(run)
+    assert "Parts of the explainer" not in text_of(run)
 
 
 def test_files_that_cannot_be_shown(run):
     changed(run, lambda c: c.update(schema="partlens.parts/9"))
     with pytest.raises(
-        RunError, match=r"schema partlens\.parts/2 in .*, got partlens\.parts/9\. .* run partlens parts again"
+        RunError, match=r"schema partlens\.parts/3 in .*, got partlens\.parts/9\. .* run partlens parts again"
     ):
         collect_page(run)
-    changed(run, lambda c: c.update(schema="partlens.parts/2"))
+    changed(run, lambda c: c.update(schema="partlens.parts/3"))
     (run / "parts" / "1.png").unlink()
     with pytest.raises(RunError, match="Expected a picture .*1.png, got nothing there. Run partlens parts again"):
         collect_page(run)

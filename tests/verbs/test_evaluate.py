@@ -15,7 +15,7 @@ from torch import nn
 import partlens
 from partlens.data.images import ImageSet
 from partlens.errors import AtWorkError
-from partlens.evaluation.explainer_evaluation import EvaluationRows, Need
+from partlens.evaluation.explainer_evaluation import EvaluationRows
 from partlens.evaluation.results import Evaluation, Gallery
 from partlens.explainer.config import ExplainerConfig
 from partlens.network.performer import Performer
@@ -186,53 +186,25 @@ def test_errors_of_a_single_logistic_output_are_of_its_sign(
     assert result.reconstruction.performer_error_percent.value == pytest.approx(100 * np.mean(wrong))
 
 
-@pytest.mark.parametrize(
-    ("known", "categories", "rows", "count", "words"),
-    [
-        (
-            (RED,),
-            (RED,),
-            (3, 5, 7, 11),
-            8,
-            "3 held-out photos of petal-red, 5 others, since the category is classified against them",
-        ),
-        (
-            (),
-            (RED,),
-            (3, 5, 7, 11),
-            26,
-            "18 training photos, since the category is classified against them and the logistic head",
-        ),
-        (
-            (RED, "blue"),
-            (RED, "blue"),
-            (3, 5, 7, 11),
-            15,
-            "since the category is classified against them and training photos decide to",
-        ),
-        ((), (RED, "blue"), (3, 0, 7, 0), 10, "7 training photos, since training photos decide to which category"),
-        ((), (RED,), (3, 0, 7, 0), 3, "reads 3 held-out photos of petal-red"),
-        ((), ("",), (3, 0, 7, 0), 3, "reads 3 held-out photos"),
-    ],
-)
-def test_training_photos_are_read_where_something_is_fitted_on_them(
-    tiny: Performer, known: tuple[str, ...], categories: tuple[str, ...], rows: Any, count: int, words: str
-) -> None:
-    performer = dataclasses.replace(tiny, class_names=known or None)
-    held, others, train, train_others = map(range, rows)
+def test_what_is_read_is_said() -> None:
     none = torch.zeros(0, dtype=torch.long)
-    chosen = EvaluationRows(held, others, train, train_others, none, none)
-    need = Need.of(chosen, performer, categories)
-    assert need.photos(chosen) == count
-    said = need.words(chosen, categories)
-    assert words in said
-    assert "since" in said or words == said
+    several = EvaluationRows(range(3), range(5), range(7), none, none).words((RED, "blue"))
+    assert several.startswith("reads 3 held-out photos of petal-red, blue, 5 others, 7 training photos, since the cat")
+    assert several.endswith("and training photos decide to which category a filter belongs")
+    assert EvaluationRows(range(3), (), (), none, none).words(("",)) == "reads 3 held-out photos"
 
 
-def test_p_of_least_objective_and_rescaling_stand_beside_p(run: Path, few_flowers: ImageSet, tiny: Performer) -> None:
+def test_beside_p_stands_what_the_part_filters_keep_alone(run: Path, few_flowers: ImageSet, tiny: Performer) -> None:
     result = evaluate(run, few_flowers, model=tiny, gallery="none", rounds=5)
-    assert 0 < result.p_optimum.low <= result.p_optimum.value <= result.p_optimum.high < 1
-    assert result.p_rescaling_error < 1e-4
+    alone = result.parts_alone
+    for kind in (result.reconstruction, alone.parts, alone.other_photo, alone.nothing):
+        assert set(kind.variance_kept) == set(result.reconstruction.variance_kept)
+        assert kind.agreement_top1.n == result.data.photos
+        assert kind.performer_error_percent == result.reconstruction.performer_error_percent
+    # With nothing at all every photo gets one answer and one reconstruction, which no target varies with.
+    assert all(kept.value <= 0 for kept in alone.nothing.variance_kept.values())
+    last = list(alone.parts.variance_kept)[-1]
+    assert alone.parts.variance_kept[last].value < result.reconstruction.variance_kept[last].value
 
 
 def test_intervals_range_over_photos_not_crops(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
@@ -255,8 +227,7 @@ def test_intervals_range_over_photos_not_crops(run: Path, tiny: Performer, few_f
         pairs.explainer.silent_frac,
         pairs.nulls["random"].border_frac,
         pairs.reconstruction.agreement_top1,
-        pairs.p_optimum,
-        *pairs.reconstruction.relative_error.values(),
+        *pairs.reconstruction.variance_kept.values(),
     ):
         assert found.n == photos
     assert pairs.reconstruction.error_increase_points.n < whole.reconstruction.error_increase_points.n
@@ -269,7 +240,7 @@ def test_photos_without_a_training_split_can_be_measured(run: Path, tiny: Perfor
     elsewhere = dataclasses.replace(few_flowers, splits=("test",) * len(few_flowers))
     found = evaluate(run, elsewhere, model=tiny, gallery="none", rounds=5)
     assert found.data.photos == few_flowers.category_counts()[RED]
-    assert found.reconstruction.errors_by is None
+    assert found.reconstruction.errors_by == "logistic head"  # it was fitted on the fit's photos
 
 
 def test_one_verb_writes_at_a_time_and_a_refused_one_changes_nothing(
@@ -297,7 +268,6 @@ def test_rounds_widen_no_value_and_narrow_the_doubt_of_intervals(
     for name in ("instability", "peak_spread_cells"):
         assert few.explainer.of(name).value == more.explainer.of(name).value
         assert few.explainer.of(name).interval != more.explainer.of(name).interval
-    assert few.p_optimum.value == more.p_optimum.value
     assert few.reconstruction.error_increase_points.interval != more.reconstruction.error_increase_points.interval
 
 

@@ -25,15 +25,18 @@ from torch import nn
 import partlens
 from partlens.data.images import ImageSet
 from partlens.errors import AtWorkError, InputError, LayerError, RunError
-from partlens.explainer.teachers import later_places
+from partlens.evaluation.results import PriceCurve
+from partlens.explainer.teachers import find_teachers
 from partlens.network.graph import trace
 from partlens.network.performer import Performer
+from partlens.object_parts.finding import found_places
 from partlens.progress import Progress
 from partlens.records import sole_writer, write_json, write_tensors
 from partlens.run import UsedPhotos
 from partlens.verbs import fit_explainer as verb
 from partlens.verbs.evaluate import evaluate
 from partlens.verbs.fit_explainer import fit_explainer, load_explainer
+from partlens.verbs.inspection import inspect
 from partlens.verbs.runs import layers, report
 
 SMALL: dict[str, Any] = {
@@ -250,7 +253,8 @@ def test_explainer_cls_learns_from_the_performers_own_classes(
     fitted = fit_explainer(flower_judge, few_flowers, out=tmp_path / "cls", category=RED, config=settings, seeds=1)
     assert all("classification" in record for record in fitted.history if record["phase"] == "joint")
     result = evaluate(tmp_path / "cls", few_flowers, model=flower_judge, gallery="none", rounds=5)
-    assert not result.p_optimum.defined
+    assert result.reconstruction.errors_by == "performer"
+    assert not (tmp_path / "cls" / "curve.json").exists()  # prices are those of a reconstruction
     nameless = Performer(tiny.module, "nameless", tiny.preprocessing, "x", "relu2")
     with pytest.raises(ValueError, match="a performer with an output for each category"):
         fit_explainer(nameless, few_flowers, out=tmp_path / "no", category=RED, config=settings, seeds=1)
@@ -351,7 +355,7 @@ def test_the_refusal_names_what_differs(run: Path, tiny: Performer, few_flowers:
         ({"config": SMALL | {"views": 4}}, "views = 3, not 4"),
         ({"background": 5}, r"background = \d+, not 5"),
         ({"targets": ["relu4"]}, "targets = .*, not relu4"),
-        ({"places_of": later_places}, "places = later, not partlens.explainer.teachers:later_places"),
+        ({"places_of": found_places}, "places = found, not partlens.object_parts.finding:found_places"),
     ):
         with pytest.raises(RunError, match=f"holds a run with {message}"):
             fit_explainer(tiny, few_flowers, **(given | changes))
@@ -416,14 +420,74 @@ def test_a_fit_reads_a_photo_twice_hashes_it_once_and_caches_its_maps_once(
 def test_teachers_may_come_from_elsewhere(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
     asked: list[int] = []
 
-    def middle(_: Any, data: Any, category: int, __: torch.Generator) -> Any:
+    def middle(_: Any, data: Any, category: int) -> Any:
         asked.append(category)
-        return lambda number: torch.rand(data.photos, 20, 2, generator=torch.Generator().manual_seed(number))
+        return torch.rand(data.photos, 20, 2, generator=torch.Generator().manual_seed(0))
 
     given: dict[str, Any] = {"category": RED, "config": SMALL, "seeds": 1}
     fitted = fit_explainer(tiny, few_flowers, out=tmp_path / "run", places_of=middle, **given)
     assert asked == [0]
     assert fitted.record.places.endswith("middle")
+
+
+def test_the_parts_that_an_inspection_found_teach(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are taken as they are, by their finder, and nothing is searched again."""
+    inspected = inspect(tiny, few_flowers, out=tmp_path / "seen", config={"photos": 12, "views": 2, "background": 4})
+    taught: list[torch.Tensor] = []
+
+    def watched(explainer: Any, data: Any, places_of: Any) -> Any:
+        taught.append(places_of(explainer, data, 0))
+        return find_teachers(explainer, data, places_of)
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr("partlens.explainer.training.find_teachers", watched)
+    monkeypatch.setattr("partlens.object_parts.finding.search", never)
+    given: dict[str, Any] = {"category": RED, "config": SMALL, "inspection": tmp_path / "seen"}
+    fitted = fit_explainer(tiny, few_flowers, out=tmp_path / "run", **given)
+    assert fitted.record.places == f"inspection {inspected.tensors_sha256[:12]}"
+    found = inspected.category(RED)
+    assert found is not None
+    assert taught[0].shape[1] == 8  # what the search chose, of which the inspection keeps what the photos support
+    mean = taught[0].mean(0)
+    for part in found.parts:
+        assert float((mean - torch.tensor(part.place)).norm(dim=1).min()) < 0.1
+    # In the inspection's own folder it is taken without being named.
+    again = fit_explainer(tiny, few_flowers, out=tmp_path / "seen", category=RED, config=SMALL)
+    assert again.record.places == fitted.record.places
+
+
+def test_an_inspection_without_the_category_is_refused(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    config = {"photos": 12, "views": 2, "background": 4}
+    inspect(tiny, few_flowers, out=tmp_path / "seen", category=RED, config=config)
+    with pytest.raises(RunError, match=r"an inspection of petal-blue in .*seen, got petal-red\. Inspect these"):
+        fit_explainer(
+            tiny, few_flowers, out=tmp_path / "b", category="petal-blue", config=SMALL, inspection=tmp_path / "seen"
+        )
+
+
+def test_beside_p_a_fit_says_what_part_filters_keep_alone(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    told = io.StringIO()
+    show = Progress(Console(file=told, width=600))
+    run = tmp_path / "run"
+    fitted = fit_explainer(tiny, few_flowers, out=run, category=RED, config=SMALL, progress=show)
+    curve = PriceCurve.read(run)
+    assert fitted.record.seeds == 1
+    assert curve.points[0].p == pytest.approx(fitted.record.p_by_seed[0])
+    assert [point.eta for point in curve.points] == pytest.approx([1e6, 3e6, 1e7, 3e7])
+    assert [point.p for point in curve.points] == sorted(point.p for point in curve.points)
+    held = len(few_flowers.indices(RED, "test"))
+    for point in curve.points:
+        for kept in (point.reconstruction, point.parts_alone.parts, point.parts_alone.other_photo):
+            assert kept.agreement_top1.n == curve.photos == held
+            assert kept.errors_by == "logistic head"
+    assert "a price: with the ordinary track silent the part filters keep" in told.getvalue()
+    assert not (run / "cache").exists()
 
 
 def test_a_long_fit_says_beforehand_how_long_it_takes_and_what_is_faster(

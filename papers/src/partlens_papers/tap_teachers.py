@@ -28,9 +28,11 @@ from torch import Tensor
 
 from partlens.errors import ImageError, expected
 from partlens.explainer.network import Explainer
-from partlens.explainer.teachers import Source, centroids, places_in_view
+from partlens.explainer.teachers import places_in_view
 from partlens.explainer.templates import PEAK_POWER, mask_at_peak, peak_cells, peak_masks
-from partlens.explainer.views import NORM_SAMPLE, TrainingMaps, gather
+from partlens.explainer.views import NORM_SAMPLE, TrainingMaps, epoch_generator, gather
+from partlens.object_parts.candidates import centroids, chosen_parts
+from partlens.object_parts.inspection import FindingConfig
 
 CLUSTERS = (6, 8, 12, 16)
 ROUNDS = 12
@@ -270,13 +272,9 @@ def tap_parts(data: TrainingMaps, category: int, generator: torch.Generator) -> 
     )
 
 
-def tap_places(
-    explainer: Explainer,  # noqa: ARG001 -- as every source of places
-    data: TrainingMaps,
-    category: int,
-    generator: torch.Generator,
-) -> Source:
+def tap_places(explainer: Explainer, data: TrainingMaps, category: int) -> Float[Tensor, "photo part 2"]:
     """Return where the parts of the tap are: a source of places for :func:`partlens.fit_explainer`."""
+    generator = epoch_generator(explainer.config.seed, -1 - category)
     parts, own = tap_parts(data, category, generator), data.own(category)
 
     def places(number: int) -> Tensor:
@@ -285,4 +283,4 @@ def tap_places(
         with torch.no_grad():
             return torch.cat([centroids(parts.maps(gather(data.tap, piece)), PEAK_POWER) for piece in pieces])
 
-    return places
+    return chosen_parts(places, data.windows[own], explainer.config.teachers, FindingConfig().variety).places

@@ -283,8 +283,8 @@ def test_a_result_of_other_defaults_is_not_taken_for_this_one(
     flower_folder: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The preset keeps its name when a later version changes what it means.
-    monkeypatch.setitem(ExplainerConfig.PRESETS["partlens"], "teacher_variety", 0.125)
-    with pytest.raises(RunError, match=r"\(fields.teacher_variety: 0.5 there, 0.125 here\)"):
+    monkeypatch.setitem(ExplainerConfig.PRESETS["partlens"], "weight_decay", 0.125)
+    with pytest.raises(RunError, match=r"\(fields.weight_decay: 0.05 there, 0.125 here\)"):
         make("instability", flower_folder, begun)
     one = planned("p", flower_folder, performers=TRAINED, methods={"train": {"epochs": 1}})
     told = planned("p", flower_folder, performers=TRAINED, methods={"train": {"epochs": 1, "momentum": 0.9}})

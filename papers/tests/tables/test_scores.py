@@ -118,7 +118,7 @@ def test_scores_of_an_evaluation_are_rows() -> None:
         "same_peak": {"explainer_largest": {"instability": cell(0.4)}},
         "p": cell(0.7),
         "reconstruction": {
-            "relative_error": {"first": cell(0.9), "last": cell(0.25)},
+            "variance_kept": {"first": cell(0.1), "last": cell(0.75)},
             "performer_error_percent": cell(4.0),
             "explainer_error_percent": cell(6.0),
         },

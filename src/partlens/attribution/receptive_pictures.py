@@ -288,17 +288,6 @@ def _effective_side_px(fields: Float[Tensor, "filter row col"]) -> Float[Tensor,
     return torch.where(total[:, 0] > 0, side, torch.nan).float()
 
 
-def round_fields(size_px: tuple[int, int], diameters_px: Float[Tensor, " filter"]) -> Float[Tensor, "filter row col"]:
-    """Return discs around the centre of a canvas of twice the input's size: a round field per filter.
-
-    Laid at each active cell (`regions`), these overlap to the pictures of the paper's appendix, where "a round RF for
-    each neural activation" is drawn (ICLR 2020 submission, App. B); what diameter it has there is not said.
-    """
-    row, col = (torch.arange(-side, side, dtype=torch.float64) for side in size_px)
-    distance = torch.sqrt(row[:, None] ** 2 + col[None, :] ** 2)
-    return (distance[None] <= diameters_px.double()[:, None, None] / 2).float()
-
-
 def regions(
     maps: Float[Tensor, "shown row col"],
     fields: Float[Tensor, "filter row2 col2"],
@@ -314,7 +303,7 @@ def regions(
 
     Args:
         maps: one map for each picture wanted, non-negative.
-        fields: from `occlusion_receptive_fields` or `round_fields`, twice the input's size.
+        fields: from `occlusion_receptive_fields`, twice the input's size.
         of: for each map which field is its filter's.
         thresholds: for each map the value from which a cell is active.
         receptive: where the cells are located.

@@ -149,11 +149,11 @@ class StrongFilter(Value):
 
     Attributes:
         filter: its number.
-        integrated_gradients: what it adds, in units of the score.
+        gradient_activation: what it adds by gradient times activation, in units of the score.
     """
 
     filter: int
-    integrated_gradients: float
+    gradient_activation: float
 
 
 class PartShare(Value):
@@ -166,10 +166,9 @@ class PartShare(Value):
         share_of_score: of the rise of the score; ``nan`` where it does not rise.
         shapley: in units of the score.
         standard_error: of it; 0 where it is exact.
-        integrated_gradients: what it adds by integrated gradients.
-        integrated_share: of what all parts add by them.
+        gradient_activation: what it adds by gradient times activation.
+        gradient_activation_share: of what all parts add by it.
         null: the same share of as many filters drawn at random.
-        gradient_activation: by gradient times activation.
         removal: fall of the score without the part.
         heat: file that shows where the contribution comes from.
         top_filters: those that add or take most.
@@ -181,10 +180,9 @@ class PartShare(Value):
     share_of_score: Number
     shapley: float
     standard_error: float
-    integrated_gradients: float
-    integrated_share: Number
-    null: Estimate
     gradient_activation: float
+    gradient_activation_share: Number
+    null: Estimate
     removal: float
     heat: str
     top_filters: tuple[StrongFilter, ...]
@@ -207,9 +205,7 @@ class ExplainedByParts(Value):
         ordinary: Shapley value of the ordinary track.
         ordinary_standard_error: of it.
         ordinary_share: its share of the rise; ``nan`` likewise.
-        ordinary_integrated: by integrated gradients.
         remainder: of the rise, what the Shapley values miss.
-        integrated_remainder: what the integrated gradients miss.
         parts: in the order of ``parts.json``.
         headline: what each part adds, in words.
     """
@@ -227,9 +223,7 @@ class ExplainedByParts(Value):
     ordinary: float
     ordinary_standard_error: float
     ordinary_share: Number
-    ordinary_integrated: float
     remainder: float
-    integrated_remainder: float
     parts: tuple[PartShare, ...]
     headline: str
 
@@ -299,7 +293,7 @@ class ExplanationRecord(Record):
     """
 
     FILE = "explanation.json"
-    SCHEMA = "partlens.explanation/2"
+    SCHEMA = "partlens.explanation/3"
     AGAIN = "Run partlens explain again"
 
     image: str

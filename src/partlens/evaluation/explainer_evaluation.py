@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -15,8 +16,9 @@ from partlens.estimate import Estimate
 from partlens.evaluation.fidelity import (
     Answers,
     FedBack,
+    FedIn,
     LostVariance,
-    ShareCurve,
+    fed_in,
     measure_fidelity,
     own_columns,
     share_estimate,
@@ -39,12 +41,13 @@ from partlens.evaluation.results import (
     FilterScores,
     LayerScores,
     PartInterpretability,
+    PartsAlone,
     PerformerScores,
+    PricePoint,
     SamePeak,
 )
-from partlens.explainer.network import TRACK_REACH_CELLS, Explainer, performer_head
-from partlens.explainer.terms import RECONSTRUCTION_WEIGHT
-from partlens.metrics.faithfulness import class_outputs
+from partlens.explainer.network import TRACK_REACH_CELLS, Explainer, NormedTracks, performer_head
+from partlens.metrics.faithfulness import class_outputs, logistic_head
 from partlens.metrics.localisation import Peaks, peaks_from_cells
 from partlens.metrics.scores import LocalisationScores
 from partlens.network.performer import Performer
@@ -54,6 +57,9 @@ from partlens.run import versions
 
 BATCH = 32
 
+Lesson = tuple[Float[Tensor, "photo feature"], Int[Tensor, " photo"]]
+"""Features of training photos at the last target, averaged over cells, and their labels from 0."""
+
 
 @dataclass(frozen=True)
 class EvaluationRows:
@@ -62,9 +68,7 @@ class EvaluationRows:
     Attributes:
         held: held-out photos of the categories: every score is of these.
         held_others: held-out photos of other categories, for the error increase.
-        train: training photos of the categories; on them a logistic head is fitted, and they decide which of several
-            categories a filter belongs to.
-        train_others: training photos of other categories, for the head.
+        train: training photos of several categories, which decide to which of them a filter belongs; else empty.
         labels: the category of each of ``held``, an index.
         train_labels: of each of ``train``.
     """
@@ -72,54 +76,25 @@ class EvaluationRows:
     held: Sequence[int]
     held_others: Sequence[int]
     train: Sequence[int]
-    train_others: Sequence[int]
     labels: Int[Tensor, " image"]
     train_labels: Int[Tensor, " photo"]
 
+    def words(self, categories: Sequence[str]) -> str:
+        """Say what is read and why, in one sentence.
 
-@dataclass(frozen=True)
-class Need:
-    """Which photos an evaluation reads, and why: no training photos where nothing is fitted on them.
-
-    Attributes:
-        others: held-out photos of other categories: one category is classified against them.
-        head: training photos: a logistic head is fitted on them, since the performer has no output of the category.
-        share: training photos of the categories: they decide to which of several a filter belongs.
-    """
-
-    others: bool
-    head: bool
-    share: bool
-
-    @classmethod
-    def of(cls, rows: EvaluationRows, performer: Performer, categories: Sequence[str]) -> Need:
-        """Return what is needed for some rows."""
-        several, own = len(categories) > 1, own_columns(performer, categories) is not None
-        others = bool(rows.held_others and rows.train and rows.train_others)
-        return cls(others, not own and (several or others), several)
-
-    def photos(self, rows: EvaluationRows) -> int:
-        """Count the photos that are read."""
-        return len(rows.held) + (len(rows.held_others) if self.others else 0) + self._training(rows)
-
-    def _training(self, rows: EvaluationRows) -> int:
-        if not self.head and not self.share:
-            return 0
-        return len(rows.train) + (0 if self.share else len(rows.train_others))
-
-    def words(self, rows: EvaluationRows, categories: Sequence[str]) -> str:
-        """Say what is read and why, in one sentence."""
+        Example:
+            >>> none = torch.zeros(0, dtype=torch.long)
+            >>> EvaluationRows(range(4), range(3), (), none, none).words(["fox"])
+            'reads 4 held-out photos of fox, 3 others, since the category is classified against them'
+        """
         of = f" of {', '.join(categories)}" if any(categories) else ""
-        said, why = [f"{len(rows.held)} held-out photos{of}"], []
-        if self.others:
-            said.append(f"{len(rows.held_others)} others")
+        said, why = [f"{len(self.held)} held-out photos{of}"], []
+        if self.held_others:
+            said.append(f"{len(self.held_others)} others")
             why.append("the category is classified against them")
-        if self.head or self.share:
-            said.append(f"{self._training(rows)} training photos")
-        if self.share:
+        if self.train:
+            said.append(f"{len(self.train)} training photos")
             why.append("training photos decide to which category a filter belongs")
-        if self.head:
-            why.append("the logistic head that measures errors is fitted on training photos")
         return f"reads {', '.join(said)}{', since ' if why else ''}{' and '.join(why)}"
 
 
@@ -161,17 +136,23 @@ class _Layer:
 
 
 class _Pass:
-    """Photos streaming through performer and explainer."""
+    """Photos streaming through performer and explainer; without ``layers`` nothing is said of where filters peak."""
 
     def __init__(
-        self, performer: Performer, explainer: Explainer, images: ImageSet, advance: Callable[[int], None]
+        self,
+        performer: Performer,
+        explainer: Explainer,
+        images: ImageSet,
+        advance: Callable[[int], None],
+        *,
+        layers: bool = True,
     ) -> None:
         self.performer, self.explainer, self.images, self.advance = performer, explainer.eval(), images, advance
-        structure, config = explainer.structure, explainer.config
+        structure = explainer.structure
         self.head: nn.Module = performer_head(performer, structure)
-        self.layers = {name: _Layer() for name in ("explainer", structure.tap, self.top)}
-        self.lost = {name: LostVariance() for name in structure.targets}
-        self.curve = ShareCurve(config.eta, RECONSTRUCTION_WEIGHT)
+        self.layers = {name: _Layer() for name in (("explainer", structure.tap, self.top) if layers else ())}
+        self.lost = {kind: {name: LostVariance() for name in structure.targets} for kind in get_args(FedIn)}
+        self.before: Tensor | None = None
         self.regions: RegionPass | None = None
 
     @cached_property
@@ -190,52 +171,78 @@ class _Pass:
         }
 
     @torch.no_grad()
-    def read(self, rows: Sequence[int], *, localise: bool = False, follow: bool = False) -> FedBack:
-        """Return what both networks say of photos; keep peaks (``localise``) and activity of filters (``follow``)."""
+    def read(self, rows: Sequence[int], *, localise: bool = False) -> FedBack:
+        """Return what both networks say of photos; keep where filters peak and what targets lose (``localise``)."""
         structure, kept = self.explainer.structure, []
-        names = list(dict.fromkeys([structure.read, structure.tap, *structure.targets, self.top]))
+        shown = (structure.tap, self.top) if localise and self.layers else ()
+        names = list(dict.fromkeys([structure.read, *structure.targets, *shown]))
         for batch in stream(self.performer, self.images, rows, names, batch_size=BATCH):
             maps = {name: value.cpu() for name, value in batch.maps.items()}
-            output = self.explainer(maps[structure.read])
-            maps["explainer"] = output.interp2
-            if follow:
-                for name, layer in self.layers.items():
-                    layer.follow(maps[name])
+            tracks = self.explainer.normed_tracks(maps[structure.read])
             if localise:
-                self._localise(maps, output.reconstructions)
-            own, fed = maps[structure.targets[-1]], output.reconstructions[-1]
-            said = (class_outputs(self.head(of)[0]) for of in (own, fed))
-            kept.append((*said, _vector(own), _vector(fed)))
+                self._localise(maps | {"explainer": tracks.interp2})
+            kept.append(self._fed_back(tracks, [maps[name] for name in structure.targets], lose=localise))
             self.advance(len(batch.rows))
-        return FedBack(*map(torch.cat, zip(*kept, strict=True)))
+        # Outputs and features are joined apart, each over all batches.
+        fed = {kind: (_joined(kept, kind, 0), _joined(kept, kind, 1)) for kind in self.lost}
+        return FedBack(torch.cat([one.outputs for one in kept]), torch.cat([one.features for one in kept]), fed)
 
-    def _localise(self, maps: dict[str, Tensor], reconstructions: Sequence[Tensor]) -> None:
-        targets = [maps[name] for name in self.explainer.structure.targets]
-        self.curve.add(self.explainer, maps[self.explainer.structure.read], targets)
+    def _fed_back(self, tracks: NormedTracks, targets: Sequence[Tensor], *, lose: bool) -> FedBack:
+        """Feed each kind of what replaces the features of a batch back; count what the targets lose by it."""
+        fed = {}
+        for kind, encoded in fed_in(self.explainer, tracks, self.before).items():
+            decoded = self.explainer.decode(encoded, tracks.passing)
+            fed[kind] = (class_outputs(self.head(decoded[-1])[0]), _vector(decoded[-1]))
+            for lost, value, target in zip(self.lost[kind].values(), decoded, targets, strict=True):
+                if lose:
+                    lost.add(value, target)
+        self.before = tracks.interpretable[-1:]
+        return FedBack(class_outputs(self.head(targets[-1])[0]), _vector(targets[-1]), fed)
+
+    @torch.no_grad()
+    def follow(self, rows: Sequence[int]) -> None:
+        """Keep how strongly filters activate on photos that decide which category they belong to."""
+        structure = self.explainer.structure
+        for batch in stream(
+            self.performer, self.images, rows, [structure.read, structure.tap, self.top], batch_size=BATCH
+        ):
+            maps = {name: value.cpu() for name, value in batch.maps.items()}
+            maps["explainer"] = self.explainer.interpret(maps[structure.read])[1]
+            for name, layer in self.layers.items():
+                layer.follow(maps[name])
+            self.advance(len(batch.rows))
+
+    def _localise(self, maps: dict[str, Tensor]) -> None:
         for name, layer in self.layers.items():
             layer.add(maps[name], self.explainer, own=name == "explainer")
             if self.regions is not None:
                 self.regions.add(name, maps[name])
-        for lost, value, target in zip(self.lost.values(), reconstructions, targets, strict=True):
-            lost.add(value, target)
 
-    def answers(self, rows: EvaluationRows, categories: Sequence[str]) -> Answers:
+    def answers(self, rows: EvaluationRows, categories: Sequence[str], lesson: Lesson | None) -> Answers:
         """Read all photos that are needed."""
-        need, images = Need.of(rows, self.performer, categories), self.images
-        known = PartRegions.of(images, rows.held, self.performer.preprocessing)
+        images, columns = self.images, own_columns(self.performer, categories)
+        known = PartRegions.of(images, rows.held, self.performer.preprocessing) if self.layers else None
         if known is not None:
             self.regions = RegionPass(known, list(self.layers), rows.labels, len(categories))
+        if rows.train:
+            self.follow(rows.train)
         return Answers(
             held=self.read(rows.held, localise=True),
             labels=rows.labels,
-            photos=photo_numbers(images, [*rows.held, *(rows.held_others if need.others else ())]),
-            columns=own_columns(self.performer, categories),
-            train=self.read(rows.train, follow=need.share) if need.head or need.share else None,
-            others=self.read(rows.held_others) if need.others else None,
-            train_labels=rows.train_labels,
-            train_others=self.read(rows.train_others) if need.head and not need.share else None,
+            photos=photo_numbers(images, [*rows.held, *rows.held_others]),
+            columns=columns,
+            others=self.read(rows.held_others) if rows.held_others else None,
+            head=None if lesson is None or columns is not None else logistic_head(*lesson),
             categories=len(categories),
         )
+
+    def fidelity(self, answers: Answers, generator: torch.Generator, rounds: int) -> tuple[Fidelity, PartsAlone]:
+        """Measure what is left of the performer with both tracks, and with the part filters alone."""
+        fed = {
+            kind: measure_fidelity(answers, kind, lost, generator=generator, rounds=rounds)
+            for kind, lost in self.lost.items()
+        }
+        return fed.pop("reconstruction"), PartsAlone(**fed)
 
     def assigned(self, labels: Int[Tensor, " photo"], categories: int) -> dict[str, Int[Tensor, " filter"]]:
         """Return the category of each filter, by layer."""
@@ -285,11 +292,9 @@ class _Scoring:
         roles = {"explainer": "explainer", "tap": stage.explainer.structure.tap, "top": stage.top}
         return stage.regions.scores(fields, self.assigned, self.on.photos, roles, seed, self.on.rounds)
 
-    def optimum(self) -> Estimate:
-        stage = self.stage
-        if stage.explainer.config.objective != "reconstruction":
-            return Estimate.undefined()
-        return stage.curve.optimum(self.on.generator, self.on.photos, 10 * self.on.rounds)
+
+def _joined(kept: Sequence[FedBack], kind: FedIn, which: int) -> Tensor:
+    return torch.cat([one.fed[kind][which] for one in kept])
 
 
 def _vector(features: Tensor) -> Tensor:
@@ -303,6 +308,7 @@ def evaluate_explainer(
     data: EvaluatedData,
     shares: Sequence[float],
     *,
+    lesson: Lesson | None = None,
     seed: int = 0,
     rounds: int = ROUNDS,
     advance: Callable[[int], None] = lambda _: None,
@@ -315,6 +321,7 @@ def evaluate_explainer(
         rows: which photos to use for what.
         data: what the record says of the photos; its categories are those of the explainer.
         shares: p of every seed, the kept explainer's first.
+        lesson: what a head learns to tell the categories by, where the performer has no outputs for them.
         seed: of the nulls and the bootstrap.
         rounds: bootstrap rounds of the scores of peaks; those of fidelity have ten times as many.
         advance: called with the number of photos just done.
@@ -324,15 +331,14 @@ def evaluate_explainer(
     """
     images, performer, categories = frames.images, frames.performer, data.categories
     stage = _Pass(performer, explainer, images, advance)
-    answers = stage.answers(rows, categories)
+    answers = stage.answers(rows, categories, lesson)
     on = MeasuredPhotos.of(images, rows.held, performer, categories, rows.labels, seed=seed, rounds=rounds)
     scored = _Scoring(stage, on, stage.assigned(rows.train_labels, len(categories)))
     # One generator serves all bootstraps, so the order of what follows decides the intervals.
     nulls, differences = scored.nulls()
     explained = scored.layer("explainer")
-    fidelity = measure_fidelity(answers, stage.lost, generator=on.generator, rounds=10 * rounds)
+    reconstruction, alone = stage.fidelity(answers, on.generator, 10 * rounds)
     truth = images.part_truth
-    optimum = scored.optimum()
     evaluation = Evaluation(
         data=data,
         landmarks=on.landmark_counts,
@@ -342,15 +348,32 @@ def evaluate_explainer(
         instability_minus_null=differences,
         same_peak=scored.same_peak(),
         p=share_estimate(shares),
-        p_optimum=optimum,
-        p_rescaling_error=stage.curve.worst_rescaling,
-        reconstruction=fidelity,
+        reconstruction=reconstruction,
+        parts_alone=alone,
         part_interpretability=scored.part_regions(seed),
         filters=scored.filters(),
-        warnings=_warnings_for(explained, fidelity, data) + (() if truth is None else truth.warnings),
+        warnings=_warnings_for(explained, reconstruction, data) + (() if truth is None else truth.warnings),
         versions=versions(),
     )
     return evaluation, {name: scored.peaks(name) for name in stage.layers}
+
+
+def price_point(
+    explainer: Explainer,
+    performer: Performer,
+    images: ImageSet,
+    rows: EvaluationRows,
+    categories: Sequence[str],
+    lesson: Lesson | None,
+    seed: int,
+) -> PricePoint:
+    """Measure an explainer's p with what it and its part filters alone keep of the performer on held-out photos."""
+    stage = _Pass(performer, explainer, images, lambda _: None, layers=False)
+    answers = stage.answers(rows, categories, lesson)
+    reconstruction, alone = stage.fidelity(answers, torch.Generator().manual_seed(seed), 10 * ROUNDS)
+    return PricePoint(
+        eta=explainer.config.eta, p=float(explainer.p.detach()), reconstruction=reconstruction, parts_alone=alone
+    )
 
 
 def _warnings_for(scores: LocalisationScores, fidelity: Fidelity, data: EvaluatedData) -> tuple[str, ...]:

@@ -31,11 +31,10 @@ class GalleryPlan:
     """How much is spent on pictures.
 
     Attributes:
-        kind: ``quick``: 8 photos are covered at 121 places each (224 px, about 1,000 forward passes), and Grad-CAM is
-            joined of 24 photos; ``full``, as the released code does: 24 photos at 484 places, Grad-CAM of 100;
+        kind: ``quick``: Grad-CAM is joined of 24 photos, and where photos are covered, 8 are, at 121 places each (224
+            px, about 1,000 forward passes); ``full``, as the released code does: 100 and 24 photos, at 484 places;
             ``none``: no gallery.
-        fields: ``occlusion`` finds what a filter reads by covering; ``analytic`` takes the round field that it has in
-            theory at each active cell, as the papers' appendix does, and covers nothing.
+        fields: ``mask`` outlines the cells that the mask keeps; ``occlusion`` what a filter reads, found by covering.
         occlusion: how photos are covered, in pixels of the input.
         covered: photos that are covered.
         attention: photos of Grad-CAM.
@@ -66,7 +65,7 @@ class GalleryPlan:
         if kind not in get_args(GalleryKind):
             raise InputError(expected("gallery to be quick, full or none", f"{kind!r}", "Choose quick"))
         if fields not in get_args(FieldKind):
-            raise InputError(expected("fields to be occlusion or analytic", f"{fields!r}", "Choose occlusion"))
+            raise InputError(expected("fields to be mask or occlusion", f"{fields!r}", "Choose mask"))
         # Quick: twice the released stride and fewer photos. Full: as released, photos chosen out of 24 for all filters.
         quick = kind != "full"
         config = (OcclusionConfig(stride_px=18, images=4) if quick else OcclusionConfig()).scaled(size_px)

@@ -26,7 +26,6 @@ from partlens.attribution.receptive_pictures import (
     occlusion_receptive_fields,
     region_picture,
     regions,
-    round_fields,
 )
 from partlens.errors import StorageError, expected
 from partlens.estimate import Estimate, bootstrap
@@ -109,7 +108,7 @@ class _Looked:
     """What the shown filters read, by (position in shown, photo) where a photo is meant."""
 
     reads_px: Float[Tensor, " shown"]  # side of each filter's field; NaN where nothing was found
-    covered: OcclusionFields | None  # by covering; None for analytic fields
+    covered: OcclusionFields | None  # by covering
     regions: dict[tuple[int, int], np.ndarray]
     maps: dict[tuple[int, int], Float[Tensor, "row col"]]
 
@@ -147,30 +146,28 @@ class _Drawing:
 
     def look(self, advance: Callable[[int], None]) -> _Looked:
         """Find the fields of the shown filters, and their maps and regions on their photos."""
-        config, numbers = self.plan.occlusion, [one.joined for one in self.shown]
+        numbers = [one.joined for one in self.shown]
         covered = None
-        if self.plan.fields == "analytic":
-            reads = torch.tensor([math.sqrt(math.prod(self.theory[one.layer])) for one in self.shown])
-            fields = round_fields(self.size, reads)
-        else:
-            batch = self.frames.batch(self.pool)
+        if self.plan.fields == "occlusion":
+            batch, config = self.frames.batch(self.pool), self.plan.occlusion
             covered = occlusion_receptive_fields(
                 self.joined, batch, self.receptive, numbers, config=config, batch_size=BATCH, advance=advance
             )
-            reads, fields = covered.effective_px, covered.fields
         pieces = []
         for start in range(0, len(self.photos), BATCH):
             part = self.photos[start : start + BATCH]
             pieces.append(self.joined(self.frames.batch(part))[:, numbers])
             advance(len(part))
         maps = torch.cat(pieces)
-        thresholds = activation_thresholds(maps, images=config.images)
         pairs = [(n, photo) for n, one in enumerate(self.shown) for photo in one.photos]
+        own = {(n, photo): maps[self.photos.index(photo), n] for n, photo in pairs}
+        if covered is None:
+            return _Looked(torch.full((len(self.shown),), math.nan), None, {}, own)
         of = torch.tensor([n for n, _ in pairs])
-        own = maps[torch.tensor([self.photos.index(photo) for _, photo in pairs]), of]
-        drawn = regions(own, fields, of, thresholds[of], self.receptive)
-        found = {pair: region.numpy() for pair, region in zip(pairs, drawn, strict=True)}
-        return _Looked(reads, covered, found, dict(zip(pairs, own, strict=True)))
+        thresholds = activation_thresholds(maps, images=self.plan.occlusion.images)
+        drawn = regions(torch.stack(list(own.values())), covered.fields, of, thresholds[of], self.receptive)
+        read = {pair: region.numpy() for pair, region in zip(pairs, drawn, strict=True)}
+        return _Looked(covered.effective_px, covered, read, own)
 
     def photo(self, looked: _Looked, n: int, index: int) -> GalleryPhoto:
         """Draw a filter on one photo."""
@@ -178,10 +175,10 @@ class _Drawing:
         if index not in self._pictures:  # several filters may peak on one photo
             self._pictures[index] = small(self.frames.picture(index))
             save_photo(self.folder / f"photo-{index}.jpg", self._pictures[index])
-        picture, region = self._pictures[index], looked.regions[n, index]
+        picture, region = self._pictures[index], looked.regions.get((n, index))
         place = f"{one.layer}-{one.filter}-{index}.jpg"
         region_file = None
-        if region.any():
+        if region is not None and region.any():
             region_file = save_photo(self.folder / f"region-{place}", region_picture(picture, region))
         start, stride = grid_of(self.receptive)
         heat = upsampled(looked.maps[n, index][None, None], start, stride, self.size)[0, 0].clamp(min=0)

@@ -18,8 +18,8 @@ AGAIN = "Run evaluate again"
 
 ErrorsBy = Literal["performer", "logistic head"]
 GalleryKind = Literal["quick", "full", "none"]
-FieldKind = Literal["occlusion", "analytic"]
-"""What a filter reads: found by covering pieces of photos, or the round field that it has in theory."""
+FieldKind = Literal["mask", "occlusion"]
+"""What is outlined around a peak: cells that the mask keeps, or what a filter reads, found by covering photos."""
 
 
 class CategoryScores(LocalisationScores):
@@ -93,25 +93,74 @@ class SamePeak(Value):
 
 
 class Fidelity(Value):
-    """What is left of the performer when the reconstruction is fed back to it.
+    """What is left of the performer when its features at the targets are replaced and it goes on with them.
 
     Attributes:
         agreement_top1: photos whose strongest class stays the same.
         agreement_top1_background: the same of photos of other categories.
-        relative_error: per target, the share of its variance that is lost.
+        variance_kept: per target, the share of its variance that is kept: 1 is all of it, 0 what the constant mean
+            keeps, less than that what is worse than the mean.
         errors_by: whose errors the next three are; ``None`` where there is nothing to tell the categories from.
         performer_error_percent: on the performer's own features.
-        explainer_error_percent: on the reconstruction.
+        explainer_error_percent: on what replaces them.
         error_increase_points: the difference, by a paired bootstrap.
     """
 
     agreement_top1: Estimate
     agreement_top1_background: Estimate
-    relative_error: dict[str, Estimate]
+    variance_kept: dict[str, Estimate]
     errors_by: ErrorsBy | None
     performer_error_percent: Estimate
     explainer_error_percent: Estimate
     error_increase_points: Estimate
+
+
+class PartsAlone(Value):
+    """What the part filters hold by themselves: the explainer's ordinary track is silent and the decoder goes on.
+
+    Attributes:
+        parts: the part filters of each photo.
+        other_photo: a null, the part filters of another photo.
+        nothing: a null, both tracks silent.
+    """
+
+    parts: Fidelity
+    other_photo: Fidelity
+    nothing: Fidelity
+
+
+class PricePoint(Value):
+    """One point of the curve of p.
+
+    Attributes:
+        eta: price of the ordinary track.
+        p: learned under it.
+        reconstruction: what is left of the performer with both tracks.
+        parts_alone: the same with the ordinary track silent, and its nulls.
+    """
+
+    eta: float
+    p: float
+    reconstruction: Fidelity
+    parts_alone: PartsAlone
+
+
+class PriceCurve(Record):
+    """What a rising p costs: the fitted explainer, then others learned from it, measured on held-out photos.
+
+    Attributes:
+        photos: of the categories, of the split ``test``.
+        others: photos of other categories.
+        points: the fitted one first.
+    """
+
+    FILE = "curve.json"
+    SCHEMA = "partlens.curve/1"
+    AGAIN = "Delete the run and run fit-explainer again"
+
+    photos: int
+    others: int
+    points: tuple[PricePoint, ...]
 
 
 class RegionScores(Value):
@@ -180,10 +229,8 @@ class Evaluation(Record):
         instability_minus_null: the explainer's instability minus each null's, on the same photos.
         same_peak: layers read in one way; ``None`` where all are.
         p: learned weight of part filters against the ordinary ones; interval over seeds.
-        p_optimum: the p that would suit these photos best.
-        p_rescaling_error: how far the output moves when the interpretable track is scaled: 0 means that p cannot be had
-            by scale.
-        reconstruction: what is left of the performer.
+        reconstruction: what is left of the performer when the reconstruction of both tracks is fed back to it.
+        parts_alone: the same of the part filters by themselves, with its nulls; ``p`` is not read without it.
         part_interpretability: where the photos have regions of parts.
         filters: each filter of ``explainer`` and ``performer``.
         warnings: ways in which a low instability would mean nothing.
@@ -191,7 +238,7 @@ class Evaluation(Record):
     """
 
     FILE = "evaluation.json"
-    SCHEMA = "partlens.evaluation/2"
+    SCHEMA = "partlens.evaluation/3"
     AGAIN = AGAIN
 
     data: EvaluatedData
@@ -202,9 +249,8 @@ class Evaluation(Record):
     instability_minus_null: dict[str, Estimate]
     same_peak: SamePeak | None
     p: Estimate
-    p_optimum: Estimate
-    p_rescaling_error: Number
     reconstruction: Fidelity
+    parts_alone: PartsAlone
     part_interpretability: PartInterpretability | None
     filters: dict[str, tuple[FilterScores, ...]]
     warnings: tuple[str, ...]

@@ -35,9 +35,9 @@ class ExplainerConfig(PresetSettings):
             against labels replaces it (Explainer+cls of ICLR 2020, Table 10).
         peak: where the part of a filter is, which decides where the mask of conv-interp-2 is put: the ``largest`` cell
             of its map (papers), or the ``centroid``, which does not jump where a map has two peaks.
-        teachers: part teachers for each category, shared out among the filters of conv-interp-2, which learn to be
-            where their teacher is; 0 in the papers.
-        teacher_variety: cost of a teacher that moves like those already chosen, per unit of correlation.
+        teachers: most parts of each category that are found before and teach, shared out among the filters of
+            conv-interp-2, which learn to be where theirs is; 0 in the papers. An inspection's parts are taken as they
+            are.
         hidden_filters: filters of conv-interp-1, at most; 0 for as many as the tap has (papers), which for a tap of a
             thousand filters is most of the work.
         standardise: conv-interp-1 reads the tap's maps less their mean and over their deviation, measured once on the
@@ -82,7 +82,6 @@ class ExplainerConfig(PresetSettings):
     objective: Literal["reconstruction", "classification"] = "reconstruction"
     peak: Literal["largest", "centroid"] = "largest"
     teachers: int = Field(0, ge=0)
-    teacher_variety: float = Field(0.5, ge=0)
     hidden_filters: int = Field(0, ge=0)
     standardise: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -113,7 +112,7 @@ class ExplainerConfig(PresetSettings):
             "filter_mix": False,
             "filter_background": False,
             "peak": "centroid",
-            "teachers": 16,
+            "teachers": 8,
             "hidden_filters": 256,
             "standardise": True,
             "dropout": 0.3,
@@ -123,9 +122,9 @@ class ExplainerConfig(PresetSettings):
             "decoder_step_max": 0.01,
             "learning_rate_p": 2e-2,
             "weight_decay": 0.05,
-            "epochs": 30,
-            "warmup_epochs": 30,
-            "views": 6,
+            "epochs": 15,
+            "warmup_epochs": 15,
+            "views": 4,
             "precision": "bfloat16",
         },
         "paper": {},

@@ -116,7 +116,7 @@ class ExplainerOutput(NamedTuple):
     reconstructions: tuple[Tensor, ...]
 
 
-class _NormedTracks(NamedTuple):
+class NormedTracks(NamedTuple):
     """Both tracks of a batch before they are mixed: maps, then masked, pooled and normed; and what passes by."""
 
     interp1: Tensor
@@ -285,12 +285,12 @@ class Explainer(nn.Module):
             return mask_around(interp2, self.places(interp2))
         return mask_at_peak(interp2, self.masks)
 
-    def normed_tracks(self, maps: Tensor, positives: int | None = None) -> _NormedTracks:
+    def normed_tracks(self, maps: Tensor, positives: int | None = None) -> NormedTracks:
         """Return both tracks at the encoder's output, pooled and normed, before p mixes them."""
         interp1, interp2 = self.interpret(maps)
         ordin = self.ordinary(maps)
         passing = maps[:, :, self.structure.side_cells[0] :] if self.structure.read != self.structure.tap else None
-        return _NormedTracks(
+        return NormedTracks(
             interp1,
             interp2,
             ordin,
@@ -299,7 +299,7 @@ class Explainer(nn.Module):
             passing,
         )
 
-    def encoded(self, tracks: _NormedTracks) -> Tensor:
+    def encoded(self, tracks: NormedTracks) -> Tensor:
         """Return x_enc, both tracks mixed by p."""
         p = self.p.to(tracks.interp2.dtype)
         return p * tracks.interpretable + (1 - p) * tracks.ordinary

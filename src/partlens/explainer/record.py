@@ -12,6 +12,8 @@ from partlens.records import Record, Value
 from partlens.run import EXPLAINER, RunRecord
 
 WEIGHTS = "explainer.safetensors"
+LESSON = "lesson.safetensors"
+"""Features of training photos at the last target, averaged over cells, and which category each shows."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,26 @@ class ExplainerRun(RunRecord):
         preset: the one its configuration began with, or ``custom``.
         config: how it was built and learned.
         seeds: explainers that were learned.
-        places: where teachers were sought: ``later``, in the performer's later layer, or the name of a function.
+        places: where the parts that teach come from: ``found`` as an inspection finds them, ``inspection`` with the
+            first digits of its tensors' hash, the name of a function, or nothing where nothing teaches.
         grid: where the tap's cells are in the input.
         p_by_seed: the share of the interpretable track in each.
         weights_sha256: of the weights of the first.
+        lesson_sha256: of ``lesson.safetensors``, by which an evaluation tells the categories.
     """
 
     FILE: ClassVar[str] = EXPLAINER
-    SCHEMA: ClassVar[str] = "partlens.explainer/2"
+    SCHEMA: ClassVar[str] = "partlens.explainer/3"
     AGAIN: ClassVar[str] = "Run fit-explainer again"
     SETTINGS: ClassVar[tuple[str, ...]] = ("structure", "config", "seeds", "background", "places")
-    RESULTS: ClassVar[tuple[str, ...]] = (WEIGHTS, "evaluation.json", "photos.json", f"seeds/*/{WEIGHTS}")
+    RESULTS: ClassVar[tuple[str, ...]] = (
+        WEIGHTS,
+        LESSON,
+        "curve.json",
+        "evaluation.json",
+        "photos.json",
+        f"seeds/*/{WEIGHTS}",
+    )
 
     train_photos: int
     background: int
@@ -95,10 +106,11 @@ class ExplainerRun(RunRecord):
     preset: str
     config: ExplainerConfig
     seeds: int
-    places: str = "later"
+    places: str = ""
     grid: Grid
     p_by_seed: tuple[float, ...] = ()
     weights_sha256: str = ""
+    lesson_sha256: str = ""
 
 
 def _epoch(values: dict[str, Any]) -> dict[str, Any]:

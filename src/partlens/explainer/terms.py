@@ -354,13 +354,15 @@ class Objective:
             logged[term.NAME] = cost.detach()
         with torch.no_grad():
             logged |= {term.NAME: term.cost(output, targets, facts) for term in self.watched}
-        mixed = explainer.mixed_maps(output.interp2, output.ordin) if explainer.config.filter_mix else output.interp2
-        costs = []
-        for layer, maps in (("1", output.interp1), ("2", mixed)):
-            cost, terms = self.layer_cost(layer, maps, facts)
-            costs.append(cost)
-            logged |= terms
         if output.interp1.requires_grad:  # a track that is held has nothing to learn from its own terms
+            mixed = (
+                explainer.mixed_maps(output.interp2, output.ordin) if explainer.config.filter_mix else output.interp2
+            )
+            costs = []
+            for layer, maps in (("1", output.interp1), ("2", mixed)):
+                cost, terms = self.layer_cost(layer, maps, facts)
+                costs.append(cost)
+                logged |= terms
             if self.step % _MEASURE_EVERY == 0 or "pull.1" not in self.state:
                 self._measure(fidelity, (output.interp1, output.interp2), costs)
             for layer, cost in zip("12", costs, strict=True):

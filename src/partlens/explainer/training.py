@@ -8,6 +8,7 @@ same machine and with the same number of threads, with the same bits as one that
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import math
 import time
@@ -24,7 +25,7 @@ from partlens.errors import ImageError, InputError, expected
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import Explainer, parameter_groups
 from partlens.explainer.record import History
-from partlens.explainer.teachers import PlaceSource, find_teachers, later_places
+from partlens.explainer.teachers import PlaceSource, find_teachers
 from partlens.explainer.terms import BatchFacts, Classification, Objective, target_norm
 from partlens.explainer.views import Batch, TrainingMaps, epoch_batches, epoch_generator, gather
 from partlens.records import content_hash, plain
@@ -34,6 +35,12 @@ _WARM_STEPS = 50
 _LEAST_RATE = 0.05
 _SMOOTHING = 0.6
 _LEAST_IMPROVEMENT = 1e-3
+
+FACTORS = (3.0, 10.0, 30.0)
+"""Prices of the ordinary track along the curve of p, times the fitted ``eta``."""
+
+_PRICE_EPOCHS = 2
+_REACH_NATS = 8.0  # how far the logit of p can move in the epochs of a point: from 0.3 to 0.999, whatever their steps
 
 EpochReport = Callable[[dict[str, Any]], None]
 
@@ -50,9 +57,10 @@ class _TrainingResult:
 class Extras:
     """What a fit takes from outside its configuration."""
 
-    places_of: PlaceSource = later_places  # where candidates to teach come from
+    places_of: PlaceSource | None = None  # where the parts that teach are; needed where the configuration asks for them
     classification: Classification | None = None  # replaces the reconstruction, for that objective
     device: str | torch.device = "cpu"
+    going_on: bool = False  # from what the explainer has learned: neither its norms nor its gain are measured anew
 
 
 def _schedule(step: int, total: int) -> float:
@@ -157,12 +165,12 @@ class _Training:
         if self._restored():
             # A kill between two writes may have left it an epoch behind.
             self._write_history()
-        else:
+        elif not self.extras.going_on:
             sample = gather(self.data.tap, self.data.sample)
             if self.config.standardise:
                 self.explainer.start_scale(sample)
             self.explainer.start_norms(sample)
-            if self.config.teachers:
+            if self.extras.places_of is not None:
                 state, self.found = find_teachers(self.explainer, self.data, self.extras.places_of)
                 self.objective.state.update(state)
         device = self.device
@@ -289,7 +297,7 @@ def train_explainer(
 
     Raises:
         ImageError: fewer than two photos.
-        InputError: the objective is not finite, or the classification has no head.
+        InputError: the objective is not finite, the classification has no head, or teachers have no source of places.
         RunError: ``folder`` holds a checkpoint of another configuration.
     """
     if data.photos < 2:
@@ -299,6 +307,9 @@ def train_explainer(
     if (explainer.config.objective == "classification") != (extras.classification is not None):
         remedy = "Give Classification(performer_head(...), outputs) with objective=classification, and only with it"
         raise InputError(expected("the performer's upper layers for objective=classification", "none", remedy))
+    if (explainer.config.teachers > 0) != (extras.places_of is not None):
+        remedy = "Give Extras(places_of=found_places) with teachers, and only with them"
+        raise InputError(expected("a source of the places that teach", "none", remedy))
     training = _Training(explainer, data, folder, extras)
     training.begin()
     with _events(folder, len(training.history) + 1) as write:
@@ -309,3 +320,31 @@ def train_explainer(
     explainer.draws = None
     explainer.cpu().eval()
     return _TrainingResult(tuple(training.history), training.stopped)
+
+
+def along_the_price(explainer: Explainer, data: TrainingMaps, folder: Path, extras: Extras) -> Iterator[Explainer]:
+    """Give the explainers of rising prices, each learned from the one before; the fitted one is left as it is.
+
+    p is where the price of the ordinary track, ``-eta log p``, meets what its loss costs the reconstruction: alone it
+    says what ``eta`` was, and the curve over ``eta`` what part filters can do. These stay as they are; p, gain and
+    decoder follow in a few epochs (ours).
+
+    ``folder`` holds what of it is under way; ``extras`` says on which device it is learned.
+    """
+    steps = _PRICE_EPOCHS * math.ceil(data.photos / min(explainer.config.batch_size, data.photos))
+    # The fitted explainer is kept: its p and decoder are what the run is about.
+    point = copy.deepcopy(explainer)
+    for factor in FACTORS:
+        point.config = explainer.config.changed(
+            {
+                "eta": factor * explainer.config.eta,
+                "learning_rate_joint": 0.0,
+                "learning_rate_p": 2 * _REACH_NATS / steps,
+                "teachers": 0,
+                "warmup_epochs": 0,
+                "epochs": _PRICE_EPOCHS,
+                "patience": 0,
+            }
+        )
+        train_explainer(point, data, folder / f"{factor:g}", extras=Extras(device=extras.device, going_on=True))
+        yield point

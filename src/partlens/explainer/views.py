@@ -147,6 +147,7 @@ class TrainingMaps:
             ``photo * views + view`` of the arrays.
         labels: the category of each of these photos, from 0.
         background_rows: rows of the arrays that hold other photos; may be empty.
+        finding: maps of the layers that parts are found on, likewise; empty where nothing is taught.
     """
 
     tap: np.ndarray
@@ -154,6 +155,7 @@ class TrainingMaps:
     windows: Float[Tensor, "photo view 5"]
     labels: Int[Tensor, " photo"]
     background_rows: Int[np.ndarray, " background"]
+    finding: tuple[np.ndarray, ...] = ()
 
     @property
     def categories(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,9 @@ from partlens.estimate import Estimate, bootstrap, proportion
 class ReconstructionSums:
     """Running sums of one target's reconstruction, so that maps never have to be held together.
 
-    ``relative_error = sum |x - x*|² / sum |x* - mean x*|²``, the share of the target's variance (over photos, per
-    element) that is *not* reconstructed: 0 is perfect, 1 is what the constant mean map achieves. Between batches the
-    mean is merged by Chan's formula, in float64.
+    ``variance_kept = 1 - sum |x - x*|² / sum |x* - mean x*|²``, of the target's variance (over photos, per element):
+    1 is perfect, 0 is what the constant mean map achieves. Between batches the mean is merged by Chan's formula, in
+    float64.
     """
 
     count: int = 0
@@ -45,9 +46,9 @@ class ReconstructionSums:
         self.count += batch
 
     @property
-    def relative_error(self) -> float:
-        """Share of the target's variance that is lost; NaN for fewer than two photos or a constant target."""
-        return self.squared_error / self.scatter if self.count > 1 and self.scatter > 0 else math.nan
+    def variance_kept(self) -> float:
+        """Share of the target's variance that is kept; NaN for fewer than two photos or a constant target."""
+        return 1 - self.squared_error / self.scatter if self.count > 1 and self.scatter > 0 else math.nan
 
 
 def class_outputs(outputs: Float[Tensor, "image output"]) -> Float[Tensor, "image class"]:
@@ -81,46 +82,38 @@ def agreement_top1(
 
 @dataclass(frozen=True)
 class HeadErrors:
-    """Errors of a logistic head (category against background), in percent, and what feeding back adds."""
+    """Errors of decisions in percent, and what replacing the features adds."""
 
     performer_error_percent: Estimate  # on the performer's own features, held out
-    explainer_error_percent: Estimate  # the same head on the reconstructed features
+    explainer_error_percent: Estimate  # on the features in their place
     error_increase_points: Estimate  # the difference in percentage points, interval by a paired bootstrap over photos
 
 
-def category_error_increase(
-    train_features: Float[Tensor, "train feature"],
-    train_labels: Int[Tensor, " train"],
-    performer_features: Float[Tensor, "image feature"],
-    explainer_features: Float[Tensor, "image feature"],
-    labels: Int[Tensor, " image"],
-    *,
-    photos: Int[Tensor, " image"] | None = None,
-    generator: torch.Generator,
-    rounds: int = 1000,
-) -> HeadErrors:
-    """Measure the paper's classification error: does the category stay recognised from the reconstruction?
+def logistic_head(
+    features: Float[Tensor, "train feature"], labels: Int[Tensor, " train"]
+) -> Callable[[Float[Tensor, "image feature"]], Int[Tensor, " image"]]:
+    """Fit what tells a category from others by the performer's features, the paper's classifier.
 
-    A logistic head (features standardised, L2 with scikit-learn's default strength, classes weighted equally) is
-    fitted on the performer's features of the training photos and applied to both kinds of features of the held-out
-    ones. (ICLR 2020 submission, Tables 5 and 10: category against background.)
+    Features are standardised, L2 has scikit-learn's default strength, and classes weigh equally. (ICLR 2020 submission,
+    Tables 5 and 10: category against background.)
+
+    Returns:
+        A function from features to labels.
 
     Raises:
-        InputError: either set lacks one of the two classes.
+        InputError: the photos are of one label alone.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    for name, values in (("training", train_labels), ("held-out", labels)):
-        found = sorted({int(v) for v in values.unique()})
-        if found != list(range(max(2, len(found)))):
-            rule = f"category and background, or several categories, among the {name} photos"
-            raise InputError(expected(rule, f"labels {found}", "Add photos of other categories"))
+    found = sorted({int(v) for v in labels.unique()})
+    if found != list(range(max(2, len(found)))):
+        rule = "category and background, or several categories, among the training photos"
+        raise InputError(expected(rule, f"labels {found}", "Add photos of other categories"))
     head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced"))
-    head.fit(train_features.double().numpy(), train_labels.numpy())
-    own, fed = (torch.from_numpy(head.predict(x.double().numpy())) for x in (performer_features, explainer_features))
-    return decision_errors(own, fed, labels, photos=photos, generator=generator, rounds=rounds)
+    head.fit(features.double().numpy(), labels.numpy())
+    return lambda given: torch.from_numpy(head.predict(given.double().numpy()))
 
 
 def decision_errors(
@@ -149,24 +142,6 @@ def decision_errors(
     )
     own, fed = (_percent(proportion(w, groups=photos)) for w in wrong)
     return HeadErrors(own, fed, increase)
-
-
-def best_share(costs: Float[Tensor, " share"], shares: Float[Tensor, " share"], eta: float) -> float:
-    """Return the share p at which ``cost(p) - eta log p`` is least.
-
-    The reconstruction's cost is interpolated in p by a monotone cubic between the shares it was measured at; the
-    logarithm is exact.
-
-    Example:
-        >>> shares = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-        >>> round(best_share(100 * shares**2, shares, 2.0), 2)
-        0.1
-    """
-    from scipy.interpolate import PchipInterpolator
-
-    fine = torch.linspace(float(shares[0]), float(shares[-1]), 2001, dtype=torch.float64)
-    values = torch.from_numpy(PchipInterpolator(shares.numpy(), costs.double().numpy())(fine.numpy()))
-    return float(fine[(values - eta * fine.log()).argmin()])
 
 
 def _percent(share: Estimate) -> Estimate:

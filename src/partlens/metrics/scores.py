@@ -77,12 +77,7 @@ LOCALISATION: Mapping[str, Score] = {
 """Where filters peak, of one layer on one set of photos, in the order of tables; instability is never shown alone."""
 
 FIDELITY: Mapping[str, Score] = {
-    "p": Score("p", "learned weight of part filters against the ordinary ones", is_share=True),
-    "p_optimum": Score(
-        "p of least objective",
-        "the p that would suit these photos best, all else held; interval over photos",
-        is_share=True,
-    ),
+    "p": Score("p", "learned weight of part filters against the ordinary ones: a price, not a share of anything"),
     "agreement_top1": Score(
         "Top-1 agreement", "photos whose strongest class stays the same; higher is better", HIGHER, is_share=True
     ),
@@ -94,14 +89,15 @@ FIDELITY: Mapping[str, Score] = {
     ),
     "error_increase_points": Score("Error increase", "in percentage points; lower is better", LOWER, "points"),
     "performer_error_percent": Score("Error on the performer", "on the performer's own features", LOWER, "%"),
-    "explainer_error_percent": Score("Error on the reconstruction", "on the reconstructed features", LOWER, "%"),
-    "relative_error": Score(
-        "Relative error",
-        "share of the target's variance that is lost: 0 is perfect, 1 is the mean map",
-        LOWER,
+    "explainer_error_percent": Score("Error on what replaces it", "on the features in their place", LOWER, "%"),
+    "variance_kept": Score(
+        "Variance kept",
+        "share of the target's variance: 100 % is all of it, 0 % what the constant mean map keeps",
+        HIGHER,
+        is_share=True,
     ),
 }
-"""How much of the performer is left when the explainer's reconstruction is fed back to it."""
+"""How much of the performer is left when something is fed back to it in place of its own features."""
 
 SCORES: Mapping[str, Score] = {
     **LOCALISATION,

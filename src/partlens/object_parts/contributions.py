@@ -2,19 +2,16 @@
 
 The encoder's output is a sum of per-filter terms, ``x_enc = z + o`` with the interpretable track
 ``z = p · norm(masked maps)`` and the ordinary track ``o = (1 - p) · norm(maps)``. The class score is ``S(x_enc)``, the
-performer's upper layers on the decoded features. Three ways to share ``S`` among the filters:
+performer's upper layers on the decoded features. Two ways to share ``S`` among the filters:
 
-- *integrated gradients* along the straight line from nothing (``x_enc = 0``): ``c_k = <z_k, ∫ dS/dx_k(t x_enc) dt>``.
-  The contributions of all filters and of the ordinary track sum to ``S(x_enc) - S(0)``. Through ReLUs the integrand is
-  piecewise constant, where higher orders gain nothing: the integral is the mean over the middles of equal steps, whose
-  number is tripled (the earlier middles serve again) until the sum is met, and the remainder is returned.
 - *Shapley values* of parts (groups of filters) and the ordinary track: the mean gain of a part over all orders in which
   the players may join. They sum to ``S(x_enc) - S(0)`` exactly; beyond eleven parts they are estimated from random
   orders, with a standard error.
-- *gradient × activation* at ``x_enc``, the papers' measure (ICLR 2020, Sec. 5), which sums to nothing in particular.
+- *gradient × activation* of every filter at ``x_enc``, the papers' measure (ICLR 2020, Sec. 5), which sums to nothing
+  in particular: it says where in a photo a part acts, and what as many random filters would add.
 
-Sources: Zhang et al. (ICLR 2020); Sundararajan, Taly & Yan 2017 (integrated gradients); Shapley 1953. The papers give
-percentages of parts without saying what they sum to; the two measures that sum are ours.
+Sources: Zhang et al. (ICLR 2020); Shapley 1953. The papers give
+percentages of parts without saying what they sum to; the one that sums is ours.
 """
 
 from __future__ import annotations
@@ -32,7 +29,6 @@ from partlens.errors import InputError, expected
 from partlens.explainer.network import Explainer
 
 MOST_PLAYERS = 12
-_STEPS = (8, 24, 72, 216)
 _CHUNK = 64
 
 Score = Callable[[Tensor], Tensor]
@@ -47,19 +43,6 @@ class Tracks:
     # the last interpretable layer before the mask, at the tap's size
     maps: Float[Tensor, "image filter cell_row cell_col"]
     passing: Tensor | None = None  # what passes by the encoder (`Explainer.decode`)
-
-
-@dataclass(frozen=True)
-class FilterContributions:
-    """Contributions of every filter to one score per image."""
-
-    filters: Float[Tensor, "image filter"]  # [image, filter] integrated gradients of the interpretable track's filters
-    ordinary: Float[Tensor, " image"]  # [image] of the ordinary track as a whole
-    gradient_activation: Float[Tensor, "image filter"]  # [image, filter] gradient × activation at the whole encoding
-    score: Float[Tensor, " image"]  # [image] S of the whole encoding
-    baseline: Float[Tensor, " image"]  # [image] S of nothing
-    remainder: Float[Tensor, " image"]  # [image] what the sums miss: score - baseline - filters - ordinary
-    steps: int  # number of steps along the line that was needed
 
 
 @dataclass(frozen=True)
@@ -101,55 +84,19 @@ def class_score(
     return score
 
 
-def _gradient(score: Score, encoded: Tensor) -> Tensor:
-    leaf = encoded.detach().requires_grad_()
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(score(leaf).sum(), leaf)
-    return gradient
-
-
-def filter_contributions(score: Score, parts: Tracks, *, tolerance: float = 0.005) -> FilterContributions:
-    """Share a score among filters by integrated gradients.
-
-    Args:
-        score: ``S``, from :func:`class_score`.
-        parts: the tracks of the images.
-        tolerance: remainder that is accepted, as a share of the mean of ``|score - baseline|``. Where the most steps
-            (216) do not meet it, the remainder is larger and says so.
+def gradient_activation(score: Score, parts: Tracks) -> Float[Tensor, "image filter"]:
+    """Return gradient × activation of every filter of the interpretable track, summed over its cells.
 
     Example:
         >>> z, o = torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
         >>> linear = lambda x: x.sum((1, 2, 3)) + x[:, 0, 0, 0]
-        >>> filter_contributions(linear, Tracks(z, o, z)).filters.tolist()
+        >>> gradient_activation(linear, Tracks(z, o, z)).tolist()
         [[2.0, 1.0]]
     """
-    if not 0 < tolerance < 1:
-        raise InputError(expected("a tolerance between 0 and 1", tolerance, "Choose 0.005"))
-    whole = parts.interpretable + parts.ordinary
-    with torch.no_grad():
-        full, nothing = score(whole), score(torch.zeros_like(whole))
-    wanted = tolerance * float((full - nothing).abs().mean().clamp(min=1e-12))
-    total = torch.zeros_like(whole)
-    for steps in _STEPS:
-        # The middles of `steps` equal steps; those of a third as many are among them and are not computed again.
-        for k in range(steps):
-            if steps == _STEPS[0] or k % 3 != 1:
-                total += _gradient(score, whole * ((k + 0.5) / steps))
-        mean = total / steps
-        filters = (mean * parts.interpretable).sum((2, 3))
-        ordinary = (mean * parts.ordinary).sum((1, 2, 3))
-        remainder = full - nothing - filters.sum(1) - ordinary
-        if float(remainder.abs().mean()) <= wanted:
-            break
-    return FilterContributions(
-        filters=filters,
-        ordinary=ordinary,
-        gradient_activation=(_gradient(score, whole) * parts.interpretable).sum((2, 3)),
-        score=full,
-        baseline=nothing,
-        remainder=remainder,
-        steps=steps,
-    )
+    leaf = (parts.interpretable + parts.ordinary).detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(score(leaf).sum(), leaf)
+    return (gradient * parts.interpretable).sum((2, 3))
 
 
 def _checked_parts(parts: Tracks, part_of: Tensor, count: int) -> None:

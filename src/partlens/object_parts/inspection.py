@@ -25,9 +25,9 @@ class FindingConfig(Settings):
         variety: what a part pays for moving like the parts already chosen.
     """
 
-    parts_min: int = Field(2, ge=1)
-    parts_max: int = Field(8, ge=1)
-    variety: float = Field(0.7, ge=0)
+    parts_min: int = Field(default=2, ge=1)
+    parts_max: int = Field(default=8, ge=1)
+    variety: float = Field(default=0.7, ge=0)
 
     @model_validator(mode="after")
     def _checked(self) -> Self:

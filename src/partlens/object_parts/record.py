@@ -195,10 +195,9 @@ class PartContribution(Value):
         shapley: Shapley value.
         share: of what all parts add (Shapley).
         share_of_score: of the score's whole rise.
-        integrated_share: of what all parts add by integrated gradients.
-        integrated_null: the same of as many random filters.
         gradient_activation: gradient × activation.
         gradient_activation_share: share of the parts' sum by it.
+        gradient_activation_null: the same of as many random filters: a share counts filters as well as parts.
         removal: how much the score falls when the part is taken away.
         predicted: the Shapley value on each photo.
         measured: the fall on each photo.
@@ -209,10 +208,9 @@ class PartContribution(Value):
     shapley: Estimate
     share: Estimate
     share_of_score: Estimate
-    integrated_share: Estimate
-    integrated_null: Estimate
     gradient_activation: Estimate
     gradient_activation_share: Estimate
+    gradient_activation_null: Estimate
     removal: Estimate
     predicted: tuple[Number, ...]
     measured: tuple[Number, ...]
@@ -231,7 +229,6 @@ class Contributions(Value):
         interpretable_share: share of the rise that the parts add together.
         ordinary_share: share of the rise that the ordinary track adds.
         shapley_remainder_frac: what the Shapley values miss of the rise; rounding.
-        integrated_remainder_frac: what integrated gradients miss of it.
         standard_error: of the Shapley values, mean; 0 where they are exact.
         parts: in the order of the file.
         removal_check: by measure.
@@ -246,7 +243,6 @@ class Contributions(Value):
     interpretable_share: Estimate
     ordinary_share: Estimate
     shapley_remainder_frac: Number
-    integrated_remainder_frac: Number
     standard_error: Number
     parts: tuple[PartContribution, ...]
     removal_check: dict[str, RemovalAgreement]
@@ -297,7 +293,7 @@ class PartsFile(Record):
     """
 
     FILE = "parts.json"
-    SCHEMA = "partlens.parts/2"
+    SCHEMA = "partlens.parts/3"
     AGAIN = "Correct it, or delete it and run partlens parts again"
 
     rule: Rule

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from partlens.estimate import Estimate
-from partlens.evaluation.results import Attention, AttentionPhoto, Evaluation, Gallery, GalleryFilter, RegionScores
+from partlens.evaluation.results import (
+    Attention,
+    AttentionPhoto,
+    Evaluation,
+    Gallery,
+    GalleryFilter,
+    PriceCurve,
+    RegionScores,
+)
 from partlens.explainer.record import ExplainerRun, History
 from partlens.metrics.scores import FIDELITY, LOCALISATION, REGION_READINGS
 from partlens.page import figures, notation
@@ -26,8 +34,7 @@ _AGREEMENT_LIMIT = 0.5
 
 _CURVES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("Reconstruction loss", (("reconstruction", "reconstruction"),)),
-    ("Relative error of the reconstruction", (("relative_error", "relative error"),)),
-    ("p, the share of part filters", (("p", "p"),)),
+    ("p, the weight of part filters", (("p", "p"),)),
     ("Filter loss, nats per filter", (("filter_1", "conv-interp-1"), ("filter_2", "conv-interp-2"))),
     ("Cost of not being where the teacher is", (("teacher", "teachers"),)),
     ("Correlation between filters", (("correlation", "correlation"),)),
@@ -45,6 +52,7 @@ class ExplainerData:
         run: ``run.json``.
         epochs: of ``history.json``, in order; only finite numbers.
         evaluation: ``None`` where nothing was measured yet.
+        curve: what a higher p costs, ``None`` where there were no held-out photos for it.
         gallery: ``None`` where none was drawn.
         pictures: of the gallery, as ``data:`` addresses by name.
     """
@@ -52,6 +60,7 @@ class ExplainerData:
     run: ExplainerRun
     epochs: tuple[Mapping[str, Any], ...]
     evaluation: Evaluation | None
+    curve: PriceCurve | None
     gallery: Gallery | None
     pictures: Mapping[str, str]
 
@@ -64,11 +73,6 @@ class ExplainerData:
     def tap(self) -> str:
         """The explained layer."""
         return self.run.structure.tap
-
-    @property
-    def learned_p(self) -> float:
-        """The share p after the last epoch that logged it; ``nan`` where none did."""
-        return next((float(e["p"]) for e in reversed(self.epochs) if "p" in e), math.nan)
 
 
 def collect_explainer(run: Path, pictures: Pictures) -> ExplainerData | None:
@@ -86,6 +90,7 @@ def collect_explainer(run: Path, pictures: Pictures) -> ExplainerData | None:
         run=record,
         epochs=tuple(map(_finite, history.epochs)) if history else (),
         evaluation=Evaluation.read_if_there(run),
+        curve=PriceCurve.read_if_there(run),
         gallery=gallery,
         pictures={name: found.uri for name in names if (found := pictures.read(run / "gallery", name))},
     )
@@ -343,6 +348,7 @@ def explainer_view(data: ExplainerData) -> dict[str, Any]:
         "data": data,
         "run": data.run,
         "evaluation": data.evaluation,
+        "curve": data.curve,
         "gallery": data.gallery,
         "scores": LOCALISATION,
         "fidelity": FIDELITY,

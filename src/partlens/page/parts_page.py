@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partlens.estimate import Estimate
+from partlens.object_parts.inspection import InspectedCategory, InspectRecord
 from partlens.object_parts.record import Evidence, FoundPart, NamedPart, PartContribution, PartsFile, RemovalAgreement
 from partlens.page import figures
-from partlens.page.notation import counted, percent
 from partlens.page.parts_figures import ShareRow, removal_chart, shares_chart
 from partlens.page.reading import Pictures
 from partlens.page.views import Chapter, Figure, Shown, shown
 
 _MEASURES = {
     "shapley": "Shapley value",
-    "integrated_gradients": "integrated gradients",
     "gradient_activation": "gradient × activation (the papers)",
     "part_size": "baseline: by the number of filters alone",
 }
@@ -38,6 +37,7 @@ class PartsData:
     """Everything that the page says of parts."""
 
     file: PartsFile  # as it was written
+    inspected: tuple[InspectedCategory, ...]  # what the same run's inspection found on the performer
     rows: tuple[_PartRow, ...]  # of parts with filters
 
     @property
@@ -53,9 +53,10 @@ class PartsData:
 
     @property
     def like_random(self) -> tuple[str, ...]:
-        """Names of parts that add by integrated gradients what as many random filters add."""
+        """Names of parts that add by gradient × activation what as many random filters add."""
         rows = [(row.part.name, row.adds) for row in self.rows if row.adds is not None]
-        return tuple(n for n, a in rows if a.integrated_null.low <= a.integrated_share.value <= a.integrated_null.high)
+        shares = ((name, one.gradient_activation_share, one.gradient_activation_null) for name, one in rows)
+        return tuple(name for name, own, null in shares if null.low <= own.value <= null.high)
 
     def over_categories(self, name: str) -> float:
         """Return the mean over categories of something that random peaks reach; NaN where the rule does not use it."""
@@ -84,7 +85,9 @@ def collect_parts(run: Path, pictures: Pictures) -> PartsData | None:
     for part in file.named:
         found = tuple((p, _strip(p, part, run, pictures)) for p in file.parts if p.id in part.ids)
         rows.append(_PartRow(part, found, adds.get(part.filters)))
-    return PartsData(file, tuple(rows))
+    inspected = InspectRecord.read_if_there(run)
+    known = [inspected.category(name) for name in file.categories] if inspected is not None else []
+    return PartsData(file, tuple(one for one in known if one is not None), tuple(rows))
 
 
 def _strip(found: FoundPart, part: NamedPart, run: Path, pictures: Pictures) -> Shown | None:
@@ -131,7 +134,7 @@ def _drawn(data: PartsData) -> list[tuple[str, str, str | None]]:
     total = sum(len(row.part.filters) for row in data.rows)
     sizes = {row.part.name: len(row.part.filters) / total for row in data.rows}
     shares = [_row(name, one.share) for name, one in adds]
-    nulls = [_row(name, one.integrated_share, one.integrated_null) for name, one in adds]
+    nulls = [_row(name, one.gradient_activation_share, one.gradient_activation_null) for name, one in adds]
     marks = [(name, one.predicted, one.measured) for name, one in adds]
     return [
         (
@@ -146,8 +149,8 @@ def _drawn(data: PartsData) -> list[tuple[str, str, str | None]]:
         ),
         (
             "nulls",
-            "The same by integrated gradients; grey: as many random filters",
-            shares_chart("Share by integrated gradients", nulls),
+            "The same by gradient × activation; grey: as many random filters",
+            shares_chart("Share by gradient × activation", nulls),
         ),
         (
             "removal",
@@ -158,17 +161,9 @@ def _drawn(data: PartsData) -> list[tuple[str, str, str | None]]:
 
 
 def _headline(data: PartsData) -> str:
-    """Say what each part adds, and how much all of them do."""
-    adds = [(row, row.adds) for row in data.rows if row.adds is not None and row.adds.share.defined]
-    if not data.measured or len(adds) < len(data.rows):
-        named = ", ".join(f"{row.part.name} {counted(len(row.part.filters), 'filters')}" for row in data.rows)
-        return f"The filters by part: {named}."
-    said = ", ".join(
-        f"{row.part.name} {_percent_text(one.share)} ({counted(len(row.part.filters), 'filters')})" for row, one in adds
-    )
-    together = data.file.contributions.interpretable_share if data.file.contributions else Estimate.undefined()
-    rest = f" Together they add {percent(together.value)} of the score; the ordinary track adds the rest."
-    return f"Of what parts add to the score: {said}.{rest if together.defined else ''}"
+    """Say which parts there are; what each adds counts filters as much as parts, and is no headline."""
+    named = ", ".join(f"{row.part.name} {len(row.part.filters)}" for row in data.rows)
+    return f"The explainer's filters by the part where they peak: {named}."
 
 
 def parts_chapter(data: PartsData, *, explained: bool) -> Chapter:
@@ -177,7 +172,7 @@ def parts_chapter(data: PartsData, *, explained: bool) -> Chapter:
     return Chapter(
         kind="parts",
         anchor="named-parts",
-        title="Parts of filters",
+        title="Parts of the explainer's filters",
         headline=_headline(data),
         facts=(),
         sections=(*sections, *([("part-photos", "In photos")] if explained else [])),

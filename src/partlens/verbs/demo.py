@@ -41,8 +41,7 @@ _ROUNDS = 100  # of the bootstrap
 _HALVINGS = 20  # of the photos, which say how stable the parts are
 _INSPECT = {"photos": 40, "measured": 20, "views": 3, "parts_max": 4}
 _MU = 5.0  # the authors' bound for their generated flowers
-# Flowers have few parts, which mostly move as one: teachers have to be asked to differ, or all are petals.
-_EXPLAINER = {"epochs": 5, "warmup_epochs": 10, "teachers": 8, "teacher_variety": 2.0, "patience": 0}
+_EXPLAINER = {"epochs": 5, "warmup_epochs": 10, "patience": 0}
 
 
 def _trained(images: ImageSet, seed: int, progress: Progress) -> tuple[nn.Module, float]:

@@ -5,14 +5,16 @@ Torch is imported when a verb runs, not when this module is read, so that help i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partlens.errors import ImageError, InputError, expected
 from partlens.evaluation.results import EvaluatedData, Evaluation, FieldKind, GalleryKind
-from partlens.explainer.record import ExplainerRun
+from partlens.explainer.record import LESSON, ExplainerRun
 from partlens.progress import Progress
+from partlens.records import read_tensors
 from partlens.run import Run, Unreadable, UsedPhotos
 from partlens.verbs.runs import labels_of, open_photos, sampled, verb
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from partlens.attribution.record import OcclusionConfig
     from partlens.data.images import ImageSet
-    from partlens.evaluation.explainer_evaluation import EvaluationRows
+    from partlens.evaluation.explainer_evaluation import EvaluationRows, Lesson
     from partlens.network.performer import Performer
 
 _ROUNDS = 100
@@ -42,7 +44,7 @@ def evaluate(
     seed: int = 0,
     rounds: int = _ROUNDS,
     gallery: GalleryKind = "quick",
-    fields: FieldKind = "occlusion",
+    fields: FieldKind = "mask",
     occlusion: OcclusionConfig | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -57,7 +59,8 @@ def evaluate(
         rounds: bootstrap rounds for scores of peaks; those of fidelity have ten times as many.
         gallery: ``quick`` or ``full`` pictures of filters, or ``none``; see
             :class:`~partlens.evaluation.frames.GalleryPlan`.
-        fields: what filters read: found by ``occlusion``, or ``analytic``, the round field in theory.
+        fields: what is outlined around a peak: the cells that the ``mask`` keeps, or what filters read, found by
+            ``occlusion``, which takes a thousand forward passes.
         occlusion: how photos are covered to find what filters read; fields to change in
             :class:`~partlens.attribution.record.OcclusionConfig`.
         progress: how to show progress; silent by default.
@@ -70,7 +73,8 @@ def evaluate(
         ImageError: no photos in the split, or a single one.
         RunError: the run is missing or unfinished, or model or data are not found.
     """
-    from partlens.evaluation.explainer_evaluation import Need, evaluate_explainer
+    from partlens.evaluation.explainer_evaluation import evaluate_explainer
+    from partlens.evaluation.fidelity import own_columns
     from partlens.evaluation.frames import Frames, GalleryPlan
     from partlens.evaluation.gallery import write_gallery
     from partlens.verbs.fit_explainer import load_explainer
@@ -84,12 +88,24 @@ def evaluate(
     images, unreadable = open_photos(data, record, show)
     rows = _rows(images, record.data.categories, split, seed)
     described = _described(images, rows, split, record, UsedPhotos.read_if_there(handle.folder), unreadable)
-    need, frames = Need.of(rows, performer, record.data.categories), Frames(performer, images, rows.held)
-    show.say(need.words(rows, record.data.categories))
+    frames = Frames(performer, images, rows.held)
+    lesson = _lesson(handle.folder, record)
+    if lesson is None and own_columns(performer, record.data.categories) is None:
+        # There is nothing to tell the category from: others would be read for nothing.
+        rows = dataclasses.replace(rows, held_others=())
+    show.say(rows.words(record.data.categories))
     with handle.writing():
-        with show.task("measuring", need.photos(rows)) as done:
+        with show.task("measuring", len(rows.held) + len(rows.held_others) + len(rows.train)) as done:
             result, peaks = evaluate_explainer(
-                explainer, frames, rows, described, record.p_by_seed, seed=seed, rounds=rounds, advance=_counter(done)
+                explainer,
+                frames,
+                rows,
+                described,
+                record.p_by_seed,
+                lesson=lesson,
+                seed=seed,
+                rounds=rounds,
+                advance=_counter(done),
             )
         names = {"explainer": "explainer", "performer": explainer.structure.tap}
         layers = {role: (peaks[name], result.filters[role]) for role, name in names.items()}
@@ -130,19 +146,22 @@ def _rows(images: ImageSet, categories: tuple[str, ...], split: str, seed: int) 
         named = ", ".join(filter(None, categories))
         rule = f"at least 2 photos{f' of {named}' if named else ''} in the split {split}"
         raise ImageError(expected(rule, len(held), "Add photos, or name another split (--split)"))
-    # Other photos than the fit's may have no training split: then nothing is fitted on them.
-    there = {"", *(c for c, s in zip(images.categories, images.splits, strict=True) if s == "train")}
-    needed = len(categories) > 1 or ("train" in images.splits and categories[0] in there)
-    train, train_others = images.rows_of(categories, "train") if needed else ((), ())
-    most = 3 * max(len(train), len(held))
+    own = images.rows_of(categories, "train")[0] if "train" in images.splits else ()
+    train = own if len(categories) > 1 else ()
     return EvaluationRows(
         held,
-        sampled(held_others, most, seed),
+        sampled(held_others, 3 * max(len(own), len(held)), seed),
         train,
-        sampled(train_others, most, seed),
         labels_of(images, categories, held),
         labels_of(images, categories, train),
     )
+
+
+def _lesson(folder: Path, record: ExplainerRun) -> Lesson | None:
+    """Read the features of the fit's photos; ``None`` where they show one category alone."""
+    remedy = "Restore the file, or delete the folder and fit again"
+    held = read_tensors(folder / LESSON, sha256=record.lesson_sha256, remedy=remedy)
+    return (held["features"], held["labels"]) if len(held["labels"].unique()) > 1 else None
 
 
 def _counter(advance: Callable[..., None]) -> Callable[[int], None]:

@@ -97,7 +97,6 @@ def explain_parts(
         named = [opened.performer.output(name) for name in classes]
         wanted = torch.tensor([named] * len(outputs))
     parts, seed = opened.file.named, opened.file.config.seed
-    # Image by image: the integral stops where its remainder is small, which must not depend on the other images.
     shares = tuple(
         tuple(part_shares(opened.explainer, opened.head, maps[i : i + 1], one[None], parts, seed) for one in wanted[i])
         for i in range(len(maps))
@@ -121,7 +120,7 @@ def part_records(
         files = [f"part-{k + 1}-{p + 1}.png" for p in range(len(names))]
         for p, file in enumerate(files):
             # A part that speaks against the class is drawn where it does so.
-            signed = found.heat[i][k, p] if float(shares.integrated[0, p]) >= 0 else -found.heat[i][k, p]
+            signed = found.heat[i][k, p] if float(shares.gradient_activation[0, p]) >= 0 else -found.heat[i][k, p]
             top = float(signed.max())
             lit = signed.clamp(min=0) / top if top > 0 else 0 * signed
             save_png(folder / file, overlay(shown, lit.numpy(), style))
@@ -140,9 +139,7 @@ def part_records(
                 ordinary=ordinary,
                 ordinary_standard_error=float(each.ordinary_standard_error[0]),
                 ordinary_share=_share(ordinary, rise),
-                ordinary_integrated=float(shares.filters.ordinary[0]),
                 remainder=rise - added - ordinary,
-                integrated_remainder=float(shares.filters.remainder[0]),
                 parts=tuple(_of_part(part, p, shares, files[p]) for p, part in enumerate(names)),
                 headline=headline([part.name for part in names], each.parts[0].tolist()),
             )
@@ -156,11 +153,11 @@ def _share(value: float, whole: float) -> float:
 
 
 def _of_part(part: NamedPart, p: int, shares: PartShares, file: str) -> PartShare:
-    own = shares.filters.filters[0, list(part.filters)]
+    own = shares.filters[0, list(part.filters)]
     strongest = own.abs().argsort(descending=True, stable=True)[:_TOP_FILTERS].tolist()
-    shapley, integrated = float(shares.parts.parts[0, p]), float(shares.integrated[0, p])
-    whole, null = float(shares.integrated[0].sum()), Estimate.undefined("draws")
-    if whole > 0 and shares.integrated.shape[1] > 1:
+    shapley, own_sum = float(shares.parts.parts[0, p]), float(shares.gradient_activation[0, p])
+    whole, null = float(shares.gradient_activation[0].sum()), Estimate.undefined("draws")
+    if whole > 0 and shares.gradient_activation.shape[1] > 1:
         drawn = shares.random[0, :, p].double() / whole
         null = Estimate(float(drawn.mean()), percentile_interval(drawn.tolist()), len(drawn), "draws")
     return PartShare(
@@ -170,13 +167,12 @@ def _of_part(part: NamedPart, p: int, shares: PartShares, file: str) -> PartShar
         share_of_score=_share(shapley, float(shares.rise[0])),
         shapley=shapley,
         standard_error=float(shares.parts.standard_error[0, p]),
-        integrated_gradients=integrated,
-        integrated_share=_share(integrated, whole),
+        gradient_activation=own_sum,
+        gradient_activation_share=_share(own_sum, whole),
         null=null,
-        gradient_activation=float(shares.gradient_activation[0, p]),
         removal=float(shares.parts.removal[0, p]),
         heat=file,
-        top_filters=tuple(StrongFilter(filter=part.filters[f], integrated_gradients=float(own[f])) for f in strongest),
+        top_filters=tuple(StrongFilter(filter=part.filters[f], gradient_activation=float(own[f])) for f in strongest),
     )
 
 
@@ -206,6 +202,5 @@ def part_tensors(found: ExplainedParts, i: int) -> dict[str, Tensor]:
         "part_classes": found.classes[i],
         "part_heat": found.heat[i],
         "part_shapley": torch.cat([s.parts.parts for s in found.shares[i]]),
-        "part_integrated": torch.cat([s.integrated for s in found.shares[i]]),
-        "part_filters": torch.cat([s.filters.filters for s in found.shares[i]]),
+        "part_filters": torch.cat([s.filters for s in found.shares[i]]),
     }

@@ -21,7 +21,7 @@ from partlens.object_parts.regions import TapMaps, Upper, part_cells, shapley_sh
 from partlens.object_parts.verdict import SAID_AREA
 from partlens.records import read_tensors
 from partlens.run import Run
-from partlens.verbs.inspected_category import decision_name
+from partlens.verbs.inspected_category import TAUGHT, decision_name
 from partlens.verbs.inspected_pictures import draw_parts
 from partlens.verbs.inspection import TENSORS, upper_of
 from partlens.verbs.runs import open_performer
@@ -34,13 +34,17 @@ _PAIRS = 32
 
 @dataclass(frozen=True)
 class OpenedInspection:
-    """A finished inspection with its network, what nothing is at the tap, and what locates each category's parts."""
+    """A finished inspection with its network, what nothing is at the tap, and what locates each category's parts.
+
+    ``searched`` locates all parts that were chosen, which teach an explainer, also those that were not kept.
+    """
 
     record: InspectRecord
     performer: Performer
     upper: Upper
     nothing: Tensor
     finders: Mapping[str, PartFinder]
+    searched: Mapping[str, PartFinder]
 
     def category_of(self, output: int) -> InspectedCategory | None:
         """Return the category on whose photos the network decides most often for an output.
@@ -67,12 +71,17 @@ def load_inspection(run: Path, model: str | nn.Module | Performer | None = None)
     tensors = read_tensors(run / TENSORS, sha256=record.tensors_sha256, remedy=again)
     if "nothing" not in tensors:
         raise RunError(expected(f"what stands for nothing in {run / TENSORS}", "other tensors", again))
-    finders = {}
+    finders, searched = {}, {}
     for number, one in enumerate(record.categories):
-        head = f"{number}."
-        own = {name.removeprefix(head): each for name, each in tensors.items() if name.startswith(head)}
-        finders[one.name] = PartFinder.of(own)
-    return OpenedInspection(record, performer, upper_of(performer, record.tap), tensors["nothing"], finders)
+        # What was chosen and what was kept have finders of their own: dictionaries are numbered anew in each.
+        own = _below(tensors, f"{number}.")
+        searched[one.name] = PartFinder.of(_below(own, TAUGHT))
+        finders[one.name] = PartFinder.of({n: each for n, each in own.items() if not n.startswith(TAUGHT)})
+    return OpenedInspection(record, performer, upper_of(performer, record.tap), tensors["nothing"], finders, searched)
+
+
+def _below(tensors: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
+    return {name.removeprefix(head): each for name, each in tensors.items() if name.startswith(head)}
 
 
 @dataclass(frozen=True)

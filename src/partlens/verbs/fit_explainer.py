@@ -5,6 +5,7 @@ Torch is imported when a verb runs, not when this module is read, so that help i
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partlens.errors import ImageError, InputError, expected
+from partlens.errors import ImageError, InputError, RunError, expected, listed
+from partlens.evaluation.results import PriceCurve, PricePoint
 from partlens.explainer.config import ExplainerConfig, Preset
-from partlens.explainer.record import WEIGHTS, ExplainerRun, ExplainerStructure, Grid, History
+from partlens.explainer.record import LESSON, WEIGHTS, ExplainerRun, ExplainerStructure, Grid, History
+from partlens.object_parts.inspection import InspectRecord
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import PHOTOS, PassPrecision, Precision, Run, Unreadable, UsedPhotos, command, now, versions
@@ -34,9 +37,10 @@ from partlens.verbs.runs import (
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from partlens.data.images import ImageSet
+    from partlens.evaluation.explainer_evaluation import Lesson
     from partlens.explainer.network import Explainer
     from partlens.explainer.teachers import PlaceSource
     from partlens.explainer.training import Extras
@@ -44,8 +48,8 @@ if TYPE_CHECKING:
     from partlens.network.performer import Performer
 
 _MOST_BACKGROUND = 1500
-_DEFAULT_SEEDS = 3
-_BACKGROUND_VIEWS = 2
+_DEFAULT_SEEDS = 1
+_MOST_PRICED = 100
 _SHORTER = "fewer --seeds, --explainer.epochs or --explainer.warmup_epochs"
 
 
@@ -76,6 +80,15 @@ class _Photos:
 
 
 @dataclass(frozen=True)
+class _Teaching:
+    """Where the parts that teach come from, as the record says it, and the layers that they are found on."""
+
+    name: str
+    places_of: PlaceSource | None
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class _Fit:
     """Everything a fit reads; nothing of it changes."""
 
@@ -84,6 +97,7 @@ class _Fit:
     asked: ExplainerRun
     out: Path
     cache: Path
+    teaching: _Teaching
     extras: Extras
     show: Progress
     where: Compute
@@ -98,6 +112,7 @@ def fit_explainer(
     category: str | Sequence[str] | None = None,
     tap: str | None = None,
     targets: Sequence[str] | None = None,
+    inspection: str | Path | None = None,
     preset: Preset = "partlens",
     config: ExplainerConfig | Mapping[str, Any] | None = None,
     seeds: int = _DEFAULT_SEEDS,
@@ -121,16 +136,17 @@ def fit_explainer(
             category whose photos activate it most. By default all photos are one category.
         tap: the layer to explain; by default the model's own.
         targets: layers to reconstruct; by default two after the tap.
+        inspection: a finished run of :func:`inspect` of the same network, whose parts teach, with those that its search
+            chose and did not keep; by default the one in ``out``, and where there is none, the same search is made.
         preset: ``partlens`` or ``paper``.
         config: a whole configuration, or fields to change in the preset.
-        seeds: explainers learned with different seeds; the first is the one that is kept, all of them give p's spread.
+        seeds: explainers learned with different seeds; the first is the one that is kept, several give p's spread.
         background: most photos of other categories that are used.
         cache: folder for the cached maps, kept afterwards; runs of the same photos, layers, ``views`` and ``seed`` may
             share it, one after the other. By default ``cache`` in the run directory.
         keep_cache: keep the run directory's cached maps, too.
         compute: on which device maps are computed and the explainer learns, and how many processes read photos.
-        places_of: where candidates for teachers come from (:data:`partlens.explainer.teachers.PlaceSource`); by default
-            the performer's later layer.
+        places_of: where the parts that teach are (:data:`partlens.explainer.teachers.PlaceSource`), instead.
         progress: how to show progress; by default it is not shown.
 
     Returns:
@@ -140,7 +156,8 @@ def fit_explainer(
         AtWorkError: another process writes to ``out`` or ``cache``.
         ImageError: no photos, too few, or an unknown category.
         LayerError: a tap that is unknown or cannot be explained.
-        RunError: ``out`` holds another run; the text names the setting that differs.
+        RunError: ``out`` holds another run (the text names the setting that differs), or the inspection is unfinished,
+            of another network, or without one of the categories.
         StorageError: the disk is full; what was finished stays.
     """
     from partlens.network.performer import device_of
@@ -152,6 +169,7 @@ def fit_explainer(
     info = performer_info(performer, device)  # refuses a network without scores before a photo is read
     photos = _chosen(data, category, background, settings.seed, show)
     structure, grid = _opened(performer, photos, tap, targets)
+    teaching = _teaching(performer, photos.categories, settings, places_of, _inspection(folder, inspection))
     asked = ExplainerRun(
         created=now(),
         command=command(),
@@ -164,11 +182,12 @@ def fit_explainer(
         preset="custom" if isinstance(config, ExplainerConfig) else preset,
         config=settings,
         seeds=seeds,
-        places="later" if places_of is None else f"{places_of.__module__}:{places_of.__qualname__}",
+        places=teaching.name,
         grid=grid,
     )
     maps = folder / "cache" if cache is None else Path(cache)
-    fit = _Fit(performer, photos, asked, folder, maps, _extras(performer, asked, places_of, device), show, where)
+    extras = _extras(performer, asked, teaching, device)
+    fit = _Fit(performer, photos, asked, folder, maps, teaching, extras, show, where)
     with Run(folder).begun(asked) as begun:
         record = begun
         if record.finished:
@@ -176,11 +195,13 @@ def fit_explainer(
         else:
             reading, begun = with_precision(performer, begun, folder, lambda: _precision(fit), show)  # noqa: PLW2901
             shares = _learned(replace(fit, performer=reading))
+            said = _price(PriceCurve.read(folder)) if (folder / PriceCurve.FILE).exists() else ""
             if cache is None and not keep_cache:
                 shutil.rmtree(maps)
             weights = file_sha256(folder / WEIGHTS)
-            record = Run(folder).finish(begun, started, p_by_seed=shares, weights_sha256=weights)
-            show.say(f"wrote {folder / WEIGHTS} in {record.seconds:.0f} s; p = {shares[0]:.3f}")
+            lesson = file_sha256(folder / LESSON)
+            record = Run(folder).finish(begun, started, p_by_seed=shares, weights_sha256=weights, lesson_sha256=lesson)
+            show.say(f"wrote {folder / WEIGHTS} in {record.seconds:.0f} s; p = {shares[0]:.3f}{said}")
     return FittedExplainer(folder, record, History.read(folder).epochs)
 
 
@@ -236,14 +257,48 @@ def _opened(
     return structure, Grid(stride_px=field.stride_px, size_px=field.size_px, start_px=field.start_px)
 
 
-def _extras(performer: Performer, asked: ExplainerRun, places_of: PlaceSource | None, device: torch.device) -> Extras:
+def _inspection(out: Path, given: str | Path | None) -> Path | None:
+    """Return the run of the inspection whose parts teach, if there is one."""
+    if given is not None:
+        return Path(given)
+    there = InspectRecord.read_if_there(out)
+    return out if there is not None and there.finished else None
+
+
+def _teaching(
+    performer: Performer,
+    categories: tuple[str, ...],
+    config: ExplainerConfig,
+    places_of: PlaceSource | None,
+    inspection: Path | None,
+) -> _Teaching:
+    """Say where the parts that teach come from; nothing where the configuration has no teachers."""
+    from partlens.object_parts.finding import finding_layers, found_places, known_places
+    from partlens.verbs.explained_windows import load_inspection
+
+    if not config.teachers:
+        return _Teaching("", None, ())  # the papers' preset
+    if places_of is not None:
+        return _Teaching(f"{places_of.__module__}:{places_of.__qualname__}", places_of, ())
+    if inspection is None:
+        return _Teaching("found", found_places, finding_layers(performer))
+    opened = load_inspection(inspection, performer)
+    if missing := [name for name in categories if name not in opened.finders]:
+        rule = f"an inspection of {listed(missing)} in {inspection}"
+        got = listed(sorted(opened.finders)) or "none"
+        raise RunError(expected(rule, got, "Inspect these categories too, or give another run (--inspection)"))
+    finders = [opened.searched[name] for name in categories]
+    name = f"inspection {opened.record.tensors_sha256[:12]}"
+    return _Teaching(name, known_places(finders), opened.record.finding)
+
+
+def _extras(performer: Performer, asked: ExplainerRun, teaching: _Teaching, device: torch.device) -> Extras:
     """Return what training takes from outside its configuration.
 
     Raises:
         InputError: the classification is asked for, and the performer has no output for a category.
     """
     from partlens.explainer.network import performer_head
-    from partlens.explainer.teachers import later_places
     from partlens.explainer.terms import Classification
     from partlens.explainer.training import Extras
 
@@ -257,7 +312,7 @@ def _extras(performer: Performer, asked: ExplainerRun, places_of: PlaceSource | 
             raise InputError(expected(rule, got, "Use another network, or leave the objective as it is"))
         head = performer_head(performer, asked.structure)
         classification = Classification(head, tuple(known.index(name) for name in categories))
-    return Extras(places_of or later_places, classification, device)
+    return Extras(teaching.places_of, classification, device)
 
 
 def _precision(fit: _Fit) -> PassPrecision:
@@ -274,10 +329,15 @@ def _precision(fit: _Fit) -> PassPrecision:
         fit.performer.on(torch.device(fit.extras.device)),
         photos.images,
         photos.own,
-        [structure.read, *structure.targets],
-        passes=len(photos.own) * fit.asked.config.views + len(photos.others) * _BACKGROUND_VIEWS,
+        [structure.read, *structure.targets, *fit.teaching.layers],
+        passes=len(photos.own) * fit.asked.config.views + len(photos.others) * _views_of_others(fit.asked.config),
         wanted=wanted if found is None else found.identity.get("precision", wanted),
     )
+
+
+def _views_of_others(config: ExplainerConfig) -> int:
+    """Return views of a photo of others: the photo, and its mirror where the category's are only mirrored."""
+    return 2 if config.views <= 2 else 1
 
 
 def _cached_maps(fit: _Fit) -> TrainingMaps:
@@ -291,10 +351,8 @@ def _cached_maps(fit: _Fit) -> TrainingMaps:
     photos, config, structure = fit.photos, fit.asked.config, fit.asked.structure
     generator = torch.Generator().manual_seed(config.seed)
     windows = view_windows(len(photos.own), config.views, generator)
-    # Of others a whole photo and a crop, or its mirror where the category's photos are not cropped either.
-    second = 2 if config.views > _BACKGROUND_VIEWS else 1
-    others = view_windows(len(photos.others), 1 + _BACKGROUND_VIEWS, generator)[:, [0, second]]
-    counts = [config.views] * len(photos.own) + [_BACKGROUND_VIEWS] * len(photos.others)
+    others = view_windows(len(photos.others), _views_of_others(config), generator)
+    counts = [config.views] * len(photos.own) + [others.shape[1]] * len(photos.others)
     rows = np.repeat(np.array([*photos.own, *photos.others], dtype=np.int64), counts)
     table = torch.cat([windows.flatten(0, 1), others.flatten(0, 1)])
     drawn, viewing = viewed_images(photos.images, fit.performer, rows, table)
@@ -302,7 +360,7 @@ def _cached_maps(fit: _Fit) -> TrainingMaps:
         arrays = stream_maps(
             viewing.on(torch.device(fit.extras.device)),
             drawn,
-            [structure.read, *structure.targets],
+            [structure.read, *structure.targets, *fit.teaching.layers],
             fit.cache,
             compute=fit.where,
             progress=lambda done, _: advance(done),
@@ -313,6 +371,7 @@ def _cached_maps(fit: _Fit) -> TrainingMaps:
         windows=windows,
         labels=labels_of(photos.images, photos.categories, photos.own),
         background_rows=np.arange(len(windows.flatten(0, 1)), len(rows)),
+        finding=tuple(arrays[layer] for layer in fit.teaching.layers),
     )
 
 
@@ -330,10 +389,81 @@ def _learned(fit: _Fit) -> tuple[float, ...]:
     maps = _cached_maps(fit)
     epochs = asked.config.warmup_epochs + asked.config.epochs
     with show.task("learning", asked.seeds * epochs, _SHORTER) as advance:
-        return tuple(
+        shares = tuple(
             _learned_once(fit, maps, number, lambda done, text, before=number * epochs: advance(before + done, text))
             for number in range(asked.seeds)
         )
+    lesson = _lesson(maps, _views_of_others(asked.config))
+    write_tensors(fit.out / LESSON, {"features": lesson[0], "labels": lesson[1]})
+    if not (fit.out / PriceCurve.FILE).exists():
+        _priced(fit, maps, lesson)
+    return shares
+
+
+def _lesson(maps: TrainingMaps, views: int) -> Lesson:
+    """Return what tells the categories, and others from them: features of the whole photos at the last target."""
+    import torch
+
+    from partlens.explainer.views import gather
+
+    rows = (maps.rows(torch.arange(maps.photos)), maps.background_rows[::views])
+    features = torch.cat([_pooled(gather(maps.targets[-1], each)) for each in rows])
+    # Of one category against others that category is 1; several come in their order, and others are none of them.
+    if maps.categories > 1:
+        return features[: maps.photos], maps.labels
+    return features, (torch.arange(len(features)) < maps.photos).long()
+
+
+def _pooled(values: Tensor) -> Tensor:
+    return values.mean((2, 3)) if values.dim() == 4 else values.flatten(1)
+
+
+def _priced(fit: _Fit, maps: TrainingMaps, lesson: Lesson) -> None:
+    """Measure what p is worth, as learned and at higher prices, on held-out photos; without any there is no curve."""
+    import torch
+
+    from partlens.evaluation.explainer_evaluation import EvaluationRows, price_point
+    from partlens.evaluation.fidelity import own_columns
+    from partlens.explainer.network import build_explainer
+    from partlens.explainer.training import FACTORS, along_the_price
+
+    photos, config, none = fit.photos, fit.asked.config, torch.zeros(0, dtype=torch.long)
+    # What the fit learned from would flatter: prices are those of photos that it has not seen.
+    held, others = (sampled(rows, _MOST_PRICED, config.seed) for rows in _held_out(photos))
+    if len(held) < 2 or config.objective != "reconstruction":
+        return
+    taught = lesson if len(lesson[1].unique()) > 1 else None
+    told = taught is not None or own_columns(fit.performer, photos.categories) is not None
+    rows = EvaluationRows(held, others if told else (), (), labels_of(photos.images, photos.categories, held), none)
+    explainer = build_explainer(fit.performer, fit.asked.structure, config)
+    explainer.load_state_dict(read_tensors(fit.out / WEIGHTS, explainer.state_dict()))
+    points: list[PricePoint] = []
+    # Measured as they are learned, since decoders of many layers are too large to be kept for each price.
+    with fit.show.task("the price of p", 1 + len(FACTORS)) as advance:
+        for each in itertools.chain([explainer], along_the_price(explainer, maps, fit.cache / "price", fit.extras)):
+            points.append(price_point(each, fit.performer, photos.images, rows, photos.categories, taught, config.seed))
+            advance(len(points))
+    PriceCurve(photos=len(held), others=len(rows.held_others), points=tuple(points)).write(fit.out)
+
+
+def _held_out(photos: _Photos) -> tuple[list[int], list[int]]:
+    """Return the photos of the split ``test``: of the categories, and others."""
+    whole, images = photos.categories == ("",), photos.images
+    test = [row for row, split in enumerate(images.splits) if split == "test"]
+    own = [row for row in test if whole or images.categories[row] in photos.categories]
+    return own, sorted({*test} - {*own})
+
+
+def _price(curve: PriceCurve) -> str:
+    """Say beside p what the part filters alone keep."""
+    alone = curve.points[0].parts_alone
+    target, kept = list(alone.parts.variance_kept.items())[-1]
+    null = alone.other_photo.variance_kept[target]
+    return (
+        f", a price: with the ordinary track silent the part filters keep {kept.value:.0%} of the variance of {target} "
+        f"and {alone.parts.agreement_top1.value:.0%} of the decisions (those of another photo {null.value:.0%} and "
+        f"{alone.other_photo.agreement_top1.value:.0%}) on {curve.photos} held-out photos"
+    )
 
 
 def _learned_once(fit: _Fit, maps: TrainingMaps, number: int, advance: Callable[..., None]) -> float:

@@ -36,6 +36,9 @@ from partlens.verbs.inspected_pictures import draw_gallery, draw_parts
 from partlens.verbs.select_features import output_name
 
 SHOWN_PHOTOS = 4
+TAUGHT = "searched."
+"""Before the names of the tensors that locate what an explainer is taught by."""
+
 _GALLERY_PHOTOS = 6
 _DECIDED = 5
 _LITTLE_SHARE = 0.02
@@ -107,7 +110,8 @@ def inspect_category(stage: Stage, photos: CategoryPhotos) -> tuple[InspectedCat
     strength = ordered.codes(read.later(chosen, 0)).flatten(2).amax(2)
     logits = torch.from_numpy(np.array(read.arrays["logits"][chosen.numpy()]))
     drawn = _Drawn(stage, photos, rows, account, strength)
-    return _record(stage, photos, found, account, truth, logits, drawn), ordered.tensors()
+    taught = {f"{TAUGHT}{name}": each for name, each in found.searched.tensors().items()}
+    return _record(stage, photos, found, account, truth, logits, drawn), ordered.tensors() | taught
 
 
 # --- annotations ------------------------------------------------------------------------------------------------------

@@ -69,14 +69,21 @@ def _regions(found: PartInterpretability) -> Table:
 
 
 def _fidelity(result: Evaluation) -> Table:
-    table, kept = _table("fidelity", "value", "n"), result.reconstruction
-    rows = [("p", "", result.p), ("p_optimum", "", result.p_optimum)]
-    rows += [(name, "", getattr(kept, name)) for name in FIDELITY if hasattr(kept, name) and name != "relative_error"]
-    rows += [("relative_error", f" of {target}", of) for target, of in kept.relative_error.items()]
-    for name, of, value in rows:
-        if value.n:
-            by = "" if kept.errors_by is None or "error_" not in name else f" (by the {kept.errors_by})"
-            table.add_row(_titled(FIDELITY[name]) + of + by, _scored(value, FIDELITY[name]), f"{value.n} {value.unit}")
+    """Write p beside what both tracks and the part filters alone keep, with the nulls of the latter."""
+    alone = result.parts_alone
+    kinds = (result.reconstruction, alone.parts, alone.other_photo, alone.nothing)
+    headings = ("both tracks", "part filters alone", "those of another photo", "nothing", "n")
+    table = _table("fidelity", *headings)
+    by = f" (by the {result.reconstruction.errors_by})"
+    rows = [
+        (FIDELITY["variance_kept"], f" of {t}", [one.variance_kept[t] for one in kinds]) for t in kinds[0].variance_kept
+    ]
+    for name, of in (("agreement_top1", ""), ("agreement_top1_background", ""), ("error_increase_points", by)):
+        rows.append((FIDELITY[name], of, [getattr(one, name) for one in kinds]))
+    for score, of, values in rows:
+        if values[0].n:
+            cells = (_scored(value, score) for value in values)
+            table.add_row(_titled(score) + of, *cells, f"{values[0].n} {values[0].unit}")
     return table
 
 
@@ -91,9 +98,14 @@ def print_scores(result: Evaluation) -> None:
     console.print(
         "Each row is one score of where filters peak on held-out photos (↓ lower is better, ↑ higher): of the "
         "explainer, of two layers of the performer, and of three baselines that know nothing; 95 % intervals in "
-        "brackets. Fidelity is how much of the performer is left when the reconstruction is fed back to it."
+        "brackets."
     )
     console.print(table)
+    console.print(
+        f"p = {_scored(result.p, FIDELITY['p'])} is the weight of part filters that the price of the ordinary track "
+        "was worth, no share of anything. Fidelity is how much of the performer is left when its features are "
+        "replaced: by both tracks, or by part filters alone, with two nulls."
+    )
     console.print(_fidelity(result))
     if result.part_interpretability is not None:
         console.print(_regions(result.part_interpretability))
@@ -109,7 +121,7 @@ def print_parts(found: PartsFile) -> None:
         "filters",
         "from landmark, R²",
         "adds (Shapley)",
-        "same by integrated gradients",
+        "same by gradient × activation",
         "as many random filters",
         "removed",
     )
@@ -118,10 +130,17 @@ def print_parts(found: PartsFile) -> None:
         one = (measured or {}).get(part.filters)
         adds: tuple[str, ...] = ("–",) * 4
         if one is not None:
-            adds = (*map(_percent, (one.share, one.integrated_share, one.integrated_null)), _written(one.removal))
+            adds = (
+                *map(_percent, (one.share, one.gradient_activation_share, one.gradient_activation_null)),
+                _written(one.removal),
+            )
         ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
         table.add_row(f"{part.name}{ids}", str(len(part.filters)), place, *adds)
     console = _console()
+    console.print(
+        "Through the explainer: what each part's filters add to the network's score when the reconstruction is fed "
+        "back. A share counts filters as well as parts: as many random filters say what the count alone gives."
+    )
     console.print(table)
     kept = found.stability
     console.print(
@@ -133,7 +152,8 @@ def print_parts(found: PartsFile) -> None:
         return
     check = found.contributions.removal_check
     console.print(
-        f"the parts together add {_percent(found.contributions.interpretable_share)} of the score; predicted and "
+        f"the parts together add {_percent(found.contributions.interpretable_share)} of the fed-back score, which "
+        f"follows p, a price (see evaluate for what they keep alone); predicted and "
         f"measured loss correlate by {_written(check['shapley'].correlation)} (Shapley), "
         f"{_written(check['gradient_activation'].correlation)} (gradient × activation), "
         f"{_written(check['part_size'].correlation)} (number of filters alone)"

@@ -262,7 +262,6 @@ def share_table(study: Study) -> Built:
         Spec("p", "p, share of part filters", _p, "explainer"),
         Spec("voc", "p, VOC, printed", _printed_p(VOC), "printed"),
         Spec("cub", "p, CUB, printed", _printed_p(CUB), "printed"),
-        Spec("optimum", "p with the least objective, everything else held", here(_of("explainer", "p_optimum"))),
         Spec("agreement", "agreement of decisions", here(_of("explainer", "agreement_top1")), "", "higher"),
         Spec("error", "relative error, last target", here(_of("explainer", "relative_error")), "", "lower"),
         Spec("increase", "error increase, points", here(_of("explainer", "error_increase_points")), "", "lower"),

@@ -235,14 +235,14 @@ def _errors(
 ) -> HeadErrors:
     """Return errors of category against background, as an evaluation does: by the performer's own output, or by a head.
 
-    Outputs and fed features have the parts ``held`` and ``others``, the performer's features those of
-    :class:`~partlens.evaluation.explainer_evaluation.EvaluationRows`; ``photos`` has an integer per row of ``held`` and
+    Outputs and fed features have the parts ``held`` and ``others``, the performer's features ``held``, ``held_others``,
+    ``train`` and ``train_others``; ``photos`` has an integer per row of ``held`` and
     ``held_others``, equal for crops of one photo.
     """
     import torch
 
     from partlens.evaluation.fidelity import own_columns
-    from partlens.metrics.faithfulness import category_error_increase, decision_errors
+    from partlens.metrics.faithfulness import decision_errors, logistic_head
 
     def labels(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
         return torch.cat([torch.ones(sum(map(len, first))), torch.zeros(sum(map(len, second)))]).long()
@@ -255,15 +255,13 @@ def _errors(
             for found in (own_outputs, fed_outputs)
         )
         return decision_errors(own, fed, truth, photos=photos, generator=generator)
-    return category_error_increase(
+    head = logistic_head(
         torch.cat([*own_features["train"], *own_features["train_others"]]),
         labels(own_features["train"], own_features["train_others"]),
-        torch.cat([*own_features["held"], *own_features["held_others"]]),
-        torch.cat([*fed_features["held"], *fed_features["others"]]),
-        truth,
-        photos=photos,
-        generator=generator,
     )
+    own = head(torch.cat([*own_features["held"], *own_features["held_others"]]))
+    fed = head(torch.cat([*fed_features["held"], *fed_features["others"]]))
+    return decision_errors(own, fed, truth, photos=photos, generator=generator)
 
 
 def measure_interpretable(

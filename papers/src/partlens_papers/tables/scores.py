@@ -98,7 +98,7 @@ def scores_of(evaluation: Mapping[str, Any]) -> Iterator[Score]:
     }
     for subject, found in layers.items():
         yield from _estimates(subject, found or {})
-    yield from _estimates("explainer", {name: evaluation.get(name) for name in ("p", "p_optimum")})
+    yield from _estimates("explainer", {"p": evaluation.get("p")})
     fed = evaluation.get("reconstruction", {})
     yield from _estimates("explainer", {name: fed.get(name) for name in ("agreement_top1", "error_increase_points")})
     errors = {
@@ -116,9 +116,9 @@ def scores_of(evaluation: Mapping[str, Any]) -> Iterator[Score]:
             score="error_percent",
             estimate=Estimate(100 * min(share, 1 - share), (math.nan, math.nan), of["n"]),
         )
-    if lost := list(fed.get("relative_error", {}).values()):
-        yield from _estimates("explainer", {"relative_error": lost[-1]})
-        yield Score(subject="explainer", score="variance_explained", estimate=_one_minus(estimate_of(lost[-1])))
+    if kept := list(fed.get("variance_kept", {}).values()):
+        yield from _estimates("explainer", {"variance_explained": kept[-1]})
+        yield Score(subject="explainer", score="relative_error", estimate=_one_minus(estimate_of(kept[-1])))
     for reading in REGION_READINGS if evaluation.get("part_interpretability") else ():
         found, name = evaluation["part_interpretability"]["readings"][reading], f"regions_{reading}"
         for subject, layer in found["layers"].items():

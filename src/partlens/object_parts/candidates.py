@@ -1,0 +1,172 @@
+"""Candidates for the parts of a category: non-negative factors of a later layer, and the choice among them.
+
+1. *Candidates.* The layer's features, cell by cell, are factorised into few non-negative parts (Lee & Seung 2001), for
+   several numbers of parts and random shares of the photos. The centroid of a part's codes, squared, is its place in a
+   view of a photo.
+2. *Choice.* A part must move with the photo. A candidate's cost is the mean squared distance between its place in a
+   crop or mirror and where the window takes its place in the photo, over the variance of that place: 0 follows every
+   crop, and a place that never moves is as bad as a random one, unlike under the plain distance. The cheapest
+   candidates are taken, one by one, each with a penalty for moving like those already taken.
+
+Factorising a layer's cells into object parts follows Collins, Achanta & Süsstrunk, ECCV 2018; choosing the factors by
+their equivariance is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from partlens.errors import ImageError, expected
+from partlens.explainer.teachers import mean_correlation, place_correlations, places_in_photo, places_in_view
+from partlens.explainer.templates import centroid_cells
+
+_ROUNDS = 3
+_SHARE_OF_PHOTOS = 0.7
+_MOST_CELLS = 8000
+_PHOTOS_AT_ONCE = 1000
+"""Photos whose later maps are in memory together; as many, at most, give the cells that candidates are found in."""
+_FIT_STEPS = 40
+_CODE_STEPS = 25
+_CODE_CELLS = 65_536
+_LITTLE = 1e-8
+_STILL = 1e-6  # a thousandth of the side, squared
+
+Source = Callable[[int], Tensor]
+"""Returns where candidates are in a view of a category's photos, (photo, part, 2) as shares of its sides."""
+
+
+@dataclass(frozen=True)
+class ChosenParts:
+    """Parts that were chosen: the mean place over views (row, col) of each in each photo, as shares of its sides.
+
+    ``chosen`` are their numbers among the candidates; ``movement``, lower is better, is the mean squared error of
+    moving with crops and mirrors over the variance of the place; ``correlation`` is that of the places of two parts,
+    the mean.
+    """
+
+    places: Float[Tensor, "photo part 2"]
+    chosen: tuple[int, ...]
+    movement: Float[Tensor, " part"]
+    correlation: float
+
+
+def _nonnegative_parts(
+    cells: Float[Tensor, "cell filter"], count: int, generator: torch.Generator
+) -> Float[Tensor, "part filter"]:
+    """Factorise cells into ``count`` non-negative directions by multiplicative steps (Lee & Seung 2001)."""
+    scale = float(cells.mean()) + _LITTLE
+    codes = torch.rand(len(cells), count, generator=generator).to(cells) * scale
+    parts = torch.rand(count, cells.shape[1], generator=generator).to(cells) * scale + _LITTLE
+    for _ in range(_FIT_STEPS):  # only candidates are wanted, so the number of steps is fixed
+        codes = codes * (cells @ parts.t()) / (codes @ (parts @ parts.t()) + _LITTLE)
+        parts = parts * (codes.t() @ cells) / ((codes.t() @ codes) @ parts + _LITTLE)
+    return F.normalize(parts, dim=1)
+
+
+def part_codes(
+    maps: Float[Tensor, "image filter row col"], parts: Float[Tensor, "part filter"]
+) -> Float[Tensor, "image part row col"]:
+    """Return how much of each part every cell holds, all parts competing for it."""
+    images, _, rows, cols = maps.shape
+    gram = parts @ parts.t()
+    found = []
+    for cells in maps.permute(0, 2, 3, 1).flatten(0, 2).split(_CODE_CELLS):
+        target = cells @ parts.t()
+        codes = torch.full_like(target, float(cells.mean()) + _LITTLE)
+        for _ in range(_CODE_STEPS):
+            codes = codes * target / (codes @ gram + _LITTLE)
+        found.append(codes)
+    return torch.cat(found).reshape(images, rows, cols, -1).permute(0, 3, 1, 2)
+
+
+def centroids(codes: Float[Tensor, "image part row col"], power: float = 2.0) -> Float[Tensor, "image part 2"]:
+    """Return the centroid (row, col) of codes to a power as shares of the map's sides; its middle for an empty map."""
+    shares = (centroid_cells(codes, power) + 0.5) / torch.tensor(codes.shape[2:], device=codes.device)
+    return torch.where(codes.amax((2, 3))[..., None] > 0, shares, 0.5)
+
+
+class LaterParts:
+    """Non-negative parts of a later layer: candidates for parts.
+
+    ``view`` returns the later layer's maps (at least 0) of some photos in a view; view 0 is the whole photo. Each of
+    ``sizes`` is a number of parts that share the cells.
+    """
+
+    def __init__(
+        self,
+        view: Callable[[Int[Tensor, " photo"], int], Float[Tensor, "photo filter row col"]],
+        photos: int,
+        generator: torch.Generator,
+        sizes: Sequence[int],
+    ) -> None:
+        self.view = view
+        self.everyone = torch.arange(photos)
+        few = photos <= _PHOTOS_AT_ONCE
+        sample = self.everyone if few else torch.randperm(photos, generator=generator)[:_PHOTOS_AT_ONCE].sort().values
+        whole = view(sample, 0).clamp(min=0)
+        if not bool(whole.any()):
+            raise ImageError(
+                expected("a later layer that activates on the photos", "zeros only", "Check the performer")
+            )
+        self.dictionaries = []
+        for parts in sizes:
+            for _ in range(_ROUNDS):
+                chosen = torch.rand(len(sample), generator=generator) < _SHARE_OF_PHOTOS
+                cells = whole[chosen if int(chosen.sum()) > 1 else slice(None)].permute(0, 2, 3, 1).flatten(0, 2)
+                cells = cells[torch.randperm(len(cells), generator=generator)[:_MOST_CELLS]]
+                self.dictionaries.append(_nonnegative_parts(cells, parts, generator))
+
+    def __call__(self, number: int) -> Float[Tensor, "photo part 2"]:
+        """Return the places of all candidates in a view, as shares of its sides."""
+        found = []
+        for some in self.everyone.split(_PHOTOS_AT_ONCE):
+            # Cells lie side by side in memory, so that no dictionary copies them.
+            maps = self.view(some, number).clamp(min=0).contiguous(memory_format=torch.channels_last)
+            found.append(torch.cat([centroids(part_codes(maps, parts)) for parts in self.dictionaries], 1))
+        return torch.cat(found)
+
+
+def followed(
+    source: Source, windows: Float[Tensor, "photo view 5"]
+) -> tuple[Float[Tensor, "photo part 2"], Float[Tensor, "photo part 2"], Float[Tensor, " part"]]:
+    """Return where candidates are in the whole photos and in the mean of all views, and how they move with the views.
+
+    ``source`` says where candidates are in a view, ``windows`` how each view was cut, view 0 being the whole photo.
+    """
+    photos, views, _ = windows.shape
+    if photos < 4:
+        raise ImageError(expected("at least 4 photos to find parts in", int(photos), "Add photos"))
+    first = source(0)
+    sums, error = first.clone(), torch.zeros(first.shape[1])
+    for number in range(1, views):
+        seen = source(number)
+        wanted = places_in_view(first, windows[:, number])
+        inside = ((wanted > 0) & (wanted < 1)).all(-1).to(seen.dtype)
+        missed = (seen - wanted).square().sum(-1)
+        error += (missed * inside).sum(0) / inside.sum(0).clamp(min=1) / (views - 1)
+        sums += places_in_photo(seen, windows[:, number])
+    # A place that never moves misses nothing and has no variance: 1, no better than one that moves at random.
+    movement = (error + _STILL) / (first.var(0).sum(-1) + _STILL)
+    return first, sums / views, movement
+
+
+def chosen_parts(source: Source, windows: Float[Tensor, "photo view 5"], count: int, variety: float) -> ChosenParts:
+    """Choose ``count`` parts that move with the photo, best first, or all where there are fewer candidates.
+
+    A part pays ``variety`` for the mean correlation of its place with the places already chosen; for the rest see
+    :func:`followed`.
+    """
+    _, places, movement = followed(source, windows)
+    alike = place_correlations(places)
+    taken: list[int] = []
+    for _ in range(min(count, len(movement))):
+        cost = movement + (variety * alike[:, taken].mean(1) if taken else 0.0)
+        cost[taken] = torch.inf
+        taken.append(int(cost.argmin()))
+    return ChosenParts(places[:, taken], tuple(taken), movement[taken], mean_correlation(alike[taken][:, taken]))

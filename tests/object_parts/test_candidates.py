@@ -1,0 +1,132 @@
+"""Candidates for parts: what is found in a later layer, and which of it moves with the photo."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from partlens.explainer.teachers import places_in_view
+from partlens.explainer.views import view_windows
+from partlens.object_parts import candidates
+from partlens.object_parts.candidates import LaterParts, _nonnegative_parts, centroids, chosen_parts, part_codes
+
+SIDE = 10
+SIZES = (3, 4, 5, 6, 8, 10, 12, 16)
+
+
+def draws(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def blob(places: Tensor, width_cells: float = 1.0) -> Tensor:
+    """One bump per photo at a place (row, col) in shares; nothing where it is outside."""
+    cells = (torch.arange(SIDE) + 0.5) / SIDE
+    row = (cells - places[:, 0, None]) * SIDE / width_cells
+    col = (cells - places[:, 1, None]) * SIDE / width_cells
+    return torch.exp(-(row.square()[:, :, None] + col.square()[:, None, :]) / 2)
+
+
+class Photos:
+    """A later layer of four filters: two parts that move with the photo, one that stays, one that jumps."""
+
+    def __init__(self, photos: int = 30, views: int = 5) -> None:
+        self.windows = view_windows(photos, views, draws(1), 0.6)
+        self.part = 0.25 + 0.5 * torch.rand(photos, 2, generator=draws(2))
+        self.other = 0.25 + 0.5 * torch.rand(photos, 2, generator=draws(4))
+        self.jumps = torch.rand(views, photos, 2, generator=draws(3))
+
+    def view(self, photos: Tensor, number: int) -> Tensor:
+        return self.shown(number)[photos]
+
+    def later(self) -> LaterParts:
+        return LaterParts(self.view, len(self.part), draws(), SIZES)
+
+    def shown(self, number: int) -> Tensor:
+        both = places_in_view(torch.stack([self.part, self.other], 1), self.windows[:, number])
+        still = torch.full_like(self.part, 0.5)
+        shown = [blob(both[:, 0]), 0.9 * blob(both[:, 1]), blob(still), blob(self.jumps[number])]
+        return torch.stack(shown, 1)
+
+
+def test_centroid_of_squared_codes_by_hand() -> None:
+    codes = torch.zeros(1, 2, 4, 4)
+    codes[0, 0, 1, 0], codes[0, 0, 1, 2] = 1.0, 2.0
+    # Squares weigh 1 and 4: column 0.5 * 1/5 + 2.5 * 4/5 = 2.1 of 4, row 1.5 of 4; an empty map stands in the middle.
+    assert centroids(codes).flatten().tolist() == pytest.approx([0.375, 0.525, 0.5, 0.5])
+
+
+def test_planted_factors_are_found() -> None:
+    truth = torch.block_diag(*[torch.rand(1, 5, generator=draws(k)) + 0.2 for k in range(3)])
+    cells = torch.rand(600, 3, generator=draws(5)).pow(3) @ truth
+    found = _nonnegative_parts(cells, 3, draws(6))
+    assert bool((found >= 0).all())
+    assert found.norm(dim=1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
+    likeness = (found @ torch.nn.functional.normalize(truth, dim=1).t()).amax(0)
+    assert float(likeness.min()) > 0.98
+
+
+def test_parts_compete_for_a_cell() -> None:
+    parts = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), dim=1)
+    maps = torch.tensor([3.0, 3.0])[None, :, None, None]
+    codes = part_codes(maps, parts)[0, :, 0, 0]
+    assert float(codes[1]) == pytest.approx(3 * math.sqrt(2), rel=0.05)
+    assert float(codes[0]) < 0.15 * float(codes[1])
+
+
+def test_the_part_that_moves_with_the_photo_teaches_first() -> None:
+    photos = Photos()
+    found = chosen_parts(photos.later(), photos.windows, 3, 0.0)
+    assert bool((found.movement.diff() >= 0).all())
+    assert float(found.movement[0]) < 0.1
+    missed = [float((found.places[:, 0] - truth).norm(dim=-1).mean()) for truth in (photos.part, photos.other)]
+    assert min(missed) < 0.05
+    # A place that never moves is no part, though its distance to where the crop takes it is small.
+    still = found.places.std(0).mean(-1) < 0.02
+    assert not bool(still[0])
+
+
+def test_a_place_that_never_moves_does_not_teach() -> None:
+    """Under mirrors alone a place in the middle misses nothing; the plain distance would choose it first."""
+    photos = Photos(views=2)
+    found = chosen_parts(photos.later(), photos.windows, 30, 0.0)
+    assert float(found.places[:, 0].std(0).mean()) > 0.1
+    still = found.places.std(0).mean(-1) < 0.01
+    assert bool((found.movement[still] > 0.5).all())
+
+
+def test_photos_are_read_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    photos, asked = Photos(), []
+
+    def view(some: Tensor, number: int) -> Tensor:
+        asked.append(len(some))
+        return photos.view(some, number)
+
+    whole = chosen_parts(photos.later(), photos.windows, 2, 0.3)
+    monkeypatch.setattr(candidates, "_PHOTOS_AT_ONCE", 12)
+    parted = chosen_parts(LaterParts(view, 30, draws(), SIZES), photos.windows, 2, 0.3)
+    assert max(asked) == 12
+    assert sum(asked) == 12 + 5 * 30
+    assert float(parted.movement[0]) < 0.1
+    assert parted.places.shape == whole.places.shape
+
+
+def test_variety_chooses_parts_that_move_apart() -> None:
+    photos = Photos()
+    alike = chosen_parts(photos.later(), photos.windows, 6, 0.0)
+    varied = chosen_parts(photos.later(), photos.windows, 6, 2.0)
+    assert varied.correlation < alike.correlation - 0.1
+    assert torch.equal(varied.places[:, 0], alike.places[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("photos", "maps", "message"),
+    [(3, 1.0, "at least 4 photos to find parts in, got 3"), (8, 0.0, "a later layer that activates")],
+)
+def test_what_cannot_teach_is_refused(photos: int, maps: float, message: str) -> None:
+    windows = view_windows(photos, 2, draws(), 0.6)
+    with pytest.raises(ValueError, match=message):
+        later = LaterParts(lambda some, _: torch.full((len(some), 2, 4, 4), maps), photos, draws(), SIZES)
+        chosen_parts(later, windows, 2, 0.3)
