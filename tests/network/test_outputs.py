@@ -225,3 +225,18 @@ def test_a_network_that_writes_into_its_input_is_taken() -> None:
     images = IMAGES.clone()
     torch.testing.assert_close(forward_taps(on, images, [])[0], forward_taps(plain, IMAGES - 0.5, [])[0])
     assert torch.equal(images, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("end", "unsteady"),
+    [
+        (lambda _, scores: scores, False),
+        (lambda _, scores: nn.functional.dropout(scores, 0.5, training=True), True),
+        (lambda _, scores: scores - scores.mean(0), True),
+    ],
+    ids=["steady", "dropout that never ends", "scores less those of the batch"],
+)
+def test_scores_that_change_from_call_to_call_are_said(end: Callable[[Tensor, Tensor], Any], unsteady: bool) -> None:
+    torch.manual_seed(0)
+    performer = Performer(Network(end), "net", Preprocessing(size_px=(16, 16)), weights_sha256="")
+    assert any("draws at random" in note for note in performer.outputs.notes) is unsteady

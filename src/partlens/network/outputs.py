@@ -38,6 +38,7 @@ _JOINING = re.compile(
     r"(Add|Sub|Rsub|Mul|Div|Mean|Sum|Cat|Stack|Exp|Log|Clamp|ClampMin|ClampMax|Slice|Select|Index|IndexSelect|Neg)Backward"
 )
 _CLOSE = 1e-3
+_STEADY = 0.01  # sums in another order change less, in half precision, too
 _TINY = torch.finfo(torch.float32).tiny
 _MADE = 4  # images that the kind is read from, where no operation tells it
 
@@ -111,11 +112,13 @@ class Outputs:
         kind: what the numbers are.
         count: how many there are.
         inferred: whether the kind was read from values, since no operation tells it.
+        unsteady: by how much scores of an image differ when it is given alone and with others, as a share of the score.
     """
 
     kind: Kind
     count: int
     inferred: bool = False
+    unsteady: float = 0.0
 
     @property
     def independent(self) -> bool:
@@ -125,10 +128,15 @@ class Outputs:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of results must know."""
-        if not self.inferred:
-            return (_WORDS[self.kind],) if _WORDS[self.kind] else ()
-        said = _WORDS[self.kind] or "the outputs are taken for scores before a softmax"
-        return (f"{said} (by their values: the network's last operation does not tell)",)
+        said = _WORDS[self.kind]
+        if self.inferred:
+            said = said or "the outputs are taken for scores before a softmax"
+            said += " (by their values: the network's last operation does not tell)"
+        chance = (
+            f"the same image gets scores that differ by {self.unsteady:.0%}, alone and with others: the network draws "
+            "at random, or images of a batch act on one another, and numbers move as much"
+        )
+        return tuple(note for note in (said, chance if self.unsteady > _STEADY else "") if note)
 
     def scores(self, answer: Any, images: int) -> Float[Tensor, "image output"]:
         """Choose the scores in an answer of the network (`class_scores`) and return logits, logarithms or log-odds."""
@@ -244,7 +252,8 @@ def outputs_of(module: nn.Module, example: Float[Tensor, "image channel row col"
             remedy = "Write squeeze((2, 3)) or flatten(1) instead of squeeze(), which takes away the image axis, too"
             raise LayerError(expected(rule, got, remedy))
         kind, inferred = _kind_of(several)
-    return Outputs(kind, several.shape[1], inferred)
+        unsteady = float((one - several[:1]).detach().norm() / several[:1].detach().norm().clamp(min=_TINY))
+    return Outputs(kind, several.shape[1], inferred, unsteady)
 
 
 def _answer(network: nn.Module, images: Tensor, name: str) -> Any:
