@@ -309,3 +309,25 @@ def test_a_block_that_gives_what_its_last_layer_gave_is_reduced_once() -> None:
     _, taps = forward_taps(network, torch.rand(2, 3, 6, 6), ["0.0", "0.1", "0"], reduce)
     assert len(seen) == 2  # the convolution before its values are overwritten, the rectifier, not the block
     assert float(taps["0"]) == float(taps["0.1"]) != float(taps["0.0"])
+
+
+def test_a_batch_waits_for_its_device_once_or_twice_however_many_layers_are_read(monkeypatch) -> None:
+    """Every look at a number of a GPU waits for it: one for all that must be finite, one for all buffers."""
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))]
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), *layers).eval()
+    performer = Performer(network, "net", Preprocessing(size_px=(8, 8)), "")
+    names = [str(number) for number in range(13)]
+    forward_taps(performer, torch.zeros(2, 3, 8, 8), names)  # finds out the layouts, once
+    looked: list[str] = []
+    for name in ("__bool__", "__float__", "__int__", "item", "tolist"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, real=real, name=name: looked.append(name) or real(self))
+    monkeypatch.setattr(torch, "equal", lambda *_: looked.append("equal") or True)
+    _, taps = forward_taps(performer, torch.zeros(2, 3, 8, 8), names)
+    assert len(taps) == 13
+    assert len(looked) <= 2, looked
+    network[2].running_mean.data.fill_(7.0)
+    looked.clear()
+    with borrowed(network) as inside:
+        inside[2].running_mean.data.fill_(8.0)  # past autograd's versions
+    assert float(network[2].running_mean[0]) == 7.0

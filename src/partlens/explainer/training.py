@@ -120,6 +120,14 @@ def _optimiser(explainer: Explainer, of_decoder: float, *, warm: bool) -> torch.
     return torch.optim.AdamW(groups, fused=True)  # of a fully connected decoder the rest is eight times as slow
 
 
+def _means(sums: Mapping[str, Tensor], batches: int) -> dict[str, float]:
+    """Return the means of an epoch's numbers, after a look at its objective."""
+    means = {name: float(value) / batches for name, value in sums.items()}
+    if not math.isfinite(objective := means.pop("objective")):
+        raise InputError(expected("a finite objective", objective, "Lower the learning rates or check the photos"))
+    return means
+
+
 class _Patience:
     """Counts the epochs in which the smoothed objective of the joint phase did not fall."""
 
@@ -236,21 +244,22 @@ class _Training:
             # The joint objective has other units: moments of the warm-up would all but stop the interpretable track.
             self.optimiser = _optimiser(explainer, self.of_decoder, warm=False)
             if config.warmup_epochs:
-                explainer.restart_norm(gather(self.data.tap, self.data.sample).to(self.device))
+                explainer.restart_norm(gather(self.data.tap, self.data.sample, self.device))
         explainer.train()
         explainer.decoder.eval()  # copies of the performer's norm and dropout layers stay as they are
         self.objective.epoch = max(1, number - config.warmup_epochs)
         batches = list(epoch_batches(self.data, config, number))
         epochs, before = (config.warmup_epochs, 0) if warm else (config.epochs, config.warmup_epochs)
-        sums: dict[str, float] = {}
+        # Numbers stay on the device until the epoch is over: to look at one is to wait for all that was asked of a GPU.
+        sums: dict[str, Tensor] = {}
         started = time.monotonic()
         for index, batch in enumerate(batches):
             share = _schedule((number - 1 - before) * len(batches) + index, epochs * len(batches))
             for group in self.optimiser.param_groups:
                 group["lr"] = group["base"] * share
             for name, value in self._step(batch, warm=warm).items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        means = {name: value / len(batches) for name, value in sums.items()}
+                sums[name] = sums.get(name, value.new_zeros((), dtype=torch.float64)) + value.double()
+        means = _means(sums, len(batches))
         phase = "warmup" if warm else "joint"
         return {"epoch": number, "phase": phase, "seconds": round(time.monotonic() - started, 3), **means}
 
@@ -260,7 +269,7 @@ class _Training:
         known = (data.labels[batch.photos], batch.photos, data.windows[batch.photos, batch.view])
         facts = BatchFacts(*(value.to(device) for value in known))
         rows = batch.rows[:positives] if warm else batch.rows
-        maps = gather(data.tap, rows).to(device)
+        maps = gather(data.tap, rows, device)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
         if warm:
             with autocast:
@@ -269,16 +278,12 @@ class _Training:
         else:
             with autocast:
                 output = explainer(maps, positives)
-            targets = tuple(gather(target, rows).to(device) for target in data.targets)
+            targets = tuple(gather(target, rows, device) for target in data.targets)
             loss, terms = self.objective.joint(output, targets, facts)
-        if not bool(torch.isfinite(loss.detach())):
-            raise InputError(
-                expected("a finite objective", float(loss.detach()), "Lower the learning rates or check the photos")
-            )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
-        return terms
+        return {**terms, "objective": loss.detach()}
 
 
 def train_explainer(

@@ -36,6 +36,8 @@ NORM_SAMPLE = 256
 _ASPECT = 0.2
 _FRAMES_KEPT = 64
 
+_CPU = torch.device("cpu")
+
 
 def view_windows(
     photos: int, views: int, generator: torch.Generator, area_min: float = _CROP_AREA_MIN
@@ -190,11 +192,15 @@ class TrainingMaps:
         return self.rows(torch.arange(count) * self.photos // count if several else torch.arange(count))
 
 
-def gather(array: np.ndarray, rows: np.ndarray) -> Tensor:
+def gather(array: np.ndarray, rows: np.ndarray, device: torch.device = _CPU) -> Tensor:
     """Read rows as float32: in the file's order, which a memory map serves best, returned in the order asked."""
     order = np.argsort(rows, kind="stable")
-    read = torch.from_numpy(np.asarray(array[rows[order]])).float()
-    return read[torch.from_numpy(np.argsort(order, kind="stable"))]
+    read = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    read[order] = array[rows[order]]
+    held = torch.from_numpy(read)
+    if device.type == "cuda":  # from pinned memory the copy does not wait, and as stored it is half as large
+        held = held.pin_memory()
+    return held.to(device, non_blocking=True).float()
 
 
 class Batch(NamedTuple):

@@ -6,7 +6,7 @@ import contextlib
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,11 +181,14 @@ def _restore_mapping(target: MutableMapping[Any, Any], saved: tuple[tuple[Any, A
     target.update(saved)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Bitwise equality, also for NaN."""
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    return bool(torch.equal(a, b)) or bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124
+def _rewrite(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Write values of before where they changed (NaN equals NaN), with one wait for a GPU in all."""
+    kept = [(now, before) for now, before in pairs if before is not None]
+    flags = [(now.ne(before) & (now.eq(now) | before.eq(before))).any() for now, before in kept]
+    if flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()):
+        for (now, before), flag in zip(kept, flags, strict=True):
+            if bool(flag):
+                now.copy_(before)
 
 
 class _Snapshot:
@@ -220,8 +223,9 @@ class _Snapshot:
     def _restore_tensors(self) -> list[str]:
         with torch.no_grad():
             lost = {id(each[0]) for each in self.parameters if not _restored(*each)}
-            for buffer, data, before in self.buffers:
-                _put_back(buffer, data, before)
+            for buffer, data, _ in self.buffers:
+                _own(buffer, data)
+            _rewrite([(each[0].data, each[2]) for each in (*self.parameters, *self.buffers)])
         return [name for name, p in self.module.named_parameters() if id(p) in lost] if lost else []
 
 
@@ -229,19 +233,17 @@ def _kept(p: nn.Parameter, *, copy_weights: bool) -> tuple[Any, ...]:
     return p, p.data, p.data.clone() if copy_weights else None, p.requires_grad, p.grad, p._version  # noqa: SLF001
 
 
-def _put_back(tensor: Tensor, data: Tensor, before: Tensor | None) -> None:
-    """Give a tensor its storage, and its values where there is a copy of them."""
+def _own(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor its storage."""
     if tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype or tensor.shape != data.shape:
         tensor.data = data
-    if before is not None and not _same(tensor.data, before):
-        tensor.data.copy_(before)
 
 
 def _restored(
     p: nn.Parameter, data: Tensor, before: Tensor | None, requires_grad: bool, grad: Tensor | None, version: int
 ) -> bool:
     """Put a weight back; say whether its values are surely those of before."""
-    _put_back(p, data, before)
+    _own(p, data)
     unchanged = before is not None or p._version == version  # noqa: SLF001
     p.requires_grad_(requires_grad)
     p.grad = grad

@@ -209,12 +209,18 @@ def as_float(value: Any) -> Any:
     return value
 
 
-def _finite(value: Any) -> bool:
+def _finite(*values: Any) -> bool:
+    """Whether all tensors in any nesting are finite, with one wait for a GPU in all."""
+    flags = [torch.isfinite(tensor).all() for tensor in _tensors(values)]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return bool(torch.isfinite(value).all())
-    if isinstance(value, Mapping):
-        return all(_finite(v) for v in value.values())
-    return all(_finite(v) for v in value) if isinstance(value, (list, tuple)) else True
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(each)
 
 
 def tap_layouts(performer: Performer | nn.Module, batch: Tensor, names: Sequence[str]) -> dict[str, Layout]:
@@ -283,7 +289,7 @@ def forward_taps(
         with read_taps(network, names, reduce, layouts) as taps:
             output = as_float(network(ready.clone()))  # a network may write into its input
             held = {name: taps[name].detach().float() for name in names}
-        if not (_finite(output) and _finite(held)):
+        if not _finite(output, held):
             cause = "the batch itself" if not _finite(ready) else _first_bad_layer(network, ready)
             remedy = _AGAINST_OVERFLOW if ready.dtype == torch.float16 else "Check the weights and the images"
             raise InputError(expected("finite values in the network", f"NaN or infinity first in {cause}", remedy))
