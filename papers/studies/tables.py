@@ -174,10 +174,10 @@ def _agreement(rows: list[dict[str, Any]]) -> str:
 
 
 RUNS = {
-    "alexnet-voc-instability": "teachers (our default)",
-    "alexnet-cub-instability": "teachers (our default)",
-    "vgg16-voc-instability": "teachers (our default)",
-    "vgg16-voc-paper-preset-instability": "printed (preset `paper`)",
+    "vgg16-voc-paper-preset-instability": "printed (preset `paper`, 4 epochs)",
+    "vgg16-voc-relu5-3-instability": "teachers (our default, 12 + 5 epochs), tap relu5-3",
+    "alexnet-voc-relu5-instability": "teachers (our default, 20 + 6 epochs), tap relu5",
+    "alexnet-voc-instability": "teachers (our default, 20 + 6 epochs), tap relu4",
 }
 
 

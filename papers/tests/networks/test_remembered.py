@@ -54,6 +54,7 @@ def test_a_pass_gives_what_the_network_gives_and_computes_the_fixed_layers_once(
     given, x = performer(build(1), side), torch.rand(3, 3, side, side)
     kept = remembering(given, tmp_path)
     assert list(kept.module.state_dict()) == list(given.module.state_dict())
+    assert kept.tap == given.tap == taps[0]
     first, maps = forward_taps(kept, x, taps)
     there = set(tmp_path.rglob("*.npy"))
     again, _ = forward_taps(kept, x.flip(0), taps)

@@ -128,4 +128,5 @@ def remembering(performer: Performer, folder: Path) -> Performer:
         remembered.last, remembered.memory = setting.tap, Memory(before, folder)
     else:
         return performer
-    return dataclasses.replace(performer, module=module)
+    # Layers before it are not called, so that the performer's own choice of a tap would see too few of them.
+    return dataclasses.replace(performer, module=module, default_tap=performer.default_tap or setting.tap)
