@@ -11,7 +11,7 @@ from torch import Tensor
 from partlens.explainer.teachers import places_in_view
 from partlens.explainer.views import view_windows
 from partlens.object_parts import candidates
-from partlens.object_parts.candidates import LaterParts, _nonnegative_parts, centroids, chosen_parts, part_codes
+from partlens.object_parts.candidates import LaterParts, _factorised, centroids, chosen_parts, part_codes
 
 SIDE = 10
 SIZES = (3, 4, 5, 6, 8, 10, 12, 16)
@@ -61,11 +61,21 @@ def test_centroid_of_squared_codes_by_hand() -> None:
 def test_planted_factors_are_found() -> None:
     truth = torch.block_diag(*[torch.rand(1, 5, generator=draws(k)) + 0.2 for k in range(3)])
     cells = torch.rand(600, 3, generator=draws(5)).pow(3) @ truth
-    found = _nonnegative_parts(cells, 3, draws(6))
+    cells[300:, 0] = 9.0  # what the second time does not use
+    used = torch.ones(2, 600, dtype=torch.bool)
+    used[1, 300:] = False
+    more, found = _factorised(cells, used, [4, 3], draws(6))
+    assert more.shape == (4, cells.shape[1])
     assert bool((found >= 0).all())
     assert found.norm(dim=1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
     likeness = (found @ torch.nn.functional.normalize(truth, dim=1).t()).amax(0)
     assert float(likeness.min()) > 0.98
+
+
+def test_dictionaries_do_not_compete() -> None:
+    maps, parts = torch.rand(2, 6, 3, 3, generator=draws(1)), torch.rand(5, 6, generator=draws(2))
+    alone = torch.cat([part_codes(maps, parts[:2]), part_codes(maps, parts[2:])], 1)
+    assert torch.allclose(part_codes(maps, parts[:2], parts[2:]), alone, atol=1e-5)
 
 
 def test_parts_compete_for_a_cell() -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from partlens.errors import ImageError, expected
@@ -28,12 +28,12 @@ from partlens.explainer.templates import centroid_cells
 
 _ROUNDS = 3
 _SHARE_OF_PHOTOS = 0.7
-_MOST_CELLS = 8000
+_MOST_CELLS = 11_000  # of which each time uses its share of the photos
 _PHOTOS_AT_ONCE = 1000
 """Photos whose later maps are in memory together; as many, at most, give the cells that candidates are found in."""
 _FIT_STEPS = 40
 _CODE_STEPS = 25
-_CODE_CELLS = 65_536
+_CODE_CELLS = 16_384
 _LITTLE = 1e-8
 _STILL = 1e-6  # a thousandth of the side, squared
 
@@ -56,25 +56,35 @@ class ChosenParts:
     correlation: float
 
 
-def _nonnegative_parts(
-    cells: Float[Tensor, "cell filter"], count: int, generator: torch.Generator
-) -> Float[Tensor, "part filter"]:
-    """Factorise cells into ``count`` non-negative directions by multiplicative steps (Lee & Seung 2001)."""
+def _factorised(
+    cells: Float[Tensor, "cell filter"],
+    used: Bool[Tensor, "times cell"],
+    sizes: Sequence[int],
+    generator: torch.Generator,
+) -> list[Float[Tensor, "part filter"]]:
+    """Factorise cells several times, each into a number of non-negative directions (Lee & Seung 2001).
+
+    All times go through the same multiplicative steps together, so that the cells are read once for all of them; of
+    each, only the cells that it uses have codes.
+    """
+    of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    together = (of[:, None] == of).to(cells)  # parts of two times do not compete
     scale = float(cells.mean()) + _LITTLE
-    codes = torch.rand(len(cells), count, generator=generator).to(cells) * scale
-    parts = torch.rand(count, cells.shape[1], generator=generator).to(cells) * scale + _LITTLE
+    codes = torch.rand(len(cells), len(of), generator=generator).to(cells) * scale * used.t()[:, of].to(cells)
+    parts = torch.rand(len(of), cells.shape[1], generator=generator).to(cells) * scale + _LITTLE
     for _ in range(_FIT_STEPS):  # only candidates are wanted, so the number of steps is fixed
-        codes = codes * (cells @ parts.t()) / (codes @ (parts @ parts.t()) + _LITTLE)
-        parts = parts * (codes.t() @ cells) / ((codes.t() @ codes) @ parts + _LITTLE)
-    return F.normalize(parts, dim=1)
+        codes = codes * (cells @ parts.t()) / (codes @ (parts @ parts.t() * together) + _LITTLE)
+        parts = parts * (codes.t() @ cells) / ((codes.t() @ codes * together) @ parts + _LITTLE)
+    return list(F.normalize(parts, dim=1).split(list(sizes)))
 
 
 def part_codes(
-    maps: Float[Tensor, "image filter row col"], parts: Float[Tensor, "part filter"]
+    maps: Float[Tensor, "image filter row col"], *dictionaries: Float[Tensor, "_ filter"]
 ) -> Float[Tensor, "image part row col"]:
-    """Return how much of each part every cell holds, all parts competing for it."""
+    """Return how much of each part every cell holds, all parts of a dictionary competing for it."""
     images, _, rows, cols = maps.shape
-    gram = parts @ parts.t()
+    parts = torch.cat(dictionaries)
+    gram = torch.block_diag(*(each @ each.t() for each in dictionaries))
     found = []
     for cells in maps.permute(0, 2, 3, 1).flatten(0, 2).split(_CODE_CELLS):
         target = cells @ parts.t()
@@ -114,13 +124,13 @@ class LaterParts:
             raise ImageError(
                 expected("a later layer that activates on the photos", "zeros only", "Check the performer")
             )
-        self.dictionaries = []
-        for parts in sizes:
-            for _ in range(_ROUNDS):
-                chosen = torch.rand(len(sample), generator=generator) < _SHARE_OF_PHOTOS
-                cells = whole[chosen if int(chosen.sum()) > 1 else slice(None)].permute(0, 2, 3, 1).flatten(0, 2)
-                cells = cells[torch.randperm(len(cells), generator=generator)[:_MOST_CELLS]]
-                self.dictionaries.append(_nonnegative_parts(cells, parts, generator))
+        times = [size for size in sizes for _ in range(_ROUNDS)]
+        chosen = torch.rand(len(times), len(sample), generator=generator) < _SHARE_OF_PHOTOS
+        chosen |= chosen.sum(1, keepdim=True) < 2  # too few: all of them
+        cells = whole.permute(0, 2, 3, 1).flatten(0, 2)
+        some = torch.randperm(len(cells), generator=generator)[:_MOST_CELLS]
+        used = chosen[:, some // (len(cells) // len(sample))]
+        self.dictionaries = _factorised(cells[some], used, times, generator)
 
     def __call__(self, number: int) -> Float[Tensor, "photo part 2"]:
         """Return the places of all candidates in a view, as shares of its sides."""
@@ -128,7 +138,7 @@ class LaterParts:
         for some in self.everyone.split(_PHOTOS_AT_ONCE):
             # Cells lie side by side in memory, so that no dictionary copies them.
             maps = self.view(some, number).clamp(min=0).contiguous(memory_format=torch.channels_last)
-            found.append(torch.cat([centroids(part_codes(maps, parts)) for parts in self.dictionaries], 1))
+            found.append(centroids(part_codes(maps, *self.dictionaries)))
         return torch.cat(found)
 
 
