@@ -42,7 +42,7 @@ REACHED: dict[str, float] = {
     "record_classes": 236,
     "record_fields": 1_228,
     "public_names": 676,
-    "inner_imports": 132,
+    "inner_imports": 133,
     "tests_per_line": 0.695,
     "comment_share": 0.0077,
 }

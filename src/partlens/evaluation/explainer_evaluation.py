@@ -57,6 +57,9 @@ from partlens.run import versions
 
 BATCH = 32
 
+Head = Callable[[Tensor], Tensor]
+"""Tells the category of each photo by its features at the last target."""
+
 Lesson = tuple[Float[Tensor, "photo feature"], Int[Tensor, " photo"]]
 """Features of training photos at the last target, averaged over cells, and their labels from 0."""
 
@@ -218,7 +221,7 @@ class _Pass:
             if self.regions is not None:
                 self.regions.add(name, maps[name])
 
-    def answers(self, rows: EvaluationRows, categories: Sequence[str], lesson: Lesson | None) -> Answers:
+    def answers(self, rows: EvaluationRows, categories: Sequence[str], head: Head | None) -> Answers:
         """Read all photos that are needed."""
         images, columns = self.images, own_columns(self.performer, categories)
         known = PartRegions.of(images, rows.held, self.performer.preprocessing) if self.layers else None
@@ -232,7 +235,7 @@ class _Pass:
             photos=photo_numbers(images, [*rows.held, *rows.held_others]),
             columns=columns,
             others=self.read(rows.held_others) if rows.held_others else None,
-            head=None if lesson is None or columns is not None else logistic_head(*lesson),
+            head=head,
             categories=len(categories),
         )
 
@@ -331,7 +334,8 @@ def evaluate_explainer(
     """
     images, performer, categories = frames.images, frames.performer, data.categories
     stage = _Pass(performer, explainer, images, advance)
-    answers = stage.answers(rows, categories, lesson)
+    own = own_columns(performer, categories)
+    answers = stage.answers(rows, categories, logistic_head(*lesson) if lesson is not None and own is None else None)
     on = MeasuredPhotos.of(images, rows.held, performer, categories, rows.labels, seed=seed, rounds=rounds)
     scored = _Scoring(stage, on, stage.assigned(rows.train_labels, len(categories)))
     # One generator serves all bootstraps, so the order of what follows decides the intervals.
@@ -364,13 +368,16 @@ def price_point(
     images: ImageSet,
     rows: EvaluationRows,
     categories: Sequence[str],
-    lesson: Lesson | None,
+    head: Head | None,
     seed: int,
 ) -> PricePoint:
-    """Measure an explainer's p with what it and its part filters alone keep of the performer on held-out photos."""
+    """Measure an explainer's p with what it and its part filters alone keep of the performer on held-out photos.
+
+    ``head`` tells the categories where the performer has no outputs for them.
+    """
     stage = _Pass(performer, explainer, images, lambda _: None, layers=False)
-    answers = stage.answers(rows, categories, lesson)
-    reconstruction, alone = stage.fidelity(answers, torch.Generator().manual_seed(seed), 10 * ROUNDS)
+    answers = stage.answers(rows, categories, head)
+    reconstruction, alone = stage.fidelity(answers, torch.Generator().manual_seed(seed), ROUNDS)
     return PricePoint(
         eta=explainer.config.eta, p=float(explainer.p.detach()), reconstruction=reconstruction, parts_alone=alone
     )

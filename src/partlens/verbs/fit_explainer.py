@@ -426,22 +426,24 @@ def _priced(fit: _Fit, maps: TrainingMaps, lesson: Lesson) -> None:
     from partlens.evaluation.fidelity import own_columns
     from partlens.explainer.network import build_explainer
     from partlens.explainer.training import FACTORS, along_the_price
+    from partlens.metrics.faithfulness import logistic_head
 
     photos, config, none = fit.photos, fit.asked.config, torch.zeros(0, dtype=torch.long)
     # What the fit learned from would flatter: prices are those of photos that it has not seen.
     held, others = (sampled(rows, _MOST_PRICED, config.seed) for rows in _held_out(photos))
     if len(held) < 2 or config.objective != "reconstruction":
         return
-    taught = lesson if len(lesson[1].unique()) > 1 else None
-    told = taught is not None or own_columns(fit.performer, photos.categories) is not None
-    rows = EvaluationRows(held, others if told else (), (), labels_of(photos.images, photos.categories, held), none)
+    own = own_columns(fit.performer, photos.categories)
+    head = logistic_head(*lesson) if own is None and len(lesson[1].unique()) > 1 else None
+    others = others[: len(held)] if own is not None or head is not None else []
+    rows = EvaluationRows(held, others, (), labels_of(photos.images, photos.categories, held), none)
     explainer = build_explainer(fit.performer, fit.asked.structure, config)
     explainer.load_state_dict(read_tensors(fit.out / WEIGHTS, explainer.state_dict()))
     points: list[PricePoint] = []
     # Measured as they are learned, since decoders of many layers are too large to be kept for each price.
     with fit.show.task("the price of p", 1 + len(FACTORS)) as advance:
         for each in itertools.chain([explainer], along_the_price(explainer, maps, fit.cache / "price", fit.extras)):
-            points.append(price_point(each, fit.performer, photos.images, rows, photos.categories, taught, config.seed))
+            points.append(price_point(each, fit.performer, photos.images, rows, photos.categories, head, config.seed))
             advance(len(points))
     PriceCurve(photos=len(held), others=len(rows.held_others), points=tuple(points)).write(fit.out)
 
