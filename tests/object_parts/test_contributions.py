@@ -85,6 +85,20 @@ def test_gradient_times_activation_is_exact_for_a_linear_score(some: Tracks) -> 
     found = gradient_activation(linear, some)
     assert torch.allclose(found, some.interpretable.sum((2, 3)) * weight, atol=1e-5)
     assert not found.requires_grad
+    assert torch.allclose(gradient_activation(linear, some, at=(0.25, 0.75)), found, atol=1e-5)
+
+
+def test_integrated_gradients_sum_to_the_rise(some: Tracks) -> None:
+    """Of a quadratic score the middles of equal steps are exact."""
+
+    def quadratic(encoded: Tensor) -> Tensor:
+        sums = encoded.sum((2, 3))
+        return sums[:, 0] * sums[:, 1] + 0.3 * sums[:, 3]
+
+    swapped = Tracks(some.ordinary, some.interpretable, some.maps)
+    both = [gradient_activation(quadratic, one, at=(0.25, 0.75)).sum(1) for one in (some, swapped)]
+    rise = quadratic(some.interpretable + some.ordinary) - quadratic(torch.zeros_like(some.ordinary))
+    assert torch.allclose(both[0] + both[1], rise, rtol=1e-4)
 
 
 def test_through_a_real_explainer_the_whole_is_the_fed_back_score(tiny: Performer, generator: torch.Generator) -> None:

@@ -29,7 +29,7 @@ def _batch(rows: slice, sign: float = 1.0) -> PartShares:
     drawn = torch.stack([GRADIENT[rows], GRADIENT[rows].flip(1)], 1)
     fed = torch.tensor([[1.0, 0.0]] * 3)[rows]
     filters, heat = torch.zeros(len(shapley), 4), torch.zeros(len(shapley), 3, 1, 1)
-    return PartShares(parts, filters, GRADIENT[rows], drawn, heat, fed, "exact")
+    return PartShares(parts, filters, GRADIENT[rows], 2 * GRADIENT[rows], drawn, heat, fed, "exact")
 
 
 def _found(monkeypatch: pytest.MonkeyPatch, sign: float = 1.0) -> Contributions:
@@ -61,16 +61,16 @@ def test_every_number_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert head.shapley.value == 3
     assert (head.share.value, rest.share.value, leg.share.value) == pytest.approx((9 / 13, 1 / 13, 3 / 13))
     assert head.share_of_score.value == pytest.approx(9 / 19)
-    assert head.gradient_activation.value == pytest.approx(4 / 3)
-    shares_by_it = head.gradient_activation_share.value, rest.gradient_activation_share.value
-    assert shares_by_it == pytest.approx((0.4, 0.2))
+    assert head.gradient_activation.value == pytest.approx(8 / 3)
+    assert head.gradient_activation_share.value == pytest.approx(0.4)
+    assert (head.integrated_share.value, rest.integrated_share.value) == pytest.approx((0.4, 0.2))
     assert head.removal.value == 4
     assert head.predicted == (2.0, 4.0, 3.0)
     assert head.measured == (3.0, 5.0, 4.0)
     # Two draws of the filters: as they are, and with the first and last part swapped, over all photos together.
-    assert head.gradient_activation_null.value == pytest.approx((0.4 + 0.4) / 2)
-    assert rest.gradient_activation_null.value == pytest.approx(0.2)
-    assert (head.gradient_activation_null.n, head.gradient_activation_null.unit) == (2, "draws")
+    assert head.integrated_null.value == pytest.approx((0.4 + 0.4) / 2)
+    assert rest.integrated_null.value == pytest.approx(0.2)
+    assert (head.integrated_null.n, head.integrated_null.unit) == (2, "draws")
 
 
 def test_each_measure_is_checked_against_removal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,8 @@ def test_each_measure_is_checked_against_removal(monkeypatch: pytest.MonkeyPatch
     sizes = torch.tensor([2.0, 1.0, 1.0])
     for name, predicted in (
         ("shapley", SHAPLEY),
-        ("gradient_activation", GRADIENT),
+        ("integrated_gradients", GRADIENT),
+        ("gradient_activation", 2 * GRADIENT),
         ("part_size", SHAPLEY.sum(1, keepdim=True) * sizes / 4),
     ):
         correlation, slope = _line(predicted, REMOVAL)

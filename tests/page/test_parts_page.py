@@ -28,8 +28,9 @@ def contributed(name, filters, share):
         "share": estimate(share),
         "share_of_score": estimate(share / 10),
         "gradient_activation": estimate(0.1),
-        "gradient_activation_share": estimate(share + 0.02),
-        "gradient_activation_null": estimate(share + 0.3, 0.1, 20, "draws"),
+        "gradient_activation_share": estimate(None),
+        "integrated_share": estimate(share + 0.02),
+        "integrated_null": estimate(share + 0.3, 0.1, 20, "draws"),
         "removal": estimate(0.2),
         "predicted": [share, 0.5],
         "measured": [share + 0.1, 0.4],
@@ -96,7 +97,9 @@ def run(tmp_path):
             "shapley_remainder_frac": 0.0,
             "standard_error": 0.0,
             "parts": [contributed("face <b>", [0, 1], 0.72), contributed("other", [2, 3, 4], 0.28)],
-            "removal_check": dict.fromkeys(("shapley", "gradient_activation", "part_size"), check),
+            "removal_check": dict.fromkeys(
+                ("shapley", "integrated_gradients", "gradient_activation", "part_size"), check
+            ),
         },
         "command": "partlens parts run",
         "versions": {},

@@ -80,11 +80,11 @@ def test_every_filter_has_a_part_and_the_contributions_sum(run: Path, found: Par
     assert measured.interpretable_share.value + measured.ordinary_share.value == pytest.approx(1, abs=1e-6)
     assert measured.shapley_remainder_frac < 1e-6
     assert measured.standard_error == 0
-    assert set(measured.removal_check) == {"shapley", "gradient_activation", "part_size"}
+    assert set(measured.removal_check) == {"shapley", "integrated_gradients", "gradient_activation", "part_size"}
     for part in measured.parts:
         assert part.shapley.value == pytest.approx(np.mean(part.predicted), abs=1e-4)
         assert part.removal.value == pytest.approx(np.mean(part.measured), abs=1e-4)
-        assert part.gradient_activation_null.n == 20
+        assert part.integrated_null.n == 20
 
 
 def test_with_landmarks_nearest_stays_within_the_thresholds(

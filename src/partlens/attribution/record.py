@@ -149,11 +149,11 @@ class StrongFilter(Value):
 
     Attributes:
         filter: its number.
-        gradient_activation: what it adds by gradient times activation, in units of the score.
+        integrated_gradients: what it adds, in units of the score.
     """
 
     filter: int
-    gradient_activation: float
+    integrated_gradients: float
 
 
 class PartShare(Value):
@@ -167,7 +167,7 @@ class PartShare(Value):
         shapley: in units of the score.
         standard_error: of it; 0 where it is exact.
         gradient_activation: what it adds by gradient times activation.
-        gradient_activation_share: of what all parts add by it.
+        integrated_share: of what all parts add by integrated gradients.
         null: the same share of as many filters drawn at random.
         removal: fall of the score without the part.
         heat: file that shows where the contribution comes from.
@@ -181,7 +181,7 @@ class PartShare(Value):
     shapley: float
     standard_error: float
     gradient_activation: float
-    gradient_activation_share: Number
+    integrated_share: Number
     null: Estimate
     removal: float
     heat: str

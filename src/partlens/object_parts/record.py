@@ -197,7 +197,8 @@ class PartContribution(Value):
         share_of_score: of the score's whole rise.
         gradient_activation: gradient × activation.
         gradient_activation_share: share of the parts' sum by it.
-        gradient_activation_null: the same of as many random filters: a share counts filters as well as parts.
+        integrated_share: share of the parts' sum by integrated gradients.
+        integrated_null: the same of as many random filters: a share counts filters as well as parts.
         removal: how much the score falls when the part is taken away.
         predicted: the Shapley value on each photo.
         measured: the fall on each photo.
@@ -210,7 +211,8 @@ class PartContribution(Value):
     share_of_score: Estimate
     gradient_activation: Estimate
     gradient_activation_share: Estimate
-    gradient_activation_null: Estimate
+    integrated_share: Estimate
+    integrated_null: Estimate
     removal: Estimate
     predicted: tuple[Number, ...]
     measured: tuple[Number, ...]

@@ -33,6 +33,7 @@ from partlens.object_parts.trust import removal_agreement
 _COALITIONS_MAX = 256
 _ORDER_PAIRS = 16
 _RANDOM_PARTS = 20
+_MIDDLES = (0.125, 0.375, 0.625, 0.875)  # of the line from nothing; filters need no more, parts have Shapley values
 _ROUNDS = 1000
 _WHOSE = {
     True: "the performer's own prediction for each photo",
@@ -45,8 +46,9 @@ class PartShares:
     """Contributions of parts to one score per image; ``S`` is the performer's score of the fed-back reconstruction."""
 
     parts: PartContributions  # Shapley values, S and the fall of S without each part
-    filters: Float[Tensor, "image filter"]  # gradient × activation of each filter, the papers' measure
-    gradient_activation: Float[Tensor, "image part"]  # sum over each part's filters
+    filters: Float[Tensor, "image filter"]  # integrated gradients of each filter
+    integrated: Float[Tensor, "image part"]  # sum of them over each part's filters
+    gradient_activation: Float[Tensor, "image part"]  # sum of gradient × activation, the papers' measure
     random: Float[Tensor, "image draw part"]  # the same of parts of the same sizes with random filters, for each draw
     heat: Float[Tensor, "image part row col"]  # where each part's contribution comes from, on the tap's grid
     fed_outputs: Float[Tensor, "image class"]  # all outputs of the fed-back reconstruction
@@ -78,7 +80,7 @@ def part_shares(
     count, part_of = len(parts), _part_labels(parts, explainer.structure.channels_out)
     both = tracks(explainer, maps)
     score = class_score(explainer, head, classes, both.passing)
-    single = gradient_activation(score, both)
+    single = gradient_activation(score, both, at=_MIDDLES)
     if 2 ** (count + 1) <= _COALITIONS_MAX and count < MOST_PLAYERS:
         grouped, method = part_contributions(score, both, part_of, count), "exact"
     else:
@@ -92,7 +94,8 @@ def part_shares(
     return PartShares(
         parts=grouped,
         filters=single,
-        gradient_activation=sums_by_part(single, part_of, count),
+        integrated=sums_by_part(single, part_of, count),
+        gradient_activation=sums_by_part(gradient_activation(score, both), part_of, count),
         random=shares_of_random_parts(single, part_of, count, draws=_RANDOM_PARTS, generator=draws).transpose(0, 1),
         heat=part_heat_maps(masked, single, part_of, count),
         fed_outputs=fed[0] if isinstance(fed, tuple) else fed,
@@ -145,6 +148,7 @@ def mean_contributions(
     sizes = torch.tensor([len(p.filters) for p in parts], dtype=torch.float64)
     predicted = {
         "shapley": shapley,
+        "integrated_gradients": found.integrated,
         "gradient_activation": found.gradient_activation,
         "part_size": shapley.sum(1, keepdim=True) * sizes / sizes.sum(),  # only counts filters
     }
@@ -197,7 +201,8 @@ def _of_part(part: NamedPart, p: int, found: PartShares, over: _OverPhotos) -> P
         share_of_score=over.ratio(shapley[:, p], found.rise),
         gradient_activation=over.mean(found.gradient_activation[:, p]),
         gradient_activation_share=over.ratio(found.gradient_activation[:, p], found.gradient_activation.sum(1)),
-        gradient_activation_null=Estimate(float(null.mean()), percentile_interval(null.tolist()), len(null), "draws"),
+        integrated_share=over.ratio(found.integrated[:, p], found.integrated.sum(1)),
+        integrated_null=Estimate(float(null.mean()), percentile_interval(null.tolist()), len(null), "draws"),
         removal=over.mean(removal),
         predicted=tuple(round(v, 4) for v in shapley[:, p].tolist()),
         measured=tuple(round(v, 4) for v in removal.tolist()),

@@ -17,6 +17,7 @@ from partlens.page.views import Chapter, Figure, Shown, shown
 
 _MEASURES = {
     "shapley": "Shapley value",
+    "integrated_gradients": "integrated gradients",
     "gradient_activation": "gradient × activation (the papers)",
     "part_size": "baseline: by the number of filters alone",
 }
@@ -53,9 +54,9 @@ class PartsData:
 
     @property
     def like_random(self) -> tuple[str, ...]:
-        """Names of parts that add by gradient × activation what as many random filters add."""
+        """Names of parts that add by integrated gradients what as many random filters add."""
         rows = [(row.part.name, row.adds) for row in self.rows if row.adds is not None]
-        shares = ((name, one.gradient_activation_share, one.gradient_activation_null) for name, one in rows)
+        shares = ((name, one.integrated_share, one.integrated_null) for name, one in rows)
         return tuple(name for name, own, null in shares if null.low <= own.value <= null.high)
 
     def over_categories(self, name: str) -> float:
@@ -134,7 +135,7 @@ def _drawn(data: PartsData) -> list[tuple[str, str, str | None]]:
     total = sum(len(row.part.filters) for row in data.rows)
     sizes = {row.part.name: len(row.part.filters) / total for row in data.rows}
     shares = [_row(name, one.share) for name, one in adds]
-    nulls = [_row(name, one.gradient_activation_share, one.gradient_activation_null) for name, one in adds]
+    nulls = [_row(name, one.integrated_share, one.integrated_null) for name, one in adds]
     marks = [(name, one.predicted, one.measured) for name, one in adds]
     return [
         (
@@ -149,8 +150,8 @@ def _drawn(data: PartsData) -> list[tuple[str, str, str | None]]:
         ),
         (
             "nulls",
-            "The same by gradient × activation; grey: as many random filters",
-            shares_chart("Share by gradient × activation", nulls),
+            "The same by integrated gradients; grey: as many random filters",
+            shares_chart("Share by integrated gradients", nulls),
         ),
         (
             "removal",

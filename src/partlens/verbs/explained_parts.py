@@ -120,7 +120,7 @@ def part_records(
         files = [f"part-{k + 1}-{p + 1}.png" for p in range(len(names))]
         for p, file in enumerate(files):
             # A part that speaks against the class is drawn where it does so.
-            signed = found.heat[i][k, p] if float(shares.gradient_activation[0, p]) >= 0 else -found.heat[i][k, p]
+            signed = found.heat[i][k, p] if float(shares.integrated[0, p]) >= 0 else -found.heat[i][k, p]
             top = float(signed.max())
             lit = signed.clamp(min=0) / top if top > 0 else 0 * signed
             save_png(folder / file, overlay(shown, lit.numpy(), style))
@@ -155,9 +155,9 @@ def _share(value: float, whole: float) -> float:
 def _of_part(part: NamedPart, p: int, shares: PartShares, file: str) -> PartShare:
     own = shares.filters[0, list(part.filters)]
     strongest = own.abs().argsort(descending=True, stable=True)[:_TOP_FILTERS].tolist()
-    shapley, own_sum = float(shares.parts.parts[0, p]), float(shares.gradient_activation[0, p])
-    whole, null = float(shares.gradient_activation[0].sum()), Estimate.undefined("draws")
-    if whole > 0 and shares.gradient_activation.shape[1] > 1:
+    shapley, integrated = float(shares.parts.parts[0, p]), float(shares.integrated[0, p])
+    whole, null = float(shares.integrated[0].sum()), Estimate.undefined("draws")
+    if whole > 0 and shares.integrated.shape[1] > 1:
         drawn = shares.random[0, :, p].double() / whole
         null = Estimate(float(drawn.mean()), percentile_interval(drawn.tolist()), len(drawn), "draws")
     return PartShare(
@@ -167,12 +167,12 @@ def _of_part(part: NamedPart, p: int, shares: PartShares, file: str) -> PartShar
         share_of_score=_share(shapley, float(shares.rise[0])),
         shapley=shapley,
         standard_error=float(shares.parts.standard_error[0, p]),
-        gradient_activation=own_sum,
-        gradient_activation_share=_share(own_sum, whole),
+        gradient_activation=float(shares.gradient_activation[0, p]),
+        integrated_share=_share(integrated, whole),
         null=null,
         removal=float(shares.parts.removal[0, p]),
         heat=file,
-        top_filters=tuple(StrongFilter(filter=part.filters[f], gradient_activation=float(own[f])) for f in strongest),
+        top_filters=tuple(StrongFilter(filter=part.filters[f], integrated_gradients=float(own[f])) for f in strongest),
     )
 
 

@@ -121,7 +121,7 @@ def print_parts(found: PartsFile) -> None:
         "filters",
         "from landmark, R²",
         "adds (Shapley)",
-        "same by gradient × activation",
+        "same by integrated gradients",
         "as many random filters",
         "removed",
     )
@@ -131,7 +131,7 @@ def print_parts(found: PartsFile) -> None:
         adds: tuple[str, ...] = ("–",) * 4
         if one is not None:
             adds = (
-                *map(_percent, (one.share, one.gradient_activation_share, one.gradient_activation_null)),
+                *map(_percent, (one.share, one.integrated_share, one.integrated_null)),
                 _written(one.removal),
             )
         ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
