@@ -51,8 +51,11 @@ def test_the_summary_shows_a_dash_for_what_is_undefined() -> None:
         nulls={"random": layer},
         p=known(0.25),
         reconstruction=SimpleNamespace(agreement_top1=known(1.0)),
+        parts_alone=SimpleNamespace(
+            parts=SimpleNamespace(agreement_top1=known(0.5)), other_photo=SimpleNamespace(agreement_top1=known(0.25))
+        ),
     )
     text = demonstration._summary(scores)
-    assert "a learned weight of p = 0.25 against the ordinary ones" in text
+    assert "a weight of p = 0.25, a price: alone they keep 50% of the decisions (those of another photo 25%)" in text
     assert "instability is – (the layer's own filters: –, random: –)" in text
-    assert "keeps 100% of" in text
+    assert "both tracks keep 100% of" in text

@@ -133,11 +133,13 @@ def _summary(scores: Evaluation) -> str:
     def number(estimate: Estimate, form: str) -> str:
         return format(estimate.value, form) if estimate.defined else "–"
 
-    explainer, tap, null = scores.explainer, scores.performer.tap, scores.nulls["random"]
+    explainer, tap, null, alone = scores.explainer, scores.performer.tap, scores.nulls["random"], scores.parts_alone
     return (
-        f"at relu4, part filters have a learned weight of p = {number(scores.p, '.2f')} against the ordinary "
-        f"ones; their location instability is {number(explainer.instability, '.3f')} (the layer's own filters: "
+        f"at relu4, part filters have a weight of p = {number(scores.p, '.2f')}, a price: alone they keep "
+        f"{number(alone.parts.agreement_top1, '.0%')} of the decisions (those of another photo "
+        f"{number(alone.other_photo.agreement_top1, '.0%')}); their location instability is "
+        f"{number(explainer.instability, '.3f')} (the layer's own filters: "
         f"{number(tap.instability, '.3f')}, random: {number(null.instability, '.3f')}), their consistency "
-        f"{number(explainer.consistency, '.2f')} ({number(tap.consistency, '.2f')}); fed back, the "
-        f"reconstruction keeps {number(scores.reconstruction.agreement_top1, '.0%')} of the decisions"
+        f"{number(explainer.consistency, '.2f')} ({number(tap.consistency, '.2f')}); fed back, both "
+        f"tracks keep {number(scores.reconstruction.agreement_top1, '.0%')} of the decisions"
     )
