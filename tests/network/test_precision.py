@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, RunError
-from partlens.network import precision
+from partlens.network import layout, precision
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.precision import TOLERANCE, chosen_precision
 from partlens.network.preprocessing import Preprocessing
@@ -124,6 +124,14 @@ def test_what_was_computed_is_kept() -> None:
     assert (other.layers, other.outputs) == known
     assert other.layers is known[0]
     assert performer.precision == "float32"
+
+
+def test_layouts_of_a_pass_are_found_once(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    performer, asked = small(), []
+    whole = layout.tap_layout
+    monkeypatch.setattr("partlens.network.performer.tap_layout", lambda *given: asked.append(given[2]) or whole(*given))
+    list(stream(performer, images, range(12), ["0", "2"], batch_size=4))
+    assert asked == ["0", "2"]
 
 
 def test_maps_of_another_precision_are_another_cache(images: ImageSet, tmp_path) -> None:

@@ -130,7 +130,14 @@ class Performer:
         Raises:
             LayerError: an unknown layer, or one whose layout is not known.
         """
-        return tap_layout(unwrapped(self.module), self._layouts, tap)
+        if tap not in self._read:
+            self._read[tap] = tap_layout(unwrapped(self.module), self._layouts, tap)
+        return self._read[tap]
+
+    @functools.cached_property
+    def _read(self) -> dict[str, Layout]:
+        """Layouts that were asked for: a pass asks for those of all its layers batch by batch."""
+        return {}
 
     @functools.cached_property
     def _layouts(self) -> dict[str, Layout | str]:

@@ -24,7 +24,7 @@ from partlens.network.layers import found_layouts
 from partlens.network.layout import WHOLE, Layout, tap_layout
 from partlens.network.outputs import entries_of
 from partlens.network.performer import Performer, module_of
-from partlens.network.watched import Place, place_of, read_entry
+from partlens.network.watched import Place, paths_of, place_of, read_entry
 from partlens.run import Precision
 
 _AGAINST_OVERFLOW = "Use float32 weights (module.float())"
@@ -159,8 +159,9 @@ def read_taps(
     inner = unwrapped(module)
     taps = _Taps(names, reduce, layouts)
     by_path: dict[str, dict[str, Place]] = {}
+    known = paths_of(inner)
     for name in names:
-        place = place_of(inner, name)
+        place = place_of(inner, name, known)
         by_path.setdefault(place.path, {})[name] = place
 
     def hook_of(path: str) -> Callable[..., None]:

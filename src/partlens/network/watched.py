@@ -72,10 +72,15 @@ class Place:
     key: str | None
 
 
-def place_of(module: nn.Module, tap: str) -> Place:
-    """Find the module, the call and the output entry that a tap name means."""
+def paths_of(module: nn.Module) -> frozenset[str]:
+    """Return the names of all modules in a network."""
+    return frozenset(path for path, _ in module.named_modules() if path)
+
+
+def place_of(module: nn.Module, tap: str, known: frozenset[str] | None = None) -> Place:
+    """Find the module, the call and the output entry that a tap name means; ``known`` are its `paths_of`, if there."""
     name, _, key = tap.partition(":")
-    paths = {path for path, _ in module.named_modules() if path}
+    paths = paths_of(module) if known is None else known
     if name in paths:
         return Place(name, 0, key or None)
     repeated = re.fullmatch(r"(.+)_(\d+)", name)
