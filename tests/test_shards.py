@@ -68,10 +68,11 @@ def values(found: Sequence[tuple[int, list[int]]]) -> list[int]:
 
 def test_shards_come_in_order_from_two_processes_and_a_killed_one_loses_its_shard_alone(tmp_path: Path) -> None:
     rows = range(5, 36)
-    alone = list(in_shards(Squares(), rows, Compute()))
+    alone, before = list(in_shards(Squares(), rows, Compute())), dict(os.environ)
     assert {process for process, _ in alone} == {os.getpid()}
     both = list(in_shards(Squares(fatal=20, marker=str(tmp_path / "died")), rows, TWO))
     assert (tmp_path / "died").exists()
+    assert dict(os.environ) == before
     assert values(both) == values(alone) == [row * row for row in rows]
     assert os.getpid() not in {process for process, _ in both}
     assert len({process for process, _ in both}) >= 2

@@ -22,6 +22,7 @@ from partlens.records import Settings
 SHARD = 64
 """Photos of a shard."""
 
+_ENVIRONMENT = "distributed.nanny.pre-spawn-environ"
 _AHEAD = 2  # shards that each worker has or waits for
 
 _R = TypeVar("_R")
@@ -120,6 +121,7 @@ def _placed(read: Any, device: str | None, number: int) -> Any:
 def _client(compute: Compute, shards: int) -> Iterator[Any]:
     """Connect to the scheduler, or start workers on this machine that end with the block."""
     try:
+        import dask
         from distributed import Client, LocalCluster
     except ImportError as error:
         remedy = "Install partlens[cluster], or leave out --workers and --cluster"
@@ -128,14 +130,26 @@ def _client(compute: Compute, shards: int) -> Iterator[Any]:
         address: Any = compute.cluster
         if address is None:
             count = min(compute.workers, shards)
-            threads = str(max(1, (os.cpu_count() or 1) // count))
+            stack.callback(_put_back, dict(os.environ))
+            stack.enter_context(dask.config.set({_ENVIRONMENT: _threads(count)}))
             # Without a limit of dask's own: it would kill workers whose memory is the network's.
             options = {"threads_per_worker": 1, "dashboard_address": ":0", "memory_limit": 0, "silence_logs": 50}
-            local = LocalCluster(count, host="127.0.0.1", env={"OMP_NUM_THREADS": threads}, **options)
-            address = stack.enter_context(local)
+            address = stack.enter_context(LocalCluster(count, host="127.0.0.1", **options))
         try:
             client = stack.enter_context(Client(address, timeout=20, set_as_default=False))
         except (OSError, ValueError) as error:
             rule = f"a dask scheduler with workers at {address}"
             raise InputError(expected(rule, str(error), "Start one: dask scheduler, then dask worker")) from error
         yield client
+
+
+def _threads(workers: int) -> dict[str, str]:
+    """Share the processor's cores; dask's own environment would have every freed tensor handed back to the system."""
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
+
+def _put_back(environment: Mapping[str, str]) -> None:
+    """Undo what dask writes into the environment of the process that starts workers."""
+    os.environ.clear()
+    os.environ.update(environment)
