@@ -20,7 +20,7 @@ from partlens.errors import InputError, RunError, expected, failed
 from partlens.records import Settings
 
 SHARD = 64
-"""Photos of a shard."""
+"""Photos of a shard where descriptors are read; maps and views are read fewer at a time."""
 
 _ENVIRONMENT = "distributed.nanny.pre-spawn-environ"
 _AHEAD = 2  # shards that each worker has or waits for
