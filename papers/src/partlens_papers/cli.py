@@ -10,7 +10,7 @@ from partlens.cli import Command, run
 COMMANDS: dict[str, Command] = {
     "convert": Command(
         "partlens_papers.data.convert:convert",
-        "write the tables that partlens reads from CUB-200-2011, ILSVRC Animal-Part or Pascal-Part",
+        "write the tables that partlens reads from CUB-200-2011, ILSVRC Animal-Part, Pascal-Part or Animal-Pose",
         "partlens_papers.data.convert:print_converted",
     ),
     "join": Command(
