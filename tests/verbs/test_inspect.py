@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from partlens.errors import ImageError, InputError, LayerError, RunError
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.taps import Reduce
 from partlens.object_parts.inspection import InspectRecord
+from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import PassPrecision
 from partlens.verbs import inspected_category
+from partlens.verbs.explained_windows import load_inspection
 
 SMALL = {"photos": 30, "measured": 12, "views": 3, "parts_max": 3}
 
@@ -167,6 +170,18 @@ def test_a_photo_is_explained_by_the_parts_on_the_network_itself(
     page = (folder / "explanation.html").read_text()
     assert page.index("Parts on the network itself") < page.index('<div class="columns')
     assert "Its parts carry:" in page
+
+
+def test_an_inspection_of_another_version_says_which_tensor_it_lacks(
+    inspected: Path, tiny: Performer, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(inspected, tmp_path / "run"))
+    tensors = {name: each for name, each in read_tensors(run / "inspect.safetensors").items() if "searched" not in name}
+    record = InspectRecord.read(run)
+    write_tensors(run / "inspect.safetensors", tensors)
+    record.model_copy(update={"tensors_sha256": file_sha256(run / "inspect.safetensors")}).write(run)
+    with pytest.raises(RunError, match=r"the tensor 0\.searched\.scale in .*inspect\.safetensors.*inspect again"):
+        load_inspection(run, tiny)
 
 
 def test_an_inspection_leaves_the_selection_to_explain_by_filters(inspected: Path, tiny: Performer) -> None:

@@ -69,8 +69,9 @@ def load_inspection(run: Path, model: str | nn.Module | Performer | None = None)
     performer = open_performer(record, model)
     again = f"Restore the file, or delete it and {record.FILE}, then inspect again"
     tensors = read_tensors(run / TENSORS, sha256=record.tensors_sha256, remedy=again)
-    if "nothing" not in tensors:
-        raise RunError(expected(f"what stands for nothing in {run / TENSORS}", "other tensors", again))
+    finder = [f"{number}.{head}scale" for number in range(len(record.categories)) for head in ("", TAUGHT)]
+    if missing := {"nothing", *finder} - {*tensors}:
+        raise RunError(expected(f"the tensor {min(missing)} in {run / TENSORS}", f"{len(tensors)} others", again))
     finders, searched = {}, {}
     for number, one in enumerate(record.categories):
         # What was chosen and what was kept have finders of their own: dictionaries are numbered anew in each.
