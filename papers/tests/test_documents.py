@@ -24,7 +24,7 @@ def test_links_resolve(page: Path) -> None:
 def test_pages_stay_short_and_results_small() -> None:
     lines = [line for page in (PAPERS / "docs").glob("*.md") for line in page.read_text().splitlines()]
     assert (
-        sum(len(line.split()) for line in lines if not line.startswith("|")) <= 5_000
+        sum(len(line.split()) for line in lines if not line.startswith("|")) <= 5_600
     )  # tables are looked up, not read
     assert all(path.stat().st_size <= 300_000 for path in (PAPERS / "results").rglob("*") if path.is_file())
 
