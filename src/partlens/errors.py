@@ -93,7 +93,13 @@ _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "Mapping[str, Any]": ("a dictionary", lambda value: isinstance(value, Mapping)),
     "Sequence[str]": ("a list of texts", _are_texts),
 }
-_CLASSES = {"ImageSet", "nn.Module", "Performer", "Preprocessing", "Progress"}  # known by name where not imported
+_CLASSES = {  # known by name where not imported
+    "ImageSet": "a partlens.ImageSet",
+    "Module": "a torch.nn.Module",
+    "Performer": "a Performer",
+    "Preprocessing": "a partlens.Preprocessing",
+    "Progress": "a Progress",
+}
 
 
 def _kind(annotation: str, names: Mapping[str, Any]) -> tuple[str, Callable[[object], bool]] | None:
@@ -101,9 +107,9 @@ def _kind(annotation: str, names: Mapping[str, Any]) -> tuple[str, Callable[[obj
     meant = names.get(annotation)
     if get_origin(meant) is Literal or annotation == "Literal":
         return _KINDS["str"]  # which words there are, the function says itself
-    if annotation in _CLASSES or (isinstance(meant, type) and annotation not in _KINDS):
+    if annotation.rpartition(".")[2] in _CLASSES or (isinstance(meant, type) and annotation not in _KINDS):
         name = annotation.rpartition(".")[2]
-        return f"a {name}", lambda value: any(each.__name__ == name for each in type(value).__mro__)
+        return _CLASSES.get(name, f"a {name}"), lambda value: any(each.__name__ == name for each in type(value).__mro__)
     return _KINDS.get(annotation)
 
 
@@ -121,7 +127,7 @@ def checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     Example:
         >>> @checked
-        ... def twice(number: "int", loud: "bool" = False) -> "int":
+        ... def twice(number: int, loud: bool = False) -> int:
         ...     return 2 * number
         >>> twice(3, loud="yes")
         Traceback (most recent call last):

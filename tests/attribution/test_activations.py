@@ -287,7 +287,7 @@ def test_the_owners_own_exception_passes() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_layers_name_is_a_text() -> None:
-    with pytest.raises(InputTypeError, match="the layer's name, got int"):
+    with pytest.raises(InputTypeError, match="Expected layer as a text or None, got 5"):
         partlens.guided_backprop(SMALL, IMAGES, layer=5, filters=1)
     with pytest.raises(LayerError):
         partlens.guided_backprop(SMALL, IMAGES, layer="55", filters=1)

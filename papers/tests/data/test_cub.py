@@ -91,7 +91,7 @@ def test_whole_photos_margins_and_the_papers_parts(cub):
     for wrong in ({"margin_frac": -1}, {"crop": "photo", "margin_frac": 0.1}, {"margin_frac": float("nan")}):
         with pytest.raises(InputError, match="margin_frac"):
             opened(cub, **wrong)
-    with pytest.raises(InputError, match="a layout among cub, animal-part, pascal-part, got birds"):
+    with pytest.raises(InputError, match="a layout among cub, animal-part, pascal-part, animal-pose, got birds"):
         convert("birds", cub, cub)
     with pytest.raises(ImageError, match=r"Pascal-Part \(VOC 2010\) in .*no folder Annotations_Part"):
         convert("pascal-part", cub, cub)

@@ -190,6 +190,7 @@ def mu_lasso(
         NotConvergedError: a class missed the tolerance, with the solution in ``.solution``.
 
     Example:
+        >>> import numpy as np
         >>> found = mu_lasso(np.eye(3), np.array([[1], [1], [0]]), mu=1.0)
         >>> found.weights[:, 0].tolist(), float(found.objective[0]), bool(found.constraint_active[0])
         ([0.5, 0.5, 0.0], 0.5, True)
