@@ -1,6 +1,6 @@
 """Verdicts where the truth is known: a planted watermark, none, one shape with two textures, classes of two parts.
 
-The result beside this file is of two seeds, not yet of twenty, and of the worlds that it names.
+The result beside this file is of twenty seeds of the first two worlds and of fewer of the others.
 
 A small network learns each world from drawn pictures, and `partlens.inspect` says what it knows each category by. Right
 are ``elsewhere`` for the category that has the watermark and for no other; ``texture`` for both textures; ``parts`` for

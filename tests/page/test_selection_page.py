@@ -255,7 +255,7 @@ def test_explained_classes_come_first_and_link_to_their_image(tmp_path):
     page = collect_page(run)
     assert [c.data.name for c in page.selection.classes] == ["centre-red", "leaf-red", "petal-red", "stem-red"]
     html = render_page(page)
-    assert html.count('Explained below in <a href="#image-1">tulip_3.jpg</a>') == 2
+    assert html.count('Explained in <a href="#image-1">tulip_3.jpg</a>') == 2
     assert 'id="image-1"' in html
 
 
