@@ -25,13 +25,13 @@ SIDE_PX = 32
 # By family: how it is built, and epochs until it knows two of three flowers, which takes some seconds.
 BUILT: dict[str, tuple[Callable[[int], nn.Module], int]] = {
     "vit": (lambda classes: MADE["Vit"](32, patch=4, classes=classes), 12),
-    "swin": (lambda classes: MADE["Swin"](16, patch=2, classes=classes), 20),
+    "swin": (lambda classes: MADE["Swin"](16, patch=2, classes=classes), 25),
 }
 
 
 @pytest.fixture(scope="module")
 def flowers() -> ImageSet:
-    return generated_flowers(700, seed=1, size=SIDE_PX, categories=("petal-red", "petal-yellow", "petal-blue"))
+    return generated_flowers(1400, seed=1, size=SIDE_PX, categories=("petal-red", "petal-yellow", "petal-blue"))
 
 
 @pytest.fixture(scope="module", params=list(BUILT))
