@@ -10,6 +10,7 @@ less than eight minutes on one card.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -157,25 +158,18 @@ def share_of_peak(device: str, folder: Path, *, tiny: bool) -> float:
             "patience": 0,
             **({"batch_size": 8} if tiny else {}),
         }
-        with FlopCounterMode(display=False) as counted:
-            fit_explainer(
-                performer,
-                flowers,
-                out=folder / f"{epochs} counted",
-                category=CATEGORIES[0],
-                seeds=1,
-                config=config,
-                compute={"device": device},
-            )
-        timed = fit_explainer(
+        fitting = functools.partial(
+            fit_explainer,
             performer,
             flowers,
-            out=folder / f"{epochs} timed",
             category=CATEGORIES[0],
             seeds=1,
             config=config,
             compute={"device": device},
         )
+        with FlopCounterMode(display=False) as counted:
+            fitting(out=folder / f"{epochs} counted")
+        timed = fitting(out=folder / f"{epochs} timed")
         return float(counted.get_total_flops()), timed.history[-1]["seconds"]
 
     one, two = fit(1), fit(2)
