@@ -240,3 +240,4 @@ def test_scores_that_change_from_call_to_call_are_said(end: Callable[[Tensor, Te
     torch.manual_seed(0)
     performer = Performer(Network(end), "net", Preprocessing(size_px=(16, 16)), weights_sha256="")
     assert any("draws at random" in note for note in performer.outputs.notes) is unsteady
+    assert performer.outputs.unsteady <= 2  # a share that can be read, also of scores that are 0 in one of the calls

@@ -252,7 +252,8 @@ def outputs_of(module: nn.Module, example: Float[Tensor, "image channel row col"
             remedy = "Write squeeze((2, 3)) or flatten(1) instead of squeeze(), which takes away the image axis, too"
             raise LayerError(expected(rule, got, remedy))
         kind, inferred = _kind_of(several)
-        unsteady = float((one - several[:1]).detach().norm() / several[:1].detach().norm().clamp(min=_TINY))
+        alone, among = one.detach(), several[:1].detach()
+        unsteady = float((alone - among).norm() / torch.maximum(alone.norm(), among.norm()).clamp(min=_TINY))
     return Outputs(kind, several.shape[1], inferred, unsteady)
 
 
