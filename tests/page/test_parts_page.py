@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from partlens.errors import RunError
+from partlens.page.figures import ScoreRow, removal_chart, scores_chart
 from partlens.page.page import collect_page, render_page
-from partlens.page.parts_figures import ShareRow, removal_chart, shares_chart
 
 HERE = Path(__file__).parent
 MADE = runpy.run_path(str(HERE / "made_runs.py"))
@@ -191,10 +191,11 @@ def test_files_that_cannot_be_shown(run):
 
 def test_figures_without_values_are_empty_and_undefined_rows_say_so():
     nan = float("nan")
-    assert shares_chart("t", [ShareRow("a", nan, nan, nan, nan, nan, "–")]) == ""
+    undefined = ScoreRow("c", "explainer", nan, nan, nan, "–")
+    assert scores_chart("t", "", [undefined]) == ""
     assert removal_chart("t", [("a", [nan], [1.0])]) == ""
-    drawn = shares_chart(
-        "t", [ShareRow("a & b", 60.0, 50.0, 70.0, 10.0, 30.0, "60 %"), ShareRow("c", nan, nan, nan, nan, nan, "–")]
+    drawn = scores_chart(
+        "t", "", [ScoreRow("a & b", "explainer", 60.0, 50.0, 70.0, "60 %", (10.0, 30.0)), undefined], " %"
     )
     assert "a &amp; b" in drawn
     assert "not defined" in drawn

@@ -51,7 +51,7 @@ def headline(run: Path) -> str:
 
 
 def states(run: Path) -> dict:
-    return dict(selection_view(collect_page(run).selection).states)
+    return dict(selection_view(collect_page(run).selection)["states"])
 
 
 def said(run: Path) -> str:
@@ -240,13 +240,13 @@ def test_many_layers_are_named_sparsely(run):
 
 def test_the_table_of_classes_by_layers(run, tmp_path):
     view = selection_view(collect_page(run).selection)
-    assert view.heat_columns == tuple(
-        c for c in LAYERS if any(c == f.layer for k in view.data.found.classes for f in k.filters)
+    assert view["heat_columns"] == tuple(
+        c for c in LAYERS if any(c == f.layer for k in view["data"].found.classes for f in k.filters)
     )
-    for *_, cells in view.heat_rows:
+    for *_, cells in view["heat_rows"]:
         assert sum(cell or 0.0 for cell in cells) == pytest.approx(100)
     many = MADE["write_selection"](tmp_path / "many", classes=31, features=1, pictures=False)
-    assert selection_view(collect_page(many).selection).heat_rows == ()
+    assert selection_view(collect_page(many).selection)["heat_rows"] == ()
 
 
 def test_explained_classes_come_first_and_link_to_their_image(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -17,10 +17,9 @@ def count_of(measure: Estimate) -> str:
     return f"n = {measure.n:,} {measure.unit}"
 
 
-def pairs(values: Mapping[str, Any], keys: Iterable[str] | None = None) -> list[tuple[str, str]]:
+def pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return a mapping of a manifest as (key, written value)."""
-    chosen = values if keys is None else [k for k in keys if k in values]
-    return [(str(k), notation.plain(values[k])) for k in chosen]
+    return [(str(key), notation.plain(value)) for key, value in values.items()]
 
 
 @cache

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from partlens.estimate import Estimate
 from partlens.evaluation.results import (
@@ -24,7 +24,7 @@ from partlens.metrics.scores import FIDELITY, LOCALISATION, REGION_READINGS
 from partlens.page import figures, notation
 from partlens.page.environment import count_of, environment, pairs
 from partlens.page.reading import Pictures
-from partlens.page.views import Chapter, Figure, Origin, Remarks
+from partlens.page.views import Chapter, Figure, origin
 from partlens.records import plain
 
 _CORRELATION_NOTICE = 0.5
@@ -372,14 +372,17 @@ def explainer_headline(data: ExplainerData) -> str:
 def explainer_chapter(data: ExplainerData) -> Chapter:
     """Describe the chapter for the contents."""
     run = data.run
-    photos = notation.counted(run.train_photos, "photos") + (f" of {data.category}" if data.category else "")
+    of = f" of {data.category}" if data.category else ""
+    photos = notation.counted(run.train_photos, "photos") + of
     photos += f" and {run.background:,} others" if run.background else ""
     sections = ("Verdict", "Numbers", "Fidelity", "Parts", "Filters", "Attention", "Training")
     return Chapter(
         kind="explainer",
         anchor="explainer",
-        title=f"What {data.tap} holds" + (f" of {data.category}" if data.category else ""),
+        title=f"What {data.tap} holds{of}",
         headline=explainer_headline(data),
+        page_title=f"{data.tap} of {notation.short_name(run.performer.name)}"
+        + (f": {data.category}" if data.category else ""),
         facts=(
             ("Performer", run.performer.name),
             ("Layer", f"{data.tap}, decoded to {', '.join(run.structure.targets)}"),
@@ -389,39 +392,12 @@ def explainer_chapter(data: ExplainerData) -> Chapter:
             ("Duration", notation.duration(run.seconds)),
         ),
         sections=tuple((name.lower(), name) for name in sections),
-    )
-
-
-def explainer_title(data: ExplainerData) -> str:
-    """Return the title of a page that shows only this explainer."""
-    return f"{data.tap} of {notation.short_name(data.run.performer.name)}" + (
-        f": {data.category}" if data.category else ""
-    )
-
-
-def explainer_origin(data: ExplainerData) -> Origin:
-    """Say how the explainer is made again."""
-    run = data.run
-    written = cast("dict[str, Any]", plain(run))
-    return Origin(
-        title=f"The explainer of {data.tap}",
-        command=run.command,
-        hashes=(
-            ("weights (SHA-256)", run.performer.weights_sha256),
-            ("data fingerprint", run.data.fingerprint),
-            ("preset", run.preset),
-        ),
-        details=(
-            ("Versions", pairs(run.versions)),
-            ("Configuration", pairs(written["config"])),
-            ("Structure", pairs(written["structure"])),
-            ("Receptive field (rows, cols)", pairs(written["grid"])),
-            ("Preprocessing", pairs(run.performer.preprocessing)),
+        origin=origin(
+            f"The explainer of {data.tap}",
+            run,
+            run.config,
+            ("Structure", pairs(plain(run.structure))),
+            ("Receptive field (rows, cols)", pairs(plain(run.grid))),
+            identity=("preset", run.preset),
         ),
     )
-
-
-def explainer_remarks(data: ExplainerData) -> Remarks:
-    """Return the explainer's notes."""
-    unreadable = tuple((one.key, one.reason) for one in data.run.data.unreadable)
-    return Remarks(f"The explainer of {data.tap}", data.run.performer.notes, unreadable)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from partlens.attribution.record import Contribution, ExplainedByParts, ExplainedClass, ExplanationRecord
+from partlens.attribution.record import Contribution, ExplainedByParts, ExplanationRecord
 from partlens.errors import InputError, RunError, expected
 from partlens.page import figures
 from partlens.page.environment import environment, pairs
@@ -20,41 +20,22 @@ _PAGE_BYTES = 13_500_000  # room for the pictures of one image's own page, in ch
 
 @dataclass(frozen=True)
 class ExplanationData:
-    """One explained image: its folder's name, its record, and pictures by their names in the record.
-
-    An average that is out of reach is missing.
-    """
-
-    folder: str
-    record: ExplanationRecord
-    pictures: Mapping[str, Embedded]
-
-
-@dataclass(frozen=True)
-class ExplanationView:
-    """Everything that the template of one image shows.
+    """One explained image.
 
     Attributes:
+        record: its record.
+        pictures: by their names in the record; an average that is out of reach is missing.
         anchor: its id on the page.
-        data: the image.
-        top: the largest contribution, which bars are drawn against.
-        other_weights: whether it was explained with other weights than the rest of the page is about.
     """
 
-    anchor: str
-    data: ExplanationData
-    top: float
-    other_weights: bool = False
+    record: ExplanationRecord
+    pictures: Mapping[str, Embedded]
+    anchor: str = "image-1"
 
     @property
-    def parts(self) -> tuple[ExplainedByParts, ...]:
-        """The classes whose score is shared among parts."""
-        return self.data.record.parts
-
-    @property
-    def columns(self) -> tuple[ExplainedClass, ...]:
-        """The classes that are explained by filters."""
-        return self.data.record.explained
+    def top(self) -> float:
+        """The largest contribution, which bars are drawn against."""
+        return max((f.contribution for one in self.record.explained for f in one.filters), default=0.0)
 
     @staticmethod
     def top_share(one: ExplainedByParts) -> float:
@@ -64,7 +45,7 @@ class ExplanationView:
     @property
     def has_averages(self) -> bool:
         """Whether any average of a filter is shown."""
-        return any(f.average in self.data.pictures for one in self.columns for f in one.filters)
+        return any(f.average in self.pictures for one in self.record.explained for f in one.filters)
 
 
 @dataclass(frozen=True)
@@ -98,13 +79,14 @@ def _average(each: Contribution, folder: Path, pictures: Pictures, *, alone: boo
     return pictures.read(folder, each.average)
 
 
-def read_explanation(folder: Path, pictures: Pictures, *, alone: bool = False) -> ExplanationData:
+def _read(folder: Path, pictures: Pictures, position: int = 0, *, alone: bool = False) -> ExplanationData:
     """Read the folder of one explained image; ``alone`` outside a run, where averages may be out of reach."""
     record = ExplanationRecord.read(folder)
     found = {name: pictures.read(folder, name) for name in _files(record)}
     for each in (f for one in record.explained for f in one.filters if f.average is not None):
         found[each.average or ""] = _average(each, folder, pictures, alone=alone)
-    return ExplanationData(folder.name, record, {name: picture for name, picture in found.items() if picture})
+    shown = {name: picture for name, picture in found.items() if picture}
+    return ExplanationData(record, shown, f"image-{position + 1}")
 
 
 def _folders(run: Path) -> tuple[list[Path], tuple[str, ...]]:
@@ -124,7 +106,7 @@ def collect_explanations(run: Path, pictures: Pictures, limit_bytes: int) -> Exp
     shown: list[ExplanationData] = []
     for path in whole:
         before = pictures.spent_bytes
-        one = read_explanation(path, pictures)
+        one = _read(path, pictures, len(shown))
         if shown and pictures.spent_bytes > limit_bytes:
             pictures.spent_bytes = before
             break
@@ -135,12 +117,6 @@ def collect_explanations(run: Path, pictures: Pictures, limit_bytes: int) -> Exp
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def explanation_view(data: ExplanationData, anchor: str = "image-1", weights_sha256: str = "") -> ExplanationView:
-    """Draw what the template needs; other weights than those the rest of the page is about are warned of."""
-    top = max((f.contribution for one in data.record.explained for f in one.filters), default=0.0)
-    return ExplanationView(anchor, data, top, bool(weights_sha256) and data.record.weights_sha256 != weights_sha256)
-
-
 def explanation_chapter(found: Explanations) -> Chapter:
     """Describe the chapter for the contents."""
     many = len(found.shown) > 1
@@ -148,15 +124,8 @@ def explanation_chapter(found: Explanations) -> Chapter:
         kind="explanation",
         anchor="explanation",
         title="Single predictions" if many else "One prediction",
-        headline="",
-        facts=(),
-        sections=tuple((image_anchor(i), one.record.image) for i, one in enumerate(found.shown)) if many else (),
+        sections=tuple((one.anchor, one.record.image) for one in found.shown) if many else (),
     )
-
-
-def image_anchor(position: int) -> str:
-    """Return the id of an explained image on the page."""
-    return f"image-{position + 1}"
 
 
 def write_explanation_page(folder: Path, out: Path | None = None) -> Path:
@@ -179,8 +148,8 @@ def write_explanation_page(folder: Path, out: Path | None = None) -> Path:
         raise InputError(expected("a file name for the page", target.as_posix(), "Give a path that ends in .html"))
     within = folder.parent.name == "explanations" and (folder.parent.parent / "selection.json").is_file()
     pictures = Pictures(folder.parent.parent if within else folder, ExplanationRecord.AGAIN, _PAGE_BYTES)
-    data = read_explanation(folder, pictures, alone=not within)
+    data = _read(folder, pictures, alone=not within)
     method = pairs(plain(data.record.method)) if data.record.method else []
     template = environment().get_template("explanation_page.html.j2")
-    write_text(target, template.render(view=explanation_view(data), method=method, figure_css=figures.FIGURE_CSS))
+    write_text(target, template.render(view=data, method=method, figure_css=figures.FIGURE_CSS))
     return target

@@ -49,9 +49,10 @@ svg.photo { display: block; width: 100%; height: auto; border-radius: 3px; backg
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One row of a score chart; ``value``, ``low`` and ``high`` may be ``nan``.
+    """One row of a score chart; all numbers may be ``nan``.
 
-    ``role`` is ``explainer``, ``performer`` or ``null``; ``text`` is the value as it is written.
+    ``role`` is ``explainer``, ``performer`` or ``null``; ``text`` is the value as it is written; ``band`` is a range
+    for comparison.
     """
 
     label: str
@@ -60,6 +61,7 @@ class ScoreRow:
     low: float
     high: float
     text: str
+    band: tuple[float, float] = (math.nan, math.nan)
 
     @property
     def spoken(self) -> str:
@@ -68,8 +70,8 @@ class ScoreRow:
 
     @property
     def finite(self) -> list[float]:
-        """The value and its ends, as far as they are defined."""
-        return [v for v in (self.value, self.low, self.high) if math.isfinite(v)]
+        """The value, its ends and the band, as far as they are defined."""
+        return [v for v in (self.value, self.low, self.high, *self.band) if math.isfinite(v)]
 
 
 Curve = tuple[str, Sequence[tuple[float, float]]]
@@ -106,12 +108,12 @@ def tick_text(value: float) -> str:
     return f"{value:g}".replace("-", "−")
 
 
-def _columns(scale: Scale, top: float, bottom: float, count: int = 4, zero: str = "grid") -> list[str]:
+def _columns(scale: Scale, top: float, bottom: float, count: int = 4, zero: str = "axis", unit: str = "") -> list[str]:
     """Draw vertical lines at round values with their labels below; the one at 0 has the class ``zero``."""
     parts = []
     for tick in tick_values(scale.low, scale.high, count):
         parts.append(line(scale(tick), top, scale(tick), bottom, zero if tick == 0 else "grid"))
-        parts.append(lettering(scale(tick), bottom + 15, tick_text(tick), "middle", "soft"))
+        parts.append(lettering(scale(tick), bottom + 15, tick_text(tick) + unit, "middle", "soft"))
     return parts
 
 
@@ -124,13 +126,14 @@ def _rows(scale: Scale, left: float, right: float, count: int = 4, zero: str = "
     return parts
 
 
-def scores_chart(title: str, direction: str, rows: Sequence[ScoreRow]) -> str:
+def scores_chart(title: str, direction: str, rows: Sequence[ScoreRow], unit: str = "") -> str:
     """Draw one score as a dot with its interval per row, the explainer first, nulls hollow.
 
     Args:
         title: name of the score.
-        direction: which way is better.
+        direction: which way is better; may be empty.
         rows: from top to bottom; a row whose value is undefined says so.
+        unit: written after the values of the axis.
     """
     defined = [r for r in rows if math.isfinite(r.value)]
     if not defined:
@@ -138,13 +141,14 @@ def scores_chart(title: str, direction: str, rows: Sequence[ScoreRow]) -> str:
     top, step = 8.0, 26.0
     bottom = top + step * len(rows)
     scale = Scale(*limits(list(chain(*(r.finite for r in rows))), zero=True), 118.0, WIDTH - 52.0)
-    parts = _columns(scale, top, bottom, zero="axis")
+    parts = _columns(scale, top, bottom, unit=unit)
     lead = next((r for r in defined if r.role == "explainer"), None)
-    if lead:
+    if lead and any(r.role != "explainer" for r in rows):
         parts.append(line(scale(lead.value), top, scale(lead.value), bottom, "guide"))
     for index, row in enumerate(rows):
         parts += _score_row(row, top + step * (index + 0.5), scale)
-    return svg((WIDTH, bottom + 20), "chart", f"{title}, {direction}", "; ".join(r.spoken for r in rows), *parts)
+    named = f"{title}, {direction}" if direction else title
+    return svg((WIDTH, bottom + 20), "chart", named, "; ".join(r.spoken for r in rows), *parts)
 
 
 def _score_row(row: ScoreRow, y: float, scale: Scale) -> list[str]:
@@ -152,6 +156,10 @@ def _score_row(row: ScoreRow, y: float, scale: Scale) -> list[str]:
     parts = [lettering(0, y + 4, shortened(row.label, 20), "start", weight)]
     if not math.isfinite(row.value):
         return [*parts, lettering(WIDTH, y + 4, "not defined", "end", "soft")]
+    if all(map(math.isfinite, row.band)):
+        start, end = map(scale, row.band)
+        band = {"x": start, "width": max(end - start, 1.0), "y": y - 8, "height": 16.0}
+        parts.append(tag("rect", class_="fill-null", fill_opacity="0.22", **band))
     if math.isfinite(row.low) and math.isfinite(row.high):
         parts.append(line(scale(row.low), y, scale(row.high), y, f"interval stroke-{row.role}"))
     radius, look = (4.0, "hollow stroke-null") if row.role == "null" else (5.0, f"fill-{row.role}")
@@ -170,7 +178,7 @@ def filters_chart(title: str, dots: Sequence[Dot]) -> str:
     left, right, top, bottom = 38.0, WIDTH - 8.0, 8.0, 240.0
     x_scale = Scale(*limits([x for *_, x, _ in shown], zero=True), left, right)
     y_scale = Scale(*limits([0.0, *(y for *_, y in shown)]), bottom, top)
-    parts = _columns(x_scale, top, bottom, 5) + _rows(y_scale, left, right, 5, zero="axis")
+    parts = _columns(x_scale, top, bottom, 5, zero="grid") + _rows(y_scale, left, right, 5, zero="axis")
     # The performer's dots come first, so that the explainer's are drawn over them.
     for label, role, x, y in sorted(shown, key=lambda dot: dot[1] != "performer"):
         place = {"cx": x_scale(x), "cy": y_scale(y), "r": {"explainer": 3.0}.get(role, 2.5)}
@@ -180,6 +188,57 @@ def filters_chart(title: str, dots: Sequence[Dot]) -> str:
     spoken = f"{roles.count('explainer')} filters of the explainer and {roles.count('performer')} of the performer"
     if len(shown) < len(dots):
         spoken += f"; {len(dots) - len(shown)} without a defined score are not shown"
+    return svg((WIDTH, bottom + 38), "chart", title, spoken, *parts)
+
+
+_SHAPES = 6  # parts that get a mark of their own; later ones share the last
+
+
+def _mark(shape: int, x: float, y: float, label: str) -> str:
+    """Return a mark; its shape says the part where colours cannot."""
+    common = {"class_": "fill-explainer faint" if shape % 2 == 0 else "fill-performer faint"}
+    name = tag("title", label)
+    if shape in {0, 1}:
+        return tag("circle", name, cx=x, cy=y, r=3.2, **common)
+    if shape in {2, 3}:
+        return tag("rect", name, x=x - 3, y=y - 3, width=6.0, height=6.0, **common)
+    return tag("path", name, d=f"M{x:.2f},{y - 4:.2f} l4,7 h-8 Z", **common)
+
+
+def removal_chart(title: str, series: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> str:
+    """Draw for each photo and part what a measure predicts (right) and what is lost without the part (up).
+
+    Args:
+        title: of the figure.
+        series: (part, predicted, lost) with one value per photo.
+
+    Returns:
+        An ``<svg>`` with the line on which both are equal, or an empty string without a finite pair.
+    """
+    pairs = [
+        (min(order, _SHAPES - 1), name, x, y)
+        for order, (name, predicted, lost) in enumerate(series)
+        for x, y in zip(predicted, lost, strict=False)
+        if math.isfinite(x) and math.isfinite(y)
+    ]
+    if not pairs:
+        return ""
+    keys = 16.0 * ((len(series) + 1) // 2)
+    left, right, top = 40.0, WIDTH - 8.0, keys + 6.0
+    bottom = top + 232.0
+    x_scale = Scale(*limits([x for _, _, x, _ in pairs], zero=True), left, right)
+    y_scale = Scale(*limits([y for *_, y in pairs], zero=True), bottom, top)
+    parts = _columns(x_scale, top, bottom, 5) + _rows(y_scale, left, right, 5, zero="axis")
+    low, high = max(x_scale.low, y_scale.low), min(x_scale.high, y_scale.high)
+    if low < high:
+        parts.append(line(x_scale(low), y_scale(low), x_scale(high), y_scale(high), "guide"))
+    parts += [_mark(shape, x_scale(x), y_scale(y), f"{escape(name)}: {x:.2f}, {y:.2f}") for shape, name, x, y in pairs]
+    for order, (name, _, _) in enumerate(series):
+        x, y = left + 160.0 * (order % 2), 10 + 16.0 * (order // 2)
+        parts.append(_mark(min(order, _SHAPES - 1), x, y - 4, escape(name)))
+        parts.append(lettering(x + 9, y, shortened(name, 22), "start", "soft"))
+    parts.append(lettering((left + right) / 2, bottom + 32, "predicted by the Shapley value", "middle", "soft"))
+    spoken = f"{len(pairs)} pairs of {len(series)} parts; the dotted line is where both are equal"
     return svg((WIDTH, bottom + 38), "chart", title, spoken, *parts)
 
 

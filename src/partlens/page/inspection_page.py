@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from partlens.object_parts.inspection import InspectedCategory, InspectedPhoto, InspectRecord
 from partlens.page import notation
-from partlens.page.environment import pairs
 from partlens.page.inspection_figures import kept_chart, shares_bar
 from partlens.page.reading import Embedded, Pictures
-from partlens.page.views import Chapter, Figure, Origin, Remarks
-from partlens.records import plain
+from partlens.page.views import Chapter, Figure, origin
 
 _OPEN = 12  # categories that are shown open
 _WITH_PHOTOS = 24  # categories whose photos are shown
@@ -67,12 +64,6 @@ class InspectionData:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def pending_inspection(run: Path) -> str:
-    """Return the command of an inspection that was begun and has no result yet, else an empty string."""
-    record = InspectRecord.read_if_there(run)
-    return (record.command or "partlens inspect") if record and not record.finished else ""
-
-
 def collect_inspection(run: Path, pictures: Pictures) -> InspectionData | None:
     """Read the inspection of a run; ``None`` where there is none or it is not finished."""
     record = InspectRecord.read_if_there(run)
@@ -116,20 +107,15 @@ def _with_photos(one: ShownCategory, pictures: Pictures) -> ShownCategory:
         ShownPhoto(photo, pictures.read(pictures.root, photo.picture), shares_bar(photo.image, names, photo.shares))
         for photo in one.data.shown
     )
-    return ShownCategory(one.anchor, one.is_open, one.data, one.curve, one.shares, one.galleries, shown)
+    return replace(one, photos=shown)
 
 
 # --- the chapter ------------------------------------------------------------------------------------------------------
 
 
-def inspection_title(data: InspectionData) -> str:
-    """Return the title of a page that shows only this inspection."""
-    return f"What {notation.short_name(data.record.performer.name)} knows its categories by"
-
-
-def inspection_headline(data: InspectionData) -> str:
+def _headline(record: InspectRecord) -> str:
     """Say how many categories there are of each verdict, or the only one's sentence."""
-    categories = data.record.categories
+    categories = record.categories
     if len(categories) == 1:
         return categories[0].sentence
     words = {
@@ -139,7 +125,7 @@ def inspection_headline(data: InspectionData) -> str:
         "undecided": "undecided",
     }
     told = [(words[kind], [one.name for one in categories if one.verdict == kind]) for kind in words]
-    name = notation.short_name(data.record.performer.name)
+    name = notation.short_name(record.performer.name)
     said = "; ".join(f"{_named(names)} {how}" for how, names in told if names)
     return f"{name} knows {said}."
 
@@ -161,45 +147,18 @@ def inspection_chapter(data: InspectionData) -> Chapter:
         ("Inspected", notation.moment(record.created)),
         ("Duration", notation.duration(record.seconds)),
     )
+    of_categories = (f"{one.name or 'all photos'}: {note}" for one in record.categories for note in one.notes)
     return Chapter(
         kind="inspection",
         anchor="inspection",
         title="What each category is known by",
-        headline=inspection_headline(data),
+        headline=_headline(record),
+        page_title=f"What {notation.short_name(record.performer.name)} knows its categories by",
         facts=facts,
         sections=(
             ("inspection-verdicts", "Verdicts"),
             ("inspection-photos", "Photos"),
             ("inspection-numbers", "Numbers"),
         ),
+        origin=origin("The inspection", record, record.config, notes=(*record.notes, *of_categories)),
     )
-
-
-def inspection_origin(data: InspectionData) -> Origin:
-    """Say how the inspection is made again."""
-    record = data.record
-    return Origin(
-        title="The inspection",
-        command=record.command,
-        hashes=(
-            ("weights (SHA-256)", record.performer.weights_sha256),
-            ("data fingerprint", record.data.fingerprint),
-            ("identity", record.identity),
-        ),
-        details=(
-            ("Versions", pairs(record.versions)),
-            ("Configuration", pairs(plain(record.config))),
-            ("Preprocessing", pairs(record.performer.preprocessing)),
-        ),
-    )
-
-
-def inspection_remarks(data: InspectionData) -> Remarks:
-    """Return the inspection's notes."""
-    record = data.record
-    of_categories = chain.from_iterable(
-        (f"{one.name or 'all photos'}: {note}" for note in one.notes) for one in record.categories
-    )
-    unreadable = tuple((one.key, one.reason) for one in record.data.unreadable)
-    notes = (*record.performer.notes, *record.notes, *of_categories)
-    return Remarks("The inspection", notes, unreadable)

@@ -70,18 +70,6 @@ def rate(share: float) -> str:
     return f"{text.replace('-', '−')}{GAP}%"
 
 
-def unfinished(status: str, what: str) -> str:
-    """Return a warning where a run did not end, else an empty string.
-
-    Example:
-        >>> unfinished("finished", "fit"), unfinished("", "fit")
-        ('', "The fit's status is “unknown”; this page may still change.")
-    """
-    if status == "finished":
-        return ""
-    return f"The {what}'s status is “{status or 'unknown'}”; this page may still change."
-
-
 def counted(count: int, noun: str) -> str:
     """Write a count with its noun, ``noun`` given in the plural.
 

@@ -6,7 +6,7 @@ of them, and perhaps ``parts.json`` and ``explanations/``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,46 +17,20 @@ from partlens.evaluation.results import AGAIN as EVALUATE_AGAIN
 from partlens.object_parts.inspection import InspectRecord
 from partlens.page import figures, notation
 from partlens.page.environment import environment
-from partlens.page.explainer import (
-    ExplainerData,
-    collect_explainer,
-    explainer_chapter,
-    explainer_origin,
-    explainer_remarks,
-    explainer_title,
-    explainer_view,
-)
-from partlens.page.explanation_page import (
-    Explanations,
-    collect_explanations,
-    explanation_chapter,
-    explanation_view,
-    image_anchor,
-)
-from partlens.page.inspection_page import (
-    InspectionData,
-    collect_inspection,
-    inspection_chapter,
-    inspection_origin,
-    inspection_remarks,
-    inspection_title,
-    pending_inspection,
-)
+from partlens.page.explainer import ExplainerData, collect_explainer, explainer_chapter, explainer_view
+from partlens.page.explanation_page import Explanations, collect_explanations, explanation_chapter
+from partlens.page.inspection_page import InspectionData, collect_inspection, inspection_chapter
 from partlens.page.parts_page import PartsData, collect_parts, parts_chapter, parts_view
 from partlens.page.reading import Pictures
 from partlens.page.selection_page import (
     SelectionData,
     collect_selection,
-    pending_command,
     selection_chapter,
-    selection_origin,
-    selection_remarks,
-    selection_title,
     selection_view,
 )
 from partlens.page.views import Chapter
 from partlens.records import write_text
-from partlens.run import EXPLAINER, INSPECTION, SELECTION
+from partlens.run import EXPLAINER, INSPECTION, SELECTION, RunRecord
 from partlens.selection.record import SelectionRecord
 
 # Room for pictures on one page, in characters; with its texts the page stays below about 15 MB.
@@ -88,15 +62,20 @@ class PageData:
     inspection: InspectionData | None = None
 
     @property
-    def weights(self) -> tuple[str, ...]:
-        """Hashes of the performer's weights in each chapter, as far as they are there."""
-        found = [self.inspection.record.performer.weights_sha256] if self.inspection else []
-        found += [self.selection.weights_sha256] if self.selection else []
-        return (*found, *([self.explainer.run.performer.weights_sha256] if self.explainer else []))
+    def runs(self) -> tuple[RunRecord, ...]:
+        """The records of the runs that the page is about."""
+        found = (self.inspection and self.inspection.record, self.selection and self.selection.record)
+        return tuple(one for one in (*found, self.explainer and self.explainer.run) if one)
 
 
 def _explained_names(explanations: Explanations) -> Iterable[str]:
     return dict.fromkeys(e.name for one in explanations.shown for e in one.record.explained)
+
+
+def _begun(kind: type[RunRecord], run: Path, verb: str) -> str:
+    """Return the command of a run that was begun and has no result yet, else an empty string."""
+    record = kind.read_if_there(run)
+    return (record.command or f"partlens {verb}") if record and not record.finished else ""
 
 
 def collect_page(run: Path) -> PageData:
@@ -121,9 +100,9 @@ def collect_page(run: Path) -> PageData:
     of_categories = Pictures(run, InspectRecord.AGAIN, int(INSPECTION_SHARE * PICTURES_BYTES))
     inspection = collect_inspection(run, of_categories)
     of_filters = Pictures(run, EVALUATE_AGAIN, PICTURES_BYTES - of_categories.spent_bytes)
-    explainer, pending = collect_explainer(run, of_filters), pending_command(run)
+    explainer, pending = collect_explainer(run, of_filters), _begun(SelectionRecord, run, "select-features")
     of_filters.check_room()
-    if inspection is None and (begun := pending_inspection(run)):
+    if inspection is None and (begun := _begun(InspectRecord, run, "inspect")):
         raise RunError(expected(f"a finished inspection in {run}", "one that was only begun", f"Go on with: {begun}"))
     if pending and explainer is None and inspection is None:
         raise RunError(expected(f"a finished selection in {run}", "one that was only begun", f"Go on with: {pending}"))
@@ -154,31 +133,22 @@ def _chapters(data: PageData) -> tuple[Chapter, ...]:
     return tuple(chapters)
 
 
-def _title(data: PageData) -> str:
-    if data.inspection:
-        return inspection_title(data.inspection)
-    if data.selection and data.explainer:
-        return f"Inside {notation.short_name(data.selection.performer)}"
-    if data.selection:
-        return selection_title(data.selection)
-    return explainer_title(data.explainer) if data.explainer else ""
-
-
-def _made_by(data: PageData) -> str:
-    made: list[Mapping[str, str]] = [data.inspection.record.versions] if data.inspection else []
-    made += [data.selection.versions] if data.selection else []
-    made += [data.explainer.run.versions] if data.explainer else []
-    return made[0].get("partlens", "") if made else ""
+def _title(data: PageData, chapters: Sequence[Chapter]) -> str:
+    if data.selection and data.explainer and not data.inspection:
+        return f"Inside {notation.short_name(data.selection.record.performer.name)}"
+    return next((chapter.page_title for chapter in chapters if chapter.page_title), "")
 
 
 def _banners(data: PageData) -> tuple[tuple[str, str], ...]:
     """Return (head, words) of what a reader must know before anything else."""
-    banners = [("Unfinished.", notation.unfinished(data.explainer.run.status, "fit"))] if data.explainer else []
+    banners = []
+    if data.explainer and not data.explainer.run.finished:
+        banners.append(("Unfinished.", "The fit's status is “running”; this page may still change."))
     if data.pending:
         banners.append(("Selection not finished.", f"It was begun and has no result yet. Go on with: {data.pending}"))
-    if len(set(filter(None, data.weights))) > 1:
+    if len({run.performer.weights_sha256 for run in data.runs} - {""}) > 1:
         banners.append(("Two networks.", "The selection and the explainer were made with different weights."))
-    return tuple((head, words) for head, words in banners if words)
+    return tuple(banners)
 
 
 def render_page(data: PageData) -> str:
@@ -192,50 +162,37 @@ def render_page(data: PageData) -> str:
         other file or host. The same data gives the same text. Every text of the data is escaped.
     """
     chapters = _chapters(data)
+    first = next(iter(data.runs))
     return (
         environment()
         .get_template("page.html.j2")
         .render(
-            title=_title(data),
+            title=_title(data, chapters),
             brand="report" if data.selection or data.inspection else "explainer report",
             chapters=chapters,
             mains=[chapter for chapter in chapters if chapter.kind != "explanation"],
             banners=_banners(data),
             level=3 if len(chapters) > 1 else 2,
             explanations=data.explanations,
-            made_by=_made_by(data),
+            made_by=first.versions.get("partlens", ""),
+            weights=first.performer.weights_sha256,
             figure_css=figures.FIGURE_CSS,
             **_views(data),
-            **_notes(data),
+            origins=[chapter.origin for chapter in chapters if chapter.origin],
         )
     )
 
 
 def _views(data: PageData) -> dict[str, Any]:
     """Return what each chapter's template shows."""
-    sha256 = next(iter(data.weights), "")
-    images = [
-        explanation_view(one, image_anchor(position), sha256) for position, one in enumerate(data.explanations.shown)
-    ]
-    explained = [(column.name, view.anchor, view.data.record.image) for view in images for column in view.columns]
-    in_photos = [
-        (view.data.record.image, view.anchor, f"{of.name}: {of.headline}") for view in images for of in view.parts
-    ]
+    images = data.explanations.shown
     return {
         "images": images,
         "inspection": data.inspection,
-        "selection": selection_view(data.selection, explained) if data.selection else None,
+        "selection": selection_view(data.selection, images) if data.selection else None,
         "explainer": explainer_view(data.explainer) if data.explainer else None,
-        "parts": parts_view(data.named_parts, in_photos) if data.named_parts else None,
+        "parts": parts_view(data.named_parts, images) if data.named_parts else None,
     }
-
-
-def _notes(data: PageData) -> dict[str, Any]:
-    """Return how the results are made again, and the notes at the end."""
-    ends = [(inspection_origin(data.inspection), inspection_remarks(data.inspection))] if data.inspection else []
-    ends += [(selection_origin(data.selection), selection_remarks(data.selection))] if data.selection else []
-    ends += [(explainer_origin(data.explainer), explainer_remarks(data.explainer))] if data.explainer else []
-    return {"origins": [origin for origin, _ in ends], "remarks": [remarks for _, remarks in ends]}
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from partlens.estimate import Estimate
 from partlens.object_parts.inspection import InspectedCategory, InspectRecord
-from partlens.object_parts.record import Evidence, FoundPart, NamedPart, PartContribution, PartsFile, RemovalAgreement
+from partlens.object_parts.record import Evidence, FoundPart, NamedPart, PartContribution, PartsFile
 from partlens.page import figures
-from partlens.page.parts_figures import ShareRow, removal_chart, shares_chart
-from partlens.page.reading import Pictures
-from partlens.page.views import Chapter, Figure, Shown, shown
+from partlens.page.explanation_page import ExplanationData
+from partlens.page.reading import Embedded, Pictures
+from partlens.page.views import Chapter, Figure
 
 _MEASURES = {
     "shapley": "Shapley value",
@@ -29,7 +30,7 @@ class _PartRow:
 
     part: NamedPart  # name and filters
     # the parts of the file that have this name, each with its picture
-    found: tuple[tuple[FoundPart, Shown | None], ...]
+    found: tuple[tuple[FoundPart, Embedded | None], ...]
     adds: PartContribution | None  # what it adds; None where that was measured on other parts
 
 
@@ -84,49 +85,37 @@ def collect_parts(run: Path, pictures: Pictures) -> PartsData | None:
         return None
     adds, rows = file.measured() or {}, []
     for part in file.named:
-        found = tuple((p, _strip(p, part, run, pictures)) for p in file.parts if p.id in part.ids)
+        found = tuple((p, pictures.read(run, p.strip)) for p in file.parts if p.id in part.ids)
         rows.append(_PartRow(part, found, adds.get(part.filters)))
     inspected = InspectRecord.read_if_there(run)
     known = [inspected.category(name) for name in file.categories] if inspected is not None else []
     return PartsData(file, tuple(one for one in known if one is not None), tuple(rows))
 
 
-def _strip(found: FoundPart, part: NamedPart, run: Path, pictures: Pictures) -> Shown | None:
-    filters = dict.fromkeys(crop.filter for crop in found.crops)
-    title = f"{'filter' if len(filters) == 1 else 'filters'} {', '.join(map(str, filters))}"
-    said = title if found.id == part.name else f"{found.id}: {title}"
-    return shown(pictures.read(run, found.strip), f"What the part {part.name} looks at", said)
+def _row(name: str, share: Estimate, null: Estimate | None = None) -> figures.ScoreRow:
+    percent, band = share.scaled(100), (math.nan, math.nan) if null is None else null.scaled(100).interval
+    text = f"{percent.value:.1f} %".replace("-", "−")
+    return figures.ScoreRow(name, "explainer", percent.value, *percent.interval, text, band)
 
 
-@dataclass(frozen=True)
-class _PartsView:
-    """What the template of the chapter shows."""
+def parts_view(data: PartsData, images: Sequence[ExplanationData]) -> dict[str, Any]:
+    """Return what the template shows.
 
-    data: PartsData  # what is written as it is
-    figures: Mapping[str, Figure]  # by name: sizes, shares, nulls, removal; only those with something to show
-    checks: tuple[tuple[str, RemovalAgreement], ...]  # (measure, how well it predicts what is lost)
-    explained: tuple[tuple[str, str, str], ...]  # (image, anchor, what its parts add) of explained photos
-
-
-def _percent_text(share: Estimate) -> str:
-    return f"{100 * share.value:.1f} %".replace("-", "−")
-
-
-def _row(name: str, share: Estimate, null: Estimate | None = None) -> ShareRow:
-    low, high = (math.nan, math.nan) if null is None else (100 * null.low, 100 * null.high)
-    return ShareRow(name, 100 * share.value, 100 * share.low, 100 * share.high, low, high, _percent_text(share))
-
-
-def parts_view(data: PartsData, explained: Sequence[tuple[str, str, str]]) -> _PartsView:
-    """Draw what the template needs."""
+    ``figures`` are by name, only those with something to show; ``checks`` say how well each measure predicts what is
+    lost; ``explained`` are (image, anchor, what its parts add) of explained photos.
+    """
     contributions = data.file.contributions
     checks = contributions.removal_check if data.measured and contributions else {}
-    return _PartsView(
-        data=data,
-        figures={name: Figure(caption, svg) for name, caption, svg in _drawn(data) if svg},
-        checks=tuple((_MEASURES[name], checks[name]) for name in _MEASURES if name in checks),
-        explained=tuple(explained),
-    )
+    return {
+        "data": data,
+        "figures": {name: Figure(caption, svg) for name, caption, svg in _drawn(data) if svg},
+        "checks": [(words, checks[name]) for name, words in _MEASURES.items() if name in checks],
+        "explained": [
+            (image.record.image, image.anchor, f"{one.name}: {one.headline}")
+            for image in images
+            for one in image.record.parts
+        ],
+    }
 
 
 def _drawn(data: PartsData) -> list[tuple[str, str, str | None]]:
@@ -146,35 +135,29 @@ def _drawn(data: PartsData) -> list[tuple[str, str, str | None]]:
         (
             "shares",
             "Share of what all parts add to the score (Shapley), mean over photos",
-            shares_chart("Share of what the parts add", shares),
+            figures.scores_chart("Share of what the parts add", "", shares, " %"),
         ),
         (
             "nulls",
             "The same by integrated gradients; grey: as many random filters",
-            shares_chart("Share by integrated gradients", nulls),
+            figures.scores_chart("Share by integrated gradients", "", nulls, " %"),
         ),
         (
             "removal",
             "Loss of the score without a part (up) against what was predicted (right)",
-            removal_chart("Predicted and measured loss", marks),
+            figures.removal_chart("Predicted and measured loss", marks),
         ),
     ]
 
 
-def _headline(data: PartsData) -> str:
-    """Say which parts there are; what each adds counts filters as much as parts, and is no headline."""
-    named = ", ".join(f"{row.part.name} {len(row.part.filters)}" for row in data.rows)
-    return f"The explainer's filters by the part where they peak: {named}."
-
-
 def parts_chapter(data: PartsData, *, explained: bool) -> Chapter:
-    """Describe the chapter for the contents."""
+    """Describe the chapter for the contents; what parts add counts filters as well, and is no headline."""
+    named = ", ".join(f"{row.part.name} {len(row.part.filters)}" for row in data.rows)
     sections = [("which-parts", "Which parts"), ("part-contributions", "What they add"), ("removal", "Taken away")]
     return Chapter(
         kind="parts",
         anchor="named-parts",
         title="Parts of the explainer's filters",
-        headline=_headline(data),
-        facts=(),
+        headline=f"The explainer's filters by the part where they peak: {named}.",
         sections=(*sections, *([("part-photos", "In photos")] if explained else [])),
     )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from partlens.estimate import Estimate, wilson_interval
 from partlens.page import figures, notation
-from partlens.page.environment import environment, pairs
+from partlens.page.environment import environment
+from partlens.page.explanation_page import ExplanationData
 from partlens.page.reading import Embedded, Pictures
 from partlens.page.selection_figures import class_shares, layer_shares, layers_chart, layers_width
-from partlens.page.views import Chapter, Figure, Origin, Remarks
-from partlens.records import plain
+from partlens.page.views import Chapter, Figure, origin
 from partlens.selection.record import RelevantFilter, SelectedClass, SelectionFound, SelectionRecord
 
 _OPEN_CLASSES = 12  # shown open
@@ -55,64 +55,12 @@ class SelectionData:
     found: SelectionFound
     classes: tuple[ShownClass, ...]
 
-    @property
-    def performer(self) -> str:
-        """The performer's name as it was given."""
-        return self.record.performer.name
-
-    @property
-    def weights_sha256(self) -> str:
-        """Hash of the performer's weights."""
-        return self.record.performer.weights_sha256
-
-    @property
-    def versions(self) -> Mapping[str, str]:
-        """Of partlens and the packages it uses."""
-        return self.record.versions
-
     def at(self, place: Place) -> tuple[ShownClass, ...]:
         """Return the classes that the page shows in one place."""
         return tuple(one for one in self.classes if one.place == place)
 
 
-@dataclass(frozen=True)
-class SelectionView:
-    """Everything that the template shows.
-
-    Attributes:
-        data: the selection.
-        explained: (anchor, image) of the explanations of each class on the same page.
-        states: how each verdict turned out.
-        sharper: filters whose average is sharper than that of random crops, and those where both are known.
-        sharper_share: their share with its interval.
-        readouts: kind, role and value of each accuracy.
-        readout_figure: the same as a chart.
-        layers_figure: where the weights are in the network.
-        layers_width: of that figure, in its own units.
-        heat_columns: layers with weight.
-        heat_rows: anchor, class and its share by layer in percent.
-    """
-
-    data: SelectionData
-    explained: Mapping[str, Sequence[tuple[str, str]]]
-    states: Mapping[str, State]
-    sharper: tuple[int, int]
-    sharper_share: Estimate
-    readouts: tuple[tuple[str, str, Estimate], ...]
-    readout_figure: Figure | None
-    layers_figure: Figure | None
-    layers_width: int
-    heat_columns: tuple[str, ...]
-    heat_rows: tuple[tuple[str, str, tuple[float | None, ...]], ...]
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def pending_command(run: Path) -> str:
-    """Return the command of a selection that was begun and has no result yet, else an empty string."""
-    record = SelectionRecord.read_if_there(run)
-    return (record.command or "partlens select-features") if record and not record.finished else ""
 
 
 def _files(each: RelevantFilter) -> tuple[str, ...]:
@@ -161,7 +109,7 @@ def sharper(found: SelectionFound) -> tuple[int, int]:
     return sum(p.sharpness > p.control_sharpness for p in known.values()), len(known)
 
 
-def above_nulls(found: SelectionFound) -> bool:
+def _above_nulls(found: SelectionFound) -> bool:
     """Tell whether the read-out is right more often than by chance and after shuffling, intervals apart."""
     return found.accuracy.interval[0] > max(found.shuffled.interval[1], found.chance)
 
@@ -170,7 +118,7 @@ def _states(found: SelectionFound, sharp: Estimate) -> dict[str, State]:
     """Judge a selection; what was not measured is ``unknown``."""
     gap = found.relative_gap
     states: dict[str, State] = {
-        "readout": "unknown" if not found.accuracy.defined else "good" if above_nulls(found) else "warning",
+        "readout": "unknown" if not found.accuracy.defined else "good" if _above_nulls(found) else "warning",
         "few": "caution" if found.mean_filters > _FEW_FILTERS else "good",
         "solved": "warning" if gap > _GAP_BAD else "caution" if gap > _GAP_LIMIT else "good",
     }
@@ -205,12 +153,13 @@ def _readout_figure(rows: Iterable[tuple[str, str, Estimate]], *, of_predictions
     return Figure(f"{title}: higher is better", svg) if svg else None
 
 
-def selection_view(data: SelectionData, explained: Iterable[tuple[str, str, str]] = ()) -> SelectionView:
-    """Draw what the template needs; ``explained`` are (class name, anchor, image) of explanations on the page."""
+def selection_view(data: SelectionData, images: Iterable[ExplanationData] = ()) -> dict[str, Any]:
+    """Return what the template shows; classes are linked to the explained images on the page."""
     found = data.found
     links: dict[str, list[tuple[str, str]]] = {}
-    for name, anchor, image in explained:
-        links.setdefault(name, []).append((anchor, image))
+    for image in images:
+        for one in image.record.explained:
+            links.setdefault(one.name, []).append((image.anchor, image.record.image))
     columns, rows = _heat_table(data)
     title = "Share of a class's weight by layer"
     layers = layer_shares(found)
@@ -219,19 +168,19 @@ def selection_view(data: SelectionData, explained: Iterable[tuple[str, str, str]
     share = hits / total if total else math.nan
     sharp = Estimate(share, wilson_interval(share, total), total, "filters") if total else Estimate.undefined("filters")
     readouts = _readouts(found)
-    return SelectionView(
-        data=data,
-        explained=links,
-        states=_states(found, sharp),
-        sharper=(hits, total),
-        sharper_share=sharp,
-        readouts=readouts,
-        readout_figure=_readout_figure(readouts, of_predictions=data.record.config.labels == "predictions"),
-        layers_figure=Figure(f"{title}, mean over the classes", svg) if svg else None,
-        layers_width=round(layers_width(len(layers))),
-        heat_columns=columns,
-        heat_rows=rows,
-    )
+    return {
+        "data": data,
+        "explained": links,  # (anchor, image) by class
+        "states": _states(found, sharp),
+        "sharper": (hits, total),
+        "sharper_share": sharp,
+        "readouts": readouts,
+        "readout_figure": _readout_figure(readouts, of_predictions=data.record.config.labels == "predictions"),
+        "layers_figure": Figure(f"{title}, mean over the classes", svg) if svg else None,
+        "layers_width": round(layers_width(len(layers))),
+        "heat_columns": columns,
+        "heat_rows": rows,  # anchor, class, and its share by layer in percent
+    }
 
 
 def _heat_table(data: SelectionData) -> tuple[tuple[str, ...], tuple[tuple[str, str, tuple[float | None, ...]], ...]]:
@@ -249,67 +198,39 @@ def _heat_table(data: SelectionData) -> tuple[tuple[str, ...], tuple[tuple[str, 
 # --- the chapter ------------------------------------------------------------------------------------------------------
 
 
-def selection_title(data: SelectionData) -> str:
-    """Return the title of a page that shows only this selection."""
-    return f"What {notation.short_name(data.performer)} reads each class from"
-
-
 def selection_headline(data: SelectionData) -> str:
     """Say from how much each class is read and how right that is; markup that is already escaped."""
     words = environment().get_template("selection_words.html.j2").module
-    said: str = words.headline(data.record, data.found, above_nulls(data.found))  # type: ignore[attr-defined]
+    said: str = words.headline(data.record, data.found, _above_nulls(data.found))  # type: ignore[attr-defined]
     return said.strip()
 
 
-def _facts(data: SelectionData) -> tuple[tuple[str, str], ...]:
+def selection_chapter(data: SelectionData) -> Chapter:
+    """Describe the chapter for the contents."""
     record, index = data.record, data.found.index
     of = {"data": "the data's labels", "predictions": "the network's own predictions"}[record.config.labels]
     split = notation.SPLITS.get(record.config.split, record.config.split)
     facts = (
-        ("Performer", data.performer),
+        ("Performer", record.performer.name),
         ("Layers", f"{len(index.layers)}, with {index.size:,} filters"),
         ("Data", record.data.name),
         ("Learned from", f"{notation.counted(record.photos, f'{split} photos')}, with {of}"),
         ("Selected", notation.moment(record.created)),
         ("Duration", notation.duration(record.seconds)),
     )
-    return tuple((name, value) for name, value in facts if value)
-
-
-def selection_chapter(data: SelectionData) -> Chapter:
-    """Describe the chapter for the contents."""
-    sections = ("selection-verdict", "Verdict"), ("readout", "Read-out"), ("layers", "Layers"), ("classes", "Classes")
+    layers = [(name, f"{count:,}") for name, count in zip(index.layers, index.channels, strict=True)]
     return Chapter(
         kind="selection",
         anchor="selection",
         title="What each class is read from",
         headline=selection_headline(data),
-        facts=_facts(data),
-        sections=sections,
-    )
-
-
-def selection_origin(data: SelectionData) -> Origin:
-    """Say how the selection is made again."""
-    record, index = data.record, data.found.index
-    return Origin(
-        title="The selection",
-        command=record.command,
-        hashes=(
-            ("weights (SHA-256)", data.weights_sha256),
-            ("data fingerprint", record.data.fingerprint),
-            ("identity", record.identity),
+        page_title=f"What {notation.short_name(record.performer.name)} reads each class from",
+        facts=tuple((name, value) for name, value in facts if value),
+        sections=(
+            ("selection-verdict", "Verdict"),
+            ("readout", "Read-out"),
+            ("layers", "Layers"),
+            ("classes", "Classes"),
         ),
-        details=(
-            ("Versions", pairs(record.versions)),
-            ("Configuration", pairs(plain(record.config))),
-            ("Layers (filters)", [(n, f"{c:,}") for n, c in zip(index.layers, index.channels, strict=True)]),
-            ("Preprocessing", pairs(record.performer.preprocessing)),
-        ),
+        origin=origin("The selection", record, record.config, ("Layers (filters)", layers)),
     )
-
-
-def selection_remarks(data: SelectionData) -> Remarks:
-    """Return the selection's notes."""
-    unreadable = tuple((one.key, one.reason) for one in data.record.data.unreadable)
-    return Remarks("The selection", data.record.performer.notes, unreadable)
