@@ -35,13 +35,13 @@ WANTED = {
 # What is not as wanted: the number reached, which no change may worsen. The wanted ones are those of the house before
 # networks of any layout, inspections and sealed files came into it. Delete a line when its bound is met.
 REACHED: dict[str, float] = {
-    "lines": 31_007,
+    "lines": 30_864,
     "files": 129,
     "complex_functions": 48,
     "mean_complexity": 3.8,
-    "record_classes": 229,
-    "record_fields": 1_197,
-    "public_names": 651,
+    "record_classes": 223,
+    "record_fields": 1_159,
+    "public_names": 645,
     "inner_imports": 133,
     "comment_share": 0.0077,
 }

@@ -15,7 +15,6 @@ from partlens.evaluation.fidelity import (
     Answers,
     FedBack,
     FedIn,
-    LostVariance,
     _measure_errors,
     fed_in,
     measure_fidelity,
@@ -25,7 +24,7 @@ from partlens.evaluation.fidelity import (
 from partlens.evaluation.results import EvaluatedData, Fidelity
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import build_explainer, explainer_structure
-from partlens.metrics.faithfulness import logistic_head
+from partlens.metrics.faithfulness import LostVariance, logistic_head
 from partlens.metrics.scores import LOCALISATION, LocalisationScores
 from partlens.network.performer import Performer
 
@@ -41,9 +40,9 @@ def fed(own: list[int], after: list[int], features: list[list[float]] | None = N
 
 def percent(errors: Any) -> tuple[float, float, float]:
     return (
-        errors.performer_error_percent.value,
-        errors.explainer_error_percent.value,
-        errors.error_increase_points.value,
+        errors["performer_error_percent"].value,
+        errors["explainer_error_percent"].value,
+        errors["error_increase_points"].value,
     )
 
 
@@ -55,10 +54,10 @@ def test_one_category_is_told_from_everything_else_by_its_own_output(generator: 
     errors = _measure_errors(answers, KIND, generator, 5)
     assert errors is not None
     assert percent(errors) == pytest.approx((100 * 2 / 8, 100 * 4 / 8, 25.0))
-    assert errors.error_increase_points.n == 8
+    assert errors["error_increase_points"].n == 8
     assert _measure_errors(dataclasses.replace(answers, others=None), KIND, generator, 5) is None
     crops = dataclasses.replace(answers, photos=torch.tensor([0, 0, 1, 2, 3, 4, 5, 5]))
-    assert _measure_errors(crops, KIND, generator, 5).error_increase_points.n == 6  # type: ignore[union-attr]
+    assert _measure_errors(crops, KIND, generator, 5)["error_increase_points"].n == 6  # type: ignore[union-attr]
 
 
 def test_several_categories_are_told_from_each_other(generator: torch.Generator) -> None:
@@ -68,7 +67,7 @@ def test_several_categories_are_told_from_each_other(generator: torch.Generator)
     errors = _measure_errors(answers, KIND, generator, 5)
     assert errors is not None
     assert percent(errors) == pytest.approx((0.0, 50.0, 50.0))
-    assert errors.error_increase_points.n == 4
+    assert errors["error_increase_points"].n == 4
 
 
 def test_a_head_learns_from_training_photos_alone(generator: torch.Generator) -> None:
@@ -137,7 +136,7 @@ def test_the_share_has_students_interval_over_seeds() -> None:
     found = share_estimate([0.4, 0.5, 0.6])
     half = 4.303 * 0.1 / math.sqrt(3)
     assert found.value == 0.4  # of the explainer that is kept; the interval is of the mean
-    assert found.interval == pytest.approx((0.5 - half, 0.5 + half))
+    assert found.interval == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)
     assert (found.n, found.unit) == (3, "seeds")
     assert share_estimate([0.05, 0.4]).interval == (0.0, 1.0)
     alone = share_estimate([0.3])

@@ -37,8 +37,6 @@ def _part(name: str, filters: tuple[int, ...]) -> PartContribution:
             (
                 "shapley",
                 "share",
-                "share_of_score",
-                "gradient_activation",
                 "gradient_activation_share",
                 "integrated_share",
                 "integrated_null",
@@ -60,7 +58,6 @@ def _file(*parts: tuple[str, str, tuple[int, ...]], **fields: Any) -> PartsFile:
         "categories": ("",),
         "landmarks": {},
         "data": "photos",
-        "data_as_fitted": True,
         "evidence": (),
         "stability": Stability(adjusted_rand=SOME, kept=SOME, null_adjusted_rand=SOME, null_kept=SOME),
         "parts": tuple(FoundPart(id=i, name=n, filters=f) for i, n, f in parts),
@@ -85,15 +82,11 @@ def test_parts_of_one_name_count_as_one_and_empty_ones_do_not_count() -> None:
 
 def test_contributions_hold_for_the_parts_they_were_measured_on() -> None:
     adds = Contributions(
-        score_of="answers",
         method="exact",
-        shapley_remainder_frac=0.0,
         standard_error=0.0,
         parts=(_part("head", (0, 2)), _part("leg", (1,))),
         removal_check={},
-        **dict.fromkeys(
-            ("performer_score", "fed_back", "baseline", "agreement_top1", "interpretable_share", "ordinary_share"), SOME
-        ),
+        **dict.fromkeys(("performer_score", "fed_back", "baseline", "interpretable_share", "ordinary_share"), SOME),
     )
     file = _file(("a", "head", (0, 2)), ("b", "leg", (1,)), ("c", "tail", ()), contributions=adds)
     assert set(file.measured() or {}) == {(0, 2), (1,)}
@@ -103,7 +96,7 @@ def test_contributions_hold_for_the_parts_they_were_measured_on() -> None:
 
 
 def test_the_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    file = _file(*THREE, unplaced_names=(UnplacedName(name="tail", filters=(1,), best_overlap=0.1),))
+    file = _file(*THREE, unplaced_names=(UnplacedName(name="tail", filters=(1,)),))
     path = file.write(tmp_path)
     assert PartsFile.read(tmp_path).model_dump_json() == file.model_dump_json()
     assert json.loads(path.read_text())["schema"] == "partlens.parts/3"
@@ -175,7 +168,7 @@ def test_names_go_to_the_part_with_the_same_filters() -> None:
     # A name whose filters are scattered is kept aside, and placed when they come back.
     scattered = _parts(*((f"part {k}", f"part {k}", (k - 1,)) for k in range(1, 9)), ("other", "other", (8,)))
     parts, unplaced = with_edits(scattered, earlier)
-    assert [(row.name, row.filters, row.best_overlap) for row in unplaced] == [("head", (0, 1, 2, 3, 8), 0.2)]
+    assert [(row.name, row.filters) for row in unplaced] == [("head", (0, 1, 2, 3, 8))]
     assert "back" in [p.name for p in parts]
     again = earlier.changed(parts=parts, filters=(), unplaced_names=unplaced)
     parts, unplaced = with_edits(new, again)
@@ -190,7 +183,7 @@ def test_a_quarter_of_overlap_is_enough_for_a_name() -> None:
     one = _parts(("part 1", "part 1", (0, 5, 6, 7, 8)), ("other", "other", ()))
     parts, unplaced = with_edits(one, earlier)  # 1 of 8
     assert [p.name for p in parts] == ["part 1", "other"]
-    assert [row.best_overlap for row in unplaced] == [0.125]
+    assert [row.filters for row in unplaced] == [(0, 1, 2, 3)]
     parts, unplaced = with_edits(_parts(("part 1", "part 1", (0,)), ("other", "other", ())), earlier)  # 1 of 4
     assert [p.name for p in parts] == ["head", "other"]
     assert unplaced == ()

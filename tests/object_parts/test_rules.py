@@ -64,8 +64,8 @@ def test_filters_get_the_part_that_they_hold_on_their_own_category(
     }
     assert [(one.category, one.photos) for one in found.evidence] == [("cat", 30), ("fox", 30)]
     for one in found.evidence:
-        assert 0 < one.null_distance_p05_frac < one.null_distance_mean_frac < 1
-        assert one.consistency_min == one.null_consistency_p95 < 0.8
+        assert 0 < one.null_distance_mean_frac < 1
+        assert one.null_consistency_p95 < 0.8
         assert one.null_kept_frac <= 0.06
         assert one.clusters == 0
     stability = assignment_stability(found.assign, seen.photos, generator=generator, rounds=4, matched=False)
@@ -126,15 +126,6 @@ def test_a_filter_that_moves_alone_is_in_no_part(seen: SeenPhotos, generator: to
         "other": (7,),
     }
     assert found.filters[7].agreement <= found.filters[7].agreement_min
-
-
-def test_where_filters_peak_on_average(seen: SeenPhotos, generator: torch.Generator) -> None:
-    found = find_parts("landmarks", seen, CATEGORIES, HOW, generator)
-    head = next(part for part in found.parts if part.id == "cat: head")
-    place = seen.peaks.positions_px[seen.labels == 0, :4].flatten(0, 1).mean(0) / 32
-    assert head.mean_place_frac == pytest.approx(tuple(place.tolist()), abs=1e-5)
-    wide = find_parts("landmarks", dataclasses.replace(seen, size_px=(32, 64)), CATEGORIES, HOW, generator)
-    assert wide.parts[0].mean_place_frac == pytest.approx((float(place[0]) / 2, float(place[1])), abs=1e-5)
 
 
 def test_a_category_without_photos_or_filters_says_so(seen: SeenPhotos, generator: torch.Generator) -> None:

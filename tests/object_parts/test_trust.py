@@ -73,7 +73,6 @@ def test_the_line_between_predicted_and_measured_loss(generator: torch.Generator
     assert exact.slope.interval == pytest.approx((2.0, 2.0))
     # Shuffling parts within a photo leaves what photos differ in: a quarter of the variance for four parts.
     assert exact.null_correlation.value == pytest.approx(0.25, abs=0.1)
-    assert exact.pairs == 200
     noisy = removal_agreement(
         predicted, predicted + torch.randn(50, 4, generator=generator), generator=generator, rounds=200
     )

@@ -224,7 +224,6 @@ def gallery(**changes: Any) -> Gallery:
     attended = AttentionPhoto(
         key="images/fox/1.jpg",
         label="red fox & co",
-        denied=False,
         file="0.jpg",
         maps=dict.fromkeys(LAYERS, "1.jpg"),
     )

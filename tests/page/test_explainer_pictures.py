@@ -63,14 +63,6 @@ def test_attention_has_its_null_and_its_count(tmp_path):
     assert "1 empty map not counted" in rows[1]
     assert section.count("<svg") == 4
     assert section.count("for red fox &amp; co") >= 3
-    assert "answer: no" not in section
-
-
-def test_an_answer_of_no_is_said(tmp_path):
-    of = MADE.gallery().attention
-    photos = tuple(type(p)(**{**dict(p), "denied": True}) for p in of.photos)
-    section = attention_of(page(tmp_path, attention=type(of)(**{**dict(of), "photos": photos})))
-    assert "the performer says: red fox &amp; co (answer: no)" in section
 
 
 def test_one_layer_that_is_tap_and_top_has_one_row(tmp_path):

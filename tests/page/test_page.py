@@ -17,7 +17,6 @@ import pytest
 
 from partlens.errors import InputError, RunError, StorageError
 from partlens.estimate import Estimate
-from partlens.evaluation.results import SamePeak
 from partlens.page.explainer import collect_explainer, explainer_headline, judge
 from partlens.page.notation import number, short_name
 from partlens.page.page import collect_page, render_page, write_report
@@ -523,11 +522,11 @@ def test_text_is_legible_in_light_and_in_dark():
 def test_layers_read_alike_are_in_one_table(tmp_path):
     """Centroids move less than largest cells: the page compares each layer with what was read as it was."""
     assert "Read alike" not in page_of(write_run(tmp_path / "largest")).text
-    same = SamePeak(
-        explainer_largest=scores(instability=0.0912),
-        tap_centroid=scores(instability=0.1223),
-        top_centroid=scores(instability=0.1334),
-    )
+    same = {
+        "explainer_largest": scores(instability=0.0912),
+        "tap_centroid": scores(instability=0.1223),
+        "top_centroid": scores(instability=0.1334),
+    }
     html = render_page(collect_page(write_run(tmp_path / "centroid", measured=evaluation(same_peak=same))))
     table = re.search(r'aria-label="Scores of layers read alike".*?</table>', html, re.DOTALL)[0]
     row = r'class="whole">([^<]+)</th><td role="cell">([^<]+)</td><td role="cell"><span class="value">([^<]+)<'

@@ -26,8 +26,6 @@ def contributed(name, filters, share):
         "filters": filters,
         "shapley": estimate(share),
         "share": estimate(share),
-        "share_of_score": estimate(share / 10),
-        "gradient_activation": estimate(0.1),
         "gradient_activation_share": estimate(None),
         "integrated_share": estimate(share + 0.02),
         "integrated_null": estimate(share + 0.3, 0.1, 20, "draws"),
@@ -45,11 +43,7 @@ def run(tmp_path):
     ).write(run)
     for k in (1, 2):
         MADE["draw"](run / "parts" / f"{k}.png", 64, 16, k, "strip")
-    crops = [
-        {"filter": 4, "key": "a.jpg", "box_px": [0.0, 0.0, 1.0, 1.0]},
-        {"filter": 7, "key": "b.jpg", "box_px": [0.0, 0.0, 1.0, 1.0]},
-    ]
-    check = {"correlation": estimate(0.91), "slope": estimate(1.2), "null_correlation": estimate(0.1), "pairs": 126}
+    check = {"correlation": estimate(0.91), "slope": estimate(1.2), "null_correlation": estimate(0.1)}
     content = {
         "schema": "partlens.parts/3",
         "rule": "landmarks",
@@ -59,12 +53,11 @@ def run(tmp_path):
         "categories": ["fox"],
         "landmarks": {"head": 60},
         "data": "photos",
-        "data_as_fitted": True,
         "evidence": [
             {
                 "category": "fox",
                 "photos": 63,
-                "consistency_min": 0.045,
+                "null_consistency_p95": 0.045,
                 "null_kept_frac": 0.01,
                 "null_distance_mean_frac": 0.305,
             }
@@ -76,25 +69,22 @@ def run(tmp_path):
             "null_kept": estimate(0.6),
         },
         "parts": [
-            {"id": "head", "name": "face <b>", "filters": [0, 1], "strip": "parts/1.png", "crops": crops},
+            {"id": "head", "name": "face <b>", "filters": [0, 1], "strip": "parts/1.png", "shown": [4, 7]},
             {"id": "front_legs", "name": "front_legs", "filters": []},
-            {"id": "other", "name": "other", "filters": [2, 3, 4], "strip": "parts/2.png", "crops": crops[:1]},
+            {"id": "other", "name": "other", "filters": [2, 3, 4], "strip": "parts/2.png", "shown": [4]},
         ],
         "filters": [
             {"filter": k, "part": "head", "dead": False, "distance_frac": far, "consistency": r2}
             for k, (far, r2) in enumerate([(0.1, 0.8), (0.2, 0.6), (0.25, 0.1), (0.25, None), (0.25, 0.1)])
         ],
-        "unplaced_names": [{"name": "tail", "filters": [9], "best_overlap": 0.1}],
+        "unplaced_names": [{"name": "tail", "filters": [9]}],
         "contributions": {
-            "score_of": "the performer's own prediction for each photo",
             "method": "exact",
             "performer_score": estimate(9.5),
             "fed_back": estimate(9.4),
             "baseline": estimate(-5.5),
-            "agreement_top1": estimate(0.98),
             "interpretable_share": estimate(0.113),
             "ordinary_share": estimate(0.887),
-            "shapley_remainder_frac": 0.0,
             "standard_error": 0.0,
             "parts": [contributed("face <b>", [0, 1], 0.72), contributed("other", [2, 3, 4], 0.28)],
             "removal_check": dict.fromkeys(

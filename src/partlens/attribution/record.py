@@ -144,18 +144,6 @@ class ExplainedClass(Value):
     difference: str = ""
 
 
-class StrongFilter(Value):
-    """One of the filters of a part that add or take most.
-
-    Attributes:
-        filter: its number.
-        integrated_gradients: what it adds, in units of the score.
-    """
-
-    filter: int
-    integrated_gradients: float
-
-
 class PartShare(Value):
     """What one part adds to the score of a class.
 
@@ -171,7 +159,7 @@ class PartShare(Value):
         null: the same share of as many filters drawn at random.
         removal: fall of the score without the part.
         heat: file that shows where the contribution comes from.
-        top_filters: those that add or take most.
+        top_filters: those that add or take most by integrated gradients.
     """
 
     name: str
@@ -185,7 +173,7 @@ class PartShare(Value):
     null: Estimate
     removal: float
     heat: str
-    top_filters: tuple[StrongFilter, ...]
+    top_filters: tuple[int, ...]
 
 
 class ExplainedByParts(Value):
@@ -203,9 +191,7 @@ class ExplainedByParts(Value):
         method: how the Shapley values were made.
         interpretable_share: share of the rise that the parts add together; ``nan`` where the score does not rise.
         ordinary: Shapley value of the ordinary track.
-        ordinary_standard_error: of it.
         ordinary_share: its share of the rise; ``nan`` likewise.
-        remainder: of the rise, what the Shapley values miss.
         parts: in the order of ``parts.json``.
         headline: what each part adds, in words.
     """
@@ -221,9 +207,7 @@ class ExplainedByParts(Value):
     method: str
     interpretable_share: Number
     ordinary: float
-    ordinary_standard_error: float
     ordinary_share: Number
-    remainder: float
     parts: tuple[PartShare, ...]
     headline: str
 
@@ -236,14 +220,12 @@ class WindowPart(Value):
         share: Shapley value, of what there is to keep; ``nan`` where nothing scores as much.
         standard_error: of it; 0 where it is exact.
         loss: of the score when the window alone is taken away, as a share likewise.
-        place: row and col, as shares of the sides.
     """
 
     name: str
     share: Number
     standard_error: Number
     loss: Number
-    place: tuple[Number, Number]
 
 
 class ExplainedByWindows(Value):

@@ -80,10 +80,11 @@ def _photo(folder: Path, frames: Frames, index: int, scores: Tensor, maps: Mappi
         drawn = overlay(frame, (heat[index] / (float(heat[index].max()) or 1.0)).numpy())
         files[name] = save_photo(folder / f"attention-{name}-{index}.jpg", drawn)
     names, chosen = frames.performer.class_names, int(scores.argmax())
+    # There is one class to draw, whatever the answer was.
+    denied = " (answer: no)" if len(scores) == 1 and float(scores[0]) <= 0 else ""
     return AttentionPhoto(
         key=frames.key(index),
-        label=names[chosen] if names else str(chosen),
-        denied=len(scores) == 1 and float(scores[0]) <= 0,  # one class to draw, whatever the answer was
+        label=f"{names[chosen] if names else chosen}{denied}",
         file=save_photo(folder / f"photo-{index}.jpg", frame),
         maps=files,
     )

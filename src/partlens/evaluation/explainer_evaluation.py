@@ -17,7 +17,6 @@ from partlens.evaluation.fidelity import (
     Answers,
     FedBack,
     FedIn,
-    LostVariance,
     fed_in,
     measure_fidelity,
     own_columns,
@@ -40,14 +39,14 @@ from partlens.evaluation.results import (
     Fidelity,
     FilterScores,
     LayerScores,
+    OtherPeak,
     PartInterpretability,
     PartsAlone,
     PerformerScores,
     PricePoint,
-    SamePeak,
 )
 from partlens.explainer.network import TRACK_REACH_CELLS, Explainer, NormedTracks, performer_head
-from partlens.metrics.faithfulness import class_outputs, logistic_head
+from partlens.metrics.faithfulness import LostVariance, class_outputs, logistic_head
 from partlens.metrics.localisation import Peaks, peaks_from_cells
 from partlens.metrics.scores import LocalisationScores
 from partlens.network.performer import Performer
@@ -278,13 +277,15 @@ class _Scoring:
         roles = {"explainer": "explainer", "performer": self.stage.explainer.structure.tap}
         return {role: filter_scores(self.on, self.peaks(name), self.assigned[name]) for role, name in roles.items()}
 
-    def same_peak(self) -> SamePeak | None:
+    def same_peak(self) -> dict[OtherPeak, LayerScores] | None:
         stage = self.stage
         if stage.explainer.config.peak != "centroid":
             return None
-        names = ("explainer", stage.explainer.structure.tap, stage.top)
-        largest, tap, top = (self.layer(name, otherwise=True) for name in names)
-        return SamePeak(explainer_largest=largest, tap_centroid=tap, top_centroid=top)
+        return {
+            "explainer_largest": self.layer("explainer", otherwise=True),
+            "tap_centroid": self.layer(stage.explainer.structure.tap, otherwise=True),
+            "top_centroid": self.layer(stage.top, otherwise=True),
+        }
 
     def part_regions(self, seed: int) -> PartInterpretability | None:
         stage = self.stage

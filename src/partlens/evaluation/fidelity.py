@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,11 +12,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from partlens.estimate import Estimate, bootstrap
+from partlens.estimate import Estimate
 from partlens.evaluation.places import ROUNDS
 from partlens.evaluation.results import ErrorsBy, Fidelity
 from partlens.explainer.network import Explainer, NormedTracks
-from partlens.metrics.faithfulness import HeadErrors, ReconstructionSums, agreement_top1, decision_errors
+from partlens.metrics.faithfulness import LostVariance, agreement_top1, decision_errors
 from partlens.network.performer import Performer
 
 FedIn = Literal["reconstruction", "parts", "other_photo", "nothing"]
@@ -83,7 +84,7 @@ class Answers:
     categories: int = 1
 
 
-def _measure_errors(of: Answers, kind: FedIn, generator: torch.Generator, rounds: int) -> HeadErrors | None:
+def _measure_errors(of: Answers, kind: FedIn, generator: torch.Generator, rounds: int) -> dict[str, Estimate] | None:
     """Return the errors of both networks; ``None`` where there is nothing to tell the categories from.
 
     A single category is told from everything else, several from each other: by the performer's own outputs where these
@@ -132,44 +133,23 @@ def measure_fidelity(
         background = agreement_top1(of.others.fed[kind][0], of.others.outputs, of.photos[count:])
     errors = _measure_errors(of, kind, generator, rounds)
     by: ErrorsBy | None = None if errors is None else "performer" if of.columns is not None else "logistic head"
-    unknown = HeadErrors(Estimate.undefined(), Estimate.undefined(), Estimate.undefined())
+    kinds = ("performer_error_percent", "explainer_error_percent", "error_increase_points")
     return Fidelity(
         agreement_top1=agreement,
         agreement_top1_background=background,
         variance_kept=kept,
         errors_by=by,
-        **(errors or unknown).__dict__,
+        **(errors or dict.fromkeys(kinds, Estimate.undefined())),
     )
-
-
-class LostVariance:
-    """The reconstruction of one target, collected batch by batch."""
-
-    def __init__(self) -> None:
-        self.sums, self.per_photo = ReconstructionSums(), list[Tensor]()
-
-    def add(self, value: Tensor, target: Tensor) -> None:
-        """Take one batch of a reconstruction and of what it should be."""
-        self.sums.add(value, target)
-        self.per_photo.append((value - target).double().square().flatten(1).sum(1))
-
-    def kept(self, generator: torch.Generator, photos: Int[Tensor, " image"], rounds: int) -> Estimate:
-        """Return the share of the target's variance that is kept, with a bootstrap over photos of what is lost."""
-        if not math.isfinite(self.sums.variance_kept):
-            return Estimate.undefined()
-        scatter = self.sums.scatter / self.sums.count
-        kept = 1 - torch.cat(self.per_photo) / scatter
-        return bootstrap(lambda i: float(kept[i].mean()), len(kept), generator=generator, rounds=rounds, groups=photos)
 
 
 def share_estimate(shares: Sequence[float]) -> Estimate:
     """Return p of the kept explainer with a 95 % t-interval of the seeds' mean; undefined ends for a single seed."""
     # The value is of the explainer that is kept, the interval of the mean: seeds are few, hence Student's t.
+    from scipy.stats import t as student
+
     count = len(shares)
     if count < 2:
         return Estimate(shares[0], (math.nan, math.nan), count, "seeds")
-    t_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-    mean = sum(shares) / count
-    deviation = math.sqrt(sum((s - mean) ** 2 for s in shares) / (count - 1))
-    half = t_95.get(count - 1, 1.96) * deviation / math.sqrt(count)
-    return Estimate(shares[0], (max(0.0, mean - half), min(1.0, mean + half)), count, "seeds")
+    low, high = student.interval(0.95, count - 1, statistics.mean(shares), statistics.stdev(shares) / math.sqrt(count))
+    return Estimate(shares[0], (max(0.0, low), min(1.0, high)), count, "seeds")

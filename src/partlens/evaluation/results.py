@@ -22,6 +22,10 @@ FieldKind = Literal["mask", "occlusion"]
 """What is outlined around a peak: cells that the mask keeps, or what a filter reads, found by covering photos."""
 
 
+OtherPeak = Literal["explainer_largest", "tap_centroid", "top_centroid"]
+"""A layer by the peaks that the scores of the others are of."""
+
+
 class CategoryScores(LocalisationScores):
     """Scores of the filters that belong to one category, on its photos.
 
@@ -76,20 +80,6 @@ class PerformerScores(Value):
     tap: LayerScores
     top: LayerScores
     top_layer: str
-
-
-class SamePeak(Value):
-    """Layers whose peaks are read in one way; elsewhere the explainer's are centroids and others' largest cells.
-
-    Attributes:
-        explainer_largest: the explainer by its largest cells.
-        tap_centroid: the tap by centroids.
-        top_centroid: the top layer by centroids.
-    """
-
-    explainer_largest: LayerScores
-    tap_centroid: LayerScores
-    top_centroid: LayerScores
 
 
 class Fidelity(Value):
@@ -227,7 +217,8 @@ class Evaluation(Record):
         performer: the performer's own layers, for comparison.
         nulls: filters that see nothing: ``random`` cells, always the ``centre``, always the ``corner``.
         instability_minus_null: the explainer's instability minus each null's, on the same photos.
-        same_peak: layers read in one way; ``None`` where all are.
+        same_peak: the explainer by its largest cells and the performer's layers by centroids, so that peaks read in one
+            way can be compared; elsewhere it is the other way round. ``None`` where all are read in one way.
         p: learned weight of part filters against the ordinary ones; interval over seeds.
         reconstruction: what is left of the performer when the reconstruction of both tracks is fed back to it.
         parts_alone: the same of the part filters by themselves, with its nulls; ``p`` is not read without it.
@@ -247,7 +238,7 @@ class Evaluation(Record):
     performer: PerformerScores
     nulls: dict[str, LayerScores]
     instability_minus_null: dict[str, Estimate]
-    same_peak: SamePeak | None
+    same_peak: dict[OtherPeak, LayerScores] | None
     p: Estimate
     reconstruction: Fidelity
     parts_alone: PartsAlone
@@ -325,15 +316,13 @@ class AttentionPhoto(Value):
 
     Attributes:
         key: the photo's name in the data set.
-        label: the class that the performer gives it, which the maps explain.
-        denied: the performer has one output, and its answer is no.
+        label: the class that the performer gives it, which the maps explain; of a single output the answer no is said.
         file: the photo.
         maps: by ``interpretable``, ``tap`` and ``top``.
     """
 
     key: str
     label: str
-    denied: bool
     file: str
     maps: dict[str, str]
 

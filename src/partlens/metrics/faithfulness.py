@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -14,19 +12,17 @@ from partlens.errors import InputError, expected
 from partlens.estimate import Estimate, bootstrap, proportion
 
 
-@dataclass
-class ReconstructionSums:
-    """Running sums of one target's reconstruction, so that maps never have to be held together.
+class LostVariance:
+    """What a reconstruction of one target loses, collected batch by batch, so that maps are never held together.
 
-    ``variance_kept = 1 - sum |x - x*|² / sum |x* - mean x*|²``, of the target's variance (over photos, per element):
-    1 is perfect, 0 is what the constant mean map achieves. Between batches the mean is merged by Chan's formula, in
-    float64.
+    ``1 - sum |x - x*|² / sum |x* - mean x*|²`` is kept of the target's variance (over photos, per element): 1 is
+    perfect, 0 is what the constant mean map achieves. Between batches the mean is merged by Chan's formula, in float64.
     """
 
-    count: int = 0
-    squared_error: float = 0.0
-    mean: Tensor | None = None
-    scatter: float = 0.0
+    def __init__(self) -> None:
+        self.count, self.scatter = 0, 0.0
+        self._mean: Tensor | None = None
+        self._errors: list[Tensor] = []  # of each photo
 
     def add(self, reconstruction: Tensor, target: Tensor) -> None:
         """Take in one batch of equal shapes (image, ...)."""
@@ -34,21 +30,26 @@ class ReconstructionSums:
             rule, got = f"a reconstruction of shape {tuple(target.shape)}", str(tuple(reconstruction.shape))
             raise InputError(expected(rule, got, "Decode with the targets the explainer was trained for"))
         value, truth = reconstruction.double().flatten(1), target.double().flatten(1)
-        self.squared_error += float((value - truth).square().sum())
+        self._errors.append((value - truth).square().sum(1))
         batch, mean = truth.shape[0], truth.mean(0)
         self.scatter += float((truth - mean).square().sum())
-        if self.mean is None:
-            self.mean = mean
+        if self._mean is None:
+            self._mean = mean
         else:
-            step = mean - self.mean
+            step = mean - self._mean
             self.scatter += float(step.square().sum()) * self.count * batch / (self.count + batch)
-            self.mean = self.mean + step * batch / (self.count + batch)
+            self._mean = self._mean + step * batch / (self.count + batch)
         self.count += batch
 
-    @property
-    def variance_kept(self) -> float:
-        """Share of the target's variance that is kept; NaN for fewer than two photos or a constant target."""
-        return 1 - self.squared_error / self.scatter if self.count > 1 and self.scatter > 0 else math.nan
+    def kept(self, generator: torch.Generator, photos: Int[Tensor, " image"], rounds: int) -> Estimate:
+        """Return the share of the target's variance that is kept, with a bootstrap over photos of what is lost.
+
+        Undefined for fewer than two photos or a constant target.
+        """
+        if self.count < 2 or self.scatter <= 0:
+            return Estimate.undefined()
+        kept = 1 - torch.cat(self._errors) / (self.scatter / self.count)
+        return bootstrap(lambda i: float(kept[i].mean()), len(kept), generator=generator, rounds=rounds, groups=photos)
 
 
 def class_outputs(outputs: Float[Tensor, "image output"]) -> Float[Tensor, "image class"]:
@@ -78,15 +79,6 @@ def agreement_top1(
         got = f"outputs of shape {tuple(performer.shape)}"
         raise InputError(expected("outputs of at least 2 classes", got, "Pass class_outputs(outputs)"))
     return proportion((fed_back.argmax(1) == performer.argmax(1)).double(), groups=photos)
-
-
-@dataclass(frozen=True)
-class HeadErrors:
-    """Errors of decisions in percent, and what replacing the features adds."""
-
-    performer_error_percent: Estimate  # on the performer's own features, held out
-    explainer_error_percent: Estimate  # on the features in their place
-    error_increase_points: Estimate  # the difference in percentage points, interval by a paired bootstrap over photos
 
 
 def logistic_head(
@@ -124,12 +116,16 @@ def decision_errors(
     photos: Int[Tensor, " image"] | None = None,
     generator: torch.Generator,
     rounds: int = 1000,
-) -> HeadErrors:
+) -> dict[str, Estimate]:
     """Compare decisions on the performer's own features and on the reconstruction with the truth.
+
+    Returns:
+        ``performer_error_percent`` on the performer's own features, ``explainer_error_percent`` on what replaces
+        them, and ``error_increase_points``, the difference in percentage points with a paired bootstrap over photos.
 
     Example:
         >>> truth = torch.tensor([0, 1, 1, 0])
-        >>> decision_errors(truth, 1 - truth, truth, generator=torch.Generator()).error_increase_points.value
+        >>> decision_errors(truth, 1 - truth, truth, generator=torch.Generator())["error_increase_points"].value
         100.0
     """
     wrong = [(x != labels).double() for x in (performer, explainer)]
@@ -140,9 +136,5 @@ def decision_errors(
         rounds=rounds,
         groups=photos,
     )
-    own, fed = (_percent(proportion(w, groups=photos)) for w in wrong)
-    return HeadErrors(own, fed, increase)
-
-
-def _percent(share: Estimate) -> Estimate:
-    return Estimate(100 * share.value, (100 * share.interval[0], 100 * share.interval[1]), share.n, share.unit)
+    own, fed = (proportion(w, groups=photos).scaled(100) for w in wrong)
+    return {"performer_error_percent": own, "explainer_error_percent": fed, "error_increase_points": increase}

@@ -29,22 +29,15 @@ OTHER = -1
 # --- with landmarks ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LandmarkDistances:
-    """How far each filter's peak lies from each landmark, over the photos that show the landmark."""
-
-    # mean distance as a share of the input's diagonal; NaN where no photo shows the landmark
-    mean_frac: Float[Tensor, "filter landmark"]
-    deviation_frac: Float[Tensor, "filter landmark"]  # its standard deviation (N - 1); NaN for fewer than two photos
-    photos: Int[Tensor, " landmark"]  # photos that show each landmark
-
-
 def landmark_distances(
     positions_px: Float[Tensor, "image filter 2"],
     landmarks_px: Float[Tensor, "photo landmark 2"],
     diagonal_px: float,
-) -> LandmarkDistances:
-    """Measure the distance of every filter's peak to every landmark.
+) -> Float[Tensor, "filter landmark"]:
+    """Return the mean distance of every filter's peak to every landmark, over the photos that show it.
+
+    Returns:
+        Shares of the input's diagonal; NaN where no photo shows the landmark.
 
     Raises:
         InputError: peaks and landmarks of different numbers of images.
@@ -55,12 +48,8 @@ def landmark_distances(
     truth = landmarks_px.double()
     shown = ~truth.isnan().any(-1)  # [image, landmark]
     apart = (positions_px.double()[:, :, None] - truth.nan_to_num(0.0)[:, None]).norm(dim=-1) / diagonal_px
-    seen = shown[:, None].double()
     count = shown.sum(0)
-    mean = (apart * seen).sum(0) / count
-    variance = ((apart - mean.nan_to_num(0.0)) ** 2 * seen).sum(0) / (count - 1)
-    deviation = torch.where(count > 1, variance.sqrt(), math.nan)
-    return LandmarkDistances(torch.where(count > 0, mean, math.nan), deviation, count)
+    return torch.where(count > 0, (apart * shown[:, None].double()).sum(0) / count, math.nan)
 
 
 def nearest_landmark(
@@ -77,7 +66,7 @@ def nearest_landmark(
 
 
 def parts_by_landmark(
-    distances: LandmarkDistances,
+    distances: Float[Tensor, "filter landmark"],
     consistency: Float[Tensor, "filter landmark"],
     live: Bool[Tensor, " filter"],
     *,
@@ -91,16 +80,15 @@ def parts_by_landmark(
 
     Example:
         >>> d = torch.tensor([[0.1, 0.3], [0.1, 0.3], [0.4, 0.3]])
-        >>> near = LandmarkDistances(d, d, torch.tensor([20, 20]))
         >>> r2 = torch.tensor([[0.6, 0.1], [0.0, 0.5], [0.6, 0.6]])
         >>> rule = {"distance_max_frac": 0.2, "consistency_min": 0.05}
-        >>> parts_by_landmark(near, r2, torch.tensor([True, True, True]), **rule).tolist()
+        >>> parts_by_landmark(d, r2, torch.tensor([True, True, True]), **rule).tolist()
         [0, -1, -1]
     """
     usable = ~consistency.isnan().all(0)
-    nearest = nearest_landmark(distances.mean_frac, usable)
+    nearest = nearest_landmark(distances, usable)
     row = torch.arange(len(nearest))
-    near = distances.mean_frac[row, nearest] <= distance_max_frac
+    near = distances[row, nearest] <= distance_max_frac
     follows = consistency[row, nearest] > consistency_min
     return torch.where(live & near & follows, nearest, OTHER)
 

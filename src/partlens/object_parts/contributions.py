@@ -56,7 +56,6 @@ class PartContributions:
     baseline: Float[Tensor, " image"]  # [image] S of nothing; parts and ordinary track sum to score - baseline
     removal: Float[Tensor, "image part"]  # [image, part] how much the score falls when the part alone is taken away
     standard_error: Float[Tensor, "image part"]  # [image, part] of parts; 0 where they are exact
-    ordinary_standard_error: Float[Tensor, " image"]  # [image] of ordinary
 
 
 def tracks(explainer: Explainer, maps: Float[Tensor, "image filter row col"]) -> Tracks:
@@ -154,15 +153,13 @@ def part_contributions(score: Score, parts: Tracks, part_of: Int[Tensor, " filte
     shares = [(gain * weight[:, None]).sum(0) for gain in gains]
     full = cube[tuple([1] * players)]
     removal = torch.stack([full - cube[tuple(0 if a == p else 1 for a in range(players))] for p in range(count)], dim=1)
-    exact = torch.zeros_like(removal)
     return PartContributions(
         parts=torch.stack(shares[:count], dim=1),
         ordinary=shares[count],
         score=full,
         baseline=cube[tuple([0] * players)],
         removal=removal,
-        standard_error=exact,
-        ordinary_standard_error=exact[:, 0],
+        standard_error=torch.zeros_like(removal),
     )
 
 
@@ -209,15 +206,14 @@ def sampled_part_contributions(
             after[row, player] = numbered(set(order[: position + 1]))
     values = _coalition_values(score, parts, part_of, count, list(place))
     gains = (values[after] - values[before]).unflatten(0, (pairs, 2)).mean(1)  # [pair, player, image]
-    mean, error = gains.mean(0).T, (gains.std(0) / math.sqrt(pairs)).T
+    mean, error = gains.mean(0).T, (gains[:, :count].std(0) / math.sqrt(pairs)).T
     return PartContributions(
         parts=mean[:, :count],
         ordinary=mean[:, count],
         score=values[full],
         baseline=values[nobody],
         removal=(values[full] - values[without]).T,
-        standard_error=error[:, :count],
-        ordinary_standard_error=error[:, count],
+        standard_error=error,
     )
 
 

@@ -34,8 +34,8 @@ class PartsConfig(Settings):
     Attributes:
         rule: ``landmarks``, ``clusters``, or ``auto``: landmarks where 20 photos of each category show one.
         distance_max_frac: with landmarks, the largest mean distance to the nearest one, as a share of the input's
-            diagonal; beyond it a filter is "other". ``null_distance_p05_frac`` in the file says what random peaks
-            reach.
+            diagonal; beyond it a filter is "other". ``null_distance_mean_frac`` in the file says what random
+            peaks reach.
         consistency_min: with landmarks, the least cross-validated R² with which the peak predicts the nearest
             landmark; by default the value that 95 % of random peaks do not reach on the same photos.
         clusters_min: fewest groups tried.
@@ -64,20 +64,6 @@ class PartsConfig(Settings):
         return most
 
 
-class ShownCrop(Value):
-    """One crop of a part's picture.
-
-    Attributes:
-        filter: the one that is shown.
-        key: the photo.
-        box_px: left, top, right, bottom in the input.
-    """
-
-    filter: int
-    key: str
-    box_px: tuple[float, float, float, float]
-
-
 class FoundPart(Value):
     """One part of the file.
 
@@ -86,18 +72,16 @@ class FoundPart(Value):
         name: as a person calls it; the id at first.
         category: whose filters it has; empty where all photos count as one.
         filters: their numbers.
-        mean_place_frac: where they peak on average, as shares of width and height.
         strip: picture of what the most active of them peak at; ``None`` for a part without filters.
-        crops: of the picture, in order.
+        shown: the filters in the picture.
     """
 
     id: str
     name: str
     category: str = ""
     filters: tuple[int, ...]
-    mean_place_frac: tuple[Number, Number] = (math.nan, math.nan)
     strip: str | None = None
-    crops: tuple[ShownCrop, ...] = ()
+    shown: tuple[int, ...] = ()
 
 
 class FilterPart(Value):
@@ -109,7 +93,6 @@ class FilterPart(Value):
         dead: whether it activates on no photo.
         nearest: the landmark its peak is nearest to on average.
         distance_frac: mean distance to that landmark, as a share of the input's diagonal.
-        distance_deviation_frac: standard deviation of the distance.
         consistency: cross-validated R² with which the peak predicts that landmark.
         agreement: mean correlation of its movements with those of its group.
         agreement_min: what 95 % of random peaks do not reach.
@@ -120,7 +103,6 @@ class FilterPart(Value):
     dead: bool
     nearest: str = ""
     distance_frac: Number = math.nan
-    distance_deviation_frac: Number = math.nan
     consistency: Number = math.nan
     agreement: Number = math.nan
     agreement_min: Number = math.nan
@@ -132,9 +114,7 @@ class Evidence(Value):
     Attributes:
         category: empty where all photos count as one.
         photos: of the category.
-        consistency_min: the threshold on R².
         null_consistency_p95: R² that 95 % of random peaks do not reach.
-        null_distance_p05_frac: mean distance to the nearest landmark that 5 % of random peaks reach.
         null_distance_mean_frac: the same distance, mean over random peaks.
         null_kept_frac: share of filters with random peaks that would get a part.
         clusters: number of groups.
@@ -144,9 +124,7 @@ class Evidence(Value):
 
     category: str
     photos: int
-    consistency_min: Number = math.nan
     null_consistency_p95: Number = math.nan
-    null_distance_p05_frac: Number = math.nan
     null_distance_mean_frac: Number = math.nan
     null_kept_frac: Number = math.nan
     clusters: int = 0
@@ -177,13 +155,11 @@ class RemovalAgreement(Value):
         correlation: Pearson correlation of predicted and measured loss over photos and parts.
         slope: least squares slope of the measured on the predicted loss; 1 where the size is right too.
         null_correlation: correlation with the parts of each photo shuffled: mean and 95 % range.
-        pairs: photos times parts.
     """
 
     correlation: Estimate
     slope: Estimate
     null_correlation: Estimate
-    pairs: int
 
 
 class PartContribution(Value):
@@ -194,9 +170,7 @@ class PartContribution(Value):
         filters: of what counted as this part.
         shapley: Shapley value.
         share: of what all parts add (Shapley).
-        share_of_score: of the score's whole rise.
-        gradient_activation: gradient × activation.
-        gradient_activation_share: share of the parts' sum by it.
+        gradient_activation_share: share of the parts' sum by gradient × activation.
         integrated_share: share of the parts' sum by integrated gradients.
         integrated_null: the same of as many random filters: a share counts filters as well as parts.
         removal: how much the score falls when the part is taken away.
@@ -208,8 +182,6 @@ class PartContribution(Value):
     filters: tuple[int, ...]
     shapley: Estimate
     share: Estimate
-    share_of_score: Estimate
-    gradient_activation: Estimate
     gradient_activation_share: Estimate
     integrated_share: Estimate
     integrated_null: Estimate
@@ -222,29 +194,23 @@ class Contributions(Value):
     """What the parts add to the performer's own predictions, from the score with both tracks silent (``x_enc = 0``).
 
     Attributes:
-        score_of: whose score it is, in words.
         method: how the Shapley values were made.
         performer_score: of the performer itself.
         fed_back: of the explainer's reconstruction.
         baseline: with both tracks silent.
-        agreement_top1: share of photos whose answer the reconstruction keeps.
         interpretable_share: share of the rise that the parts add together.
         ordinary_share: share of the rise that the ordinary track adds.
-        shapley_remainder_frac: what the Shapley values miss of the rise; rounding.
         standard_error: of the Shapley values, mean; 0 where they are exact.
         parts: in the order of the file.
         removal_check: by measure.
     """
 
-    score_of: str
     method: str
     performer_score: Estimate
     fed_back: Estimate
     baseline: Estimate
-    agreement_top1: Estimate
     interpretable_share: Estimate
     ordinary_share: Estimate
-    shapley_remainder_frac: Number
     standard_error: Number
     parts: tuple[PartContribution, ...]
     removal_check: dict[str, RemovalAgreement]
@@ -256,12 +222,10 @@ class UnplacedName(Value):
     Attributes:
         name: as the person gave it.
         filters: the part's, when it was named.
-        best_overlap: with the filters of any part found now: share of their union that both hold.
     """
 
     name: str
     filters: tuple[int, ...]
-    best_overlap: float
 
 
 class NamedPart(NamedTuple):
@@ -283,7 +247,6 @@ class PartsFile(Record):
         categories: those that are explained; an empty name means all photos as one.
         landmarks: photos that show each landmark.
         data: name of the data set.
-        data_as_fitted: whether the data set is that of the fit.
         evidence: by category.
         stability: of the assignment.
         parts: a person may edit their names, and move filters.
@@ -305,7 +268,6 @@ class PartsFile(Record):
     categories: tuple[str, ...]
     landmarks: dict[str, int]
     data: str
-    data_as_fitted: bool
     evidence: tuple[Evidence, ...]
     stability: Stability
     parts: tuple[FoundPart, ...]
@@ -467,8 +429,7 @@ def with_edits(
         if place is not None and table[i][place] >= _LEAST_OVERLAP:
             _place(edit, place, result)
         elif edit.named or edit.moved:
-            best = round(max(table[i], default=0.0), 3)
-            unplaced.append(UnplacedName(name=edit.name, filters=edit.filters, best_overlap=best))
+            unplaced.append(UnplacedName(name=edit.name, filters=edit.filters))
     return tuple(result), tuple(unplaced)
 
 

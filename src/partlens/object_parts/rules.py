@@ -19,7 +19,6 @@ from partlens.metrics.localisation import Peaks, consistency_per_filter, dead_fi
 from partlens.object_parts.assignment import (
     OTHER,
     Clusters,
-    LandmarkDistances,
     agreement_thresholds,
     agreement_with_group,
     by_size,
@@ -148,7 +147,7 @@ def find_parts(
         enough = len(here.photos) >= _FEWEST_PHOTOS
         found[category] = one = search(here, how, generator) if enough else _unseen(here, seen.live[own])
         prefix = f"{name}: " if len(categories) > 1 else ""
-        parts += _listed_parts(one, here, own, prefix, name)
+        parts += _listed_parts(one, own, prefix, name)
         for k, row in zip(own.tolist(), one.filters, strict=True):
             rows[k] = FilterPart(**{**dict(row), "filter": k, "part": prefix + row.part})
 
@@ -165,13 +164,12 @@ def find_parts(
     return _Assigned(rule, tuple(parts), tuple(rows[k] for k in sorted(rows)), evidence, assign)
 
 
-def _listed_parts(one: _Found, seen: SeenPhotos, own: Tensor, prefix: str, category: str) -> list[FoundPart]:
+def _listed_parts(one: _Found, own: Tensor, prefix: str, category: str) -> list[FoundPart]:
     """Return the parts of one category as the file lists them, "other" last."""
     parts = []
     for label in (*one.order, OTHER):
         called, inside = prefix + (one.names[label] if label >= 0 else OTHER_ID), one.labels == label
-        members, place = tuple(own[inside].tolist()), _mean_place(seen, inside)
-        parts.append(FoundPart(id=called, name=called, category=category, filters=members, mean_place_frac=place))
+        parts.append(FoundPart(id=called, name=called, category=category, filters=tuple(own[inside].tolist())))
     return parts
 
 
@@ -179,13 +177,6 @@ def _unseen(seen: SeenPhotos, live: Tensor) -> _Found:
     labels = torch.full_like(seen.assigned, OTHER)
     filters = tuple(FilterPart(filter=k, part=OTHER_ID, dead=not bool(live[k])) for k in range(len(labels)))
     return _Found((), (), labels, filters, Evidence(category="", photos=len(seen.photos)), lambda _: labels)
-
-
-def _mean_place(seen: SeenPhotos, inside: Bool[Tensor, " filter"]) -> tuple[float, float]:
-    place = seen.peaks.positions_px[:, inside].flatten(0, 1)
-    if not len(place):
-        return math.nan, math.nan
-    return _rounded(place[:, 0].mean() / seen.size_px[1]), _rounded(place[:, 1].mean() / seen.size_px[0])
 
 
 def _rounded(value: Tensor) -> float:
@@ -205,7 +196,7 @@ def _consistency(peaks: Peaks, landmarks: Tensor, photos: Tensor) -> Float[Tenso
 class _Near:
     """How near filters are to the landmarks, and how well they predict them."""
 
-    distances: LandmarkDistances
+    distances: Float[Tensor, "filter landmark"]
     consistency: Float[Tensor, "filter landmark"]
 
     @staticmethod
@@ -214,7 +205,7 @@ class _Near:
         return _Near(far, _consistency(peaks, landmarks, photos))
 
     def nearest(self, usable: Tensor) -> Int[Tensor, " filter"]:
-        return nearest_landmark(self.distances.mean_frac, usable)
+        return nearest_landmark(self.distances, usable)
 
 
 def _by_landmarks(seen: SeenPhotos, how: PartsConfig, generator: torch.Generator) -> _Found:
@@ -225,7 +216,8 @@ def _by_landmarks(seen: SeenPhotos, how: PartsConfig, generator: torch.Generator
     nearest = near.nearest(usable)
     drawn = _Near.of(seen.null(how.null_filters, generator), seen.landmarks, seen.photos, diagonal)
     reached = drawn.consistency.gather(1, drawn.nearest(usable)[:, None])[:, 0]
-    least = float(torch.quantile(reached, _NULL_LEVEL)) if how.consistency_min is None else how.consistency_min
+    beyond_chance = float(torch.quantile(reached, _NULL_LEVEL))
+    least = beyond_chance if how.consistency_min is None else how.consistency_min
 
     def labelled(one: _Near, alive: Tensor) -> Tensor:
         limits = {"distance_max_frac": how.distance_max_frac, "consistency_min": least}
@@ -236,13 +228,11 @@ def _by_landmarks(seen: SeenPhotos, how: PartsConfig, generator: torch.Generator
         return torch.full_like(nearest, OTHER) if bool(half.consistency.isnan().all()) else labelled(half, live)
 
     labels = labelled(near, live)
-    far = drawn.distances.mean_frac.gather(1, drawn.nearest(usable)[:, None])[:, 0]
+    far = drawn.distances.gather(1, drawn.nearest(usable)[:, None])[:, 0]
     evidence = Evidence(
         category="",
         photos=len(seen.photos),
-        consistency_min=least,
-        null_consistency_p95=float(torch.quantile(reached, _NULL_LEVEL)),
-        null_distance_p05_frac=float(torch.quantile(far, 1 - _NULL_LEVEL)),
+        null_consistency_p95=beyond_chance,
         null_distance_mean_frac=float(far.mean()),
         null_kept_frac=float((labelled(drawn, torch.ones(len(far), dtype=torch.bool)) >= 0).double().mean()),
     )
@@ -258,8 +248,7 @@ def _landmark_rows(
     seen: SeenPhotos, near: _Near, nearest: Tensor, labels: Tensor, names: tuple[str, ...]
 ) -> tuple[FilterPart, ...]:
     index, live = torch.arange(len(nearest)), seen.live
-    mean, deviation = near.distances.mean_frac[index, nearest], near.distances.deviation_frac[index, nearest]
-    follows = near.consistency[index, nearest]
+    mean, follows = near.distances[index, nearest], near.consistency[index, nearest]
     return tuple(
         FilterPart(
             filter=k,
@@ -267,7 +256,6 @@ def _landmark_rows(
             dead=not bool(live[k]),
             nearest=seen.names[int(nearest[k])],
             distance_frac=_rounded(mean[k]),
-            distance_deviation_frac=_rounded(deviation[k]),
             consistency=_rounded(follows[k]),
         )
         for k in range(len(labels))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from partlens.estimate import Estimate, bootstrap, percentile_interval
 from partlens.explainer.network import Explainer
-from partlens.metrics.faithfulness import agreement_top1, class_outputs
 from partlens.object_parts.contributions import (
     MOST_PLAYERS,
     PartContributions,
@@ -35,10 +34,6 @@ _ORDER_PAIRS = 16
 _RANDOM_PARTS = 20
 _MIDDLES = (0.125, 0.375, 0.625, 0.875)  # of the line from nothing; filters need no more, parts have Shapley values
 _ROUNDS = 1000
-_WHOSE = {
-    True: "the performer's own prediction for each photo",
-    False: "the performer's only output, whatever it predicts",
-}
 
 
 @dataclass(frozen=True)
@@ -153,19 +148,13 @@ def mean_contributions(
         "part_size": shapley.sum(1, keepdim=True) * sizes / sizes.sum(),  # only counts filters
     }
 
-    def of_rise(values: Tensor) -> float:
-        return float(values.abs().mean() / rise.abs().mean())
-
     return Contributions(
-        score_of=_WHOSE[outputs.shape[1] > 1],
         method=found.method,
         performer_score=performer_score,
         fed_back=fed_back,
         baseline=baseline,
-        agreement_top1=agreement_top1(class_outputs(found.fed_outputs), class_outputs(outputs), photos),
         interpretable_share=interpretable_share,
         ordinary_share=ordinary_share,
-        shapley_remainder_frac=of_rise(rise - shapley.sum(1) - ordinary),
         standard_error=float(found.parts.standard_error.mean()),
         parts=rows,
         removal_check={
@@ -198,8 +187,6 @@ def _of_part(part: NamedPart, p: int, found: PartShares, over: _OverPhotos) -> P
         filters=part.filters,
         shapley=over.mean(shapley[:, p]),
         share=over.ratio(shapley[:, p], shapley.sum(1)),
-        share_of_score=over.ratio(shapley[:, p], found.rise),
-        gradient_activation=over.mean(found.gradient_activation[:, p]),
         gradient_activation_share=over.ratio(found.gradient_activation[:, p], found.gradient_activation.sum(1)),
         integrated_share=over.ratio(found.integrated[:, p], found.integrated.sum(1)),
         integrated_null=Estimate(float(null.mean()), percentile_interval(null.tolist()), len(null), "draws"),

@@ -146,4 +146,4 @@ def removal_agreement(
     orders = (torch.rand(x.shape, generator=generator).argsort(1) for _ in range(min(rounds, _MOST_SHUFFLES)))
     finite = [r for r in (_line(x.gather(1, order), y)[0] for order in orders) if math.isfinite(r)]
     null = _over_rounds(finite, correlation.n) if finite else Estimate.undefined()
-    return RemovalAgreement(correlation=correlation, slope=slope, null_correlation=null, pairs=x.numel())
+    return RemovalAgreement(correlation=correlation, slope=slope, null_correlation=null)

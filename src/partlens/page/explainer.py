@@ -281,10 +281,6 @@ def _drawn_filter(kind: str, one: GalleryFilter | None, pictures: Mapping[str, s
     return {"filter": one, "photos": photos, "maps": maps}
 
 
-def _label(photo: AttentionPhoto) -> str:
-    return f"{photo.label}{' (answer: no)' if photo.denied else ''}"
-
-
 def _attention(of: Attention, pictures: Mapping[str, str]) -> dict[str, Any]:
     """Return Grad-CAM of each layer, drawn, and how concentrated it is, with random maps for comparison."""
 
@@ -301,11 +297,11 @@ def _attention(of: Attention, pictures: Mapping[str, str]) -> dict[str, Any]:
             "share": of.concentration_frac[kind],
             "random": of.random_frac[kind],
             "empty": of.empty[kind],
-            "photos": [drawn(p, p.maps[kind], f"Grad-CAM of {layer} for {_label(p)}") for p in of.photos],
+            "photos": [drawn(p, p.maps[kind], f"Grad-CAM of {layer} for {p.label}") for p in of.photos],
         }
         for kind, layer in shown.items()
     ]
-    return {"attention_photos": [drawn(p, p.file, _label(p)) for p in of.photos], "attention": rows}
+    return {"attention_photos": [drawn(p, p.file, p.label) for p in of.photos], "attention": rows}
 
 
 def _log(data: ExplainerData) -> dict[str, Any]:

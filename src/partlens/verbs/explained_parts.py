@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.attribution.pictures import overlay, save_png
-from partlens.attribution.record import ExplainedByParts, PartShare, StrongFilter
+from partlens.attribution.record import ExplainedByParts, PartShare
 from partlens.errors import RunError, expected
 from partlens.estimate import Estimate, percentile_interval
 from partlens.explainer.network import Explainer, performer_head
@@ -137,9 +137,7 @@ def part_records(
                 method=shares.method,
                 interpretable_share=_share(added, rise),
                 ordinary=ordinary,
-                ordinary_standard_error=float(each.ordinary_standard_error[0]),
                 ordinary_share=_share(ordinary, rise),
-                remainder=rise - added - ordinary,
                 parts=tuple(_of_part(part, p, shares, files[p]) for p, part in enumerate(names)),
                 headline=headline([part.name for part in names], each.parts[0].tolist()),
             )
@@ -172,7 +170,7 @@ def _of_part(part: NamedPart, p: int, shares: PartShares, file: str) -> PartShar
         null=null,
         removal=float(shares.parts.removal[0, p]),
         heat=file,
-        top_filters=tuple(StrongFilter(filter=part.filters[f], integrated_gradients=float(own[f])) for f in strongest),
+        top_filters=tuple(part.filters[f] for f in strongest),
     )
 
 

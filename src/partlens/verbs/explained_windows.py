@@ -17,7 +17,7 @@ from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
 from partlens.object_parts.finding import PartFinder
 from partlens.object_parts.inspection import InspectedCategory, InspectRecord
-from partlens.object_parts.regions import TapMaps, Upper, part_cells, shapley_shares, whole_photos
+from partlens.object_parts.regions import Shares, TapMaps, Upper, part_cells, shapley_shares, whole_photos
 from partlens.object_parts.verdict import SAID_AREA
 from partlens.records import read_tensors
 from partlens.run import Run
@@ -90,11 +90,9 @@ class ExplainedWindows:
     """What was found on one photo: its category, the places of the parts, their shares; ``None`` of no category."""
 
     outputs: Tensor
-    category: InspectedCategory | None
-    places: Tensor
-    players: Tensor
-    standard_error: Tensor
-    loss: Tensor
+    category: InspectedCategory | None = None
+    places: Tensor | None = None
+    shares: Shares | None = None
 
 
 def explain_windows(opened: OpenedInspection, batch: Tensor) -> list[ExplainedWindows]:
@@ -107,17 +105,14 @@ def explain_windows(opened: OpenedInspection, batch: Tensor) -> list[ExplainedWi
     for photo, row in enumerate(outputs):
         category = opened.category_of(int(opened.performer.outputs.decisions(row[None]).argmax()))
         if category is None:
-            empty = torch.empty(0)
-            found.append(ExplainedWindows(row, None, empty, empty, empty, empty))
+            found.append(ExplainedWindows(row))
             continue
         maps = TapMaps(opened.upper, taps[read][photo : photo + 1].cpu(), opened.nothing)
         places = opened.finders[category.name]([taps[layer][photo : photo + 1].cpu() for layer in record.finding])
         cells = part_cells(places, maps.grid, SAID_AREA)
         generator = torch.Generator().manual_seed(record.config.seed)
         shares = shapley_shares(maps, whole_photos(maps), cells, pairs=_PAIRS, generator=generator)
-        found.append(
-            ExplainedWindows(row, category, places[0], shares.players[0], shares.standard_error[0], shares.loss[0])
-        )
+        found.append(ExplainedWindows(row, category, places[0], shares))
     return found
 
 
@@ -126,8 +121,9 @@ def window_records(
 ) -> tuple[ExplainedByWindows, ...]:
     """Draw the parts of one photo and return their record; nothing where the photo is of no inspected category."""
     category = found.category
-    if category is None:
+    if category is None or found.shares is None or found.places is None:
         return ()
+    players, error, loss = found.shares.players[0], found.shares.standard_error[0], found.shares.loss[0]
     draw_parts(folder / "parts.jpg", frame, found.places, _grid(opened.nothing), SAID_AREA)
     outputs = opened.performer.outputs
     scores = outputs.decisions(found.outputs[None])
@@ -135,10 +131,9 @@ def window_records(
     parts = tuple(
         WindowPart(
             name=part.name,
-            share=float(found.players[k]),
-            standard_error=float(found.standard_error[k]),
-            loss=float(found.loss[k]),
-            place=(float(found.places[k, 0]), float(found.places[k, 1])),
+            share=float(players[k]),
+            standard_error=float(error[k]),
+            loss=float(loss[k]),
         )
         for k, part in enumerate(category.parts)
     )
@@ -149,10 +144,10 @@ def window_records(
             output=output,
             probability=float(chance[output]),
             parts=parts,
-            elsewhere=float(found.players[-1]),
+            elsewhere=float(players[-1]),
             picture="parts.jpg",
             verdict=category.sentence,
-            headline=_headline([(part.name, part.share) for part in parts], float(found.players[-1])),
+            headline=_headline([(part.name, part.share) for part in parts], float(players[-1])),
         ),
     )
 

@@ -26,7 +26,6 @@ from partlens.object_parts.record import (
     FoundPart,
     PartsConfig,
     PartsFile,
-    ShownCrop,
     renamed,
     with_edits,
 )
@@ -56,7 +55,6 @@ class _Opened:
     rows: tuple[int, ...]  # photos of the categories
     split: str  # of the photos
     categories: tuple[str, ...]  # an empty name means all photos as one
-    as_fitted: bool  # whether the data set is that of the fit
     how: PartsConfig  # the settings
 
 
@@ -84,9 +82,8 @@ def opened_explainer(
         of = f" of {', '.join(categories)}" if any(categories) else ""
         rule = f"at least 2 photos{of} in the split {split}"
         raise ImageError(expected(rule, len(rows), "Add photos, or name another split (--split)"))
-    as_fitted = images.fingerprint() == record.data.fingerprint
     head = performer_head(performer, explainer.structure)
-    return _Opened(run, explainer, performer, head, images, tuple(rows), split, categories, as_fitted, how)
+    return _Opened(run, explainer, performer, head, images, tuple(rows), split, categories, how)
 
 
 def measured_parts(opened: _Opened, earlier: PartsFile | None, rename: Sequence[str], show: Progress) -> PartsFile:
@@ -109,7 +106,6 @@ def measured_parts(opened: _Opened, earlier: PartsFile | None, rename: Sequence[
         categories=opened.categories,
         landmarks=dict(zip(seen.names, shown, strict=True)),
         data=opened.images.name,
-        data_as_fitted=opened.as_fitted,
         evidence=found.evidence,
         stability=stability,
         parts=parts,
@@ -196,19 +192,18 @@ def _drawn(opened: _Opened, seen: SeenPhotos, parts: Sequence[FoundPart], show: 
     result, prepare = [], opened.performer.preprocessing
     with show.task("drawing parts", len(parts)) as advance:
         for number, part in enumerate(parts, start=1):
-            pictures, crops = [], []
-            for k, photo in _strongest(seen, part.filters, activity):
+            pictures, strongest = [], _strongest(seen, part.filters, activity)
+            for k, photo in strongest:
                 row = opened.rows[photo]
                 box = region_px(seen.peaks.positions_px[photo, k], field, size)
                 frame = prepare.frame(opened.images.read(row, prepare.scaled_size))
                 left, top, right, bottom = box
                 pictures.append(np.asarray(frame.crop((round(left), round(top), round(right), round(bottom)))))
-                near = round(left, 1), round(top, 1), round(right, 1), round(bottom, 1)
-                crops.append(ShownCrop(filter=k, key=opened.images.keys[row], box_px=near))
-            file = f"parts/{number}.png" if crops else None
+            file = f"parts/{number}.png" if pictures else None
             if file is not None:
                 save_png(opened.run / file, strip(pictures, _STRIP_PX))
-            result.append(FoundPart(**{**dict(part), "strip": file, "crops": tuple(crops)}))
+            shown = tuple(dict.fromkeys(k for k, _ in strongest))
+            result.append(FoundPart(**{**dict(part), "strip": file, "shown": shown}))
             advance(number)
     return tuple(result)
 

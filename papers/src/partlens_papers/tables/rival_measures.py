@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from partlens.data.images import ImageSet
+    from partlens.estimate import Estimate
     from partlens.explainer.record import ExplainerStructure
-    from partlens.metrics.faithfulness import HeadErrors
     from partlens.metrics.localisation import Peaks
     from partlens.network.performer import Performer
     from partlens_papers.rivals.cells import Rival
@@ -124,7 +124,7 @@ def measure_rivals(
     from partlens.estimate import Estimate, bootstrap
     from partlens.evaluation.part_regions import PartRegions, RegionPass
     from partlens.evaluation.places import landmarks_in_input, photo_numbers
-    from partlens.metrics.faithfulness import ReconstructionSums, agreement_top1, class_outputs
+    from partlens.metrics.faithfulness import LostVariance, agreement_top1, class_outputs
     from partlens.metrics.localisation import localisation_scores
     from partlens.network.receptive_field import grid_of
     from partlens.network.taps import forward_taps
@@ -134,7 +134,7 @@ def measure_rivals(
     measured = {name: MeasuredLayer() for name in rivals}
     regions = PartRegions.of(images, rows["held"], performer.preprocessing)
     met = None if regions is None else RegionPass(regions, list(rivals), _together(rows["held"]))
-    own = ReconstructionSums()  # for the scatter of the target over photos
+    own = LostVariance()  # for the scatter of the target over photos
     own_outputs: dict[str, list[Tensor]] = {"held": [], "others": []}
     own_features: dict[str, list[Tensor]] = {name: [] for name in ("held", "held_others", "train", "train_others")}
     for part, features in own_features.items():
@@ -206,7 +206,7 @@ def measure_rivals(
             errors = _errors(
                 performer, category, own_outputs, found.outputs, own_features, found.features, both, generator
             )
-            scores["error_increase_points"] = errors.error_increase_points.to_dict()
+            scores["error_increase_points"] = errors["error_increase_points"].to_dict()
         if interpretability is not None:
             scores |= {
                 f"regions_{reading}": plain(interpretability.readings[reading].layers[name])
@@ -232,7 +232,7 @@ def _errors(
     fed_features: Mapping[str, Sequence[Tensor]],
     photos: Tensor,
     generator: torch.Generator,
-) -> HeadErrors:
+) -> dict[str, Estimate]:
     """Return errors of category against background, as an evaluation does: by the performer's own output, or by a head.
 
     Outputs and fed features have the parts ``held`` and ``others``, the performer's features ``held``, ``held_others``,
@@ -358,5 +358,5 @@ def measure_interpretable(
         same = {"held": features["held"], "others": features["held_others"]}
         ordinary = _errors(performer, category, outputs, outputs, features, same, both, generator)
         found["error_percent"] = Estimate(100 * wrong.value, interval, wrong.n).to_dict()
-        found["performer_error_percent"] = ordinary.performer_error_percent.to_dict()
+        found["performer_error_percent"] = ordinary["performer_error_percent"].to_dict()
     return found
