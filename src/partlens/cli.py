@@ -14,6 +14,7 @@ import inspect
 import io
 import json
 import operator
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -240,6 +241,8 @@ def _call(program: str, name: str, command: Command, arguments: Sequence[str]) -
 
         given["progress"] = Progress.terminal()
     result = plan.function(**given)
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes that torchrun started the first one speaks
     if command.show is None:
         sys.stdout.write(f"{result}\n")
     elif options.json:

@@ -42,7 +42,8 @@ def versions() -> dict[str, str]:
 
 def command() -> str:
     """Return the command line of this process; empty where partlens is called from Python."""
-    started = Path(sys.argv[0]).name.startswith("partlens")
+    program = Path(sys.argv[0])
+    started = program.name.startswith("partlens") or program.parts[-2:] == ("partlens", "__main__.py")
     return printable(shlex.join(["partlens", *sys.argv[1:]])) if started else ""
 
 

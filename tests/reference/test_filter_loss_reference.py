@@ -218,7 +218,7 @@ def unclamped(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     log_ratio = log_given - joint.sum(-1, keepdim=True).clamp(min=torch.finfo(joint.dtype).tiny).log()
     weighted = joint * log_ratio
     gradient = -torch.addcmul(weighted, joint, weighted.sum(0) / log_prior.exp(), value=-1)
-    return -weighted.sum((0, 2)), gradient
+    return -weighted.sum(0).sum(-1), gradient
 
 
 def test_clamping_at_minus_85_nats_changes_no_loss_and_leaves_no_denormal_number() -> None:

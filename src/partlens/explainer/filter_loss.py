@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from partlens.errors import InputError, InputTypeError, checked, expected
+from partlens.explainer.processes import from_all
 from partlens.explainer.templates import peak_cells, template_log_prior
 
 _GradientRule = Literal["exact", "approximate"]
@@ -62,21 +63,21 @@ class _ScoreLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, log_prior: Tensor, chosen: Tensor | None) -> Tensor:
-        log_given = scores - torch.logsumexp(scores, 0)
+        log_given = scores - from_all(torch.logsumexp(scores, 0)).logsumexp(0)
         # Most templates fit most maps badly: below exp(-87) float32 has only denormal numbers, with which a processor
         # is six times slower. exp(-85) is as good as 0 for every sum it enters.
         joint = (log_given + log_prior).clamp_(min=_LEAST_LOG).exp_()  # p(T) p(x|T)
         log_ratio = log_given.sub_(joint.sum(-1, keepdim=True).log_())  # log p(x|T) / p(x)
         weighted = joint * log_ratio
-        loss = -weighted.sum((0, 2))
+        summed = from_all(weighted.sum(0)).sum(0)
         if ctx.needs_input_grad[0]:
             if chosen is not None:
                 gradient = torch.zeros_like(weighted).scatter_(2, chosen, -weighted.gather(2, chosen))
             else:
-                divergence = weighted.sum(0) / log_prior.exp()  # KL_T
+                divergence = summed / log_prior.exp()  # KL_T
                 gradient = weighted.addcmul_(joint, divergence, value=-1).neg_()
             ctx.save_for_backward(gradient)
-        return loss
+        return -summed.sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:

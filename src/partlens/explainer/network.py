@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.processes import batch_mean, drawn
 from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.templates import centroid_cells, mask_around, mask_at_peak, peak_cells, peak_masks
 from partlens.network.borrowed import random_state_kept
@@ -80,9 +81,7 @@ class NormLayer(nn.Module):
     def update(self, maps: Float[Tensor, "image channel row col"], positives: int | None = None) -> None:
         """Mix the magnitudes of a batch into the running average; only its first ``positives`` images when given."""
         used = maps[:positives].detach().float()
-        if not used.shape[0]:
-            return
-        batch = (used.abs() if self.signed else used.clamp(min=0)).sum((2, 3)).mean(0)
+        batch = batch_mean((used.abs() if self.signed else used.clamp(min=0)).sum((2, 3)))
         if bool(self.started):
             self.magnitude.lerp_(batch, 1 - self.momentum)
         else:
@@ -269,8 +268,8 @@ class Explainer(nn.Module):
         drop = self.config.dropout
         if self.draws is None or not drop:
             return maps
-        kept = torch.rand(*maps.shape[:2], 1, 1, generator=self.draws) >= drop
-        return maps * (kept.to(maps) / (1 - drop))
+        kept = drawn(maps.shape[0], maps.shape[1], self.draws) >= drop
+        return maps * (kept.to(maps) / (1 - drop))[..., None, None]
 
     def places(self, interp2: Float[Tensor, "image filter row col"]) -> Float[Tensor, "image filter 2"]:
         """Return the place (row, col) in cells of each filter's part, from maps of conv-interp-2 before the mask."""

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from partlens.explainer.network import Explainer
+from partlens.explainer.processes import from_all
 from partlens.explainer.templates import cell_grid
 from partlens.explainer.views import NORM_SAMPLE, TrainingMaps, gather
 
@@ -149,4 +150,5 @@ def teacher_cost(
     by_col = (-(col - target[..., 1, None]).square() / (2 * _BLUR_CELLS**2)).softmax(-1)
     blurred = (by_row[..., :, None] * by_col[..., None, :]).flatten(2)
     cost = (mean - target).square().sum(-1) / 4 - 0.3 * (blurred * logs).sum(-1)
-    return torch.where(known, cost, torch.zeros_like(cost)).sum(0) / known.sum(0).clamp(min=1)
+    sums = from_all(torch.stack([torch.where(known, cost, 0.0).sum(0), known.to(cost).sum(0)])).sum(0)
+    return sums[0] / sums[1].clamp(min=1)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.filter_loss import filter_loss_of_scores, single_templates, template_scores
 from partlens.explainer.network import Explainer, ExplainerOutput
+from partlens.explainer.processes import batch_mean, from_all
 from partlens.explainer.teachers import places_in_view, teacher_cost
 from partlens.explainer.templates import part_templates
 
@@ -115,7 +116,7 @@ class FilterLoss(_FilterTerm):
         largest = scores.amax(-1)
         # The best score of a map without a peak is negative; a tenth of the scores' range replaces it, or the factor
         # would be without bounds.
-        best = torch.maximum(largest, 0.1 * (largest - scores.amin(-1))).mean(0)
+        best = batch_mean(torch.maximum(largest, 0.1 * (largest - scores.amin(-1))))
         key = f"scale.{group.layer}"
         if key not in self.state:
             self.state[key] = best.new_full((group.scores.shape[1],), math.nan)
@@ -168,11 +169,11 @@ class Reconstruction(_WholeTerm):
 
     def cost(self, output: ExplainerOutput, targets: tuple[Tensor, ...], facts: BatchFacts) -> Float[Tensor, ""]:  # noqa: ARG002
         """Return the mean over images."""
-        total = output.p.new_zeros(())
+        total = output.p.new_zeros(len(targets[0]))
         for value, target, norm in zip(output.reconstructions, targets, self.target_norms, strict=True):
             weight = RECONSTRUCTION_WEIGHT / max(norm, 1e-12)
-            total = total + weight * (value.float() - target).square().flatten(1).sum(1).mean()
-        return total
+            total = total + weight * (value.float() - target).square().flatten(1).sum(1)
+        return batch_mean(total)
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class Share(_WholeTerm):
 
     def cost(self, output: ExplainerOutput, targets: tuple[Tensor, ...], facts: BatchFacts) -> Float[Tensor, ""]:  # noqa: ARG002
         """Return the price of the ordinary track."""
-        return -self.eta * output.p.log()
+        return batch_mean((-self.eta * output.p.log()).expand(len(output.interp1)))  # each process pays for its images
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class Classification(_WholeTerm):
         columns = torch.tensor(self.outputs, device=scores.device)[facts.labels]
         wanted[torch.arange(len(columns), device=scores.device), columns] = 1
         losses = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")[:, list(self.outputs)].sum(1)
-        return _CLASSIFICATION_WEIGHT * losses.mean()
+        return _CLASSIFICATION_WEIGHT * batch_mean(losses)
 
 
 @dataclass
@@ -277,18 +278,24 @@ class Objective:
         return self.state[f"activity.{layer}"].nan_to_num(nan=-1.0).argmax(1)
 
     @torch.no_grad()
-    def _follow_activity(self, layer: str, maps: Tensor, labels: Tensor) -> None:
-        """Mix a batch into the running mean of ``sum_ij x_ij`` per filter and category (EMA 0.9, as released)."""
-        total = maps[: len(labels)].detach().float().sum((2, 3))
-        seen = torch.bincount(labels, minlength=self.categories)
-        means = total.new_zeros(maps.shape[1], self.categories).index_add_(1, labels, total.t()) / seen.clamp(min=1)
+    def _follow_activity(self, layer: str, maps: Tensor, labels: Tensor) -> Tensor:
+        """Mix a batch into the running mean of ``sum_ij x_ij`` per filter and category (EMA 0.9, as released).
+
+        Returns:
+            How many photos of each category the batch has.
+        """
+        total = F.pad(maps[: len(labels)].detach().float().sum((2, 3)), (0, 1), value=1.0)  # each photo counts as 1
+        sums = from_all(total.new_zeros(total.shape[1], self.categories).index_add_(1, labels, total.t())).sum(0)
+        seen = sums[-1]
+        means = sums[:-1] / seen.clamp(min=1)
         past = self.state.get(f"activity.{layer}", torch.full_like(means, math.nan))
         mixed = torch.where(past.isnan(), means, _ACTIVITY_MOMENTUM * past + (1 - _ACTIVITY_MOMENTUM) * means)
         self.state[f"activity.{layer}"] = torch.where(seen > 0, mixed, past)
+        return seen
 
     def groups(self, layer: str, maps: Tensor, labels: Tensor) -> list[Group]:
         """Split a batch by category: which photos are positive for which filters."""
-        self._follow_activity(layer, maps, labels)
+        compared = (self._follow_activity(layer, maps, labels) > 1).tolist()  # the filter loss compares photos
         assigned = self.assigned(layer)
         used = maps if self.explainer.config.filter_background else maps[: len(labels)]
         scores = template_scores(used.float(), self._templates)
@@ -296,7 +303,7 @@ class Objective:
         for category in range(self.categories):
             rows = (labels == category).nonzero()[:, 0]
             filters = (assigned == category).nonzero()[:, 0]
-            if len(rows) > 1 and len(filters):  # the filter loss compares photos
+            if compared[category] and len(filters):
                 found.append(Group(layer, category, rows, filters, used, scores))
         return found
 
@@ -320,7 +327,7 @@ class Objective:
         for layer, maps, pull, cost in zip("12", layers, pulled, costs, strict=True):
             (push,) = torch.autograd.grad(cost.sum(), maps, retain_graph=True)
             for label, gradient in (("pull", pull), ("push", push)):
-                size = gradient.detach().float().flatten(2).norm(dim=2).mean(0)
+                size = batch_mean(gradient.detach().float().flatten(2).norm(dim=2))
                 past = self.state.get(f"{label}.{layer}")
                 mixed = size if past is None else _MEASURE_MOMENTUM * past + (1 - _MEASURE_MOMENTUM) * size
                 self.state[f"{label}.{layer}"] = mixed

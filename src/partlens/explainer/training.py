@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from partlens.checkpoint import Checkpoint, moments, restore_moments
-from partlens.errors import ImageError, InputError, expected
+from partlens.errors import ImageError, InputError, RunError, expected
 from partlens.explainer.config import ExplainerConfig
-from partlens.explainer.network import Explainer, parameter_groups
+from partlens.explainer.network import Explainer, build_explainer, parameter_groups, performer_head
+from partlens.explainer.processes import ALONE, Processes
 from partlens.explainer.record import History
 from partlens.explainer.teachers import PlaceSource, find_teachers
 from partlens.explainer.terms import BatchFacts, Classification, Objective, target_norm
 from partlens.explainer.views import Batch, TrainingMaps, epoch_batches, epoch_generator, gather
+from partlens.network.performer import Performer
 from partlens.records import content_hash, plain
 
 _DECODER = "decoder."
@@ -60,6 +64,7 @@ class Extras:
     places_of: PlaceSource | None = None  # where the parts that teach are; needed where the configuration asks for them
     classification: Classification | None = None  # replaces the reconstruction, for that objective
     device: str | torch.device = "cpu"
+    processes: Processes = ALONE  # others learn along (`follow`)
     going_on: bool = False  # from what the explainer has learned: neither its norms nor its gain are measured anew
 
 
@@ -146,18 +151,20 @@ class _Patience:
 class _Training:
     """One training with its state on disk."""
 
-    def __init__(self, explainer: Explainer, data: TrainingMaps, folder: Path, extras: Extras) -> None:
+    def __init__(
+        self, explainer: Explainer, data: TrainingMaps, folder: Path, extras: Extras, of_decoder: float | None = None
+    ) -> None:
         self.explainer, self.data, self.folder, self.extras = explainer, data, folder, extras
         self.config = explainer.config
         # Measured on the performer's copy, before a checkpoint is read, so that a killed run goes on at the same rate.
-        self.of_decoder = _decoder_rate(explainer.decoder, self.config)
+        self.of_decoder = _decoder_rate(explainer.decoder, self.config) if of_decoder is None else of_decoder
         self.optimiser = _optimiser(explainer, self.of_decoder, warm=self.config.warmup_epochs > 0)
         norms = tuple(target_norm(gather(target, data.sample)) for target in data.targets)
         self.objective = Objective.of(explainer, norms, data.categories, extras.classification)
         self.history: list[dict[str, Any]] = []
         self.patience = _Patience()
         self.stopped = "finished"
-        self.device = torch.device(extras.device)
+        self.device, self.processes = torch.device(extras.device), extras.processes
         self.found: dict[str, float] = {}
         settings = {
             "config": self.config,
@@ -170,7 +177,8 @@ class _Training:
 
     def begin(self) -> None:
         """Measure what the explainer starts from and find its teachers, or go on from a checkpoint."""
-        if self._restored():
+        if (found := self.checkpoint.load()) is not None:
+            self.take(*found)
             # A kill between two writes may have left it an epoch behind.
             self._write_history()
         elif not self.extras.going_on:
@@ -181,17 +189,33 @@ class _Training:
             if self.extras.places_of is not None:
                 state, self.found = find_teachers(self.explainer, self.data, self.extras.places_of)
                 self.objective.state.update(state)
+
+    def call_others(self) -> None:
+        """Give the other processes what they need to learn along (`follow`)."""
+        data, others, most = self.data, self.extras.classification, min(self.config.batch_size, self.data.photos)
+        if self.processes.count > most:
+            rule, remedy = (
+                f"at most {most} processes for batches of {most} photos",
+                "Start fewer, or enlarge the batches",
+            )
+            raise InputError(expected(rule, self.processes.count, remedy))
+        arrays = tuple(map(_opening, (data.tap, *data.targets)))
+        known = (data.windows, data.labels, data.background_rows)
+        outputs = () if others is None else others.outputs
+        explainer = self.explainer
+        job = (explainer.structure, self.config, arrays, known, outputs, self.of_decoder, self.state())
+        self.processes.shared(job)
+
+    def move(self) -> None:
+        """Bring everything to the device that it is learned on."""
         device = self.device
         self.explainer.to(device)
         self.objective.to(device)
         for kept in self.optimiser.state.values():  # moments follow their weights
             kept.update({n: v.to(device) for n, v in kept.items() if isinstance(v, Tensor) and n != "step"})
 
-    def _restored(self) -> bool:
-        found = self.checkpoint.load()
-        if found is None:
-            return False
-        values, tensors = found
+    def take(self, values: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from a state, of a checkpoint or of another process."""
         self.explainer.load_state_dict(tensors["network"], strict=False)  # in the warm-up without the decoder
         self.history = list(values["history"])
         if len(self.history) > self.config.warmup_epochs:
@@ -201,18 +225,23 @@ class _Training:
         self.objective.step = values["step"]
         for record in self.history:
             self._follow(record)
-        return True
+
+    def state(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Return everything that training changes: values, and groups of tensors."""
+        tensors = {
+            "network": self.explainer.state_dict(),
+            "optimiser": moments(self.optimiser),
+            "objective": self.objective.state,
+        }
+        return {"step": self.objective.step, "history": self.history}, tensors
 
     def _save(self) -> None:
-        # The decoder is still the performer's copy in the warm-up, and often the largest part by far.
-        held = _DECODER if len(self.history) <= self.config.warmup_epochs else ()
-        network = {name: value for name, value in self.explainer.state_dict().items() if not name.startswith(held)}
-        self.checkpoint.save(
-            {"step": self.objective.step, "history": self.history},
-            network=network,
-            optimiser=moments(self.optimiser),
-            objective=self.objective.state,
-        )
+        values, tensors = self.state()
+        if len(self.history) <= self.config.warmup_epochs:
+            # The decoder is still the performer's copy in the warm-up, and often the largest part by far.
+            kept = {name: v for name, v in tensors["network"].items() if not name.startswith(_DECODER)}
+            tensors["network"] = kept
+        self.checkpoint.save(values, **tensors)
         self._write_history()
 
     def _write_history(self) -> None:
@@ -230,9 +259,11 @@ class _Training:
                 self.stopped = "plateau"
                 return
             record = self._epoch(number) | (self.found if number == 1 else {})
+            record = self.processes.shared(record)  # whatever a process of another machine makes of the same numbers
             self.history.append(record)
             self._follow(record)
-            self._save()
+            if self.processes.number == 0:
+                self._save()
             yield record
 
     def _epoch(self, number: int) -> dict[str, Any]:
@@ -261,9 +292,21 @@ class _Training:
                 sums[name] = sums.get(name, value.new_zeros((), dtype=torch.float64)) + value.double()
         means = _means(sums, len(batches))
         phase = "warmup" if warm else "joint"
-        return {"epoch": number, "phase": phase, "seconds": round(time.monotonic() - started, 3), **means}
+        seconds = round(time.monotonic() - started, 3)
+        return {"epoch": number, "phase": phase, "seconds": seconds, "processes": self.processes.count, **means}
 
-    def _step(self, batch: Batch, *, warm: bool) -> Mapping[str, Tensor]:
+    def _step(self, whole: Batch, *, warm: bool) -> Mapping[str, Tensor]:
+        """Take one step and return its logged terms; of the batch this process computes its own part."""
+        batch = whole.of(self.processes)
+        with self.processes.step(len(whole.photos)):
+            loss, terms = self._loss(batch, warm=warm)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.processes.sum_gradients(self.explainer.parameters())
+        self.optimiser.step()
+        return {**terms, "objective": loss.detach()}
+
+    def _loss(self, batch: Batch, *, warm: bool) -> tuple[Tensor, Mapping[str, Tensor]]:
         explainer, data, device = self.explainer, self.data, self.device
         positives = len(batch.photos)
         known = (data.labels[batch.photos], batch.photos, data.windows[batch.photos, batch.view])
@@ -274,16 +317,11 @@ class _Training:
         if warm:
             with autocast:
                 interp1, interp2 = explainer.interpret(maps)
-            loss, terms = self.objective.warmup(interp1, interp2, facts)
-        else:
-            with autocast:
-                output = explainer(maps, positives)
-            targets = tuple(gather(target, rows, device) for target in data.targets)
-            loss, terms = self.objective.joint(output, targets, facts)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
-        return {**terms, "objective": loss.detach()}
+            return self.objective.warmup(interp1, interp2, facts)
+        with autocast:
+            output = explainer(maps, positives)
+        targets = tuple(gather(target, rows, device) for target in data.targets)
+        return self.objective.joint(output, targets, facts)
 
 
 def train_explainer(
@@ -302,7 +340,8 @@ def train_explainer(
 
     Raises:
         ImageError: fewer than two photos.
-        InputError: the objective is not finite, the classification has no head, or teachers have no source of places.
+        InputError: the objective is not finite, the classification has no head, teachers have no source of places, or
+            there are more processes than photos in a batch.
         RunError: ``folder`` holds a checkpoint of another configuration.
     """
     if data.photos < 2:
@@ -317,6 +356,8 @@ def train_explainer(
         raise InputError(expected("a source of the places that teach", "none", remedy))
     training = _Training(explainer, data, folder, extras)
     training.begin()
+    training.call_others()
+    training.move()
     with _events(folder, len(training.history) + 1) as write:
         for record in training.epochs():
             write(record)
@@ -325,6 +366,37 @@ def train_explainer(
     explainer.draws = None
     explainer.cpu().eval()
     return _TrainingResult(tuple(training.history), training.stopped)
+
+
+def _opening(array: np.ndarray) -> Callable[[], np.ndarray]:
+    """Return what gives an array in another process, which opens its file where there is one."""
+    if isinstance(array, np.memmap):
+        return functools.partial(np.memmap, array.filename, array.dtype, "r", array.offset, array.shape)
+    return functools.partial(np.asarray, array)
+
+
+def follow(performer: Performer, weights_sha256: str, extras: Extras) -> None:
+    """Learn along with the first process, whatever it learns, until it is done; nothing is written.
+
+    The first one calls `train_explainer` with ``extras`` of the same ``processes``, and ``shared(None)`` at the end.
+
+    Raises:
+        RunError: the first process has a performer of other weights, or another process ended.
+    """
+    if performer.weights_sha256 != weights_sha256:
+        rule = f"the first process's performer (weights {weights_sha256[:12]})"
+        raise RunError(expected(rule, performer.weights_sha256[:12], "Give all processes the same model"))
+    while (job := extras.processes.shared()) is not None:
+        structure, config, arrays, known, outputs, of_decoder, state = job
+        explainer = build_explainer(performer, structure, config)
+        tap, *targets = (opened() for opened in arrays)
+        classification = Classification(performer_head(performer, structure), outputs) if outputs else None
+        mine = replace(extras, classification=classification)
+        training = _Training(explainer, TrainingMaps(tap, tuple(targets), *known), Path(), mine, of_decoder)
+        training.take(*state)
+        training.move()
+        for _ in training.epochs():
+            pass
 
 
 def along_the_price(explainer: Explainer, data: TrainingMaps, folder: Path, extras: Extras) -> Iterator[Explainer]:
@@ -351,5 +423,6 @@ def along_the_price(explainer: Explainer, data: TrainingMaps, folder: Path, extr
                 "patience": 0,
             }
         )
-        train_explainer(point, data, folder / f"{factor:g}", extras=Extras(device=extras.device, going_on=True))
+        alone = replace(extras, places_of=None, classification=None, going_on=True)
+        train_explainer(point, data, folder / f"{factor:g}", extras=alone)
         yield point

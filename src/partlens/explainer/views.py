@@ -24,6 +24,7 @@ from torch import Tensor
 from partlens.data.images import ImageSet
 from partlens.errors import InputError, expected
 from partlens.explainer.config import ExplainerConfig
+from partlens.explainer.processes import Processes
 from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 
@@ -209,6 +210,12 @@ class Batch(NamedTuple):
     rows: np.ndarray
     photos: Int[Tensor, " positive"]
     view: Int[Tensor, " positive"]
+
+    def of(self, processes: Processes) -> Batch:
+        """Return the part of one of several processes."""
+        first = len(self.photos)
+        rows = np.concatenate([processes.own(self.rows[:first]), processes.own(self.rows[first:])])
+        return Batch(rows, processes.own(self.photos), processes.own(self.view))
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:

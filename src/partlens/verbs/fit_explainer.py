@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from partlens.evaluation.explainer_evaluation import Lesson
     from partlens.explainer.network import Explainer
     from partlens.explainer.teachers import PlaceSource
+    from partlens.explainer.terms import Classification
     from partlens.explainer.training import Extras
     from partlens.explainer.views import TrainingMaps
     from partlens.network.performer import Performer
@@ -145,7 +146,9 @@ def fit_explainer(
         cache: folder for the cached maps, kept afterwards; runs of the same photos, layers, ``views`` and ``seed`` may
             share it, one after the other. By default ``cache`` in the run directory.
         keep_cache: keep the run directory's cached maps, too.
-        compute: on which device maps are computed and the explainer learns, and how many processes read photos.
+        compute: on which device maps are computed and the explainer learns, and how many processes read photos. Those
+            that torchrun starts learn together, each its part of every batch, equal to one up to rounding; the
+            arguments of the first count, it alone reads photos and writes, the others find ``out`` by the same path.
         places_of: where the parts that teach are (:data:`partlens.explainer.teachers.PlaceSource`), instead.
         progress: how to show progress; by default it is not shown.
 
@@ -157,52 +160,65 @@ def fit_explainer(
         ImageError: no photos, too few, or an unknown category.
         LayerError: a tap that is unknown or cannot be explained.
         RunError: ``out`` holds another run (the text names the setting that differs), or the inspection is unfinished,
-            of another network, or without one of the categories.
+            of another network, or without one of the categories; or another process ended.
         StorageError: the disk is full; what was finished stays.
     """
+    from partlens.explainer.processes import started
+    from partlens.explainer.training import Extras, follow
     from partlens.network.performer import device_of
 
-    started, show, folder = time.monotonic(), progress or Progress.silent(), Path(out)
+    since, show, folder = time.monotonic(), progress or Progress.silent(), Path(out)
     where, performer = compute_of(compute), loaded(model)
-    device = device_of(where.device, performer.device)
-    settings = _settings(preset, config, device, seeds=seeds, background=background)
-    info = performer_info(performer, device)  # refuses a network without scores before a photo is read
-    photos = _chosen(data, category, background, settings.seed, show)
-    structure, grid = _opened(performer, photos, tap, targets)
-    teaching = _teaching(performer, photos.categories, settings, places_of, _inspection(folder, inspection))
-    asked = ExplainerRun(
-        created=now(),
-        command=command(),
-        versions=versions(),
-        performer=info,
-        data=data_info(photos.images, photos.unreadable, photos.images.fingerprint(), photos.categories),
-        train_photos=len(photos.own),
-        background=len(photos.others),
-        structure=structure,
-        preset="custom" if isinstance(config, ExplainerConfig) else preset,
-        config=settings,
-        seeds=seeds,
-        places=teaching.name,
-        grid=grid,
-    )
-    maps = folder / "cache" if cache is None else Path(cache)
-    extras = _extras(performer, asked, teaching, device)
-    fit = _Fit(performer, photos, asked, folder, maps, teaching, extras, show, where)
-    with Run(folder).begun(asked) as begun:
-        record = begun
-        if record.finished:
-            show.say(f"{out} is finished already; nothing to do")
-        else:
-            reading, begun = with_precision(performer, begun, folder, lambda: _precision(fit), show)  # noqa: PLW2901
-            shares = _learned(replace(fit, performer=reading))
-            said = _price(PriceCurve.read(folder)) if (folder / PriceCurve.FILE).exists() else ""
-            if cache is None and not keep_cache:
-                shutil.rmtree(maps)
-            weights = file_sha256(folder / WEIGHTS)
-            lesson = file_sha256(folder / LESSON)
-            record = Run(folder).finish(begun, started, p_by_seed=shares, weights_sha256=weights, lesson_sha256=lesson)
-            show.say(f"wrote {folder / WEIGHTS} in {record.seconds:.0f} s; p = {shares[0]:.3f}{said}")
+    with started() as processes:
+        device = device_of(where.device, performer.device, processes.of_machine)
+        known = processes.shared(performer.weights_sha256)
+        if processes.number:
+            follow(performer, known, Extras(device=device, processes=processes))
+            return FittedExplainer(folder, Run(folder).read(ExplainerRun), History.read(folder).epochs)
+        settings = _settings(preset, config, device, seeds=seeds, background=background)
+        info = performer_info(performer, device)  # refuses a network without scores before a photo is read
+        photos = _chosen(data, category, background, settings.seed, show)
+        structure, grid = _opened(performer, photos, tap, targets)
+        teaching = _teaching(performer, photos.categories, settings, places_of, _inspection(folder, inspection))
+        asked = ExplainerRun(
+            created=now(),
+            command=command(),
+            versions=versions(),
+            performer=info,
+            data=data_info(photos.images, photos.unreadable, photos.images.fingerprint(), photos.categories),
+            train_photos=len(photos.own),
+            background=len(photos.others),
+            structure=structure,
+            preset="custom" if isinstance(config, ExplainerConfig) else preset,
+            config=settings,
+            seeds=seeds,
+            places=teaching.name,
+            grid=grid,
+        )
+        maps = folder / "cache" if cache is None else Path(cache)
+        extras = Extras(teaching.places_of, _classification(performer, asked), device, processes)
+        fit = _Fit(performer, photos, asked, folder, maps, teaching, extras, show, where)
+        record = _fitted(fit, since, keep_cache=keep_cache or cache is not None)
+        processes.shared()  # the others end, too
     return FittedExplainer(folder, record, History.read(folder).epochs)
+
+
+def _fitted(fit: _Fit, since: float, *, keep_cache: bool) -> ExplainerRun:
+    """Do what is left of a run and return its record."""
+    show, folder = fit.show, fit.out
+    with Run(folder).begun(fit.asked) as begun:
+        if begun.finished:
+            show.say(f"{folder} is finished already; nothing to do")
+            return begun
+        reading, record = with_precision(fit.performer, begun, folder, lambda: _precision(fit), show)
+        shares = _learned(replace(fit, performer=reading))
+        said = _price(PriceCurve.read(folder)) if (folder / PriceCurve.FILE).exists() else ""
+        if not keep_cache:
+            shutil.rmtree(fit.cache)
+        sealed = {"weights_sha256": file_sha256(folder / WEIGHTS), "lesson_sha256": file_sha256(folder / LESSON)}
+        record = Run(folder).finish(record, since, p_by_seed=shares, **sealed)
+        show.say(f"wrote {folder / WEIGHTS} in {record.seconds:.0f} s; p = {shares[0]:.3f}{said}")
+        return record
 
 
 def _settings(
@@ -292,27 +308,24 @@ def _teaching(
     return _Teaching(name, known_places(finders), opened.record.finding)
 
 
-def _extras(performer: Performer, asked: ExplainerRun, teaching: _Teaching, device: torch.device) -> Extras:
-    """Return what training takes from outside its configuration.
+def _classification(performer: Performer, asked: ExplainerRun) -> Classification | None:
+    """Return the classification, where the configuration asks for it.
 
     Raises:
-        InputError: the classification is asked for, and the performer has no output for a category.
+        InputError: the performer has no output for a category.
     """
     from partlens.explainer.network import performer_head
     from partlens.explainer.terms import Classification
-    from partlens.explainer.training import Extras
 
-    classification = None
-    if asked.config.objective == "classification":
-        known, categories = performer.class_names or (), asked.data.categories
-        if not set(categories) <= set(known):
-            rule = "a performer with an output for each category (objective=classification learns from labels)"
-            outputs = ", ".join(known[:8]) or "without names"
-            got = f"outputs {outputs} for {', '.join(filter(None, categories)) or 'no category'}"
-            raise InputError(expected(rule, got, "Use another network, or leave the objective as it is"))
-        head = performer_head(performer, asked.structure)
-        classification = Classification(head, tuple(known.index(name) for name in categories))
-    return Extras(teaching.places_of, classification, device)
+    if asked.config.objective != "classification":
+        return None
+    known, categories = performer.class_names or (), asked.data.categories
+    if not set(categories) <= set(known):
+        rule = "a performer with an output for each category (objective=classification learns from labels)"
+        outputs = ", ".join(known[:8]) or "without names"
+        got = f"outputs {outputs} for {', '.join(filter(None, categories)) or 'no category'}"
+        raise InputError(expected(rule, got, "Use another network, or leave the objective as it is"))
+    return Classification(performer_head(performer, asked.structure), tuple(known.index(name) for name in categories))
 
 
 def _precision(fit: _Fit) -> PassPrecision:
