@@ -105,6 +105,21 @@ def test_windows_on_and_beside_the_object_stay_there() -> None:
     assert math.isnan(float(found.score["object"][0, 0]))
 
 
+def test_the_middle_of_an_object_is_known_to_a_part_of_a_cell() -> None:
+    # The object's middle lies between two columns of cells, and all that counts is there: a window that stood a
+    # quarter of a cell beside it would lose some of it.
+    objects = torch.zeros(PHOTOS, SIDE, SIDE)
+    objects[:, 2:8, 2:7] = 1.0
+    objects[:, 2:8, 7] = 0.4
+    middle = torch.tensor([[[0.5, (2 + 2.5 * 5 / 5.4 + 5.5 * 0.4 / 5.4) / SIDE]]]).expand(PHOTOS, -1, -1)
+    window = windows_at(middle, (SIDE, SIDE), 0.1)
+    maps = torch.zeros(PHOTOS, 2, SIDE, SIDE)
+    maps[:, 0] = window.float()
+    taps = TapMaps(add_up, maps, torch.zeros(2, SIDE, SIDE))
+    found = kept_by_kind(taps, whole_photos(taps), PLACES, draws(), objects=objects)
+    assert found.score["object"][:, 0].tolist() == pytest.approx([1.0] * PHOTOS)
+
+
 def test_a_photo_on_which_nothing_scores_as_much_is_undefined() -> None:
     taps = lit(PLACES, lambda maps: -add_up(maps))
     assert bool(whole_photos(taps).range.isnan().all())

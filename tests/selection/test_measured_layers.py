@@ -125,3 +125,21 @@ def test_a_pooled_copy_of_whole_maps_is_no_layer_of_its_own() -> None:
     layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
     performer = as_performer(nn.Sequential(*layers).eval(), 8)
     assert feature_index(performer).layers == ("0", "1")
+
+
+def test_a_convolution_that_only_its_normalisation_reads_is_no_layer_of_its_own() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+            self.twice, self.norm2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.relu(self.norm(self.first(x)))
+            y = self.twice(x)  # read by the normalisation and by the sum
+            return self.fc((self.norm2(y) + y).mean((2, 3)))
+
+    performer = as_performer(Net().eval(), 12)
+    assert descriptor_layers(performer) == ("norm", "relu", "twice", "norm2")
+    assert descriptor_layers(performer, DescriptorConfig(layers="convolutions")) == ("first", "twice")

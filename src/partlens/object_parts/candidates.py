@@ -25,6 +25,7 @@ from torch import Tensor
 from partlens.errors import ImageError, expected
 from partlens.explainer.teachers import mean_correlation, place_correlations, places_in_photo, places_in_view
 from partlens.explainer.templates import centroid_cells
+from partlens.run import Precision
 
 _ROUNDS = 3
 _SHARE_OF_PHOTOS = 0.7
@@ -61,20 +62,22 @@ def _factorised(
     used: Bool[Tensor, "times cell"],
     sizes: Sequence[int],
     generator: torch.Generator,
+    precision: Precision = "float32",
 ) -> list[Float[Tensor, "part filter"]]:
     """Factorise cells several times, each into a number of non-negative directions (Lee & Seung 2001).
 
     All times go through the same multiplicative steps together, so that the cells are read once for all of them; of
-    each, only the cells that it uses have codes.
+    each, only the cells that it uses have codes. In bfloat16 the products with the cells are rounded, the rest is not.
     """
+    read = cells.bfloat16() if precision == "bfloat16" else cells
     of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     together = (of[:, None] == of).to(cells)  # parts of two times do not compete
     scale = float(cells.mean()) + _LITTLE
     codes = torch.rand(len(cells), len(of), generator=generator).to(cells) * scale * used.t()[:, of].to(cells)
     parts = torch.rand(len(of), cells.shape[1], generator=generator).to(cells) * scale + _LITTLE
     for _ in range(_FIT_STEPS):  # only candidates are wanted, so the number of steps is fixed
-        codes = codes * (cells @ parts.t()) / (codes @ (parts @ parts.t() * together) + _LITTLE)
-        parts = parts * (codes.t() @ cells) / ((codes.t() @ codes * together) @ parts + _LITTLE)
+        codes = codes * (read @ parts.t().to(read)) / (codes @ (parts @ parts.t() * together) + _LITTLE)
+        parts = parts * (codes.t().to(read) @ read) / ((codes.t() @ codes * together) @ parts + _LITTLE)
     return list(F.normalize(parts, dim=1).split(list(sizes)))
 
 
@@ -105,7 +108,7 @@ class LaterParts:
     """Non-negative parts of a later layer: candidates for parts.
 
     ``view`` returns the later layer's maps (at least 0) of some photos in a view; view 0 is the whole photo. Each of
-    ``sizes`` is a number of parts that share the cells.
+    ``sizes`` is a number of parts that share the cells. ``precision`` is that of the steps which find them.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class LaterParts:
         photos: int,
         generator: torch.Generator,
         sizes: Sequence[int],
+        precision: Precision = "float32",
     ) -> None:
         self.view = view
         self.everyone = torch.arange(photos)
@@ -130,7 +134,7 @@ class LaterParts:
         cells = whole.permute(0, 2, 3, 1).flatten(0, 2)
         some = torch.randperm(len(cells), generator=generator)[:_MOST_CELLS]
         used = chosen[:, some // (len(cells) // len(sample))]
-        self.dictionaries = _factorised(cells[some], used, times, generator)
+        self.dictionaries = _factorised(cells[some], used, times, generator, precision)
 
     def __call__(self, number: int) -> Float[Tensor, "photo part 2"]:
         """Return the places of all candidates in a view, as shares of its sides."""

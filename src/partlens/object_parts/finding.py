@@ -34,6 +34,7 @@ from partlens.explainer.views import TrainingMaps, epoch_generator, gather
 from partlens.network.performer import Performer
 from partlens.object_parts.candidates import LaterParts, centroids, chosen_parts, part_codes
 from partlens.object_parts.inspection import FindingConfig
+from partlens.run import Precision
 
 _SIZES = (2, 3, 4, 5, 6, 7, 8)
 _LEAST_CELLS = 3
@@ -132,7 +133,11 @@ def finding_layers(performer: Performer) -> tuple[str, ...]:
 
 
 def find_parts(
-    views: Views, windows: Float[Tensor, "photo view 5"], settings: FindingConfig, generator: torch.Generator
+    views: Views,
+    windows: Float[Tensor, "photo view 5"],
+    settings: FindingConfig,
+    generator: torch.Generator,
+    precision: Precision = "float32",
 ) -> FoundParts:
     """Find the parts of a category's photos.
 
@@ -145,15 +150,16 @@ def find_parts(
             mirror.
         settings: how many parts, how different.
         generator: source of the draws.
+        precision: of the products by which candidates are found.
     """
     everyone = torch.arange(len(windows))
     scale = _filter_scale(views, len(windows))
-    finder, movement = search(views, everyone, windows, scale, settings, generator)
+    finder, movement = search(views, everyone, windows, scale, settings, generator, precision)
     maps = views(everyone, 0)
     places = finder(maps)
     halves = everyone[torch.randperm(len(everyone), generator=generator)].chunk(2)
     again = [
-        search(views, half, windows[half], scale, settings, generator)[0](maps)
+        search(views, half, windows[half], scale, settings, generator, precision)[0](maps)
         for half in halves
         if len(half) >= _LEAST_HALF
     ]
@@ -227,9 +233,12 @@ def search(
     scale: Float[Tensor, " filter"],
     settings: FindingConfig,
     generator: torch.Generator,
+    precision: Precision = "float32",
 ) -> tuple[PartFinder, Float[Tensor, " part"]]:
     """Choose parts of some photos, in the order of their choice; return their finder and their movement."""
-    source = LaterParts(lambda some, view: _scaled(views(photos[some], view)[0], scale), len(photos), generator, _SIZES)
+    source = LaterParts(
+        lambda some, view: _scaled(views(photos[some], view)[0], scale), len(photos), generator, _SIZES, precision
+    )
     taught = chosen_parts(source, windows, settings.parts_max, settings.variety)
     numbered = [(n, row) for n, directions in enumerate(source.dictionaries) for row in range(len(directions))]
     finder = PartFinder(scale, tuple(source.dictionaries), tuple(numbered))

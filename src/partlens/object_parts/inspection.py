@@ -51,7 +51,7 @@ class InspectConfig(FindingConfig):
         precision: of passes over photos; ``auto`` takes the fastest whose answers agree with float32.
     """
 
-    views: int = Field(4, ge=2)
+    views: int = Field(3, ge=2)
     photos: int = Field(200, ge=4)
     measured: int = Field(48, ge=1)
     background: int = Field(400, ge=0)

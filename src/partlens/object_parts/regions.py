@@ -30,9 +30,8 @@ CENTRE = (0.5, 0.5)
 
 _CHUNK = 64  # masked maps that go through the upper layers together
 _LITTLE = 1e-6
-_ON_OBJECT = 0.5  # of a cell
 _MOST_WINDOWS = 4
-_ACROSS_OBJECT = 3
+_OUTWARDS = 1.2  # standard deviations: a diagonal place of an even ellipse is 0.85 of the way to its edge
 
 Upper = Callable[[Tensor], Tensor]
 """The performer's layers above the tap: maps to scores (image, output)."""
@@ -250,17 +249,18 @@ def kept_by_kind(
 
 
 def _places_on(objects: Float[Tensor, "photo row col"]) -> list[Float[Tensor, "photo 1 2"]]:
-    """Return nine places on the object, three by three over the box around its cells."""
-    held = objects.nan_to_num(1.0) >= _ON_OBJECT
-    found = []
+    """Return nine places on the object: its middle, and so far from it along each axis that an ellipse holds them."""
+    held = objects.nan_to_num(1.0)
+    middle, spread = [], []
     for axis, side in ((2, objects.shape[1]), (1, objects.shape[2])):
-        line = held.any(axis)
-        first = line.int().argmax(1)
-        last = side - line.flip(1).int().argmax(1)
-        found.append((first / side, (last - first) / side))
-    (top, high), (left, wide) = found
-    steps = [(number + 0.5) / _ACROSS_OBJECT for number in range(_ACROSS_OBJECT)]
-    return [torch.stack([top + r * high, left + c * wide], -1)[:, None] for r in steps for c in steps]
+        share = held.sum(axis) / held.sum((1, 2))[:, None].clamp(min=_LITTLE)
+        at = (torch.arange(side) + 0.5) / side
+        mean = (share * at).sum(1, keepdim=True)
+        middle.append(mean[:, 0])
+        spread.append((share * (at - mean).square()).sum(1).sqrt())
+    centre, away = torch.stack(middle, -1), _OUTWARDS * torch.stack(spread, -1)
+    steps = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2))
+    return [(centre + step * away)[:, None] for step in steps]
 
 
 def _unknown(annotated: Tensor | None, objects: Tensor | None) -> dict[str, Bool[Tensor, " photo"]]:

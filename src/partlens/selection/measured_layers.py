@@ -28,7 +28,9 @@ _POOLINGS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d)
 _WEIGHTED = (nn.Linear, nn.Conv2d)
 
 
-_Kind = Literal["activation", "convolution", "weights", "same", "other"]
+_Kind = Literal["activation", "convolution", "normalised", "weights", "same", "other"]
+_TWICE = {"same", "normalised"}
+"""What another layer beside it shows as well."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,17 @@ def _traced_outputs(performer: Performer) -> list[_Output]:
             if _copied(module, shapes.get(node.all_input_nodes[0]) if node.all_input_nodes else None, shapes[node]):
                 continue
         if name is not None:
-            found.append(_Output(name, _kind_of(module, activation=traced.is_activation(node))))
+            kind = _kind_of(module, activation=traced.is_activation(node))
+            normalised = kind == "convolution" and _normalised_alone(traced, node)
+            found.append(_Output(name, "normalised" if normalised else kind))
     return found
+
+
+def _normalised_alone(traced: Graph, node: Any) -> bool:
+    """Whether a convolution is read by its batch normalisation alone, which gives the same maps, scaled and shifted."""
+    reader = next(iter(node.users)) if len(node.users) == 1 else node
+    # Those that derive from it may do more.
+    return reader.op == "call_module" and type(traced.leaf(reader)) is nn.BatchNorm2d
 
 
 def _scores_on(traced: Graph) -> set[Any]:
@@ -127,10 +138,10 @@ def feature_index(performer: Performer, config: DescriptorConfig | None = None) 
     block, the ``F.relu`` at its end). So a convolution, its rectifier, its normalisation and its pooling are
     separate layers. Not measured are the last layer with weights (the class scores) and all that follows it; what does
     not reach the output; dropout, identity, flattening and adaptive pooling to the same size, which hand on the same
-    values; pooling of whole maps (``avgpool`` of ResNets), which would show each filter of the layer before it twice;
-    outputs whose layout is not known (:mod:`partlens.network.layout`); and operations
-    inside a ``forward`` that no module returns. VGG-F has 19 such layers with 19,456 channels, MatConvNet's LeNet six
-    with 1,140.
+    values; pooling of whole maps (``avgpool`` of ResNets) and convolutions that only a batch normalisation reads, which
+    would show each filter of the layer beside it twice; outputs whose layout is not known
+    (:mod:`partlens.network.layout`); and operations inside a ``forward`` that no module returns. VGG-F has 19 such
+    layers with 19,456 channels, MatConvNet's LeNet six with 1,140.
 
     Of a network that torch.fx cannot trace, the modules without submodules are seen, no operation of a ``forward``.
 
@@ -147,9 +158,9 @@ def feature_index(performer: Performer, config: DescriptorConfig | None = None) 
         blank = torch.zeros(1, performer.preprocessing.channels, *performer.preprocessing.size_px)
         _, values = forward_taps(performer, blank, names, channels_only)
         return FeatureIndex(names, tuple(values[name].shape[1] for name in names))
-    wanted = {"activations": {"activation"}, "convolutions": {"convolution"}}.get(config.layers)
+    wanted = {"activations": {"activation"}, "convolutions": {"convolution", "normalised"}}.get(config.layers)
     found = _outputs(performer)
-    chosen = [(one, count) for one, count in found if (one.kind in wanted if wanted else one.kind != "same")]
+    chosen = [(one, count) for one, count in found if (one.kind in wanted if wanted else one.kind not in _TWICE)]
     if not chosen:
         rule = f"{config.layers} with modules of their own before the class scores of {performer.name}"
         raise LayerError(expected(rule, *performer.without_layers("Choose outputs, or name layers in a list")))

@@ -92,6 +92,7 @@ def inspect_category(stage: Stage, photos: CategoryPhotos) -> tuple[InspectedCat
         stage.found.windows[own],
         stage.config.finding,
         generator,
+        stage.performer.precision,
     )
     read = stage.measured if photos.held_out else stage.found
     chosen = torch.tensor(photos.measured)
