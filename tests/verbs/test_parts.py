@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import partlens
 from partlens.cli import main
@@ -19,6 +21,7 @@ from partlens.errors import AtWorkError, ImageError, InputError, RunError
 from partlens.network.performer import Performer, weights_sha256
 from partlens.object_parts import shares
 from partlens.object_parts.record import PartsFile
+from partlens.progress import Progress
 from partlens.records import read_json, read_tensors
 from partlens.run import Run
 from partlens.verbs.printed import print_parts
@@ -106,6 +109,23 @@ def test_with_landmarks_nearest_stays_within_the_thresholds(
         if part.filters:
             far, follows = given.mean_place(part.filters)
             assert re.search(rf"{part.name} +{len(part.filters)} +{far:.2f}, {follows:.2f}".replace("-", "[-]"), shown)
+
+
+def test_the_account_on_the_performer_itself_stands_beside_that_through_the_explainer(
+    run: Path, tiny: Performer, few_flowers: ImageSet
+) -> None:
+    def said() -> str:
+        partlens.parts(run, few_flowers, model=tiny, config=QUICK, progress=Progress(Console(file=out, width=600)))
+        return out.getvalue()
+
+    out = io.StringIO()
+    assert "on the performer itself: not in this run; partlens inspect" in said()
+    small = {"photos": 16, "measured": 8, "views": 2, "background": 8}
+    found = partlens.inspect(tiny, few_flowers, out=run, config=small)
+    own, other = (one.sentence for one in sorted(found.categories, key=lambda one: one.name != "petal-red"))
+    out = io.StringIO()
+    assert f"on the performer itself: {own}" in said()
+    assert other not in out.getvalue()
 
 
 def test_names_are_kept_when_parts_are_found_again(

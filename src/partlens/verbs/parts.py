@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partlens.object_parts.inspection import InspectRecord
 from partlens.object_parts.record import PartsConfig, PartsFile, renamed
 from partlens.progress import Progress
 from partlens.run import Run
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from partlens.data.images import ImageSet
     from partlens.network.performer import Performer
+
+_NOT_INSPECTED = "not in this run; partlens inspect MODEL DATA --out RUN measures what parts carry of its own score"
 
 
 @verb
@@ -70,5 +73,9 @@ def parts(
     with Run(run).writing():
         found = measured_parts(opened, earlier, rename, show)
         found.write(run)
+    inspected = InspectRecord.read_if_there(run)
+    own = [one for one in inspected.categories if one.name in found.categories] if inspected else []
+    for line in [one.sentence for one in own] or [_NOT_INSPECTED]:
+        show.say(f"on the performer itself: {line}")
     show.say(f"wrote {run / PartsFile.FILE} ({found.photos} photos of the split {split})")
     return found
