@@ -88,7 +88,6 @@ def bootstrap(
     generator: torch.Generator,
     rounds: int = 100,
     unit: str = "photos",
-    level: float = 0.95,
     groups: Int[Tensor, " image"] | None = None,
 ) -> Estimate:
     """Estimate a statistic of a set of photos with a percentile bootstrap over the photos.
@@ -99,7 +98,6 @@ def bootstrap(
         generator: source of the draws.
         rounds: bootstrap rounds; the interval's ends move by about ``1/sqrt(rounds)`` of its width.
         unit: what ``count`` counts.
-        level: coverage of the interval.
         groups: an integer per row, equal for crops of one photo: a photo is drawn with all its crops, since these are
             not independent, and ``n`` counts photos. By default every row on its own.
 
@@ -116,7 +114,7 @@ def bootstrap(
     value = statistic(torch.arange(count))
     draw, units = resampler(count, groups)
     draws = [statistic(draw(generator)) for _ in range(rounds)]
-    return Estimate(value, percentile_interval(draws, level), units, unit)
+    return Estimate(value, percentile_interval(draws), units, unit)
 
 
 def resampler(
@@ -185,9 +183,7 @@ def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, flo
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def proportion(
-    successes: Float[Tensor, " image"], *, groups: Int[Tensor, " image"] | None = None, z: float = 1.96
-) -> Estimate:
+def proportion(successes: Float[Tensor, " image"], *, groups: Int[Tensor, " image"] | None = None) -> Estimate:
     """Return the mean of zeros and ones with Wilson's score interval (95 %).
 
     Args:
@@ -195,7 +191,6 @@ def proportion(
         groups: an integer per row, equal for crops of one photo. The interval is then as wide as if crops of one photo
             always had the same result: Wilson's for Kish's effective number ``(sum c)² / sum c²`` of photos with ``c``
             crops each, which errs on the wide side. ``n`` counts photos.
-        z: quantile of the normal distribution.
 
     Example:
         >>> import torch
@@ -213,4 +208,4 @@ def proportion(
     crops = torch.ones(len(successes)) if groups is None else groups.unique(return_counts=True)[1].double()
     n = float(crops.sum() ** 2 / crops.square().sum())
     share = float(successes.double().mean())
-    return Estimate(share, wilson_interval(share, n, z), len(crops))
+    return Estimate(share, wilson_interval(share, n), len(crops))

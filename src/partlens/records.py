@@ -223,6 +223,11 @@ class Settings(Value):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
+    @classmethod
+    def of(cls, given: Self | Mapping[str, Any] | None) -> Self:
+        """Return settings as they are given, or the defaults with some fields changed."""
+        return given if isinstance(given, cls) else cls(**dict(given or {}))
+
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """Return the same with some fields changed, checked like new ones."""
         return type(self)(**{**dict(self), **changes})

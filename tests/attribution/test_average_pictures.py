@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from partlens.attribution import average_pictures as module
-from partlens.attribution.average_pictures import STRIP_PHOTOS, average_pictures, crop_of
+from partlens.attribution.average_pictures import STRIP_PHOTOS, _crop_of, average_pictures
 from partlens.data.images import ImageSet
 from partlens.errors import InputError
 from partlens.network.performer import Performer, weights_sha256
@@ -187,9 +187,9 @@ def test_bad_input_says_what_is_wrong(tiny: Performer, few_flowers: ImageSet) ->
 def test_a_field_larger_than_the_input_is_cut_to_a_share_of_it(
     tiny: Performer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert crop_of(tiny, ["relu4"])["relu4"].side_px == (16, 16)
+    assert _crop_of(tiny, ["relu4"])["relu4"].side_px == (16, 16)
     monkeypatch.setattr(module, "LARGEST_FRAC", 1.0)
-    crop = crop_of(tiny, ["relu4"])["relu4"]
+    crop = _crop_of(tiny, ["relu4"])["relu4"]
     assert crop.field is not None
     assert crop.field.size_px[0] > 32
     assert crop.side_px == (32, 32)
@@ -235,7 +235,7 @@ def test_crops_stay_on_the_peak_in_a_scaled_photo_and_random_ones_reach_all_of_i
 ) -> None:
     monkeypatch.setattr(module, "PICTURE_PX", 6)
     performer = _performer(_pattern_network(pattern))
-    layers = {"relu": module._Layer(crop_of(performer, ["relu"])["relu"], [0])}
+    layers = {"relu": module._Layer(_crop_of(performer, ["relu"])["relu"], [0])}
     assert layers["relu"].side == (6, 6)
     cells = np.tile(np.array([20, 10]), (200, 1, 1))
     found = top(np.ones((200, 1)), cells, 200)

@@ -15,7 +15,7 @@ from partlens.data.images import ImageSet
 from partlens.estimate import Estimate
 from partlens.evaluation.explainer_evaluation import _Layer
 from partlens.evaluation.frames import GalleryPlan
-from partlens.evaluation.gallery import _covered_pool, _Shown, chosen_filters, region_px
+from partlens.evaluation.gallery import _chosen_filters, _covered_pool, _Shown, region_px
 from partlens.evaluation.places import (
     MeasuredPhotos,
     filter_scores,
@@ -137,10 +137,10 @@ def test_shown_filters_are_the_most_consistent_and_an_even_choice_of_the_rest() 
     scores[:, 8] = 0  # dead
     peaks = peaks_from_cells(cells, scores, (14, 14), *GRID)
     rows = table(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 1.0)
-    assert chosen_filters(peaks, rows, 4) == [0, 2, 1, 7]
-    assert chosen_filters(peaks, rows, 99) == [0, 2, 3, 4, 5, 6, 7, 1]
+    assert _chosen_filters(peaks, rows, 4) == [0, 2, 1, 7]
+    assert _chosen_filters(peaks, rows, 99) == [0, 2, 3, 4, 5, 6, 7, 1]
     weaker = peaks_from_cells(cells, scores * torch.arange(1, 10), (14, 14), *GRID)
-    assert chosen_filters(weaker, table(*[math.nan] * 9), 2) == [7, 6]
+    assert _chosen_filters(weaker, table(*[math.nan] * 9), 2) == [7, 6]
 
 
 def test_boxes_are_four_and_a_half_cells_wide_inside_the_image() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from partlens.attribution.average_pictures import crop_of
+from partlens.attribution.average_pictures import _crop_of
 from partlens.attribution.backprop import guided_backprop
 from partlens.attribution.grad_cam import layer_grad_cam
 from partlens.errors import LayerError
@@ -53,7 +53,7 @@ def test_a_network_without_a_graph_has_the_layers_of_one_with_a_graph() -> None:
     )
     index = feature_index(performer)
     assert {name.removeprefix("inner.") for name in index.layers} <= set(of_both[0])
-    crops = crop_of(performer, index.layers[:3])  # pictures of filters need no graph, either
+    crops = _crop_of(performer, index.layers[:3])  # pictures of filters need no graph, either
     assert {crop.side_px for crop in crops.values()} == {(16, 16)}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import partlens.network
-from partlens.attribution.average_pictures import crop_of
+from partlens.attribution.average_pictures import _crop_of
 from partlens.errors import InputError
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import build_explainer, explainer_structure, performer_head, reference_decoder
@@ -39,7 +39,7 @@ def test_the_network_is_traced_once(tiny: Performer, monkeypatch: pytest.MonkeyP
     reference_decoder(performer, structure)
     performer_head(performer, structure)
     feature_index(performer)
-    crop_of(performer, [tap])
+    _crop_of(performer, [tap])
     assert performer.on(torch.device("cpu")) is performer
     assert traced == [tiny.module]
 

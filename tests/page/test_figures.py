@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from partlens.page.figures import (
     WIDTH,
     ScoreRow,
+    _tick_text,
     curves_chart,
     filters_chart,
     parts_chart,
-    phase_span,
     photo_with_region,
     scores_chart,
-    tick_text,
     tick_values,
+    warm_up_span,
 )
 
 NAN = math.nan
@@ -128,8 +128,8 @@ def test_the_warm_up_is_shaded_where_it_was():
         ([(2, "warmup"), (5, "warmup")], (2, 2)),
     ],
 )
-def test_phase_span(phases, span):
-    assert phase_span(phases) == span
+def test_warm_up_span(phases, span):
+    assert warm_up_span(phases) == span
 
 
 def test_parts_have_bars_in_proportion():
@@ -212,4 +212,4 @@ def test_ticks_lie_inside_and_are_few(low, width):
 
 @pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (1500, "1.5k"), (-2e6, "−2M"), (3e9, "3G"), (0.25, "0.25")])
 def test_tick_text(value, text):
-    assert tick_text(value) == text
+    assert _tick_text(value) == text

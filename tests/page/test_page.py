@@ -17,7 +17,7 @@ import pytest
 
 from partlens.errors import InputError, RunError, StorageError
 from partlens.estimate import Estimate
-from partlens.page.explainer import collect_explainer, explainer_headline, judge
+from partlens.page.explainer import _explainer_headline, collect_explainer, judge
 from partlens.page.notation import number, short_name
 from partlens.page.page import collect_page, render_page, write_report
 from partlens.page.reading import Pictures
@@ -283,7 +283,7 @@ def test_a_damaged_value_is_one_error_that_names_file_and_field(run, name, old, 
 
 def headline(folder: Path, **records: Any) -> str:
     data = collect_explainer(write_run(folder, **records), Pictures(folder, "", 1_000_000))
-    return plain(unescape(explainer_headline(data)))
+    return plain(unescape(_explainer_headline(data)))
 
 
 def plain(text: str) -> str:

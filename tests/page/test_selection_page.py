@@ -15,7 +15,7 @@ import pytest
 from partlens.errors import RunError
 from partlens.page.page import PICTURES_BYTES, collect_page, render_page, write_report
 from partlens.page.selection_figures import layer_shares, layers_chart
-from partlens.page.selection_page import selection_headline, selection_view, sharper
+from partlens.page.selection_page import _selection_headline, selection_view, sharper
 
 HERE = Path(__file__).parent
 MADE = runpy.run_path(str(HERE / "made_runs.py"))
@@ -47,7 +47,7 @@ def plain(text: str) -> str:
 
 
 def headline(run: Path) -> str:
-    return plain(html.unescape(selection_headline(collect_page(run).selection)))
+    return plain(html.unescape(_selection_headline(collect_page(run).selection)))
 
 
 def states(run: Path) -> dict:

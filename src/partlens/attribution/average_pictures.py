@@ -76,7 +76,7 @@ class AveragePicture:
     control_contrast: float
 
 
-def crop_of(performer: Performer, layers: Sequence[str]) -> dict[str, Crop]:
+def _crop_of(performer: Performer, layers: Sequence[str]) -> dict[str, Crop]:
     """Return the crop of each layer."""
     size = performer.preprocessing.size_px
     located = {layer.name for layer in performer.layers if layer.has_places}
@@ -184,7 +184,7 @@ def average_pictures(
         rule = f"photos among {len(images)} for {len(filters)} filters"
         got = f"number {top.photo.max(initial=-1)} for {top.photo.shape[1]}"
         raise InputError(expected(rule, got, "Give one column per filter, of the same photos"))
-    crops = crop_of(performer, list(dict(filters)))
+    crops = _crop_of(performer, list(dict(filters)))
     own = {layer: [k for k, (name, _) in enumerate(filters) if name == layer] for layer in crops}
     layers = {layer: _Layer(crop, own[layer]) for layer, crop in crops.items()}
     corner, at_random = _corners(performer, filters, top, layers, seed)

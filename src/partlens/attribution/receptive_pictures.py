@@ -44,23 +44,17 @@ class OcclusionFields:
     """The receptive fields of some filters as occlusion shows them.
 
     Attributes:
-        filters: their numbers in the maps that ``map_of`` returns.
         fields: one picture per filter on a canvas of twice the input's size. The pixel (H, W) is the peak; values are
             sums of lowered responses, in the units of the maps, smoothed.
         effective_px: side of the square as large as the smallest set of pixels that holds half of the field before
             smoothing. One exact place gives ``occluder_px / sqrt(2)``, so nothing smaller can be told apart; ``nan``
             where no place lowered the response.
-        thresholds: value from which a cell counts as active.
         images: positions in the batch of the photos used, the strongest first.
-        forwards: images that were run through the network, uncovered ones included.
     """
 
-    filters: tuple[int, ...]
     fields: Float[Tensor, "filter row col"]
     effective_px: Float[Tensor, " filter"]
-    thresholds: Float[Tensor, " filter"]
     images: Int[Tensor, "filter image"]
-    forwards: int
 
 
 def occluder_places(size_px: tuple[int, int], occluder_px: int = 33, stride_px: int = 9) -> Int[Tensor, "place 2"]:
@@ -211,14 +205,7 @@ def occlusion_receptive_fields(
     lowered[used] = torch.cat(sums).unflatten(0, (len(used), len(places)))
     seen = _Seen(maps.double().sum((2, 3)), _peaks_px(maps, receptive, size_px), lowered, places, size_px)
     fields, sides = _fields(seen, chosen, config)
-    return OcclusionFields(
-        filters=tuple(range(maps.shape[1])) if filters is None else tuple(int(k) for k in filters),
-        fields=fields,
-        effective_px=sides,
-        thresholds=activation_thresholds(maps, images=config.images),
-        images=chosen,
-        forwards=len(batch) + len(pairs),
-    )
+    return OcclusionFields(fields, sides, chosen)
 
 
 def _fields(seen: _Seen, chosen: Tensor, config: OcclusionConfig) -> tuple[Tensor, Tensor]:

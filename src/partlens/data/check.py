@@ -10,10 +10,11 @@ from typing import Literal
 import numpy as np
 
 from partlens.data.annotations import PartTruth, UnusedPart
-from partlens.data.images import ImageSet, UnreadableImage
+from partlens.data.images import ImageSet
 from partlens.data.tables import IMAGE_TABLE, table_in
 from partlens.errors import checked, listed, printable
 from partlens.records import Value
+from partlens.run import Unreadable
 
 FEW = 20
 """Fewer images than this in one category and split are worth a warning."""
@@ -22,13 +23,12 @@ _SHOWN = 5  # findings of one kind on the terminal
 _ROWS = 40  # categories on the terminal
 
 
-class DataCheck(Value):
+class _DataCheck(Value):
     """What :func:`check_data` found.
 
     Attributes:
         path: the folder or table.
         kind: ``"table"`` or ``"folder"``.
-        images: number of readable images.
         categories: readable images of each category; ``""`` is "no category".
         splits: for each split the images of each category.
         landmarks: for each landmark the images of each category in which its position is known.
@@ -47,7 +47,6 @@ class DataCheck(Value):
 
     path: str
     kind: Literal["table", "folder"]
-    images: int
     categories: dict[str, int]
     splits: dict[str, dict[str, int]]
     landmarks: dict[str, dict[str, int]]
@@ -57,11 +56,16 @@ class DataCheck(Value):
     notes: tuple[str, ...]
     smallest_px: tuple[int, int]
     largest_px: tuple[int, int]
-    unreadable: tuple[UnreadableImage, ...]
+    unreadable: tuple[Unreadable, ...]
     unused_parts: tuple[UnusedPart, ...]
     duplicates: tuple[tuple[str, ...], ...]
     warnings: tuple[str, ...]
     fingerprint: str
+
+    @property
+    def images(self) -> int:
+        """Number of readable images."""
+        return sum(self.categories.values())
 
     def lines(self) -> list[str]:
         """Return the findings as lines for the terminal, the longest lists cut short and counted."""
@@ -105,7 +109,7 @@ class DataCheck(Value):
 
 
 @checked
-def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
+def check_data(path: Path | str, *, few: int = FEW) -> _DataCheck:
     """Check every image and annotation of a folder or table, and list what it holds.
 
     Every file is read once; nothing is written.
@@ -138,10 +142,9 @@ def check_data(path: Path | str, *, few: int = FEW) -> DataCheck:
     for (split, category), count in sorted(pairs.items()):
         splits[split][category] = count
     landmarks, sized, unused = ({}, {}, ()) if truth is None else (_known(truth, images), _sized(truth), truth.unused)
-    return DataCheck(
+    return _DataCheck(
         path=printable(str(path)),
         kind="table" if table.is_file() else "folder",
-        images=len(images),
         categories=images.category_counts(),
         splits=splits,
         landmarks=landmarks,

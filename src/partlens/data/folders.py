@@ -116,7 +116,7 @@ class _Walk:
 
 
 @dataclass(frozen=True)
-class FolderFiles:
+class _FolderFiles:
     """The images below a folder, what their paths say of them, and remarks on what is not read.
 
     Attributes:
@@ -132,7 +132,7 @@ class FolderFiles:
     notes: tuple[str, ...]
 
 
-def image_files(path: Path) -> FolderFiles:
+def image_files(path: Path) -> _FolderFiles:
     """List the images below a folder.
 
     Raises:
@@ -149,7 +149,7 @@ def image_files(path: Path) -> FolderFiles:
     parts = [file.relative_to(path).parts for file in walk.images]
     categories, splits = _categories_and_splits(parts)
     notes = (*walk.remarks(), *_doubts(path, parts, categories, splits))
-    return FolderFiles(tuple(walk.images), categories, splits, notes)
+    return _FolderFiles(tuple(walk.images), categories, splits, notes)
 
 
 def _categories_and_splits(parts: Sequence[tuple[str, ...]]) -> tuple[list[str] | None, list[str] | None]:

@@ -24,6 +24,7 @@ from partlens.data.folders import image_files, split_name
 from partlens.data.splits import filled_splits
 from partlens.data.tables import IMAGE_TABLE, LANDMARK_TABLE, category_cells, read_table, table_in, with_slashes
 from partlens.errors import ImageError, InputTypeError, expected, listed, nearest, printable
+from partlens.run import Unreadable
 
 
 def _checked_path(path: object) -> Path:
@@ -55,14 +56,6 @@ def _gathered(remarks: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     for text, key in remarks:
         of.setdefault(text, []).append(key)
     return tuple(f"{len(keys)} images {text}: {listed(keys, 3)}" for text, keys in of.items() if text)
-
-
-@dataclass(frozen=True)
-class UnreadableImage:
-    """An image that could not be decoded: its key, and the reason in words."""
-
-    key: str
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,19 +343,13 @@ class ImageSet:
             return (None,) * len(self)
         return tuple(self._source.boxes[row] for row in self._rows)
 
-    def indices(
-        self, category: str | None = None, split: str | None = None, exclude_category: str | None = None
-    ) -> tuple[int, ...]:
+    def indices(self, category: str | None = None, split: str | None = None) -> tuple[int, ...]:
         """Return the positions of the images that fulfil all the given conditions, possibly none.
 
         Raises:
             ImageError: no image of the set has that category or split; the text names the nearest that exists.
         """
-        for what, wanted, have in (
-            ("category", category, self.categories),
-            ("category", exclude_category, self.categories),
-            ("split", split, self.splits),
-        ):
+        for what, wanted, have in (("category", category, self.categories), ("split", split, self.splits)):
             if wanted is not None and wanted not in have:
                 options = sorted(set(have) - {""})
                 remedy = "Sort the images into sub-folders, or add a column to the table"
@@ -374,7 +361,7 @@ class ImageSet:
         return tuple(
             index
             for index, (own, side) in enumerate(zip(self.categories, self.splits, strict=True))
-            if category in {None, own} and split in {None, side} and own != exclude_category
+            if category in {None, own} and split in {None, side}
         )
 
     def rows_of(self, categories: Sequence[str], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -404,20 +391,17 @@ class ImageSet:
         own = tuple(row for row in inside if self.categories[row] in categories)
         return own, tuple(sorted({*inside} - {*own}))
 
-    def select(
-        self, category: str | None = None, split: str | None = None, exclude_category: str | None = None
-    ) -> ImageSet:
+    def select(self, category: str | None = None, split: str | None = None) -> ImageSet:
         """Return the images that fulfil all the given conditions, in the same order.
 
         Raises:
             ImageError: no image of the set has that category or split, or none fulfils all conditions
                 together (ask :meth:`indices` where that may happen).
         """
-        chosen = self.indices(category, split, exclude_category)
-        if not chosen:
-            conditions = {"category": category, "split": split, "exclude_category": exclude_category}
-            wanted = ", ".join(f"{name}={value!r}" for name, value in conditions.items() if value is not None)
-            raise ImageError(expected(f"images of {self.name} with {wanted}", "none", "Add such images"))
+        chosen = self.indices(category, split)
+        if not chosen:  # each of the two has some
+            rule = f"images of {self.name} with category={category!r}, split={split!r}"
+            raise ImageError(expected(rule, "none", "Add such images"))
         return self.take(chosen)
 
     def take(self, indices: Iterable[int]) -> ImageSet:
@@ -501,7 +485,7 @@ class ImageSet:
         """
         return self._source.size_px(self._rows[self._checked(index)])
 
-    def readable(self) -> tuple[ImageSet, tuple[UnreadableImage, ...]]:
+    def readable(self) -> tuple[ImageSet, tuple[Unreadable, ...]]:
         """Decode and hash every image once, each file read once, and drop those that cannot be decoded.
 
         The set that comes back knows its images' :meth:`digests`, as do choices of it, so no verb reads the files
@@ -525,7 +509,9 @@ class ImageSet:
         found = list(parallel(seen, self._rows))
         good = [index for index, (digest, _, _) in enumerate(found) if digest]
         bad = tuple(
-            UnreadableImage(key, text) for key, (digest, _, text) in zip(self.keys, found, strict=True) if not digest
+            Unreadable(key=key, reason=text)
+            for key, (digest, _, text) in zip(self.keys, found, strict=True)
+            if not digest
         )
         if not good:
             got = f"{len(bad)} unreadable ones ({listed([image.key for image in bad])}; {bad[0].reason})"

@@ -45,7 +45,7 @@ _OURS = ("photo-*.jpg", "region-*.jpg", "map-*.jpg", "attention-*.jpg", Gallery.
 Layers = Mapping[str, tuple[Peaks, Sequence[FilterScores]]]
 
 
-def chosen_filters(peaks: Peaks, table: Sequence[FilterScores], count: int = FILTERS) -> list[int]:
+def _chosen_filters(peaks: Peaks, table: Sequence[FilterScores], count: int = FILTERS) -> list[int]:
     """Choose filters that show the variety of a layer, not only its best.
 
     Half of them are the most consistent ones, taken greedily so that none follows another (peak correlation at most
@@ -130,7 +130,7 @@ class _Drawing:
         self.shown = [
             _Shown(layer, k, self.joined.first[layer] + k, tuple(best.tolist()))
             for layer, (peaks, table) in layers.items()
-            for k in chosen_filters(peaks, table, filters)
+            for k in _chosen_filters(peaks, table, filters)
             for best in [peaks.scores[:, k].argsort(descending=True, stable=True)[:PHOTOS]]
         ]
         self.pool = _covered_pool(self.shown, plan.covered) if plan.fields == "occlusion" else []

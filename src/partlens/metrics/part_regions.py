@@ -148,9 +148,8 @@ def meets_parts(
     cover: Bool[Tensor, "cell point"],
     *,
     photos: Sequence[int] | None = None,
-    overlap: float = _OVERLAP,
 ) -> Bool[Tensor, "photo filter part"]:
-    """Return where a filter's region overlaps a part by more than ``overlap`` (intersection over union).
+    """Return where a filter's region overlaps a part by more than 0.2 (intersection over union).
 
     ``photos`` says whose cells are laid on ``parts[i]``, by default each photo's own. Cells of other photos are a null:
     the same regions, which know nothing of the photo.
@@ -166,7 +165,7 @@ def meets_parts(
         regions = (torch.zeros(len(active), cover.shape[1]).index_add_(0, number, covers[cells]) > 0).float()
         shared = regions @ truth.float().t()
         union = regions.sum(1, keepdim=True) + truth.sum(1).float() - shared
-        met[row, active] = shared > overlap * union
+        met[row, active] = shared > _OVERLAP * union
     return met
 
 

@@ -269,10 +269,10 @@ def _answer(network: nn.Module, images: Tensor, name: str) -> Any:
         raise LayerError(expected(rule, first_line(error).rstrip("."), remedy)) from error
 
 
-def made_images(count: int = _MADE) -> Iterator[Any]:
+def made_images() -> Iterator[Any]:
     """Return made photos, from dark to bright and from smooth to noisy, as arrays of 8-bit colours."""
     draws = torch.Generator().manual_seed(0)
-    for place in range(count):
+    for place in range(_MADE):
         cells = 2 ** (place + 1)
-        coarse = torch.rand(1, 3, cells, cells, generator=draws) * 255 * (place + 1) / count
+        coarse = torch.rand(1, 3, cells, cells, generator=draws) * 255 * (place + 1) / _MADE
         yield nn.functional.interpolate(coarse, size=(64, 64))[0].permute(1, 2, 0).byte().numpy()

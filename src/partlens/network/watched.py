@@ -187,7 +187,7 @@ def _one_pass(module: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
 
 
 @dataclass(frozen=True)
-class Makers:
+class _Makers:
     """The nodes of autograd's graph that lie between an image and results.
 
     Attributes:
@@ -203,7 +203,7 @@ class Makers:
         return int(node._sequence_nr()) if node in self.cut else -1  # noqa: SLF001 - autograd tells no other order
 
 
-def makers(answer: Any, image: Tensor) -> Makers:
+def makers(answer: Any, image: Tensor) -> _Makers:
     """Read autograd's graph: it knows every path from the image that gradients take, and no other.
 
     A mask that is computed from the image, or a network's own ``no_grad``, is no path.
@@ -224,7 +224,7 @@ def makers(answer: Any, image: Tensor) -> Makers:
     for place, node in enumerate(path):
         cut[node] = reach <= place
         reach = max(reach, furthest(node))
-    return Makers(cut, last)
+    return _Makers(cut, last)
 
 
 def _readers(results: Iterable[Any]) -> dict[Any, list[Any]]:

@@ -58,7 +58,7 @@ def _unwrapped_state(content: Any, where: str, depth: int = _DEPTH) -> Mapping[s
     return _unwrapped_state(content[fitting[0]], where, depth - 1)
 
 
-def named_as(own: Container[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _named_as(own: Container[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Strip what wrappers put before all names (DataParallel, torch.compile, Lightning) where the rest fits.
 
     Args:
@@ -138,7 +138,7 @@ def load_into(
 ) -> tuple[str, ...]:
     """Fill a network strictly; return the names that were absent and allowed to be."""
     own = module.state_dict()
-    weights = named_as(own, weights)
+    weights = _named_as(own, weights)
     # Batch counters are bookkeeping that old files lack; everything else must be there.
     lacking = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
     absent = tuple(n for n in lacking if n.startswith(may_lack))
@@ -200,7 +200,7 @@ def _prefix_of_most(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
 
 def output_count(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> int | None:
     """Number of classes in a file whose only difference is the size of the last layer, and of auxiliary ones."""
-    named = named_as(own, weights)
+    named = _named_as(own, weights)
     changes = {(own[n].shape, v.shape) for n, v in named.items() if n in own and own[n].shape != v.shape}
     counts = {(was[:1], new[:1]) for was, new in changes}
     if len(counts) != 1 or any(not new or was[1:] != new[1:] for was, new in changes):

@@ -251,7 +251,7 @@ def _parts_figure(subjects: list[dict[str, Any]]) -> Figure | None:
 
 
 def _curve_figures(data: ExplainerData) -> list[Figure]:
-    shaded = figures.phase_span([(e["epoch"], str(e.get("phase", ""))) for e in data.epochs])
+    shaded = figures.warm_up_span([(e["epoch"], str(e.get("phase", ""))) for e in data.epochs])
     drawn = []
     for title, keys in _CURVES:
         curves = [
@@ -358,7 +358,7 @@ def explainer_view(data: ExplainerData) -> dict[str, Any]:
     }
 
 
-def explainer_headline(data: ExplainerData) -> str:
+def _explainer_headline(data: ExplainerData) -> str:
     """Return the result in a sentence or two, as markup."""
     words: Any = environment().get_template("explainer_words.html.j2").module
     said: str = words.headline(data)
@@ -376,7 +376,7 @@ def explainer_chapter(data: ExplainerData) -> Chapter:
         kind="explainer",
         anchor="explainer",
         title=f"What {data.tap} holds{of}",
-        headline=explainer_headline(data),
+        headline=_explainer_headline(data),
         page_title=f"{data.tap} of {notation.short_name(run.performer.name)}"
         + (f": {data.category}" if data.category else ""),
         facts=(

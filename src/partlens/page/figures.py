@@ -95,11 +95,11 @@ def tick_values(low: float, high: float, count: int = 4) -> list[float]:
     return [round(i * step, 12) + 0.0 for i in range(first, last + 1)]
 
 
-def tick_text(value: float) -> str:
+def _tick_text(value: float) -> str:
     """Write an axis value shortly.
 
     Example:
-        >>> [tick_text(v) for v in (0.05, -1.0, 12000, 2_100_000)]
+        >>> [_tick_text(v) for v in (0.05, -1.0, 12000, 2_100_000)]
         ['0.05', '−1', '12k', '2.1M']
     """
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -113,7 +113,7 @@ def _columns(scale: Scale, top: float, bottom: float, count: int = 4, zero: str 
     parts = []
     for tick in tick_values(scale.low, scale.high, count):
         parts.append(line(scale(tick), top, scale(tick), bottom, zero if tick == 0 else "grid"))
-        parts.append(lettering(scale(tick), bottom + 15, tick_text(tick) + unit, "middle", "soft"))
+        parts.append(lettering(scale(tick), bottom + 15, _tick_text(tick) + unit, "middle", "soft"))
     return parts
 
 
@@ -122,7 +122,7 @@ def _rows(scale: Scale, left: float, right: float, count: int = 4, zero: str = "
     parts = []
     for tick in tick_values(scale.low, scale.high, count):
         parts.append(line(left, scale(tick), right, scale(tick), zero if tick == 0 else "grid"))
-        parts.append(lettering(left - 6, scale(tick) + 4, tick_text(tick), "end", "soft"))
+        parts.append(lettering(left - 6, scale(tick) + 4, _tick_text(tick), "end", "soft"))
     return parts
 
 
@@ -322,7 +322,7 @@ def _epochs(first: float, last: float, scale: Scale, bottom: float) -> list[str]
     """Label the first and last epoch, and round ones between whose labels would touch neither."""
     between = [t for t in tick_values(first, last) if t == int(t)] if last > first else []
     clear = [t for t in between if min(scale(t) - scale(first), scale(last) - scale(t)) > 26]
-    return [lettering(scale(t), bottom + 15, tick_text(t), "middle", "soft") for t in sorted({first, *clear, last})]
+    return [lettering(scale(t), bottom + 15, _tick_text(t), "middle", "soft") for t in sorted({first, *clear, last})]
 
 
 def _curve(points: Sequence[tuple[float, float]], role: str, dash: str, x_scale: Scale, y_scale: Scale) -> list[str]:
@@ -347,14 +347,14 @@ def _spoken(curve: Curve) -> str:
     return f"{label} from {y0:.3g} in epoch {x0:g} to {y1:.3g} in epoch {x1:g}"
 
 
-def phase_span(phases: Sequence[tuple[float, str]], name: str = "warmup") -> tuple[float, float] | None:
-    """Return the first and last epoch of the first piece of a phase, or ``None`` where there is none.
+def warm_up_span(phases: Sequence[tuple[float, str]]) -> tuple[float, float] | None:
+    """Return the first and last epoch of the first piece of the warm-up, or ``None`` where there is none.
 
     Example:
-        >>> phase_span([(1, "warmup"), (2, "warmup"), (3, "joint")])
+        >>> warm_up_span([(1, "warmup"), (2, "warmup"), (3, "joint")])
         (1, 2)
     """
-    inside = [epoch for epoch, phase in phases if phase == name]
+    inside = [epoch for epoch, phase in phases if phase == "warmup"]
     if not inside:
         return None
     gap = next((before for before, after in pairwise(inside) if after - before > 1), inside[-1])

@@ -18,7 +18,7 @@ _ELSEWHERE = "elsewhere"
 
 
 @dataclass(frozen=True)
-class ShownPhoto:
+class _ShownPhoto:
     """One photo: its record, its picture and its shares as a bar."""
 
     data: InspectedPhoto
@@ -27,7 +27,7 @@ class ShownPhoto:
 
 
 @dataclass(frozen=True)
-class ShownCategory:
+class _ShownCategory:
     """One category on the page: its id, whether it is open, its record, figures, and pictures as far as they fit.
 
     Attributes:
@@ -40,7 +40,7 @@ class ShownCategory:
     curve: Figure | None
     shares: str
     galleries: tuple[Embedded | None, ...]
-    photos: tuple[ShownPhoto, ...]
+    photos: tuple[_ShownPhoto, ...]
 
     @property
     def title(self) -> str:
@@ -53,7 +53,7 @@ class InspectionData:
     """An inspection with the pictures of its page."""
 
     record: InspectRecord
-    categories: tuple[ShownCategory, ...]
+    categories: tuple[_ShownCategory, ...]
 
     @property
     def without_room(self) -> int:
@@ -69,7 +69,7 @@ def collect_inspection(run: Path, pictures: Pictures) -> InspectionData | None:
     record = InspectRecord.read_if_there(run)
     if record is None or not record.finished:
         return None
-    made: list[ShownCategory] = []
+    made: list[_ShownCategory] = []
     room = True
     # The galleries of all categories come before the photos of any: they are what a category is told by.
     for position, one in enumerate(record.categories):
@@ -83,11 +83,11 @@ def collect_inspection(run: Path, pictures: Pictures) -> InspectionData | None:
 
 def _category(
     one: InspectedCategory, position: int, galleries: tuple[Embedded | None, ...], count: int
-) -> ShownCategory:
+) -> _ShownCategory:
     curve = kept_chart(f"Score kept, {one.name or 'all photos'}", one.kept)
     names = [*(part.name for part in one.parts), _ELSEWHERE]
     shares = [*(part.share for part in one.parts), one.elsewhere.value]
-    return ShownCategory(
+    return _ShownCategory(
         anchor=f"category-{position + 1}",
         is_open=count <= _OPEN or position < _OPEN // 2,
         data=one,
@@ -98,13 +98,13 @@ def _category(
     )
 
 
-def _with_photos(one: ShownCategory, pictures: Pictures) -> ShownCategory:
+def _with_photos(one: _ShownCategory, pictures: Pictures) -> _ShownCategory:
     files = [photo.picture for photo in one.data.shown if photo.picture]
     if not pictures.fit(pictures.root, files):
         return one
     names = [*(part.name for part in one.data.parts), _ELSEWHERE]
     shown = tuple(
-        ShownPhoto(photo, pictures.read(pictures.root, photo.picture), shares_bar(photo.image, names, photo.shares))
+        _ShownPhoto(photo, pictures.read(pictures.root, photo.picture), shares_bar(photo.image, names, photo.shares))
         for photo in one.data.shown
     )
     return replace(one, photos=shown)

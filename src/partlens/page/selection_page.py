@@ -30,7 +30,7 @@ State = Literal["good", "caution", "warning", "unknown"]
 
 
 @dataclass(frozen=True)
-class ShownClass:
+class _ShownClass:
     """One class on the page: its id, what was found, where it is shown, and pictures of each filter.
 
     The pictures are average, control and crops; ``None`` where a filter has none or they have no room.
@@ -53,9 +53,9 @@ class SelectionData:
 
     record: SelectionRecord
     found: SelectionFound
-    classes: tuple[ShownClass, ...]
+    classes: tuple[_ShownClass, ...]
 
-    def at(self, place: Place) -> tuple[ShownClass, ...]:
+    def at(self, place: Place) -> tuple[_ShownClass, ...]:
         """Return the classes that the page shows in one place."""
         return tuple(one for one in self.classes if one.place == place)
 
@@ -72,18 +72,18 @@ def _read(each: RelevantFilter, pictures: Pictures) -> tuple[Embedded | None, ..
     return tuple(pictures.read(pictures.root, file) for file in _files(each)) or None
 
 
-def _classes(found: SelectionFound, pictures: Pictures, first: Iterable[str]) -> tuple[ShownClass, ...]:
+def _classes(found: SelectionFound, pictures: Pictures, first: Iterable[str]) -> tuple[_ShownClass, ...]:
     """Place the classes, explained ones first; from the first whose pictures have no room on, all go to the table."""
     wanted = list(dict.fromkeys(first))
     ordered = sorted(found.classes, key=lambda one: wanted.index(one.name) if one.name in wanted else len(wanted))
-    made: list[ShownClass] = []
+    made: list[_ShownClass] = []
     room = True
     for position, one in enumerate(ordered):
         files = chain.from_iterable(map(_files, one.filters))
         room = room and position < _DRAWN_CLASSES and pictures.fit(pictures.root, files)
         place: Place = "table" if not room else "open" if position < _OPEN_CLASSES else "folded"
         read = tuple(_read(each, pictures) if room else None for each in one.filters)
-        made.append(ShownClass(f"class-{position + 1}", one, place, read))
+        made.append(_ShownClass(f"class-{position + 1}", one, place, read))
     return tuple(made)
 
 
@@ -198,7 +198,7 @@ def _heat_table(data: SelectionData) -> tuple[tuple[str, ...], tuple[tuple[str, 
 # --- the chapter ------------------------------------------------------------------------------------------------------
 
 
-def selection_headline(data: SelectionData) -> str:
+def _selection_headline(data: SelectionData) -> str:
     """Say from how much each class is read and how right that is; markup that is already escaped."""
     words = environment().get_template("selection_words.html.j2").module
     said: str = words.headline(data.record, data.found, _above_nulls(data.found))  # type: ignore[attr-defined]
@@ -223,7 +223,7 @@ def selection_chapter(data: SelectionData) -> Chapter:
         kind="selection",
         anchor="selection",
         title="What each class is read from",
-        headline=selection_headline(data),
+        headline=_selection_headline(data),
         page_title=f"What {notation.short_name(record.performer.name)} reads each class from",
         facts=tuple((name, value) for name, value in facts if value),
         sections=(

@@ -67,10 +67,10 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def limits(values: Sequence[float], *, zero: bool = False, margin: float = 0.06) -> tuple[float, float]:
+def limits(values: Sequence[float], *, zero: bool = False) -> tuple[float, float]:
     """Return limits around finite values, never empty; with ``zero`` they include 0 and leave no margin next to it."""
     low, high = min(values), max(values)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    room = (high - low) * margin or abs(high) * 0.1 or 1.0
+    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return (low if zero and low == 0 else low - room), (high if zero and high == 0 else high + room)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from partlens.errors import InputError, PartlensError, checked, expected, listed
@@ -74,11 +74,8 @@ class LassoSolution:
         gap: upper bound on ``objective - optimum``, at least 0 up to rounding (see the module's text).
         relative_gap: ``gap / max(objective, OBJECTIVE_FLOOR · ||l_j||²)``; 0 for a class without images.
         norm: ``||w_j||_1``, at most ``μ (1 + 1e-6)``.
-        nonzeros: number of weights that are not 0.
         iterations: batched linear solves.
         converged: whether ``relative_gap`` is at most the tolerance.
-        constraint_active: whether ``||w_j||_1`` reaches ``μ`` (to 1e-9); where not, the solution is that of
-            (non-negative) least squares and a larger ``μ`` changes nothing.
     """
 
     weights: Float[Tensor, "feature class"]
@@ -88,10 +85,16 @@ class LassoSolution:
     gap: Float[Tensor, " class"]
     relative_gap: Float[Tensor, " class"]
     norm: Float[Tensor, " class"]
-    nonzeros: Int[Tensor, " class"]
     iterations: int
     converged: Bool[Tensor, " class"]
-    constraint_active: Bool[Tensor, " class"]
+
+    @property
+    def constraint_active(self) -> Bool[Tensor, " class"]:
+        """Whether ``||w_j||_1`` reaches ``μ`` (to 1e-9).
+
+        Where not, the solution is that of (non-negative) least squares and a larger ``μ`` changes nothing.
+        """
+        return self.norm >= self.mu * (1 - 1e-9)
 
 
 def _check_options(mu: Any, tolerance: Any, on_failure: object) -> float:
@@ -131,10 +134,8 @@ def _solve(products: Products, mu: float, nonnegative: bool, tolerance: float) -
         gap=gap,
         relative_gap=torch.where(scale > 0, gap / scale, torch.zeros_like(gap)),
         norm=norm,
-        nonzeros=(weights != 0).sum(0),
         iterations=iterations,
         converged=converged,
-        constraint_active=norm >= mu * (1 - 1e-9),
     )
 
 

@@ -99,14 +99,6 @@ def select_relevant(
     return Selection(solution, index, labels.classes)
 
 
-@dataclass(frozen=True)
-class ChosenMu:
-    """The bound that held-out folds choose, and the accuracy of every bound that was tried."""
-
-    mu: float
-    tried: tuple[tuple[float, float], ...]
-
-
 def choose_mu(
     descriptors: Float[Tensor, "image feature"] | Rows,
     labels: LabelMatrix,
@@ -114,10 +106,13 @@ def choose_mu(
     generator: torch.Generator,
     *,
     nonnegative: bool = True,
-) -> ChosenMu:
+) -> tuple[float, tuple[tuple[float, float], ...]]:
     """Choose μ by the read-out on held-out folds: the smallest whose accuracy is within a standard error of the best.
 
     A smaller bound names fewer filters, so of bounds that tell the classes equally well the smallest is taken.
+
+    Returns:
+        The bound, and the accuracy of every bound that was tried.
     """
     fold = torch.randperm(len(descriptors), generator=generator) % _FOLDS
     truth = labels.matrix.argmax(1)
@@ -133,7 +128,7 @@ def choose_mu(
         tried.append((mu, float(right.mean())))
     best = max(accuracy for _, accuracy in tried)
     error = math.sqrt(max(best * (1 - best), 0.0) / max(1, len(descriptors)))
-    return ChosenMu(next(mu for mu, accuracy in tried if accuracy >= best - error), tuple(tried))
+    return next(mu for mu, accuracy in tried if accuracy >= best - error), tuple(tried)
 
 
 def with_shuffled_labels(

@@ -68,8 +68,7 @@ def parts(
 
     from partlens.verbs.measured_parts import measured_parts, opened_explainer
 
-    how = config if isinstance(config, PartsConfig) else PartsConfig(**dict(config or {}))
-    opened = opened_explainer(run, data, model, split, how, show)
+    opened = opened_explainer(run, data, model, split, PartsConfig.of(config), show)
     with Run(run).writing():
         found = measured_parts(opened, earlier, rename, show)
         found.write(run)

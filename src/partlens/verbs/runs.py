@@ -88,11 +88,11 @@ def with_precision(
         record = record.changed(performer=record.performer.model_copy(update={"precision": found}))
         record.write(folder)
         if found.used != "float32":
-            show.say(precision_said(found))
+            show.say(_precision_said(found))
     return performer.computing(found.used), record
 
 
-def precision_said(found: PassPrecision) -> str:
+def _precision_said(found: PassPrecision) -> str:
     """Say in which precision photos are read, and how far that is from float32."""
     if not found.photos:
         return f"photos are read in {found.used}, as asked"
@@ -142,7 +142,7 @@ def open_photos(
     skipped = [f"{len(dropped)} photos cannot be read: {listed([photo.key for photo in dropped])}"] if dropped else []
     if show is not None and (said := [*skipped, *readable.notes]):
         show.say(f"not used of {readable.name}: {'; '.join(said)}")
-    return readable, tuple(Unreadable(key=d.key, reason=d.reason) for d in dropped)
+    return readable, dropped
 
 
 def open_performer(run: RunRecord, model: str | nn.Module | Performer | None) -> Performer:

@@ -141,7 +141,7 @@ def select_features(
     """
     started = time.monotonic()
     show, run = progress or Progress.silent(), Run(Path(out))
-    how = descriptor if isinstance(descriptor, DescriptorConfig) else DescriptorConfig(**dict(descriptor or {}))
+    how = DescriptorConfig.of(descriptor)
     config = SelectionConfig(
         split=split,
         mu=mu if isinstance(mu, str) else float(mu),
@@ -278,8 +278,7 @@ def _bound(
     if config.mu != "auto":
         return config.mu, ()
     generator = torch.Generator().manual_seed(config.seed)
-    chosen = choose_mu(fitted, labels, index, generator, nonnegative=config.nonnegative)
-    return chosen.mu, chosen.tried
+    return choose_mu(fitted, labels, index, generator, nonnegative=config.nonnegative)
 
 
 def _told(responses: Responses) -> list[int]:
