@@ -21,7 +21,7 @@ from partlens.object_parts.inspection import (
     InspectRecord,
     KeptCurves,
 )
-from partlens.page.inspection_figures import kept_chart, shares_bar
+from partlens.page.inspection_page import _kept_chart, _shares_bar
 from partlens.page.page import collect_page, render_page, write_report
 from partlens.run import DataInfo, PerformerInfo
 
@@ -154,17 +154,17 @@ def test_an_inspection_that_was_only_begun_says_how_to_go_on(tmp_path: Path) -> 
 
 
 def test_the_chart_names_each_curve_and_says_its_figures() -> None:
-    chart = kept_chart("Score kept", CURVES)
+    chart = _kept_chart("Score kept", CURVES)
     for words in ("parts", "other photos", "random", "centre", "best window", "all the rest"):
         assert f">{words}</text>" in chart
     assert "parts 75 %" in chart
     nothing = (float("nan"),) * 4
     empty = KeptCurves(area=AREAS, parts=nothing, other_photos=nothing, random=nothing, centre=nothing, rest=nothing)
-    assert kept_chart("Score kept", empty) == ""
+    assert _kept_chart("Score kept", empty) == ""
 
 
 def test_a_bar_of_shares_has_a_slice_for_each_and_leaves_negative_ones_out() -> None:
-    bar = shares_bar("Shares", ["ear", "elsewhere"], [0.75, 0.25])
+    bar = _shares_bar("Shares", ["ear", "elsewhere"], [0.75, 0.25])
     assert 'width="224"' in bar
     assert 'class="rest"' in bar
-    assert shares_bar("Shares", ["ear"], [-0.1]) == ""
+    assert _shares_bar("Shares", ["ear"], [-0.1]) == ""

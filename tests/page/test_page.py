@@ -17,7 +17,7 @@ import pytest
 
 from partlens.errors import InputError, RunError, StorageError
 from partlens.estimate import Estimate
-from partlens.page.explainer import _explainer_headline, collect_explainer, judge
+from partlens.page.explainer import ExplainerData, judge
 from partlens.page.notation import number, short_name
 from partlens.page.page import collect_page, render_page, write_report
 from partlens.page.reading import Pictures
@@ -130,7 +130,7 @@ def test_what_was_explained_is_on_the_page(run):
         "layer3, decoded to layer4.0, layer4.1",
         "223 photos of fox and 1,500 others",
         "2026-11-20 12:00 UTC",
-        "8 min 32 s",
+        "9 min",
         "5c106cde",
         "9b1f0c6b",
         "partlens fit-explainer torchvision:resnet18 photos --category fox",
@@ -282,8 +282,8 @@ def test_a_damaged_value_is_one_error_that_names_file_and_field(run, name, old, 
 
 
 def headline(folder: Path, **records: Any) -> str:
-    data = collect_explainer(write_run(folder, **records), Pictures(folder, "", 1_000_000))
-    return plain(unescape(_explainer_headline(data)))
+    data = ExplainerData.read(write_run(folder, **records), Pictures(folder, "", 1_000_000))
+    return plain(unescape(data.headline))
 
 
 def plain(text: str) -> str:

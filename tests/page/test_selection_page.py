@@ -14,8 +14,7 @@ import pytest
 
 from partlens.errors import RunError
 from partlens.page.page import PICTURES_BYTES, collect_page, render_page, write_report
-from partlens.page.selection_figures import layer_shares, layers_chart
-from partlens.page.selection_page import _selection_headline, selection_view, sharper
+from partlens.page.selection_page import _layer_shares, _layers_chart, _sharper
 
 HERE = Path(__file__).parent
 MADE = runpy.run_path(str(HERE / "made_runs.py"))
@@ -47,11 +46,11 @@ def plain(text: str) -> str:
 
 
 def headline(run: Path) -> str:
-    return plain(html.unescape(_selection_headline(collect_page(run).selection)))
+    return plain(html.unescape(collect_page(run).selection.headline))
 
 
 def states(run: Path) -> dict:
-    return dict(selection_view(collect_page(run).selection)["states"])
+    return dict(collect_page(run).selection.view()["states"])
 
 
 def said(run: Path) -> str:
@@ -174,7 +173,7 @@ def test_a_filter_of_two_classes_is_counted_once(run):
     content = json.loads((run / "selection.json").read_text(encoding="utf-8"))
     content["found"]["classes"][1]["filters"] = content["found"]["classes"][0]["filters"]
     MADE["write"](run / "selection.json", content)
-    assert sharper(collect_page(run).selection.found)[1] == 2 + 2
+    assert _sharper(collect_page(run).selection.found)[1] == 2 + 2
 
 
 def test_the_numbers_stand_in_the_table(run):
@@ -213,7 +212,7 @@ def test_negative_weights_are_said(run):
 
 
 def test_layer_shares_are_means_over_classes_beside_the_share_of_filters(run):
-    shares = {s.layer: s for s in layer_shares(collect_page(run).selection.found)}
+    shares = {s.layer: s for s in _layer_shares(collect_page(run).selection.found)}
     assert list(shares) == list(LAYERS)
     assert math.isclose(sum(s.share for s in shares.values()), 1.0)
     assert math.isclose(sum(s.even for s in shares.values()), 1.0)
@@ -222,31 +221,31 @@ def test_layer_shares_are_means_over_classes_beside_the_share_of_filters(run):
 
 
 def test_the_layer_figure(run):
-    shares = layer_shares(collect_page(run).selection.found)
-    svg = layers_chart("Shares", shares)
+    shares = _layer_shares(collect_page(run).selection.found)
+    svg = _layers_chart("Shares", shares)
     heights = [float(h) for h in re.findall(r'<rect [^>]*height="([\d.]+)"', svg)]
     assert len(heights) == len(LAYERS) == svg.count("<circle")
     for one, height in zip(shares, heights, strict=True):
         assert height / max(heights) == pytest.approx(one.share / max(s.share for s in shares), abs=0.01)
-    assert layers_chart("Shares", [s.__class__(s.layer, 0.0, s.even) for s in shares]) == ""
+    assert _layers_chart("Shares", [s.__class__(s.layer, 0.0, s.even) for s in shares]) == ""
 
 
 def test_many_layers_are_named_sparsely(run):
-    one = layer_shares(collect_page(run).selection.found)[0]
-    svg = layers_chart("Shares", [one.__class__(f"features.{i}.block.conv", 0.01, 0.01) for i in range(90)])
+    one = _layer_shares(collect_page(run).selection.found)[0]
+    svg = _layers_chart("Shares", [one.__class__(f"features.{i}.block.conv", 0.01, 0.01) for i in range(90)])
     assert svg.count("rotate(") == 30
     assert ">….0.block.conv<" in svg
 
 
 def test_the_table_of_classes_by_layers(run, tmp_path):
-    view = selection_view(collect_page(run).selection)
+    view = collect_page(run).selection.view()
     assert view["heat_columns"] == tuple(
         c for c in LAYERS if any(c == f.layer for k in view["data"].found.classes for f in k.filters)
     )
     for *_, cells in view["heat_rows"]:
         assert sum(cell or 0.0 for cell in cells) == pytest.approx(100)
     many = MADE["write_selection"](tmp_path / "many", classes=31, features=1, pictures=False)
-    assert selection_view(collect_page(many).selection)["heat_rows"] == ()
+    assert collect_page(many).selection.view()["heat_rows"] == ()
 
 
 def test_explained_classes_come_first_and_link_to_their_image(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from partlens.estimate import Estimate
 from partlens.evaluation.results import (
@@ -25,6 +25,7 @@ from partlens.page import figures, notation
 from partlens.page.environment import count_of, environment, pairs
 from partlens.page.reading import Pictures
 from partlens.page.views import Chapter, Figure, origin
+from partlens.progress import duration
 from partlens.records import plain
 
 _CORRELATION_NOTICE = 0.5
@@ -74,26 +75,85 @@ class ExplainerData:
         """The explained layer."""
         return self.run.structure.tap
 
+    @classmethod
+    def read(cls, run: Path, pictures: Pictures) -> Self | None:
+        """Read what the page says of an explainer; ``None`` where the folder has no ``run.json``.
 
-def collect_explainer(run: Path, pictures: Pictures) -> ExplainerData | None:
-    """Read what the page says of an explainer; ``None`` where the folder has no ``run.json``.
+        Raises:
+            RunError: a file of the run is damaged or of another version, or a picture is missing; the text names it.
+        """
+        record = ExplainerRun.read_if_there(run)
+        if record is None:
+            return None
+        history, gallery = History.read_if_there(run), Gallery.read_if_there(run / "gallery")
+        names = _files(gallery) if gallery else []
+        return cls(
+            run=record,
+            epochs=tuple(map(_finite, history.epochs)) if history else (),
+            evaluation=Evaluation.read_if_there(run),
+            curve=PriceCurve.read_if_there(run),
+            gallery=gallery,
+            pictures={name: found.uri for name in names if (found := pictures.read(run / "gallery", name))},
+        )
 
-    Raises:
-        RunError: a file of the run is damaged or of another version, or a picture is missing; the text names it.
-    """
-    record = ExplainerRun.read_if_there(run)
-    if record is None:
-        return None
-    history, gallery = History.read_if_there(run), Gallery.read_if_there(run / "gallery")
-    names = _files(gallery) if gallery else []
-    return ExplainerData(
-        run=record,
-        epochs=tuple(map(_finite, history.epochs)) if history else (),
-        evaluation=Evaluation.read_if_there(run),
-        curve=PriceCurve.read_if_there(run),
-        gallery=gallery,
-        pictures={name: found.uri for name in names if (found := pictures.read(run / "gallery", name))},
-    )
+    @property
+    def headline(self) -> str:
+        """The result in a sentence or two, as markup."""
+        words: Any = environment().get_template("explainer_words.html.j2").module
+        said: str = words.headline(self)
+        return said
+
+    def view(self) -> dict[str, Any]:
+        """Return what the template shows."""
+        return {
+            "data": self,
+            "run": self.run,
+            "evaluation": self.evaluation,
+            "curve": self.curve,
+            "gallery": self.gallery,
+            "scores": LOCALISATION,
+            "fidelity": FIDELITY,
+            "readings": REGION_READINGS,
+            "parts_figure": None,
+            "attention": (),
+            "curves": _curve_figures(self),
+            **_log(self),
+            **(_measured(self, self.evaluation) if self.evaluation else {}),
+            **(_drawn(self.gallery, self.pictures) if self.gallery else {}),
+        }
+
+    def chapter(self) -> Chapter:
+        """Describe the chapter for the contents."""
+        run = self.run
+        of = f" of {self.category}" if self.category else ""
+        photos = notation.counted(run.train_photos, "photos") + of
+        photos += f" and {run.background:,} others" if run.background else ""
+        sections = ("Verdict", "Numbers", "Fidelity", "Parts", "Filters", "Attention", "Training")
+        return Chapter(
+            kind="explainer",
+            anchor="explainer",
+            title=f"What {self.tap} holds{of}",
+            headline=self.headline,
+            page_title=f"{self.tap} of {notation.short_name(run.performer.name)}"
+            + (f": {self.category}" if self.category else ""),
+            facts=(
+                ("Performer", run.performer.name),
+                ("Layer", f"{self.tap}, decoded to {', '.join(run.structure.targets)}"),
+                ("Data", run.data.name),
+                ("Learned from", photos),
+                ("Fitted", notation.moment(run.created)),
+                ("Duration", duration(run.seconds)),
+            ),
+            sections=tuple((name.lower(), name) for name in sections),
+            origin=origin(
+                f"The explainer of {self.tap}",
+                run,
+                run.config,
+                ("Structure", pairs(plain(run.structure))),
+                ("Receptive field (rows, cols)", pairs(plain(run.grid))),
+                identity=("preset", run.preset),
+            ),
+        )
 
 
 def _finite(epoch: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,64 +396,3 @@ def _drawn(gallery: Gallery, pictures: Mapping[str, str]) -> dict[str, Any]:
         for pair in zip_longest(*(gallery.layers[kind] for kind in kinds))
     ]
     return {"filters": filters, **_attention(gallery.attention, pictures)}
-
-
-def explainer_view(data: ExplainerData) -> dict[str, Any]:
-    """Return what the template shows."""
-    return {
-        "data": data,
-        "run": data.run,
-        "evaluation": data.evaluation,
-        "curve": data.curve,
-        "gallery": data.gallery,
-        "scores": LOCALISATION,
-        "fidelity": FIDELITY,
-        "readings": REGION_READINGS,
-        "parts_figure": None,
-        "attention": (),
-        "curves": _curve_figures(data),
-        **_log(data),
-        **(_measured(data, data.evaluation) if data.evaluation else {}),
-        **(_drawn(data.gallery, data.pictures) if data.gallery else {}),
-    }
-
-
-def _explainer_headline(data: ExplainerData) -> str:
-    """Return the result in a sentence or two, as markup."""
-    words: Any = environment().get_template("explainer_words.html.j2").module
-    said: str = words.headline(data)
-    return said
-
-
-def explainer_chapter(data: ExplainerData) -> Chapter:
-    """Describe the chapter for the contents."""
-    run = data.run
-    of = f" of {data.category}" if data.category else ""
-    photos = notation.counted(run.train_photos, "photos") + of
-    photos += f" and {run.background:,} others" if run.background else ""
-    sections = ("Verdict", "Numbers", "Fidelity", "Parts", "Filters", "Attention", "Training")
-    return Chapter(
-        kind="explainer",
-        anchor="explainer",
-        title=f"What {data.tap} holds{of}",
-        headline=_explainer_headline(data),
-        page_title=f"{data.tap} of {notation.short_name(run.performer.name)}"
-        + (f": {data.category}" if data.category else ""),
-        facts=(
-            ("Performer", run.performer.name),
-            ("Layer", f"{data.tap}, decoded to {', '.join(run.structure.targets)}"),
-            ("Data", run.data.name),
-            ("Learned from", photos),
-            ("Fitted", notation.moment(run.created)),
-            ("Duration", notation.duration(run.seconds)),
-        ),
-        sections=tuple((name.lower(), name) for name in sections),
-        origin=origin(
-            f"The explainer of {data.tap}",
-            run,
-            run.config,
-            ("Structure", pairs(plain(run.structure))),
-            ("Receptive field (rows, cols)", pairs(plain(run.grid))),
-            identity=("preset", run.preset),
-        ),
-    )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from partlens.attribution.record import Contribution, ExplainedByParts, ExplanationRecord
 from partlens.errors import InputError, RunError, expected
@@ -56,8 +57,33 @@ class Explanations:
     without_room: tuple[str, ...] = ()
     incomplete: tuple[str, ...] = ()
 
+    @classmethod
+    def read(cls, run: Path, pictures: Pictures, limit_bytes: int) -> Self:
+        """Read every explained image of a run, in the order of their folders' names.
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+        From the first image on whose pictures would go beyond ``limit_bytes``, no more are read; the first of all is
+        always shown.
+        """
+        whole, unfinished = _folders(run)
+        shown: list[ExplanationData] = []
+        for path in whole:
+            before = pictures.spent_bytes
+            one = _read(path, pictures, len(shown))
+            if shown and pictures.spent_bytes > limit_bytes:
+                pictures.spent_bytes = before
+                break
+            shown.append(one)
+        return cls(tuple(shown), tuple(path.name for path in whole[len(shown) :]), unfinished)
+
+    def chapter(self) -> Chapter:
+        """Describe the chapter for the contents."""
+        many = len(self.shown) > 1
+        return Chapter(
+            kind="explanation",
+            anchor="explanation",
+            title="Single predictions" if many else "One prediction",
+            sections=tuple((one.anchor, one.record.image) for one in self.shown) if many else (),
+        )
 
 
 def _files(record: ExplanationRecord) -> Iterator[str]:
@@ -94,38 +120,6 @@ def _folders(run: Path) -> tuple[list[Path], tuple[str, ...]]:
     found = sorted(path for path in (run / "explanations").glob("[!.]*") if path.is_dir())
     whole = [path for path in found if (path / ExplanationRecord.FILE).exists()]
     return whole, tuple(path.name for path in found if path not in whole)
-
-
-def collect_explanations(run: Path, pictures: Pictures, limit_bytes: int) -> Explanations:
-    """Read every explained image of a run, in the order of their folders' names.
-
-    From the first image on whose pictures would go beyond ``limit_bytes``, no more are read; the first of all is always
-    shown.
-    """
-    whole, unfinished = _folders(run)
-    shown: list[ExplanationData] = []
-    for path in whole:
-        before = pictures.spent_bytes
-        one = _read(path, pictures, len(shown))
-        if shown and pictures.spent_bytes > limit_bytes:
-            pictures.spent_bytes = before
-            break
-        shown.append(one)
-    return Explanations(tuple(shown), tuple(path.name for path in whole[len(shown) :]), unfinished)
-
-
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
-
-def explanation_chapter(found: Explanations) -> Chapter:
-    """Describe the chapter for the contents."""
-    many = len(found.shown) > 1
-    return Chapter(
-        kind="explanation",
-        anchor="explanation",
-        title="Single predictions" if many else "One prediction",
-        sections=tuple((one.anchor, one.record.image) for one in found.shown) if many else (),
-    )
 
 
 def write_explanation_page(folder: Path, out: Path | None = None) -> Path:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
+from typing import Self
 
-from partlens.object_parts.inspection import InspectedCategory, InspectedPhoto, InspectRecord
+from partlens.object_parts.inspection import InspectedCategory, InspectedPhoto, InspectRecord, KeptCurves
 from partlens.page import notation
-from partlens.page.inspection_figures import kept_chart, shares_bar
 from partlens.page.reading import Embedded, Pictures
+from partlens.page.svg import Scale, lettering, line, svg, tag
 from partlens.page.views import Chapter, Figure, origin
+from partlens.progress import duration
 
 _OPEN = 12  # categories that are shown open
 _WITH_PHOTOS = 24  # categories whose photos are shown
@@ -60,31 +64,58 @@ class InspectionData:
         """Categories whose galleries have no room on the page."""
         return sum(not any(one.galleries) for one in self.categories if one.data.parts)
 
+    @classmethod
+    def read(cls, run: Path, pictures: Pictures) -> Self | None:
+        """Read the inspection of a run; ``None`` where there is none or it is not finished."""
+        record = InspectRecord.read_if_there(run)
+        if record is None or not record.finished:
+            return None
+        made: list[_ShownCategory] = []
+        room = True
+        # The galleries of all categories come before the photos of any: they are what a category is told by.
+        for position, one in enumerate(record.categories):
+            files = [part.gallery for part in one.parts]
+            room = room and pictures.fit(pictures.root, files)
+            galleries = tuple(pictures.read(pictures.root, file) if room else None for file in files)
+            made.append(_category(one, position, galleries, len(record.categories)))
+        with_photos = [
+            _with_photos(one, pictures) if position < _WITH_PHOTOS else one for position, one in enumerate(made)
+        ]
+        return cls(record, tuple(with_photos))
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def collect_inspection(run: Path, pictures: Pictures) -> InspectionData | None:
-    """Read the inspection of a run; ``None`` where there is none or it is not finished."""
-    record = InspectRecord.read_if_there(run)
-    if record is None or not record.finished:
-        return None
-    made: list[_ShownCategory] = []
-    room = True
-    # The galleries of all categories come before the photos of any: they are what a category is told by.
-    for position, one in enumerate(record.categories):
-        files = [part.gallery for part in one.parts]
-        room = room and pictures.fit(pictures.root, files)
-        galleries = tuple(pictures.read(pictures.root, file) if room else None for file in files)
-        made.append(_category(one, position, galleries, len(record.categories)))
-    with_photos = [_with_photos(one, pictures) if position < _WITH_PHOTOS else one for position, one in enumerate(made)]
-    return InspectionData(record, tuple(with_photos))
+    def chapter(self) -> Chapter:
+        """Describe the chapter for the contents."""
+        record = self.record
+        searched, measured = (sum(getattr(one, of) for one in record.categories) for of in ("photos", "measured"))
+        facts = (
+            ("Performer", record.performer.name),
+            ("Layer", f"cells of {record.tap}, parts from {', '.join(record.finding)}"),
+            ("Data", record.data.name),
+            ("Photos", f"{searched:,} searched, {measured:,} measured"),
+            ("Inspected", notation.moment(record.created)),
+            ("Duration", duration(record.seconds)),
+        )
+        of_categories = (f"{one.name or 'all photos'}: {note}" for one in record.categories for note in one.notes)
+        return Chapter(
+            kind="inspection",
+            anchor="inspection",
+            title="What each category is known by",
+            headline=_headline(record),
+            page_title=f"What {notation.short_name(record.performer.name)} knows its categories by",
+            facts=facts,
+            sections=(
+                ("inspection-verdicts", "Verdicts"),
+                ("inspection-photos", "Photos"),
+                ("inspection-numbers", "Numbers"),
+            ),
+            origin=origin("The inspection", record, record.config, notes=(*record.notes, *of_categories)),
+        )
 
 
 def _category(
     one: InspectedCategory, position: int, galleries: tuple[Embedded | None, ...], count: int
 ) -> _ShownCategory:
-    curve = kept_chart(f"Score kept, {one.name or 'all photos'}", one.kept)
+    curve = _kept_chart(f"Score kept, {one.name or 'all photos'}", one.kept)
     names = [*(part.name for part in one.parts), _ELSEWHERE]
     shares = [*(part.share for part in one.parts), one.elsewhere.value]
     return _ShownCategory(
@@ -92,7 +123,7 @@ def _category(
         is_open=count <= _OPEN or position < _OPEN // 2,
         data=one,
         curve=Figure("Score kept, %", curve) if curve else None,
-        shares=shares_bar(f"Shares of the score, {one.name}", names, shares),
+        shares=_shares_bar(f"Shares of the score, {one.name}", names, shares),
         galleries=galleries,
         photos=(),
     )
@@ -104,13 +135,10 @@ def _with_photos(one: _ShownCategory, pictures: Pictures) -> _ShownCategory:
         return one
     names = [*(part.name for part in one.data.parts), _ELSEWHERE]
     shown = tuple(
-        _ShownPhoto(photo, pictures.read(pictures.root, photo.picture), shares_bar(photo.image, names, photo.shares))
+        _ShownPhoto(photo, pictures.read(pictures.root, photo.picture), _shares_bar(photo.image, names, photo.shares))
         for photo in one.data.shown
     )
     return replace(one, photos=shown)
-
-
-# --- the chapter ------------------------------------------------------------------------------------------------------
 
 
 def _headline(record: InspectRecord) -> str:
@@ -135,30 +163,90 @@ def _named(names: Iterable[str]) -> str:
     return ", ".join(listed) if len(listed) <= 4 else f"{len(listed)} categories"
 
 
-def inspection_chapter(data: InspectionData) -> Chapter:
-    """Describe the chapter for the contents."""
-    record = data.record
-    searched, measured = (sum(getattr(one, of) for one in record.categories) for of in ("photos", "measured"))
-    facts = (
-        ("Performer", record.performer.name),
-        ("Layer", f"cells of {record.tap}, parts from {', '.join(record.finding)}"),
-        ("Data", record.data.name),
-        ("Photos", f"{searched:,} searched, {measured:,} measured"),
-        ("Inspected", notation.moment(record.created)),
-        ("Duration", notation.duration(record.seconds)),
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+_SIZE = (300.0, 168.0)
+_LEFT, _RIGHT, _TOP, _BOTTOM = 34.0, 300.0 - 92.0, 8.0, 168.0 - 30.0
+_STEP = 12.0  # between labels at the end of curves
+_KINDS = (
+    ("parts", "parts", "curve stroke-explainer"),
+    ("ceiling", "best window", "curve second stroke-null"),
+    ("annotated", "annotated", "curve second stroke-performer"),
+    ("other_photos", "other photos", "curve thin stroke-performer"),
+    ("centre", "centre", "curve thin stroke-null"),
+    ("random", "random", "curve thin stroke-null"),
+    ("object", "on the object", "curve thin second stroke-performer"),
+    ("rest", "all the rest", "curve thin dots stroke-null"),
+)
+
+
+def _kept_chart(title: str, kept: KeptCurves) -> str:
+    """Draw what each kind of windows keeps over the area, its name at the end of its curve."""
+    curves = {kind: getattr(kept, kind) for kind, _, _ in _KINDS}
+    known = {k: v for k, v in curves.items() if v and all(map(math.isfinite, v))}
+    if "parts" not in known:
+        return ""
+    top = max(1.0, *(max(values) for values in known.values()))
+    across = Scale(0.0, max(kept.area), _LEFT, _RIGHT)
+    up = Scale(min(0.0, *(min(values) for values in known.values())), top, _BOTTOM, _TOP)
+    drawn = [*_axes(across, up, kept.area)]
+    shown = [(known[kind], class_) for kind, _, class_ in reversed(_KINDS) if kind in known]
+    drawn += [_curve(across, up, kept.area, values, class_) for values, class_ in shown]
+    drawn += _labels(up, {words: known[kind][-1] for kind, words, _ in _KINDS if kind in known})
+    at = len(kept.area) - 2
+    said = "; ".join(
+        f"{words} {notation.percent_digits(known[kind][at])} %" for kind, words, _ in _KINDS if kind in known
     )
-    of_categories = (f"{one.name or 'all photos'}: {note}" for one in record.categories for note in one.notes)
-    return Chapter(
-        kind="inspection",
-        anchor="inspection",
-        title="What each category is known by",
-        headline=_headline(record),
-        page_title=f"What {notation.short_name(record.performer.name)} knows its categories by",
-        facts=facts,
-        sections=(
-            ("inspection-verdicts", "Verdicts"),
-            ("inspection-photos", "Photos"),
-            ("inspection-numbers", "Numbers"),
-        ),
-        origin=origin("The inspection", record, record.config, notes=(*record.notes, *of_categories)),
+    return svg(_SIZE, "chart", title, f"Kept at {kept.area[at]:.0%} of the image: {said}.", *drawn)
+
+
+def _axes(across: Scale, up: Scale, areas: Sequence[float]) -> list[str]:
+    found = []
+    for value in (0.0, 0.5, 1.0):
+        found.append(line(_LEFT, up(value), _RIGHT, up(value), "axis" if value == 0 else "grid"))
+        found.append(lettering(_LEFT - 6, up(value) + 4, f"{100 * value:.0f}", "end", "soft"))
+    found += [lettering(across(area), _BOTTOM + 15, f"{100 * area:.0f}", "middle", "soft") for area in areas]
+    found.append(lettering((_LEFT + _RIGHT) / 2, _BOTTOM + 28, "% of the image", "middle", "soft"))
+    return found
+
+
+def _curve(across: Scale, up: Scale, areas: Sequence[float], values: Sequence[float], class_: str) -> str:
+    points = list(zip(areas, values, strict=True))
+    if "dots" not in class_:  # no window keeps nothing; the rest of no window is everything
+        points.insert(0, (0.0, 0.0))
+    text = " ".join(f"{across(area):.1f},{up(value):.1f}" for area, value in points)
+    return tag("polyline", points=text, class_=class_)
+
+
+def _labels(up: Scale, ends: dict[str, float]) -> list[str]:
+    """Put the names at the ends of the curves, moved apart where they would overlap."""
+    placed: list[tuple[float, str]] = []
+    lowest = _TOP - _STEP
+    for words, value in sorted(ends.items(), key=lambda each: -each[1]):
+        lowest = max(lowest + _STEP, up(value))
+        placed.append((lowest, words))
+    over = max(0.0, placed[-1][0] - (_SIZE[1] - 4))
+    return [
+        lettering(_RIGHT + 6, y - over + 4, words, "start", "strong" if words == "parts" else "soft")
+        for y, words in placed
+    ]
+
+
+def _shares_bar(title: str, names: Sequence[str], shares: Sequence[float]) -> str:
+    """Draw shares side by side as one bar; negative ones are left out and said in words."""
+    shown = [(name, share) for name, share in zip(names, shares, strict=True) if math.isfinite(share)]
+    total = sum(max(share, 0.0) for _, share in shown)
+    if total <= 0:
+        return ""
+    drawn, x = [], 0.0
+    for number, (name, share) in enumerate(shown):
+        width = 300.0 * max(share, 0.0) / total
+        kind = "rest" if name == "elsewhere" else f"part-{number % 8}"
+        words = tag("title", escape(f"{name} {notation.percent_digits(share)} %"))
+        drawn.append(tag("rect", words, x=x, y=0, width=max(width - 1, 0.5), height=14, class_=kind))
+        x += width
+    said = ", ".join(f"{name} {notation.percent_digits(share)} %" for name, share in shown)
+    # A slice is as wide as its share wherever the bar is shown, so it is stretched without keeping its form.
+    return svg((300.0, 14.0), "chart shares", title, said, *drawn).replace(
+        'role="img"', 'preserveAspectRatio="none" role="img"', 1
     )

@@ -80,23 +80,6 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun.removesuffix('s') if count == 1 else noun}"
 
 
-def duration(seconds: float) -> str:
-    """Write a duration in its two largest units.
-
-    Example:
-        >>> duration(512.3), duration(41.0), duration(8000.0)
-        ('8 min 32 s', '41 s', '2 h 13 min')
-    """
-    if not math.isfinite(seconds):
-        return UNDEFINED
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def short_name(performer: str) -> str:
     """Shorten a performer's name for a sentence.
 

@@ -17,17 +17,12 @@ from partlens.evaluation.results import AGAIN as EVALUATE_AGAIN
 from partlens.object_parts.inspection import InspectRecord
 from partlens.page import figures, notation
 from partlens.page.environment import environment
-from partlens.page.explainer import ExplainerData, collect_explainer, explainer_chapter, explainer_view
-from partlens.page.explanation_page import Explanations, collect_explanations, explanation_chapter
-from partlens.page.inspection_page import InspectionData, collect_inspection, inspection_chapter
-from partlens.page.parts_page import PartsData, collect_parts, parts_chapter, parts_view
+from partlens.page.explainer import ExplainerData
+from partlens.page.explanation_page import Explanations
+from partlens.page.inspection_page import InspectionData
+from partlens.page.parts_page import PartsData
 from partlens.page.reading import Pictures
-from partlens.page.selection_page import (
-    SelectionData,
-    collect_selection,
-    selection_chapter,
-    selection_view,
-)
+from partlens.page.selection_page import SelectionData
 from partlens.page.views import Chapter
 from partlens.records import write_text
 from partlens.run import EXPLAINER, INSPECTION, SELECTION, RunRecord
@@ -98,9 +93,9 @@ def collect_page(run: Path) -> PageData:
         rule = f"a file {INSPECTION}, {EXPLAINER} or {SELECTION} in {run}"
         raise RunError(expected(rule, "none there", remedy))
     of_categories = Pictures(run, InspectRecord.AGAIN, int(INSPECTION_SHARE * PICTURES_BYTES))
-    inspection = collect_inspection(run, of_categories)
+    inspection = InspectionData.read(run, of_categories)
     of_filters = Pictures(run, EVALUATE_AGAIN, PICTURES_BYTES - of_categories.spent_bytes)
-    explainer, pending = collect_explainer(run, of_filters), _begun(SelectionRecord, run, "select-features")
+    explainer, pending = ExplainerData.read(run, of_filters), _begun(SelectionRecord, run, "select-features")
     of_filters.check_room()
     if inspection is None and (begun := _begun(InspectRecord, run, "inspect")):
         raise RunError(expected(f"a finished inspection in {run}", "one that was only begun", f"Go on with: {begun}"))
@@ -108,28 +103,28 @@ def collect_page(run: Path) -> PageData:
         raise RunError(expected(f"a finished selection in {run}", "one that was only begun", f"Go on with: {pending}"))
     room = max(of_filters.limit_bytes - of_filters.spent_bytes, 0)
     of_parts = Pictures(run, "Run partlens parts again", room)
-    named_parts = collect_parts(run, of_parts) if explainer else None
+    named_parts = PartsData.read(run, of_parts) if explainer else None
     of_parts.check_room()
     room = max(room - of_parts.spent_bytes, 0)
     of_images = Pictures(run, ExplanationRecord.AGAIN, room)
-    explanations = collect_explanations(run, of_images, int(EXPLANATIONS_SHARE * room))
+    explanations = Explanations.read(run, of_images, int(EXPLANATIONS_SHARE * room))
     of_classes = Pictures(run, SelectionRecord.AGAIN, max(room - of_images.spent_bytes, 0))
-    selection = collect_selection(run, of_classes, _explained_names(explanations))
+    selection = SelectionData.read(run, of_classes, _explained_names(explanations))
     return PageData(explainer, selection, explanations, pending, named_parts, inspection)
 
 
 def _chapters(data: PageData) -> tuple[Chapter, ...]:
     """Return the chapters: verdicts, single predictions, filters; then one layer and its parts."""
-    chapters = [inspection_chapter(data.inspection)] if data.inspection else []
-    selection = [selection_chapter(data.selection)] if data.selection else []
-    single = [explanation_chapter(data.explanations)] if data.selection or data.explanations.shown else []
+    chapters = [data.inspection.chapter()] if data.inspection else []
+    selection = [data.selection.chapter()] if data.selection else []
+    single = [data.explanations.chapter()] if data.selection or data.explanations.shown else []
     # Where there are verdicts, the predictions follow them; without, the filters they rest on come first.
     chapters += [*single, *selection] if data.inspection else [*selection, *single]
     if data.explainer:
-        chapters.append(explainer_chapter(data.explainer))
+        chapters.append(data.explainer.chapter())
     if data.named_parts:
         explained = any(one.record.parts for one in data.explanations.shown)
-        chapters.append(parts_chapter(data.named_parts, explained=explained))
+        chapters.append(data.named_parts.chapter(explained=explained))
     return tuple(chapters)
 
 
@@ -189,9 +184,9 @@ def _views(data: PageData) -> dict[str, Any]:
     return {
         "images": images,
         "inspection": data.inspection,
-        "selection": selection_view(data.selection, images) if data.selection else None,
-        "explainer": explainer_view(data.explainer) if data.explainer else None,
-        "parts": parts_view(data.named_parts, images) if data.named_parts else None,
+        "selection": data.selection.view(images) if data.selection else None,
+        "explainer": data.explainer.view() if data.explainer else None,
+        "parts": data.named_parts.view(images) if data.named_parts else None,
     }
 
 

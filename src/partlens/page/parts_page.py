@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from partlens.estimate import Estimate
 from partlens.object_parts.inspection import InspectedCategory, InspectRecord
@@ -65,57 +65,68 @@ class PartsData:
         found = [v for v in (_known(one, name) for one in self.file.evidence) if math.isfinite(v)]
         return sum(found) / len(found) if found else math.nan
 
+    @classmethod
+    def read(cls, run: Path, pictures: Pictures) -> Self | None:
+        """Read what the page says of parts.
+
+        Returns:
+            The content, or ``None`` where the run has no ``parts.json``.
+
+        Raises:
+            RunError: the file is damaged or of another version, or a strip is missing.
+        """
+        file = PartsFile.read_if_there(run)
+        if file is None:
+            return None
+        adds, rows = file.measured() or {}, []
+        for part in file.named:
+            found = tuple((p, pictures.read(run, p.strip)) for p in file.parts if p.id in part.ids)
+            rows.append(_PartRow(part, found, adds.get(part.filters)))
+        inspected = InspectRecord.read_if_there(run)
+        known = [inspected.category(name) for name in file.categories] if inspected is not None else []
+        return cls(file, tuple(one for one in known if one is not None), tuple(rows))
+
+    def view(self, images: Sequence[ExplanationData]) -> dict[str, Any]:
+        """Return what the template shows.
+
+        ``figures`` are by name, only those with something to show; ``checks`` say how well each measure predicts what
+        is lost; ``explained`` are (image, anchor, what its parts add) of explained photos.
+        """
+        contributions = self.file.contributions
+        checks = contributions.removal_check if self.measured and contributions else {}
+        return {
+            "data": self,
+            "figures": {name: Figure(caption, svg) for name, caption, svg in _drawn(self) if svg},
+            "checks": [(words, checks[name]) for name, words in _MEASURES.items() if name in checks],
+            "explained": [
+                (image.record.image, image.anchor, f"{one.name}: {one.headline}")
+                for image in images
+                for one in image.record.parts
+            ],
+        }
+
+    def chapter(self, *, explained: bool) -> Chapter:
+        """Describe the chapter for the contents; what parts add counts filters as well, and is no headline."""
+        named = ", ".join(f"{row.part.name} {len(row.part.filters)}" for row in self.rows)
+        sections = [("which-parts", "Which parts"), ("part-contributions", "What they add"), ("removal", "Taken away")]
+        return Chapter(
+            kind="parts",
+            anchor="named-parts",
+            title="Parts of the explainer's filters",
+            headline=f"The explainer's filters by the part where they peak: {named}.",
+            sections=(*sections, *([("part-photos", "In photos")] if explained else [])),
+        )
+
 
 def _known(evidence: Evidence, name: str) -> float:
     value = getattr(evidence, name)
     return value.value if isinstance(value, Estimate) else float(value)
 
 
-def collect_parts(run: Path, pictures: Pictures) -> PartsData | None:
-    """Read what the page says of parts.
-
-    Returns:
-        The content, or ``None`` where the run has no ``parts.json``.
-
-    Raises:
-        RunError: the file is damaged or of another version, or a strip is missing.
-    """
-    file = PartsFile.read_if_there(run)
-    if file is None:
-        return None
-    adds, rows = file.measured() or {}, []
-    for part in file.named:
-        found = tuple((p, pictures.read(run, p.strip)) for p in file.parts if p.id in part.ids)
-        rows.append(_PartRow(part, found, adds.get(part.filters)))
-    inspected = InspectRecord.read_if_there(run)
-    known = [inspected.category(name) for name in file.categories] if inspected is not None else []
-    return PartsData(file, tuple(one for one in known if one is not None), tuple(rows))
-
-
 def _row(name: str, share: Estimate, null: Estimate | None = None) -> figures.ScoreRow:
     percent, band = share.scaled(100), (math.nan, math.nan) if null is None else null.scaled(100).interval
     text = f"{percent.value:.1f} %".replace("-", "−")
     return figures.ScoreRow(name, "explainer", percent.value, *percent.interval, text, band)
-
-
-def parts_view(data: PartsData, images: Sequence[ExplanationData]) -> dict[str, Any]:
-    """Return what the template shows.
-
-    ``figures`` are by name, only those with something to show; ``checks`` say how well each measure predicts what is
-    lost; ``explained`` are (image, anchor, what its parts add) of explained photos.
-    """
-    contributions = data.file.contributions
-    checks = contributions.removal_check if data.measured and contributions else {}
-    return {
-        "data": data,
-        "figures": {name: Figure(caption, svg) for name, caption, svg in _drawn(data) if svg},
-        "checks": [(words, checks[name]) for name, words in _MEASURES.items() if name in checks],
-        "explained": [
-            (image.record.image, image.anchor, f"{one.name}: {one.headline}")
-            for image in images
-            for one in image.record.parts
-        ],
-    }
 
 
 def _drawn(data: PartsData) -> list[tuple[str, str, str | None]]:
@@ -148,16 +159,3 @@ def _drawn(data: PartsData) -> list[tuple[str, str, str | None]]:
             figures.removal_chart("Predicted and measured loss", marks),
         ),
     ]
-
-
-def parts_chapter(data: PartsData, *, explained: bool) -> Chapter:
-    """Describe the chapter for the contents; what parts add counts filters as well, and is no headline."""
-    named = ", ".join(f"{row.part.name} {len(row.part.filters)}" for row in data.rows)
-    sections = [("which-parts", "Which parts"), ("part-contributions", "What they add"), ("removal", "Taken away")]
-    return Chapter(
-        kind="parts",
-        anchor="named-parts",
-        title="Parts of the explainer's filters",
-        headline=f"The explainer's filters by the part where they peak: {named}.",
-        sections=(*sections, *([("part-photos", "In photos")] if explained else [])),
-    )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from partlens.estimate import Estimate, wilson_interval
 from partlens.page import figures, notation
 from partlens.page.environment import environment
 from partlens.page.explanation_page import ExplanationData
 from partlens.page.reading import Embedded, Pictures
-from partlens.page.selection_figures import class_shares, layer_shares, layers_chart, layers_width
+from partlens.page.svg import Scale, lettering, line, svg, tag
 from partlens.page.views import Chapter, Figure, origin
+from partlens.progress import duration
 from partlens.selection.record import RelevantFilter, SelectedClass, SelectionFound, SelectionRecord
 
 _OPEN_CLASSES = 12  # shown open
@@ -59,6 +61,82 @@ class SelectionData:
         """Return the classes that the page shows in one place."""
         return tuple(one for one in self.classes if one.place == place)
 
+    @classmethod
+    def read(cls, run: Path, pictures: Pictures, first: Iterable[str] = ()) -> Self | None:
+        """Read a selection for the page, some classes first; ``None`` where a run has none or an unfinished one."""
+        record = SelectionRecord.read_if_there(run)
+        if record is None or record.found is None:
+            return None
+        return cls(record, record.found, _classes(record.found, pictures, first))
+
+    @property
+    def headline(self) -> str:
+        """From how much each class is read and how right that is; markup that is already escaped."""
+        words = environment().get_template("selection_words.html.j2").module
+        said: str = words.headline(self.record, self.found, _above_nulls(self.found))  # type: ignore[attr-defined]
+        return said.strip()
+
+    def view(self, images: Iterable[ExplanationData] = ()) -> dict[str, Any]:
+        """Return what the template shows; classes are linked to the explained images on the page."""
+        found = self.found
+        links: dict[str, list[tuple[str, str]]] = {}
+        for image in images:
+            for one in image.record.explained:
+                links.setdefault(one.name, []).append((image.anchor, image.record.image))
+        columns, rows = _heat_table(self)
+        title = "Share of a class's weight by layer"
+        layers = _layer_shares(found)
+        chart = _layers_chart(title, layers)
+        hits, total = _sharper(found)
+        share = hits / total if total else math.nan
+        sharp = (
+            Estimate(share, wilson_interval(share, total), total, "filters") if total else Estimate.undefined("filters")
+        )
+        readouts = _readouts(found)
+        return {
+            "data": self,
+            "explained": links,  # (anchor, image) by class
+            "states": _states(found, sharp),
+            "sharper": (hits, total),
+            "sharper_share": sharp,
+            "readouts": readouts,
+            "readout_figure": _readout_figure(readouts, of_predictions=self.record.config.labels == "predictions"),
+            "layers_figure": Figure(f"{title}, mean over the classes", chart) if chart else None,
+            "layers_width": round(_layers_width(len(layers))),
+            "heat_columns": columns,
+            "heat_rows": rows,  # anchor, class, and its share by layer in percent
+        }
+
+    def chapter(self) -> Chapter:
+        """Describe the chapter for the contents."""
+        record, index = self.record, self.found.index
+        of = {"data": "the data's labels", "predictions": "the network's own predictions"}[record.config.labels]
+        split = notation.SPLITS.get(record.config.split, record.config.split)
+        facts = (
+            ("Performer", record.performer.name),
+            ("Layers", f"{len(index.layers)}, with {index.size:,} filters"),
+            ("Data", record.data.name),
+            ("Learned from", f"{notation.counted(record.photos, f'{split} photos')}, with {of}"),
+            ("Selected", notation.moment(record.created)),
+            ("Duration", duration(record.seconds)),
+        )
+        layers = [(name, f"{count:,}") for name, count in zip(index.layers, index.channels, strict=True)]
+        return Chapter(
+            kind="selection",
+            anchor="selection",
+            title="What each class is read from",
+            headline=self.headline,
+            page_title=f"What {notation.short_name(record.performer.name)} reads each class from",
+            facts=tuple((name, value) for name, value in facts if value),
+            sections=(
+                ("selection-verdict", "Verdict"),
+                ("readout", "Read-out"),
+                ("layers", "Layers"),
+                ("classes", "Classes"),
+            ),
+            origin=origin("The selection", record, record.config, ("Layers (filters)", layers)),
+        )
+
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -87,18 +165,10 @@ def _classes(found: SelectionFound, pictures: Pictures, first: Iterable[str]) ->
     return tuple(made)
 
 
-def collect_selection(run: Path, pictures: Pictures, first: Iterable[str] = ()) -> SelectionData | None:
-    """Read a selection for the page, some classes first; ``None`` where a run has none or an unfinished one."""
-    record = SelectionRecord.read_if_there(run)
-    if record is None or record.found is None:
-        return None
-    return SelectionData(record, record.found, _classes(record.found, pictures, first))
-
-
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def sharper(found: SelectionFound) -> tuple[int, int]:
+def _sharper(found: SelectionFound) -> tuple[int, int]:
     """Count filters whose average picture is sharper than that of random crops, and those where both are known."""
     known = {
         (each.layer, each.channel): each.picture
@@ -149,43 +219,13 @@ def _readout_figure(rows: Iterable[tuple[str, str, Estimate]], *, of_predictions
         for label, role, one in rows
     ]
     title = "Held-out photos with the network's own prediction" if of_predictions else "Held-out photos that are right"
-    svg = figures.scores_chart(title, "higher is better", drawn) if drawn else ""
-    return Figure(f"{title}: higher is better", svg) if svg else None
-
-
-def selection_view(data: SelectionData, images: Iterable[ExplanationData] = ()) -> dict[str, Any]:
-    """Return what the template shows; classes are linked to the explained images on the page."""
-    found = data.found
-    links: dict[str, list[tuple[str, str]]] = {}
-    for image in images:
-        for one in image.record.explained:
-            links.setdefault(one.name, []).append((image.anchor, image.record.image))
-    columns, rows = _heat_table(data)
-    title = "Share of a class's weight by layer"
-    layers = layer_shares(found)
-    svg = layers_chart(title, layers)
-    hits, total = sharper(found)
-    share = hits / total if total else math.nan
-    sharp = Estimate(share, wilson_interval(share, total), total, "filters") if total else Estimate.undefined("filters")
-    readouts = _readouts(found)
-    return {
-        "data": data,
-        "explained": links,  # (anchor, image) by class
-        "states": _states(found, sharp),
-        "sharper": (hits, total),
-        "sharper_share": sharp,
-        "readouts": readouts,
-        "readout_figure": _readout_figure(readouts, of_predictions=data.record.config.labels == "predictions"),
-        "layers_figure": Figure(f"{title}, mean over the classes", svg) if svg else None,
-        "layers_width": round(layers_width(len(layers))),
-        "heat_columns": columns,
-        "heat_rows": rows,  # anchor, class, and its share by layer in percent
-    }
+    chart = figures.scores_chart(title, "higher is better", drawn) if drawn else ""
+    return Figure(f"{title}: higher is better", chart) if chart else None
 
 
 def _heat_table(data: SelectionData) -> tuple[tuple[str, ...], tuple[tuple[str, str, tuple[float | None, ...]], ...]]:
     """Return the layers with weight, and each class's share by layer in percent; nothing for many classes."""
-    shares = [class_shares(one.data) for one in data.classes]
+    shares = [_class_shares(one.data) for one in data.classes]
     columns = tuple(layer for layer in data.found.index.layers if any(layer in has for has in shares))
     if not columns or len(shares) > _TABLE_CLASSES:
         return (), ()
@@ -195,42 +235,87 @@ def _heat_table(data: SelectionData) -> tuple[tuple[str, ...], tuple[tuple[str, 
     return columns, tuple(rows)
 
 
-# --- the chapter ------------------------------------------------------------------------------------------------------
+# --- where in the network the filters are ---------------------------------------------------------------------------
+
+_LABELS = 40
+"""So many layers are named at most; of more, every second or third."""
 
 
-def _selection_headline(data: SelectionData) -> str:
-    """Say from how much each class is read and how right that is; markup that is already escaped."""
-    words = environment().get_template("selection_words.html.j2").module
-    said: str = words.headline(data.record, data.found, _above_nulls(data.found))  # type: ignore[attr-defined]
-    return said.strip()
+@dataclass(frozen=True)
+class _LayerShare:
+    """One layer of the figure.
+
+    Attributes:
+        layer: its name.
+        share: its part of a class's weight (0 to 1), mean over the classes.
+        even: its part of all filters: what it would have if weights were spread evenly.
+    """
+
+    layer: str
+    share: float
+    even: float
 
 
-def selection_chapter(data: SelectionData) -> Chapter:
-    """Describe the chapter for the contents."""
-    record, index = data.record, data.found.index
-    of = {"data": "the data's labels", "predictions": "the network's own predictions"}[record.config.labels]
-    split = notation.SPLITS.get(record.config.split, record.config.split)
-    facts = (
-        ("Performer", record.performer.name),
-        ("Layers", f"{len(index.layers)}, with {index.size:,} filters"),
-        ("Data", record.data.name),
-        ("Learned from", f"{notation.counted(record.photos, f'{split} photos')}, with {of}"),
-        ("Selected", notation.moment(record.created)),
-        ("Duration", notation.duration(record.seconds)),
+def _class_shares(one: SelectedClass) -> dict[str, float]:
+    """Return a class's share of weight in each layer that has any."""
+    shares: dict[str, float] = {}
+    for each in one.filters:
+        shares[each.layer] = shares.get(each.layer, 0.0) + each.share
+    return shares
+
+
+def _layer_shares(found: SelectionFound) -> tuple[_LayerShare, ...]:
+    """Return every measured layer's share, mean over the classes that are read from anything."""
+    shares = [has for has in map(_class_shares, found.classes) if has]
+    return tuple(
+        _LayerShare(
+            layer, sum(has.get(layer, 0.0) for has in shares) / max(len(shares), 1), channels / found.index.size
+        )
+        for layer, channels in zip(found.index.layers, found.index.channels, strict=True)
     )
-    layers = [(name, f"{count:,}") for name, count in zip(index.layers, index.channels, strict=True)]
-    return Chapter(
-        kind="selection",
-        anchor="selection",
-        title="What each class is read from",
-        headline=_selection_headline(data),
-        page_title=f"What {notation.short_name(record.performer.name)} reads each class from",
-        facts=tuple((name, value) for name, value in facts if value),
-        sections=(
-            ("selection-verdict", "Verdict"),
-            ("readout", "Read-out"),
-            ("layers", "Layers"),
-            ("classes", "Classes"),
-        ),
-        origin=origin("The selection", record, record.config, ("Layers (filters)", layers)),
-    )
+
+
+def _layers_width(count: int) -> float:
+    """Return the width of the figure in its own units, which are about pixels."""
+    return max(float(figures.WIDTH), 60.0 + 26.0 * min(count, _LABELS))
+
+
+def _layers_chart(title: str, layers: Sequence[_LayerShare]) -> str:
+    """Draw each layer's share of the weight as a bar, and as a ring what even spreading would give.
+
+    Args:
+        title: of the figure.
+        layers: in the network's order, from left to right.
+
+    Returns:
+        An ``<svg>``, or an empty string when no layer has any weight.
+    """
+    if not any(layer.share > 0 for layer in layers):
+        return ""
+    width, left, top, bottom = _layers_width(len(layers)), 40.0, 8.0, 190.0
+    right = width - 14.0
+    high = max(max(layer.share, layer.even) for layer in layers)
+    scale = Scale(0.0, high * 1.08, bottom, top)
+    parts = []
+    for tick in figures.tick_values(0.0, high * 1.08):
+        parts.append(line(left, scale(tick), right, scale(tick), "axis" if tick == 0 else "grid"))
+        parts.append(lettering(left - 6, scale(tick) + 4, f"{100 * tick:g} %", "end", "soft"))
+    step = (right - left) / len(layers)
+    every = math.ceil(len(layers) / _LABELS)
+    for position, layer in enumerate(layers):
+        x, wide = left + step * (position + 0.5), min(step * 0.62, 34.0)
+        words = f"{layer.layer}: {100 * layer.share:.1f} % of the weight, {100 * layer.even:.1f} % of the filters"
+        bar = {"x": x - wide / 2, "y": scale(layer.share), "width": wide, "height": bottom - scale(layer.share)}
+        parts.append(tag("rect", tag("title", escape(words)), class_="fill-explainer", **bar))
+        ring = {"cx": x, "cy": scale(layer.even), "r": min(4.0, step / 3)}
+        parts.append(tag("circle", class_="hollow stroke-null", **ring))
+        if position % every == 0:
+            name = layer.layer if len(layer.layer) <= 14 else f"…{layer.layer[-13:]}"
+            turn = f"rotate(-40 {x:.1f} {bottom + 14:.1f})"
+            parts.append(tag("text", escape(name), x=x, y=bottom + 14, text_anchor="end", transform=turn))
+    used = sorted((layer for layer in layers if layer.share > 0), key=lambda layer: -layer.share)
+    spoken = "; ".join(f"{layer.layer} {100 * layer.share:.1f} %" for layer in used[:8])
+    if len(used) > 8:
+        spoken += f"; {len(used) - 8} more"
+    longest = max(min(len(layer.layer), 14) for layer in layers)
+    return svg((width, bottom + 26 + 4.2 * longest), "chart", title, spoken, *parts)
