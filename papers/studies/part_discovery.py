@@ -6,7 +6,7 @@ training split without labels, and located on the test split by the same directi
 the nearest parts with the landmarks' names. Each recipe changes what its name says:
 
     plain factors   K non-negative factors of all photos, places in the whole photo
-    teachers        how the explainer finds its teachers (`partlens.explainer.teachers.part_teachers`)
+    teachers        factors of 3 to 16 parts at a time, chosen by movement (`partlens.object_parts.candidates`)
     fewer at a time candidates are 2 to 8 factors at a time, not 3 to 16
     filters alike   each filter is divided by its standard deviation
     and mirror      places are the mean of the photo and its mirror
@@ -36,17 +36,21 @@ from PIL import Image
 from torch import Tensor
 
 from partlens.data.images import ImageSet
-from partlens.explainer.teachers import LaterParts, centroids, followed, part_codes, part_teachers, places_in_photo
+from partlens.explainer.teachers import places_in_photo
 from partlens.explainer.views import view_windows, viewed_images
+from partlens.network.precision import chosen_precision
 from partlens.network.stream import stream
 from partlens.network.zoo import load_performer
+from partlens.object_parts.candidates import LaterParts, centroids, chosen_parts, followed, part_codes
 from partlens.object_parts.finding import supported
 from partlens.object_parts.inspection import FindingConfig
 from partlens_papers.data.cub import read
 from partlens_papers.data.listing import Choice
 from partlens_papers.part_discovery import label_agreement, landmark_error, landmark_errors
 
-COUNTS, VIEWS, LAYER = (4, 8, 16), 4, "layer4"
+COUNTS, VIEWS = (4, 8, 16), 4
+LAYERS = {"vgg16": "features.29"}
+"""The last maps of a network; ``layer4`` of others."""
 TEACHER_SIZES, FEWER = (3, 4, 5, 6, 8, 10, 12, 16), (2, 3, 4, 5, 6, 7, 8)
 RIDGE_PLACES, RIDGE_FEATURES = 0.3, 0.1
 """The penalties are the best of 0.1, 0.3, 1 and 10 on folds of the training split of ResNet-18."""
@@ -60,6 +64,7 @@ class Birds:
     """Boxes of the birds, their landmarks (row, col) as shares of the box, and which are of the training split."""
 
     images: ImageSet
+    names: tuple[str, ...]
     landmarks: Tensor
     train: Tensor
 
@@ -72,38 +77,41 @@ def birds(folder: Path) -> Birds:
         with Image.open(listing.files[row]) as photo:
             return np.asarray(photo.convert("RGB").crop(tuple(boxes[row].round().astype(int))))
 
-    places = listing.truth(listing.keys).positions_px
-    shares = (places - boxes[:, None, :2]) / (boxes[:, None, 2:] - boxes[:, None, :2])
+    truth = listing.truth(listing.keys)
+    shares = (truth.positions_px - boxes[:, None, :2]) / (boxes[:, None, 2:] - boxes[:, None, :2])
     images = ImageSet.from_generator(cut, listing.keys, recipe=str(folder))
     train = torch.tensor([side == "train" for side in listing.splits])
-    return Birds(images, torch.from_numpy(shares[..., ::-1].copy()).float(), train)
+    return Birds(images, truth.landmarks, torch.from_numpy(shares[..., ::-1].copy()).float(), train)
 
 
-def maps_of(given: Birds, network: str, weights: str, side: int, folder: Path) -> tuple[np.ndarray, Tensor]:
+def maps_of(images: ImageSet, network: str, weights: str, side: int, place: Path) -> tuple[np.ndarray, Tensor]:
     """Return the layer's maps (photo, view, filter, row, col) and the windows, made once."""
-    place = folder / f"cub-{network}-{side}"
     place.mkdir(parents=True, exist_ok=True)
-    photos = len(given.images)
+    photos, layer = len(images), LAYERS.get(network, "layer4")
     if not (place / "done").exists():
-        performer = load_performer(f"torchvision:{network}@{weights}")
+        source = "partlens_papers.performers" if network == "vgg16" else "torchvision"
+        performer = load_performer(f"{source}:{network}@{weights}")
         sized = replace(performer.preprocessing, size_px=(side, side), resize="squash", resize_px=None)
         windows = view_windows(photos, VIEWS, torch.Generator().manual_seed(0))
         np.save(place / "windows.npy", windows.numpy())
         drawn, viewing = viewed_images(
-            given.images,
+            images,
             replace(performer, preprocessing=sized),
             np.repeat(np.arange(photos), VIEWS),
             windows.flatten(0, 1),
         )
+        precision = chosen_precision(viewing, drawn, range(len(drawn)), [layer])
+        print(place.name, precision, flush=True)
         kept: np.ndarray | None = None
-        for batch in stream(viewing, drawn, range(len(drawn)), [LAYER], batch_size=8 * VIEWS):
-            values = batch.maps[LAYER].clamp(min=0).half().numpy()
+        viewing = viewing.computing(precision.used)
+        for batch in stream(viewing, drawn, range(len(drawn)), [layer], batch_size=8 * VIEWS):
+            values = batch.maps[layer].clamp(min=0).half().numpy()
             if kept is None:
                 shape = (photos, VIEWS, *values.shape[1:])
-                kept = np.lib.format.open_memmap(place / f"{LAYER}.npy", mode="w+", dtype=np.float16, shape=shape)
+                kept = np.lib.format.open_memmap(place / "maps.npy", mode="w+", dtype=np.float16, shape=shape)
             kept.reshape(-1, *values.shape[1:])[list(batch.rows)] = values
         (place / "done").write_text("")
-    return np.load(place / f"{LAYER}.npy", mmap_mode="r"), torch.from_numpy(np.load(place / "windows.npy"))
+    return np.load(place / "maps.npy", mmap_mode="r"), torch.from_numpy(np.load(place / "windows.npy"))
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ def recipes(given: Birds, maps: np.ndarray, windows: Tensor, seed: int) -> Itera
 
     def taught(found: Candidates, count: int, variety: float) -> list[int]:
         own = train.nonzero()[:, 0]
-        return list(part_teachers(lambda view: found.seen[view][own], windows[own], count, variety).chosen)
+        return list(chosen_parts(lambda view: found.seen[view][own], windows[own], count, variety).chosen)
 
     variety = FindingConfig().variety
     alike = candidates(maps, windows, train, scale, FEWER, seed)
@@ -219,7 +227,8 @@ def main() -> None:
     for text in given_args.networks:
         name, _, weights = text.partition("=")
         network, _, side = name.partition(":")
-        maps, windows = maps_of(given, network, weights, int(side or 224), given_args.maps)
+        place = given_args.maps / f"cub-{network}-{side or 224}"
+        maps, windows = maps_of(given.images, network, weights, int(side or 224), place)
         rows = result.setdefault(f"{network}, {side or 224} px", [])
         rows.clear()
         for seed in range(given_args.seeds):

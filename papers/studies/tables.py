@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from partlens.estimate import Estimate
+from partlens.evaluation.places import mean_of
 from partlens_papers.flowers.benchmark import benchmark_table
 from partlens_papers.removal.removal_tables import curve_table, table
 from partlens_papers.sanity.sanity_tables import sanity_lines
@@ -173,6 +175,66 @@ def _agreement(rows: list[dict[str, Any]]) -> str:
     return ", ".join(f"{sum(row[key] for row in known) / len(known):.2f}" for key in ("nmi", "ari") if known)
 
 
+def _interval(found: dict[str, Any], digits: int = 2) -> str:
+    low, high = found["interval"]
+    return f"{found['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def rivals() -> list[str]:
+    """Our parts beside other ways to divide a layer, a row a method; kept scores with their nulls."""
+    heads = ["", "units", "kept", "other photos", "random", "foretells its loss", "other photo's", "from the mean"]
+    heads += ["loss of windows, from the mean", "landmark error", "CPU time: find; foretell"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, row in load("part-rivals.json")["methods"].items():
+        kept, own = row.get("kept", {}), row.get("own foretells own", {})
+        windows, units = row.get("own foretells windows", {}), own.get("units", [])
+        cost = row.get("CPU time over ours", {})
+        cells = [", ".join(map(str, sorted(set(units)))) if units else "–"]
+        cells += [_interval(kept["parts"]) if kept else "–"]
+        cells += [f"{kept[k]['value']:.2f}" if k in kept else "–" for k in ("other_photos", "random")]
+        cells += [_interval(own["photos"]) if own else "–"]
+        cells += [f"{own['of other photos']['value']:.2f}" if own else "–"]
+        cells += [_interval(each["mean"]) if each else "–" for each in (own, windows)]
+        cells += [_interval(row["landmark error"], 1) if "landmark error" in row else "–"]
+        cells += ["; ".join(f"{cost[step]:.2f}" if step in cost else "–" for step in ("find", "foretell"))]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def animals() -> list[str]:
+    """Parts on five animals of VOC, the mean, and on birds, a row a kind of parts."""
+    scores = {"error": 1, "consistency": 2, "filter_correlation": 2, "instability_all": 3, "on_mask": 2}
+    heads = ["", "landmark error", "consistency", "correlation", "instability", "on the mask", "NMI, ARI"]
+    lines: list[str] = []
+    for network, found in load("part-animals.json").items():
+        for title, names in {
+            "five animals of VOC": [n for n in found if n != "bird"],
+            "birds of CUB": ["bird"],
+        }.items():
+            several = [found[name] for name in names if name in found]
+            photos = sum(each["first 4"]["error"]["n"] for each in several)
+            lines += [f"{network}, {title}, {photos} test photos:", "", f"| {' | '.join(heads)} |"]
+            lines.append("|---" * len(heads) + "|")
+            for kind in several[0]:
+                rows = [each[kind] for each in several]
+                counts = sorted({row["parts"] for row in rows})
+                label = f"{kind} ({counts[0]} to {counts[-1]})" if kind == "supported" else kind
+                cells = [_joined([row[score] for row in rows if score in row], d) for score, d in scores.items()]
+                known = [row for row in rows if "nmi" in row]
+                cells.append(", ".join(f"{fmean(row[key] for row in known):.2f}" for key in ("nmi", "ari") if known))
+                lines.append(f"| {label} | {' | '.join(cells)} |")
+            lines.append("")
+    return lines[:-1]
+
+
+def _joined(found: list[dict[str, Any]], digits: int) -> str:
+    """Write the mean of categories with its interval; nothing where it is not defined."""
+    known = [Estimate(**(row | {"interval": tuple(row["interval"])})) for row in found if row["value"] is not None]
+    if not known:
+        return "–"
+    return _interval(mean_of(known, [1] * len(known)).to_dict(), digits)
+
+
 RUNS = {
     "vgg16-voc-paper-preset-instability": "printed (preset `paper`, 4 epochs)",
     "vgg16-voc-relu5-3-instability": "teachers (our default, 12 + 5 epochs), tap relu5-3",
@@ -300,6 +362,8 @@ def _job_cells(job: tuple[str, str, str], scores: dict[tuple[str, str], dict[str
 
 SECTIONS = {
     "part-discovery": discovery,
+    "part-rivals": rivals,
+    "part-animals": animals,
     "explainers": explainers,
     "performers": performers,
     "places-with-noise": places_with_noise,

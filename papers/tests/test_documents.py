@@ -29,6 +29,12 @@ def test_pages_stay_short_and_results_small() -> None:
     assert all(path.stat().st_size <= 300_000 for path in (PAPERS / "results").rglob("*") if path.is_file())
 
 
+@pytest.mark.parametrize("study", sorted((PAPERS / "studies").glob("*.py")), ids=lambda p: p.stem)
+def test_studies_still_find_what_they_use(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(study.parent))
+    runpy.run_path(str(study))
+
+
 def _commands() -> list[list[str]]:
     texts = "\n".join(page.read_text() for page in PAGES)
     found = re.findall(r"^partlens-papers ([^`\n]+)$", texts, re.MULTILINE)
