@@ -42,7 +42,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from partlens.selection.descriptors import descriptor  # noqa: E402
+from partlens.selection.descriptors import normalised  # noqa: E402
 from partlens.selection.lasso import mu_lasso  # noqa: E402
 from partlens.selection.record import FeatureIndex  # noqa: E402
 
@@ -139,7 +139,7 @@ def one_seed(seed: int) -> tuple[dict[str, dict[str, float]], int]:
 
     started = time.process_time()
     energies = maps.square().sum(2)
-    x = descriptor({layer: energies[:, INDEX.rows(layer)] for layer in INDEX.layers}, INDEX)
+    x = normalised(energies, INDEX)[0]
     made = time.process_time() - started  # counts for every method that uses descriptors
 
     started = time.process_time() - made

@@ -47,8 +47,8 @@ def test_T9_the_features_with_the_largest_contributions_are_chosen(
     tiny: Performer, index: FeatureIndex, batch: Tensor, weights: Tensor
 ) -> None:
     classes = torch.tensor([[0, 1]] * 5)
-    found = explain_batch(tiny, batch, weights, index, CONFIG, classes)
-    x, _ = image_descriptors(tiny, batch, index, CONFIG)
+    found = explain_batch(tiny, batch, weights, index, classes)
+    x, _ = image_descriptors(tiny, batch, index)
     for image in range(5):
         for column, name in enumerate((0, 1)):
             r = [(float(x[image, f]) * float(weights[f, name]), f) for f in range(index.size)]
@@ -65,7 +65,7 @@ def test_T9_the_features_with_the_largest_contributions_are_chosen(
 def test_T11_each_map_starts_from_one_channel_with_its_own_activation(
     tiny: Performer, index: FeatureIndex, batch: Tensor, weights: Tensor
 ) -> None:
-    found = explain_batch(tiny, batch, weights, index, CONFIG, torch.zeros(5, 1, dtype=torch.long))
+    found = explain_batch(tiny, batch, weights, index, torch.zeros(5, 1, dtype=torch.long))
     layer, channel = index.place(int(found.features[2, 0, 1]))
     _, taps = forward_taps(tiny, batch[2:3], [layer])
     start = torch.zeros(1, taps[layer].shape[1])
@@ -77,8 +77,8 @@ def test_T11_each_map_starts_from_one_channel_with_its_own_activation(
 def test_only_positive_contributions_are_shown(tiny: Performer, index: FeatureIndex, batch: Tensor) -> None:
     weights = torch.zeros(index.size, 1, dtype=torch.float64)
     weights[index.feature("relu2", 0)], weights[index.feature("relu2", 1)] = -5.0, 1.0
-    found = explain_batch(tiny, batch, weights, index, CONFIG, torch.zeros(5, 1, dtype=torch.long))
-    x, _ = image_descriptors(tiny, batch, index, CONFIG)
+    found = explain_batch(tiny, batch, weights, index, torch.zeros(5, 1, dtype=torch.long))
+    x, _ = image_descriptors(tiny, batch, index)
     one, other = (x[:, index.feature("relu2", k)].double() for k in (0, 1))
     assert torch.allclose(found.positive[:, 0], other)
     assert torch.allclose(found.scores[:, 0], other - 5 * one)
@@ -95,7 +95,7 @@ def test_each_setting_of_the_backward_pass_reaches_it(
     feature = index.feature("relu4", 3)
     weights[feature] = 1.0
     config = ExplanationConfig(**changes)
-    found = explain_batch(tiny, batch, weights, index, CONFIG, torch.zeros(5, 1, dtype=torch.long), config)
+    found = explain_batch(tiny, batch, weights, index, torch.zeros(5, 1, dtype=torch.long), config)
     start = torch.zeros(5, 16)
     start[:, 3] = 1
     plain, wanted = (
@@ -114,7 +114,7 @@ def test_maps_are_smoothed_by_a_share_of_the_shorter_side(
     weights = torch.ones(index.size, 1, dtype=torch.float64)
     classes = torch.zeros(2, 1, dtype=torch.long)
     sharp, soft = (
-        explain_batch(tiny, wide, weights, index, CONFIG, classes, ExplanationConfig(features=2, smooth_frac=share))
+        explain_batch(tiny, wide, weights, index, classes, ExplanationConfig(features=2, smooth_frac=share))
         for share in (0.0, 0.1)
     )
     assert sharp.maps.shape == (2, 1, 2, 32, 48)
@@ -124,7 +124,7 @@ def test_maps_are_smoothed_by_a_share_of_the_shorter_side(
 def test_T15_maps_stay_in_range_and_the_combination_is_their_maximum(
     tiny: Performer, index: FeatureIndex, batch: Tensor, weights: Tensor
 ) -> None:
-    found = explain_batch(tiny, batch, weights, index, CONFIG, torch.tensor([[0, 2]] * 5))
+    found = explain_batch(tiny, batch, weights, index, torch.tensor([[0, 2]] * 5))
     assert float(found.maps.min()) >= 0
     assert float(found.maps.max()) <= 1
     assert torch.equal(found.combined, found.maps.amax(2))
@@ -136,7 +136,7 @@ def test_a_class_without_relevant_features_has_an_empty_map(
 ) -> None:
     weights = torch.zeros(index.size, 2, dtype=torch.float64)
     weights[3, 1] = 1.0
-    found = explain_batch(tiny, batch, weights, index, CONFIG, torch.tensor([[0, 1]] * 5))
+    found = explain_batch(tiny, batch, weights, index, torch.tensor([[0, 1]] * 5))
     assert (found.features[:, 0] == -1).all()
     assert float(found.combined[:, 0].abs().max()) == 0
     assert (found.features[:, 1, 0] == 3).all()
@@ -148,9 +148,9 @@ def test_a_batch_equals_its_images_one_by_one(
     tiny: Performer, index: FeatureIndex, batch: Tensor, weights: Tensor
 ) -> None:
     classes = torch.arange(5)[:, None] % 4
-    whole = explain_batch(tiny, batch, weights, index, CONFIG, classes)
+    whole = explain_batch(tiny, batch, weights, index, classes)
     for i in range(5):
-        single = explain_batch(tiny, batch[i : i + 1], weights, index, CONFIG, classes[i : i + 1])
+        single = explain_batch(tiny, batch[i : i + 1], weights, index, classes[i : i + 1])
         assert torch.equal(single.features[0], whole.features[i])
         assert torch.allclose(single.combined[0], whole.combined[i], atol=1e-5)
 
@@ -206,4 +206,4 @@ def test_bad_configuration(changes: dict[str, float], message: str) -> None:
 
 def test_weights_of_another_index(tiny: Performer, index: FeatureIndex, batch: Tensor) -> None:
     with pytest.raises(InputError, match=f"Expected weights of {index.size} features, got 7"):
-        explain_batch(tiny, batch, torch.zeros(7, 2), index, CONFIG, torch.zeros(5, 1, dtype=torch.long))
+        explain_batch(tiny, batch, torch.zeros(7, 2), index, torch.zeros(5, 1, dtype=torch.long))

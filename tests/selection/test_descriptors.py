@@ -12,14 +12,13 @@ from torch import nn
 
 from partlens.errors import InputError, LayerError
 from partlens.network.taps import forward_taps
-from partlens.selection.descriptors import descriptor, energy
+from partlens.selection.descriptors import energy, normalised
 from partlens.selection.measured_layers import feature_index
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.selection.responses import image_descriptors
 
 MADE = runpy.run_path(str(Path(__file__).with_name("made_networks.py")))
 as_performer, matconvnet_lenet = MADE["as_performer"], MADE["matconvnet_lenet"]
-PLAIN = DescriptorConfig(image_normalisation="none")
 
 
 def by_hand(values: dict[str, np.ndarray]) -> np.ndarray:
@@ -44,10 +43,9 @@ def test_T1_layers_sum_to_one_and_the_whole_has_length_one() -> None:
     net(torch.zeros(1, 3, 16, 16))
     performer, batch = as_performer(net.eval()), torch.randn(5, 3, 16, 16)
     index = feature_index(performer)
-    blocks, _ = image_descriptors(performer, batch, index, PLAIN)
-    for layer in index.layers:
-        assert torch.allclose(blocks[:, index.rows(layer)].sum(1), torch.ones(5), atol=1e-6)
     x, _ = image_descriptors(performer, batch, index)
+    sums = torch.stack([x[:, index.rows(layer)].sum(1) for layer in index.layers])
+    assert torch.allclose(sums, sums[:1].expand_as(sums), atol=1e-6)  # each layer has the same sum
     assert torch.allclose(x.norm(dim=1), torch.ones(5), atol=1e-6)
     with torch.no_grad():  # every output from here on doubles; nothing relative changes
         net[0].weight.mul_(2)
@@ -59,17 +57,11 @@ def test_T2_numbers_worked_by_hand() -> None:
     """Energies 25, 1 and 4, 0: layers 25/26, 1/26 and 1, 0; divided by the length of all four."""
     index = FeatureIndex(("a", "b"), (2, 2))
     maps = {"a": torch.tensor([[[[3.0, -4.0]], [[1.0, 0.0]]]]), "b": torch.tensor([[[[0.0], [2.0]], [[0.0], [0.0]]]])}
-    found = descriptor(maps, index)[0]
+    energies = torch.cat([energy(maps["a"]), energy(maps["b"])], 1)
+    assert energies.tolist() == [[25.0, 1.0, 4.0, 0.0]]
+    found = normalised(energies, index)[0][0]
     length = ((25 / 26) ** 2 + (1 / 26) ** 2 + 1) ** 0.5
     assert found.tolist() == pytest.approx([25 / 26 / length, 1 / 26 / length, 1 / length, 0.0], rel=1e-6)
-    energies = {"a": torch.tensor([[25.0, 1.0]]), "b": torch.tensor([[4.0, 0.0]])}
-    assert torch.equal(descriptor(energies, index)[0], found)
-    rooted = descriptor(energies, index, DescriptorConfig(energy="norm", image_normalisation="none"))[0]
-    assert rooted.tolist() == pytest.approx([5 / 6, 1 / 6, 1.0, 0.0])
-    plain = DescriptorConfig(energy="norm", layer_normalisation="none", image_normalisation="none")
-    raw = descriptor(energies, index, plain)[0]
-    assert raw.tolist() == pytest.approx([5.0, 1.0, 2.0, 0.0])
-    assert energy(maps["a"]).tolist() == [[25.0, 1.0]]
 
 
 def test_T4_each_layer_but_one_costs_a_rank() -> None:
@@ -79,11 +71,10 @@ def test_T4_each_layer_but_one_costs_a_rank() -> None:
         layer: torch.from_numpy(rng.gamma(0.5, 1.0, (1200, channels)))
         for layer, channels in zip(index.layers, index.channels, strict=True)
     }
-    for config in (DescriptorConfig(), PLAIN):
-        x = descriptor(energies, index, config).double().numpy()
-        squares = np.linalg.eigvalsh(x.T @ x)  # of the singular values
-        # float32 rounding leaves the five null directions at 1e-7 of the rest
-        assert int((squares > 1e-10 * squares.max()).sum()) == 1135
+    x = normalised(torch.cat(list(energies.values()), 1), index)[0].double().numpy()
+    squares = np.linalg.eigvalsh(x.T @ x)  # of the singular values
+    # float32 rounding leaves the five null directions at 1e-7 of the rest
+    assert int((squares > 1e-10 * squares.max()).sum()) == 1135
 
 
 def test_descriptors_equal_the_slow_formula_and_in_place_rectifiers_do_not_disturb_them() -> None:
@@ -101,7 +92,6 @@ def test_descriptors_equal_the_slow_formula_and_in_place_rectifiers_do_not_distu
     assert np.allclose(x, wanted, atol=1e-6)
     assert torch.allclose(logits, plain(batch), atol=1e-5)
     assert not np.allclose(x[:, index.rows("0")], x[:, index.rows("1")])
-    assert np.allclose(descriptor(taps, index), wanted, atol=1e-6)
 
 
 def test_configurations_are_checked_and_survive_json() -> None:
@@ -112,7 +102,7 @@ def test_configurations_are_checked_and_survive_json() -> None:
         ({"layer": "outputs"}, "Expected a field of DescriptorConfig, got layer. Did you mean"),
         ({"layers": ()}, "a list of at least one layer name"),
         ({"layers": "fc"}, "Expected layers to be one of outputs, activations, convolutions"),
-        ({"energy": "root"}, "Expected energy to be 'squared' or 'norm', got 'root'"),
+        ({"precision": "half"}, "Expected precision to be"),
     ):
         with pytest.raises(InputError, match=message):
             DescriptorConfig(**changes)
@@ -128,10 +118,3 @@ def test_configurations_are_checked_and_survive_json() -> None:
             make()
     with pytest.raises(LayerError, match="Nearest: conv1"):
         FeatureIndex(("conv1",), (2,)).rows("conv")
-    index = FeatureIndex(("a",), (2,))
-    with pytest.raises(LayerError, match="energies of a"):
-        descriptor({"b": torch.ones(1, 2)}, index)
-    with pytest.raises(InputError, match=r"\(image, 2\)"):
-        descriptor({"a": torch.ones(1, 3)}, index)
-    with pytest.raises(InputError, match="at least 0"):
-        descriptor({"a": -torch.ones(1, 2)}, index)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from partlens.errors import ImageError, InputError
 from partlens.selection import inner_products, relevance
-from partlens.selection.descriptors import descriptor
+from partlens.selection.descriptors import normalised
 from partlens.selection.lasso import mu_lasso
 from partlens.selection.record import FeatureIndex
 from partlens.selection.relevance import (
@@ -43,8 +43,8 @@ def planted(images: int, seed: int) -> tuple[Tensor, LabelMatrix, FeatureIndex]:
     for j in range(3):
         for feature in (index.feature("a", j), index.feature("c", 5 + j)):
             energy[kind == j, feature] += rng.gamma(9.0, 2.0, int((kind == j).sum()))
-    parts = {layer: torch.from_numpy(energy[:, index.rows(layer)]) for layer in index.layers}
-    return descriptor(parts, index), LabelMatrix(torch.from_numpy(np.eye(3)[kind]), NAMES, (2, None, 0)), index
+    x, _ = normalised(torch.from_numpy(energy), index)
+    return x, LabelMatrix(torch.from_numpy(np.eye(3)[kind]), NAMES, (2, None, 0)), index
 
 
 def test_labels_have_a_column_for_every_class_that_occurs() -> None:

@@ -21,13 +21,13 @@ from partlens.network.performer import weights_sha256
 from partlens.network.taps import forward_taps
 from partlens.rows import RowRecord
 from partlens.selection import responses
-from partlens.selection.descriptors import descriptor
+from partlens.selection.descriptors import energy, normalised
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.selection.responses import TopPhotos, image_descriptors, stream_responses
 
 MADE = runpy.run_path(str(Path(__file__).with_name("made_networks.py")))
 as_performer, Residual = MADE["as_performer"], MADE["Residual"]
-PLAIN = DescriptorConfig(image_normalisation="none")
+PLAIN = DescriptorConfig(layers="convolutions")
 
 
 class Killed(Exception):
@@ -59,7 +59,7 @@ def test_a_dead_layer_gives_zeros_and_is_counted(images, tmp_path) -> None:
     with pytest.raises(Killed):
         stream_responses(as_performer(net), images, out=tmp_path, progress=kill)
     assert stream_responses(as_performer(net), images, out=tmp_path).dead_layers == 11
-    silent = descriptor({"a": torch.zeros(2, 3)}, FeatureIndex(("a",), (3,)))
+    silent = normalised(torch.zeros(2, 3), FeatureIndex(("a",), (3,)))[0]
     assert silent.tolist() == [[0.0] * 3] * 2
 
 
@@ -81,7 +81,8 @@ def test_one_pass_gives_descriptors_peaks_and_scores(tiny, images, tmp_path) -> 
         "conv4",
         "relu4",
     )
-    assert np.allclose(found.descriptor, descriptor(taps, found.index), atol=1e-6)
+    energies = torch.cat([energy(taps[layer]) for layer in found.index.layers], 1)
+    assert np.allclose(found.descriptor, normalised(energies, found.index)[0], atol=1e-6)
     assert np.allclose(found.logits, output, atol=1e-5)
     assert isinstance(found.descriptor, np.memmap)
     for layer in found.index.layers:

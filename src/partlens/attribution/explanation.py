@@ -24,7 +24,7 @@ from partlens.attribution.backprop import backward_signals, heat_map
 from partlens.attribution.record import ExplanationConfig
 from partlens.errors import InputError, expected
 from partlens.network.performer import Performer
-from partlens.selection.record import DescriptorConfig, FeatureIndex
+from partlens.selection.record import FeatureIndex
 from partlens.selection.responses import image_descriptors
 
 _Chooser = Callable[[Tensor, Tensor], Tensor]  # output [image, output], scores [image, class] -> classes
@@ -120,7 +120,6 @@ def explain_batch(
     batch: Float[Tensor, "image channel row col"],
     weights: Float[Tensor, "feature class"],
     index: FeatureIndex,
-    descriptor: DescriptorConfig,
     classes: Int[Tensor, "image explained"] | _Chooser,
     config: ExplanationConfig | None = None,
 ) -> Explanations:
@@ -139,7 +138,7 @@ def explain_batch(
     if weights.shape[0] != index.size:
         rule = f"weights of {index.size} features"
         raise InputError(expected(rule, f"{weights.shape[0]}", "Use the weights' own feature index"))
-    x, output = image_descriptors(performer, batch, index, descriptor)
+    x, output = image_descriptors(performer, batch, index)
     chosen_classes = classes if isinstance(classes, Tensor) else classes(output, x.double() @ weights.double())
     parts = contributions(x.double(), weights.double(), chosen_classes)
     positive = parts.clamp(min=0)

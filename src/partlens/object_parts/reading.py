@@ -198,7 +198,7 @@ def _whole(performer: Performer, inputs: Tensor, wanted: Wanted, views: int) -> 
     index, kept = wanted.index, wanted.maps
     output, held = forward_taps(performer, inputs, wanted.read, wanted.reduce)
     measured = torch.cat([energy_and_peak(held[n]) if n in kept else held[n] for n in index.layers], dim=1)
-    x, lost = normalised(measured[:, :, 0], index, wanted.descriptor)
+    x, lost = normalised(measured[:, :, 0], index)
     arrays: dict[str, Any] = {
         "descriptor": x.cpu().numpy(),
         "peak": measured[:, :, 1].cpu().numpy(),

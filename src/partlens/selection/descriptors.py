@@ -3,10 +3,10 @@
 A *feature* is one channel of one layer's output. The descriptor of an image is made in four steps (Oramas et al. 2019,
 in the order of the authors' code):
 
-    e_lk = sum over cells of a_lk²        energy of channel k of layer l: no square root    (``energy``)
-    d_lk = e_lk / sum_k' |e_lk'|          every layer sums to 1                             (``layer_normalisation``)
-    d    = all layers one after another, in execution order                                 (``FeatureIndex``)
-    x    = d / ||d||_2                                                                      (``image_normalisation``)
+    e_lk = sum over cells of a_lk²        energy of channel k of layer l: no square root
+    d_lk = e_lk / sum_k' |e_lk'|          every layer sums to 1
+    d    = all layers one after another, in execution order (``FeatureIndex``)
+    x    = d / ||d||_2
 
 Source: the paper (arXiv 1712.06302) for the idea; the authors' MATLAB demo for the squared energies, both
 normalisations and the layers measured. Where a layer has no activation at all (0/0 in the demo) its features are 0.
@@ -14,15 +14,13 @@ normalisations and the layers measured. Where a layer has no activation at all (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from partlens.errors import InputError, LayerError, expected, listed
-from partlens.selection.record import DescriptorConfig, FeatureIndex
+from partlens.errors import LayerError, expected
+from partlens.selection.record import FeatureIndex
 
 _BLOCK = 1 << 19  # numbers that are squared at a time
 
@@ -96,48 +94,21 @@ def energy_and_peak(values: Tensor) -> Tensor:
     return torch.stack([energy(values), peak, place // cols, place % cols], dim=2)
 
 
-def normalised(energies: Tensor, index: FeatureIndex, config: DescriptorConfig) -> tuple[Tensor, Tensor]:
-    """Do steps 2 to 4 on all layers together; return the number of dead layers of each image too."""
+def normalised(energies: Tensor, index: FeatureIndex) -> tuple[Tensor, Tensor]:
+    """Do steps 2 to 4 on all layers together; return the number of dead layers of each image too.
+
+    Example:
+        >>> index = FeatureIndex(("a", "b"), (2, 1))
+        >>> x, dead = normalised(torch.tensor([[3.0, 1.0, 5.0], [0.0, 0.0, 2.0]]), index)
+        >>> torch.round(x, decimals=3).tolist(), dead.tolist()
+        ([[0.588, 0.196, 0.784], [0.0, 0.0, 1.0]], [0, 1])
+    """
     values = energies.double()
-    if config.energy == "norm":
-        values = values.sqrt()
     dead = torch.zeros(len(values), dtype=torch.int64, device=values.device)
     for layer in index.layers:
         rows = index.rows(layer)
         total = values[:, rows].sum(1, keepdim=True)
         dead += total[:, 0] == 0
-        if config.layer_normalisation == "l1":
-            values[:, rows] /= torch.where(total > 0, total, torch.ones_like(total))
-    if config.image_normalisation == "l2":
-        norm = torch.linalg.vector_norm(values, dim=1, keepdim=True)
-        values = values / torch.where(norm > 0, norm, torch.ones_like(norm))
-    return values.float(), dead
-
-
-def descriptor(
-    energies: Mapping[str, Tensor], index: FeatureIndex, config: DescriptorConfig | None = None
-) -> Float[Tensor, "image feature"]:
-    """Make descriptors, float32, from the energies ``[image, channel]`` or the maps of all layers.
-
-    Example:
-        >>> index = FeatureIndex(("a", "b"), (2, 1))
-        >>> descriptor({"a": torch.tensor([[3.0, 1.0]]), "b": torch.tensor([[5.0]])}, index,
-        ...            DescriptorConfig(image_normalisation="none")).tolist()
-        [[0.75, 0.25, 1.0]]
-    """
-    config = config or DescriptorConfig()
-    parts = []
-    for layer, channels in zip(index.layers, index.channels, strict=True):
-        if layer not in energies:
-            raise LayerError(expected(f"energies of {layer}", f"only {listed(list(energies))}", "Give every layer"))
-        values = energies[layer]
-        if values.ndim == 4:
-            values = energy(values)
-        if values.ndim != 2 or values.shape[1] != channels:
-            rule = f"energies of {layer} of shape (image, {channels})"
-            raise InputError(expected(rule, str(tuple(values.shape)), "Use its own index"))
-        if values.numel() and float(values.min()) < 0:
-            remedy = "Give sums of squares, or the maps"
-            raise InputError(expected(f"energies of {layer} of at least 0", float(values.min()), remedy))
-        parts.append(values.double())
-    return normalised(torch.cat(parts, dim=1), index, config)[0]
+        values[:, rows] /= torch.where(total > 0, total, torch.ones_like(total))
+    norm = torch.linalg.vector_norm(values, dim=1, keepdim=True)
+    return (values / torch.where(norm > 0, norm, torch.ones_like(norm))).float(), dead

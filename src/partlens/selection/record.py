@@ -33,14 +33,11 @@ Layers = Annotated[Literal["outputs", "activations", "convolutions"] | tuple[str
 
 
 class DescriptorConfig(Settings):
-    """How the descriptor of an image is made. The defaults are those of the authors' demo.
+    """Of what the descriptor of an image is made; how is in :mod:`partlens.selection.descriptors`.
 
     Attributes:
         layers: which layers are measured: outputs (every layer except the class scores and what follows them),
             activations (rectifiers and other activation functions), convolutions, or a list of layer names.
-        energy: squared, the sum of squares over the cells (authors), or norm, its square root.
-        layer_normalisation: l1 divides each layer by the sum of its energies (authors), none does not.
-        image_normalisation: l2 divides the whole descriptor by its Euclidean norm (authors), none does not.
         precision: of the pass over the photos; auto takes the fastest whose answers agree with float32.
 
     Raises:
@@ -48,9 +45,6 @@ class DescriptorConfig(Settings):
     """
 
     layers: Layers = "outputs"
-    energy: Literal["squared", "norm"] = "squared"
-    layer_normalisation: Literal["l1", "none"] = "l1"
-    image_normalisation: Literal["l2", "none"] = "l2"
     precision: Precision = "auto"
 
 

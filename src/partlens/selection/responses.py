@@ -42,11 +42,10 @@ def image_descriptors(
     performer: Performer,
     batch: Float[Tensor, "image channel row col"],
     index: FeatureIndex,
-    config: DescriptorConfig | None = None,
 ) -> tuple[Float[Tensor, "image feature"], Float[Tensor, "image output"]]:
     """Run a batch and return its descriptors and class scores, float32 on the CPU; the network stays as it was."""
     output, values = forward_taps(performer, batch, index.layers, energy)
-    x, _ = normalised(_joined(values, index), index, config or DescriptorConfig())
+    x, _ = normalised(_joined(values, index), index)
     return x.cpu(), performer.outputs.scores(output, len(batch)).cpu()
 
 
@@ -167,7 +166,7 @@ def stream_responses(
         "top": list(top),
     }
     count, among = min(top), top[1]
-    read = _Reading(performer, images, index, config, SHARD, peaks=count > 0)
+    read = _Reading(performer, images, index, SHARD, peaks=count > 0)
     with row_store(out, identity, len(images)) as store:
         kept = (
             TopPhotos(**{name: store.state[name] for name in _TOP}) if store.done else TopPhotos.none(count, index.size)
@@ -200,7 +199,6 @@ class _Reading:
     performer: Performer
     images: ImageSet
     index: FeatureIndex
-    config: DescriptorConfig
     shard: int
     peaks: bool
 
@@ -225,7 +223,7 @@ class _Reading:
     def _of_batch(self, batch: Batch) -> tuple[dict[str, np.ndarray], int]:
         kept = _joined(batch.maps, self.index)
         kept = kept if self.peaks else kept[:, :, None]
-        x, lost = normalised(kept[:, :, 0], self.index, self.config)
+        x, lost = normalised(kept[:, :, 0], self.index)
         found = {"descriptor": x, "logits": self.performer.outputs.scores(batch.outputs, len(batch.rows))}
         if self.peaks:
             found |= {"peak": kept[:, :, 1], "cell": kept[:, :, 2:].to(torch.int16)}

@@ -179,8 +179,7 @@ class _Stage:
             wanted: Any = choose_top(run.found.outputs, min(self.count, len(run.classes)))
             if self.classes is not None:
                 wanted = torch.tensor([[_class_column(run, name) for name in self.classes]] * len(pictures))
-            descriptor = run.record.config.descriptor
-            selected = explain_batch(self.performer, batch, run.weights, run.found.index, descriptor, wanted, self.how)
+            selected = explain_batch(self.performer, batch, run.weights, run.found.index, wanted, self.how)
         windows: Sequence[ExplainedWindows] = ()
         if self.inspection is not None:
             from partlens.verbs.explained_windows import explain_windows

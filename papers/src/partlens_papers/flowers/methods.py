@@ -11,7 +11,6 @@ from torch import Tensor
 
 from partlens.attribution.explanation import explain_batch, scaled, smoothed
 from partlens.attribution.record import ExplanationConfig
-from partlens.selection.record import DescriptorConfig
 from partlens.selection.relevance import label_matrix, select_relevant
 from partlens.selection.responses import stream_responses
 from partlens_papers.flowers.baselines import BASELINES, Method, upsampled_activation
@@ -59,7 +58,7 @@ def select_on_training(
     for name in flowers.classes:
         rows += flowers.images.indices(category=name, split="train")[:images_per_class]
     images = flowers.images.take(sorted(rows))
-    responses = stream_responses(performer, images, DescriptorConfig())
+    responses = stream_responses(performer, images)
     labels = label_matrix(images.categories, lambda _: None, flowers.classes)
     return select_relevant(torch.from_numpy(np.array(responses.descriptor)), labels, responses.index, mu)
 
@@ -76,7 +75,6 @@ def explanation_method(selection: Selection, config: ExplanationConfig) -> Metho
                 batch[part],
                 selection.weights,
                 selection.index,
-                DescriptorConfig(),
                 classes[part, None],
                 config,
             )

@@ -263,7 +263,6 @@ def explained(bench: Bench, fit: Fit, classes: Tensor | None, performer: Perform
             batch,
             fit.weights,
             fit.index,
-            bench.descriptor,
             choose_top(bench.outputs, 2) if classes is None else classes[part],
             bench.explanation,
         )
