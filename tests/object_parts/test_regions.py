@@ -14,8 +14,9 @@ from partlens.object_parts.regions import (
     AREAS,
     TapMaps,
     carrying_order,
+    grid_places,
     kept,
-    kept_by_grid,
+    kept_at,
     kept_by_kind,
     nearest_cells,
     part_cells,
@@ -134,7 +135,7 @@ def test_cells_are_set_to_the_mean_map_where_that_stands_for_nothing() -> None:
 
 def test_the_best_of_all_windows_is_a_ceiling() -> None:
     taps = lit(PLACES[:, :1])
-    grid = kept_by_grid(taps, whole_photos(taps), 4)
+    grid = kept_at(taps, whole_photos(taps), grid_places(4))
     assert grid.shape == (PHOTOS, len(AREAS), 16)
     assert bool((grid[:, -1].amax(1) == 1).all())
 

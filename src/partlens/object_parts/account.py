@@ -16,15 +16,16 @@ from partlens.object_parts.regions import (
     TapMaps,
     Whole,
     carrying_order,
+    grid_places,
     kept,
-    kept_by_grid,
+    kept_at,
     kept_by_kind,
     part_cells,
     shapley_shares,
     whole_photos,
     windows_at,
 )
-from partlens.object_parts.verdict import SAID_AREA, Verdict, judged
+from partlens.object_parts.verdict import SAID_AREA, Verdict, best_place, judged
 
 GRID = 3
 """Windows of the ceiling along a side."""
@@ -102,8 +103,13 @@ def account_of(
     by_kind = kept_by_kind(
         measured, whole, places, generator, counts=windows, annotated=truth.annotated, objects=truth.objects
     )
-    first = slice(0, _GRID_PHOTOS)
-    grid = kept_by_grid(measured.take(first), _part_of(whole, first), GRID)
+    gridded = min(_GRID_PHOTOS, (len(places) + 1) // 2)
+    first, others = slice(0, gridded), slice(gridded, len(places))
+    grid = kept_at(measured.take(first), _part_of(whole, first), grid_places(GRID))
+    fixed = torch.full((len(places), len(AREAS)), torch.nan, dtype=grid.dtype)
+    best = grid_places(GRID)[[best_place(grid)]]
+    if gridded < len(places):
+        fixed[others] = kept_at(measured.take(others), _part_of(whole, others), best)[:, :, 0]
     some = slice(0, _ALONE_PHOTOS)
     alone = torch.stack([windows_at(places[some, [p]], measured.grid, AREAS[0]) for p in range(len(order))], 1)
     shared = slice(0, max(_LEAST_SHARED, _SHARED_PASSES // 2 ** (len(order) + 1)))
@@ -121,7 +127,7 @@ def account_of(
             part_cells(places[shared], measured.grid, SAID_AREA),
             generator=generator,
         ),
-        verdict=judged(by_kind, grid, places, generator),
+        verdict=judged(by_kind, grid, fixed, places, generator),
     )
 
 

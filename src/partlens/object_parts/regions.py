@@ -309,9 +309,9 @@ def grid_places(side: int) -> Float[Tensor, "window 2"]:
     return torch.cartesian_prod(steps, steps)
 
 
-def kept_by_grid(taps: TapMaps, whole: Whole, side: int) -> Float[Tensor, "photo area window"]:
-    """Measure single windows at places spread evenly over the image: their best is the ceiling of a single window."""
-    places, photos = grid_places(side), len(taps.maps)
+def kept_at(taps: TapMaps, whole: Whole, places: Float[Tensor, "window 2"]) -> Float[Tensor, "photo area window"]:
+    """Measure single windows at the same places of all photos."""
+    photos = len(taps.maps)
     masks = torch.stack([windows_at(places[:, None], taps.grid, area) for area in AREAS])
     rows, cols = taps.grid
     keep = masks.flatten(0, 1).expand(photos, -1, rows, cols)

@@ -39,7 +39,6 @@ LEAST_PHOTOS = 8
 SAID_AREA = 0.3
 _EXCHANGES = 1000
 _LEVEL = 0.95
-_FOLDS = 4
 _ROUNDS = 200
 
 Curve = Float[Tensor, "photo area"]
@@ -125,18 +124,9 @@ def advantage_of(kept: KeptByKind, nulls: tuple[str, ...], generator: torch.Gene
     return bootstrap(smallest, len(parts), generator=generator, rounds=_ROUNDS), best
 
 
-def fixed_window(grid: Float[Tensor, "photo area window"]) -> tuple[Curve, int]:
-    """Return what one window at the same place of all photos keeps, and which place is best over all of them.
-
-    For the curves the place is chosen fold by fold on the other photos, so that choosing gains nothing by chance.
-    """
-    fold = torch.arange(len(grid)) % _FOLDS
-    chosen = torch.empty(grid.shape[:2], dtype=grid.dtype)
-    for number in range(_FOLDS):
-        rest = grid[fold != number] if len(grid) > _FOLDS else grid
-        best = int(rest.nanmedian(0).values.mean(0).argmax())
-        chosen[fold == number] = grid[fold == number][:, :, best]
-    return chosen, int(grid.nanmedian(0).values.mean(0).argmax())
+def best_place(grid: Float[Tensor, "photo area window"]) -> int:
+    """Return which window keeps most at the same place of all photos; what it keeps is to be asked of other photos."""
+    return int(grid.nanmedian(0).values.nan_to_num(-math.inf).mean(0).argmax())
 
 
 def in_several_places(places: Float[Tensor, "photo part 2"]) -> bool:
@@ -148,6 +138,7 @@ def in_several_places(places: Float[Tensor, "photo part 2"]) -> bool:
 def judged(
     kept: KeptByKind,
     grid: Float[Tensor, "gridded area window"],
+    fixed: Curve,
     places: Float[Tensor, "photo part 2"],
     generator: torch.Generator,
 ) -> Verdict:
@@ -155,22 +146,22 @@ def judged(
 
     Args:
         kept: what windows of each kind keep.
-        places: of the parts in the measured photos.
         grid: what single windows over the whole image keep on the first of the photos.
+        fixed: what the best of these keeps on the other photos, NaN on the first.
+        places: of the parts in the measured photos.
         generator: source of the exchanges.
     """
     parts = kept.score["parts"]
     nulls = (*NULLS, *(("object",) if "object" in kept.score else ()))
     against = {kind: compared(parts, kept.score[kind], generator) for kind in nulls}
     advantage, best = advantage_of(kept, nulls, generator)
-    fixed, place = fixed_window(grid)
     photos = int((~parts.isnan().any(1)).sum())
     kind, reason = _kind(kept, grid, fixed, against, photos, generator)
     if kind == "parts" and not _more_than_the_rest(kept, generator):
         kind, reason = "texture", "rest"
     elif kind == "parts" and "object" not in kept.score and not in_several_places(places):
         kind, reason = "texture", "one_place"
-    row, col = grid_places(round(grid.shape[2] ** 0.5))[place].tolist()
+    row, col = grid_places(round(grid.shape[2] ** 0.5))[best_place(grid)].tolist()
     return Verdict(kind, advantage, best, against, (row, col), float(fixed[:, 0].nanmedian()), photos, reason)
 
 
@@ -191,15 +182,14 @@ def _kind(
     """Apply the rule of the module's text."""
     if photos < LEAST_PHOTOS:
         return "undecided", "few"
-    some = len(grid)
-    if all(compared(fixed, kept.score[kind][:some], generator).counts for kind in ("parts", "random", "centre")):
+    if all(compared(fixed, kept.score[kind], generator).counts for kind in ("parts", "random", "centre")):
         return "elsewhere", "fixed"
     if "object" in kept.score and compared(kept.score["off_object"], kept.score["object"], generator).counts:
         return "elsewhere", "off_object"
     if all(one.counts for one in against.values() if math.isfinite(one.value)):
         return "parts", ""
     ceiling = grid.amax(2)
-    if compared(ceiling, kept.score["random"][:some], generator).counts:
+    if compared(ceiling, kept.score["random"][: len(grid)], generator).counts:
         return "texture", ""
     return "undecided", "unsure"
 
