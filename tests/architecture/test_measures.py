@@ -35,13 +35,13 @@ WANTED = {
 # What is not as wanted: the number reached, which no change may worsen. The wanted ones are those of the house before
 # networks of any layout, inspections and sealed files came into it. Delete a line when its bound is met.
 REACHED: dict[str, float] = {
-    "lines": 31_036,
+    "lines": 30_997,
     "files": 128,
     "complex_functions": 48,
     "mean_complexity": 3.80,
-    "record_classes": 222,
-    "record_fields": 1_149,
-    "public_names": 613,
+    "record_classes": 220,
+    "record_fields": 1_136,
+    "public_names": 611,
     "inner_imports": 135,
     "comment_share": 0.0077,
 }

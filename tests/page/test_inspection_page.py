@@ -13,28 +13,25 @@ from partlens.estimate import Estimate
 from partlens.object_parts.inspection import (
     Comparison,
     DecidedClass,
-    FixedWindow,
     InspectConfig,
     InspectedCategory,
     InspectedPart,
     InspectedPhoto,
     InspectRecord,
-    KeptCurves,
 )
 from partlens.page.inspection_page import _kept_chart, _shares_bar
 from partlens.page.page import collect_page, render_page, write_report
 from partlens.run import DataInfo, PerformerInfo
 
 AREAS = (0.1, 0.2, 0.3, 0.4)
-CURVES = KeptCurves(
-    area=AREAS,
-    parts=(0.3, 0.5, 0.75, 0.8),
-    other_photos=(0.2, 0.4, 0.61, 0.7),
-    random=(0.1, 0.2, 0.3, 0.4),
-    centre=(0.2, 0.3, 0.5, 0.6),
-    rest=(0.0, 0.1, 0.1, 0.2),
-    ceiling=(0.4, 0.6, 0.8, 0.9),
-)
+CURVES = {
+    "parts": (0.3, 0.5, 0.75, 0.8),
+    "other_photos": (0.2, 0.4, 0.61, 0.7),
+    "random": (0.1, 0.2, 0.3, 0.4),
+    "centre": (0.2, 0.3, 0.5, 0.6),
+    "rest": (0.0, 0.1, 0.1, 0.2),
+    "ceiling": (0.4, 0.6, 0.8, 0.9),
+}
 
 
 def picture(path: Path, size: tuple[int, int]) -> None:
@@ -85,13 +82,13 @@ def category(folder: Path, name: str, verdict: str = "parts", size: tuple[int, i
         advantage=Estimate(0.12, (0.08, 0.15), 40),
         best_null="other_photos",
         against={kind: Comparison(advantage=0.12, threshold=0.04) for kind in ("other_photos", "random", "centre")},
+        areas=AREAS,
         kept=CURVES,
         decisions=CURVES,
         windows=(1, 2, 2, 2),
         parts=tuple(parts),
         elsewhere=Estimate(0.2, (0.1, 0.3), 40),
         correlation=0.3,
-        fixed=FixedWindow(place=(0.1, 0.1), kept=0.2),
         photos=60,
         measured=40,
         shared=40,
@@ -154,13 +151,12 @@ def test_an_inspection_that_was_only_begun_says_how_to_go_on(tmp_path: Path) -> 
 
 
 def test_the_chart_names_each_curve_and_says_its_figures() -> None:
-    chart = _kept_chart("Score kept", CURVES)
+    chart = _kept_chart("Score kept", AREAS, CURVES)
     for words in ("parts", "other photos", "random", "centre", "best window", "all the rest"):
         assert f">{words}</text>" in chart
     assert "parts 75 %" in chart
     nothing = (float("nan"),) * 4
-    empty = KeptCurves(area=AREAS, parts=nothing, other_photos=nothing, random=nothing, centre=nothing, rest=nothing)
-    assert _kept_chart("Score kept", empty) == ""
+    assert _kept_chart("Score kept", AREAS, dict.fromkeys(CURVES, nothing)) == ""
 
 
 def test_a_bar_of_shares_has_a_slice_for_each_and_leaves_negative_ones_out() -> None:

@@ -97,34 +97,6 @@ class InspectedPart(Value):
     gallery: str
 
 
-class KeptCurves(Value):
-    """What windows of each kind keep at each area: the median over photos; empty where a kind could not be measured.
-
-    Attributes:
-        area: shares of the image.
-        parts: windows at the parts.
-        other_photos: the same windows laid on other photos.
-        random: windows at random places.
-        centre: one window in the centre.
-        rest: everything outside the windows at the parts.
-        ceiling: the best single window of each photo, among nine.
-        annotated: windows at annotated parts.
-        object: a window at the best of nine places on the object.
-        off_object: windows at random places beside the object.
-    """
-
-    area: Numbers
-    parts: Numbers
-    other_photos: Numbers
-    random: Numbers
-    centre: Numbers
-    rest: Numbers
-    ceiling: Numbers = ()
-    annotated: Numbers = ()
-    object: Numbers = ()
-    off_object: Numbers = ()
-
-
 class Comparison(Value):
     """The advantage of the parts over one kind of windows, and what exchanging them by chance gives.
 
@@ -135,18 +107,6 @@ class Comparison(Value):
 
     advantage: Number
     threshold: Number
-
-
-class FixedWindow(Value):
-    """The window that keeps most at one place of all photos.
-
-    Attributes:
-        place: row and col, as shares of the sides.
-        kept: median kept score at a tenth of the image.
-    """
-
-    place: tuple[Number, Number]
-    kept: Number
 
 
 class InspectedPhoto(Value):
@@ -163,7 +123,6 @@ class InspectedPhoto(Value):
         kept_other: by the same windows of other photos.
         places: of the parts (row, col), as shares of the sides.
         picture: the photo with its parts, a file in the run directory; empty where none was drawn.
-        explanation: folder of its explanation in the run directory; empty where there is none.
     """
 
     image: str
@@ -176,7 +135,6 @@ class InspectedPhoto(Value):
     kept_other: Number
     places: tuple[tuple[Number, Number], ...]
     picture: str = ""
-    explanation: str = ""
 
 
 class DecidedClass(Value):
@@ -204,13 +162,17 @@ class InspectedCategory(Value):
         advantage: of the parts over the best kind for comparison, the mean over areas from 0.1 to 0.4.
         best_null: that kind.
         against: each kind for comparison with its threshold.
-        kept: kept scores.
+        areas: shares of the image at which windows were measured.
+        kept: what windows of each kind keep of the score at each area, the median over photos. Kinds: ``parts``,
+            windows at the parts; ``other_photos``, the same laid on other photos; ``random`` places; one in the
+            ``centre``; ``rest``, everything outside those at the parts; ``ceiling``, the best single one of each
+            photo, among nine; where annotations say so, at ``annotated`` parts, ``object``, at the best of nine places
+            on it, and ``off_object``, at random beside it.
         decisions: kept decisions, the same curves.
         windows: at how many parts the windows of each area stand.
         parts: those that carry most first.
         elsewhere: Shapley share of everything outside the parts' windows, with its interval.
         correlation: of the places of two parts, the mean; lower is more variety.
-        fixed: the best window at one place of all photos.
         photos: that parts were found on.
         measured: photos that regions were measured on.
         shared: photos whose score was shared among the parts.
@@ -228,13 +190,13 @@ class InspectedCategory(Value):
     advantage: Estimate
     best_null: str
     against: dict[str, Comparison]
-    kept: KeptCurves
-    decisions: KeptCurves
+    areas: Numbers
+    kept: dict[str, Numbers]
+    decisions: dict[str, Numbers]
     windows: tuple[int, ...]
     parts: tuple[InspectedPart, ...]
     elsewhere: Estimate
     correlation: Number
-    fixed: FixedWindow
     photos: int
     measured: int
     shared: int

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Self
 
-from partlens.object_parts.inspection import InspectedCategory, InspectedPhoto, InspectRecord, KeptCurves
+from partlens.object_parts.inspection import InspectedCategory, InspectedPhoto, InspectRecord
 from partlens.page import notation
 from partlens.page.reading import Embedded, Pictures
 from partlens.page.svg import Scale, lettering, line, svg, tag
@@ -115,7 +115,7 @@ class InspectionData:
 def _category(
     one: InspectedCategory, position: int, galleries: tuple[Embedded | None, ...], count: int
 ) -> _ShownCategory:
-    curve = _kept_chart(f"Score kept, {one.name or 'all photos'}", one.kept)
+    curve = _kept_chart(f"Score kept, {one.name or 'all photos'}", one.areas, one.kept)
     names = [*(part.name for part in one.parts), _ELSEWHERE]
     shares = [*(part.share for part in one.parts), one.elsewhere.value]
     return _ShownCategory(
@@ -180,24 +180,23 @@ _KINDS = (
 )
 
 
-def _kept_chart(title: str, kept: KeptCurves) -> str:
+def _kept_chart(title: str, areas: Sequence[float], kept: Mapping[str, Sequence[float]]) -> str:
     """Draw what each kind of windows keeps over the area, its name at the end of its curve."""
-    curves = {kind: getattr(kept, kind) for kind, _, _ in _KINDS}
-    known = {k: v for k, v in curves.items() if v and all(map(math.isfinite, v))}
+    known = {kind: kept[kind] for kind, _, _ in _KINDS if kind in kept and all(map(math.isfinite, kept[kind]))}
     if "parts" not in known:
         return ""
     top = max(1.0, *(max(values) for values in known.values()))
-    across = Scale(0.0, max(kept.area), _LEFT, _RIGHT)
+    across = Scale(0.0, max(areas), _LEFT, _RIGHT)
     up = Scale(min(0.0, *(min(values) for values in known.values())), top, _BOTTOM, _TOP)
-    drawn = [*_axes(across, up, kept.area)]
+    drawn = [*_axes(across, up, areas)]
     shown = [(known[kind], class_) for kind, _, class_ in reversed(_KINDS) if kind in known]
-    drawn += [_curve(across, up, kept.area, values, class_) for values, class_ in shown]
+    drawn += [_curve(across, up, areas, values, class_) for values, class_ in shown]
     drawn += _labels(up, {words: known[kind][-1] for kind, words, _ in _KINDS if kind in known})
-    at = len(kept.area) - 2
+    at = len(areas) - 2
     said = "; ".join(
         f"{words} {notation.percent_digits(known[kind][at])} %" for kind, words, _ in _KINDS if kind in known
     )
-    return svg(_SIZE, "chart", title, f"Kept at {kept.area[at]:.0%} of the image: {said}.", *drawn)
+    return svg(_SIZE, "chart", title, f"Kept at {areas[at]:.0%} of the image: {said}.", *drawn)
 
 
 def _axes(across: Scale, up: Scale, areas: Sequence[float]) -> list[str]:

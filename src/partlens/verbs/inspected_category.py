@@ -22,12 +22,11 @@ from partlens.object_parts.finding import FoundParts, find_parts
 from partlens.object_parts.inspection import (
     Comparison,
     DecidedClass,
-    FixedWindow,
     InspectConfig,
     InspectedCategory,
     InspectedPart,
     InspectedPhoto,
-    KeptCurves,
+    Numbers,
 )
 from partlens.object_parts.reading import Read
 from partlens.object_parts.regions import AREAS, TapMaps, Upper
@@ -205,13 +204,13 @@ def _record(
         advantage=verdict.advantage,
         best_null=verdict.best_null,
         against={k: Comparison(advantage=c.value, threshold=c.threshold) for k, c in verdict.against.items()},
+        areas=AREAS,
         kept=_curves(kept.score, account.grid.amax(2)),
         decisions=_curves({kind: values.double() for kind, values in kept.decision.items()}, None),
         windows=account.windows,
         parts=_parts(stage, found, account, truth, drawn),
         elsewhere=_mean_share(account, len(account.order), stage.config.seed),
         correlation=found.correlation,
-        fixed=FixedWindow(place=verdict.fixed, kept=verdict.fixed_kept),
         photos=len(photos.found),
         measured=measured,
         shared=int((~account.shares.players.isnan().any(1)).sum()),
@@ -234,14 +233,14 @@ def _notes(photos: CategoryPhotos, measured: int, undefined: int) -> tuple[str, 
     return tuple(notes)
 
 
-def _curves(values: Mapping[str, Tensor], ceiling: Tensor | None) -> KeptCurves:
+def _curves(values: Mapping[str, Tensor], ceiling: Tensor | None) -> dict[str, Numbers]:
     """Write the curves: medians of scores, means of decisions."""
     found = {
         kind: tuple((curve(each) if ceiling is not None else each.mean(0)).tolist()) for kind, each in values.items()
     }
     if ceiling is not None:
         found["ceiling"] = tuple(curve(ceiling).tolist())
-    return KeptCurves(area=AREAS, **found)
+    return found
 
 
 def _mean_share(account: Account, player: int, seed: int) -> Estimate:
