@@ -25,6 +25,7 @@ from partlens.run import DataInfo, PerformerInfo
 
 AREAS = (0.1, 0.2, 0.3, 0.4)
 CURVES = {
+    "area": AREAS,
     "parts": (0.3, 0.5, 0.75, 0.8),
     "other_photos": (0.2, 0.4, 0.61, 0.7),
     "random": (0.1, 0.2, 0.3, 0.4),
@@ -82,7 +83,6 @@ def category(folder: Path, name: str, verdict: str = "parts", size: tuple[int, i
         advantage=Estimate(0.12, (0.08, 0.15), 40),
         best_null="other_photos",
         against={kind: Comparison(advantage=0.12, threshold=0.04) for kind in ("other_photos", "random", "centre")},
-        areas=AREAS,
         kept=CURVES,
         decisions=CURVES,
         windows=(1, 2, 2, 2),
@@ -151,12 +151,12 @@ def test_an_inspection_that_was_only_begun_says_how_to_go_on(tmp_path: Path) -> 
 
 
 def test_the_chart_names_each_curve_and_says_its_figures() -> None:
-    chart = _kept_chart("Score kept", AREAS, CURVES)
+    chart = _kept_chart("Score kept", CURVES)
     for words in ("parts", "other photos", "random", "centre", "best window", "all the rest"):
         assert f">{words}</text>" in chart
     assert "parts 75 %" in chart
     nothing = (float("nan"),) * 4
-    assert _kept_chart("Score kept", AREAS, dict.fromkeys(CURVES, nothing)) == ""
+    assert _kept_chart("Score kept", dict.fromkeys(CURVES, nothing)) == ""
 
 
 def test_a_bar_of_shares_has_a_slice_for_each_and_leaves_negative_ones_out() -> None:

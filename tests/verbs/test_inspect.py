@@ -41,8 +41,8 @@ def test_every_category_has_a_verdict_with_its_numbers(inspected: Path) -> None:
     for one in content["categories"]:
         assert one["verdict"] in {"parts", "texture", "elsewhere", "undecided"}
         assert {"value", "interval", "n"} <= set(one["advantage"])
-        lists = ("parts", "other_photos", "random", "centre", "rest", "ceiling")
-        assert {len(one["areas"]), *(len(one["kept"][name]) for name in lists)} == {4}
+        lists = ("area", "parts", "other_photos", "random", "centre", "rest", "ceiling")
+        assert {len(one["kept"][name]) for name in lists} == {4}
         assert 1 <= len(one["parts"]) <= 3
         for part in one["parts"]:
             assert {"id", "name", "share", "movement", "stability"} <= set(part)

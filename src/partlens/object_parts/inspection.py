@@ -162,12 +162,11 @@ class InspectedCategory(Value):
         advantage: of the parts over the best kind for comparison, the mean over areas from 0.1 to 0.4.
         best_null: that kind.
         against: each kind for comparison with its threshold.
-        areas: shares of the image at which windows were measured.
-        kept: what windows of each kind keep of the score at each area, the median over photos. Kinds: ``parts``,
-            windows at the parts; ``other_photos``, the same laid on other photos; ``random`` places; one in the
-            ``centre``; ``rest``, everything outside those at the parts; ``ceiling``, the best single one of each
-            photo, among nine; where annotations say so, at ``annotated`` parts, ``object``, at the best of nine places
-            on it, and ``off_object``, at random beside it.
+        kept: what windows of each kind keep of the score at each ``area``, a share of the image; the median over
+            photos. Kinds: ``parts``, windows at the parts; ``other_photos``, the same laid on other photos;
+            ``random`` places; one in the ``centre``; ``rest``, everything outside those at the parts; ``ceiling``, the
+            best single one of each photo, among nine; where annotations say so, at ``annotated`` parts, ``object``,
+            at the best of nine places on it, and ``off_object``, at random beside it.
         decisions: kept decisions, the same curves.
         windows: at how many parts the windows of each area stand.
         parts: those that carry most first.
@@ -190,7 +189,6 @@ class InspectedCategory(Value):
     advantage: Estimate
     best_null: str
     against: dict[str, Comparison]
-    areas: Numbers
     kept: dict[str, Numbers]
     decisions: dict[str, Numbers]
     windows: tuple[int, ...]

@@ -115,7 +115,7 @@ class InspectionData:
 def _category(
     one: InspectedCategory, position: int, galleries: tuple[Embedded | None, ...], count: int
 ) -> _ShownCategory:
-    curve = _kept_chart(f"Score kept, {one.name or 'all photos'}", one.areas, one.kept)
+    curve = _kept_chart(f"Score kept, {one.name or 'all photos'}", one.kept)
     names = [*(part.name for part in one.parts), _ELSEWHERE]
     shares = [*(part.share for part in one.parts), one.elsewhere.value]
     return _ShownCategory(
@@ -180,8 +180,9 @@ _KINDS = (
 )
 
 
-def _kept_chart(title: str, areas: Sequence[float], kept: Mapping[str, Sequence[float]]) -> str:
+def _kept_chart(title: str, kept: Mapping[str, Sequence[float]]) -> str:
     """Draw what each kind of windows keeps over the area, its name at the end of its curve."""
+    areas = kept["area"]
     known = {kind: kept[kind] for kind, _, _ in _KINDS if kind in kept and all(map(math.isfinite, kept[kind]))}
     if "parts" not in known:
         return ""

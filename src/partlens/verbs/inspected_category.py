@@ -204,7 +204,6 @@ def _record(
         advantage=verdict.advantage,
         best_null=verdict.best_null,
         against={k: Comparison(advantage=c.value, threshold=c.threshold) for k, c in verdict.against.items()},
-        areas=AREAS,
         kept=_curves(kept.score, account.grid.amax(2)),
         decisions=_curves({kind: values.double() for kind, values in kept.decision.items()}, None),
         windows=account.windows,
@@ -235,7 +234,7 @@ def _notes(photos: CategoryPhotos, measured: int, undefined: int) -> tuple[str, 
 
 def _curves(values: Mapping[str, Tensor], ceiling: Tensor | None) -> dict[str, Numbers]:
     """Write the curves: medians of scores, means of decisions."""
-    found = {
+    found = {"area": AREAS} | {
         kind: tuple((curve(each) if ceiling is not None else each.mean(0)).tolist()) for kind, each in values.items()
     }
     if ceiling is not None:
