@@ -68,9 +68,9 @@ def test_where_to_compute_is_typed_by_its_own_names(
     monkeypatch.setattr("partlens.verbs.printed.print_path", lambda _: None)
     words = ["select-features", "torchvision:resnet18", "photos", "--out", "run"]
     assert main(words) == 0
-    assert main([*words, "--workers", "3", "--device", "cuda:1", "--descriptor.energy", "norm"]) == 0
+    assert main([*words, "--workers", "3", "--device", "cuda:1", "--descriptor.precision", "float32"]) == 0
     assert [each["compute"] for each in given] == [{}, {"device": "cuda:1", "workers": 3}]
-    assert [each["descriptor"] for each in given] == [{}, {"energy": "norm"}]
+    assert [each["descriptor"] for each in given] == [{}, {"precision": "float32"}]
 
 
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ def test_the_options_file_is_read(tmp_path: Path) -> None:
 def test_readme_code_runs(
     tiny: Performer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    preprocessing = replace(tiny.preprocessing, size_px=(64, 64))
+    preprocessing = tiny.preprocessing.changed({"size_px": (64, 64)})
     small = replace(tiny, preprocessing=preprocessing)
     monkeypatch.setattr(
         "partlens.network.zoo.load_performer", lambda name: replace(small, loaded_as=(name, preprocessing))

@@ -91,7 +91,7 @@ def maps_of(images: ImageSet, network: str, weights: str, side: int, place: Path
     if not (place / "done").exists():
         source = "partlens_papers.performers" if network == "vgg16" else "torchvision"
         performer = load_performer(f"{source}:{network}@{weights}")
-        sized = replace(performer.preprocessing, size_px=(side, side), resize="squash", resize_px=None)
+        sized = performer.preprocessing.changed({"size_px": (side, side), "resize": "squash", "resize_px": None})
         windows = view_windows(photos, VIEWS, torch.Generator().manual_seed(0))
         np.save(place / "windows.npy", windows.numpy())
         drawn, viewing = viewed_images(

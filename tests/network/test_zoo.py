@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import dataclasses
 import sys
 import types
 from pathlib import Path
@@ -241,7 +240,7 @@ def made():
     assert filled.preprocessing == plain.preprocessing
     assert not filled.module.training
     # What stands in the header of a trained file comes first.
-    header = {"class_names": '["x", "y"]', **dataclasses.replace(plain.preprocessing, size_px=(32, 32)).to_metadata()}
+    header = {"class_names": '["x", "y"]', **plain.preprocessing.changed({"size_px": (32, 32)}).to_metadata()}
     write_tensors(tmp_path / "t.safetensors", other, header)
     trained = load_performer(f"given_network:made@{tmp_path / 't.safetensors'}")
     assert trained.class_names == ("x", "y")

@@ -44,7 +44,14 @@ def alexnet() -> Performer:
     for layer in module.children():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)
-    preprocessing = Preprocessing((SIDE, SIDE), "squash", None, "BGR", 1.0, (104.0, 117.0, 123.0), (1.0, 1.0, 1.0))
+    preprocessing = Preprocessing(
+        size_px=(SIDE, SIDE),
+        resize="squash",
+        channel_order="BGR",
+        scale=1.0,
+        mean=(104.0, 117.0, 123.0),
+        std=(1.0, 1.0, 1.0),
+    )
     return Performer(module, "partlens_papers.performers:alexnet_caffe", preprocessing, weights_sha256(module))
 
 
@@ -70,7 +77,14 @@ def small() -> Performer:
     module = nn.Sequential(layers).eval()
     for layer in (module.conv1, module.conv2):
         nn.init.kaiming_normal_(layer.weight)
-    preprocessing = Preprocessing((32, 32), "squash", None, "BGR", 1.0, (104.0, 117.0, 123.0), (1.0, 1.0, 1.0))
+    preprocessing = Preprocessing(
+        size_px=(32, 32),
+        resize="squash",
+        channel_order="BGR",
+        scale=1.0,
+        mean=(104.0, 117.0, 123.0),
+        std=(1.0, 1.0, 1.0),
+    )
     return Performer(module, "small", preprocessing, weights_sha256(module))
 
 
@@ -138,7 +152,7 @@ def test_fully_connected_layers_of_the_papers_networks_are_new(alexnet: Performe
 )
 def test_which_layers_are_new(build: Any, choice: str, new: tuple[str, ...]) -> None:
     module = build().eval()
-    performer = Performer(module, "net", Preprocessing((SIDE, SIDE), "squash"), "")
+    performer = Performer(module, "net", Preprocessing(size_px=(SIDE, SIDE), resize="squash"), "")
     before = {n: v.clone() for n, v in module.state_dict().items()}
     random = torch.get_rng_state()
     prepared = prepare_network(performer, 3, FinetuneConfig(new_layers=choice))

@@ -29,7 +29,14 @@ from partlens_papers.networks.train_performer import held_out_scores, read_train
 
 SIDE = 67
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "learning_rate": 0.004}
-CAFFE = Preprocessing((SIDE, SIDE), "squash", None, "BGR", 1.0, (104.0, 117.0, 123.0), (1.0, 1.0, 1.0))
+CAFFE = Preprocessing(
+    size_px=(SIDE, SIDE),
+    resize="squash",
+    channel_order="BGR",
+    scale=1.0,
+    mean=(104.0, 117.0, 123.0),
+    std=(1.0, 1.0, 1.0),
+)
 
 
 def colours(kinds: tuple[str, ...] = ("red", "green", "blue"), count: int = 60) -> ImageSet:
@@ -47,7 +54,7 @@ def small() -> Performer:
     """A network whose features are colours, with a last layer for five other classes."""
     torch.manual_seed(1)
     module = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 12), nn.ReLU(), nn.Linear(12, 5)).eval()
-    preprocessing = Preprocessing((32, 32), "squash", mean=(0.3, 0.3, 0.3), std=(0.2, 0.2, 0.2))
+    preprocessing = Preprocessing(size_px=(32, 32), resize="squash", mean=(0.3, 0.3, 0.3), std=(0.2, 0.2, 0.2))
     return Performer(module, "own", preprocessing, weights_sha256(module))
 
 
@@ -135,7 +142,7 @@ def test_torchvisions_networks_load_with_their_number_of_outputs(name: str, tmp_
     torch.manual_seed(0)
     module = torchvision.models.get_model(name, weights=None)
     start = tmp_path / "w.safetensors"
-    save_file(module.state_dict(), start, metadata=Preprocessing((40, 40), "squash").to_metadata())
+    save_file(module.state_dict(), start, metadata=Preprocessing(size_px=(40, 40), resize="squash").to_metadata())
     last = "layer4" if name == "resnet18" else "classifier"
     config = {"epochs": 1, "batch_size": 16, "train_from": last, "loss": "softmax"}
     spec = f"torchvision:{name}@{start}"
@@ -154,7 +161,7 @@ def test_timms_networks_load_too(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     module = timm.create_model("mobilenetv3_small_050", pretrained=False)
     start = tmp_path / "w.safetensors"
-    header = Preprocessing((32, 32), "squash", interpolation="bicubic")
+    header = Preprocessing(size_px=(32, 32), resize="squash", interpolation="bicubic")
     save_file(module.state_dict(), start, metadata=header.to_metadata())
     spec = f"timm:mobilenetv3_small_050@{start}"
     config = {"epochs": 1, "batch_size": 32, "train_from": "classifier"}
@@ -312,7 +319,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         images.read(index).save(folder / f"{index}.png")
     torch.manual_seed(0)
     weights = torchvision.models.squeezenet1_1(weights=None).state_dict()
-    save_file(weights, tmp_path / "w.safetensors", metadata=Preprocessing((40, 40), "squash").to_metadata())
+    save_file(
+        weights, tmp_path / "w.safetensors", metadata=Preprocessing(size_px=(40, 40), resize="squash").to_metadata()
+    )
     out = tmp_path / "red.safetensors"
     command = [
         "train-performer",

@@ -6,7 +6,6 @@ filter, training has to know where a crop was cut.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import threading
@@ -135,7 +134,7 @@ def viewed_images(
     recipe = f"views {images.fingerprint()} {digest} {performer.preprocessing.to_dict()}"
     viewer = _Viewer(_Frames(images, performer.preprocessing), photos, table)
     drawn = ImageSet.from_generator(viewer, keys, recipe=recipe)
-    as_framed = dataclasses.replace(performer.preprocessing, resize="squash", resize_px=None)
+    as_framed = performer.preprocessing.changed({"resize": "squash", "resize_px": None})
     return drawn, performer.taking(as_framed)
 
 

@@ -5,22 +5,20 @@ Pixel coordinates are continuous throughout: pixel ``i`` covers ``[i, i + 1)`` a
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from partlens.errors import InputError, InputTypeError, WeightsError, expected, nearest
+from partlens.errors import InputError, WeightsError, expected
+from partlens.records import Settings
 
-_CHOICES = {"resize": ("squash", "crop"), "channel_order": ("RGB", "BGR"), "interpolation": ("bilinear", "bicubic")}
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _MOST_PIXELS = 2**24  # that a photo is scaled to before the crop
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -33,13 +31,21 @@ _OF_CHANNELS = {  # usual mean and deviation: of luminance; of colours; of colou
 _ORDERS = {1: ("L", "L"), 3: ("RGB", "BGR"), 4: ("RGBA", "BGRA")}  # as a weights file's header calls them
 
 
-@dataclass(frozen=True)
-class Preprocessing:
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+_Side = Annotated[int, Field(ge=1)]
+_Sides = Annotated[tuple[_Side, _Side], BeforeValidator(_as_tuple)]
+_PerChannel = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+
+
+class Preprocessing(Settings):
     """How an image file becomes the network's input.
 
     The value at a pixel of channel ``c`` is ``(scale · v - mean[c]) / std[c]`` with ``v`` in 0-255.
 
-    Args:
+    Attributes:
         size_px: rows and columns of the input.
         resize: ``"squash"`` stretches the whole image to ``size_px`` (the explainer papers do this with
             object crops); ``"crop"`` scales the shorter side to ``resize_px`` and takes the middle.
@@ -65,29 +71,18 @@ class Preprocessing:
         [4.0, 4.0]
     """
 
-    size_px: tuple[int, int] = (224, 224)
+    size_px: _Sides = (224, 224)
     resize: Literal["squash", "crop"] = "crop"
     resize_px: int | None = None
     channel_order: Literal["RGB", "BGR"] = "RGB"
     scale: float = 1 / 255
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: _PerChannel = IMAGENET_MEAN
+    std: _PerChannel = IMAGENET_STD
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     channels: int = 3
 
-    def __post_init__(self) -> None:
-        self._check_kinds()
-        self._check_channels()
-        if len(self.size_px) != 2 or min(self.size_px) < 1:
-            raise InputError(expected("size_px as (rows, columns) of at least 1", self.size_px, "Correct the size"))
-        for name, options in _CHOICES.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in options:
-                raise InputError(expected(f"{name} to be one of {', '.join(options)}", value, f"Choose {options[0]}"))
-        if self.resize == "crop":
-            self._check_crop()
-
-    def _check_channels(self) -> None:
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
         if self.channels not in _OF_CHANNELS:
             raise InputError(expected("channels of 1, 3 or 4", self.channels, "Wrap a network that takes others"))
         if (self.mean, self.std) == _OF_CHANNELS[3]:
@@ -98,36 +93,18 @@ class Preprocessing:
             count = {1: "one", 3: "three", 4: "four"}[self.channels]
             rule = f"{count} means and {count} positive standard deviations"
             raise InputError(expected(rule, got, "Give one value per channel"))
-
-    def _check_kinds(self) -> None:
-        sides = {"size_px": int, "mean": Real, "std": Real}
-        for name, kind in sides.items():
-            values = getattr(self, name)
-            if not isinstance(values, (tuple, list)) or not all(_is(value, kind) for value in values):
-                rule = f"{name} as a tuple of {'whole ' * (kind is int)}numbers"
-                raise InputTypeError(expected(rule, values, f"Write {name}={getattr(type(self), name)}"))
-            object.__setattr__(self, name, tuple(values))
-        numbers = {"resize_px": self.resize_px, "channels": self.channels, "scale": self.scale}
-        for name, value in numbers.items():
-            if not _is(value, Real if name == "scale" else int) and (name, value) != ("resize_px", None):
-                raise InputTypeError(expected(f"{name} as a number", value, f"Correct {name}"))
         with np.errstate(all="ignore"):
             largest = np.float32(255 * self.scale) / np.array(self.std, dtype=np.float32)
-        # A deviation of 0 has its own text; one so small that the input overflows is meant as little.
-        if (
-            not np.isfinite([self.scale, *self.mean, *self.std]).all()
-            or np.isinf(largest[np.array(self.std) > 0]).any()
-        ):
-            got = f"scale {self.scale}, mean {self.mean}, std {self.std}"
-            raise InputError(expected("a finite input", got, "Correct the mean and the standard deviation"))
-
-    def _check_crop(self) -> None:
+        if np.isinf(largest).any():
+            got = f"scale {self.scale}, std {self.std}"
+            raise InputError(expected("a finite input", got, "Correct the standard deviation"))
         longer = max(self.size_px)
-        if self.resize_px is None:
+        if self.resize == "crop" and self.resize_px is None:
             object.__setattr__(self, "resize_px", longer)
-        elif self.resize_px < longer:
+        elif self.resize == "crop" and cast("int", self.resize_px) < longer:
             rule = f"resize_px of at least {longer} px, the crop's longer side"
             raise InputError(expected(rule, self.resize_px, "Raise resize_px or choose resize squash"))
+        return self
 
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
         """Return width and height after scaling, before the crop (torchvision's rounding)."""
@@ -216,27 +193,8 @@ class Preprocessing:
         return torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a manifest."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Build the preprocessing from plain values: the inverse of :meth:`to_dict`.
-
-        Raises:
-            InputError: an unknown name.
-
-        Example:
-            >>> Preprocessing.from_dict({"size_px": [64, 64], "resize": "squash"}).size_px
-            (64, 64)
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                raise InputError(expected("a field of Preprocessing", name, f"Nearest: {nearest(name, known, 1)[0]}"))
-        return cls(**values)
+        """Return plain values for a manifest, of which ``Preprocessing(**values)`` is made again."""
+        return self.model_dump(mode="json")
 
     def to_metadata(self) -> dict[str, str]:
         """Return the entries of a safetensors header that `from_metadata` reads back.
@@ -297,11 +255,6 @@ class Preprocessing:
             resize_px=crop and int(crop[1]),
             channels=channels,
         )
-
-
-def _is(value: object, kind: type) -> bool:
-    known = isinstance(value, kind) and not isinstance(value, bool)
-    return known and not (isinstance(value, int) and abs(value) >= 2**63)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -402,7 +402,7 @@ def _prepared(given: object) -> Preprocessing | None:
     if given is None or isinstance(given, Preprocessing):
         return given
     if isinstance(given, Mapping):
-        return Preprocessing.from_dict(given)
+        return Preprocessing(**given)
     rule = "preprocessing as a partlens.Preprocessing, which also says where pixels go"
     remedy = "Write its sizes, mean and std: partlens.Preprocessing(size_px=(224, 224), resize_px=256)"
     raise InputTypeError(expected(rule, type(given).__name__, remedy))
