@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,8 +33,11 @@ from partlens.network.preprocessing import Preprocessing
 from partlens.network.stream import stream
 from partlens.network.zoo import load_performer
 from partlens.selection.responses import stream_responses
+from partlens.verbs.evaluate import evaluate
+from partlens.verbs.explain import explain
 from partlens.verbs.fit_explainer import fit_explainer
 from partlens.verbs.inspection import inspect
+from partlens.verbs.parts import parts
 from partlens.verbs.select_features import select_features
 
 LARGEST_ERROR = 2e-3  # of descriptors and scores, the norm of the difference over the norm: float32 with TF32 off
@@ -106,10 +111,48 @@ def compared(device: str, folder: Path, *, tiny: bool) -> dict[str, dict[str, fl
         device,
     )
     rows["fit-explainer"] = {"apart": abs(fitted.history[-1]["p"] - same.history[-1]["p"]), "faster": faster}
+    rows |= compared_on_a_run(device, fitted.path, performer, flowers)
     if not tiny:
         one, other, faster = on_both(lambda where: inspect(performer, flowers, **kept("inspect", where)), device)
         pairs = zip(one.categories, other.categories, strict=True)
         rows["inspect"] = {"apart": float(np.mean([a.sentence != b.sentence for a, b in pairs])), "faster": faster}
+    return rows
+
+
+def compared_on_a_run(
+    device: str, fitted: Path, performer: Performer, flowers: ImageSet
+) -> dict[str, dict[str, float]]:
+    """Run the verbs that read a finished explainer on both, each on a copy of it."""
+    given = {"model": performer}
+    parts(fitted, flowers, **given)  # explain shares the score among them
+
+    def on(where: str) -> tuple[Path, dict[str, Any]]:
+        copy = shutil.copytree(fitted, Path(tempfile.mkdtemp(dir=fitted.parent)) / "run")
+        return copy, {**given, "compute": {"device": where}}
+
+    def evaluated(where: str) -> Any:
+        run, options = on(where)
+        return evaluate(run, flowers, rounds=5, fields="occlusion", **options)
+
+    def shared(where: str) -> Any:
+        run, options = on(where)
+        return parts(run, flowers, **options).contributions
+
+    def explained(where: str) -> np.ndarray:
+        run, options = on(where)
+        folders = explain(run, flowers.take(range(4)), **options)
+        return np.concatenate([load_file(each / "arrays.safetensors")["part_shapley"].ravel() for each in folders])
+
+    def fidelity(scores: Any) -> float:
+        return float(np.mean([each.value for each in scores.reconstruction.variance_kept.values()]))
+
+    one, other, faster = on_both(evaluated, device)
+    rows = {"evaluate": {"apart": abs(fidelity(one) - fidelity(other)), "faster": faster}}
+    one, other, faster = on_both(shared, device)
+    kept = [each.interpretable_share.value for each in (one, other)]
+    rows["parts"] = {"apart": abs(kept[0] - kept[1]), "faster": faster}
+    one, other, faster = on_both(explained, device)
+    rows["explain"] = {"error": apart(one, other), "faster": faster}
     return rows
 
 

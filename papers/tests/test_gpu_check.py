@@ -19,7 +19,7 @@ def test_without_a_gpu_it_says_so_and_runs_itself(capsys: pytest.CaptureFixture[
     assert said.startswith("No GPU is at hand")
     found = json.loads(text)
     assert found["compared"]["pass"]["error"] == 0
-    assert {"select-features", "fit-explainer"} < set(found["compared"])
+    assert {"select-features", "fit-explainer", "evaluate", "parts", "explain"} < set(found["compared"])
     assert found["photos_per_second"] > 0
     assert 0 < found["epoch_share_of_peak"] < 1
     assert found["missed"] == []

@@ -49,7 +49,7 @@ class Command:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
-_COMPUTE = "partlens.shards:Compute"
+_COMPUTE, _DEVICE = "partlens.shards:Compute", "partlens.shards:Device"
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "partlens.verbs.demo:demo",
@@ -81,13 +81,13 @@ COMMANDS: dict[str, Command] = {
         "partlens.verbs.evaluate:evaluate",
         "measure a finished run on photos that were not used in the fit",
         "partlens.verbs.printed:print_scores",
-        {"occlusion": "partlens.attribution.record:OcclusionConfig"},
+        {"occlusion": "partlens.attribution.record:OcclusionConfig", "compute": _DEVICE},
     ),
     "parts": Command(
         "partlens.verbs.parts:parts",
         "find the part of every filter of an explainer, what each part adds, and pictures to name it by",
         "partlens.verbs.printed:print_parts",
-        {"config": "partlens.object_parts.record:PartsConfig"},
+        {"config": "partlens.object_parts.record:PartsConfig", "compute": _DEVICE},
     ),
     "select-features": Command(
         "partlens.verbs.select_features:select_features",
@@ -99,7 +99,7 @@ COMMANDS: dict[str, Command] = {
         "partlens.verbs.explain:explain",
         "show for images what each part adds, which relevant filters decided, and where each of them acted",
         "partlens.verbs.printed:print_paths",
-        {"config": "partlens.attribution.record:ExplanationConfig"},
+        {"config": "partlens.attribution.record:ExplanationConfig", "compute": _DEVICE},
     ),
     "report": Command("partlens.verbs.runs:report", "write the page of a run"),
 }

@@ -226,7 +226,8 @@ class Settings(Value):
     @classmethod
     def of(cls, given: Self | Mapping[str, Any] | None) -> Self:
         """Return settings as they are given, or the defaults with some fields changed."""
-        return given if isinstance(given, cls) else cls(**dict(given or {}))
+        # Fields that a subclass of these settings has would go unseen.
+        return given if type(given) is cls else cls(**dict(given or {}))
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """Return the same with some fields changed, checked like new ones."""

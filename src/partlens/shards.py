@@ -29,24 +29,32 @@ _R = TypeVar("_R")
 _R_co = TypeVar("_R_co", covariant=True)
 
 
-class Compute(Settings):
-    """Where a verb computes; nothing of it decides which run it is.
+class Device(Settings):
+    """On which device a verb computes; nothing of it decides which run it is.
 
     Class attributes:
         FLAT: the command line calls its fields by their own names.
 
     Attributes:
         device: cpu, cuda, cuda:1, or auto, a GPU where there is one; by default where the network is, the CPU for one
-            that is loaded by name. Another device gives the same up to rounding; the record says which it was.
+            that is loaded by name. Another device gives the same up to rounding.
+    """
+
+    FLAT: ClassVar[bool] = True
+
+    device: str | None = None
+
+
+class Compute(Device):
+    """Where a verb that reads many photos computes; records say on which device.
+
+    Attributes:
         workers: processes that read photos, with the GPUs in turn where there are any (needs partlens[cluster]); equal
             bit for bit. Worth it where one process leaves cores or GPUs idle.
         cluster: tcp://HOST:PORT of a running dask scheduler whose workers read the photos instead; they must find them
             under the same paths.
     """
 
-    FLAT: ClassVar[bool] = True
-
-    device: str | None = None
     workers: Annotated[int, Field(ge=1)] = 1
     cluster: str | None = None
 
@@ -63,11 +71,6 @@ class Reader(Protocol[_R_co]):
 
     def on(self, device: str | None, number: int) -> Self:
         """Return a reader for the worker of a number, whose network is on the device."""
-
-
-def compute_of(given: Compute | Mapping[str, Any] | None) -> Compute:
-    """Return where a verb computes, from settings or fields that differ from the default."""
-    return given if isinstance(given, Compute) else Compute(**dict(given or {}))
 
 
 def in_shards(read: Reader[_R], rows: Sequence[int], compute: Compute) -> Iterator[_R]:

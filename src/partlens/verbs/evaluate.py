@@ -16,6 +16,7 @@ from partlens.explainer.record import LESSON, ExplainerRun
 from partlens.progress import Progress
 from partlens.records import read_tensors
 from partlens.run import Run, Unreadable, UsedPhotos
+from partlens.shards import Device
 from partlens.verbs.runs import labels_of, open_photos, sampled, verb
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def evaluate(
     gallery: GalleryKind = "quick",
     fields: FieldKind = "mask",
     occlusion: OcclusionConfig | Mapping[str, Any] | None = None,
+    compute: Device | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a finished run on photos that were not used in the fit, and write ``evaluation.json`` and the gallery.
@@ -63,6 +65,7 @@ def evaluate(
             ``occlusion``, which takes a thousand forward passes.
         occlusion: how photos are covered to find what filters read; fields to change in
             :class:`~partlens.attribution.record.OcclusionConfig`.
+        compute: on which device the network computes.
         progress: how to show progress; silent by default.
 
     Returns:
@@ -82,7 +85,10 @@ def evaluate(
     show, handle = progress or Progress.silent(), Run(Path(run))
     if rounds < 1:
         raise InputError(expected("rounds of at least 1", rounds, "Set --rounds to 1 or more"))
-    (explainer, performer), record = load_explainer(run, model), handle.read(ExplainerRun)
+    (explainer, performer), record = (
+        load_explainer(run, model, Device.of(compute).device),
+        handle.read(ExplainerRun),
+    )
     performer = performer.computing(record.performer.passes)
     plan = GalleryPlan.of(gallery, fields, performer.preprocessing.size_px, occlusion, seed)
     images, unreadable = open_photos(data, record, show)

@@ -31,9 +31,10 @@ from partlens.object_parts.record import PartsFile
 from partlens.page.explanation_page import write_explanation_page
 from partlens.progress import Progress
 from partlens.records import remove_leftovers, sole_writer, write_tensors
-from partlens.run import SELECTION, Run
+from partlens.run import SELECTION, Run, RunRecord
 from partlens.selection.record import SelectionRecord
-from partlens.verbs.runs import verb
+from partlens.shards import Device
+from partlens.verbs.runs import open_performer, verb
 from partlens.verbs.select_features import OpenedSelection, load_selection, output_name
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def explain(
     config: ExplanationConfig | Mapping[str, Any] | None = None,
     style: Style = "glow",
     out: str | Path | None = None,
+    compute: Device | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Explain predictions: what each part adds, which relevant filters contributed most, and where each acted.
@@ -84,6 +86,7 @@ def explain(
         config: a whole configuration, or fields to change in the preset.
         style: colours of the overlays; ``jet`` as in the authors' figures.
         out: folder for the explanations; by default ``explanations`` in the run directory.
+        compute: on which device the network computes.
         progress: how to show progress; optional.
 
     Returns:
@@ -98,7 +101,8 @@ def explain(
     show = progress or Progress.silent()
     if count < 1:
         raise InputError(expected("at least 1 class to explain", count, "Set --count to 1 or more"))
-    stage = _opened(Path(run), model, classes, count, _settings(preset, config), style)
+    where, how = Device.of(compute), _settings(preset, config)
+    stage = _opened(Path(run), model, where, classes, count, how, style)
     found = _image_files(images, show)
     target = Path(out or Path(run) / "explanations")
     with Run(Path(run)).writing() if out is None else sole_writer(target):
@@ -294,6 +298,7 @@ def _outputs(performer: Performer, batch: Tensor) -> Tensor:
 def _opened(
     run: Path,
     model: str | nn.Module | Performer | None,
+    where: Device,
     classes: Sequence[str] | None,
     count: int,
     how: ExplanationConfig,
@@ -301,6 +306,10 @@ def _opened(
 ) -> _Stage:
     """Open what a run has to explain with, and check the classes before any image is read."""
     has_explainer = (run / EXPLAINER_WEIGHTS).exists()
+    kinds: tuple[type[RunRecord], ...] = (SelectionRecord, ExplainerRun, InspectRecord)
+    if (first := next(filter(None, (kind.read_if_there(run) for kind in kinds)), None)) is not None:
+        # Loaded once; a record of another network says so.
+        model = open_performer(first, model, where.device)
     selection, notes = _open_selection(run, model, classes, has_explainer)
     parts: OpenedParts | None = None
     known: dict[str, int] = {}
@@ -310,7 +319,7 @@ def _opened(
         notes += more
     elif has_explainer:
         notes.append(f"the filters have no parts yet: run partlens parts {run}, then explain again")
-    inspection = _open_inspection(run, model if selection is None or model is not None else selection.performer)
+    inspection = _open_inspection(run, model)
     opened = selection or parts or inspection
     if opened is None:
         rule = f"an inspection, a selection or an explainer in {run}"
@@ -356,8 +365,7 @@ def _open_parts(
     """
     from partlens.verbs.explained_parts import load_parts
 
-    # A network is loaded once, but an explainer of other weights has to be told.
-    parts = load_parts(run, selection.performer if selection is not None and model is None else model)
+    parts = load_parts(run, model)
     known = _known_outputs(run, parts.performer)
     if classes is None:
         return parts, known, None, []

@@ -21,7 +21,7 @@ from partlens.object_parts.inspection import InspectRecord
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import PHOTOS, PassPrecision, Precision, Run, Unreadable, UsedPhotos, command, now, versions
-from partlens.shards import Compute, compute_of
+from partlens.shards import Compute
 from partlens.verbs.runs import (
     chosen_categories,
     data_info,
@@ -168,7 +168,7 @@ def fit_explainer(
     from partlens.network.performer import device_of
 
     since, show, folder = time.monotonic(), progress or Progress.silent(), Path(out)
-    where, performer = compute_of(compute), loaded(model)
+    where, performer = Compute.of(compute), loaded(model)
     with started() as processes:
         device = device_of(where.device, performer.device, processes.of_machine)
         known = processes.shared(performer.weights_sha256)
@@ -508,12 +508,15 @@ def _learned_once(fit: _Fit, maps: TrainingMaps, number: int, advance: Callable[
 
 
 @verb
-def load_explainer(run: str | Path, model: str | nn.Module | Performer | None = None) -> tuple[Explainer, Performer]:
+def load_explainer(
+    run: str | Path, model: str | nn.Module | Performer | None = None, device: str | None = None
+) -> tuple[Explainer, Performer]:
     """Open a finished run.
 
     Args:
         run: the run directory.
         model: the performer; by default it is loaded by its name, unless that would run somebody's code.
+        device: where the performer shall be (:class:`partlens.shards.Device`); the explainer is on the CPU.
 
     Returns:
         The explainer in eval mode and the performer.
@@ -526,7 +529,7 @@ def load_explainer(run: str | Path, model: str | nn.Module | Performer | None = 
 
     folder = Path(run)
     record = Run(folder).read(ExplainerRun)
-    performer = open_performer(record, model)
+    performer = open_performer(record, model, device)
     explainer = build_explainer(performer, record.structure, record.config)
     remedy = "Restore the file, or delete the folder and fit again"
     weights = read_tensors(folder / WEIGHTS, explainer.state_dict(), sha256=record.weights_sha256, remedy=remedy)

@@ -17,7 +17,7 @@ from partlens.progress import Advance, Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import SELECTION, PassPrecision, Run, command, now, versions
 from partlens.selection.record import DescriptorConfig, SelectionConfig, SelectionRecord
-from partlens.shards import Compute, compute_of
+from partlens.shards import Compute
 from partlens.verbs.runs import (
     category_names,
     data_info,
@@ -95,7 +95,7 @@ def inspect(
     """
     started, show, run = time.monotonic(), progress or Progress.silent(), Run(Path(out))
     settings = config if isinstance(config, InspectConfig) else InspectConfig(**dict(config or {}))
-    where = compute_of(compute)
+    where = Compute.of(compute)
     performer = loaded(model, where.device)
     images, unreadable = open_photos(data, show=show)
     chosen = _chosen(images, category, split, settings)

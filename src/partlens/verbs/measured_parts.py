@@ -34,6 +34,7 @@ from partlens.object_parts.shares import mean_contributions, part_shares
 from partlens.object_parts.trust import assignment_stability
 from partlens.progress import Progress
 from partlens.run import Run, command, versions
+from partlens.shards import Device
 from partlens.verbs.fit_explainer import load_explainer
 from partlens.verbs.runs import labels_of, open_photos, sampled
 
@@ -62,6 +63,7 @@ def opened_explainer(
     run: Path,
     data: str | Path | ImageSet | None,
     model: str | nn.Module | Performer | None,
+    where: Device,
     split: str,
     how: PartsConfig,
     show: Progress,
@@ -72,7 +74,7 @@ def opened_explainer(
         ImageError: fewer than two photos of the categories.
         RunError: the run is missing or unfinished, or its performer or photos are not found.
     """
-    explainer, performer = load_explainer(run, model)
+    explainer, performer = load_explainer(run, model, where.device)
     record = Run(run).read(ExplainerRun)
     performer = performer.computing(record.performer.passes)
     images, _ = open_photos(data, record, show)

@@ -10,6 +10,7 @@ from partlens.object_parts.inspection import InspectRecord
 from partlens.object_parts.record import PartsConfig, PartsFile, renamed
 from partlens.progress import Progress
 from partlens.run import Run
+from partlens.shards import Device
 from partlens.verbs.runs import verb
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def parts(
     rename: Sequence[str] = (),
     split: str = "test",
     config: PartsConfig | Mapping[str, Any] | None = None,
+    compute: Device | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> PartsFile:
     """Find the part of every filter of an explainer, and measure what each part adds to the performer's answers.
@@ -45,6 +47,7 @@ def parts(
         rename: new names of parts, as ``OLD=NEW``.
         split: which photos to use.
         config: how filters get their parts, or fields to change in the default.
+        compute: on which device the network computes.
         progress: how to show progress; optional.
 
     Returns:
@@ -68,7 +71,7 @@ def parts(
 
     from partlens.verbs.measured_parts import measured_parts, opened_explainer
 
-    opened = opened_explainer(run, data, model, split, PartsConfig.of(config), show)
+    opened = opened_explainer(run, data, model, Device.of(compute), split, PartsConfig.of(config), show)
     with Run(run).writing():
         found = measured_parts(opened, earlier, rename, show)
         found.write(run)

@@ -145,12 +145,13 @@ def open_photos(
     return readable, dropped
 
 
-def open_performer(run: RunRecord, model: str | nn.Module | Performer | None) -> Performer:
+def open_performer(run: RunRecord, model: str | nn.Module | Performer | None, device: str | None = None) -> Performer:
     """Load the performer of a run and check that it is the same.
 
     Args:
         run: the record of the run.
         model: the performer; optional where it can be loaded by its name.
+        device: where it shall be (`device_of`).
 
     Raises:
         RunError: the run was made with a network object and none is given, or the weights are others.
@@ -164,7 +165,7 @@ def open_performer(run: RunRecord, model: str | nn.Module | Performer | None) ->
         rule = f"a model for this run, which names the code {named}"
         raise RunError(expected(rule, "none", f"If you trust it, give --model {named}"))
     try:
-        performer, wanted = loaded(named), run.performer.weights_sha256
+        performer, wanted = loaded(named, device), run.performer.weights_sha256
     except WeightsError as error:
         if model is not None:
             raise

@@ -26,7 +26,7 @@ from partlens.selection.record import (
     SelectionFound,
     SelectionRecord,
 )
-from partlens.shards import Compute, compute_of
+from partlens.shards import Compute
 from partlens.verbs.runs import data_info, loaded, open_performer, open_photos, performer_info, verb, with_precision
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def select_features(
         pictures=pictures,
         seed=seed,
     )
-    where = compute_of(compute)
+    where = Compute.of(compute)
     performer = loaded(model, where.device)
     images, unreadable = open_photos(data, show=show)
     rows, held = _split_rows(images, split)
