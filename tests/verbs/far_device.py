@@ -2,15 +2,26 @@
 
 Each is a wrapper around a tensor of the CPU, which computes. What a GPU would refuse is refused: operations on tensors
 of both places, and arrays of NumPy from there. What it would compute comes out bit for bit.
+
+    python far_device.py OUT
+
+runs every verb on the CPU and there, into OUT/cpu and OUT/far. It is a process of its own, since torch counts devices
+at the first backward pass.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+import shutil
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -77,6 +88,24 @@ def compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
     return tree_map(outside, operation(*tree_map(inside, args), **tree_map(inside, kwargs)))
 
 
+def register() -> None:
+    """Make the device known, and let the verbs' ``--device`` name it."""
+    from partlens.network import performer
+
+    _setup_privateuseone_for_python_backend("far", backend_module=_MODULE)
+    _LIBRARY.fallback(compute, "PrivateUse1")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    real, made = performer.device_of, torch.tensor
+
+    def device_of(name: str | None, here: torch.device | None = None, number: int = 0) -> torch.device:
+        return torch.device("far:0") if name == "far" else real(name, here, number)
+
+    def tensor(data: Any, *, device: Any = None, **rest: Any) -> torch.Tensor:
+        return made(data, **rest) if device is None else made(data, **rest).to(device)
+
+    performer.device_of, torch.tensor = device_of, tensor  # torch's own makes no tensors on such devices
+
+
 _MODULE = SimpleNamespace(
     is_initialized=lambda: True,
     is_available=lambda: True,
@@ -86,6 +115,61 @@ _MODULE = SimpleNamespace(
     manual_seed_all=lambda _: None,
     get_amp_supported_dtype=lambda: [torch.bfloat16],
 )
-_setup_privateuseone_for_python_backend("far", backend_module=_MODULE)
 _LIBRARY = torch.library.Library("_", "IMPL")
-_LIBRARY.fallback(compute, "PrivateUse1")
+
+
+def network() -> nn.Sequential:
+    """32 px images, 8x8 cells at the tap ``relu2``."""
+    torch.manual_seed(7)
+    layers = {
+        "conv1": nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        "relu1": nn.ReLU(),
+        "conv2": nn.Conv2d(8, 12, 3, stride=2, padding=1),
+        "relu2": nn.ReLU(),
+        "conv3": nn.Conv2d(12, 12, 3, padding=1),
+        "relu3": nn.ReLU(),
+        "pool3": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        "classes": nn.Linear(12, 4),
+    }
+    return nn.Sequential(OrderedDict(layers)).eval()
+
+
+def main(out: Path) -> None:
+    """Run every verb in both places, and print how many convolutions each computed there."""
+    from partlens import evaluate, explain, fit_explainer, generated_flowers, inspect, parts
+    from partlens.network.preprocessing import Preprocessing
+    from partlens.network.zoo import load_performer
+
+    flowers = generated_flowers(40, seed=3, size=48, categories=("petal-red", "petal-blue"))
+    model = load_performer(network(), Preprocessing(size_px=(32, 32), resize="squash"))
+    config = {"epochs": 1, "warmup_epochs": 1, "views": 2, "batch_size": 8, "precision": "float32"}
+    fit = {"category": "petal-red", "tap": "relu2", "config": config}
+    verbs: dict[str, Callable[..., Any]] = {
+        "inspect": lambda run, where: inspect(model, flowers, out=run / "new", tap="relu2", compute=where),
+        "fit": lambda run, where: fit_explainer(model, flowers, out=run / "new", **fit, compute=where),
+        "evaluate": lambda run, where: evaluate(run, flowers, model=model, rounds=3, fields="occlusion", compute=where),
+        "parts": lambda run, where: parts(run, flowers, model=model, compute=where),
+        "explain": lambda run, where: explain(run, flowers.take(range(2)), model=model, compute=where),
+    }
+    inspect(model, flowers, out=out / "run", tap="relu2")
+    fit_explainer(model, flowers, out=out / "run", **fit)
+    parts(out / "run", flowers, model=model)
+    for verb, run in verbs.items():
+        for where in ("cpu", "far"):
+            run(Path(shutil.copytree(out / "run", out / where / verb)), {"device": where})
+        sys.stdout.write(json.dumps({"verb": verb, "convolutions": DONE["aten::convolution"]}) + "\n")
+        DONE.clear()
+    refused = []
+    there = torch.ones(2, 3).to("far:0")
+    for work in (lambda: there + torch.ones(2, 3), there.numpy):
+        try:
+            work()
+        except (RuntimeError, TypeError) as error:
+            refused.append(type(error).__name__)
+    sys.stdout.write(json.dumps({"refused": refused}) + "\n")
+
+
+if __name__ == "__main__":
+    register()
+    main(Path(sys.argv[1]))
