@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from partlens.errors import InputError
-from partlens.object_parts.trust import _adjusted_rand, _kept_share, assignment_stability, removal_agreement
+from partlens.object_parts.trust import _kept_share, assignment_stability, removal_agreement
 
 
 def test_groups_without_names_are_matched_and_other_is_not() -> None:
@@ -80,12 +79,3 @@ def test_the_line_between_predicted_and_measured_loss(generator: torch.Generator
     assert math.isnan(removal_agreement(torch.ones(3, 1), torch.ones(3, 1), generator=generator, rounds=5).slope.value)
     with pytest.raises(InputError, match="two tables .* of one shape"):
         removal_agreement(predicted, predicted[:3], generator=generator)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_adjusted_rand_index_is_that_of_scikit_learn(seed: int) -> None:
-    draws = torch.Generator().manual_seed(seed)
-    first = torch.randint(-1, 4, (60,), generator=draws)
-    second = torch.where(torch.rand(60, generator=draws) < 0.5, first, torch.randint(-1, 3, (60,), generator=draws))
-    wanted = adjusted_rand_score(first.numpy(), second.numpy())
-    assert _adjusted_rand(first, second) == pytest.approx(wanted, abs=1e-12)

@@ -31,7 +31,7 @@ from partlens.metrics.part_regions import (
 )
 from partlens.metrics.scores import REGION_READINGS
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.receptive_field import ReceptiveField, grid_of
+from partlens.network.receptive_field import ReceptiveField, cell_centre_px
 
 # Regions are compared at about this many points along the input's shorter side: 4 px apart at 224 px.
 _POINTS_PER_SIDE = 56
@@ -41,8 +41,7 @@ def _raster(size_px: tuple[int, int]) -> Float[Tensor, "point 2"]:
     """Return x, y of the points at which regions are compared: centres of equal squares that cover the input."""
     step = max(1, min(size_px) // _POINTS_PER_SIDE)
     rows, cols = (torch.arange(step / 2, side, step, dtype=torch.float64) for side in size_px)
-    grid = torch.meshgrid(rows, cols, indexing="ij")
-    return torch.stack([grid[1].flatten(), grid[0].flatten()], 1)
+    return torch.cartesian_prod(rows, cols).flip(1)
 
 
 def _of_masks(
@@ -177,7 +176,7 @@ class RegionPass:
             seed: of nulls and bootstrap.
             rounds: of the bootstrap.
         """
-        in_theory = {role: _radius(fields[name].size_px) for role, name in roles.items()}
+        in_theory = {role: math.sqrt(math.prod(fields[name].size_px)) / 2 for role, name in roles.items()}
         like_parts = dict.fromkeys(roles, self.regions.median_radius_px)
         draws = _Draws(photos, seed, rounds)
         first = {name: torch.zeros(self._filters[name], dtype=torch.long) for name in roles.values()}
@@ -284,16 +283,10 @@ class _Draws:
     rounds: int
 
 
-def _radius(size_px: tuple[int, int]) -> float:
-    return math.sqrt(size_px[0] * size_px[1]) / 2
-
-
 def _centres(receptive: ReceptiveField, side: tuple[int, int]) -> Float[Tensor, "cell 2"]:
     """Return x, y of every cell's centre in the input, row by row."""
-    start, stride = grid_of(receptive)
-    rows, cols = (torch.arange(count, dtype=torch.float64) for count in side)
-    grid = torch.meshgrid(start[0] + rows * stride[0], start[1] + cols * stride[1], indexing="ij")
-    return torch.stack([grid[1].flatten(), grid[0].flatten()], 1)
+    cells = torch.cartesian_prod(*(torch.arange(count) for count in side))
+    return torch.from_numpy(cell_centre_px(receptive, cells))
 
 
 def _strangers(photos: Int[Tensor, " row"], generator: torch.Generator) -> list[int]:

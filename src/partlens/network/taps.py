@@ -230,14 +230,10 @@ def tap_layouts(performer: Performer | nn.Module, batch: Tensor, names: Sequence
     if isinstance(performer, Performer) and performer.preprocessing.size_px == size:
         return {name: performer.layout(name) for name in names}
     module = module_of(performer)
-    if all(isinstance(_module_at(module, name), nn.Conv2d) for name in names):
+    if all(isinstance(module.get_submodule(place_of(module, name).path), nn.Conv2d) for name in names):
         return dict.fromkeys(names, Layout("maps"))  # nothing to find out
     found = found_layouts(module, batch.shape[1], size)
     return {name: tap_layout(module, found, name) for name in names}
-
-
-def _module_at(module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(place_of(module, name).path)
 
 
 def in_precision(precision: Precision, batch: Tensor) -> tuple[Tensor, torch.autocast]:

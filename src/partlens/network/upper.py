@@ -36,11 +36,10 @@ class LaidOut(nn.Module):
     def forward(self, maps: Tensor) -> tuple[Any, ...]:
         """Return the targets' values for the source's maps."""
         found = self.inner(self.source.from_maps(maps))
-        return tuple(_as_read(value, *how) for value, how in zip(found, self.targets, strict=True))
-
-
-def _as_read(value: Any, layout: Layout, whole: bool) -> Any:
-    return layout.to_maps(value, whole=whole) if isinstance(value, Tensor) else value
+        return tuple(
+            layout.to_maps(value, whole=whole) if isinstance(value, Tensor) else value
+            for value, (layout, whole) in zip(found, self.targets, strict=True)
+        )
 
 
 def copied(network: nn.Module) -> nn.Module:

@@ -76,23 +76,9 @@ def assignment_stability(
 
 def _likeness(first: Tensor, second: Tensor, matched: bool) -> tuple[float, float]:
     """Return the adjusted Rand index of two assignments and the share of filters that keep their part."""
-    return _adjusted_rand(first, second), _kept_share(first, second, matched=matched)
+    from sklearn.metrics import adjusted_rand_score
 
-
-def _adjusted_rand(first: Int[Tensor, " filter"], second: Int[Tensor, " filter"]) -> float:
-    """Return the adjusted Rand index (Hubert & Arabie 1985): of pairs that are together, what is beyond chance.
-
-    Example:
-        >>> _adjusted_rand(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 2, 2]))
-        1.0
-    """
-    rows, cols = (labels.unique(return_inverse=True)[1] for labels in (first, second))
-    table = torch.zeros(int(rows.max()) + 1, int(cols.max()) + 1, dtype=torch.float64)
-    table.index_put_((rows, cols), torch.ones(len(rows), dtype=torch.float64), accumulate=True)
-    sums = (table, table.sum(1), table.sum(0), table.sum())
-    together, one, other, every = (float((n * (n - 1) / 2).sum()) for n in sums)
-    chance, most = one * other / every, (one + other) / 2
-    return 1.0 if most == chance else (together - chance) / (most - chance)
+    return float(adjusted_rand_score(first, second)), _kept_share(first, second, matched=matched)
 
 
 def _halves(count: int, generator: torch.Generator) -> tuple[list[int], tuple[set[int], set[int]]]:

@@ -6,7 +6,7 @@ of them, and perhaps ``parts.json`` and ``explanations/``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,6 @@ class PageData:
         return tuple(one for one in (*found, self.explainer and self.explainer.run) if one)
 
 
-def _explained_names(explanations: Explanations) -> Iterable[str]:
-    return dict.fromkeys(e.name for one in explanations.shown for e in one.record.explained)
-
-
 def _begun(kind: type[RunRecord], run: Path, verb: str) -> str:
     """Return the command of a run that was begun and has no result yet, else an empty string."""
     record = kind.read_if_there(run)
@@ -108,8 +104,9 @@ def collect_page(run: Path) -> PageData:
     room = max(room - of_parts.spent_bytes, 0)
     of_images = Pictures(run, ExplanationRecord.AGAIN, room)
     explanations = Explanations.read(run, of_images, int(EXPLANATIONS_SHARE * room))
+    explained = (one.name for image in explanations.shown for one in image.record.explained)
     of_classes = Pictures(run, SelectionRecord.AGAIN, max(room - of_images.spent_bytes, 0))
-    selection = SelectionData.read(run, of_classes, _explained_names(explanations))
+    selection = SelectionData.read(run, of_classes, explained)
     return PageData(explainer, selection, explanations, pending, named_parts, inspection)
 
 
