@@ -139,6 +139,8 @@ def test_photos_of_a_fit_are_known_under_other_names_and_cuts() -> None:
 def test_the_command_is_that_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(Path("bin") / "partlens"), "report", "a b"])
     assert command() == "partlens report 'a b'"
+    monkeypatch.setattr(sys, "argv", [str(Path("bin") / "partlens-papers"), "reproduce", "p"])
+    assert command() == "partlens-papers reproduce p"
     monkeypatch.setattr(sys, "argv", ["pytest", "report"])
     assert command() == ""
     assert {"partlens", "torch", "python", "platform"} <= set(versions())

@@ -4,19 +4,25 @@
     python papers/studies/reproduction.py maps ../shared/weights/vgg16_convs.safetensors runs/reproduction [CATEGORY …]
     python papers/studies/reproduction.py performers runs/reproduction papers/results/reproduction/performers.json
     python papers/studies/reproduction.py nulls runs/reproduction papers/results/reproduction/nulls.json
+    python papers/studies/reproduction.py parts runs/reproduction papers/results/reproduction/parts.json [JOB …]
+    python papers/studies/reproduction.py prices runs/reproduction papers/results/reproduction/prices.json
 
 ``photos`` writes the tables ``voc`` (five categories of Pascal-Part with the papers' head, neck and torso) and ``cub``
 (birds), each with the papers' thousand whole photos of anything else as background. ``maps`` shows every photo and its
 mirror to VGG-16's convolutions (:mod:`partlens_papers.networks.remembered`); the jobs of ``reproduce`` in that folder
-read them. ``nulls`` says how unstable peaks are that follow one part or stay at the centre, with noise.
+read them. ``nulls`` says how unstable peaks are that follow one part or stay at the centre, with noise. ``parts`` finds
+the parts of every performer's category without training, as :func:`partlens.inspect` does, and scores their places on
+the held-out photos as filters are scored. ``prices`` collects what p and the part filters are worth in the explainers
+that ``reproduce`` fitted, and which parts their filters hold, where ``partlens parts`` was run on them.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -25,14 +31,18 @@ import torch
 from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
-from partlens.evaluation.places import landmarks_in_input
-from partlens.explainer.views import viewed_images
-from partlens.metrics.localisation import instability_per_filter, peaks_from_cells
+from partlens.evaluation.places import MeasuredPhotos, landmarks_in_input, measure_maps, measure_nulls
+from partlens.explainer.views import view_windows, viewed_images
+from partlens.metrics.localisation import Peaks, instability_per_filter, peaks_from_cells
 from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
+from partlens.network.receptive_field import grid_of
 from partlens.network.stream import stream
 from partlens.network.zoo import load_performer
-from partlens.records import write_json
+from partlens.object_parts.candidates import centroids
+from partlens.object_parts.finding import PartFinder, find_parts, finding_layers, places_of_views
+from partlens.object_parts.inspection import FindingConfig
+from partlens.records import plain, write_json
 from partlens_papers.data.convert import convert
 from partlens_papers.networks.remembered import remembering
 from partlens_papers.networks.train_performer import read_training
@@ -41,6 +51,9 @@ PAPER_PARTS = ("head", "neck", "torso")
 CATEGORIES = ("cat", "cow", "dog", "horse", "sheep")
 SIDE_PX, CELL_PX = 224, 16  # VGG-16's input and its cells at the tap
 NOISE_CELLS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 100.0)
+ADDED = ("share", "integrated_null")
+KEPT = ("instability", "peak_spread_cells", "consistency", "filter_correlation", "distinct_parts")
+MODELS = {"alexnet": "partlens_papers.performers:alexnet_caffe", "vgg16": "partlens_papers.performers:vgg16"}
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -106,6 +119,28 @@ def performers(folder: Path, out: Path) -> None:
     write_json(out, found)
 
 
+def prices(folder: Path, out: Path) -> None:
+    """Collect curves of p, and filters by part, of finished explainers; what is collected already stays."""
+    found = json.loads(out.read_text()) if out.is_file() else {}
+    wanted = ("agreement_top1", "agreement_top1_background", "error_increase_points")
+    for run in sorted(folder.glob("jobs/*/explainer/run")):
+        if not (run / "curve.json").is_file():
+            continue
+        curve, points = json.loads((run / "curve.json").read_text()), []
+        for point in curve["points"]:
+            measured = {"mixed": point["reconstruction"], **point["parts_alone"]}
+            kept = {name: {key: of[key] for key in wanted} for name, of in measured.items() if name != "nothing"}
+            points.append({"eta": point["eta"], "p": point["p"], **kept})
+        name = run.parents[1].name
+        found[name] = {"photos": curve["photos"], "others": curve["others"], "points": points}
+        if (run / "parts.json").is_file():
+            said = json.loads((run / "parts.json").read_text())
+            shares = {each["name"]: len(each["filters"]) for each in said["parts"]}
+            adds = {each["name"]: {k: each[k] for k in ADDED} for each in said["contributions"]["parts"]}
+            found[name]["parts"] = {"filters": shares, "adds": adds, "stability": said["stability"]}
+    write_json(out, found)
+
+
 def nulls(data: Path, out: Path) -> None:
     """Score peaks that see nothing, follow one part, or stay at the centre, with noise of some cells; all photos."""
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -138,10 +173,67 @@ def _instability(place: Tensor, landmarks: Tensor, noise: float, filters: int = 
     return round(float(instability_per_filter(peaks, landmarks[known], (SIDE_PX, SIDE_PX)).nanmean()), 4)
 
 
+def parts(folder: Path, out: Path, only: Sequence[str]) -> None:
+    """Find parts on training photos, and score their places on the held-out ones; nulls on the same photos."""
+    found = json.loads(out.read_text()) if out.is_file() else {}
+    for path in sorted((folder / "performers").glob("*.safetensors")):
+        if only and path.stem not in only:
+            continue
+        network, _, category = path.stem.rpartition("-")
+        performer = remembering(load_performer(f"{MODELS[network]}@{path}"), folder / "maps")
+        images = ImageSet.open(folder / ("cub" if category == "bird" else "voc"))
+        own, held = (images.rows_of((category,), split)[0] for split in ("train", "test"))
+        generator = torch.Generator().manual_seed(0)
+        windows = view_windows(len(own), 4, generator)  # those of the explainer of the same seed
+        seen = _seen(performer, images, own, windows)
+        parts = find_parts(lambda some, view, seen=seen: [seen(some, view)], windows, FindingConfig(), generator)
+        found[path.stem] = _scored(performer, images, category, held, parts.finder)
+        write_json(out, found)
+        print(path.stem, found[path.stem]["parts"]["instability"], flush=True)
+
+
+def _seen(performer: Performer, images: ImageSet, rows: Sequence[int], windows: Tensor) -> Callable[..., Tensor]:
+    """Return what gives the finding layer's maps of some of the photos in a view."""
+    layer, (photos, views) = finding_layers(performer)[0], windows.shape[:2]
+    drawn, viewing = viewed_images(images, performer, np.repeat(np.asarray(rows), views), windows.flatten(0, 1))
+    maps = [batch.maps[layer].half() for batch in stream(viewing, drawn, range(len(drawn)), [layer], batch_size=16)]
+    kept = torch.cat(maps).unflatten(0, (photos, views))
+    return lambda some, view: kept[some, view].float()
+
+
+def _scored(
+    performer: Performer, images: ImageSet, category: str, held: Sequence[int], finder: PartFinder
+) -> dict[str, object]:
+    """Score the places of parts as an evaluation scores filters.
+
+    A place is the mean of a photo and its mirror. Beside stand the largest cells of the same parts, the finding layer's
+    own filters read as the parts are, and the nulls.
+    """
+    layer, whole = finding_layers(performer)[0], view_windows(len(held), 2, torch.Generator())
+    seen = _seen(performer, images, held, whole)
+    maps = seen(torch.arange(len(held)), 0)
+    codes = finder.codes([maps])
+    side, grid = (int(codes.shape[2]), int(codes.shape[3])), grid_of(performer.field(layer))
+
+    def peaks(located: Callable[[Sequence[Tensor]], Tensor], values: Tensor) -> Peaks:
+        places = places_of_views(located, lambda some, view: [seen(some, view)], whole)  # type: ignore[arg-type]
+        return peaks_from_cells(places * torch.tensor(side) - 0.5, values.amax((2, 3)), side, *grid)
+
+    best, cell = codes.flatten(2).max(-1)
+    largest = peaks_from_cells(torch.stack([cell // side[1], cell % side[1]], -1), best, side, *grid)
+    on = MeasuredPhotos.of(images, held, performer, (category,), torch.zeros(len(held)).long(), seed=0)
+    read = {"parts": peaks(finder, codes), "parts, largest cells": largest}
+    read["filters, read alike"] = peaks(lambda given: centroids(given[0].clamp(min=0)), maps)
+    belongs = {name: torch.zeros(of.scores.shape[1], dtype=torch.long) for name, of in read.items()}
+    scores = {name: measure_maps(on, of, belongs[name]) for name, of in read.items()}
+    scores |= measure_nulls(on, read["parts"], belongs["parts"], grid)[0]
+    return {"count": codes.shape[1], **{name: {k: plain(dict(v))[k] for k in KEPT} for name, v in scores.items()}}
+
+
 if __name__ == "__main__":
     verb, source, folder, *only = sys.argv[1:]
     given, made = Path(source).resolve(), Path(folder).resolve()
-    if verb == "maps":
-        maps(given, made, only)
+    if verb in ("maps", "parts"):
+        {"maps": maps, "parts": parts}[verb](given, made, only)
     else:
-        {"photos": photos, "nulls": nulls, "performers": performers}[verb](given, made)
+        {"photos": photos, "nulls": nulls, "performers": performers, "prices": prices}[verb](given, made)

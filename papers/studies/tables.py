@@ -237,9 +237,9 @@ def _joined(found: list[dict[str, Any]], digits: int) -> str:
 
 RUNS = {
     "vgg16-voc-paper-preset-instability": "printed (preset `paper`, 4 epochs)",
-    "vgg16-voc-relu5-3-instability": "teachers (our default, 12 + 5 epochs), tap relu5-3",
-    "alexnet-voc-relu5-instability": "teachers (our default, 20 + 6 epochs), tap relu5",
-    "alexnet-voc-instability": "teachers (our default, 20 + 6 epochs), tap relu4",
+    "vgg16-voc-instability": "our default",
+    "alexnet-voc-instability": "our default",
+    "alexnet-cub-instability": "our default",
 }
 
 
@@ -336,6 +336,50 @@ def reproduction() -> list[str]:
     return lines
 
 
+def parts() -> list[str]:
+    """Instability of the parts that are found without training, of filters that are read alike, and of nulls."""
+    names = {
+        "parts": "parts, by places",
+        "filters, read alike": "filters of the same layer, read alike",
+        "parts, largest cells": "parts, by largest cells",
+        "random": "random",
+        "centre": "centre",
+    }
+    heads = [*names.values(), "correlation", "spread", "consistency", "of filters, read alike"]
+    lines = ["| | parts | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
+    for job, scores in sorted(load("reproduction/parts.json").items()):
+        network, _, category = job.rpartition("-")
+        own = scores["parts"]["instability"]
+        low, high = own["interval"]
+        cells = [f"{own['value']:.3f} [{low:.3f}, {high:.3f}], n {own['n']}"]
+        cells += [f"{scores[name]['instability']['value']:.3f}" for name in list(names)[1:]]
+        for name in ("filter_correlation", "peak_spread_cells", "consistency"):
+            cells.append(f"{scores['parts'][name]['value']:.2f}")
+        cells.append(f"{scores['filters, read alike']['consistency']['value']:.2f}")
+        lines.append(f"| {network}, {category} | {scores['count']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def prices() -> list[str]:
+    """What each p costs, what part filters alone cost, and the filters by part."""
+    head = "| explainer, photos, others | fed back: p and points | part filters alone: points | filters by part |"
+    lines = [head, "|---" * 4 + "|"]
+    for job, found in load("reproduction/prices.json").items():
+        network, category = job.rpartition("-")[0].split("-")
+        mixed, alone = [], []
+        for point in found["points"]:
+            cost = point["mixed"]["error_increase_points"]
+            low, high = cost["interval"]
+            mixed.append(f"{point['p']:.2f}: {cost['value']:+.1f} [{low:.1f}, {high:.1f}]")
+            alone.append(f"{point['parts']['error_increase_points']['value']:+.1f}")
+        held = found.get("parts", {}).get("filters", {})
+        shares = ", ".join(f"{name} {count}" for name, count in held.items()) or "not run"
+        photos = f"{found['photos']} and {found['others']}"
+        cells = [f"{network}, {category}, {photos}", "; ".join(mixed), "; ".join(alone), shares]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _job_cells(job: tuple[str, str, str], scores: dict[tuple[str, str], dict[str, str]]) -> list[str]:
     network, category = {"alexnet": "AlexNet", "vgg16": "VGG-16"}[job[0]], job[1]
 
@@ -369,6 +413,8 @@ SECTIONS = {
     "places-with-noise": places_with_noise,
     "settings": settings,
     "reproduction": reproduction,
+    "parts": parts,
+    "prices": prices,
     "flowers-single-6c": lambda: flowers("flowers-single-6c"),
     "flowers-double-12c": lambda: flowers("flowers-double-12c"),
     "removal": removal,

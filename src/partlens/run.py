@@ -43,8 +43,8 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """Return the command line of this process; empty where partlens is called from Python."""
     program = Path(sys.argv[0])
-    started = program.name.startswith("partlens") or program.parts[-2:] == ("partlens", "__main__.py")
-    return printable(shlex.join(["partlens", *sys.argv[1:]])) if started else ""
+    name = "partlens" if program.parts[-2:] == ("partlens", "__main__.py") else program.stem  # or partlens-papers
+    return printable(shlex.join([name, *sys.argv[1:]])) if name.startswith("partlens") else ""
 
 
 def now() -> str:
