@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from partlens.network.watched import reached, sources_of
+
 # Gates (sigmoid, hard sigmoid, softmax) and odd or symmetric squashing functions (tanh, softsign, hardtanh around 0,
 # shrinkage) are not rectifiers: they keep their true derivative.
 _BY_NAME = frozenset(
@@ -55,17 +57,7 @@ def kind_of(node: Any) -> str:
 
 def nodes_behind(tensors: Sequence[Tensor]) -> list[Any]:
     """Every node of the record behind some tensors, once each."""
-    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen = set(waiting)
-    found = []
-    while waiting:
-        node = waiting.pop()
-        found.append(node)
-        for behind, _ in node.next_functions:
-            if behind is not None and behind not in seen:
-                seen.add(behind)
-                waiting.append(behind)
-    return found
+    return list(reached([t.grad_fn for t in tensors if t.grad_fn is not None], sources_of))
 
 
 @dataclass(frozen=True)

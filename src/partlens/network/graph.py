@@ -30,6 +30,7 @@ from torch import Tensor, fx, nn
 from partlens.errors import LayerError, expected, first_line, listed, nearest
 from partlens.network.borrowed import borrowed, unwrapped
 from partlens.network.kept_hooks import HookedCalls, is_hooks, kept_by_reference
+from partlens.network.watched import bottlenecks, reached
 
 # fmt: off
 ACTIVATIONS = (
@@ -181,17 +182,6 @@ def _make_out_of_place(graph: fx.Graph, root: nn.Module) -> None:
             for user in list(written.users):
                 if order[user] > order[node]:
                     user.replace_input_with(written, node)
-
-
-def _reached(start: Iterable[fx.Node], steps: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    waiting = list(start)
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            waiting.extend(steps(node))
-    return seen
 
 
 def is_size(node: fx.Node) -> bool:
@@ -348,11 +338,11 @@ class Graph:
 
     def ancestors(self, targets: Iterable[fx.Node]) -> set[fx.Node]:
         """Return all nodes that the targets need, themselves included."""
-        return _reached(targets, lambda node: node.all_input_nodes)
+        return reached(targets, lambda node: node.all_input_nodes)
 
     def descendants(self, source: fx.Node) -> set[fx.Node]:
         """Return all nodes that depend on the source, itself included."""
-        return _reached([source], lambda node: node.users)
+        return reached([source], lambda node: node.users)
 
     @functools.cached_property
     def cut_nodes(self) -> tuple[fx.Node, ...]:
@@ -362,14 +352,8 @@ class Graph:
         """
         live = {n for n in self.ancestors([self.last]) & self.descendants(self.input) if not is_size(n)}
         path = [n for n in self.nodes if n in live and n is not self._end]
-        places = {node: place for place, node in enumerate(path)}
-        found, reach = [], -1  # reach: the furthest reader of anything before this node
-        for place, node in enumerate(path):
-            if reach <= place:
-                found.append(node)
-            # Of the live readers only the end is on no place of the path; it is behind them all.
-            reach = max([reach, *(places.get(user, len(path)) for user in live.intersection(node.users))])
-        return tuple(found[1:])  # the input comes first
+        passed = bottlenecks(path, lambda node: live.intersection(node.users))
+        return tuple(node for node, all_pass in zip(path, passed, strict=True) if all_pass)[1:]  # but for the input
 
     @property
     def last(self) -> fx.Node:
@@ -464,7 +448,7 @@ class Graph:
         def sources(node: fx.Node) -> list[fx.Node]:
             return [] if self._counts_before(node, after) else [n for n in node.all_input_nodes if n is not start]
 
-        return _reached([target], sources)
+        return reached([target], sources)
 
     def _counts_before(self, node: fx.Node, after: set[fx.Node]) -> bool:
         """Whether a node is the number of images, read from what comes before the cut: the cut's maps tell it as well.

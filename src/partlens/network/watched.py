@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from partlens.errors import LayerError, expected, nearest
 from partlens.network.borrowed import in_this_thread
 from partlens.network.outputs import entries_of
+
+_N = TypeVar("_N")
 
 IMAGES = 3
 """How many images a watched pass has."""
@@ -210,43 +212,46 @@ def makers(answer: Any, image: Tensor) -> _Makers:
     """
     results = (answer,) if isinstance(answer, Tensor) else entries_of(answer).values()
     last = frozenset(value.grad_fn for value in results if value.grad_fn is not None)
-    readers = _readers(last)
-    leaf = next((node for node in readers if getattr(node, "variable", None) is image), None)
-    live = _reached(leaf, readers) if leaf is not None else set()
-    path = sorted(live - {leaf}, key=lambda node: int(node._sequence_nr()))  # noqa: SLF001
-    places = {node: place for place, node in enumerate(path)}
-
-    def furthest(node: Any) -> int:
-        end = [len(path)] if node in last and len(last) > 1 else []
-        return max([*end, *(places[reader] for reader in readers.get(node, ()))], default=-1)
-
-    cut, reach = {}, furthest(leaf)
-    for place, node in enumerate(path):
-        cut[node] = reach <= place
-        reach = max(reach, furthest(node))
-    return _Makers(cut, last)
-
-
-def _readers(results: Iterable[Any]) -> dict[Any, list[Any]]:
-    """Return the nodes of a graph that others read, and of each its readers."""
     readers: dict[Any, list[Any]] = {}
-    waiting, seen = list(results), set(results)
+    for node in reached(last, sources_of):
+        for source in sources_of(node):
+            readers.setdefault(source, []).append(node)
+    leaf = next((node for node in readers if getattr(node, "variable", None) is image), None)
+    if leaf is None:
+        return _Makers({}, last)
+    order = lambda node: int(node._sequence_nr())  # noqa: E731, SLF001
+    path = [leaf, *sorted(reached([leaf], lambda node: readers.get(node, ())) - {leaf}, key=order)]
+    ends = last if len(last) > 1 else ()  # several results are joined behind them all
+    passed = bottlenecks(path, lambda node: [*readers.get(node, ()), *([None] if node in ends else [])])
+    return _Makers(dict(zip(path[1:], passed[1:], strict=True)), last)
+
+
+def sources_of(node: Any) -> list[Any]:
+    """Return the nodes of autograd's graph that a node reads."""
+    return [source for source, _ in node.next_functions if source is not None]
+
+
+def reached(start: Iterable[_N], steps: Callable[[_N], Iterable[_N]]) -> set[_N]:
+    """Return the nodes of a graph that steps lead to, those at the start included."""
+    seen, waiting = set[_N](), list(start)
     while waiting:
         node = waiting.pop()
-        for source, _ in node.next_functions:
-            if source is not None:
-                readers.setdefault(source, []).append(node)
-                if source not in seen:
-                    seen.add(source)
-                    waiting.append(source)
-    return readers
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(steps(node))
+    return seen
 
 
-def _reached(start: Any, readers: Mapping[Any, list[Any]]) -> set[Any]:
-    found, waiting = {start}, [start]
-    while waiting:
-        for node in readers.get(waiting.pop(), ()):
-            if node not in found:
-                found.add(node)
-                waiting.append(node)
+def bottlenecks(path: Sequence[_N], readers: Callable[[_N], Iterable[_N | None]]) -> list[bool]:
+    """Say of nodes in execution order which everything passes; readers that are none of them come behind them all.
+
+    Example:
+        >>> bottlenecks("abcd", {"a": "bc", "b": "c", "c": "d", "d": ""}.__getitem__)  # a shortcut goes around b
+        [True, False, True, True]
+    """
+    places: dict[_N | None, int] = {node: place for place, node in enumerate(path)}
+    found, reach = [], -1  # reach: the furthest reader of anything before a node
+    for place, node in enumerate(path):
+        found.append(reach <= place)
+        reach = max([reach, *(places.get(reader, len(path)) for reader in readers(node))])
     return found
