@@ -6,6 +6,8 @@ were measured in turn; medians over rounds with the smallest and the largest. Se
 - ``passes``: `stream` with the tap's maps, `stream_maps` to disk, and the responses of all layers, over decoding the
   same photos and one plain forward pass in the same precision; float32 over bfloat16 with channels last.
 - ``inspect``: the verb over one plain forward pass over the photos and views used.
+- ``chain``: every verb of a user's way, at its defaults, on the photos of a category and 400 others, over one plain
+  float32 pass over all of these; each once, since together they take minutes.
 - ``explain``: the verb on photos of that run, over forward pass and K backward passes, K its relevant filters.
 - ``maps``: maps of 16 filters over one forward and 16 backward passes, with and without the repair of strides; captum.
 - ``guided``: guided backpropagation over the plain gradient, eight networks; captum, zennit, grad-cam.
@@ -146,6 +148,30 @@ class Bench:
             "photos and views": passes,
             "parts": len(chosen.parts),
             "precision": None if precision is None else precision.model_dump(),
+        }
+
+    def chain(self) -> dict[str, Any]:
+        own = list(self.images.indices(self.category))
+        rest = sorted({*range(len(self.images))} - {*own})
+        images = self.images.take([*own, *rest[:: max(1, len(rest) // 400)][:400]])
+        run, performer = self.scratch / f"chain-{self.performer.name.partition(' ')[0]}", self.performer
+        photos = [self.scratch / f"chain-{k}.png" for k in range(20)]
+        for file, row in zip(photos, self.images.indices(self.category, split="test"), strict=False):
+            self.images.read(row).save(file)
+        verbs: dict[str, Callable[[], object]] = {
+            "fit-explainer": lambda: partlens.fit_explainer(performer, images, out=run, category=self.category),
+            "evaluate": lambda: partlens.evaluate(run, images, model=performer),
+            "parts": lambda: partlens.parts(run, images, model=performer),
+            "select-features": lambda: partlens.select_features(performer, images, out=run),
+            "explain, 1 photo": lambda: partlens.explain(run, photos[0], model=performer, out=self.scratch / "e1"),
+            "explain, 20 photos": lambda: partlens.explain(run, photos, model=performer, out=self.scratch / "e20"),
+        }
+        took = {name: cpu_seconds(verb) for name, verb in verbs.items()}
+        one = cpu_seconds(lambda: plain_pass(performer, images))
+        return {
+            "over a plain pass in float32": {name: round(seconds / one, 2) for name, seconds in took.items()},
+            "CPU seconds without the 20 photos": round(sum(took.values()) - took["explain, 20 photos"]),
+            "photos": len(images),
         }
 
     def explain(self) -> dict[str, Any]:
@@ -334,7 +360,7 @@ def _child(verb: str, count: int, scratch: Path) -> None:
     print(round(peak[0], 1))
 
 
-CASES = ("passes", "inspect", "explain", "maps", "guided", "cams", "lasso", "memory")
+CASES = ("passes", "inspect", "chain", "explain", "maps", "guided", "cams", "lasso", "memory")
 
 
 def main() -> None:
