@@ -13,6 +13,7 @@ from partlens.object_parts import regions
 from partlens.object_parts.regions import (
     AREAS,
     TapMaps,
+    _windows_elsewhere,
     carrying_order,
     grid_places,
     kept,
@@ -23,7 +24,6 @@ from partlens.object_parts.regions import (
     shapley_shares,
     whole_photos,
     windows_at,
-    windows_elsewhere,
 )
 
 SIDE, PHOTOS = 10, 12
@@ -57,7 +57,7 @@ def test_windows_have_exactly_the_area_however_many_they_are(area: float, parts:
     places = torch.rand(7, parts, 2, generator=draws())
     windows = windows_at(places, (SIDE, SIDE), area)
     assert windows.flatten(1).sum(1).tolist() == [round(area * SIDE * SIDE)] * 7
-    away = windows_elsewhere(windows, places, area)
+    away = _windows_elsewhere(windows, places, area)
     assert away.flatten(1).sum(1).tolist() == [round(area * SIDE * SIDE)] * 7
     assert not bool((windows & away).any())
 

@@ -43,7 +43,7 @@ Source = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
-class ChosenParts:
+class _ChosenParts:
     """Parts that were chosen: the mean place over views (row, col) of each in each photo, as shares of its sides.
 
     ``chosen`` are their numbers among the candidates; ``movement``, lower is better, is the mean squared error of
@@ -170,7 +170,7 @@ def followed(
     return first, sums / views, movement
 
 
-def chosen_parts(source: Source, windows: Float[Tensor, "photo view 5"], count: int, variety: float) -> ChosenParts:
+def chosen_parts(source: Source, windows: Float[Tensor, "photo view 5"], count: int, variety: float) -> _ChosenParts:
     """Choose ``count`` parts that move with the photo, best first, or all where there are fewer candidates.
 
     A part pays ``variety`` for the mean correlation of its place with the places already chosen; for the rest see
@@ -183,4 +183,4 @@ def chosen_parts(source: Source, windows: Float[Tensor, "photo view 5"], count: 
         cost = movement + (variety * alike[:, taken].mean(1) if taken else 0.0)
         cost[taken] = torch.inf
         taken.append(int(cost.argmin()))
-    return ChosenParts(places[:, taken], tuple(taken), movement[taken], mean_correlation(alike[taken][:, taken]))
+    return _ChosenParts(places[:, taken], tuple(taken), movement[taken], mean_correlation(alike[taken][:, taken]))

@@ -98,7 +98,7 @@ class InspectedPart(Value):
 
 
 class Comparison(Value):
-    """The advantage of the parts over one kind of windows, and what exchanging them by chance gives.
+    """The advantage of some windows over others, here of the parts, and what exchanging them by chance gives.
 
     Attributes:
         advantage: mean over areas.
@@ -107,6 +107,11 @@ class Comparison(Value):
 
     advantage: Number
     threshold: Number
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is more than chance gives."""
+        return self.advantage > self.threshold
 
 
 class InspectedPhoto(Value):

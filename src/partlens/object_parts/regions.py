@@ -104,7 +104,7 @@ def windows_at(
     return nearest_cells(distances(places, grid).amin(-3), cells_of(grid, area))
 
 
-def windows_elsewhere(
+def _windows_elsewhere(
     taken: Bool[Tensor, "*set row col"], places: Float[Tensor, "*set place 2"], area: float
 ) -> Bool[Tensor, "*set row col"]:
     """Return windows of an area around places that avoid the cells that are taken, as far as there are others."""
@@ -227,7 +227,7 @@ def kept_by_kind(
         masks["rest"] = [~masks["parts"][0]]
         if objects is not None:
             masks["object"] = [windows_at(each, taps.grid, area) for each in _places_on(objects)]
-            masks["off_object"] = [windows_elsewhere(objects > 0, each[:, :count], area) for each in kinds["random"]]
+            masks["off_object"] = [_windows_elsewhere(objects > 0, each[:, :count], area) for each in kinds["random"]]
         found = kept(taps, whole, torch.stack(list(itertools.chain.from_iterable(masks.values())), 1))
         first = 0
         for kind, several in masks.items():

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from partlens.estimate import Estimate, bootstrap
+from partlens.object_parts.inspection import Comparison
 from partlens.object_parts.regions import AREAS, NULLS, KeptByKind, grid_places
 
 Kind = Literal["parts", "texture", "elsewhere", "undecided"]
@@ -42,19 +43,6 @@ _LEVEL = 0.95
 _ROUNDS = 200
 
 Curve = Float[Tensor, "photo area"]
-
-
-@dataclass(frozen=True)
-class Compared:
-    """How much one kind of windows keeps beyond another, and what exchanging them by chance gives."""
-
-    value: float
-    threshold: float
-
-    @property
-    def counts(self) -> bool:
-        """Whether it is more than chance gives."""
-        return self.value > self.threshold
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class Verdict:
     kind: Kind
     advantage: Estimate
     best_null: str
-    against: Mapping[str, Compared]
+    against: Mapping[str, Comparison]
     fixed: tuple[float, float]
     fixed_kept: float
     photos: int
@@ -91,7 +79,7 @@ def _area_between(one: Float[Tensor, "*set photo area"], other: Float[Tensor, "*
     return (one.nanmedian(-2).values - other.nanmedian(-2).values).mean(-1)
 
 
-def compared(one: Curve, other: Curve, generator: torch.Generator) -> Compared:
+def compared(one: Curve, other: Curve, generator: torch.Generator) -> Comparison:
     """Compare two kinds of windows on the photos on which both are known.
 
     The threshold is the 95 % quantile of the area between the curves when the two curves of each photo are exchanged
@@ -100,13 +88,13 @@ def compared(one: Curve, other: Curve, generator: torch.Generator) -> Compared:
     known = ~(one.isnan() | other.isnan()).any(1)
     one, other = one[known], other[known]
     if not len(one):
-        return Compared(torch.nan, torch.nan)
+        return Comparison(advantage=math.nan, threshold=math.nan)
     swap = torch.rand(_EXCHANGES, len(one), 1, generator=generator) < 0.5
     drawn = _area_between(torch.where(swap, other, one), torch.where(swap, one, other))
-    return Compared(float(_area_between(one, other)), float(drawn.quantile(_LEVEL)))
+    return Comparison(advantage=float(_area_between(one, other)), threshold=float(drawn.quantile(_LEVEL)))
 
 
-def advantage_of(kept: KeptByKind, nulls: tuple[str, ...], generator: torch.Generator) -> tuple[Estimate, str]:
+def _advantage_of(kept: KeptByKind, nulls: tuple[str, ...], generator: torch.Generator) -> tuple[Estimate, str]:
     """Return the advantage of the parts over the best null, with an interval over photos, and which null it is.
 
     The best null is found anew in every draw of the photos, so the interval knows that it was chosen.
@@ -129,7 +117,7 @@ def best_place(grid: Float[Tensor, "photo area window"]) -> int:
     return int(grid.nanmedian(0).values.nan_to_num(-math.inf).mean(0).argmax())
 
 
-def in_several_places(places: Float[Tensor, "photo part 2"]) -> bool:
+def _in_several_places(places: Float[Tensor, "photo part 2"]) -> bool:
     """Tell whether two parts are, on average, as far apart as the smallest window reaches."""
     apart = (places[:, :, None] - places[:, None]).norm(dim=-1).mean(0)
     return float(apart.max()) >= math.sqrt(AREAS[0] / math.pi)
@@ -154,12 +142,12 @@ def judged(
     parts = kept.score["parts"]
     nulls = (*NULLS, *(("object",) if "object" in kept.score else ()))
     against = {kind: compared(parts, kept.score[kind], generator) for kind in nulls}
-    advantage, best = advantage_of(kept, nulls, generator)
+    advantage, best = _advantage_of(kept, nulls, generator)
     photos = int((~parts.isnan().any(1)).sum())
     kind, reason = _kind(kept, grid, fixed, against, photos, generator)
     if kind == "parts" and not _more_than_the_rest(kept, generator):
         kind, reason = "texture", "rest"
-    elif kind == "parts" and "object" not in kept.score and not in_several_places(places):
+    elif kind == "parts" and "object" not in kept.score and not _in_several_places(places):
         kind, reason = "texture", "one_place"
     row, col = grid_places(round(grid.shape[2] ** 0.5))[best_place(grid)].tolist()
     return Verdict(kind, advantage, best, against, (row, col), float(fixed[:, 0].nanmedian()), photos, reason)
@@ -175,7 +163,7 @@ def _kind(
     kept: KeptByKind,
     grid: Tensor,
     fixed: Curve,
-    against: Mapping[str, Compared],
+    against: Mapping[str, Comparison],
     photos: int,
     generator: torch.Generator,
 ) -> tuple[Kind, Reason]:
@@ -186,7 +174,7 @@ def _kind(
         return "elsewhere", "fixed"
     if "object" in kept.score and compared(kept.score["off_object"], kept.score["object"], generator).counts:
         return "elsewhere", "off_object"
-    if all(one.counts for one in against.values() if math.isfinite(one.value)):
+    if all(one.counts for one in against.values() if math.isfinite(one.advantage)):
         return "parts", ""
     ceiling = grid.amax(2)
     if compared(ceiling, kept.score["random"][: len(grid)], generator).counts:

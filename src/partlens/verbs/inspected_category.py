@@ -20,7 +20,6 @@ from partlens.network.performer import Performer
 from partlens.object_parts.account import Account, Truth, account_of, nearest_landmarks, ranking_photos
 from partlens.object_parts.finding import FoundParts, find_parts
 from partlens.object_parts.inspection import (
-    Comparison,
     DecidedClass,
     InspectConfig,
     InspectedCategory,
@@ -203,7 +202,7 @@ def _record(
         reason=verdict.reason,
         advantage=verdict.advantage,
         best_null=verdict.best_null,
-        against={k: Comparison(advantage=c.value, threshold=c.threshold) for k, c in verdict.against.items()},
+        against=dict(verdict.against),
         kept=_curves(kept.score, account.grid.amax(2)),
         decisions=_curves({kind: values.double() for kind, values in kept.decision.items()}, None),
         windows=account.windows,

@@ -94,7 +94,7 @@ def inspect(
         StorageError: the disk is full; what was finished stays.
     """
     started, show, run = time.monotonic(), progress or Progress.silent(), Run(Path(out))
-    settings = config if isinstance(config, InspectConfig) else InspectConfig(**dict(config or {}))
+    settings = InspectConfig.of(config)
     where = Compute.of(compute)
     performer = loaded(model, where.device)
     images, unreadable = open_photos(data, show=show)
