@@ -181,7 +181,7 @@ def _right(world: World, number: int, found: InspectedCategory) -> bool:
 def verdicts(world: World, seed: int) -> list[dict[str, Any]]:
     """Train a network on a world and inspect it."""
     images = world.images(seed)
-    preparing = dataclasses.replace(flower_preprocessing(), size_px=(SIDE_PX, SIDE_PX))
+    preparing = flower_preprocessing().changed({"size_px": (SIDE_PX, SIDE_PX)})
     fitted = train_classifier(flower_network, images, preparing, epochs=EPOCHS, channels_last=True, seed=seed)
     network = fitted.network
     performer = Performer(network, "study", preparing, weights_sha256(network), TAP, class_names=fitted.class_names)
