@@ -73,9 +73,9 @@ def column(path: Path, name: str, keys: tuple[str, ...], only: tuple[str, ...] =
     return places
 
 
-def animals(folder: Path) -> Iterator[Animal]:
+def animals(folder: Path, names: list[str]) -> Iterator[Animal]:
     images = ImageSet.open(folder)
-    for name in ANIMALS:
+    for name in names:
         rows = {
             split: [i for i in range(len(images)) if (images.categories[i], images.splits[i]) == (name, split)]
             for split in ("train", "test")
@@ -169,12 +169,15 @@ def main() -> None:
     parser.add_argument("cub", type=Path)
     parser.add_argument("maps", type=Path)
     parser.add_argument("networks", nargs="+", help="NAME=FILE")
+    parser.add_argument("--categories", nargs="*", default=list(ANIMALS))
+    parser.add_argument("--no-birds", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(1)
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     for network, _, weights in (text.partition("=") for text in args.networks):
-        for given in (*animals(args.voc), all_birds(args.cub)):
+        birds_too = [] if args.no_birds else [all_birds(args.cub)]
+        for given in (*animals(args.voc, args.categories), *birds_too):
             place = args.maps / f"{'cub' if given.name == 'bird' else given.name}-{network}-{SIDE_PX}"
             maps, windows = maps_of(given.images, network, weights, SIDE_PX, place)
             rows = result.setdefault(network, {})[given.name] = {}

@@ -202,18 +202,17 @@ def rivals() -> list[str]:
 
 
 def animals() -> list[str]:
-    """Parts on five animals of VOC, the mean, and on birds, a row a kind of parts."""
+    """Parts on animals of VOC, the mean, and on birds, a row a kind of parts."""
     scores = {"error": 1, "consistency": 2, "filter_correlation": 2, "instability_all": 3, "on_mask": 2}
     heads = ["", "landmark error", "consistency", "correlation", "instability", "on the mask", "NMI, ARI"]
     lines: list[str] = []
     for network, found in load("part-animals.json").items():
-        for title, names in {
-            "five animals of VOC": [n for n in found if n != "bird"],
-            "birds of CUB": ["bird"],
-        }.items():
-            several = [found[name] for name in names if name in found]
-            photos = sum(each["first 4"]["error"]["n"] for each in several)
-            lines += [f"{network}, {title}, {photos} test photos:", "", f"| {' | '.join(heads)} |"]
+        for names in ([name for name in found if name != "bird"], [name for name in found if name == "bird"]):
+            if not names:
+                continue
+            several = [found[name] for name in names]
+            counts = ", ".join(f"{name} {found[name]['first 4']['error']['n']}" for name in names)
+            lines += [f"{network}, mean of the test photos of {counts}:", "", f"| {' | '.join(heads)} |"]
             lines.append("|---" * len(heads) + "|")
             for kind in several[0]:
                 rows = [each[kind] for each in several]
