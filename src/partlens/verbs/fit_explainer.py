@@ -81,15 +81,6 @@ class _Photos:
 
 
 @dataclass(frozen=True)
-class _Teaching:
-    """Where the parts that teach come from, as the record says it, and the layers that they are found on."""
-
-    name: str
-    places_of: PlaceSource | None
-    layers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class _Fit:
     """Everything a fit reads; nothing of it changes."""
 
@@ -98,7 +89,7 @@ class _Fit:
     asked: ExplainerRun
     out: Path
     cache: Path
-    teaching: _Teaching
+    finding: tuple[str, ...]  # layers that the parts that teach are found on
     extras: Extras
     show: Progress
     where: Compute
@@ -179,7 +170,9 @@ def fit_explainer(
         info = performer_info(performer, device)  # refuses a network without scores before a photo is read
         photos = _chosen(data, category, background, settings.seed, show)
         structure, grid = _opened(performer, photos, tap, targets)
-        teaching = _teaching(performer, photos.categories, settings, places_of, _inspection(folder, inspection))
+        places, teacher, finding = _teaching(
+            performer, photos.categories, settings, places_of, _inspection(folder, inspection)
+        )
         asked = ExplainerRun(
             created=now(),
             command=command(),
@@ -192,12 +185,12 @@ def fit_explainer(
             preset="custom" if isinstance(config, ExplainerConfig) else preset,
             config=settings,
             seeds=seeds,
-            places=teaching.name,
+            places=places,
             grid=grid,
         )
         maps = folder / "cache" if cache is None else Path(cache)
-        extras = Extras(teaching.places_of, _classification(performer, asked), device, processes)
-        fit = _Fit(performer, photos, asked, folder, maps, teaching, extras, show, where)
+        extras = Extras(teacher, _classification(performer, asked), device, processes)
+        fit = _Fit(performer, photos, asked, folder, maps, finding, extras, show, where)
         record = _fitted(fit, since, keep_cache=keep_cache or cache is not None)
         processes.shared()  # the others end, too
     return FittedExplainer(folder, record, History.read(folder).epochs)
@@ -287,17 +280,20 @@ def _teaching(
     config: ExplainerConfig,
     places_of: PlaceSource | None,
     inspection: Path | None,
-) -> _Teaching:
-    """Say where the parts that teach come from; nothing where the configuration has no teachers."""
+) -> tuple[str, PlaceSource | None, tuple[str, ...]]:
+    """Say where the parts that teach come from, as the record says it, and which layers they are found on.
+
+    Nothing where the configuration has no teachers.
+    """
     from partlens.object_parts.finding import finding_layers, found_places, known_places
     from partlens.verbs.explained_windows import load_inspection
 
     if not config.teachers:
-        return _Teaching("", None, ())  # the papers' preset
+        return "", None, ()  # the papers' preset
     if places_of is not None:
-        return _Teaching(f"{places_of.__module__}:{places_of.__qualname__}", places_of, ())
+        return f"{places_of.__module__}:{places_of.__qualname__}", places_of, ()
     if inspection is None:
-        return _Teaching("found", found_places, finding_layers(performer))
+        return "found", found_places, finding_layers(performer)
     opened = load_inspection(inspection, performer)
     if missing := [name for name in categories if name not in opened.finders]:
         rule = f"an inspection of {listed(missing)} in {inspection}"
@@ -305,7 +301,7 @@ def _teaching(
         raise RunError(expected(rule, got, "Inspect these categories too, or give another run (--inspection)"))
     finders = [opened.searched[name] for name in categories]
     name = f"inspection {opened.record.tensors_sha256[:12]}"
-    return _Teaching(name, known_places(finders), opened.record.finding)
+    return name, known_places(finders), opened.record.finding
 
 
 def _classification(performer: Performer, asked: ExplainerRun) -> Classification | None:
@@ -342,7 +338,7 @@ def _precision(fit: _Fit) -> PassPrecision:
         fit.performer.on(torch.device(fit.extras.device)),
         photos.images,
         photos.own,
-        [structure.read, *structure.targets, *fit.teaching.layers],
+        [structure.read, *structure.targets, *fit.finding],
         passes=len(photos.own) * fit.asked.config.views + len(photos.others) * _views_of_others(fit.asked.config),
         wanted=wanted if found is None else found.identity.get("precision", wanted),
     )
@@ -373,7 +369,7 @@ def _cached_maps(fit: _Fit) -> TrainingMaps:
         arrays = stream_maps(
             viewing.on(torch.device(fit.extras.device)),
             drawn,
-            [structure.read, *structure.targets, *fit.teaching.layers],
+            [structure.read, *structure.targets, *fit.finding],
             fit.cache,
             compute=fit.where,
             progress=lambda done, _: advance(done),
@@ -384,7 +380,7 @@ def _cached_maps(fit: _Fit) -> TrainingMaps:
         windows=windows,
         labels=labels_of(photos.images, photos.categories, photos.own),
         background_rows=np.arange(len(windows.flatten(0, 1)), len(rows)),
-        finding=tuple(arrays[layer] for layer in fit.teaching.layers),
+        finding=tuple(arrays[layer] for layer in fit.finding),
     )
 
 
