@@ -8,7 +8,6 @@ does the same with another kernel, which is exchanged in autograd's record: one 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -44,7 +43,7 @@ def _along(signal: Tensor, axis: int, matrix: Tensor) -> Tensor:
     matrix = matrix.to(signal)
     if axis == signal.ndim - 1:
         return signal @ matrix.T
-    if axis == signal.ndim - 2:
+    if axis == signal.ndim - 2 and signal.shape[-1] >= matrix.shape[1]:  # many narrow products take ten times as long
         return matrix @ signal
     return (signal.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
 
@@ -61,6 +60,28 @@ def _stretching(have: int, wanted: int, step: int, strides: Strides) -> Tensor:
     between = F.interpolate(one, size=spanned, mode="linear", align_corners=True)[0].T
     # Cells that no strided window reached take the last window's value; with ceil_mode one may lie outside.
     return between[torch.arange(wanted).clamp(max=spanned - 1)] * (have / wanted)
+
+
+@functools.lru_cache(maxsize=256)
+def _part(have: int, wanted: int, step: int, first: int, count: int) -> tuple[int, Tensor]:
+    """Return rows of the matrix that stretches to an aligned signal, zeros outside, and the columns they need.
+
+    These are the columns from the number that is returned.
+    """
+    rows = F.pad(_stretching(have, wanted, step, "aligned"), (0, 0, count, count))[first + count :][:count]
+    used = rows.any(0).nonzero()
+    return int(used.min()), rows[:, int(used.min()) : int(used.max()) + 1]
+
+
+def _moving_mean(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the means over windows, added up: pooling and transposed convolutions take ten times as long."""
+    for axis, size in enumerate(sizes, start=2):
+        count = values.shape[axis] - size + 1
+        total = values.narrow(axis, 0, count).clone()
+        for apart in range(1, size):
+            total += values.narrow(axis, apart, count)
+        values = total.div_(size)
+    return values
 
 
 def strided_gradient(
@@ -162,62 +183,60 @@ class Strided:
         if max(self.dilation) > 1 or any(size % step for size, step in zip(self.dense, self.stride, strict=True)):
             return None
         exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        box = exact.new_full((1, 1, *self.stride), 1 / math.prod(self.stride))
-        summed = _transposed(len(self.stride))(exact.flatten(0, 1)[:, None], box)
-        return summed.reshape(*self.weight.shape[:2], *summed.shape[2:]).to(self.weight.dtype)
+        around = [step - 1 for step in reversed(self.stride) for _ in range(2)]
+        return _moving_mean(F.pad(exact, around), self.stride).to(self.weight.dtype)
 
-    def borders(self) -> list[tuple[tuple[int, int], ...]] | None:
-        """Return for each axis the bands in which an aligned signal differs from the mean of nearest-stretched ones.
+    def borders(self) -> list[int] | None:
+        """Return for each axis how far from an end an aligned signal is not the mean of nearest-stretched ones.
 
-        ``None`` where they are half of the map.
+        ``None`` where that is half of the map.
         """
-        found: list[tuple[tuple[int, int], ...]] = []
+        found = []
         for cells, kernel, pad, step in zip(self.cells, self.weight.shape[2:], self.padding, self.stride, strict=True):
-            first, last = kernel - 1 - pad, cells + pad - kernel + 2 - step
-            if first < 0 or 2 * (first + cells - last) > cells:
+            first, last = kernel - 1 - pad, kernel - 2 - pad + step
+            if first < 0 or 2 * (first + last) > cells:
                 return None
-            found.append(((0, first), (last, cells)))
+            found.append(max(first, last))
         return found
 
-    def smooths(self, borders: Sequence[Sequence[tuple[int, int]]]) -> _Replacement:
+    def smooths(self, borders: Sequence[int]) -> _Replacement:
         """Return what makes of the gradient of a nearest-stretched signal that of an aligned one.
 
         A line from one cell to the next is the mean of ``s`` neighbours of a nearest-stretched signal, and so is the
         gradient, but for the borders, where cells outside would take part: there it is computed as it is.
         """
-        means: tuple[Callable[..., Tensor], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-        mean = means[len(self.stride) - 1]
 
         def replace(grads_in: _Grads, grads_out: _Grads) -> _Grads:
             nearest, arrived = grads_in[0], grads_out[0]
             if nearest is None or arrived is None:
                 return grads_in
-            inside = mean(nearest, self.stride, 1)
+            inside = _moving_mean(nearest, self.stride)
             result = torch.empty_like(nearest)
             result[(slice(None), slice(None), *(slice(size) for size in inside.shape[2:]))] = inside
-            for axis, bands in enumerate(borders):
-                for start, stop in bands:
-                    if start < stop:
-                        result.narrow(axis + 2, start, stop - start).copy_(self._band(arrived, axis, start, stop))
+            for axis, width in enumerate(borders):
+                for start, found in zip((0, self.cells[axis] - width), self._ends(arrived, axis, width), strict=True):
+                    result.narrow(axis + 2, start, width).copy_(found)
             return (result, *grads_in[1:])
 
         return replace
 
-    def _band(self, arrived: Tensor, axis: int, start: int, stop: int) -> Tensor:
-        """Return some rows of the gradient of an aligned signal, or columns."""
-        pads = [(kernel - 1 - pad,) * 2 for kernel, pad in zip(self.weight.shape[2:], self.padding, strict=True)]
-        # The axis of the band first, of which little is left.
-        for place in sorted(range(len(pads)), key=lambda place: place != axis):
-            size, kernel, pad = self.dense[place], self.weight.shape[place + 2], self.padding[place]
-            matrix = _stretching(arrived.shape[place + 2], size, self.stride[place], "aligned")
-            if place == axis:  # the cells that the kernel reaches from these rows, with zeros outside
-                first, last = start + pad - kernel + 1, stop - 1 + pad
-                pads[place] = max(-first, 0), max(last - size + 1, 0)
-                matrix = matrix[max(first, 0) : last + 1]
-            arrived = _along(arrived, place + 2, matrix)
-        around = [zeros for pair in reversed(pads) for zeros in pair]
+    def _ends(self, arrived: Tensor, axis: int, width: int) -> Sequence[Tensor]:
+        """Return the first and the last rows of the gradient of an aligned signal, or columns."""
+        # Both in one convolution: of so few rows it is hardly more than the reading of its kernel.
+        starts = (0, self.cells[axis] - width)
+        both = torch.cat([self._reached(arrived, axis, start, width) for start in starts])
+        for place in range(len(self.stride)):
+            if place != axis:
+                both = self._reached(both, place, 0, self.cells[place])
         convolutions: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
-        return convolutions[len(self.stride) - 1](F.pad(arrived, around), self._turned, groups=self.groups)
+        return convolutions[len(self.stride) - 1](both, self._turned, groups=self.groups).chunk(2)
+
+    def _reached(self, arrived: Tensor, place: int, start: int, count: int) -> Tensor:
+        """Stretch an axis of a signal, as far as the kernel reaches it from some cells of the input."""
+        kernel, have = self.weight.shape[place + 2], arrived.shape[place + 2]
+        first = start + self.padding[place] - kernel + 1
+        low, matrix = _part(have, self.dense[place], self.stride[place], first, count + kernel - 1)
+        return _along(arrived.narrow(place + 2, low, matrix.shape[1]), place + 2, matrix)
 
     @functools.cached_property
     def _turned(self) -> Tensor:
