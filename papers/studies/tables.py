@@ -363,7 +363,7 @@ def prices() -> list[str]:
     """What each p costs, what part filters alone cost, and the filters by part."""
     head = "| explainer, photos, others | fed back: p and points | part filters alone: points | filters by part |"
     lines = [head, "|---" * 4 + "|"]
-    for job, found in load("reproduction/prices.json").items():
+    for job, found in sorted(load("reproduction/prices.json").items()):
         network, category = job.rpartition("-")[0].split("-")
         mixed, alone = [], []
         for point in found["points"]:
