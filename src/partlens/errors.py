@@ -16,7 +16,7 @@ import inspect
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 _P = ParamSpec("_P")
@@ -102,22 +102,24 @@ _CLASSES = {  # known by name where not imported
 }
 
 
-def _kind(annotation: str, names: Mapping[str, Any]) -> tuple[str, Callable[[object], bool]] | None:
+def _kind(annotation: Any, names: Mapping[str, Any]) -> tuple[str, Callable[[object], bool]] | None:
     """Return how one alternative of an annotation is called and recognised; ``None`` for what is not checked here."""
-    meant = names.get(annotation)
-    if get_origin(meant) is Literal or annotation == "Literal":
-        return _KINDS["str"]  # which words there are, the function says itself
+    meant = annotation if get_origin(annotation) is Literal else names.get(annotation)
+    if get_origin(meant) is Literal:
+        words = get_args(meant)
+        return f"one of {', '.join(words)}", lambda value: isinstance(value, str) and value in words
     if annotation.rpartition(".")[2] in _CLASSES or (isinstance(meant, type) and annotation not in _KINDS):
         name = annotation.rpartition(".")[2]
         return _CLASSES.get(name, f"a {name}"), lambda value: any(each.__name__ == name for each in type(value).__mro__)
     return _KINDS.get(annotation)
 
 
-def _alternatives(annotation: Any) -> list[str]:
+def _alternatives(annotation: Any) -> list[Any]:
     if isinstance(annotation, str):
         return annotation.split(" | ")
     kinds = get_args(annotation) if get_origin(annotation) in {Union, UnionType} else (annotation,)
-    return ["None" if kind is NoneType else getattr(kind, "__name__", str(kind)) for kind in kinds]
+    named = (kind if get_origin(kind) is Literal else getattr(kind, "__name__", str(kind)) for kind in kinds)
+    return ["None" if kind == "NoneType" else kind for kind in named]
 
 
 def checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -134,18 +136,19 @@ def checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
             ...
         partlens.errors.InputTypeError: Expected loud as True or False, got 'yes'. Give that, or leave loud out.
     """
-    signature = inspect.signature(function)
+    signature, names = inspect.signature(function), inspect.unwrap(function).__globals__
 
     @functools.wraps(function)
     def at_the_door(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             parameter = signature.parameters[name]
-            kinds = [_kind(each, function.__globals__) for each in _alternatives(parameter.annotation)]
+            kinds = [_kind(each, names) for each in _alternatives(parameter.annotation)]
             known = [kind for kind in kinds if kind is not None]
             if len(known) == len(kinds) and not any(fits(value) for _, fits in known):
                 rule = f"{name} as {' or '.join(dict.fromkeys(words for words, _ in known))}"
                 optional = "" if parameter.default is parameter.empty else f", or leave {name} out"
-                raise InputTypeError(expected(rule, shown(value), f"Give that{optional}"))
+                text = expected(rule, shown(value), f"Give that{optional}")
+                raise InputError(text) if isinstance(value, str) and "one of " in rule else InputTypeError(text)
         return function(*args, **kwargs)
 
     return at_the_door

@@ -618,6 +618,21 @@ def test_nothing_is_kept_in_memory(small) -> None:
 # Refusals
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"rule": "guide"}, "rule as one of guided, deconvnet, gradient, got 'guide'"),
+        ({"pooling": "max"}, "pooling as one of route, overwrite, resample"),
+        ({"fix_strides": "yes"}, "fix_strides as True or False or one of nearest, aligned"),
+        ({"start": "one"}, "start as one of activation, ones, peak"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_words_are_refused(small, setting: dict[str, str], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        guided_backprop(small, images(), **setting)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_refused_calls(small) -> None:
     x = images()
@@ -632,10 +647,6 @@ def test_refused_calls(small) -> None:
         ({"target": 4}, "from 0 to 3"),
         ({"target": -1}, "from 0 to 3"),
         ({"target": torch.tensor([1])}, "one target for each of 2"),
-        ({"rule": "guide"}, "guided"),
-        ({"pooling": "max"}, "route"),
-        ({"fix_strides": "yes"}, "aligned"),
-        ({"start": "one", "layer": "conv2", "filters": 1}, "activation"),
     ]
     for arguments, words in cases:
         with pytest.raises(InputError, match=words):

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from partlens.attribution.pictures import coloured, overlay, picture_of, save_png, stretched, strip
-from partlens.errors import InputError
 
 
 def test_glow_gets_lighter_with_the_value() -> None:
@@ -44,11 +43,6 @@ def test_jet_covers_evenly_with_three_quarters() -> None:
 
 def test_undefined_heat_is_drawn_as_none() -> None:
     assert coloured(np.array([[np.nan]])).tolist() == coloured(np.array([[0.0]])).tolist()
-
-
-def test_unknown_style() -> None:
-    with pytest.raises(InputError, match="Expected style glow or jet, got rainbow"):
-        coloured(np.zeros((1, 1)), "rainbow")
 
 
 def test_stretching_uses_valid_pixels_only() -> None:

@@ -216,12 +216,6 @@ def test_a_layer_without_live_filters_leaves_attention_alone(made: dict[str, Any
     assert content.attention.photos
 
 
-@pytest.mark.parametrize("kind", ["best", ""])
-def test_other_kinds_are_refused(made: dict[str, Any], tmp_path: Path, kind: GalleryKind) -> None:
-    with pytest.raises(InputError, match="quick, full or none"):
-        written(tmp_path, made, kind)
-
-
 def test_feature_maps_peak_where_the_filter_does(made: dict[str, Any], tmp_path: Path) -> None:
     content, folder = written(tmp_path, made), tmp_path / "gallery"
     found = []
@@ -248,5 +242,3 @@ def test_nothing_is_covered_for_the_mask_and_settings_may_be_changed(made: dict[
     assert changed.places == math.ceil((32 - 9 + 1) / 6) ** 2
     with pytest.raises(InputError, match="Did you mean stride_px"):
         written(tmp_path, made, occlusion={"stride": 6})
-    with pytest.raises(InputError, match="fields to be mask or occlusion, got 'round'"):
-        written(tmp_path, made, fields="round")

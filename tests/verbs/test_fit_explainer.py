@@ -194,7 +194,7 @@ def test_a_run_killed_before_it_kept_its_photos_goes_on(
         ({"category": "petal-rot"}, "Choose one of petal-red"),
         ({"seeds": 0}, "at least 1 seed, got 0"),
         ({"config": {"epoch": 2}}, "Did you mean epochs"),
-        ({"preset": "best"}, "preset partlens or paper, got best"),
+        ({"preset": "best"}, "preset as one of partlens, paper, got .best."),
         ({"targets": ["relu1"]}, "relu1"),
     ],
 )

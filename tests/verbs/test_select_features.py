@@ -269,7 +269,7 @@ def test_errors_name_the_value_and_the_remedy(
         match="Expected an inspection, a selection or an explainer in .* got none. Run inspect, select-features",
     ):
         partlens.explain(tmp_path, few_flowers, model=tiny)
-    with pytest.raises(InputError, match="Expected labels to be 'data' or 'predictions', got 'guesses'"):
+    with pytest.raises(InputError, match="Expected labels as one of data, predictions, got 'guesses'"):
         select_features(tiny, few_flowers, out=tmp_path / "b", labels="guesses")  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="Expected at least 2 classes"):
         select_features(tiny, few_flowers.select("petal-red"), out=tmp_path / "c")

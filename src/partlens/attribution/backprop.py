@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from partlens.attribution.rules import POOLINGS, RULES, Pooling, Rule, rewritten
-from partlens.attribution.strides import STRIDES, Strides
+from partlens.attribution.rules import Pooling, Rule, rewritten
+from partlens.attribution.strides import Strides
 from partlens.errors import (
     InputError,
     InputTypeError,
@@ -38,7 +38,6 @@ from partlens.network.taps import read_taps, tap_layouts
 __all__ = ["Pooling", "Rule", "Start", "Strides", "backward_signals", "guided_backprop", "heat_map"]
 
 Start = Literal["activation", "ones", "peak"]
-_STARTS: tuple[Start, ...] = ("activation", "ones", "peak")
 
 _Round = Sequence[tuple[Tensor, Tensor]]  # outputs and the signals that start at them
 
@@ -47,19 +46,9 @@ class _ReadEnough(BaseException):
     """Every layer that was asked for has been read; the rest of the forward pass is not needed."""
 
 
-def _choice(name: str, value: str, options: Sequence[str]) -> None:
-    if value not in options:
-        raise InputError(expected(f"{name} to be one of {', '.join(options)}", value, f"Choose {options[0]}"))
-
-
-def _settings(rule: Rule, fix_strides: bool | Strides, pooling: Pooling) -> Strides | None:
-    """Refuse unknown settings; return how strides are treated."""
-    _choice("rule", rule, RULES)
-    _choice("pooling", pooling, POOLINGS)
-    if isinstance(fix_strides, bool):
-        return "nearest" if fix_strides else None
-    _choice("fix_strides", fix_strides, STRIDES)
-    return fix_strides
+def _treated(fix_strides: bool | Strides) -> Strides | None:
+    """Return how strides are treated, ``None`` for not at all."""
+    return "nearest" if fix_strides is True else fix_strides or None
 
 
 def _checked(module: nn.Module, images: Tensor) -> Tensor:
@@ -218,6 +207,7 @@ def _check_finite(values: Tensor, what: str) -> None:
         raise InputError(expected(f"{what} to be finite", "NaN or infinity", remedy))
 
 
+@checked
 def backward_signals(
     model: nn.Module | Performer,
     images: Float[Tensor, "image channel row col"],
@@ -253,7 +243,7 @@ def backward_signals(
         (1, 1, 3, 8, 8)
     """
     module = module_of(model)
-    strides = _settings(rule, fix_strides, pooling)
+    strides = _treated(fix_strides)
     ready = _checked(module, images)
     if not starts or not any(starts):
         raise InputError(expected("at least one round with a layer", "none", "Give a mapping from layer to weights"))
@@ -373,8 +363,7 @@ def guided_backprop(
         (2, 2, 3, 8, 8)
     """
     module = module_of(model)
-    strides = _settings(rule, fix_strides, pooling)
-    _choice("start", start, _STARTS)
+    strides = _treated(fix_strides)
     ready = _checked(module, images)
     wanted = _wanted(layer, filters, target, len(ready))
     layers = {} if layer is None else tap_layouts(model, ready, [layer])

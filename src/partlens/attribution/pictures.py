@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from partlens.errors import InputError, expected
 from partlens.records import write_atomically
 
 FloatArray = npt.NDArray[np.floating]
@@ -23,7 +23,7 @@ _JET_ALPHA = 0.75
 _FIRST, _SECOND = (86, 180, 233), (250, 140, 40)
 
 
-def coloured(heat: FloatArray, style: str = "glow") -> ByteArray:
+def coloured(heat: FloatArray, style: Literal["glow", "jet"] = "glow") -> ByteArray:
     """Colour a heat map in [0, 1]: ``glow``, or ``jet`` as in the authors' figures.
 
     Example:
@@ -34,14 +34,12 @@ def coloured(heat: FloatArray, style: str = "glow") -> ByteArray:
     if style == "jet":
         channels = [np.clip(1.5 - np.abs(4 * values - centre), 0, 1) for centre in (3, 2, 1)]
         return np.rint(np.stack(channels, axis=-1) * 255).astype(np.uint8)
-    if style != "glow":
-        raise InputError(expected("style glow or jet", style, "Choose one of them"))
     stops = np.linspace(0, 1, len(_GLOW))
     channels = [np.interp(values, stops, _GLOW[:, c]) for c in range(3)]
     return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
 
 
-def overlay(photo: Image.Image, heat: FloatArray, style: str = "glow") -> Image.Image:
+def overlay(photo: Image.Image, heat: FloatArray, style: Literal["glow", "jet"] = "glow") -> Image.Image:
     """Lay a heat map in [0, 1] over a photo.
 
     ``glow`` keeps the photo, greyed and darkened, and lets the heat shine in proportion to its value, so that what was

@@ -25,8 +25,6 @@ from partlens.errors import LayerError, expected
 Rule = Literal["guided", "deconvnet", "gradient"]
 Pooling = Literal["route", "overwrite", "resample"]
 
-RULES: tuple[Rule, ...] = ("guided", "deconvnet", "gradient")
-POOLINGS: tuple[Pooling, ...] = ("route", "overwrite", "resample")
 
 _MAX_POOLS = {"MaxPool2DWithIndicesBackward": 2, "MaxPool3DWithIndicesBackward": 3}
 _MEAN_POOLS = {"AvgPool2DBackward": 2, "AvgPool3DBackward": 3}

@@ -20,7 +20,6 @@ from partlens.errors import LayerError, expected
 
 Strides = Literal["nearest", "aligned"]
 
-STRIDES: tuple[Strides, ...] = ("nearest", "aligned")
 
 _Grads = tuple[Tensor | None, ...]
 _Replacement = Callable[[_Grads, _Grads], _Grads]

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from partlens.attribution.record import OcclusionConfig
 from partlens.data.images import ImageSet
-from partlens.errors import InputError, expected
 from partlens.evaluation.results import FieldKind, GalleryKind
 from partlens.explainer.network import Explainer
 from partlens.network.performer import Performer
@@ -51,8 +50,8 @@ class GalleryPlan:
     @classmethod
     def of(
         cls,
-        kind: str,
-        fields: str,
+        kind: GalleryKind,
+        fields: FieldKind,
         size_px: tuple[int, int],
         occlusion: OcclusionConfig | Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -60,18 +59,13 @@ class GalleryPlan:
         """Return a plan for inputs of a size; ``occlusion`` may be fields to change in what belongs to the kind.
 
         Raises:
-            InputError: another kind of gallery or of fields, a field that does not exist, or a value out of range.
+            InputError: a field that does not exist, or a value out of range.
         """
-        if kind not in get_args(GalleryKind):
-            raise InputError(expected("gallery to be quick, full or none", f"{kind!r}", "Choose quick"))
-        if fields not in get_args(FieldKind):
-            raise InputError(expected("fields to be mask or occlusion", f"{fields!r}", "Choose mask"))
         # Quick: twice the released stride and fewer photos. Full: as released, photos chosen out of 24 for all filters.
         quick = kind != "full"
         config = (OcclusionConfig(stride_px=18, images=4) if quick else OcclusionConfig()).scaled(size_px)
         config = occlusion if isinstance(occlusion, OcclusionConfig) else config.changed(occlusion or {})
-        known = cast("GalleryKind", kind), cast("FieldKind", fields)
-        return cls(*known, config, 8 if quick else 24, 24 if quick else 100, seed)
+        return cls(kind, fields, config, 8 if quick else 24, 24 if quick else 100, seed)
 
 
 def save_photo(path: Path, picture: Image.Image) -> str:

@@ -97,13 +97,11 @@ class LassoSolution:
         return self.norm >= self.mu * (1 - 1e-9)
 
 
-def _check_options(mu: Any, tolerance: Any, on_failure: object) -> float:
+def _check_options(mu: Any, tolerance: Any) -> float:
     if not (math.isfinite(mu) and mu > 0):
         raise InputError(expected("a finite mu above 0", float(mu), "The paper's value is 10"))
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise InputError(expected("a finite tolerance above 0", tolerance, "The default is 1e-6"))
-    if on_failure not in ("raise", "return"):
-        raise InputError(expected("on_failure raise or return", on_failure, "Choose raise to get an error"))
     return float(mu)
 
 
@@ -196,14 +194,12 @@ def mu_lasso(
         >>> found.weights[:, 0].tolist(), float(found.objective[0]), bool(found.constraint_active[0])
         ([0.5, 0.5, 0.0], 0.5, True)
     """
-    mu = _check_options(mu, tolerance, on_failure)
+    mu = _check_options(mu, tolerance)
     check_matrix(responses, "responses", "image, feature")
     check_matrix(labels, "labels", "image, class")
     if len(responses) != len(labels):
         got, remedy = f"{len(labels)} and {len(responses)}", "Give one row per image in both"
         raise InputError(expected("as many rows of labels as of responses", got, remedy))
-    if method not in {"auto", "responses", "gram"}:
-        raise InputError(expected("method auto, responses or gram", method, "Choose auto"))
     device = responses.device if isinstance(responses, Tensor) else torch.device("cpu")
     target = to_double(labels, device)
     if not math.isfinite(float(target.square().sum())):
