@@ -306,7 +306,11 @@ def test_wrong_kinds_for_the_filter_loss_and_the_lasso() -> None:
         (lambda: filter_loss(maps.numpy(), templates), InputTypeError, "maps as a floating-point tensor"),
         (lambda: filter_loss(maps.to_sparse(), templates), InputTypeError, "maps as a floating-point tensor"),
         (lambda: filter_loss(maps, None), InputTypeError, "templates as a floating-point tensor"),
-        (lambda: filter_loss(maps, templates, gradient=["exact"]), InputTypeError, "gradient as one of exact, approximate"),
+        (
+            lambda: filter_loss(maps, templates, gradient=["exact"]),
+            InputTypeError,
+            "gradient as one of exact, approximate",
+        ),
         (lambda: mu_lasso(x.to_sparse(), labels), InputTypeError, "ordinary tensor of responses"),
         (lambda: mu_lasso(x, labels.to_sparse()), InputTypeError, "ordinary tensor of labels"),
         (lambda: mu_lasso(x.to("meta"), labels), InputTypeError, "without values"),
