@@ -217,7 +217,7 @@ def animals() -> list[str]:
             for kind in several[0]:
                 rows = [each[kind] for each in several]
                 counts = sorted({row["parts"] for row in rows})
-                label = f"{kind} ({counts[0]} to {counts[-1]})" if kind == "supported" else kind
+                label = f"{kind} ({', '.join(map(str, counts))})" if kind == "supported" else kind
                 cells = [_joined([row[score] for row in rows if score in row], d) for score, d in scores.items()]
                 known = [row for row in rows if "nmi" in row]
                 cells.append(", ".join(f"{fmean(row[key] for row in known):.2f}" for key in ("nmi", "ari") if known))
