@@ -109,7 +109,7 @@ def places(given: Animal, maps: np.ndarray, windows: Tensor, seed: int) -> Itera
 
     generator = torch.Generator().manual_seed(seed)
     found = find_parts(lambda some, view: views(own[some], view), windows[own], FindingConfig(), generator)
-    for kind, finder in {"first": found.searched, "supported": found.finder}.items():
+    for kind, finder in {"first": found.finder, "supported": found.finder.only(range(found.supported))}.items():
         where = places_of_views(finder, views, windows)
         strength = torch.cat([finder.codes(views(some, 0)).amax((2, 3)) for some in everyone.split(100)])
         for count in COUNTS if kind == "first" else [where.shape[1]]:

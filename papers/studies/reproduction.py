@@ -187,7 +187,7 @@ def parts(folder: Path, out: Path, only: Sequence[str]) -> None:
         windows = view_windows(len(own), 4, generator)  # those of the explainer of the same seed
         seen = _seen(performer, images, own, windows)
         parts = find_parts(lambda some, view, seen=seen: [seen(some, view)], windows, FindingConfig(), generator)
-        found[path.stem] = _scored(performer, images, category, held, parts.finder)
+        found[path.stem] = _scored(performer, images, category, held, parts.finder.only(range(parts.supported)))
         write_json(out, found)
         print(path.stem, found[path.stem]["parts"]["instability"], flush=True)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from partlens.object_parts import regions
+from partlens.object_parts.account import Truth, account_of
 from partlens.object_parts.regions import (
     AREAS,
     TapMaps,
@@ -119,6 +120,16 @@ def test_the_middle_of_an_object_is_known_to_a_part_of_a_cell() -> None:
     taps = TapMaps(add_up, maps, torch.zeros(2, SIDE, SIDE))
     found = kept_by_kind(taps, whole_photos(taps), PLACES, draws(), objects=objects)
     assert found.score["object"][:, 0].tolist() == pytest.approx([1.0] * PHOTOS)
+
+
+def test_windows_stand_where_most_is_carried_also_at_parts_that_the_photos_do_not_support() -> None:
+    idle = torch.rand(PHOTOS, 2, 2, generator=draws(9))
+    places = torch.cat([idle, PLACES[:, :1]], 1)  # the last one carries all, and is no part of its own
+    taps = lit(PLACES[:, :1])
+    found = account_of(taps, places, taps, places, 1, Truth(), draws())
+    assert found.order == (2, 0)
+    assert found.windows[0] == 1
+    assert bool((found.kept.score["parts"][:, 0] == 1).all())
 
 
 def test_a_photo_on_which_nothing_scores_as_much_is_undefined() -> None:

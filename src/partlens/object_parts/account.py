@@ -1,4 +1,9 @@
-"""The account of one category: which found parts carry the score, how much, and the verdict."""
+"""The account of one category: which found parts carry the score, how much, and the verdict.
+
+Windows stand at those of all found parts that carry most, on other photos than those that are measured; what moves like
+a part before it, or follows crops less well, may carry more. Accounted for are these and the parts that the photos
+support (`partlens.object_parts.finding`).
+"""
 
 from __future__ import annotations
 
@@ -57,7 +62,7 @@ class Account:
     """What was measured of a category; parts come in ``order``, those that carry most first.
 
     Attributes:
-        order: the found parts' numbers in that order.
+        order: their numbers among the found ones.
         windows: how many of them get windows at each area.
         places: of the parts in the measured photos.
         whole: what the performer says of the measured photos.
@@ -84,6 +89,7 @@ def account_of(
     seen_places: Float[Tensor, "seen part 2"],
     measured: TapMaps,
     places: Float[Tensor, "measured part 2"],
+    supported: int,
     truth: Truth,
     generator: torch.Generator,
 ) -> Account:
@@ -94,11 +100,13 @@ def account_of(
         seen_places: of the found parts there, in the found order.
         measured: the tap on the photos to measure on.
         places: of the found parts there, in the found order.
+        supported: how many of them, from the first on, the photos support.
         truth: what annotations say of these.
         generator: source of all draws.
     """
-    order, windows = carrying_order(seen, whole_photos(seen), seen_places)
-    places = places[:, list(order)]
+    carrying, windows = carrying_order(seen, whole_photos(seen), seen_places)
+    order = tuple(part for rank, part in enumerate(carrying) if rank < max(windows) or part < supported)
+    places = places[:, order]
     whole = whole_photos(measured)
     by_kind = kept_by_kind(
         measured, whole, places, generator, counts=windows, annotated=truth.annotated, objects=truth.objects

@@ -96,25 +96,24 @@ class PartFinder:
 
 @dataclass(frozen=True)
 class FoundParts:
-    """The parts of a category, best first.
+    """All parts that were chosen for a category: first those that the photos support, each group best first.
 
     Attributes:
         places: mean place (row, col) in the photo and its mirror, as shares of the photo's sides.
         movement: mean squared error of moving with crops and mirrors over the variance of the place; lower is better.
         stability: correlation, over photos, of each place with that of the part nearest to it among those found again
             in half of the photos, the mean of both halves; 1 is the same part.
-        correlation: of the places of two parts, the mean; lower is more variety.
-        finder: says where the parts are in further photos.
-        searched: the same of all parts that were chosen, in their order, those included that the photos do not support
-            as parts of their own: they teach an explainer's filters.
+        supported: how many of them the photos support as parts of their own, or the fewest that were asked for.
+        correlation: of the places of two of these, the mean; lower is more variety.
+        finder: says where the parts are in further photos. All of them teach an explainer's filters.
     """
 
     places: Float[Tensor, "photo part 2"]
     movement: Float[Tensor, " part"]
     stability: Float[Tensor, " part"]
+    supported: int
     correlation: float
     finder: PartFinder
-    searched: PartFinder
 
 
 def finding_layers(performer: Performer) -> tuple[str, ...]:
@@ -141,8 +140,8 @@ def find_parts(
 ) -> FoundParts:
     """Find the parts of a category's photos.
 
-    As many parts are kept, from ``settings.parts_min`` to ``settings.parts_max``, as the photos support: parts that add
-    more than they repeat and more than their error, and that are found again in both halves of the photos.
+    Of ``settings.parts_max`` parts as many are counted, at least ``settings.parts_min``, as the photos support: parts
+    that add more than they repeat and more than their error, and that are found again in both halves of the photos.
 
     Args:
         views: gives the maps of the finding layers.
@@ -165,12 +164,14 @@ def find_parts(
     ]
     stability, repeated = _found_again(places, again, generator)
     order = [part for part in supported(places, movement) if repeated[part]]
-    order += [part for part in range(len(movement)) if part not in order][: max(0, settings.parts_min - len(order))]
-    kept = sorted(order, key=movement.tolist().__getitem__)
-    searched, finder = finder, finder.only(kept)
+    rest = [part for part in range(len(movement)) if part not in order]
+    missing = max(0, settings.parts_min - len(order))
+    counted = sorted(order + rest[:missing], key=movement.tolist().__getitem__)
+    ordered = counted + rest[missing:]
+    finder = finder.only(ordered)
     places = places_of_views(finder, views, windows)
-    correlation = mean_correlation(place_correlations(places))
-    return FoundParts(places, movement[kept], stability[kept], correlation, finder, searched)
+    correlation = mean_correlation(place_correlations(places[:, : len(counted)]))
+    return FoundParts(places, movement[ordered], stability[ordered], len(counted), correlation, finder)
 
 
 def places_of_views(

@@ -102,6 +102,7 @@ def inspect_category(stage: Stage, photos: CategoryPhotos) -> tuple[InspectedCat
         found.places[seen],
         TapMaps(stage.upper, read.tap(chosen), stage.nothing),
         found.finder(read.later(chosen, 0)),
+        found.supported,
         truth,
         generator,
     )
@@ -109,7 +110,7 @@ def inspect_category(stage: Stage, photos: CategoryPhotos) -> tuple[InspectedCat
     strength = ordered.codes(read.later(chosen, 0)).flatten(2).amax(2)
     logits = torch.from_numpy(np.array(read.arrays["logits"][chosen.numpy()]))
     drawn = _Drawn(stage, photos, rows, account, strength)
-    taught = {f"{TAUGHT}{name}": each for name, each in found.searched.tensors().items()}
+    taught = {f"{TAUGHT}{name}": each for name, each in found.finder.tensors().items()}
     return _record(stage, photos, found, account, truth, logits, drawn), ordered.tensors() | taught
 
 
