@@ -8,6 +8,7 @@ does the same with another kernel, which is exchanged in autograd's record: one 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -212,7 +213,7 @@ class Strided:
             inside = _moving_mean(nearest, self.stride)
             result = torch.empty_like(nearest)
             result[(slice(None), slice(None), *(slice(size) for size in inside.shape[2:]))] = inside
-            for axis, width in enumerate(borders):
+            for axis, width in filter(operator.itemgetter(1), enumerate(borders)):  # an axis may have none
                 for start, found in zip((0, self.cells[axis] - width), self._ends(arrived, axis, width), strict=True):
                     result.narrow(axis + 2, start, width).copy_(found)
             return (result, *grads_in[1:])

@@ -100,7 +100,7 @@ def normalised(energies: Tensor, index: FeatureIndex) -> tuple[Tensor, Tensor]:
     Example:
         >>> index = FeatureIndex(("a", "b"), (2, 1))
         >>> x, dead = normalised(torch.tensor([[3.0, 1.0, 5.0], [0.0, 0.0, 2.0]]), index)
-        >>> torch.round(x, decimals=3).tolist(), dead.tolist()
+        >>> [[round(value, 3) for value in row] for row in x.tolist()], dead.tolist()
         ([[0.588, 0.196, 0.784], [0.0, 0.0, 1.0]], [0, 1])
     """
     values = energies.double()
