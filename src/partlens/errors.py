@@ -141,17 +141,20 @@ def checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
     @functools.wraps(function)
     def at_the_door(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         for name, value in signature.bind(*args, **kwargs).arguments.items():
-            parameter = signature.parameters[name]
-            kinds = [_kind(each, names) for each in _alternatives(parameter.annotation)]
-            known = [kind for kind in kinds if kind is not None]
-            if len(known) == len(kinds) and not any(fits(value) for _, fits in known):
-                rule = f"{name} as {' or '.join(dict.fromkeys(words for words, _ in known))}"
-                optional = "" if parameter.default is parameter.empty else f", or leave {name} out"
-                text = expected(rule, shown(value), f"Give that{optional}")
-                raise InputError(text) if isinstance(value, str) and "one of " in rule else InputTypeError(text)
+            _check_kind(signature.parameters[name], value, names)
         return function(*args, **kwargs)
 
     return at_the_door
+
+
+def _check_kind(parameter: inspect.Parameter, value: object, names: dict[str, Any]) -> None:
+    kinds = [_kind(each, names) for each in _alternatives(parameter.annotation)]
+    known = list(filter(None, kinds))
+    if len(known) == len(kinds) and not any(fits(value) for _, fits in known):
+        rule = f"{parameter.name} as {' or '.join(dict.fromkeys(words for words, _ in known))}"
+        optional = "" if parameter.default is parameter.empty else f", or leave {parameter.name} out"
+        text = expected(rule, shown(value), f"Give that{optional}")
+        raise InputError(text) if isinstance(value, str) and "one of " in rule else InputTypeError(text)
 
 
 def expected(rule: str, got: object, remedy: str) -> str:

@@ -219,7 +219,7 @@ def removal_chart(title: str, series: Sequence[tuple[str, Sequence[float], Seque
         (min(order, _SHAPES - 1), name, x, y)
         for order, (name, predicted, lost) in enumerate(series)
         for x, y in zip(predicted, lost, strict=False)
-        if math.isfinite(x) and math.isfinite(y)
+        if math.isfinite(x + y)
     ]
     if not pairs:
         return ""

@@ -75,9 +75,14 @@ def parts(
     with Run(run).writing():
         found = measured_parts(opened, earlier, rename, show)
         found.write(run)
-    inspected = InspectRecord.read_if_there(run)
-    own = [one for one in inspected.categories if one.name in found.categories] if inspected else []
-    for line in [one.sentence for one in own] or [_NOT_INSPECTED]:
+    for line in _on_the_performer(run, found.categories):
         show.say(f"on the performer itself: {line}")
     show.say(f"wrote {run / PartsFile.FILE} ({found.photos} photos of the split {split})")
     return found
+
+
+def _on_the_performer(run: Path, categories: Sequence[str]) -> list[str]:
+    """Return what the run's own inspection says of categories."""
+    inspected = InspectRecord.read_if_there(run)
+    own = [one.sentence for one in inspected.categories if one.name in categories] if inspected else []
+    return own or [_NOT_INSPECTED]
