@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Int
+from scipy.stats import t as student
 from torch import Tensor
 
 from partlens.estimate import Estimate
@@ -146,8 +147,6 @@ def measure_fidelity(
 def share_estimate(shares: Sequence[float]) -> Estimate:
     """Return p of the kept explainer with a 95 % t-interval of the seeds' mean; undefined ends for a single seed."""
     # The value is of the explainer that is kept, the interval of the mean: seeds are few, hence Student's t.
-    from scipy.stats import t as student
-
     count = len(shares)
     if count < 2:
         return Estimate(shares[0], (math.nan, math.nan), count, "seeds")

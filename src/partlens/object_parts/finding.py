@@ -192,8 +192,8 @@ def _views_of(data: TrainingMaps, own: Int[Tensor, " photo"]) -> Views:
 def found_places(explainer: Explainer, data: TrainingMaps, category: int) -> Float[Tensor, "photo part 2"]:
     """Choose ``config.teachers`` parts of one category of an explainer's photos and say where they are.
 
-    They are what `find_parts` chooses. It keeps those that the photos support as parts of their own; more of them teach
-    better (consistency 0.55 and 0.58, not 0.32 and 0.55, on held-out foxes, two seeds).
+    They are those that `find_parts` chooses, not only those that the photos support as parts of their own; more of them
+    teach better (consistency 0.55 and 0.58, not 0.32 and 0.55, on held-out foxes, two seeds).
     """
     own = data.own(category)
     # Whether a part comes back in halves of the photos is not asked: that decides what is called a part.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from partlens.errors import InputError, expected
@@ -27,8 +29,6 @@ def _kept_share(first: Int[Tensor, " filter"], second: Int[Tensor, " filter"], *
     """
     if not matched:
         return float((first == second).double().mean())
-    from scipy.optimize import linear_sum_assignment
-
     names = [labels[labels >= 0].unique() for labels in (first, second)]
     both_other = int(((first < 0) & (second < 0)).sum())
     if not all(len(n) for n in names):
@@ -76,8 +76,6 @@ def assignment_stability(
 
 def _likeness(first: Tensor, second: Tensor, matched: bool) -> tuple[float, float]:
     """Return the adjusted Rand index of two assignments and the share of filters that keep their part."""
-    from sklearn.metrics import adjusted_rand_score
-
     return float(adjusted_rand_score(first, second)), _kept_share(first, second, matched=matched)
 
 

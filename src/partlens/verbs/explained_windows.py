@@ -36,7 +36,7 @@ _PAIRS = 32
 class OpenedInspection:
     """A finished inspection with its network, what nothing is at the tap, and what locates each category's parts.
 
-    ``searched`` locates all parts that were chosen, which teach an explainer, also those that were not kept.
+    ``searched`` locates all parts that were chosen, which teach an explainer, also those that are not accounted for.
     """
 
     record: InspectRecord
