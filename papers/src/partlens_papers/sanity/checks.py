@@ -40,11 +40,12 @@ from partlens_papers.sanity.bench import (
     score_maps,
 )
 from partlens_papers.sanity.planted_cue import MARKED, cued_flowers
-from partlens_papers.sanity.sanity_tables import ALIKE
+from partlens_papers.sanity.sanity_tables import ALIKE, METHODS
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from partlens.attribution.explanation import Explanations
     from partlens.data.images import ImageSet
     from partlens.network.performer import Performer
     from partlens_papers.flowers.sets import FlowerSet
@@ -52,6 +53,41 @@ if TYPE_CHECKING:
 SCHEMA = "partlens.sanity/1"
 RESULT = "sanity.json"
 CHECKS = ("classes", "layers", "cue", "labels")
+
+
+# What checks have in common
+
+
+def _maps(bench: Bench, found: Explanations, which: int = 0, performer: Performer | None = None) -> dict[str, Tensor]:
+    """Return ours and the plain maps of one explained class of each photo, by method."""
+    plain_maps = {rule: score_maps(bench, found.classes[:, which], rule, performer) for rule in METHODS[1:]}
+    return {METHODS[0]: found.combined[:, which], **plain_maps}
+
+
+def _likeness(maps: Mapping[str, Tensor], others: Mapping[str, Tensor], config: SanityConfig) -> dict[str, Any]:
+    """Return by method how alike two maps of each photo are."""
+    from partlens.metrics.likeness import rank_correlation
+    from partlens_papers.sanity.likeness import top_overlap
+
+    return {
+        method: {
+            "correlation": mean_of(rank_correlation(own, others[method]), config),
+            "overlap": mean_of(top_overlap(own, others[method]), config),
+        }
+        for method, own in maps.items()
+    }
+
+
+def _jaccard(features: Tensor, others: Tensor, config: SanityConfig) -> dict[str, Any]:
+    """Return the mean Jaccard index of two sets of shown features (1: the same); places without one hold -1."""
+    import torch
+
+    pairs = [
+        [{f for f in row if f >= 0} for row in both] for both in zip(features.tolist(), others.tolist(), strict=True)
+    ]
+    return {
+        "jaccard": mean_of(torch.tensor([len(a & b) / len(a | b) if a | b else torch.nan for a, b in pairs]), config)
+    }
 
 
 # Another class
@@ -65,22 +101,15 @@ def check_classes(bench: Bench, fit: Fit) -> dict[str, Any]:
         the mean Jaccard index of the two sets of shown features (1: the same features), Spearman's correlation of the
         two maps, and the share of photos whose maps correlate by less than :data:`ALIKE`.
     """
-    import torch
-
     from partlens.estimate import proportion
     from partlens.metrics.likeness import rank_correlation
 
     found = explained(bench, fit, None)
-    first, second = ([{f for f in row if f >= 0} for row in found.features[:, which].tolist()] for which in range(2))
-    jaccard = torch.tensor(
-        [len(a & b) / len(a | b) if a | b else torch.nan for a, b in zip(first, second, strict=True)]
-    )
-    result: dict[str, Any] = {"photos": len(bench.test), "features": {"jaccard": mean_of(jaccard, bench.config)}}
-    pairs = {"ours": (found.combined[:, 0], found.combined[:, 1])}
-    for rule in ("guided", "gradient"):
-        pairs[rule] = (score_maps(bench, found.classes[:, 0], rule), score_maps(bench, found.classes[:, 1], rule))
-    for method, (one, other) in pairs.items():
-        alike = rank_correlation(one, other)
+    features = _jaccard(found.features[:, 0], found.features[:, 1], bench.config)
+    result: dict[str, Any] = {"photos": len(bench.test), "features": features}
+    others = _maps(bench, found, 1)
+    for method, one in _maps(bench, found).items():
+        alike = rank_correlation(one, others[method])
         result[method] = {
             "correlation": mean_of(alike, bench.config),
             "below": proportion((alike[~alike.isnan()] < ALIKE).double()).to_dict(),
@@ -103,22 +132,12 @@ def check_layers(bench: Bench, fit: Fit, folder: Path, advance: Callable[..., No
     """
     import torch
 
-    from partlens.metrics.likeness import rank_correlation
     from partlens_papers.networks.randomised import layers_from_top, randomised
-    from partlens_papers.sanity.likeness import top_overlap
 
     original = explained(bench, fit, None)
     classes = original.classes[:, :1]
-    maps = {"ours": original.combined[:, 0]}
-    for rule in ("guided", "gradient"):
-        maps[rule] = score_maps(bench, classes[:, 0], rule)
-    floor = {
-        method: {
-            "correlation": mean_of(rank_correlation(own, own.roll(1, 0)), bench.config),
-            "overlap": mean_of(top_overlap(own, own.roll(1, 0)), bench.config),
-        }
-        for method, own in maps.items()
-    }
+    maps = _maps(bench, original)
+    floor = _likeness(maps, {method: own.roll(1, 0) for method, own in maps.items()}, bench.config)
     units = layers_from_top(bench.performer)
     steps = len(units) if bench.config.steps is None else min(bench.config.steps, len(units))
     counts = torch.linspace(len(units), 1, steps).round().long().unique().tolist()
@@ -128,25 +147,10 @@ def check_layers(bench: Bench, fit: Fit, folder: Path, advance: Callable[..., No
         if not path.exists():
             other = randomised(bench.performer, units[:count], bench.config.seed)
             again = fit_bench(bench, other)
-            now = {"ours": explained(bench, again, classes, other).combined[:, 0]}
-            for rule in ("guided", "gradient"):
-                now[rule] = score_maps(bench, classes[:, 0], rule, other)
-            write_json(
-                path,
-                {
-                    "layers": count,
-                    "down_to": units[count - 1],
-                    "accuracy": again.accuracy.to_dict(),
-                    "readout": again.readout.to_dict(),
-                    "methods": {
-                        method: {
-                            "correlation": mean_of(rank_correlation(maps[method], each), bench.config),
-                            "overlap": mean_of(top_overlap(maps[method], each), bench.config),
-                        }
-                        for method, each in now.items()
-                    },
-                },
-            )
+            now = _maps(bench, explained(bench, again, classes, other), performer=other)
+            stage = {"layers": count, "down_to": units[count - 1]}
+            stage |= {"accuracy": again.accuracy.to_dict(), "readout": again.readout.to_dict()}
+            write_json(path, {**stage, "methods": _likeness(maps, now, bench.config)})
         stages.append(read_json(path))
         advance((number + 1) / len(counts), f"{number + 1} of {len(counts)}")
     return {"photos": len(bench.test), "floor": floor, "stages": stages}
@@ -196,9 +200,6 @@ def check_cue(folder: Path, config: SanityConfig, show: Progress) -> dict[str, A
         classes = torch.full((len(rows), 1), column) if name == "cued" else explained(seen, fit, None).classes[:, :1]
         regions = torch.from_numpy(flowers.regions(rows))
         area = regions.double().mean((1, 2))
-        maps = {"ours": explained(seen, fit, classes).combined[:, 0]}
-        for rule in ("guided", "gradient"):
-            maps[rule] = score_maps(seen, classes[:, 0], rule)
         result[name] = {
             method: {
                 "energy_share": mean_of(energy_share(each, regions), config),
@@ -206,7 +207,7 @@ def check_cue(folder: Path, config: SanityConfig, show: Progress) -> dict[str, A
                 "pointing": mean_of(pointing_game(each, regions), config),
                 "iou_auc": mean_of(iou_auc(each, regions), config),
             }
-            for method, each in maps.items()
+            for method, each in _maps(seen, explained(seen, fit, classes)).items()
         }
         if name == "cued":
             output = bench.outputs[column]
@@ -240,11 +241,6 @@ def check_labels(bench: Bench, fit: Fit, folder: Path, show: Progress, flowers: 
     real = explained(bench, fit, None)
     classes = real.classes[:, :1]
     false = explained(bench, null, classes)
-    sets = [
-        ({f for f in a if f >= 0}, {f for f in b if f >= 0})
-        for a, b in zip(real.features[:, 0].tolist(), false.features[:, 0].tolist(), strict=True)
-    ]
-    jaccard = torch.tensor([len(a & b) / len(a | b) if a | b else torch.nan for a, b in sets])
     region: dict[str, Any] | None = None
     if flowers is not None:
         where = torch.from_numpy(flowers.regions(bench.test))
@@ -284,7 +280,7 @@ def check_labels(bench: Bench, fit: Fit, folder: Path, show: Progress, flowers: 
             "shuffled": null.readout.to_dict(),
             "chance": 1 / len(bench.classes),
         },
-        "features": {"jaccard": mean_of(jaccard, config)},
+        "features": _jaccard(real.features[:, 0], false.features[:, 0], config),
         "maps": {"correlation": mean_of(rank_correlation(real.combined[:, 0], false.combined[:, 0]), config)},
         "region": region,
         "removal": removal,
@@ -335,25 +331,47 @@ def sanity_checks(
             expected("a model with its data, or neither", "one of them", "Give both, or none for generated flowers")
         )
     performer, images, flowers = _subject(model, data, out, how, show)
-    identity = content_hash(
-        {
-            "performer": performer.weights_sha256,
-            "preprocessing": performer.preprocessing.to_dict(),
-            "data": images.fingerprint(),
-            "config": dict(how),
-        }
-    )
-    seconds = 0.0
+    manifest = _begun(out, performer, images, how)
+    fitted: list[tuple[Bench, Fit]] = []
+
+    def bench_and_fit() -> tuple[Bench, Fit]:
+        if not fitted:  # once for all checks that are missing
+            bench = make_bench(performer, images, how)
+            fitted.append((bench, fit_bench(bench)))
+        return fitted[0]
+
+    def layers() -> dict[str, Any]:
+        with show.task("randomising layers", 1) as advance:
+            return check_layers(*bench_and_fit(), out / "stages", advance)
+
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "classes": lambda: check_classes(*bench_and_fit()),
+        "layers": layers,
+        "cue": lambda: check_cue(out / "cue", how, show),
+        "labels": lambda: check_labels(*bench_and_fit(), out, show, flowers),
+    }
+    for name, make in makers.items():
+        path = out / f"{name}.json"
+        if name in checks and not path.exists():
+            show.say(f"sanity check: {name}")
+            write_json(path, make())
+        if path.exists():
+            manifest["checks"][name] = read_json(path)
+    manifest["seconds"] = round(manifest["seconds"] + time.monotonic() - started, 1)
+    write_json(out / RESULT, manifest)
+    return read_json(out / RESULT)
+
+
+def _begun(out: Path, performer: Performer, images: ImageSet, config: SanityConfig) -> dict[str, Any]:
+    """Write the record of these checks, with the seconds of an earlier start; refuse the folder of others."""
+    fingerprint, used = images.fingerprint(), performer.preprocessing.to_dict()
+    of = {"performer": performer.weights_sha256, "preprocessing": used, "data": fingerprint, "config": dict(config)}
+    identity, seconds = content_hash(of), 0.0
     if (out / RESULT).exists():
         earlier = read_json(out / RESULT)
         if earlier.get("identity") != identity:
-            raise RunError(
-                expected(
-                    f"checks of this model, data and configuration in {out}",
-                    "others",
-                    "Choose another --out folder, or delete this one",
-                )
-            )
+            rule, remedy = f"checks of this model, data and configuration in {out}", "Choose another --out folder"
+            raise RunError(expected(rule, "others", f"{remedy}, or delete this one"))
         seconds = float(earlier["seconds"])
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
@@ -361,38 +379,13 @@ def sanity_checks(
         "versions": versions(),
         "command": command(),
         "performer": plain(performer_info(performer)),
-        "data": {"name": images.name, "fingerprint": images.fingerprint()},
-        "config": dict(how),
+        "data": {"name": images.name, "fingerprint": fingerprint},
+        "config": dict(config),
         "checks": {},
         "seconds": seconds,
     }
     write_json(out / RESULT, manifest)
-    bench: Bench | None = None
-    fit: Fit | None = None
-    for name in checks:
-        path = out / f"{name}.json"
-        if not path.exists():
-            show.say(f"sanity check: {name}")
-            if name != "cue" and (bench is None or fit is None):
-                bench = make_bench(performer, images, how)
-                fit = fit_bench(bench)
-            if name == "cue":
-                found = check_cue(out / "cue", how, show)
-            elif name == "classes":
-                found = check_classes(bench, fit)  # type: ignore[arg-type]  # made above
-            elif name == "layers":
-                with show.task("randomising layers", 1) as advance:
-                    found = check_layers(bench, fit, out / "stages", advance)  # type: ignore[arg-type]  # made above
-            else:
-                found = check_labels(bench, fit, out, show, flowers)  # type: ignore[arg-type]  # made above
-            write_json(path, found)
-        manifest["checks"][name] = read_json(path)
-    for name in CHECKS:
-        if name not in manifest["checks"] and (out / f"{name}.json").exists():
-            manifest["checks"][name] = read_json(out / f"{name}.json")
-    manifest["seconds"] = round(seconds + time.monotonic() - started, 1)
-    write_json(out / RESULT, manifest)
-    return read_json(out / RESULT)
+    return manifest
 
 
 def _subject(
