@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -237,9 +238,26 @@ def _joined(found: list[dict[str, Any]], digits: int) -> str:
 RUNS = {
     "vgg16-voc-paper-preset-instability": "printed (preset `paper`, 4 epochs)",
     "vgg16-voc-instability": "our default",
+    "vgg16-voc-seeds-instability": "our default",
+    "vgg16-cub-instability": "our default",
     "alexnet-voc-instability": "our default",
+    "alexnet-voc-seeds-instability": "our default",
+    "alexnet-voc-joint-instability": "our default, told apart",
     "alexnet-cub-instability": "our default",
 }
+PRINTED_NAMES = {"alexnet": "AlexNet", "vgg16": "VGG-16"}
+RIVAL_RUNS = {
+    "alexnet-voc-errors": {"explainer-cls": ("explainer", "explainer+cls")},
+    "vgg16-voc-errors": {"explainer-cls": ("explainer", "explainer+cls")},
+    "alexnet-voc-interpretable-cnn": {
+        f"icnn-{loss}": ("interpretable", "interpretable") for loss in ("published", "released")
+    },
+    "alexnet-voc-rivals": {"rivals": ("", "")},
+    "vgg16-voc-rivals": {"rivals": ("", "")},
+}
+"""Tables of what print compares explainers with: by kind of job, whose scores they are here and in print."""
+
+Scores = dict[tuple[str, str], dict[str, str]]
 
 
 def performers() -> list[str]:
@@ -324,14 +342,44 @@ def reproduction() -> list[str]:
     heads += "distinct parts, spread, consistency, p, printed, error + points"
     names = [head.strip() for head in heads.split(",")]
     lines = ["| | filters | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    done = set()
     for folder, title in RUNS.items():
-        if not (RESULTS / "tables" / folder / "scores.csv").is_file():
-            continue
-        with (RESULTS / "tables" / folder / "scores.csv").open() as handle:
-            rows = [row for row in csv.DictReader(handle) if row["kind"] == "explainer"]
-        for job in dict.fromkeys((row["performer"], row["category"], row["seed"]) for row in rows):
-            mine = {(r["subject"], r["score"]): r for r in rows if (r["performer"], r["category"], r["seed"]) == job}
-            lines.append(f"| {job[0]}, {job[1]} | {title} | " + " | ".join(_job_cells(job, mine)) + " |")
+        for (network, category, seed), mine in _scores(folder, "explainer").items():
+            if (title, network, category, seed) in done:
+                continue
+            done.add((title, network, category, seed))
+            label = f"{network}, {category}" + (f", seed {seed}" if seed != "0" else "")
+            lines.append(f"| {label} | {title} | " + " | ".join(_job_cells((network, category, seed), mine)) + " |")
+    return lines
+
+
+def _scores(folder: str, kind: str) -> dict[tuple[str, str, str], Scores]:
+    """Return the scores of a table's jobs of a kind, by performer, category and seed; none where it is not made."""
+    path, found = RESULTS / "tables" / folder / "scores.csv", dict[tuple[str, str, str], Scores]()
+    if path.is_file():
+        with path.open() as handle:
+            for row in csv.DictReader(handle):
+                if row["kind"] == kind:
+                    job = (row["performer"], row["category"], row["seed"])
+                    found.setdefault(job, {})[row["subject"], row["score"]] = row
+    return found
+
+
+def beside() -> list[str]:
+    """What print compares explainers with, and rivals on the same maps: a row each, scores on the same photos."""
+    heads = ["", "what", "by largest cells", "printed", "random", "correlation", "spread", "consistency"]
+    heads += ["error: performer", "error: with it", "more, points", "printed, mean"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for folder, kinds in RIVAL_RUNS.items():
+        explained = _scores(folder, "explainer")
+        for kind, (subject, in_print) in kinds.items():
+            for (network, category, seed), own in _scores(folder, kind).items():
+                of_all = explained.get((network, category, seed), {})
+                scores = {key: row for key, row in of_all.items() if key[0] in {"random", "performer"}} | own
+                for name in [subject] if subject else dict.fromkeys(name for name, _ in own):
+                    title = name if kind == "rivals" else kind.replace("-cls", " + cls").replace("icnn-", "ICNN, ")
+                    cells = _beside_cells(PRINTED_NAMES[network], category, name, in_print, scores)
+                    lines.append(f"| {network}, {category} | {title} | {' | '.join(cells)} |")
     return lines
 
 
@@ -380,27 +428,56 @@ def prices() -> list[str]:
 
 
 def _job_cells(job: tuple[str, str, str], scores: dict[tuple[str, str], dict[str, str]]) -> list[str]:
-    network, category = {"alexnet": "AlexNet", "vgg16": "VGG-16"}[job[0]], job[1]
-
-    def of(subject: str, score: str = "instability", digits: str = ".3f") -> str:
-        row = scores.get((subject, score))
-        return "–" if row is None or not row["value"] else f"{float(row['value']):{digits}}"
-
-    def printed(measure: Any, subject: str) -> str:
-        data = CUB if category == "bird" else VOC
-        lines = published(measure, network=network, subject=subject, data=data)
-        value = lines[0].values.get(category, lines[0].average if data == CUB else None) if lines else None
-        return "–" if value is None else f"{value:.3f}"
-
-    read = "explainer_largest" if ("explainer_largest", "instability") in scores else "explainer"
-    own = scores[read, "instability"]
-    first = f"{float(own['value']):.3f} [{float(own['low']):.3f}, {float(own['high']):.3f}], n {own['n']}"
+    network, category = PRINTED_NAMES[job[0]], job[1]
+    of, printed = partial(_value, scores), partial(_printed, network, category)
+    read = _largest(scores, "explainer")
+    first = _value(scores, read, whole=True)
     beside = [of(read, score, ".2f") for score in ("filter_correlation", "distinct_parts", "peak_spread_cells")]
     ordinary = [of("top"), printed("instability", "performer"), of("tap"), printed("instability", "tap")]
     share = [of("explainer", "p", ".2f"), printed("p", "explainer"), of("explainer", "error_increase_points", ".1f")]
     nulls = [of(null) for null in ("random", "centre", "corner")]
     consistent = of(read, "consistency", ".2f")
     return [first, printed("instability", "explainer"), *ordinary, *nulls, *beside, consistent, *share]
+
+
+def _largest(scores: Scores, subject: str) -> str:
+    """Return whose scores are those of a subject by its largest cells, as print reads them."""
+    return f"{subject}_largest" if (f"{subject}_largest", "instability") in scores else subject
+
+
+def _value(
+    scores: Scores, subject: str, score: str = "instability", digits: str = ".3f", *, whole: bool = False
+) -> str:
+    row = scores.get((subject, score))
+    if row is None or not row["value"]:
+        return "–"
+    value, low, high = (f"{float(row[key]):{digits}}" if row[key] else "–" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}], n {row['n']}" if whole else value
+
+
+def _printed(network: str, category: str, measure: Any, subject: str) -> str:
+    data = CUB if category == "bird" else VOC
+    setting = "multi" if "+" in category else "single"
+    lines = published(measure, network=network, subject=subject, data=data, setting=setting)
+    alone = data == CUB or setting == "multi"
+    value = lines[0].values.get(category, lines[0].average if alone else None) if lines else None
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _beside_cells(network: str, category: str, name: str, in_print: str, scores: Scores) -> list[str]:
+    read, data = _largest(scores, name), CUB if category == "bird" else VOC
+    cells = [_value(scores, read, whole=True), _printed(network, category, "instability", in_print)]
+    cells += [_value(scores, "random")]
+    cells += [
+        _value(scores, read, score, ".2f") for score in ("filter_correlation", "peak_spread_cells", "consistency")
+    ]
+    cells += [_value(scores, "performer", "error_percent", ".1f")]
+    cells += [_value(scores, name, "error_percent", ".1f", whole=True)]
+    cells += [_value(scores, name, "error_increase_points", ".1f")]
+    errors = [
+        published("error_percent", network=network, subject=whose, data=data) for whose in ("performer", in_print)
+    ]
+    return [*cells, f"{errors[1][0].average - errors[0][0].average:+.1f}" if all(errors) else "–"]
 
 
 SECTIONS = {
@@ -412,6 +489,7 @@ SECTIONS = {
     "places-with-noise": places_with_noise,
     "settings": settings,
     "reproduction": reproduction,
+    "beside": beside,
     "parts": parts,
     "prices": prices,
     "flowers-single-6c": lambda: flowers("flowers-single-6c"),
