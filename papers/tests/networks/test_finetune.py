@@ -22,6 +22,7 @@ from partlens.rows import read_rows
 from partlens_papers.networks.finetune import (
     _groups,
     _learning,
+    _Run,
     category_loss,
     category_scores,
     finetune,
@@ -105,12 +106,10 @@ def reds() -> tuple[ImageSet, torch.Tensor]:
     return images, torch.tensor([0 if c == "red" else -1 for c in images.categories])
 
 
-def trained(
-    performer: Performer, data: tuple[ImageSet, torch.Tensor], folder: Path, report: Any = None, **changes: Any
-):
+def trained(performer: Performer, data: tuple[ImageSet, torch.Tensor], folder: Path, **changes: Any):
     config = FinetuneConfig(**{**SMALL, **changes})
     prepared = prepare_network(performer, 1, config)
-    return finetune(performer, prepared, *data, config, folder, report=report)
+    return finetune(performer, prepared, *data, config, folder)
 
 
 def differing(first: nn.Module, second: nn.Module) -> set[str]:
@@ -318,17 +317,21 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_a_killed_run_ends_with_the_same_bits(
-    small: Performer, reds: tuple[ImageSet, torch.Tensor], tmp_path: Path, after: int
+    small: Performer, reds: tuple[ImageSet, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     settings: dict[str, Any] = {"epochs": 2, "epochs_all": 2, "learning_rate": 0.004}
     whole = trained(small, reds, tmp_path / "whole", **settings)
 
-    def stop(record: dict[str, Any]) -> None:
-        if record["epoch"] == after:
+    save = _Run.save
+
+    def stop(run: _Run) -> None:
+        save(run)
+        if len(run.history) == after:
             raise Killed
 
-    with pytest.raises(Killed):
-        trained(small, reds, tmp_path / "killed", stop, **settings)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(_Run, "save", stop)
+        trained(small, reds, tmp_path / "killed", **settings)
     torch.rand(17)  # the global random state is another
     again = trained(small, reds, tmp_path / "killed", **settings)
     assert weights_sha256(again.module) == weights_sha256(whole.module)

@@ -22,11 +22,8 @@ import functools
 import hashlib
 import io
 import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +34,11 @@ from PIL import Image
 from partlens.data.flowers import PARTS, PETAL_CATEGORIES
 from partlens.data.images import ImageSet
 from partlens.data.tables import IMAGE_TABLE, LANDMARK_TABLE
-from partlens.errors import InputError, RunError, StorageError, expected, failed
+from partlens.errors import InputError, RunError, expected
 from partlens.progress import Progress
 from partlens.records import read_json, remove_leftovers, sole_writer, write_atomically, write_json, write_text
 from partlens_papers.flowers.categories import DOUBLE_CATEGORIES
-from partlens_papers.flowers.drawing import flower_labels, flower_seed, generated_flowers, render_flower
+from partlens_papers.flowers.drawing import Flower, flower_labels, flower_seed, generated_flowers, render_flower
 
 ByteArray = npt.NDArray[np.uint8]
 BoolArray = npt.NDArray[np.bool_]
@@ -49,8 +46,6 @@ BoolArray = npt.NDArray[np.bool_]
 FOLDS = 5
 MANIFEST = "flowers.json"
 SCHEMA = "partlens.flower-set/1"
-_CHUNK = 50
-_UNFINISHED = ".unfinished"
 # Fast to write; half as large again as the slowest setting.
 _COMPRESS_LEVEL = 1
 _LABEL_PALETTE = (255, 255, 255, 90, 60, 30, 60, 150, 60, 220, 60, 110, 240, 200, 60)
@@ -211,84 +206,19 @@ def flower_set(name: str, images_per_class: int = 1000, seed: int = 0, size: int
 # A set as a folder
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """From what a folder follows; picklable."""
-
-    name: str
-    images_per_class: int
-    seed: int
-    size: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "name": self.name,
-            "images_per_class": self.images_per_class,
-            "seed": self.seed,
-            "size_px": self.size,
-        }
-
-
 def _save_png(picture: Image.Image, path: Path) -> None:
     picture.save(path, format="PNG", compress_level=_COMPRESS_LEVEL)
 
 
-def _write_chunk(recipe: _Recipe, out: Path, start: int) -> int:
-    """Draw and write the flowers from ``start`` on, then their record; return how many."""
-    kind = _KINDS[recipe.name]
-    classes = len(kind.categories)
-    stop = min(start + _CHUNK, recipe.images_per_class * classes)
-    images, landmarks, digests = [], [], []
-    for index in range(start, stop):
-        category = kind.categories[index % classes]
-        flower = render_flower(flower_seed(recipe.seed, index), category, recipe.size)
-        labels = np.zeros(flower.image.shape[:2], dtype=np.uint8)
-        for number, mask in enumerate(flower.masks.values(), start=1):
-            labels[mask] = number
-        region = np.isin(labels, [1 + PARTS.index(part) for part in kind.parts]).astype(np.uint8) * np.uint8(255)
-        parts = Image.fromarray(labels).convert("P")
-        parts.putpalette(_LABEL_PALETTE)
-        photo = f"flower-{index:06d}"
-        for folder, picture in (
-            ("images", Image.fromarray(flower.image)),
-            ("masks", Image.fromarray(region)),
-            ("parts", parts),
-        ):
-            # The chunk's record vouches for the pictures; to wait for the disk at each would take longer than to draw.
-            save = functools.partial(_save_png, picture)
-            write_atomically(out / folder / category / f"{photo}.png", save, flush=False)
-        split, fold = _place(index, classes)
-        key = f"images/{category}/{photo}.png"
-        images.append([key, category, split, fold, photo])
-        for part, (x, y) in flower.landmarks.items():
-            if math.isfinite(x):
-                width, height = flower.sizes[part]
-                landmarks.append([key, part, round(x, 3), round(y, 3), width, height])
-        digests.append(hashlib.sha256(flower.image.tobytes() + labels.tobytes()).hexdigest())
-    write_json(_record_path(out, start), {"images": images, "landmarks": landmarks, "digests": digests})
-    return stop - start
-
-
-def _record_path(out: Path, start: int) -> Path:
-    return out / _UNFINISHED / f"{start:06d}.json"
-
-
-def _done(work: Callable[[int], int], starts: Sequence[int], workers: int) -> Iterator[int]:
-    if workers == 1 or len(starts) < 2:
-        yield from map(work, starts)
-        return
-    # Fresh processes: a fork would copy the locks of torch's threads.
-    with ProcessPoolExecutor(min(workers, len(starts)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, starts)
-
-
-def _table(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, buffer.getvalue())
+def _pictures(flower: Flower, parts: Sequence[str]) -> tuple[ByteArray, dict[str, Image.Image]]:
+    """Return the part of each pixel, and the pictures of a flower by their folder."""
+    labels = np.zeros(flower.image.shape[:2], dtype=np.uint8)
+    for number, mask in enumerate(flower.masks.values(), start=1):
+        labels[mask] = number
+    region = np.isin(labels, [1 + PARTS.index(part) for part in parts]).astype(np.uint8) * np.uint8(255)
+    shown = Image.fromarray(labels).convert("P")
+    shown.putpalette(_LABEL_PALETTE)
+    return labels, {"images": Image.fromarray(flower.image), "masks": Image.fromarray(region), "parts": shown}
 
 
 def make_flowers(
@@ -298,7 +228,6 @@ def make_flowers(
     images_per_class: int = 1000,
     seed: int = 0,
     size: int = 112,
-    workers: int = 1,
     progress: Progress | None = None,
 ) -> Path:
     """Write one of the sets as a folder of files, which :meth:`ImageSet.open` and :func:`open_flower_set` read.
@@ -316,7 +245,7 @@ def make_flowers(
     ``pixels_sha256`` is the guarantee: the SHA-256 over every flower's SHA-256 of its RGB bytes followed by its part
     labels, in order. It is the same on every machine. The bytes of the PNG files also depend on Pillow's compressor.
 
-    A call that was stopped goes on where it was; a finished folder is left as it is.
+    A call that was stopped begins again; a finished folder is left as it is.
 
     Args:
         name: ``"flowers-single-6c"`` or ``"flowers-double-12c"``.
@@ -324,8 +253,6 @@ def make_flowers(
         images_per_class: flowers of each class, at least 1.
         seed: a whole number >= 0.
         size: side of the pictures in pixels, at least 32.
-        workers: processes that draw. With more than 1, a script must call this under
-            ``if __name__ == "__main__":``.
         progress: how to show progress; silent by default.
 
     Returns:
@@ -337,72 +264,69 @@ def make_flowers(
         RunError: the folder holds something else.
         StorageError: the files could not be written.
     """
-    recipe = _Recipe(name, images_per_class, seed, size)
+    recipe = {"schema": SCHEMA, "name": name, "images_per_class": images_per_class, "seed": seed, "size_px": size}
     flowers = flower_set(name, images_per_class, seed, size)  # checks the arguments
-    if workers < 1:
-        raise InputError(expected("workers >= 1", workers, "Leave workers out to draw in this process"))
     out = Path(out)
-    if _continues(out, recipe):
+    if _finished(out, recipe):
         return out  # without a lock: the folder may be read-only
     with sole_writer(out):
-        if not _continues(out, recipe):
-            _write_set(recipe, flowers, out, workers, progress or Progress.silent())
+        if not _finished(out, recipe):
+            _write_set(recipe, flowers, out, progress or Progress.silent())
     return out
 
 
-def _write_set(recipe: _Recipe, flowers: FlowerSet, out: Path, workers: int, show: Progress) -> None:
+def _write_set(recipe: Mapping[str, Any], flowers: FlowerSet, out: Path, show: Progress) -> None:
     # The recipe comes first: a folder that was stopped anywhere says what it will hold.
-    write_json(out / MANIFEST, recipe.to_dict() | {"finished": False})
-    for category in flowers.classes:
-        for folder in ("images", "masks", "parts"):
-            _make_folder(out / folder / category)
-            remove_leftovers(out / folder / category)
-    remove_leftovers(out)
-    starts = range(0, len(flowers.images), _CHUNK)
-    missing = [start for start in starts if not _record_path(out, start).is_file()]
-    with show.task(f"drawing {recipe.name}", len(flowers.images)) as advance:
-        done = (len(starts) - len(missing)) * _CHUNK
-        for count in _done(functools.partial(_write_chunk, recipe, out), missing, workers):
-            done += count
-            advance(min(done, len(flowers.images)))
-    records = [read_json(_record_path(out, start)) for start in starts]
-    joined = {what: [row for record in records for row in record[what]] for what in ("images", "landmarks", "digests")}
-    _table(out / IMAGE_TABLE, ("image", "category", "split", "fold", "photo"), joined["images"])
-    _table(out / LANDMARK_TABLE, ("image", "landmark", "x", "y", "width", "height"), joined["landmarks"])
-    digest = hashlib.sha256("".join(joined["digests"]).encode()).hexdigest()
-    counts = {split: len(flowers.rows(split)) for split in sorted(set(flowers.images.splits))}
+    write_json(out / MANIFEST, {**recipe, "finished": False})
+    images, landmarks, digests = [], [], hashlib.sha256()
+    with show.task(f"drawing {flowers.name}", len(flowers.images)) as advance:
+        for index, category in enumerate(flowers.images.categories):
+            flower = render_flower(flower_seed(recipe["seed"], index), category, recipe["size_px"])
+            labels, pictures = _pictures(flower, flowers.parts)
+            photo = f"flower-{index:06d}"
+            for folder, picture in pictures.items():
+                # The manifest vouches for the pictures; to wait for the disk at each would take longer than to draw.
+                path = out / folder / category / f"{photo}.png"
+                write_atomically(path, functools.partial(_save_png, picture), flush=False)
+            key = f"images/{category}/{photo}.png"
+            images.append((key, category, flowers.images.splits[index], flowers.folds[index], photo))
+            landmarks += [
+                (key, part, round(x, 3), round(y, 3), *flower.sizes[part])
+                for part, (x, y) in flower.landmarks.items()
+                if math.isfinite(x)
+            ]
+            digests.update(hashlib.sha256(flower.image.tobytes() + labels.tobytes()).hexdigest().encode())
+            advance(index + 1)
+    for place in (out, *(path for path in out.glob("*/*") if path.is_dir())):
+        remove_leftovers(place)
+    _table(out / IMAGE_TABLE, ("image", "category", "split", "fold", "photo"), images)
+    _table(out / LANDMARK_TABLE, ("image", "landmark", "x", "y", "width", "height"), landmarks)
     facts = {
         "finished": True,
         "classes": list(flowers.classes),
         "deciding_parts": list(flowers.parts),
         "folds": FOLDS,
         "images": len(flowers.images),
-        "splits": counts,
-        "pixels_sha256": digest,
+        "splits": {split: len(flowers.rows(split)) for split in sorted(set(flowers.images.splits))},
+        "pixels_sha256": digests.hexdigest(),
     }
-    write_json(out / MANIFEST, recipe.to_dict() | facts)
-    shutil.rmtree(out / _UNFINISHED, ignore_errors=True)  # what is left of it is in nobody's way
+    write_json(out / MANIFEST, {**recipe, **facts})
 
 
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(failed(f"make the folder {path}", error, "Choose another --out folder")) from error
+def _table(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    write_text(path, buffer.getvalue())
 
 
-def _continues(out: Path, recipe: _Recipe) -> bool:
+def _finished(out: Path, recipe: Mapping[str, Any]) -> bool:
     """Say whether the folder is finished; refuse one that holds something else."""
-    manifest = out / MANIFEST
-    if manifest.is_file():
-        found = read_json(manifest)
-        if any(found.get(key) != value for key, value in recipe.to_dict().items()):
-            same = {key: found.get(key) for key in recipe.to_dict()}
-            raise RunError(
-                expected(
-                    f"{recipe.to_dict()} in {manifest}", f"{same}", "Choose another --out folder or delete this one"
-                )
-            )
+    if (out / MANIFEST).is_file():
+        found = read_json(out / MANIFEST)
+        same = {key: found.get(key) for key in recipe}
+        if same != recipe:
+            remedy = "Choose another --out folder or delete this one"
+            raise RunError(expected(f"{recipe} in {out / MANIFEST}", f"{same}", remedy))
         return bool(found.get("finished"))
     if out.exists() and (not out.is_dir() or not all(path.name.startswith(".") for path in out.iterdir())):
         got = "a folder with other files" if out.is_dir() else "a file"

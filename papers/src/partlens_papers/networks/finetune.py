@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,6 @@ from partlens_papers.networks.finetune_photos import (
 
 _HELD_BATCH = 64
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-EpochReport = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,11 +139,9 @@ class _Run:
         outputs: int,
         config: FinetuneConfig,
         folder: Path,
-        cache: Path | None,
         device: torch.device,
         progress: Progress,
     ) -> None:
-        self.cache = folder / "maps" if cache is None else cache
         self.performer, self.prepared, self.images, self.labels = performer, prepared, images, labels
         self.outputs, self.config, self.folder, self.device, self.progress = outputs, config, folder, device, progress
         self.history: list[dict[str, Any]] = []
@@ -188,7 +184,9 @@ class _Run:
         preprocessing = self.performer.preprocessing
         if source is None:
             return reader_of_frames(kept_frames(self.images, preprocessing, self.folder, self.progress), preprocessing)
-        maps = fixed_maps(self.performer, source, self.images, self.config, self.cache, self.device, self.progress)
+        maps = fixed_maps(
+            self.performer, source, self.images, self.config, self.folder / "maps", self.device, self.progress
+        )
         return reader_of_maps(maps, 2 if self.config.mirror else 1)
 
     def restore(self) -> None:
@@ -259,9 +257,7 @@ def finetune(
     config: FinetuneConfig,
     folder: Path,
     *,
-    cache: Path | None = None,
     device: str | torch.device = "cpu",
-    report: EpochReport | None = None,
     progress: Progress | None = None,
 ) -> Finetuned:
     """Train a prepared network; continue where a killed run stopped.
@@ -277,10 +273,7 @@ def finetune(
         labels: number of each photo's category, :data:`OTHER` for none.
         config: the training.
         folder: for caches and checkpoints.
-        cache: folder for the maps of fixed layers, which others on the same photos may share; in ``folder`` when left
-            out.
         device: where it is trained: ``cpu``, ``cuda``, ``cuda:1``.
-        report: gets each epoch's record; an exception from it ends training with the last checkpoint intact.
         progress: how to show progress; silent by default.
 
     Returns:
@@ -305,7 +298,7 @@ def finetune(
             )
         )
     show = progress or Progress.silent()
-    run = _Run(performer, prepared, images, labels, outputs, config, folder, cache, torch.device(device), show)
+    run = _Run(performer, prepared, images, labels, outputs, config, folder, torch.device(device), show)
     run.restore()
     for late, first, last in ((False, 1, config.epochs), (True, config.epochs + 1, config.total_epochs)):
         numbers = range(max(first, len(run.history) + 1), last + 1)
@@ -319,8 +312,6 @@ def finetune(
                 run.save()
                 remark = f"loss {record['loss']:.3f}  wrong {record['wrong_frac']:.1%}  {record['seconds']:.1f} s"
                 advance(number, remark)
-                if report is not None:
-                    report(record)
     run.close()
     module = prepared.module.eval()
     for parameter in module.parameters():

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from partlens.errors import BACKGROUND, ImageError, InputError, RunError, expected, listed
 from partlens.progress import Progress
 from partlens.records import SCHEMA, content_hash, plain, read_json, sole_writer, write_json, write_tensors
-from partlens.run import EXPLAINER, SELECTION, command, versions
+from partlens.run import command, versions
 from partlens.verbs.runs import category_names, loaded, open_photos, performer_info
 from partlens_papers.given import settings_of
 from partlens_papers.networks.finetune_config import FinetuneConfig
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 ALL = "all"
 _ENTRY = "training"
+_OWNER = "training.json"  # in the folder of caches and checkpoints: whose it is
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ class _Task:
     held: tuple[int, ...]
     train_labels: tuple[int, ...]
     held_labels: tuple[int, ...]
+    against: tuple[str, ...] | None = None
 
 
-def _single(images: ImageSet, category: str, against: Sequence[str] | None) -> _Task:
+def _single(images: ImageSet, category: str, against: tuple[str, ...] | None) -> _Task:
     """One category against all other photos, or against those of some categories."""
     rows: list[tuple[int, ...]] = []
     labels: list[tuple[int, ...]] = []
@@ -65,7 +66,7 @@ def _single(images: ImageSet, category: str, against: Sequence[str] | None) -> _
         # In the set's order, so that the tasks of several categories read the same rows and can share their cache.
         rows.append(tuple(sorted((*photos, *others))))
         labels.append(tuple(0 if row in own else -1 for row in rows[-1]))
-    return _Task((category,), rows[0], rows[1], labels[0], labels[1])
+    return _Task((category,), rows[0], rows[1], labels[0], labels[1], against)
 
 
 def _multi(images: ImageSet, categories: str | Sequence[str]) -> _Task:
@@ -199,30 +200,33 @@ def _finished(out: Path, identity: str) -> bool:
     return True
 
 
-def _prepare_folder(out: Path, manifest: str, identity: str) -> dict[str, Any] | None:
-    """Return the manifest of an earlier start of the same run, ``None`` for a new one; refuse another's folder."""
-    if out.exists() and not out.is_dir():
-        raise RunError(expected(f"a folder at {out}", "a file", "Choose another --out"))
-    if not out.exists() or all(
-        path.name.startswith(".") and path.suffix in {".lock", ".tmp"} for path in out.iterdir()
-    ):
-        return None
-    if not any((out / name).exists() for name in (EXPLAINER, SELECTION)):
-        raise RunError(
-            expected(f"a new or partlens folder at {out}", "a folder with other files", "Choose another --out")
-        )
-    if not (out / manifest).exists():
-        return None
-    found = read_json(out / manifest)
-    if found.get("identity") != identity:
-        raise RunError(
-            expected(
-                f"a run of this model, data and configuration in {out}",
-                "one of another configuration",
-                "Choose another --out folder, or delete this one",
-            )
-        )
-    return found
+def _claim(work: Path, identity: str) -> None:
+    """Take a folder for one training; refuse one that holds anything else, which would be deleted with it."""
+    owner = work / _OWNER
+    if owner.is_file():
+        if read_json(owner).get("identity") != identity:
+            rule = f"a run of this model, data and configuration in {work}"
+            remedy = "Choose another --out file, or delete this folder"
+            raise RunError(expected(rule, "one of another configuration", remedy))
+    elif any(not path.name.startswith(".") for path in work.iterdir()):  # locks and unfinished files are nobody's
+        raise RunError(expected(f"a new folder {work}", "a folder with other files", "Choose another --out file"))
+    else:
+        write_json(owner, {"identity": identity})
+
+
+def _task(
+    images: ImageSet, category: str | None, categories: str | Sequence[str] | None, against: str | Sequence[str] | None
+) -> _Task:
+    """Return which photos teach what; says so where it was asked for wrongly."""
+    if (category is None) == (categories is None):
+        got = "neither" if category is None else "both"
+        raise InputError(expected("either a category or several categories", got, "Give --category or --categories"))
+    others = None if against is None else category_names(against, images.category_counts())
+    if category is not None:
+        return _single(images, category, others)
+    if others is not None:
+        raise InputError(expected("against with a single category only", listed(others), "Leave it out"))
+    return _multi(images, categories or ())
 
 
 def train_performer(
@@ -235,17 +239,14 @@ def train_performer(
     against: str | Sequence[str] | None = None,
     config: FinetuneConfig | Mapping[str, Any] | None = None,
     device: str = "cpu",
-    cache: str | Path | None = None,
-    keep_cache: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Train a copy of a network for one category or several, and write one file that loads as a performer.
 
     Fully connected layers of AlexNet and VGG are drawn anew, of other networks the last layer; a file that holds the
     convolutions only (``partlens_papers.performers:alexnet_caffe@convs.safetensors``) is completed in this way.
-    Training reads the split
-    ``train``, the scores are of the split ``test``; all crops of one photo are on the same side. Run again with the
-    same arguments, it goes on where it was stopped; a finished file is left as it is.
+    Training reads the split ``train``, the scores are of the split ``test``; all crops of one photo are on the same
+    side. Run again with the same arguments, it goes on where it was stopped; a finished file is left as it is.
 
     Args:
         model: the network with the given weights; see :func:`partlens.layers`. It is not changed.
@@ -258,9 +259,6 @@ def train_performer(
             out. The papers' negatives are ``background``.
         config: a whole configuration, or fields of :class:`~partlens_papers.networks.finetune_config.FinetuneConfig`.
         device: ``cpu`` or ``cuda``.
-        cache: folder for the maps of the fixed layers (``train_from``), kept afterwards; calls on the same photos, one
-            after the other, may share it. By default inside ``NAME.work``.
-        keep_cache: keep ``NAME.work``.
         progress: how to show progress; silent by default.
 
     Returns:
@@ -284,39 +282,26 @@ def train_performer(
     import torch
 
     from partlens.evaluation.places import photo_numbers
-    from partlens.network.performer import weights_sha256
+    from partlens.network.performer import device_of, weights_sha256
     from partlens.network.weights import OUTPUT_LAYER
     from partlens_papers.networks.finetune import category_scores, finetune
     from partlens_papers.networks.finetune_network import prepare_network
 
-    show = progress or Progress.silent()
-    started = time.monotonic()
-    out = Path(out)
+    show, out = progress or Progress.silent(), Path(out)
     if out.suffix != ".safetensors":
         raise InputError(expected("a file NAME.safetensors", str(out), "Add the suffix"))
-    if (category is None) == (categories is None):
-        got = "neither" if category is None else "both"
-        raise InputError(expected("either a category or several categories", got, "Give --category or --categories"))
     settings = settings_of(FinetuneConfig, config)
     if category is not None and settings.loss == "softmax":
         raise InputError(expected("the logistic loss for a single category", "softmax", "Choose loss logistic"))
-    if categories is not None and against is not None:
-        named = listed(category_names(against))
-        raise InputError(expected("against with a single category only", named, "Leave it out"))
-    from partlens.network.performer import device_of
-
-    where = device_of(device)
-    performer = loaded(model)
+    where, performer = device_of(device), loaded(model)
     header = performer.preprocessing.to_metadata()  # refused before the work, where the header has no words for it
     images, dropped = open_photos(data)
-    others = None if against is None else category_names(against, images.category_counts())
-    task = _single(images, category, others) if category is not None else _multi(images, categories or ())
-    fingerprint = images.fingerprint()
+    task = _task(images, category, categories, against)
     identity = content_hash(
         {
             "performer": performer.weights_sha256,
             "preprocessing": performer.preprocessing.to_dict(),
-            "data": fingerprint,
+            "data": images.fingerprint(),
             "names": task.names,
             "labels": content_hash({"train": task.train, "labels": task.train_labels}),
             "config": dict(settings),
@@ -326,9 +311,19 @@ def train_performer(
         show.say(f"{out} is finished already; nothing to do")
         return out
     prepared = prepare_network(performer, len(task.names), settings)
+    show.say(
+        f"{performer.name}: {listed(prepared.new_layers)} drawn anew; {settings.train_from or 'all layers'} "
+        f"trained on {len(task.train)} photos for {listed(task.names)}"
+    )
     work = out.with_suffix(".work")
     with sole_writer(work, "run"):
-        manifest = _prepare_folder(work, EXPLAINER, identity) or {
+        _claim(work, identity)
+        seen, labels = images.take(task.train), torch.tensor(task.train_labels)
+        trained = finetune(performer, prepared, seen, labels, settings, work, device=where, progress=show)
+        learned = dataclasses.replace(performer, module=trained.module, weights_sha256=weights_sha256(trained.module))
+        outputs = category_scores(learned, images.take(task.held), device=where, progress=show)
+        truth, crops = torch.tensor(task.held_labels), photo_numbers(images, task.held)
+        content = {
             "schema": SCHEMA,
             "kind": "performer",
             "identity": identity,
@@ -337,55 +332,20 @@ def train_performer(
             "base": plain(performer_info(performer)),
             "data": {
                 "name": images.name,
-                "fingerprint": fingerprint,
+                "fingerprint": images.fingerprint(),
                 "categories": list(task.names),
-                "against": None if others is None else list(others),
+                "against": None if task.against is None else list(task.against),
                 "train_photos": _counts(task.names, task.train_labels),
                 "held_photos": _counts(task.names, task.held_labels),
                 "unreadable": plain(dropped),
             },
             "config": dict(settings),
             "new_layers": list(prepared.new_layers),
-            "seconds": 0.0,
-        }
-        write_json(work / EXPLAINER, manifest)
-        show.say(
-            f"{performer.name}: {listed(prepared.new_layers)} drawn anew; {settings.train_from or 'all layers'} "
-            f"trained on {len(task.train)} photos for {listed(task.names)}"
-        )
-
-        def spent() -> float:
-            return round(float(manifest["seconds"]) + time.monotonic() - started, 1)
-
-        trained = finetune(
-            performer,
-            prepared,
-            images.take(task.train),
-            torch.tensor(task.train_labels),
-            settings,
-            work,
-            cache=None if cache is None else Path(cache),
-            device=where,
-            report=lambda _record: write_json(work / EXPLAINER, {**manifest, "seconds": spent()}),
-            progress=show,
-        )
-        learned = dataclasses.replace(performer, module=trained.module, weights_sha256=weights_sha256(trained.module))
-        outputs = category_scores(learned, images.take(task.held), device=where, progress=show)
-        held = held_out_scores(
-            outputs,
-            torch.tensor(task.held_labels),
-            task.names,
-            settings.loss,
-            settings.seed,
-            photo_numbers(images, task.held),
-        )
-        content = {
-            **manifest,
             "weights_sha256": learned.weights_sha256,
             "device": str(where),
-            "seconds": spent(),
+            "seconds": round(sum(epoch["seconds"] for epoch in trained.history), 1),  # of all starts
             "history": list(trained.history),
-            "held_out": held,
+            "held_out": held_out_scores(outputs, truth, task.names, settings.loss, settings.seed, crops),
         }
         header |= {
             "class_names": json.dumps(list(task.names)),
@@ -394,8 +354,7 @@ def train_performer(
             _ENTRY: json.dumps(content, allow_nan=False),
         }
         write_tensors(out, trained.module.state_dict(), header)
-    if not keep_cache:  # not while its lock is held, whose file some systems do not remove
-        shutil.rmtree(work)
+    shutil.rmtree(work)  # not while its lock is held, whose file some systems do not remove
     show.say(f"wrote {out}: {summary(content)}")
     return out
 
