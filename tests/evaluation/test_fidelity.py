@@ -16,7 +16,7 @@ from partlens.evaluation.fidelity import (
     FedBack,
     FedIn,
     _measure_errors,
-    fed_in,
+    fed_back,
     measure_fidelity,
     own_columns,
     share_estimate,
@@ -148,17 +148,27 @@ def test_each_photo_is_fed_what_its_kind_says(tiny: Performer) -> None:
     structure = explainer_structure(tiny, torch.rand(1, 3, 32, 32), tiny.tap)
     explainer = build_explainer(tiny, structure, ExplainerConfig(seed=1)).eval()
     maps = torch.rand(5, structure.channels_in, *structure.side_cells)
+    p = float(explainer.p.detach())
     with torch.no_grad():
         tracks = explainer.normed_tracks(maps)
         first, second = (explainer.normed_tracks(part) for part in (maps[:3], maps[3:]))
-    p = float(explainer.p.detach())
-    found = fed_in(explainer, tracks)
-    mixed = p * tracks.interpretable + (1 - p) * tracks.ordinary
-    assert torch.allclose(found["reconstruction"], mixed, atol=1e-6)
-    assert torch.equal(found["parts"], tracks.interpretable)
-    assert not found["nothing"].any()
-    others = fed_in(explainer, first)["other_photo"], fed_in(explainer, second, first.interpretable[-1:])["other_photo"]
-    assert torch.allclose(torch.cat(others)[1:], tracks.interpretable[:-1], atol=1e-6)
+        found = fed_back(explainer, tracks)
+        parts, mixed, none = (
+            explainer.decode(given)
+            for given in (
+                tracks.interpretable,
+                p * tracks.interpretable + (1 - p) * tracks.ordinary,
+                torch.zeros_like(tracks.ordinary),
+            )
+        )
+        apart = fed_back(explainer, first), fed_back(explainer, second, first.interpretable[-1:])
+    for target in range(len(structure.targets)):
+        assert torch.allclose(found["reconstruction"][target], mixed[target], atol=1e-5)
+        assert torch.equal(found["parts"][target], parts[target])
+        assert torch.allclose(found["nothing"][target], none[target], atol=1e-5)
+        others = torch.cat([one["other_photo"][target] for one in apart])
+        assert torch.allclose(others[1:], parts[target][:-1], atol=1e-5)
+        assert not torch.allclose(others[1:], parts[target][1:], atol=1e-3)
 
 
 def flat(**changes: float) -> LocalisationScores:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from partlens.evaluation.fidelity import (
     Answers,
     FedBack,
     FedIn,
-    fed_in,
+    fed_back,
     measure_fidelity,
     own_columns,
     share_estimate,
@@ -46,6 +47,7 @@ from partlens.evaluation.results import (
     PricePoint,
 )
 from partlens.explainer.network import TRACK_REACH_CELLS, Explainer, NormedTracks, performer_head
+from partlens.explainer.views import gather
 from partlens.metrics.faithfulness import LostVariance, class_outputs, logistic_head
 from partlens.metrics.localisation import Peaks, peaks_from_cells
 from partlens.metrics.scores import LocalisationScores
@@ -138,7 +140,11 @@ class _Layer:
 
 
 class _Pass:
-    """Photos streaming through performer and explainer; without ``layers`` nothing is said of where filters peak."""
+    """Photos streaming through performer and explainer.
+
+    Where ``known`` has the performer's maps of all photos, by layer, these are read in the place of the photos, and
+    nothing is said of where filters peak.
+    """
 
     def __init__(
         self,
@@ -146,13 +152,12 @@ class _Pass:
         explainer: Explainer,
         images: ImageSet,
         advance: Callable[[int], None],
-        *,
-        layers: bool = True,
+        known: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.performer, self.explainer, self.images, self.advance = performer, explainer.eval(), images, advance
-        structure = explainer.structure
+        self.known, structure = known, explainer.structure
         self.head: nn.Module = performer_head(performer, structure)
-        self.layers = {name: _Layer() for name in (("explainer", structure.tap, self.top) if layers else ())}
+        self.layers = {name: _Layer() for name in (("explainer", structure.tap, self.top) if known is None else ())}
         self.lost = {kind: {name: LostVariance() for name in structure.targets} for kind in get_args(FedIn)}
         self.before: Tensor | None = None
         self.regions: RegionPass | None = None
@@ -172,19 +177,27 @@ class _Pass:
             self.top: self.performer.field(self.top),
         }
 
+    def _maps(self, rows: Sequence[int], names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Yield the performer's maps of photos, a batch at a time."""
+        if self.known is None:
+            for batch in stream(self.performer, self.images, rows, names, batch_size=BATCH):
+                yield {name: value.cpu() for name, value in batch.maps.items()}
+                self.advance(len(batch.rows))
+            return
+        for first in range(0, len(rows), BATCH):
+            yield {name: gather(self.known[name], np.asarray(rows[first : first + BATCH])) for name in names}
+
     @torch.no_grad()
     def read(self, rows: Sequence[int], *, localise: bool = False) -> FedBack:
         """Return what both networks say of photos; keep where filters peak and what targets lose (``localise``)."""
         structure, kept = self.explainer.structure, []
         shown = (structure.tap, self.top) if localise and self.layers else ()
         names = list(dict.fromkeys([structure.read, *structure.targets, *shown]))
-        for batch in stream(self.performer, self.images, rows, names, batch_size=BATCH):
-            maps = {name: value.cpu() for name, value in batch.maps.items()}
+        for maps in self._maps(rows, names):
             tracks = self.explainer.normed_tracks(maps[structure.read])
             if localise:
                 self._localise(maps | {"explainer": tracks.interp2})
             kept.append(self._fed_back(tracks, [maps[name] for name in structure.targets], lose=localise))
-            self.advance(len(batch.rows))
         # Outputs and features are joined apart, each over all batches.
         fed = {kind: (_joined(kept, kind, 0), _joined(kept, kind, 1)) for kind in self.lost}
         return FedBack(torch.cat([one.outputs for one in kept]), torch.cat([one.features for one in kept]), fed)
@@ -192,8 +205,7 @@ class _Pass:
     def _fed_back(self, tracks: NormedTracks, targets: Sequence[Tensor], *, lose: bool) -> FedBack:
         """Feed each kind of what replaces the features of a batch back; count what the targets lose by it."""
         fed = {}
-        for kind, encoded in fed_in(self.explainer, tracks, self.before).items():
-            decoded = self.explainer.decode(encoded, tracks.passing)
+        for kind, decoded in fed_back(self.explainer, tracks, self.before).items():
             fed[kind] = (class_outputs(self.head(decoded[-1])[0]), _vector(decoded[-1]))
             for lost, value, target in zip(self.lost[kind].values(), decoded, targets, strict=True):
                 if lose:
@@ -205,14 +217,10 @@ class _Pass:
     def follow(self, rows: Sequence[int]) -> None:
         """Keep how strongly filters activate on photos that decide which category they belong to."""
         structure = self.explainer.structure
-        for batch in stream(
-            self.performer, self.images, rows, [structure.read, structure.tap, self.top], batch_size=BATCH
-        ):
-            maps = {name: value.cpu() for name, value in batch.maps.items()}
+        for maps in self._maps(rows, [structure.read, structure.tap, self.top]):
             maps["explainer"] = self.explainer.interpret(maps[structure.read])[1]
             for name, layer in self.layers.items():
                 layer.follow(maps[name])
-            self.advance(len(batch.rows))
 
     def _localise(self, maps: dict[str, Tensor]) -> None:
         for name, layer in self.layers.items():
@@ -367,6 +375,7 @@ def price_point(
     explainer: Explainer,
     performer: Performer,
     images: ImageSet,
+    known: Mapping[str, np.ndarray],
     rows: EvaluationRows,
     categories: Sequence[str],
     head: Head | None,
@@ -374,9 +383,10 @@ def price_point(
 ) -> PricePoint:
     """Measure an explainer's p with what it and its part filters alone keep of the performer on held-out photos.
 
+    ``known`` are the maps of all ``images`` at the explainer's tap and targets, by layer (image, filter, row, col);
     ``head`` tells the categories where the performer has no outputs for them.
     """
-    stage = _Pass(performer, explainer, images, lambda _: None, layers=False)
+    stage = _Pass(performer, explainer, images, lambda _: None, known)
     answers = stage.answers(rows, categories, head)
     reconstruction, alone = stage.fidelity(answers, torch.Generator().manual_seed(seed), ROUNDS)
     return PricePoint(

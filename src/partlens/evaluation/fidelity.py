@@ -24,8 +24,10 @@ FedIn = Literal["reconstruction", "parts", "other_photo", "nothing"]
 """What replaces the performer's features: both tracks, the part filters alone, and their nulls."""
 
 
-def fed_in(explainer: Explainer, tracks: NormedTracks, before: Tensor | None = None) -> dict[FedIn, Tensor]:
-    """Return what the decoder is given in the place of both tracks, by kind.
+def fed_back(
+    explainer: Explainer, tracks: NormedTracks, before: Tensor | None = None
+) -> dict[FedIn, tuple[Tensor, ...]]:
+    """Return what the decoder makes of each target (image, ...) of what replaces both tracks, by kind.
 
     Where the ordinary track is silent, the interpretable one has the weight of both: each is normed to the same
     magnitude, and the decoder has learned from that. ``before`` is the interpretable track of the photo that came
@@ -34,12 +36,19 @@ def fed_in(explainer: Explainer, tracks: NormedTracks, before: Tensor | None = N
     parts = tracks.interpretable
     # Its own for the first photo of all, so that nothing has to be read twice for a null.
     first = parts[:1] if before is None else before
-    return {
-        "reconstruction": explainer.encoded(tracks),
-        "parts": parts,
-        "other_photo": torch.cat([first, parts[:-1]]),
-        "nothing": torch.zeros_like(parts),
-    }
+    own: dict[FedIn, Tensor] = {"reconstruction": explainer.encoded(tracks), "parts": parts}
+    if tracks.passing is not None:  # tokens without a place are each photo's own, whatever is fed in
+        nulls: dict[FedIn, Tensor] = {
+            "other_photo": torch.cat([first, parts[:-1]]),
+            "nothing": torch.zeros_like(parts),
+        }
+        return {kind: explainer.decode(given, tracks.passing) for kind, given in (own | nulls).items()}
+    found = {kind: explainer.decode(given) for kind, given in own.items()}
+    # A decoder takes each photo by itself, so that nulls repeat what is decoded already.
+    other, nothing = explainer.decode(first), explainer.decode(torch.zeros_like(first))
+    found["other_photo"] = tuple(torch.cat([v, rest[:-1]]) for v, rest in zip(other, found["parts"], strict=True))
+    found["nothing"] = tuple(v.expand(len(parts), *v.shape[1:]) for v in nothing)
+    return found
 
 
 @dataclass(frozen=True)

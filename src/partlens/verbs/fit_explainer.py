@@ -436,6 +436,7 @@ def _priced(fit: _Fit, maps: TrainingMaps, lesson: Lesson) -> None:
     from partlens.explainer.network import build_explainer
     from partlens.explainer.training import FACTORS, along_the_price
     from partlens.metrics.faithfulness import logistic_head
+    from partlens.network.stream import stream_maps
 
     photos, config, none = fit.photos, fit.asked.config, torch.zeros(0, dtype=torch.long)
     # What the fit learned from would flatter: prices are those of photos that it has not seen.
@@ -445,16 +446,22 @@ def _priced(fit: _Fit, maps: TrainingMaps, lesson: Lesson) -> None:
     own = own_columns(fit.performer, photos.categories)
     head = logistic_head(*lesson) if own is None and len(lesson[1].unique()) > 1 else None
     others = others[: len(held)] if own is not None or head is not None else []
-    rows = EvaluationRows(held, others, (), labels_of(photos.images, photos.categories, held), none)
+    images = photos.images.take([*held, *others])
+    rows = EvaluationRows(
+        range(len(held)), range(len(held), len(images)), (), labels_of(photos.images, photos.categories, held), none
+    )
+    structure, folder = fit.asked.structure, fit.cache / "price"
+    on_device, layers = fit.performer.on(torch.device(fit.extras.device)), [structure.read, *structure.targets]
+    known = stream_maps(on_device, images, layers, folder / "maps", compute=fit.where)
     explainer = build_explainer(fit.performer, fit.asked.structure, config)
     explainer.load_state_dict(read_tensors(fit.out / WEIGHTS, explainer.state_dict()))
     points: list[PricePoint] = []
     # Measured as they are learned, since decoders of many layers are too large to be kept for each price.
     with fit.show.task("the price of p", 1 + len(FACTORS)) as advance:
-        for each in itertools.chain([explainer], along_the_price(explainer, maps, fit.cache / "price", fit.extras)):
-            points.append(price_point(each, fit.performer, photos.images, rows, photos.categories, head, config.seed))
+        for each in itertools.chain([explainer], along_the_price(explainer, maps, folder, fit.extras)):
+            points.append(price_point(each, fit.performer, images, known, rows, photos.categories, head, config.seed))
             advance(len(points))
-    PriceCurve(photos=len(held), others=len(rows.held_others), points=tuple(points)).write(fit.out)
+    PriceCurve(photos=len(held), others=len(others), points=tuple(points)).write(fit.out)
 
 
 def _held_out(photos: _Photos) -> tuple[list[int], list[int]]:
