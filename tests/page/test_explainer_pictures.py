@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from partlens.page.page import collect_page, render_page
-from partlens.page.reading import Pictures
+from partlens.page.views import Pictures
 
 HERE = Path(__file__).parent
 MADE = SimpleNamespace(**runpy.run_path(str(HERE / "made_explainer.py")))

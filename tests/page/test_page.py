@@ -20,7 +20,7 @@ from partlens.estimate import Estimate
 from partlens.page.explainer import ExplainerData, judge
 from partlens.page.notation import number, short_name
 from partlens.page.page import collect_page, render_page, write_report
-from partlens.page.reading import Pictures
+from partlens.page.views import Pictures
 
 HOSTILE = "<script>alert(1)</script>\"'&"
 HERE = Path(__file__).parent

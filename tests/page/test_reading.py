@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from partlens.errors import RunError
-from partlens.page.reading import LONGEST_PX, LOSSLESS_BYTES, Pictures
+from partlens.page.views import LONGEST_PX, LOSSLESS_BYTES, Pictures
 
 
 def noise(path, width=40, height=20, mode="RGB", seed=0):

@@ -109,7 +109,7 @@ def test_parts_are_measured_only_where_they_explain_and_as_in_the_whole_batch(
     performer = dataclasses.replace(tiny, class_names=(RED, BLUE, "tulip", "fern"))
     three = few_flowers.take([0, 1, 2])
     outputs = torch.tensor([[0.0, 9, 0, 0], [9.0, 0, 0, 0], [0.0, 9, 0, 0]])
-    monkeypatch.setattr("partlens.verbs.explain._outputs", lambda *_: outputs)
+    monkeypatch.setattr("partlens.verbs.explained_images._outputs", lambda *_: outputs)
     seen: list[tuple[int, ...]] = []
     measure = explained_parts.explain_parts
 
@@ -117,7 +117,7 @@ def test_parts_are_measured_only_where_they_explain_and_as_in_the_whole_batch(
         seen.append(tuple(rows))
         return measure(opened, batch, classes, rows)
 
-    monkeypatch.setattr(explained_parts, "explain_parts", noted)
+    monkeypatch.setattr("partlens.verbs.explained_images.explain_parts", noted)
     folders = partlens.explain(run, three, model=performer, out=run / "found")
     assert seen == [(1,)]
     assert [len(ExplanationRecord.read(folder).parts) for folder in folders] == [0, 1, 0]

@@ -138,7 +138,7 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(
 def test_a_killed_selection_goes_on_and_ends_the_same(
     selected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from partlens.verbs import select_features as verb
+    from partlens.verbs import selected_features as verb
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -325,7 +325,7 @@ def test_the_command_line_selects_explains_and_reports(
 def test_numbered_categories_get_the_performers_names_and_equal_names_their_number(tiny: Performer) -> None:
     import dataclasses
 
-    from partlens.verbs.select_features import _readable
+    from partlens.verbs.selected_features import _readable
 
     named = dataclasses.replace(tiny, class_names=("crane", "fox", "crane", "bow"))
     assert _readable(named, ["0", "1", "2"], [0, 1, 2]) == ["crane (0)", "fox", "crane (2)"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from partlens.attribution.record import Style
 from partlens.records import write_atomically
 
 FloatArray = npt.NDArray[np.floating]
@@ -23,7 +23,7 @@ _JET_ALPHA = 0.75
 _FIRST, _SECOND = (86, 180, 233), (250, 140, 40)
 
 
-def coloured(heat: FloatArray, style: Literal["glow", "jet"] = "glow") -> ByteArray:
+def coloured(heat: FloatArray, style: Style = "glow") -> ByteArray:
     """Colour a heat map in [0, 1]: ``glow``, or ``jet`` as in the authors' figures.
 
     Example:
@@ -39,7 +39,7 @@ def coloured(heat: FloatArray, style: Literal["glow", "jet"] = "glow") -> ByteAr
     return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
 
 
-def overlay(photo: Image.Image, heat: FloatArray, style: Literal["glow", "jet"] = "glow") -> Image.Image:
+def overlay(photo: Image.Image, heat: FloatArray, style: Style = "glow") -> Image.Image:
     """Lay a heat map in [0, 1] over a photo.
 
     ``glow`` keeps the photo, greyed and darkened, and lets the heat shine in proportion to its value, so that what was

@@ -11,6 +11,7 @@ from partlens.estimate import Estimate, Number
 from partlens.records import PresetSettings, Record, Settings, Value
 
 Preset = Literal["partlens", "paper"]
+Style = Literal["glow", "jet"]
 
 
 class ExplanationConfig(PresetSettings):

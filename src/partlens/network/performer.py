@@ -301,6 +301,13 @@ class Performer:
             return int(name)
         raise InputError(expected(f"a class of {self.name}", name, f"Nearest: {', '.join(nearest(name, names))}"))
 
+    def output_name(self, output: int) -> str:
+        """Return what an output is called, its number where it has no name; 1 is the no of a single output."""
+        if output == self.outputs.count == 1:
+            return f"not {self.output_name(0)}"
+        names = self.class_names or ()
+        return names[output] if output < len(names) else str(output)
+
     def computing(self, precision: Precision) -> Performer:
         """Return the performer with another precision of passes that only read; its module is the same."""
         return self._like(precision=precision)

@@ -22,9 +22,7 @@ from partlens.evaluation.results import (
 from partlens.explainer.record import ExplainerRun, History
 from partlens.metrics.scores import FIDELITY, LOCALISATION, REGION_READINGS
 from partlens.page import figures, notation
-from partlens.page.environment import count_of, environment, pairs
-from partlens.page.reading import Pictures
-from partlens.page.views import Chapter, Figure, origin
+from partlens.page.views import Chapter, Figure, Pictures, count_of, environment, origin, pairs
 from partlens.progress import duration
 from partlens.records import plain
 

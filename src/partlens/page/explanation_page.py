@@ -11,9 +11,7 @@ from typing import Self
 from partlens.attribution.record import Contribution, ExplainedByParts, ExplanationRecord
 from partlens.errors import InputError, RunError, expected
 from partlens.page import figures
-from partlens.page.environment import environment, pairs
-from partlens.page.reading import Embedded, Pictures
-from partlens.page.views import Chapter
+from partlens.page.views import Chapter, Embedded, Pictures, environment, pairs
 from partlens.records import plain, write_text
 
 _PAGE_BYTES = 13_500_000  # room for the pictures of one image's own page, in characters

@@ -11,9 +11,8 @@ from typing import Self
 
 from partlens.object_parts.inspection import InspectedCategory, InspectedPhoto, InspectRecord
 from partlens.page import notation
-from partlens.page.reading import Embedded, Pictures
 from partlens.page.svg import Scale, lettering, line, svg, tag
-from partlens.page.views import Chapter, Figure, origin
+from partlens.page.views import Chapter, Embedded, Figure, Pictures, origin
 from partlens.progress import duration
 
 _OPEN = 12  # categories that are shown open

@@ -16,14 +16,12 @@ from partlens.errors import InputError, RunError, expected
 from partlens.evaluation.results import AGAIN as EVALUATE_AGAIN
 from partlens.object_parts.inspection import InspectRecord
 from partlens.page import figures, notation
-from partlens.page.environment import environment
 from partlens.page.explainer import ExplainerData
 from partlens.page.explanation_page import Explanations
 from partlens.page.inspection_page import InspectionData
 from partlens.page.parts_page import PartsData
-from partlens.page.reading import Pictures
 from partlens.page.selection_page import SelectionData
-from partlens.page.views import Chapter
+from partlens.page.views import Chapter, Pictures, environment
 from partlens.records import write_text
 from partlens.run import EXPLAINER, INSPECTION, SELECTION, RunRecord
 from partlens.selection.record import SelectionRecord

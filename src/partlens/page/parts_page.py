@@ -13,8 +13,7 @@ from partlens.object_parts.inspection import InspectedCategory, InspectRecord
 from partlens.object_parts.record import Evidence, FoundPart, NamedPart, PartContribution, PartsFile
 from partlens.page import figures
 from partlens.page.explanation_page import ExplanationData
-from partlens.page.reading import Embedded, Pictures
-from partlens.page.views import Chapter, Figure
+from partlens.page.views import Chapter, Embedded, Figure, Pictures
 
 _MEASURES = {
     "shapley": "Shapley value",

@@ -12,11 +12,9 @@ from typing import Any, Literal, Self
 
 from partlens.estimate import Estimate, wilson_interval
 from partlens.page import figures, notation
-from partlens.page.environment import environment
 from partlens.page.explanation_page import ExplanationData
-from partlens.page.reading import Embedded, Pictures
 from partlens.page.svg import Scale, lettering, line, svg, tag
-from partlens.page.views import Chapter, Figure, origin
+from partlens.page.views import Chapter, Embedded, Figure, Pictures, environment, origin
 from partlens.progress import duration
 from partlens.selection.record import RelevantFilter, SelectedClass, SelectionFound, SelectionRecord
 

@@ -15,6 +15,7 @@ from partlens.estimate import Estimate, Number
 from partlens.records import Settings, Value
 from partlens.run import SELECTION, Precision, RunRecord
 
+WEIGHTS = "selection.safetensors"
 DEFAULT_MU = 10.0
 _NAMED_LAYERS = ("outputs", "activations", "convolutions")
 
@@ -273,7 +274,7 @@ class SelectionRecord(RunRecord):
     SCHEMA = "partlens.selection/2"
     AGAIN = "Run partlens select-features again"
     SETTINGS = ("config",)
-    RESULTS = ("selection.safetensors", "pictures/*.png", "cache-selection/*")
+    RESULTS = (WEIGHTS, "pictures/*.png", "cache-selection/*")
 
     config: SelectionConfig
     photos: int

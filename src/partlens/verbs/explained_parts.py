@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.attribution.pictures import overlay, save_png
-from partlens.attribution.record import ExplainedByParts, PartShare
+from partlens.attribution.record import ExplainedByParts, PartShare, Style
 from partlens.errors import RunError, expected
 from partlens.estimate import Estimate, percentile_interval
 from partlens.explainer.network import Explainer, performer_head
@@ -25,7 +25,6 @@ from partlens.object_parts.assignment import upsampled
 from partlens.object_parts.record import NamedPart, PartsFile
 from partlens.object_parts.shares import PartShares, part_shares
 from partlens.verbs.fit_explainer import load_explainer
-from partlens.verbs.select_features import output_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -108,7 +107,7 @@ def explain_parts(
 
 
 def part_records(
-    opened: OpenedParts, found: ExplainedParts, i: int, folder: Path, shown: Image.Image, style: Literal["glow", "jet"]
+    opened: OpenedParts, found: ExplainedParts, i: int, folder: Path, shown: Image.Image, style: Style
 ) -> tuple[ExplainedByParts, ...]:
     """Write one image's heat maps and return what its record says of parts, a class each."""
     chance = opened.performer.outputs.probabilities(found.outputs)[i]
@@ -126,7 +125,7 @@ def part_records(
             save_png(folder / file, overlay(shown, lit.numpy(), style))
         records.append(
             ExplainedByParts(
-                name=output_name(opened.performer, output),
+                name=opened.performer.output_name(output),
                 output=output,
                 probability=float(chance[output]),
                 rank=ranks[output],

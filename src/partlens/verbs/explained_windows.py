@@ -21,7 +21,7 @@ from partlens.object_parts.regions import Shares, TapMaps, Upper, part_cells, sh
 from partlens.object_parts.verdict import SAID_AREA
 from partlens.records import read_tensors
 from partlens.run import Run
-from partlens.verbs.inspected_category import TAUGHT, decision_name
+from partlens.verbs.inspected_category import TAUGHT
 from partlens.verbs.inspected_pictures import draw_parts
 from partlens.verbs.inspection import TENSORS, upper_of
 from partlens.verbs.runs import open_performer
@@ -140,7 +140,7 @@ def window_records(
     return (
         ExplainedByWindows(
             category=category.name,
-            name=decision_name(opened.performer, output),
+            name=opened.performer.output_name(output),
             output=output,
             probability=float(chance[output]),
             parts=parts,

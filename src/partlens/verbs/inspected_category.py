@@ -31,7 +31,6 @@ from partlens.object_parts.reading import Read
 from partlens.object_parts.regions import AREAS, TapMaps, Upper
 from partlens.object_parts.verdict import SAID_AREA, curve, sentence
 from partlens.verbs.inspected_pictures import draw_gallery, draw_parts
-from partlens.verbs.select_features import output_name
 
 SHOWN_PHOTOS = 4
 TAUGHT = "searched."
@@ -308,16 +307,10 @@ def _on_object(places: Tensor, objects: Tensor | None) -> float:
     return float((held[known] > 0).double().mean()) if bool(known.any()) else math.nan
 
 
-def decision_name(performer: Performer, decision: int) -> str:
-    """Name a decision of the performer: an output, or the no of a single one."""
-    outputs = performer.outputs.count
-    return output_name(performer, decision) if decision < outputs else f"not {output_name(performer, 0)}"
-
-
 def _decided(performer: Performer, logits: Tensor) -> tuple[DecidedClass, ...]:
     counts = Counter(performer.outputs.decisions(logits).argmax(1).tolist())
     return tuple(
-        DecidedClass(name=decision_name(performer, output), output=output, share=number / len(logits))
+        DecidedClass(name=performer.output_name(output), output=output, share=number / len(logits))
         for output, number in counts.most_common(_DECIDED)
         if number / len(logits) >= _LITTLE_SHARE
     )
@@ -334,7 +327,7 @@ def _shown(stage: Stage, drawn: _Drawn, logits: Tensor) -> tuple[InspectedPhoto,
         made.append(
             InspectedPhoto(
                 image=stage.images.keys[drawn.rows[photo]],
-                predicted=decision_name(stage.performer, output),
+                predicted=stage.performer.output_name(output),
                 probability=float(chances[photo, output]),
                 shares=tuple(account.shares.players[photo].tolist()),
                 standard_error=tuple(account.shares.standard_error[photo].tolist()),

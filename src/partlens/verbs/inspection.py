@@ -28,7 +28,7 @@ from partlens.verbs.runs import (
     verb,
     with_precision,
 )
-from partlens.verbs.select_features import MOST_PICTURES, Chosen, SelectionPhotos, ranks, select_from
+from partlens.verbs.select_features import MOST_PICTURES, Chosen
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from partlens.network.performer import Performer
     from partlens.object_parts.reading import Read, Wanted
     from partlens.object_parts.regions import Upper
-    from partlens.selection.responses import Responses
     from partlens.verbs.inspected_category import CategoryPhotos, Stage
 
 TENSORS = "inspect.safetensors"
@@ -296,9 +295,7 @@ class _Work:
         rows = [row for read in reads for row in read.rows]
         if len({self.images.categories[row] for row in rows} - {""}) < 2:
             return ("relevant filters were not selected: that needs photos of two categories at least",)
-        record, photos, responses = _selection(self, reads, rows, mu)
-        found = select_from(photos, responses, self.folder, self.show)
-        record.changed(found=found, status="finished").write(self.folder)
+        _selection(self, reads, rows, mu).write(self.folder)
         return ()
 
     def stage(self, reads: Sequence[Read]) -> Stage:
@@ -334,13 +331,12 @@ class _Work:
         return tuple(made)
 
 
-def _selection(
-    work: _Work, reads: Sequence[Read], rows: Sequence[int], mu: float | Chosen
-) -> tuple[SelectionRecord, SelectionPhotos, Responses]:
-    """Bring what was read into the form of a selection: photos to fit on first, then those held out."""
+def _selection(work: _Work, reads: Sequence[Read], rows: Sequence[int], mu: float | Chosen) -> SelectionRecord:
+    """Select from what was read: photos to fit on come first, then those held out."""
     import numpy as np
 
     from partlens.selection.responses import Responses, TopPhotos
+    from partlens.verbs.selected_features import SelectionPhotos, ranks, select_from
 
     record, images = work.record, work.images
     config = SelectionConfig(
@@ -373,7 +369,8 @@ def _selection(
         photos=len(fitted),
     )
     matched = work.performer.matched(sorted(set(chosen.categories)))
-    return asked, SelectionPhotos(work.performer, chosen, len(fitted), config, matched), responses
+    photos = SelectionPhotos(work.performer, chosen, len(fitted), config, matched)
+    return asked.changed(found=select_from(photos, responses, work.folder, work.show), status="finished")
 
 
 def _steps(advance: Advance, before: int, views: int) -> Callable[[int], None]:

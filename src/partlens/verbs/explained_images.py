@@ -1,0 +1,430 @@
+"""What explain opens of a run, and the folder that it writes for each image."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from partlens.attribution.explanation import Explanations, choose_top, explain_batch
+from partlens.attribution.pictures import coloured, difference, overlay, picture_of, save_png
+from partlens.attribution.record import (
+    Answer,
+    Contribution,
+    ExplainedByParts,
+    ExplainedByWindows,
+    ExplainedClass,
+    ExplanationConfig,
+    ExplanationRecord,
+    Style,
+)
+from partlens.data.images import ImageSet
+from partlens.errors import InputError, RunError, expected, listed
+from partlens.explainer.record import WEIGHTS as EXPLAINER_WEIGHTS
+from partlens.explainer.record import ExplainerRun
+from partlens.metrics.likeness import rank_correlation
+from partlens.network.performer import Performer
+from partlens.network.stream import naming_photos
+from partlens.network.taps import forward_taps
+from partlens.object_parts.inspection import InspectRecord
+from partlens.object_parts.record import PartsFile
+from partlens.page.explanation_page import write_explanation_page
+from partlens.progress import Progress
+from partlens.records import write_tensors
+from partlens.run import SELECTION, Run, RunRecord
+from partlens.selection.record import SelectionRecord
+from partlens.shards import Device
+from partlens.verbs.explained_parts import (
+    ExplainedParts,
+    OpenedParts,
+    answer_ranks,
+    explain_parts,
+    load_parts,
+    part_records,
+    part_tensors,
+)
+from partlens.verbs.explained_windows import (
+    ExplainedWindows,
+    OpenedInspection,
+    explain_windows,
+    load_inspection,
+    window_records,
+)
+from partlens.verbs.runs import open_performer
+from partlens.verbs.select_features import OpenedSelection, load_selection
+
+_SHOWN_PX = 448
+_BATCH = 8
+_ANSWERS = 5
+_ALIKE = 0.85  # rank correlation above which two maps are nearly the same
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What was found for a batch of images; ``parts`` is of the images at ``shared`` alone."""
+
+    outputs: Tensor
+    selected: Explanations | None
+    parts: ExplainedParts | None
+    shared: tuple[int, ...]
+    windows: Sequence[ExplainedWindows] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What of a run explains, and how.
+
+    ``known`` are the outputs of the categories whose parts the explainer has learned, by category; it is empty where
+    they are not outputs of the performer, and any prediction is then explained by the parts.
+    """
+
+    performer: Performer
+    selection: OpenedSelection | None
+    parts: OpenedParts | None
+    known: Mapping[str, int]
+    classes: Sequence[str] | None
+    part_classes: Sequence[str] | None
+    count: int
+    how: ExplanationConfig
+    style: Style
+    notes: tuple[str, ...]
+    inspection: OpenedInspection | None = None
+
+    @classmethod
+    def opened(
+        cls,
+        run: Path,
+        model: str | nn.Module | Performer | None,
+        where: Device,
+        classes: Sequence[str] | None,
+        count: int,
+        how: ExplanationConfig,
+        style: Style,
+    ) -> Self:
+        """Open what a run has to explain with, and check the classes before any image is read."""
+        has_explainer = (run / EXPLAINER_WEIGHTS).exists()
+        kinds: tuple[type[RunRecord], ...] = (SelectionRecord, ExplainerRun, InspectRecord)
+        if (first := next(filter(None, (kind.read_if_there(run) for kind in kinds)), None)) is not None:
+            # Loaded once; a record of another network says so.
+            model = open_performer(first, model, where.device)
+        selection, notes = _open_selection(run, model, classes, has_explainer)
+        parts: OpenedParts | None = None
+        known: dict[str, int] = {}
+        of_parts = classes
+        if has_explainer and (selection is None or (run / PartsFile.FILE).exists()):
+            parts, known, of_parts, more = _open_parts(run, model, selection, classes)
+            notes += more
+        elif has_explainer:
+            notes.append(f"the filters have no parts yet: run partlens parts {run}, then explain again")
+        inspection = _open_inspection(run, model)
+        found = selection or parts or inspection
+        if found is None:
+            rule = f"an inspection, a selection or an explainer in {run}"
+            raise RunError(expected(rule, "none", "Run inspect, select-features or fit-explainer first"))
+        return cls(
+            found.performer, selection, parts, known, classes, of_parts, count, how, style, tuple(notes), inspection
+        )
+
+    def write(self, found: ImageSet, folders: Sequence[Path], show: Progress) -> None:
+        """Explain the images in batches, and write a folder for each."""
+        with show.task("explaining", len(found)) as advance:
+            for first in range(0, len(found), _BATCH):
+                part = range(first, min(first + _BATCH, len(found)))
+                pictures = [found.read(i, self.performer.preprocessing.scaled_size) for i in part]
+                keys = [found.keys[i] for i in part]
+                again = functools.partial(self.performer.preprocessing, pictures)
+                with naming_photos(self.performer, keys, again):
+                    batch = self._explained(pictures)
+                for position, row in enumerate(part):
+                    record = self._write_one(folders[row], found, row, pictures[position], batch, position)
+                    write_explanation_page(folders[row])
+                    for line in self._said(record):
+                        show.say(f"{folders[row].name}: {line}")
+                advance(first + len(part))
+
+    def _explained(self, pictures: Sequence[Image.Image]) -> _Batch:
+        """Explain a batch of pictures."""
+        batch = self.performer.preprocessing(list(pictures))
+        selected = parts = None
+        if (run := self.selection) is not None:
+            wanted: Any = choose_top(run.found.outputs, min(self.count, len(run.classes)))
+            if self.classes is not None:
+                wanted = torch.tensor([[run.column(name) for name in self.classes]] * len(pictures))
+            selected = explain_batch(self.performer, batch, run.weights, run.found.index, wanted, self.how)
+        windows: Sequence[ExplainedWindows] = ()
+        if self.inspection is not None:
+            windows = explain_windows(self.inspection, batch)
+        outputs = _outputs(self.performer, batch) if selected is None else selected.output
+        shared = tuple(
+            i for i, row in enumerate(outputs) if self.part_classes is not None or self._foreign(row) is None
+        )
+        if self.parts is not None and shared:
+            parts = explain_parts(self.parts, batch, self.part_classes, shared)
+        return _Batch(outputs, selected, parts, shared, windows)
+
+    def _foreign(self, outputs: Tensor) -> str | None:
+        """Name the prediction where its parts are not those that the explainer has learned."""
+        first, rank = _first(self.performer, outputs)
+        if not self.known or (first in self.known.values() and rank == 1):
+            return None
+        return self.performer.output_name(first) if rank == 1 else "something else"
+
+    def _write_one(
+        self, folder: Path, images: ImageSet, row: int, picture: Image.Image, batch: _Batch, i: int
+    ) -> ExplanationRecord:
+        """Write the folder of one image, number ``i`` of a batch; ``picture`` may be a reduced one."""
+        performer = self.performer
+        tensors: dict[str, Tensor] = {}
+        notes = [*performer.notes, *performer.outputs.notes, *self.notes]
+        shown = _enlarged(performer.preprocessing.frame(picture))
+        save_png(folder / "input.png", shown)
+        explained: tuple[ExplainedClass, ...] = ()
+        parts: tuple[ExplainedByParts, ...] = ()
+        unselected = ""
+        if self.selection is not None and batch.selected is not None:
+            if self.classes is None:
+                unselected, said = _prediction_notes(self.selection, batch.outputs[i])
+                notes += said
+            notes += batch.selected.notes
+            explained = _by_filters(self.selection, batch.selected, i, folder, shown, self.style)
+            tensors |= _selection_tensors(batch.selected, i)
+        if self.parts is not None:
+            if batch.parts is not None and i in batch.shared:
+                place = batch.shared.index(i)
+                parts = part_records(self.parts, batch.parts, place, folder, shown, self.style)
+                tensors |= part_tensors(batch.parts, place)
+            else:
+                notes.append(self._not_shared(batch.outputs[i]))
+        windows: tuple[ExplainedByWindows, ...] = ()
+        if self.inspection is not None:
+            windows = window_records(self.inspection, batch.windows[i], folder, performer.preprocessing.frame(picture))
+            if not windows:
+                name = performer.output_name(int(batch.outputs[i].argmax()))
+                notes.append(f"no inspected category is taken for {name}: its score is not shared among parts")
+        write_tensors(folder / "arrays.safetensors", tensors, {"schema": ExplanationRecord.SCHEMA})
+        record = ExplanationRecord(
+            image=Path(images.keys[row]).name,
+            path=images.keys[row],
+            size_px=images.size_px(row),
+            method=None if self.selection is None else self.how,
+            performer=performer.name,
+            weights_sha256=performer.weights_sha256,
+            selection=None if self.selection is None else self.selection.record.identity,
+            input="input.png",
+            answers=_answers(performer, batch.outputs[i]),
+            explained=explained,
+            parts=parts,
+            notes=tuple(notes),
+            windows=windows,
+            unselected=unselected,
+        )
+        record.write(folder)
+        return record
+
+    def _not_shared(self, outputs: Tensor) -> str:
+        names = listed(sorted(self.known))
+        return (
+            f"the network takes this image for {self._foreign(outputs)}, and the explainer knows the parts of {names}: "
+            f"the score is not shared among parts (--classes {names} shares the score of that class)"
+        )
+
+    def _said(self, record: ExplanationRecord) -> list[str]:
+        """Return a line for each class that is shared among parts, on the performer first, or why none is."""
+        if self.parts is not None and not record.parts:
+            return [record.notes[-1]]
+        by_windows = [f"{one.name}: {one.headline}" for one in record.windows]
+        return by_windows + [f"{one.name}: {one.headline}" for one in record.parts]
+
+
+def _enlarged(frame: Image.Image) -> Image.Image:
+    if max(frame.size) >= _SHOWN_PX:
+        return frame
+    scale = _SHOWN_PX / max(frame.size)
+    return frame.resize((round(frame.width * scale), round(frame.height * scale)))
+
+
+def _outputs(performer: Performer, batch: Tensor) -> Tensor:
+    return performer.outputs.scores(forward_taps(performer, batch, [])[0], len(batch)).cpu()
+
+
+def _open_inspection(run: Path, model: str | nn.Module | Performer | None) -> OpenedInspection | None:
+    """Open the inspection of a run where it has a finished one."""
+    record = InspectRecord.read_if_there(run)
+    if record is None or not record.finished:
+        return None
+    return load_inspection(run, model)
+
+
+def _open_selection(
+    run: Path, model: str | nn.Module | Performer | None, classes: Sequence[str] | None, has_explainer: bool
+) -> tuple[OpenedSelection | None, list[str]]:
+    """Open the selection of a run where it has one; with an explainer, an unfinished one is only noted."""
+    if not (run / SELECTION).exists():
+        return None, []
+    if has_explainer and not SelectionRecord.read(run).finished:
+        return None, ["the selection of this run is not finished: only parts are explained"]
+    selection = load_selection(run, model)
+    for name in classes or ():
+        selection.column(name)  # an unknown class is refused before any image is read
+    return selection, []
+
+
+def _open_parts(
+    run: Path,
+    model: str | nn.Module | Performer | None,
+    selection: OpenedSelection | None,
+    classes: Sequence[str] | None,
+) -> tuple[OpenedParts | None, dict[str, int], Sequence[str] | None, list[str]]:
+    """Open the parts of a run; return the outputs they explain, those of ``classes`` among them, and what to note.
+
+    There are no parts where a selection explains all of the classes that are asked for.
+    """
+    parts = load_parts(run, model)
+    known = _known_outputs(run, parts.performer)
+    if classes is None:
+        return parts, known, None, []
+    shared, notes = _part_classes(selection, parts, known, classes)
+    if not shared and selection is None:
+        raise InputError(expected(f"a class among {listed(sorted(known))}", listed(list(classes)), notes[-1]))
+    return (parts if shared else None), known, shared, notes
+
+
+def _known_outputs(run: Path, performer: Performer) -> dict[str, int]:
+    """Return the performer's output of each category of an explainer; nothing where one is no output."""
+    names = [name for name in Run(run).read(ExplainerRun).data.categories if name]
+    outputs = performer.matched(names).outputs
+    found = {name: output for name, output in outputs.items() if output is not None}
+    return found if len(found) == len(outputs) else {}
+
+
+def _part_classes(
+    selection: OpenedSelection | None, parts: OpenedParts, known: Mapping[str, int], classes: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return those of the named classes whose score parts can share, and why others cannot."""
+    outputs: list[int | None] = []
+    for name in classes:
+        if selection is not None:
+            outputs.append(selection.found.outputs[selection.column(name)])
+        else:
+            outputs.append(parts.performer.output(name))
+    notes = []
+    if None in outputs:
+        notes.append("a class that is no output of the performer has no score that parts could share")
+    shared = [output for output in outputs if output is not None and (not known or output in known.values())]
+    if len(shared) < len(outputs) - outputs.count(None):
+        notes.append(
+            f"the explainer knows the parts of {listed(sorted(known))} alone: the score of no other class is shared"
+        )
+    return [str(output) for output in shared], notes
+
+
+def _answers(performer: Performer, outputs: Tensor) -> tuple[Answer, ...]:
+    """Return the performer's strongest outputs for one image."""
+    chance = performer.outputs.probabilities(outputs[None])[0]
+    top = chance.argsort(descending=True, stable=True)[:_ANSWERS].tolist()
+    return tuple(Answer(name=performer.output_name(o), output=o, probability=float(chance[o])) for o in top)
+
+
+def _selection_tensors(result: Explanations, i: int) -> dict[str, Tensor]:
+    names = ("maps", "combined", "features", "contributions", "responses", "classes", "output")
+    return {name: getattr(result, name)[i] for name in names}
+
+
+def _first(performer: Performer, outputs: Tensor) -> tuple[int, int]:
+    """Return the most probable output of one image with its rank (`answer_ranks`)."""
+    ranks = answer_ranks(performer.outputs.probabilities(outputs[None])[0])
+    return min(ranks.items(), key=lambda each: each[1])
+
+
+def _prediction_notes(of: OpenedSelection, outputs: Tensor) -> tuple[str, list[str]]:
+    """Name the predicted class where it has no photos; say why the explained classes may not be the predicted one."""
+    strongest, known = _first(of.performer, outputs)[0], set(of.found.outputs)
+    if known == {None}:
+        return "", ["the classes of the selection are not outputs of the performer; their linear scores rank them"]
+    if None in known or strongest in known:
+        return "", []
+    name = of.performer.output_name(strongest)
+    return name, [f"the prediction {name} has no photo in the selection; the most likely class that has is explained"]
+
+
+def _by_filters(
+    opened_run: OpenedSelection, result: Explanations, i: int, folder: Path, shown: Image.Image, style: Style
+) -> tuple[ExplainedClass, ...]:
+    """Draw one image's relevant filters; return a record per class."""
+    probability = opened_run.performer.outputs.probabilities(result.output[i][None])[0]
+    rank_of = answer_ranks(probability)
+    combined, records = result.combined[i], []
+    for k, column in enumerate(result.classes[i].tolist()):
+        one = opened_run.found.classes[column]
+        heat = combined[k].numpy()
+        save_png(folder / f"combined-{k + 1}.png", overlay(shown, heat, style))
+        save_png(folder / f"heat-{k + 1}.png", picture_of(coloured(heat, style)))
+        alike = {} if k == 0 else {"rank_correlation": float(rank_correlation(combined[:1], combined[k : k + 1])[0])}
+        records.append(
+            ExplainedClass(
+                name=one.name,
+                output=one.output,
+                probability=float("nan") if one.output is None else float(probability[one.output]),
+                rank=None if one.output is None else rank_of[one.output],
+                score=float(result.scores[i, k]),
+                combined=f"combined-{k + 1}.png",
+                heat=f"heat-{k + 1}.png",
+                difference=_difference(combined, k, alike, folder, shown),
+                filters=_contributions(opened_run, result, (i, k), folder, shown, style),
+                **alike,
+            )
+        )
+    return tuple(records)
+
+
+def _difference(combined: Tensor, k: int, alike: Mapping[str, float], folder: Path, shown: Image.Image) -> str:
+    """Draw what sets a class's map apart from the first one's where the two are nearly the same."""
+    if alike.get("rank_correlation", 0.0) <= _ALIKE:
+        return ""
+    file = f"difference-{k + 1}.png"
+    save_png(folder / file, difference(shown, combined[0].numpy(), combined[k].numpy()))
+    return file
+
+
+def _contributions(
+    opened_run: OpenedSelection,
+    result: Explanations,
+    place: tuple[int, int],
+    folder: Path,
+    shown: Image.Image,
+    style: Style,
+) -> tuple[Contribution, ...]:
+    """Draw the filters of one class in one image, given which of the batch these are."""
+    pictured = {(f.layer, f.channel): f.picture for one in opened_run.found.classes for f in one.filters}
+    made = []
+    for r, feature in enumerate(result.features[place].tolist()):
+        if feature < 0:  # fewer filters contribute than are asked for
+            continue
+        layer, channel = opened_run.found.index.place(feature)
+        file = f"feature-{place[1] + 1}-{r + 1}.png"
+        save_png(folder / file, overlay(shown, result.maps[place][r].numpy(), style))
+        contribution, picture = float(result.contributions[place][r]), pictured.get((layer, channel))
+        made.append(
+            Contribution(
+                layer=layer,
+                channel=channel,
+                weight=float(opened_run.weights[feature, int(result.classes[place])]),
+                response=float(result.responses[place][r]),
+                contribution=contribution,
+                share=contribution / float(result.positive[place]),
+                overlay=file,
+                average=None if picture is None else _relative(opened_run.path / picture.average, folder),
+            )
+        )
+    return tuple(made)
+
+
+def _relative(file: Path, folder: Path) -> str:
+    return Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix()
