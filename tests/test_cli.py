@@ -297,3 +297,25 @@ start()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "partlens: stopped\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep what is freed")
+def test_the_program_keeps_freed_memory_for_the_next_batch() -> None:
+    code = """
+import resource
+from partlens.__main__ import keep_freed_memory
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+{before}
+for _ in range(2):
+    b"x" * (40 << 20)
+known = faults()
+for _ in range(10):
+    b"x" * (40 << 20)
+print(faults() - known)
+"""
+
+    def counted(before: str) -> int:
+        program = [sys.executable, "-c", code.replace("{before}", before)]
+        return int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+
+    assert counted("keep_freed_memory()") < counted("") / 4
