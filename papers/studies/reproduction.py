@@ -112,7 +112,7 @@ def performers(folder: Path, out: Path) -> None:
     found = {}
     for path in sorted((folder / "performers").glob("*.safetensors")):
         header = read_training(path)
-        kept = ("error", "baseline_error", "balanced_error", "decision_error")
+        kept = ("error", "baseline_error", "balanced_error", "decision_error", "baseline_decision_error")
         errors = {name: header["held_out"][name] for name in kept if name in header["held_out"]}
         photos = {name: header["data"][name] for name in ("train_photos", "held_photos")}
         found[path.stem] = {**errors, **photos, "config": header["config"]}
@@ -177,9 +177,9 @@ def parts(folder: Path, out: Path, only: Sequence[str]) -> None:
     """Find parts on training photos, and score their places on the held-out ones; nulls on the same photos."""
     found = json.loads(out.read_text()) if out.is_file() else {}
     for path in sorted((folder / "performers").glob("*.safetensors")):
-        if only and path.stem not in only:
-            continue
         network, _, category = path.stem.rpartition("-")
+        if (only and path.stem not in only) or "+" in category:  # a performer of several categories
+            continue
         performer = remembering(load_performer(f"{MODELS[network]}@{path}"), folder / "maps")
         images = ImageSet.open(folder / ("cub" if category == "bird" else "voc"))
         own, held = (images.rows_of((category,), split)[0] for split in ("train", "test"))

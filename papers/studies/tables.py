@@ -277,6 +277,16 @@ def performers() -> list[str]:
             f"| {name} | {' | '.join(cells[:5])} | {100 * fmean(errors):.1f} ({len(errors)}) | "
             f"{_printed_error(name, VOC)} | {cells[5]} | {_printed_error(name, CUB)} |"
         )
+    joint = {name: row for name, row in found.items() if "+" in name}
+    if joint:
+        heads = ["five at once", "another category", "always the most frequent", "wrong decisions", "always no"]
+        lines += ["", f"| {' | '.join([*heads, 'printed'])} |", "|---" * 6 + "|"]
+    for name, row in joint.items():
+        network = PRINTED_NAMES[name.partition("-")[0]]
+        printed = published("error_percent", network=network, subject="performer", data=VOC, setting="multi")
+        cells = [_percent(row[key]) for key in ("error", "baseline_error", "decision_error")]
+        cells += [f"{100 * row['baseline_decision_error']:.0f}", str(printed[0].average) if printed else "–"]
+        lines.append(f"| {network} | {' | '.join(cells)} |")
     return lines
 
 
