@@ -73,21 +73,23 @@ class FlowersConfig(Settings):
 
 def trained_flower_net(
     images: ImageSet, path: Path, *, epochs: int, seed: int, progress: Progress | None
-) -> Estimate | None:
-    """Train the benchmark's network on a set and write it; nothing is done where the file is there.
+) -> tuple[Performer, Estimate | None]:
+    """Train the benchmark's network on a set and write it, or load it where the file is there.
 
     It is trained with batch normalisation, which is then melted into the convolutions, so that the network which is
     explained has convolutions, ReLU, max-pooling and fully connected layers only.
 
     Returns:
-        Its accuracy on the held-out flowers with a 95 % Wilson interval; ``None`` where nothing was done.
+        The network, and its accuracy on the held-out flowers with a 95 % Wilson interval; ``None`` where it was loaded.
     """
     from partlens.estimate import proportion
     from partlens.network.fitting import save_classifier, train_classifier
+    from partlens.network.zoo import load_performer
     from partlens_papers.flowers.network import benchmark_network, without_norms
 
+    spec = f"partlens_papers.performers:flower_net@{path}"
     if path.exists():
-        return None
+        return load_performer(spec), None
     fitted = train_classifier(
         lambda outputs: benchmark_network(outputs, normed=True),
         images,
@@ -100,7 +102,7 @@ def trained_flower_net(
     )
     network = without_norms(fitted.network)  # type: ignore[arg-type]  # built above
     save_classifier(path, network, flower_preprocessing(), fitted.class_names)
-    return dataclasses.replace(proportion(fitted.right.float()), unit=_UNIT)
+    return load_performer(spec), dataclasses.replace(proportion(fitted.right.float()), unit=_UNIT)
 
 
 def train_network(out: Path, how: FlowersConfig, *, progress: Progress | None = None) -> Performer:
@@ -115,7 +117,6 @@ def train_network(out: Path, how: FlowersConfig, *, progress: Progress | None = 
     Raises:
         RunError: the folder holds a network of another recipe.
     """
-    from partlens.network.zoo import load_performer
     from partlens_papers.flowers.sets import flower_set
 
     recipe = {"set": how.set_name, "images_per_class": how.images_per_class, "seed": how.seed, "epochs": how.epochs}
@@ -126,8 +127,7 @@ def train_network(out: Path, how: FlowersConfig, *, progress: Progress | None = 
     if not notes.is_file():
         weights.unlink(missing_ok=True)
     images = flower_set(how.set_name, how.images_per_class, how.seed, SIDE_PX).images
-    accuracy = trained_flower_net(images, weights, epochs=how.epochs, seed=how.seed, progress=progress)
-    performer = load_performer(f"partlens_papers.performers:flower_net@{weights}")
+    performer, accuracy = trained_flower_net(images, weights, epochs=how.epochs, seed=how.seed, progress=progress)
     if accuracy is not None:
         content = {"recipe": recipe, "accuracy": accuracy.to_dict(), "weights_sha256": performer.weights_sha256}
         write_json(notes, content)

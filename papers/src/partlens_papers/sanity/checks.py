@@ -159,15 +159,6 @@ def check_layers(bench: Bench, fit: Fit, folder: Path, advance: Callable[..., No
 # A planted cue
 
 
-def _trained(images: ImageSet, path: Path, config: SanityConfig, show: Progress) -> Performer:
-    """Train the flower benchmark's network on a set, or load it."""
-    from partlens.network.zoo import load_performer
-    from partlens_papers.flowers.benchmark import trained_flower_net
-
-    trained_flower_net(images, path, epochs=config.epochs, seed=config.seed, progress=show)
-    return load_performer(f"partlens_papers.performers:flower_net@{path}")
-
-
 def check_cue(folder: Path, config: SanityConfig, show: Progress) -> dict[str, Any]:
     """Train one network that needs a mark in the background and one that never saw it; look for the mark in the maps.
 
@@ -183,6 +174,7 @@ def check_cue(folder: Path, config: SanityConfig, show: Progress) -> dict[str, A
     import torch
 
     from partlens.estimate import proportion
+    from partlens_papers.flowers.benchmark import trained_flower_net
     from partlens_papers.flowers.heat_maps import iou_auc, pointing_game
     from partlens_papers.sanity.likeness import energy_share
 
@@ -191,7 +183,8 @@ def check_cue(folder: Path, config: SanityConfig, show: Progress) -> dict[str, A
     result: dict[str, Any] = {}
     decided: dict[str, dict[str, Any]] = {}
     for name, images in (("cued", marked), ("control", plain)):
-        performer = _trained(images, folder / f"{name}.safetensors", config, show)
+        weights = folder / f"{name}.safetensors"
+        performer, _ = trained_flower_net(images, weights, epochs=config.epochs, seed=config.seed, progress=show)
         bench = make_bench(performer, images, config)
         fit = fit_bench(bench)
         column = bench.classes.index(MARKED)
@@ -327,9 +320,8 @@ def sanity_checks(
     if unknown or not checks:
         raise InputError(expected(f"checks among {', '.join(CHECKS)}", unknown, "Choose among them"))
     if (model is None) != (data is None):
-        raise InputError(
-            expected("a model with its data, or neither", "one of them", "Give both, or none for generated flowers")
-        )
+        rule, remedy = "a model with its data, or neither", "Give both, or none for generated flowers"
+        raise InputError(expected(rule, "one of them", remedy))
     performer, images, flowers = _subject(model, data, out, how, show)
     manifest = _begun(out, performer, images, how)
     fitted: list[tuple[Bench, Fit]] = []
@@ -397,13 +389,15 @@ def _subject(
 ) -> tuple[Performer, ImageSet, FlowerSet | None]:
     """Return the network, its photos, and the flowers with their regions where the photos are such."""
     from partlens.network.flower_network import SIDE_PX
+    from partlens_papers.flowers.benchmark import trained_flower_net
     from partlens_papers.flowers.sets import FLOWER_SETS, flower_set
 
     if data is not None and data not in FLOWER_SETS:
         assert model is not None
         return loaded(model), open_photos(data)[0], None
     flowers = flower_set(str(data or FLOWER_SETS[0]), config.images_per_class, config.seed, SIDE_PX)
-    performer = (
-        loaded(model) if model is not None else _trained(flowers.images, out / "flowers.safetensors", config, show)
-    )
+    if model is not None:
+        return loaded(model), flowers.images, flowers
+    weights = out / "flowers.safetensors"
+    performer, _ = trained_flower_net(flowers.images, weights, epochs=config.epochs, seed=config.seed, progress=show)
     return performer, flowers.images, flowers
