@@ -358,7 +358,7 @@ def reproduction() -> list[str]:
             if (title, network, category, seed) in done:
                 continue
             done.add((title, network, category, seed))
-            label = f"{network}, {category}" + (f", seed {seed}" if seed != "0" else "")
+            label = f"{network}, {category}{_seed(seed)}"
             lines.append(f"| {label} | {title} | " + " | ".join(_job_cells((network, category, seed), mine)) + " |")
     return lines
 
@@ -422,7 +422,7 @@ def prices() -> list[str]:
     head = "| explainer, photos, others | fed back: p and points | part filters alone: points | filters by part |"
     lines = [head, "|---" * 4 + "|"]
     for job, found in sorted(load("reproduction/prices.json").items()):
-        network, category = job.rpartition("-")[0].split("-")
+        network, category, seed = job.split("-")
         mixed, alone = [], []
         for point in found["points"]:
             cost = point["mixed"]["error_increase_points"]
@@ -432,7 +432,8 @@ def prices() -> list[str]:
         held = found.get("parts", {}).get("filters", {})
         shares = ", ".join(f"{name} {count}" for name, count in held.items()) or "not run"
         photos = f"{found['photos']} and {found['others']}"
-        cells = [f"{network}, {category}, {photos}", "; ".join(mixed), "; ".join(alone), shares]
+        label = f"{network}, {category}{_seed(seed.removeprefix('s'))}, {photos}"
+        cells = [label, "; ".join(mixed), "; ".join(alone), shares]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -448,6 +449,10 @@ def _job_cells(job: tuple[str, str, str], scores: dict[tuple[str, str], dict[str
     nulls = [of(null) for null in ("random", "centre", "corner")]
     consistent = of(read, "consistency", ".2f")
     return [first, printed("instability", "explainer"), *ordinary, *nulls, *beside, consistent, *share]
+
+
+def _seed(number: str) -> str:
+    return "" if number == "0" else f", seed {number}"
 
 
 def _largest(scores: Scores, subject: str) -> str:
