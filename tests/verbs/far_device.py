@@ -137,7 +137,7 @@ def network() -> nn.Sequential:
 
 def main(out: Path) -> None:
     """Run every verb in both places, and print how many convolutions each computed there."""
-    from partlens import evaluate, explain, fit_explainer, generated_flowers, inspect, parts
+    from partlens import evaluate, explain, fit_explainer, generated_flowers, inspect, load_explainer, parts
     from partlens.network.preprocessing import Preprocessing
     from partlens.network.zoo import load_performer
 
@@ -160,6 +160,8 @@ def main(out: Path) -> None:
             run(Path(shutil.copytree(out / "run", out / where / verb)), {"device": where})
         sys.stdout.write(json.dumps({"verb": verb, "convolutions": DONE["aten::convolution"]}) + "\n")
         DONE.clear()
+    explainer, _ = load_explainer(out / "run", model, device="far")
+    sys.stdout.write(json.dumps({"explainer": str(explainer.device)}) + "\n")
     refused = []
     there = torch.ones(2, 3).to("far:0")
     for work in (lambda: there + torch.ones(2, 3), there.numpy):

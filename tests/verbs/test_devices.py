@@ -53,6 +53,10 @@ def test_a_verb_on_another_device_gives_the_same(verb: str, ran: tuple[Path, lis
         assert read(here / file) == read(there / file), file
 
 
+def test_an_explainer_is_where_its_performer_is(ran: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert ran[1][-2] == {"explainer": "far:0"}
+
+
 def test_the_other_device_refuses_what_a_gpu_would(ran: tuple[Path, list[dict[str, Any]]]) -> None:
     assert ran[1][-1]["refused"] == ["RuntimeError", "RuntimeError"]
 

@@ -90,7 +90,7 @@ def track_grad_cam(
                 output = head(explainer.decode(encoded, tracks.passing)[-1])
                 score = _picked(class_scores(output, len(part)), of)
                 (gradient,) = torch.autograd.grad(score, leaf)
-            pieces.append(grad_cam(masked.detach(), gradient, size_px))
+            pieces.append(grad_cam(masked.detach().cpu(), gradient.cpu(), size_px))
     return torch.cat(pieces)
 
 

@@ -66,8 +66,8 @@ def _streamed(
         outputs.append(performer.outputs.scores(batch.outputs, len(batch.rows)).cpu())
         of = outputs[-1].argmax(1)
         sides |= {name: (int(batch.maps[at].shape[2]), int(batch.maps[at].shape[3])) for name, at in layers.items()}
-        tapped = batch.maps[read].cpu()
-        pieces["interpretable"].append(track_grad_cam(joined.explainer, head, tapped, of, size_px=size))
+        heat = track_grad_cam(joined.explainer, head, batch.maps[read], of, size_px=size)
+        pieces["interpretable"].append(heat)
         pieces["tap"].append(layer_grad_cam(performer, batch.inputs, tap, of))
         pieces["top"].append(pieces["tap"][-1] if top == tap else layer_grad_cam(performer, batch.inputs, top, of))
         advance(len(batch.rows))

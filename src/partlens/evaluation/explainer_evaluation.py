@@ -111,7 +111,7 @@ class _Layer:
 
     def follow(self, maps: Float[Tensor, "image filter row col"]) -> None:
         """Keep ``sum_ij x_ij`` of photos that only decide which category a filter belongs to."""
-        self.activity.append(maps.clamp(min=0).sum((2, 3)))
+        self.activity.append(maps.clamp(min=0).sum((2, 3)).cpu())
 
     def assigned(self, labels: Int[Tensor, " image"], categories: int) -> Int[Tensor, " filter"]:
         """Return each filter's category: the one whose photos activate it most on average (CVPR 2018, Sec. 3.1)."""
@@ -122,7 +122,7 @@ class _Layer:
 
     def add(self, maps: Float[Tensor, "image filter row col"], explainer: Explainer, *, own: bool) -> None:
         """Keep where maps peak: the explainer's ``own`` where it says so, other layers' at their largest cell."""
-        score, index = maps.flatten(2).max(-1)
+        score, index = (found.cpu() for found in maps.flatten(2).max(-1))
         largest = torch.stack([index // maps.shape[3], index % maps.shape[3]], -1)
         self.scores.append(score.double())
         self.side = (int(maps.shape[2]), int(maps.shape[3]))
@@ -130,7 +130,7 @@ class _Layer:
             self.cells.append(largest)
             return
         # Each is also kept as the other is read, so that like can be compared with like.
-        centroid = explainer.places(maps.clamp(min=0))  # an empty map's is cell (0, 0), as its largest cell is
+        centroid = explainer.places(maps.clamp(min=0)).cpu()  # an empty map's is cell (0, 0), as its largest cell is
         self.cells.append(centroid if own else largest)
         self.otherwise.append(largest if own else centroid)
 
@@ -177,15 +177,16 @@ class _Pass:
             self.top: self.performer.field(self.top),
         }
 
-    def _maps(self, rows: Sequence[int], names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    def _maps(self, rows: Sequence[int], names: Sequence[str]) -> Iterator[Mapping[str, Tensor]]:
         """Yield the performer's maps of photos, a batch at a time."""
         if self.known is None:
             for batch in stream(self.performer, self.images, rows, names, batch_size=BATCH):
-                yield {name: value.cpu() for name, value in batch.maps.items()}
+                yield batch.maps
                 self.advance(len(batch.rows))
             return
         for first in range(0, len(rows), BATCH):
-            yield {name: gather(self.known[name], np.asarray(rows[first : first + BATCH])) for name in names}
+            part = np.asarray(rows[first : first + BATCH])
+            yield {name: gather(self.known[name], part, self.explainer.device) for name in names}
 
     @torch.no_grad()
     def read(self, rows: Sequence[int], *, localise: bool = False) -> FedBack:
@@ -196,7 +197,7 @@ class _Pass:
         for maps in self._maps(rows, names):
             tracks = self.explainer.normed_tracks(maps[structure.read])
             if localise:
-                self._localise(maps | {"explainer": tracks.interp2})
+                self._localise({**maps, "explainer": tracks.interp2})
             kept.append(self._fed_back(tracks, [maps[name] for name in structure.targets], lose=localise))
         # Outputs and features are joined apart, each over all batches.
         fed = {kind: (_joined(kept, kind, 0), _joined(kept, kind, 1)) for kind in self.lost}
@@ -206,21 +207,21 @@ class _Pass:
         """Feed each kind of what replaces the features of a batch back; count what the targets lose by it."""
         fed = {}
         for kind, decoded in fed_back(self.explainer, tracks, self.before).items():
-            fed[kind] = (class_outputs(self.head(decoded[-1])[0]), _vector(decoded[-1]))
+            fed[kind] = (class_outputs(self.head(decoded[-1])[0]).cpu(), _vector(decoded[-1]).cpu())
             for lost, value, target in zip(self.lost[kind].values(), decoded, targets, strict=True):
                 if lose:
                     lost.add(value, target)
         self.before = tracks.interpretable[-1:]
-        return FedBack(class_outputs(self.head(targets[-1])[0]), _vector(targets[-1]), fed)
+        return FedBack(class_outputs(self.head(targets[-1])[0]).cpu(), _vector(targets[-1]).cpu(), fed)
 
     @torch.no_grad()
     def follow(self, rows: Sequence[int]) -> None:
         """Keep how strongly filters activate on photos that decide which category they belong to."""
         structure = self.explainer.structure
         for maps in self._maps(rows, [structure.read, structure.tap, self.top]):
-            maps["explainer"] = self.explainer.interpret(maps[structure.read])[1]
+            own = {**maps, "explainer": self.explainer.interpret(maps[structure.read])[1]}
             for name, layer in self.layers.items():
-                layer.follow(maps[name])
+                layer.follow(own[name])
 
     def _localise(self, maps: dict[str, Tensor]) -> None:
         for name, layer in self.layers.items():

@@ -96,7 +96,7 @@ class JoinedMaps:
     def __call__(self, batch: Tensor) -> Tensor:
         """Return the maps of a preprocessed batch."""
         maps = forward_taps(self.performer, batch.contiguous(memory_format=torch.channels_last), [self.tap])[1]
-        tapped = maps[self.tap].cpu()
+        tapped = maps[self.tap]
         interp2 = self.explainer.interpret(tapped)[1]
         return torch.cat([self.explainer.masked(interp2), tapped], dim=1)
 

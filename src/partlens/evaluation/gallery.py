@@ -156,7 +156,7 @@ class _Drawing:
         pieces = []
         for start in range(0, len(self.photos), BATCH):
             part = self.photos[start : start + BATCH]
-            pieces.append(self.joined(self.frames.batch(part))[:, numbers])
+            pieces.append(self.joined(self.frames.batch(part)).cpu()[:, numbers])
             advance(len(part))
         maps = torch.cat(pieces)
         pairs = [(n, photo) for n, one in enumerate(self.shown) for photo in one.photos]

@@ -205,6 +205,11 @@ class Explainer(nn.Module):
             self.conv_ordin.bias.copy_(ordinary[1])  # type: ignore[union-attr]
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.share_logit.device
+
+    @property
     def p(self) -> Tensor:
         """The share of the interpretable track in the encoder's output, in (0, 1)."""
         return torch.sigmoid(self.share_logit)
@@ -455,9 +460,10 @@ def reference_decoder(performer: Performer, structure: ExplainerStructure) -> nn
 def performer_head(performer: Performer, structure: ExplainerStructure) -> nn.Module:
     """Return the performer's layers after the last target, frozen, for feeding the reconstruction back.
 
-    They end in a tuple with the scores (`partlens.network.outputs`), whatever the performer returns.
+    They are where the performer is, and end in a tuple with the scores (`partlens.network.outputs`), whatever the
+    performer returns.
     """
-    layers = performer.upper(structure.targets[-1], ["output"]).cpu().float()
+    layers = performer.upper(structure.targets[-1], ["output"]).float()
     return _Head(layers, performer.outputs).requires_grad_(requires_grad=False)
 
 

@@ -29,8 +29,8 @@ class LostVariance:
         if reconstruction.shape != target.shape:
             rule, got = f"a reconstruction of shape {tuple(target.shape)}", str(tuple(reconstruction.shape))
             raise InputError(expected(rule, got, "Decode with the targets the explainer was trained for"))
-        value, truth = reconstruction.double().flatten(1), target.double().flatten(1)
-        self._errors.append((value - truth).square().sum(1))
+        value, truth = (one.to(_double(one.device), torch.float64).flatten(1) for one in (reconstruction, target))
+        self._errors.append((value - truth).square().sum(1).cpu())
         batch, mean = truth.shape[0], truth.mean(0)
         self.scatter += float((truth - mean).square().sum())
         if self._mean is None:
@@ -50,6 +50,11 @@ class LostVariance:
             return Estimate.undefined()
         kept = 1 - torch.cat(self._errors) / (self.scatter / self.count)
         return bootstrap(lambda i: float(kept[i].mean()), len(kept), generator=generator, rounds=rounds, groups=photos)
+
+
+def _double(device: torch.device) -> torch.device:
+    """Return where float64 is at hand: Apple's GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def class_outputs(outputs: Float[Tensor, "image output"]) -> Float[Tensor, "image class"]:

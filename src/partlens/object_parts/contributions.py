@@ -78,7 +78,7 @@ def class_score(
         output = head(explainer.decode(encoded, passing)[-1])
         output = output[0] if isinstance(output, tuple) else output
         rows = classes if len(classes) == len(output) else classes.repeat(len(output) // len(classes))
-        chosen: Tensor = output.gather(1, rows[:, None])[:, 0]
+        chosen: Tensor = output.gather(1, rows.to(output.device)[:, None])[:, 0]
         return chosen
 
     return score
@@ -117,17 +117,17 @@ def _coalition_values(
 ) -> Float[Tensor, "coalition image"]:
     """Return S of each coalition: zeros and ones for the parts and, last, the ordinary track."""
     images = parts.interpretable.shape[0]
-    members = torch.nn.functional.one_hot(part_of, count).T.to(parts.interpretable.dtype)  # [part, filter]
+    members = torch.nn.functional.one_hot(part_of, count).T.to(parts.interpretable)  # [part, filter]
     values = torch.empty(len(coalitions), images, dtype=torch.float64)
     per_pass = max(1, _CHUNK // images)
     with torch.no_grad():
         for first in range(0, len(coalitions), per_pass):
-            chunk = torch.tensor(coalitions[first : first + per_pass], dtype=parts.interpretable.dtype)
+            chunk = torch.tensor(coalitions[first : first + per_pass]).to(parts.interpretable)
             keep = chunk[:, :count] @ members  # [coalition, filter]
             encoded = keep[:, None, :, None, None] * parts.interpretable + (
                 chunk[:, count, None, None, None, None] * parts.ordinary
             )
-            values[first : first + len(chunk)] = score(encoded.flatten(0, 1)).double().view(len(chunk), images)
+            values[first : first + len(chunk)] = score(encoded.flatten(0, 1)).cpu().double().view(len(chunk), images)
     return values
 
 

@@ -73,9 +73,9 @@ def part_shares(
 ) -> PartShares:
     """Measure what each part adds to the score of one class per image."""
     count, part_of = len(parts), _part_labels(parts, explainer.structure.channels_out)
-    both = tracks(explainer, maps)
+    both = tracks(explainer, maps.to(explainer.device))
     score = class_score(explainer, head, classes, both.passing)
-    single = gradient_activation(score, both, at=_MIDDLES)
+    single = gradient_activation(score, both, at=_MIDDLES).cpu()
     if 2 ** (count + 1) <= _COALITIONS_MAX and count < MOST_PLAYERS:
         grouped, method = part_contributions(score, both, part_of, count), "exact"
     else:
@@ -85,15 +85,15 @@ def part_shares(
     draws = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         fed = head(explainer.decode(both.interpretable + both.ordinary, both.passing)[-1])
-        masked = explainer.masked(both.maps)
+        masked = explainer.masked(both.maps).cpu()
     return PartShares(
         parts=grouped,
         filters=single,
         integrated=sums_by_part(single, part_of, count),
-        gradient_activation=sums_by_part(gradient_activation(score, both), part_of, count),
+        gradient_activation=sums_by_part(gradient_activation(score, both).cpu(), part_of, count),
         random=shares_of_random_parts(single, part_of, count, draws=_RANDOM_PARTS, generator=draws).transpose(0, 1),
         heat=part_heat_maps(masked, single, part_of, count),
-        fed_outputs=fed[0] if isinstance(fed, tuple) else fed,
+        fed_outputs=(fed[0] if isinstance(fed, tuple) else fed).cpu(),
         method=method,
     )
 

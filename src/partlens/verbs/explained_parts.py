@@ -88,7 +88,7 @@ def explain_parts(
     structure = opened.explainer.structure
     _, taps = forward_taps(opened.performer, batch, [structure.read, structure.targets[-1]])
     with torch.no_grad():
-        outputs = opened.head(taps[structure.targets[-1]].cpu())[0]
+        outputs = opened.head(taps[structure.targets[-1]])[0].cpu()
     chosen = list(range(len(outputs)) if rows is None else rows)
     outputs, maps = outputs[chosen], taps[structure.read].cpu()[chosen]
     wanted = outputs.argmax(1)[:, None]

@@ -459,7 +459,9 @@ def _priced(fit: _Fit, maps: TrainingMaps, lesson: Lesson) -> None:
     # Measured as they are learned, since decoders of many layers are too large to be kept for each price.
     with fit.show.task("the price of p", 1 + len(FACTORS)) as advance:
         for each in itertools.chain([explainer], along_the_price(explainer, maps, folder, fit.extras)):
-            points.append(price_point(each, fit.performer, images, known, rows, photos.categories, head, config.seed))
+            each.to(on_device.device)
+            points.append(price_point(each, on_device, images, known, rows, photos.categories, head, config.seed))
+            each.cpu()
             advance(len(points))
     PriceCurve(photos=len(held), others=len(others), points=tuple(points)).write(fit.out)
 
@@ -519,7 +521,7 @@ def load_explainer(
     Args:
         run: the run directory.
         model: the performer; by default it is loaded by its name, unless that would run somebody's code.
-        device: where the performer shall be (:class:`partlens.shards.Device`); the explainer is on the CPU.
+        device: where both shall be (:class:`partlens.shards.Device`).
 
     Returns:
         The explainer in eval mode and the performer.
@@ -537,4 +539,4 @@ def load_explainer(
     remedy = "Restore the file, or delete the folder and fit again"
     weights = read_tensors(folder / WEIGHTS, explainer.state_dict(), sha256=record.weights_sha256, remedy=remedy)
     explainer.load_state_dict(weights)
-    return explainer.eval(), performer
+    return explainer.eval().to(performer.device), performer

@@ -132,7 +132,7 @@ def _filter_categories(opened: _Opened, show: Progress) -> Tensor:
         for own in train:
             total = torch.zeros(structure.channels_out, dtype=torch.float64)
             for batch in stream(opened.performer, opened.images, own, (structure.tap,), batch_size=_BATCH):
-                total += opened.explainer.interpret(batch.maps[structure.tap].cpu())[1].double().sum((0, 2, 3))
+                total += opened.explainer.interpret(batch.maps[structure.tap])[1].cpu().double().sum((0, 2, 3))
                 done += len(batch.rows)
                 advance(done)
             means.append(total / max(len(own), 1))
@@ -147,12 +147,11 @@ def _seen(opened: _Opened, show: Progress) -> SeenPhotos:
     taps = (structure.read, structure.targets[-1])
     with show.task("reading photos", len(opened.rows)) as advance, torch.no_grad():
         for batch in stream(performer, opened.images, opened.rows, taps, batch_size=_BATCH):
-            tapped = batch.maps[structure.read].cpu()
-            activations = explainer.interpret(tapped)[1]
-            maps.append(tapped)
-            scores.append(activations.flatten(2).amax(-1))
-            cells.append(explainer.places(activations))
-            outputs.append(opened.head(batch.maps[structure.targets[-1]].cpu())[0])
+            activations = explainer.interpret(batch.maps[structure.read])[1]
+            maps.append(batch.maps[structure.read].cpu())
+            scores.append(activations.flatten(2).amax(-1).cpu())
+            cells.append(explainer.places(activations).cpu())
+            outputs.append(opened.head(batch.maps[structure.targets[-1]])[0].cpu())
             done += len(batch.rows)
             advance(done)
     grid = grid_of(performer.field(structure.tap))
@@ -189,7 +188,7 @@ def _contributions(opened: _Opened, seen: SeenPhotos, file: PartsFile, show: Pro
 def _drawn(opened: _Opened, seen: SeenPhotos, parts: Sequence[FoundPart], show: Progress) -> tuple[FoundPart, ...]:
     """Draw for each part what its most active filters peak at."""
     # What the norm layer passes on is comparable between filters; a raw peak is not.
-    activity = (seen.peaks.scores / opened.explainer.norm_interp.divisor.double()).mean(0)
+    activity = (seen.peaks.scores / opened.explainer.norm_interp.divisor.cpu().double()).mean(0)
     size, field = seen.size_px, opened.performer.field(opened.explainer.structure.tap)
     result, prepare = [], opened.performer.preprocessing
     with show.task("drawing parts", len(parts)) as advance:
