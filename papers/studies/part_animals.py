@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from part_discovery import RIDGE_FEATURES, birds, located, maps_of
+from part_discovery import RIDGE_FEATURES, Maps, birds, located, maps_of
 from PIL import Image
 from torch import Tensor
 
@@ -99,30 +99,33 @@ def all_birds(folder: Path) -> Animal:
     return Animal("bird", given.images, given.train, given.landmarks, papers, None)
 
 
-def places(given: Animal, maps: np.ndarray, windows: Tensor, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+def places(given: Animal, maps: Maps, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield each kind of parts, their places in all photos, and how strong they are there."""
     own = given.train.nonzero()[:, 0]
+    values, windows = maps.values, maps.windows
     everyone = torch.arange(len(windows))
 
     def views(some: Tensor, view: int) -> list[Tensor]:
-        return [torch.from_numpy(np.array(maps[some.numpy(), view])).float()]
+        return [torch.from_numpy(np.array(values[some.numpy(), view])).float()]
 
     generator = torch.Generator().manual_seed(seed)
-    found = find_parts(lambda some, view: views(own[some], view), windows[own], FindingConfig(), generator)
+    found = find_parts(
+        lambda some, view: views(own[some], view), windows[own], FindingConfig(), generator, maps.precision
+    )
     for kind, finder in {"first": found.finder, "supported": found.finder.only(range(found.supported))}.items():
         where = places_of_views(finder, views, windows)
         strength = torch.cat([finder.codes(views(some, 0)).amax((2, 3)) for some in everyone.split(100)])
         for count in COUNTS if kind == "first" else [where.shape[1]]:
             yield f"first {count}" if kind == "first" else kind, where[:, :count], strength[:, :count]
     for count in COUNTS:
-        source = LaterParts(lambda some, view: views(own[some], view)[0], len(own), generator, (count,))
-        plain = located(lambda some, view: views(some, view)[0], source.dictionaries[:1], len(maps), 0)
+        source = LaterParts(lambda some, view: views(own[some], view)[0], len(own), generator, (count,), maps.precision)
+        plain = located(lambda some, view: views(some, view)[0], source.dictionaries[:1], len(values), 0)
         yield f"{count} plain factors", plain, torch.ones(plain.shape[:2])
-    side = maps.shape[-1]
-    cells = torch.randint(side, (len(maps), 8, 2), generator=generator)
-    yield "random cell", (cells + 0.5) / side, torch.rand(len(maps), 8, generator=generator)
-    still = torch.full((len(maps), 1, 2), 0.5)
-    yield "centre", still, torch.rand(len(maps), 1, generator=generator)
+    side = values.shape[-1]
+    cells = torch.randint(side, (len(values), 8, 2), generator=generator)
+    yield "random cell", (cells + 0.5) / side, torch.rand(len(values), 8, generator=generator)
+    still = torch.full((len(values), 1, 2), 0.5)
+    yield "centre", still, torch.rand(len(values), 1, generator=generator)
 
 
 def figures(given: Animal, where: Tensor, strength: Tensor, side: int, fixed: bool) -> dict[str, Any]:
@@ -179,14 +182,14 @@ def main() -> None:
         birds_too = [] if args.no_birds else [all_birds(args.cub)]
         for given in (*animals(args.voc, args.categories), *birds_too):
             place = args.maps / f"{'cub' if given.name == 'bird' else given.name}-{network}-{SIDE_PX}"
-            maps, windows = maps_of(given.images, network, weights, SIDE_PX, place)
+            maps = maps_of(given.images, network, weights, SIDE_PX, place)
             rows = result.setdefault(network, {})[given.name] = {}
-            for kind, where, strength in places(given, maps, windows, 0):
-                rows[kind] = figures(given, where, strength, maps.shape[-1], kind == "centre")
-            values = torch.from_numpy(np.array(maps[:, 0])).float().flatten(1)
+            for kind, where, strength in places(given, maps, 0):
+                rows[kind] = figures(given, where, strength, maps.values.shape[-1], kind == "centre")
+            values = torch.from_numpy(np.array(maps.values[:, 0])).float().flatten(1)
             draws = torch.Generator().manual_seed(0)
             ceiling = landmark_error(values, given.keypoints, given.train, draws, ridge=RIDGE_FEATURES)
-            rows["ceiling: features"] = {"parts": maps.shape[2], "error": ceiling.to_dict()}
+            rows["ceiling: features"] = {"parts": maps.values.shape[2], "error": ceiling.to_dict()}
             args.out.write_text(json.dumps(result, indent=1) + "\n")
             print(
                 network, given.name, {kind: round(row["error"]["value"], 1) for kind, row in rows.items()}, flush=True

@@ -43,12 +43,13 @@ from partlens.network.stream import stream
 from partlens.network.zoo import load_performer
 from partlens.object_parts.candidates import LaterParts, centroids, chosen_parts, followed, part_codes
 from partlens.object_parts.finding import supported
-from partlens.object_parts.inspection import FindingConfig
+from partlens.object_parts.inspection import FindingConfig, InspectConfig
+from partlens.run import PassPrecision, Precision
 from partlens_papers.data.cub import read
 from partlens_papers.data.listing import Choice
 from partlens_papers.part_discovery import label_agreement, landmark_error, landmark_errors
 
-COUNTS, VIEWS = (4, 8, 16), 4
+COUNTS, VIEWS = (4, 8, 16), InspectConfig().views
 LAYERS = {"vgg16": "features.29"}
 """The last maps of a network; ``layer4`` of others."""
 TEACHER_SIZES, FEWER = (3, 4, 5, 6, 8, 10, 12, 16), (2, 3, 4, 5, 6, 7, 8)
@@ -84,8 +85,17 @@ def birds(folder: Path) -> Birds:
     return Birds(images, truth.landmarks, torch.from_numpy(shares[..., ::-1].copy()).float(), train)
 
 
-def maps_of(images: ImageSet, network: str, weights: str, side: int, place: Path) -> tuple[np.ndarray, Tensor]:
-    """Return the layer's maps (photo, view, filter, row, col) and the windows, made once."""
+@dataclass(frozen=True)
+class Maps:
+    """A layer's maps (photo, view, filter, row, col), how views were cut, and in which precision factors are found."""
+
+    values: np.ndarray
+    windows: Tensor
+    precision: Precision
+
+
+def maps_of(images: ImageSet, network: str, weights: str, side: int, place: Path, wanted: Precision = "auto") -> Maps:
+    """Return the layer's maps, made once."""
     place.mkdir(parents=True, exist_ok=True)
     photos, layer = len(images), LAYERS.get(network, "layer4")
     if not (place / "done").exists():
@@ -100,7 +110,7 @@ def maps_of(images: ImageSet, network: str, weights: str, side: int, place: Path
             np.repeat(np.arange(photos), VIEWS),
             windows.flatten(0, 1),
         )
-        precision = chosen_precision(viewing, drawn, range(len(drawn)), [layer])
+        precision = chosen_precision(viewing, drawn, range(len(drawn)), [layer], wanted=wanted)
         print(place.name, precision, flush=True)
         kept: np.ndarray | None = None
         viewing = viewing.computing(precision.used)
@@ -110,8 +120,10 @@ def maps_of(images: ImageSet, network: str, weights: str, side: int, place: Path
                 shape = (photos, VIEWS, *values.shape[1:])
                 kept = np.lib.format.open_memmap(place / "maps.npy", mode="w+", dtype=np.float16, shape=shape)
             kept.reshape(-1, *values.shape[1:])[list(batch.rows)] = values
-        (place / "done").write_text("")
-    return np.load(place / "maps.npy", mmap_mode="r"), torch.from_numpy(np.load(place / "windows.npy"))
+        (place / "done").write_text(precision.model_dump_json())
+    made = PassPrecision.model_validate_json((place / "done").read_text())
+    windows = torch.from_numpy(np.load(place / "windows.npy"))
+    return Maps(np.load(place / "maps.npy", mmap_mode="r"), windows, made.used)
 
 
 @dataclass(frozen=True)
@@ -131,14 +143,14 @@ def read_maps(maps: np.ndarray, scale: Tensor) -> Callable[[Tensor, int], Tensor
     return lambda photos, view: torch.from_numpy(np.array(maps[photos.numpy(), view])).float() / scale[:, None, None]
 
 
-def candidates(maps: np.ndarray, windows: Tensor, train: Tensor, scale: Tensor, sizes: Any, seed: int) -> Candidates:
+def candidates(maps: Maps, train: Tensor, scale: Tensor, sizes: Any, seed: int) -> Candidates:
     """Find candidates on the training split and locate them everywhere."""
-    own, read_view = train.nonzero()[:, 0], read_maps(maps, scale)
+    own, read_view = train.nonzero()[:, 0], read_maps(maps.values, scale)
     generator = torch.Generator().manual_seed(seed)
-    source = LaterParts(lambda some, view: read_view(own[some], view), len(own), generator, sizes)
-    seen = torch.stack([located(read_view, source.dictionaries, len(maps), view) for view in range(VIEWS)])
-    movement = followed(lambda view: seen[view][own], windows[own])[2]
-    mirrored = (seen[0] + places_in_photo(seen[1], windows[:, 1])) / 2
+    source = LaterParts(lambda some, view: read_view(own[some], view), len(own), generator, sizes, maps.precision)
+    seen = torch.stack([located(read_view, source.dictionaries, len(train), view) for view in range(VIEWS)])
+    movement = followed(lambda view: seen[view][own], maps.windows[own])[2]
+    mirrored = (seen[0] + places_in_photo(seen[1], maps.windows[:, 1])) / 2
     return Candidates(seen, movement, mirrored)
 
 
@@ -173,22 +185,22 @@ def measured(given: Birds, places: Tensor, ridge: float = 0.0, *, labels: bool =
     return found
 
 
-def recipes(given: Birds, maps: np.ndarray, windows: Tensor, seed: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def recipes(given: Birds, maps: Maps, seed: int, steps: bool) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield recipe, number of parts and figures."""
-    train, filters = given.train, maps.shape[2]
+    train, filters = given.train, maps.values.shape[2]
     ones = torch.ones(filters)
-    spread = torch.from_numpy(np.array(maps[train.numpy(), 0])).float().std((0, 2, 3))
+    spread = torch.from_numpy(np.array(maps.values[train.numpy(), 0])).float().std((0, 2, 3))
     scale = torch.where(spread > 0, spread, 1.0)
     for count in COUNTS:
-        plain = candidates(maps, windows, train, ones, (count,), seed)
+        plain = candidates(maps, train, ones, (count,), seed)
         yield "plain factors", count, measured(given, plain.whole[:, :count])
 
     def taught(found: Candidates, count: int, variety: float) -> list[int]:
         own = train.nonzero()[:, 0]
-        return list(chosen_parts(lambda view: found.seen[view][own], windows[own], count, variety).chosen)
+        return list(chosen_parts(lambda view: found.seen[view][own], maps.windows[own], count, variety).chosen)
 
     variety = FindingConfig().variety
-    alike = candidates(maps, windows, train, scale, FEWER, seed)
+    alike = candidates(maps, train, scale, FEWER, seed)
     for count in COUNTS:
         yield "filters alike", count, measured(given, alike.whole[:, taught(alike, count, 0.5)])
         yield "and mirror", count, measured(given, alike.mirrored[:, taught(alike, count, 0.5)])
@@ -204,11 +216,11 @@ def recipes(given: Birds, maps: np.ndarray, windows: Tensor, seed: int) -> Itera
         measured(given, alike.mirrored, RIDGE_PLACES, labels=False),
     )
     if not seed:
-        features = torch.from_numpy(np.array(maps[:, 0])).float()
+        features = torch.from_numpy(np.array(maps.values[:, 0])).float()
         yield "ceiling: features", filters, measured(given, features, RIDGE_FEATURES, labels=False)
-        yield "constant", 1, measured(given, torch.full((len(maps), 1, 2), 0.5))
-    for name, sizes in {"teachers": TEACHER_SIZES, "fewer at a time": FEWER}.items():
-        found = candidates(maps, windows, train, ones, sizes, seed)
+        yield "constant", 1, measured(given, torch.full((len(train), 1, 2), 0.5))
+    for name, sizes in {"teachers": TEACHER_SIZES, "fewer at a time": FEWER}.items() if steps else ():
+        found = candidates(maps, train, ones, sizes, seed)
         for count in COUNTS:
             yield name, count, measured(given, found.whole[:, taught(found, count, 0.5)])
 
@@ -219,7 +231,9 @@ def main() -> None:
     parser.add_argument("maps", type=Path)
     parser.add_argument("networks", nargs="+", help="NAME=FILE, or NAME:SIDE=FILE")
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--precision", default="auto", help="of the passes; auto: what partlens inspect would take")
+    parser.add_argument("--steps", action="store_true", help="also the recipe before filters were alike")
     given_args = parser.parse_args()
     torch.set_num_threads(1)
     given = birds(given_args.folder)
@@ -228,11 +242,11 @@ def main() -> None:
         name, _, weights = text.partition("=")
         network, _, side = name.partition(":")
         place = given_args.maps / f"cub-{network}-{side or 224}"
-        maps, windows = maps_of(given.images, network, weights, int(side or 224), place)
+        maps = maps_of(given.images, network, weights, int(side or 224), place, given_args.precision)
         rows = result.setdefault(f"{network}, {side or 224} px", [])
         rows.clear()
         for seed in range(given_args.seeds):
-            for recipe, count, figures in recipes(given, maps, windows, seed):
+            for recipe, count, figures in recipes(given, maps, seed, given_args.steps):
                 rows.append({"recipe": recipe, "parts": count, "seed": seed, **figures})
                 print(name, seed, recipe, count, figures, flush=True)
                 given_args.out.write_text(json.dumps(result, indent=1) + "\n")

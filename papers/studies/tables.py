@@ -148,7 +148,7 @@ RECIPES = (
 
 
 def discovery() -> list[str]:
-    """Landmark regression, a row a recipe: the mean over seeds with the first seed's interval."""
+    """Landmark regression, a row a recipe: the mean over seeds, the mean interval over photos, and the seeds' range."""
     lines: list[str] = []
     for network, rows in load("part-discovery.json").items():
         seeds = len({row["seed"] for row in rows})
@@ -167,8 +167,10 @@ def discovery() -> list[str]:
 
 
 def _errors(rows: list[dict[str, Any]]) -> str:
-    low, high = rows[0]["error"]["interval"]
-    return f"{sum(row['error']['value'] for row in rows) / len(rows):.1f} [{low:.1f}, {high:.1f}]"
+    values = [row["error"]["value"] for row in rows]
+    low, high = (fmean(row["error"]["interval"][end] for row in rows) for end in (0, 1))
+    seeds = f"; {min(values):.1f} to {max(values):.1f}" if len(values) > 1 else ""
+    return f"{fmean(values):.1f} [{low:.1f}, {high:.1f}]{seeds}"
 
 
 def _agreement(rows: list[dict[str, Any]]) -> str:
