@@ -489,8 +489,8 @@ def _beside_cells(network: str, category: str, name: str, in_print: str, scores:
         _value(scores, read, score, ".2f") for score in ("filter_correlation", "peak_spread_cells", "consistency")
     ]
     cells += [_value(scores, "performer", "error_percent", ".1f")]
-    cells += [_value(scores, name, "error_percent", ".1f", whole=True)]
-    cells += [_value(scores, name, "error_increase_points", ".1f")]
+    cells += [_value(scores, name, "error_percent", ".1f")]
+    cells += [_value(scores, name, "error_increase_points", ".1f", whole=True)]
     errors = [
         published("error_percent", network=network, subject=whose, data=data) for whose in ("performer", in_print)
     ]
