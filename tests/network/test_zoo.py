@@ -289,6 +289,7 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
         lambda: {"net": resnet_state(), "optimizer": {"state": {}}, "best": torch.tensor(1.0)},
         lambda: {"model_state": prefixed("module.")},
         lambda: {"weights": resnet_state()},
+        lambda: {"n_averaged": torch.tensor(5), **prefixed("module.")},
         lambda: {"model": {"state_dict": resnet_state()}, "model_ema": resnet_state()},
     ],
 )

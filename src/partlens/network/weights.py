@@ -59,12 +59,14 @@ def _unwrapped_state(content: Any, where: str, depth: int = _DEPTH) -> Mapping[s
 
 
 def _named_as(own: Container[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Strip what wrappers put before all names (DataParallel, torch.compile, Lightning) where the rest fits.
+    """Strip what wrappers of training tools put before all names, where it then fits.
 
     Args:
         own: the names of the network.
         weights: the tensors of a file.
     """
+    # How many states AveragedModel has averaged is no weight.
+    weights = {name: value for name, value in weights.items() if name != "n_averaged" or name in own}
     names = dict.fromkeys(weights)
     while (prefix := _shared_prefix(names)) and not all(name in own for name in names):
         names = dict.fromkeys(name.removeprefix(prefix) for name in names)
