@@ -8,6 +8,7 @@ from torch import Tensor
 
 from partlens.object_parts.regions import AREAS, KeptByKind
 from partlens.object_parts.verdict import Verdict, best_place, compared, judged, sentence
+from partlens.object_parts.verdict import told as decisions_tell
 
 PHOTOS = 30
 RISING = torch.tensor(AREAS)
@@ -133,3 +134,33 @@ def test_photos_without_a_figure_are_left_out() -> None:
     for values in kept.score.values():
         values[:3] = torch.nan
     assert told(kept, grid(0.2, 0.3)).photos == PHOTOS - 3
+
+
+def test_decisions_that_tell_nothing_of_the_category_decide_nothing() -> None:
+    """A network without an idea of the category is not said to know it by anything."""
+    own, kept = torch.arange(200) < 60, measured(0.5)
+    by_chance = torch.randint(3, (200,), generator=draws(5))
+    always = torch.zeros(200, dtype=torch.long)
+    parts = told(kept, grid(0.2, 0.3))
+    for decisions in (by_chance, always):
+        verdict = parts.knowing(decisions_tell(decisions, own, draws()))
+        assert (verdict.kind, verdict.reason) == ("undecided", "untold")
+        assert "decides on fox as on the other photos" in sentence("fox", verdict, kept, (1, 1, 2, 2))
+    knows = torch.where(torch.arange(200) % 10 < 3, by_chance, own.long())
+    assert parts.knowing(decisions_tell(knows, own, draws())).kind == "parts"
+    assert parts.knowing(None).kind == "parts"
+
+
+def test_what_decisions_tell_is_mutual_information() -> None:
+    score = pytest.importorskip("sklearn.metrics").mutual_info_score
+    own = torch.rand(300, generator=draws(1)) < 0.3
+    decisions = torch.randint(7, (300,), generator=draws(2)) + 2 * own
+    found = decisions_tell(decisions, own, draws())
+    assert found is not None
+    assert found.advantage == pytest.approx(score(own.numpy(), decisions.numpy()) / torch.log(torch.tensor(2.0)).item())
+    chance = [
+        score(own[torch.randperm(300, generator=draws(seed))].numpy(), decisions.numpy()) / 0.693147
+        for seed in range(300)
+    ]
+    assert found.threshold == pytest.approx(sorted(chance)[285], rel=0.2)
+    assert found.counts

@@ -16,6 +16,7 @@ from partlens.cli import main
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, RunError
 from partlens.network.performer import Performer, weights_sha256
+from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import Reduce
 from partlens.object_parts.inspection import InspectRecord
 from partlens.records import file_sha256, read_tensors, write_tensors
@@ -203,6 +204,25 @@ def _yes_or_no(tap: str) -> Performer:
         network[2].weight[0, :2, 0, 0] = torch.tensor([40.0, -40.0])
     preprocessing = partlens.Preprocessing(size_px=(32, 32), resize="squash")
     return Performer(network, "blue", preprocessing, weights_sha256(network), tap, class_names=("blue",))
+
+
+def test_a_network_that_decides_alike_on_all_photos_is_not_said_to_know_them(
+    few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 6, 3, 2), torch.nn.ReLU(), torch.nn.Conv2d(6, 6, 3), torch.nn.ReLU()
+    )
+    head = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 3))
+    torch.nn.init.constant_(head[2].bias, 0.0)
+    with torch.no_grad():
+        head[2].bias[1] = 9.0
+    model = partlens.load_performer(torch.nn.Sequential(*layers, *head), Preprocessing(size_px=(32, 32)))
+    found = partlens.inspect(model, few_flowers, out=tmp_path / "run", tap="1", config=SMALL)
+    assert {one.verdict for one in found.categories} == {"undecided"}
+    for one in found.categories:
+        assert one.told is not None
+        assert one.told.advantage == pytest.approx(0, abs=1e-9)
+        assert one.sentence.startswith(f"Undecided: the network decides on {one.name} as on the other photos")
 
 
 def test_one_output_says_yes_or_no_and_its_probabilities_are_its_own(tmp_path: Path) -> None:

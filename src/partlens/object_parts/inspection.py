@@ -98,11 +98,11 @@ class InspectedPart(Value):
 
 
 class Comparison(Value):
-    """The advantage of some windows over others, here of the parts, and what exchanging them by chance gives.
+    """A measure of what is more than chance, such as the advantage of some windows over others, and its chance level.
 
     Attributes:
-        advantage: mean over areas.
-        threshold: the 95 % quantile when the two curves of each photo are exchanged at random.
+        advantage: of windows the mean over areas.
+        threshold: the 95 % quantile when the two curves of each photo are exchanged at random, or photos shuffled.
     """
 
     advantage: Number
@@ -183,6 +183,8 @@ class InspectedCategory(Value):
         undefined: measured photos on which nothing scores as much as the whole photo; they are not counted.
         held_out: whether the measured photos are other ones than those that parts were found on.
         decided: the classes that the network decides for most often on its photos.
+        told: bits that the network's decision says about being of the category, on all photos that were read, and the
+            95 % quantile when these are shuffled; null where no others were read.
         shown: some of the measured photos.
         notes: what could not be done.
     """
@@ -207,6 +209,7 @@ class InspectedCategory(Value):
     held_out: bool
     decided: tuple[DecidedClass, ...]
     shown: tuple[InspectedPhoto, ...]
+    told: Comparison | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -5,7 +5,8 @@ of a kind ``k`` for comparison: the mean over areas from 0.1 to 0.4 of the diffe
 all the same where windows stand, the two curves of a photo could be exchanged. So curves are exchanged photo by photo
 at random, and an advantage counts where it is above the 95 % quantile of what comes out then. The rule, in this order:
 
-- *undecided* where fewer than eight photos can be measured;
+- *undecided* where fewer than eight photos can be measured, or where the network's decisions say no more about being of
+  the category than they say when the photos are shuffled: then whatever carries them is not of it;
 - *elsewhere* where one window at the same place of all photos, chosen on other photos, keeps more than the windows at
   the parts, than random windows and than one in the centre: what stands still while objects move is no part of them;
   or, where masks or boxes say where the object is, where windows beside it keep more than windows on it;
@@ -22,11 +23,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from partlens.estimate import Estimate, bootstrap
@@ -34,7 +36,7 @@ from partlens.object_parts.inspection import Comparison
 from partlens.object_parts.regions import AREAS, NULLS, KeptByKind, grid_places
 
 Kind = Literal["parts", "texture", "elsewhere", "undecided"]
-Reason = Literal["", "few", "unsure", "fixed", "off_object", "one_place", "rest"]
+Reason = Literal["", "few", "untold", "unsure", "fixed", "off_object", "one_place", "rest"]
 
 LEAST_PHOTOS = 8
 SAID_AREA = 0.3
@@ -58,6 +60,7 @@ class Verdict:
         fixed_kept: what it keeps at the smallest area, the median.
         photos: that could be measured.
         reason: what makes it undecided, elsewhere, or texture in spite of an advantage; else empty.
+        told: what the network's decisions say about being of the category (:func:`told`); ``None`` without others.
     """
 
     kind: Kind
@@ -68,6 +71,38 @@ class Verdict:
     fixed_kept: float
     photos: int
     reason: Reason
+    told: Comparison | None = None
+
+    def knowing(self, told: Comparison | None) -> Verdict:
+        """Return the verdict where it is known what the decisions say about being of the category."""
+        if told is None or told.counts or self.reason == "few":
+            return replace(self, told=told)
+        return replace(self, told=told, kind="undecided", reason="untold")
+
+
+def told(
+    decisions: Int[Tensor, " photo"], own: Bool[Tensor, " photo"], generator: torch.Generator
+) -> Comparison | None:
+    """Return what decisions say about being ``own``, their mutual information in bits, beside its chance level.
+
+    The threshold is the 95 % quantile when photos are shuffled. ``None`` where all photos are own.
+
+    Example:
+        >>> own = torch.arange(20) < 10
+        >>> found = told(own.long(), own, torch.Generator().manual_seed(0))
+        >>> found.advantage, found.counts, told(own.long(), own | True, torch.Generator())
+        (1.0, True, None)
+    """
+    if bool(own.all()):
+        return None
+    member = F.one_hot(decisions.unique(return_inverse=True)[1]).double()  # photo, decision
+    shuffled = own[torch.rand(_EXCHANGES, len(own), generator=generator).argsort(1)]
+    mine = torch.cat([own[None], shuffled]).double() @ member
+    counts = torch.stack([mine, member.sum(0) - mine], 1)  # draw, own or not, decision
+    share = counts / len(own)
+    chance = share.sum(2, keepdim=True) * share.sum(1, keepdim=True)
+    bits = torch.special.xlogy(share, share / chance).sum((1, 2)) / math.log(2)
+    return Comparison(advantage=float(bits[0]), threshold=float(bits[1:].quantile(_LEVEL)))
 
 
 def curve(score: Curve) -> Float[Tensor, " area"]:
@@ -221,6 +256,12 @@ def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: Sequence[in
         return _elsewhere(what, verdict, kept, n)
     if verdict.reason == "few":
         return f"Undecided: {what} has {verdict.photos} photos that can be measured, {LEAST_PHOTOS} are needed."
+    if verdict.reason == "untold" and verdict.told is not None:
+        return (
+            f"Undecided: the network decides on {what} as on the other photos, so that what carries its decisions is "
+            f"not of it ({verdict.told.advantage:.2f} bits about it, shuffled photos up to "
+            f"{verdict.told.threshold:.2f}; {n})."
+        )
     return f"Undecided: the photos of {what} are too few to tell parts from chance: {numbers}; {other} ({n})."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from partlens.network.performer import Performer
 from partlens.object_parts.account import Account, Truth, account_of, nearest_landmarks, ranking_photos
 from partlens.object_parts.finding import FoundParts, find_parts
 from partlens.object_parts.inspection import (
+    Comparison,
     DecidedClass,
     InspectConfig,
     InspectedCategory,
@@ -29,7 +30,7 @@ from partlens.object_parts.inspection import (
 )
 from partlens.object_parts.reading import Read
 from partlens.object_parts.regions import AREAS, TapMaps, Upper
-from partlens.object_parts.verdict import SAID_AREA, curve, sentence
+from partlens.object_parts.verdict import SAID_AREA, curve, sentence, told
 from partlens.verbs.inspected_pictures import draw_gallery, draw_parts
 
 SHOWN_PHOTOS = 4
@@ -52,6 +53,7 @@ class Stage:
         nothing: what a cell is set to.
         found: what was read of the photos that parts are found on.
         measured: what was read of the photos that regions are measured on.
+        decisions: the network's on all photos that were read, by row.
         config: of the inspection.
         folder: of the run.
     """
@@ -62,6 +64,7 @@ class Stage:
     nothing: Tensor
     found: Read
     measured: Read
+    decisions: Mapping[int, int]
     config: InspectConfig
     folder: Path
 
@@ -108,9 +111,16 @@ def inspect_category(stage: Stage, photos: CategoryPhotos) -> tuple[InspectedCat
     ordered = found.finder.only(account.order)
     strength = ordered.codes(read.later(chosen, 0)).flatten(2).amax(2)
     logits = torch.from_numpy(np.array(read.arrays["logits"][chosen.numpy()]))
+    account = replace(account, verdict=account.verdict.knowing(_told(stage, photos.name, generator)))
     drawn = _Drawn(stage, photos, rows, account, strength)
     taught = {f"{TAUGHT}{name}": each for name, each in found.finder.tensors().items()}
     return _record(stage, photos, found, account, truth, logits, drawn), ordered.tensors() | taught
+
+
+def _told(stage: Stage, name: str, generator: torch.Generator) -> Comparison | None:
+    """Return what the network's decisions say about being of a category."""
+    own = [not name or stage.images.categories[row] == name for row in stage.decisions]
+    return told(torch.tensor([*stage.decisions.values()]), torch.tensor(own), generator)
 
 
 # --- annotations ------------------------------------------------------------------------------------------------------
@@ -216,6 +226,7 @@ def _record(
         held_out=photos.held_out,
         decided=_decided(stage.performer, logits),
         shown=_shown(stage, drawn, logits),
+        told=verdict.told,
         notes=_notes(photos, measured, undefined),
     )
 

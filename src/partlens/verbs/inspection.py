@@ -300,12 +300,20 @@ class _Work:
 
     def stage(self, reads: Sequence[Read]) -> Stage:
         """Return what all categories share."""
+        import numpy as np
+        import torch
+
         from partlens.verbs.inspected_category import Stage
 
         found, measured, _ = reads
+        decided: dict[int, int] = {}
+        for read in filter(lambda each: each.rows, reads):
+            scores = self.performer.outputs.decisions(torch.from_numpy(np.array(read.arrays["logits"])))
+            decided |= dict(zip(read.rows, scores.argmax(1).tolist(), strict=True))
         rows = self.performer.layer(self.record.tap).shape[1]
         nothing = _nothing(found, rows, self.record.config)
-        return Stage(self.performer, self.images, self.upper, nothing, found, measured, self.record.config, self.folder)
+        config = self.record.config
+        return Stage(self.performer, self.images, self.upper, nothing, found, measured, decided, config, self.folder)
 
     def categories(self, stage: Stage) -> tuple[InspectedCategory, ...]:
         """Inspect category by category; a finished one is only read."""
