@@ -209,6 +209,12 @@ def test_real_weights_recognise_photos(shared, name: str, least: float) -> None:
     assert float(hits) > least
 
 
+def test_a_network_of_ones_own_is_not_drawn_from_a_seed() -> None:
+    """Its factory may load trained weights, which would then be taken for random ones."""
+    with pytest.raises(WeightsError, match=r"got random:0\. Leave it out"):
+        load_performer("torch.nn:Identity@random:0")
+
+
 def test_weights_go_into_the_performer_that_a_factory_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They were ignored once: what was explained was the network as the factory drew it."""
     (tmp_path / "given_network.py").write_text(

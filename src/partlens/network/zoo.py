@@ -321,6 +321,9 @@ def _load_factory(source: str, name: str, weights: str | None, spec: str) -> Per
         remedy = "Check the spelling, and that Python can import the package (PYTHONPATH)"
         raise InputError(expected(rule, f"{spec} ({error})", remedy)) from error
     made, weights = _made(found, weights, spec)
+    if weights is not None and weights.startswith("random:"):
+        remedy = "Leave it out: a network of your own has the weights that it is made with"
+        raise WeightsError(expected(f"a weights file for {spec.partition('@')[0]}", weights, remedy))
     if isinstance(made, nn.Module):
         performer = _with_weights(made, weights, _USUAL)
     elif weights is None:
