@@ -140,9 +140,15 @@ def test_a_hundred_categories_stay_below_fifteen_megabytes(tmp_path: Path) -> No
 
 
 def test_verdicts_of_several_categories_are_counted_in_the_headline(tmp_path: Path) -> None:
-    both = (category(tmp_path, "fox"), category(tmp_path, "elephant", "texture"))
+    both = (
+        category(tmp_path, "fox"),
+        category(tmp_path, "elephant", "texture"),
+        category(tmp_path, "cow", "undecided"),
+    )
     text = render_page(collect_page(inspection(tmp_path, both)))
-    assert "net knows fox by parts; elephant by texture or the whole." in text
+    assert "net knows fox by parts; elephant by texture or the whole. Undecided: cow.</p>" in text.replace("\n", "")
+    none = tuple(category(tmp_path, name, "undecided") for name in ("cow", "fox"))
+    assert "Undecided: cow, fox." in render_page(collect_page(inspection(tmp_path, none)))
 
 
 def test_an_inspection_that_was_only_begun_says_how_to_go_on(tmp_path: Path) -> None:

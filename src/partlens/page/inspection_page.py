@@ -145,16 +145,11 @@ def _headline(record: InspectRecord) -> str:
     categories = record.categories
     if len(categories) == 1:
         return categories[0].sentence
-    words = {
-        "parts": "by parts",
-        "texture": "by texture or the whole",
-        "elsewhere": "by something beside the object",
-        "undecided": "undecided",
-    }
-    told = [(words[kind], [one.name for one in categories if one.verdict == kind]) for kind in words]
-    name = notation.short_name(record.performer.name)
-    said = "; ".join(f"{_named(names)} {how}" for how, names in told if names)
-    return f"{name} knows {said}."
+    words = {"parts": "by parts", "texture": "by texture or the whole", "elsewhere": "by something beside the object"}
+    names = {kind: [one.name for one in categories if one.verdict == kind] for kind in (*words, "undecided")}
+    known = "; ".join(f"{_named(names[kind])} {how}" for kind, how in words.items() if names[kind])
+    said = [f"{notation.short_name(record.performer.name)} knows {known}."] if known else []
+    return " ".join(said + ([f"Undecided: {_named(names['undecided'])}."] if names["undecided"] else []))
 
 
 def _named(names: Iterable[str]) -> str:
