@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from safetensors import SafetensorError
 
 from partlens.errors import AtWorkError, InputError, RunError, StorageError, expected, failed, nearest, printable, shown
 
@@ -321,7 +322,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Several entries of metadata have no fixed order in the file; a file that has to be the same byte for byte each
     time takes one.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
@@ -353,7 +353,6 @@ def read_tensors(
     Raises:
         RunError: the file is missing, is not safetensors, or holds other tensors; the text names it.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:

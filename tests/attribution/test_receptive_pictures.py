@@ -21,9 +21,9 @@ from partlens.attribution.receptive_pictures import (
 )
 from partlens.attribution.record import OcclusionConfig
 from partlens.errors import InputError
-from partlens.network.graph import trace
 from partlens.network.performer import Performer, weights_sha256
-from partlens.network.receptive_field import receptive_field
+from partlens.network.preprocessing import Preprocessing
+from partlens.network.receptive_field import ReceptiveField
 from partlens.network.taps import forward_taps
 
 SIDE = 32
@@ -45,6 +45,10 @@ def looking_at(offsets: tuple[tuple[int, int], ...]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def field_of(network: nn.Module, tap: str, size: tuple[int, int]) -> ReceptiveField:
+    return Performer(network, "", Preprocessing(size_px=size, channels=1), "").field(tap)
+
+
 def dotted(places: list[tuple[int, int]]) -> Tensor:
     """Photos that are black but for one bright pixel each."""
     images = torch.zeros(len(places), 1, SIDE, SIDE)
@@ -64,7 +68,7 @@ def centroid(field: Tensor) -> tuple[float, float]:
 
 def test_a_filter_that_reads_one_pixel_has_its_field_there() -> None:
     network = looking_at(OFFSETS)
-    field = receptive_field(trace(network, 1), "3", (SIDE, SIDE))
+    field = field_of(network, "3", (SIDE, SIDE))
     assert field.size_px == (9, 9)
     found = occlusion_receptive_fields(network, dotted([(14, 15), (18, 13)]), field, config=EXACT)
     for k, offset in enumerate(OFFSETS):
@@ -80,7 +84,7 @@ def test_the_place_is_that_of_the_peak_on_the_uncovered_photo() -> None:
     network = looking_at(((0, 0),))
     images = dotted([(14, 15), (18, 13)])
     images[:, 0, 3, 3] = 0.9  # where the peak goes when the bright pixel is covered
-    field = receptive_field(trace(network, 1), "3", (SIDE, SIDE))
+    field = field_of(network, "3", (SIDE, SIDE))
     here = occlusion_receptive_fields(network, images, field, config=EXACT).fields[0]
     assert centroid(here) == pytest.approx((0, 0), abs=1e-6)
 
@@ -91,7 +95,7 @@ def test_wider_filters_have_wider_fields(generator: torch.Generator) -> None:
         network.weight.zero_()
         for k, half in enumerate((1, 3, 7)):
             network.weight[k, 0, 7 - half : 8 + half, 7 - half : 8 + half] = 1 / (2 * half + 1) ** 2
-    field = receptive_field(trace(nn.Sequential(network), 1), "0", (SIDE, SIDE))
+    field = field_of(nn.Sequential(network), "0", (SIDE, SIDE))
     images = torch.zeros(1, 1, SIDE, SIDE)
     images[0, 0, 12:20, 12:20] = 1 + torch.rand(8, 8, generator=generator)
     config = OcclusionConfig(occluder_px=3, stride_px=1, strongest=60, images=1, smoothing_px=0)
@@ -156,7 +160,7 @@ def test_batches_and_other_filters_change_nothing_and_the_network_is_borrowed(
 def test_photos_that_no_filter_uses_are_not_covered() -> None:
     network = looking_at(((0, 0),))
     images = dotted([(14, 15), (18, 13), (8, 9)]) * torch.tensor([1.0, 3.0, 2.0])[:, None, None, None]
-    field, run = receptive_field(trace(network, 1), "3", (SIDE, SIDE)), list[int]()
+    field, run = field_of(network, "3", (SIDE, SIDE)), list[int]()
     found = occlusion_receptive_fields(network, images, field, config=EXACT, advance=run.append)
     assert found.images.tolist() == [[1, 2]]
     assert sum(run) == 3 + 2 * 28 * 28
@@ -168,9 +172,7 @@ def test_a_dead_filter_has_an_empty_field_and_no_size() -> None:
     network = looking_at(((0, 0), (1, 1)))
     with torch.no_grad():
         network[0].weight[1] = 0
-    found = occlusion_receptive_fields(
-        network, dotted([(14, 15)]), receptive_field(trace(network, 1), "3", (SIDE, SIDE)), config=EXACT
-    )
+    found = occlusion_receptive_fields(network, dotted([(14, 15)]), field_of(network, "3", (SIDE, SIDE)), config=EXACT)
     assert float(found.fields[1].abs().max()) == 0
     assert math.isnan(float(found.effective_px[1]))
     assert not math.isnan(float(found.effective_px[0]))
@@ -179,7 +181,7 @@ def test_a_dead_filter_has_an_empty_field_and_no_size() -> None:
         found.fields,
         torch.tensor([1]),
         torch.ones(1),
-        receptive_field(trace(network, 1), "3", (32, 32)),
+        field_of(network, "3", (32, 32)),
     )
     assert not shown.any()
 
@@ -220,7 +222,7 @@ def test_settings_are_checked(values: dict[str, object], words: str) -> None:
 
 def test_inputs_are_checked() -> None:
     network = looking_at(((0, 0),))
-    field = receptive_field(trace(network, 1), "3", (SIDE, SIDE))
+    field = field_of(network, "3", (SIDE, SIDE))
     images = dotted([(14, 15)])
     with pytest.raises(InputError, match="at least one image"):
         occlusion_receptive_fields(network, images[:0], field)

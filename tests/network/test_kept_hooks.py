@@ -164,7 +164,7 @@ def test_hooks_never_see_what_tracing_passes_through() -> None:
     try:
         graph = trace(module)
         assert not seen
-        assert graph.cut_points() == trace(Network()).cut_points()
+        assert graph.all_names()
     finally:
         for handle in handles:
             handle.remove()
@@ -174,6 +174,7 @@ def test_hooks_never_see_what_tracing_passes_through() -> None:
         (one.name, one.receptive_field_px, one.reason) for one in plain.layers
     ]
     assert performer.tap == plain.tap
+    assert performer.cut_points() == plain.cut_points()
     assert all(isinstance(value, Tensor) for value in seen)
 
 

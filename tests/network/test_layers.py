@@ -58,7 +58,7 @@ def test_layers_of_a_network_that_cannot_be_traced() -> None:
             return self.conv(x) if x.sum() > -1 else x
 
     (layer,) = of(Branching(), (8, 8)).layers
-    assert (layer.shape, layer.stride_px, layer.is_default) == ((4, 6, 6), None, False)
+    assert (layer.shape, layer.stride_px, layer.is_default) == ((4, 6, 6), (1, 1), False)
 
 
 def test_maps_of_one_cell_are_refused(network) -> None:
@@ -189,10 +189,8 @@ def test_every_layer_says_why_no_explainer_can_be_fitted_to_it() -> None:
         def forward(self, x):
             return super().forward(x) if x.sum() > -1e9 else x
 
-    # A network that branches on values has no graph of torch.fx; autograd's says the same.
-    assert of(Branching(), (8, 8)).layers[0].stride_px is None
-    reasons = {layer.name: layer.reason for layer in of(Branching(), (8, 8)).layers}
-    assert reasons == {layer.name: layer.reason for layer in of(Reasons(), (8, 8)).layers}
+    # A network that branches on values has no graph of torch.fx; what it computes says the same.
+    assert of(Branching(), (8, 8)).layers == of(Reasons(), (8, 8)).layers
 
 
 def test_outputs_of_several_tensors_and_repeated_calls_are_listed() -> None:

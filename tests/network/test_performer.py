@@ -25,9 +25,7 @@ from partlens.selection.measured_layers import feature_index
 def test_the_network_is_traced_once(tiny: Performer, monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[nn.Module] = []
     trace = partlens.network.performer.trace
-    monkeypatch.setattr(
-        "partlens.network.performer.trace", lambda module, channels: traced.append(module) or trace(module, channels)
-    )
+    monkeypatch.setattr("partlens.network.performer.trace", lambda module: traced.append(module) or trace(module))
     performer = Performer(tiny.module, "x", tiny.preprocessing, tiny.weights_sha256)
     assert not traced  # nothing is computed before it is asked for
     tap = performer.tap

@@ -14,7 +14,6 @@ from partlens.network.graph import trace
 from partlens.network.layers import found_layouts
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.receptive_field import receptive_field
 from partlens.network.taps import forward_taps, read_taps
 
 
@@ -88,11 +87,10 @@ def test_every_public_function_leaves_no_trace(network, name: str) -> None:
     forward_taps(module, image, [tap])
     assert state(module) == before
     for use in (
-        lambda: trace(module).cut_points(),
         lambda: trace(module).cut(tap, ["output"]),
         lambda: of(module, (96, 96)).targets(tap),
         lambda: of(module, (96, 96)).layers,
-        lambda: receptive_field(trace(module), tap, (96, 96)),
+        lambda: of(module, (96, 96)).field(tap),
     ):
         use()
         assert state(module) == before

@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from partlens.errors import WeightsError
-from partlens.network.graph import trace
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.receptive_field import cell_centre_px, receptive_field
+from partlens.network.receptive_field import cell_centre_px
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import load_performer
 from partlens_papers.networks.paper_networks import PaperNet
@@ -43,7 +42,7 @@ def test_own_networks_need_weights() -> None:
 @pytest.mark.parametrize(("net", "first", "stride"), [("alexnet-caffe", 18, 16), ("vgg-m", 18, 16), ("vgg-s", 21, 12)])
 def test_the_papers_grid_of_cell_centres(net: str, first: int, stride: int) -> None:
     module = PaperNet(net, hidden=2)
-    field = receptive_field(trace(module), "relu4", (module.input_px, module.input_px))
+    field = Performer(module, "", Preprocessing(size_px=(module.input_px, module.input_px)), "").field("relu4")
     one_based = cell_centre_px(field, [[0, 0], [1, 3]]) + 0.5
     assert one_based.tolist() == [[first, first], [first + 3 * stride, first + stride]]
 

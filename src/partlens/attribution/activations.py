@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from partlens.network.watched import reached, sources_of
+from partlens.network.watched import reached
 
 # Gates (sigmoid, hard sigmoid, softmax) and odd or symmetric squashing functions (tanh, softsign, hardtanh around 0,
 # shrinkage) are not rectifiers: they keep their true derivative.
@@ -57,7 +57,8 @@ def kind_of(node: Any) -> str:
 
 def nodes_behind(tensors: Sequence[Tensor]) -> list[Any]:
     """Every node of the record behind some tensors, once each."""
-    return list(reached([t.grad_fn for t in tensors if t.grad_fn is not None], sources_of))
+    sources = lambda node: [source for source, _ in node.next_functions if source is not None]  # noqa: E731
+    return list(reached([t.grad_fn for t in tensors if t.grad_fn is not None], sources))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class AveragePicture:
+class _AveragePicture:
     """What activates one filter.
 
     Attributes:
@@ -175,7 +175,7 @@ def average_pictures(
     *,
     seed: int = 0,
     advance: Advance = lambda *_: None,
-) -> list[AveragePicture]:
+) -> list[_AveragePicture]:
     """Average what the strongest photos of each filter (layer, channel) show at its peak; a picture per filter.
 
     ``top`` are these photos, a column per filter. ``advance`` is called with (photos done, photos in all).
@@ -238,9 +238,9 @@ def _clipped(centre: npt.NDArray[np.floating], side: IntArray, size: IntArray) -
     return clipped
 
 
-def _finished(owner: tuple[str, int], layer: _Layer, k: int, photos: Sequence[int]) -> AveragePicture:
+def _finished(owner: tuple[str, int], layer: _Layer, k: int, photos: Sequence[int]) -> _AveragePicture:
     slot = layer.filters.index(k)
-    return AveragePicture(
+    return _AveragePicture(
         *owner,
         None if layer.crop.field is None else layer.crop.field.size_px,
         tuple(photos),

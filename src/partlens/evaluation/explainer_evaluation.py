@@ -380,7 +380,6 @@ def price_point(
     rows: EvaluationRows,
     categories: Sequence[str],
     head: Head | None,
-    seed: int,
 ) -> PricePoint:
     """Measure an explainer's p with what it and its part filters alone keep of the performer on held-out photos.
 
@@ -389,7 +388,7 @@ def price_point(
     """
     stage = _Pass(performer, explainer, images, lambda _: None, known)
     answers = stage.answers(rows, categories, head)
-    reconstruction, alone = stage.fidelity(answers, torch.Generator().manual_seed(seed), ROUNDS)
+    reconstruction, alone = stage.fidelity(answers, torch.Generator().manual_seed(explainer.config.seed), ROUNDS)
     return PricePoint(
         eta=explainer.config.eta, p=float(explainer.p.detach()), reconstruction=reconstruction, parts_alone=alone
     )

@@ -11,7 +11,6 @@ through another.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -20,26 +19,19 @@ import operator
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from partlens.errors import LayerError, expected, first_line, listed, nearest
+from partlens.errors import LayerError, expected, first_line, nearest
 from partlens.network.borrowed import borrowed, unwrapped
 from partlens.network.kept_hooks import HookedCalls, is_hooks, kept_by_reference
-from partlens.network.watched import bottlenecks, reached
+from partlens.network.watched import reached
 
 # fmt: off
-ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh,
-    nn.Tanh, nn.Sigmoid, nn.Softplus, nn.PReLU,
-)
-_ACTIVATION_FUNCTIONS = (
-    torch.relu, F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardswish, torch.tanh,
-)
 # Kept whole while tracing: torchvision's operators with loops or data-dependent shapes.
 _LEAVES = frozenset((
     "DeformConv2d", "DropBlock2d", "FeaturePyramidNetwork", "MultiScaleRoIAlign", "RoIAlign", "RoIPool", "PSRoIAlign",
@@ -50,9 +42,10 @@ _COPIED_WITHOUT = ("_backward_hooks", "_backward_pre_hooks")
 
 
 _OUTPUT = "output"
+_Layers = TypeVar("_Layers")
 
 
-def is_of_torchvision(module: nn.Module, names: frozenset[str]) -> bool:
+def _is_of_torchvision(module: nn.Module, names: frozenset[str]) -> bool:
     """Whether a module is one of torchvision's operators, by name: torchvision is not imported to find out."""
     return any(
         kind.__name__ in names and kind.__module__.startswith("torchvision.ops.") for kind in type(module).__mro__
@@ -95,7 +88,7 @@ class _Tracer(fx.Tracer):
         return with_hooks, [self.root, image]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, self.kept_whole) or is_of_torchvision(m, _LEAVES)
+        whole = isinstance(m, self.kept_whole) or _is_of_torchvision(m, _LEAVES)
         return whole or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG002
@@ -184,15 +177,6 @@ def _make_out_of_place(graph: fx.Graph, root: nn.Module) -> None:
                     user.replace_input_with(written, node)
 
 
-def is_size(node: fx.Node) -> bool:
-    """Whether a node holds sizes, not values."""
-    if node.op == "call_method" and node.target in {"size", "dim", "numel", "new_zeros", "new_ones"}:
-        return True
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in {"shape", "device", "dtype", "ndim"}
-    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
-
-
 def _calls(node: Any, op: str, target: str) -> bool:
     """Whether a node is a call of a function or method by name."""
     return isinstance(node, fx.Node) and node.op == op and getattr(node.target, "__name__", node.target) == target
@@ -218,26 +202,31 @@ def _assemble(parts: dict[str, Any], graph: fx.Graph, module: nn.Module) -> nn.M
     memo = kept_by_reference(modules)
     for each in modules:
         memo.update({id(each.__dict__[n]): OrderedDict() for n in _COPIED_WITHOUT if n in each.__dict__})
+    return learnable(fx.GraphModule(copied(parts, module, memo), graph, class_name="Cut"))
+
+
+def copied(layers: _Layers, network: nn.Module, memo: dict[int, Any] | None = None) -> _Layers:
+    """Copy layers of a network, or all of it.
+
+    Raises:
+        LayerError: they hold what cannot be copied.
+    """
     try:
-        copies = copy.deepcopy(parts, memo)
+        return copy.deepcopy(layers, memo)
     except RuntimeError as error:
-        rule = f"layers of {type(module).__name__} that can be copied"
+        rule = f"layers of {type(network).__name__} that can be copied"
         remedy = "Remove weight normalisation first (torch.nn.utils.remove_weight_norm)"
         raise LayerError(expected(rule, first_line(error), remedy)) from error
-    made = fx.GraphModule(copies, graph, class_name="Cut")
-    for each in made.modules():
+
+
+def learnable(module: nn.Module) -> nn.Module:
+    """Return a copy in eval mode, made to work out of place, with ``requires_grad`` on."""
+    for each in module.modules():
         if getattr(each, "inplace", False):
             each.inplace = False  # type: ignore[assignment]
-    for parameter in filter(torch.is_floating_point, made.parameters()):
+    for parameter in filter(torch.is_floating_point, module.parameters()):
         parameter.requires_grad = True
-    return made.eval()
-
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList)
-
-
-def _has_weights(block: nn.Module | None) -> bool:
-    return block is not None and any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in block.modules())
+    return module.eval()
 
 
 class Graph:
@@ -251,7 +240,6 @@ class Graph:
         input: the image batch.
         result: the node that the network returns; ``None`` when it returns several.
         constants: tensors made in ``forward`` from numbers.
-        channels: of its images.
     """
 
     def __init__(
@@ -261,27 +249,22 @@ class Graph:
         tracer: _Tracer,
         source: fx.Node,
         constants: Mapping[str, Any],
-        channels: int,
     ) -> None:
-        self.root, self.channels = root, channels
+        self.root = root
         self.nodes = list(graph.nodes)
         self.names = {node: name for node, name in tracer.names.items() if node.graph is graph}
         self.containers = {name: node for name, node in tracer.containers.items() if name}
         self.input = source
-        self.fx_graph, self.constants, self.hooked = graph, constants, tracer.hooked
-        self._order = {node: index for index, node in enumerate(self.nodes)}
+        self.constants, self.hooked = constants, tracer.hooked
         self._end = next(node for node in self.nodes if node.op == "output")
         returned = self._end.args[0]
         self.result = returned if isinstance(returned, fx.Node) else None
 
-    def index(self, node: fx.Node) -> int:
-        """Place of a node in execution order."""
-        return self._order[node]
-
     def all_names(self) -> list[str]:
         """Every name `find` accepts, in execution order."""
-        found = [(self.index(node), 0, name) for node, name in self.names.items() if node is not self.input]
-        found += [(self.index(node), 1, name) for name, node in self.containers.items()]
+        order = {node: index for index, node in enumerate(self.nodes)}
+        found = [(order[node], 0, name) for node, name in self.names.items() if node is not self.input]
+        found += [(order[node], 1, name) for name, node in self.containers.items()]
         return [name for _, _, name in sorted(found)] + [_OUTPUT]
 
     def find(self, name: str) -> fx.Node:
@@ -305,89 +288,9 @@ class Graph:
         remedy = f"Nearest: {', '.join(nearest(name, self.all_names()))}"
         raise LayerError(expected(f"a layer of {type(self.root).__name__}", name, remedy))
 
-    def label(self, node: fx.Node) -> str:
-        """Return the name to show: the block that ends in this node, else the layer itself.
-
-        A block is the innermost module with submodules that returns the node, those with convolutions or linear layers
-        first, so that an activation of one's own hides no block; plain ``Sequential`` containers do not count, so that
-        ``features.30`` is not called ``features``.
-        """
-        # Subclasses of containers (torchvision's ConvNormActivation) are blocks only where nothing else ends.
-        ends = {name: self._module_of(name) for name, end in self.containers.items() if end is node}
-        for plain in (_CONTAINERS, ()):
-            blocks = [n for n, m in ends.items() if not isinstance(m, plain) and type(m) not in _CONTAINERS]
-            if blocks:
-                weighted = [name for name in blocks if _has_weights(ends[name])]
-                return max(weighted or blocks, key=len)
-        if node is self.result and node not in self.names:
-            return _OUTPUT
-        return self.names.get(node, node.name)
-
-    def _module_of(self, name: str) -> nn.Module | None:
-        try:
-            return self.root.get_submodule(name)
-        except AttributeError:  # the name carries a call number
-            return self.root.get_submodule(re.sub(r"_\d+$", "", name))
-
-    def is_block(self, node: fx.Node) -> bool:
-        """Whether a node is what a block with convolutions or linear layers returns (see `label`)."""
-        name = self.label(node)
-        if self.containers.get(name) is not node:
-            return False
-        return _has_weights(self._module_of(name))
-
-    def ancestors(self, targets: Iterable[fx.Node]) -> set[fx.Node]:
-        """Return all nodes that the targets need, themselves included."""
-        return reached(targets, lambda node: node.all_input_nodes)
-
     def descendants(self, source: fx.Node) -> set[fx.Node]:
         """Return all nodes that depend on the source, itself included."""
         return reached([source], lambda node: node.users)
-
-    @functools.cached_property
-    def cut_nodes(self) -> tuple[fx.Node, ...]:
-        """The nodes that every path from the input to the output passes, in execution order.
-
-        Nodes that read only sizes are not paths.
-        """
-        live = {n for n in self.ancestors([self.last]) & self.descendants(self.input) if not is_size(n)}
-        path = [n for n in self.nodes if n in live and n is not self._end]
-        passed = bottlenecks(path, lambda node: live.intersection(node.users))
-        return tuple(node for node, all_pass in zip(path, passed, strict=True) if all_pass)[1:]  # but for the input
-
-    @property
-    def last(self) -> fx.Node:
-        """The node that the network returns, or the one that joins the several that it returns."""
-        return self.result if self.result is not None else self._end
-
-    @functools.cached_property
-    def readable(self) -> set[fx.Node]:
-        """The nodes that a module gives: what a function gives (``F.relu(x)``, ``a + b``) no hook can read."""
-        return {node for node in self.names if node.op == "call_module"} | set(self.containers.values())
-
-    def cut_points(self) -> list[str]:
-        """Return the layers through which everything passes.
-
-        In execution order; a block that ends there gives its name (``layer4.0``), else the layer itself. A network can
-        be cut at these and nowhere else.
-
-        Example:
-            >>> trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())).cut_points()
-            ['0', '1', '2']
-        """
-        return list(dict.fromkeys(self.label(node) for node in self.cut_nodes))
-
-    def after(self, node: fx.Node) -> list[fx.Node]:
-        """Return the cut nodes behind a node that a hook can read."""
-        return [n for n in self.cut_nodes if self.index(n) > self.index(node) and n in self.readable]
-
-    def is_activation(self, node: fx.Node) -> bool:
-        """Whether a node is an activation function: a module, a function or a tensor method."""
-        if node.op == "call_module":
-            return isinstance(self.leaf(node), ACTIVATIONS)
-        if node.op == "call_method":
-            return node.target in {"relu", "tanh", "sigmoid"}
-        return node.op == "call_function" and node.target in _ACTIVATION_FUNCTIONS
 
     def leaf(self, node: fx.Node) -> nn.Module:
         """Return the module that a ``call_module`` node calls."""
@@ -430,17 +333,15 @@ class Graph:
             ends.append(self._end.args[0] if whole else self.find(name))
             for node in self._end.all_input_nodes if whole else [ends[-1]]:
                 if node is start or node not in after:
-                    raise self._not_behind(source, start, name)
+                    got = f"{name}, which does not depend on it"
+                    raise LayerError(expected(f"a target after {source}", got, "Choose a layer behind it"))
                 between = self._between(start, node, after)
                 if self.input in between:
-                    raise self.bypassed(source, start, name)
+                    rule = f"a layer through which everything that {name} reads must pass"
+                    got = f"{source}, which a shortcut goes around"
+                    raise LayerError(expected(rule, got, "Choose a layer before or behind it"))
                 needed |= between
         return self._copied(start, after, needed, ends)
-
-    def _not_behind(self, source: str, start: fx.Node, target: str) -> LayerError:
-        later = list(dict.fromkeys(map(self.label, self.after(start)))) or [_OUTPUT]
-        got, remedy = f"{target}, which does not depend on it", f"Choose among {listed(later, 6)}"
-        return LayerError(expected(f"a target after {source}", got, remedy))
 
     def _between(self, start: fx.Node, target: fx.Node, after: set[fx.Node]) -> set[fx.Node]:
         """Return the nodes that the target needs besides the start: with the input where a path goes around it."""
@@ -462,15 +363,6 @@ class Graph:
     def _of_images(self) -> set[fx.Node]:
         return self.descendants(self.input)
 
-    def bypassed(self, source: str, start: fx.Node, target: str) -> LayerError:
-        """Build the error of a layer that not everything passes."""
-        before = [n for n in self.cut_nodes if self.index(n) < self.index(start)][-2:]
-        behind = [n for n in self.cut_nodes if self.index(n) > self.index(start)][:2]
-        near = list(dict.fromkeys(self.label(n) for n in before + behind if n in self.readable))
-        rule = f"a layer through which everything that {target} reads must pass"
-        remedy = f"Nearest layers that can be cut: {', '.join(near) or 'none'}"
-        return LayerError(expected(rule, f"{source}, which a shortcut goes around", remedy))
-
     def _copied(self, start: fx.Node, after: set[fx.Node], needed: set[fx.Node], ends: list[Any]) -> nn.Module:
         """Copy the needed nodes into a graph of their own, and the layers that they call."""
         graph = fx.Graph()
@@ -491,64 +383,9 @@ class Graph:
         graph.output(tuple(fx.node.map_arg(end, made.__getitem__) for end in ends))
         return _assemble(parts, graph, self.root)
 
-    def shapes(self, input_size: tuple[int, int], upto: Iterable[fx.Node] | None = None) -> dict[fx.Node, Any]:
-        """Run the graph once on a zero image and note the size of each tensor, and other values as they are.
 
-        Raises:
-            LayerError: the network does not accept this input size.
-        """
-        wanted = self.ancestors(upto) if upto is not None else None
-        weight = next((p for p in self.root.parameters() if p.is_floating_point()), torch.zeros(()))
-        image = torch.zeros(1, self.channels, *input_size, dtype=weight.dtype, device=weight.device)
-        with borrowed(self.root, copy_weights=False) as root, torch.no_grad():
-            runner = _ShapeRunner(root, self, wanted)
-            with refused_size(root, self.channels, input_size):
-                runner.run(image)
-        return runner.noted
-
-
-@contextlib.contextmanager
-def refused_size(module: nn.Module, channels: int, size: tuple[int, int]) -> Iterator[None]:
-    """Say that a network does not accept an input, whatever it raises."""
-    try:
-        yield
-    except Exception as error:  # a network may raise anything
-        rule = f"an input that {type(module).__name__} accepts"
-        got = f"{channels} channels of {size[0]}x{size[1]} px ({first_line(error)})"
-        remedy = "Give the channels and the size it was made for (Preprocessing), or wrap it to take images alone"
-        if size[1] in {1, 3, 4} and channels not in {1, 3, 4}:
-            remedy = "Put the channels first, as images.permute(0, 3, 1, 2) does"
-        raise LayerError(expected(rule, got, remedy)) from error
-
-
-class _ShapeRunner(fx.Interpreter):
-    """Interpret a graph, noting shapes."""
-
-    def __init__(self, root: nn.Module, graph: Graph, wanted: set[fx.Node] | None) -> None:
-        # Hooks read values that no node after them names.
-        super().__init__(root, garbage_collect_values=not graph.hooked.inputs, graph=graph.fx_graph)
-        self.known = graph
-        self.wanted = wanted
-        self.noted: dict[fx.Node, Any] = {}
-
-    def fetch_attr(self, target: str) -> Any:
-        return self.known.constants[target] if target in self.known.constants else super().fetch_attr(target)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if self.wanted is not None and n not in self.wanted:
-            return None
-        value = self.known.hooked.run(n, self.env) if n in self.known.hooked.inputs else super().run_node(n)
-        if isinstance(value, Tensor):
-            self.noted[n] = value.shape
-        elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
-            self.noted[n] = [v.shape if isinstance(v, Tensor) else v for v in value]
-        else:
-            self.noted[n] = value
-        return value
-
-
-def trace(module: nn.Module, channels: int = 3) -> Graph:
-    """Trace a network in eval mode; ``channels`` are those of the images that `Graph.shapes` makes.
+def trace(module: nn.Module) -> Graph:
+    """Trace a network in eval mode.
 
     Raises:
         InputTypeError: not a readable network.
@@ -578,7 +415,7 @@ def trace(module: nn.Module, channels: int = 3) -> Graph:
             constants = {name: inner.__dict__.pop(name) for name in set(inner.__dict__) - attributes}
         _make_out_of_place(graph, network)
     source = next(node for node in graph.nodes if node.op == "placeholder")
-    return Graph(inner, graph, tracer, source, constants, channels)
+    return Graph(inner, graph, tracer, source, constants)
 
 
 def _required(module: nn.Module) -> list[str]:

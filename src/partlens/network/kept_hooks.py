@@ -15,9 +15,6 @@ from torch.nn.modules import module as all_modules
 
 from partlens.errors import LayerError, expected
 
-KEPT_HOOKS = "kept_hooks"
-"""Name of the operations that call hooks."""
-
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -101,10 +98,6 @@ class HookedCalls:
     def __init__(self) -> None:
         self.inputs: dict[fx.Node, _Arguments] = {}
 
-    def run(self, node: fx.Node, value_of: Mapping[fx.Node, Any]) -> Any:
-        """Run an operation that calls forward hooks on the values of a whole pass."""
-        return cast("Any", node.target)(*fx.node.map_arg((*node.args, *self.inputs[node]), value_of.__getitem__))
-
     def call(
         self, tracer: fx.Tracer, module: nn.Module, path: str, forward: Callable[..., Any], given: _Arguments
     ) -> Any:
@@ -153,7 +146,7 @@ def kept_by_reference(modules: Iterable[nn.Module]) -> dict[int, Any]:
 
 def is_hooks(node: fx.Node) -> bool:
     """Whether a node of a graph calls hooks."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") == KEPT_HOOKS
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "kept_hooks"
 
 
 def hooked(module: nn.Module) -> bool:

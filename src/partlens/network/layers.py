@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from partlens.errors import LayerError, expected, listed
 from partlens.network.borrowed import borrowed
-from partlens.network.graph import ACTIVATIONS, Graph, refused_size
 from partlens.network.layout import Layout, layouts_of
 from partlens.network.receptive_field import ReceptiveField, receptive_fields
-from partlens.network.upper import copied
-from partlens.network.watched import Call, makers, three_images, watch
+from partlens.network.watched import Call, Operation, Record, refused_size, three_images, watch
 
+# fmt: off
+ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh,
+    nn.Tanh, nn.Sigmoid, nn.Softplus, nn.PReLU,
+)
+# fmt: on
+_ACTIVATION_NAMES = {"relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "tanh", "sigmoid"}
 _MIN_ROWS = 12
 _LEAST_SEEN = 1 / 12  # of the input's side: in a smaller field no part of an object is seen
 UNKNOWN = "unknown"
@@ -67,61 +71,77 @@ class LayerInfo:
 class _Place:
     """Where a layer's value is among all values: layers that give the same value share it."""
 
-    order: int  # of execution; -1 where the graph does not know the layer
+    order: int  # of execution; -1 where it does not lie between images and answer
     cut: bool = False  # everything passes it
     activation: bool = False
     block: bool = False  # what a block with convolutions or linear layers returns
     result: bool = False  # what the network returns
+    normalised: bool = False  # a batch normalisation alone reads it
     label: str = ""  # the name to show
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
+    """A layer in a watched pass; ``before`` is the shape of what it was given."""
+
     name: str
     module: nn.Module
     layout: Layout | str
     shape: tuple[int, ...]
     lowest: float
     place: _Place
+    before: tuple[int, ...]
 
     @property
     def has_maps(self) -> bool:
+        """Whether it gives maps."""
         return isinstance(self.layout, Layout) and len(self.shape) == 3
 
     @property
     def weighted(self) -> bool:
+        """Whether it is a convolution or a fully connected layer."""
         return isinstance(self.module, (nn.Conv2d, nn.Linear))
 
 
 class Layers:
     """The layers of a network in execution order, and which of them are chosen.
 
-    What is a cut point is read from the graph of torch.fx, or, where the network cannot be traced, from autograd's.
+    What everything passes and what cells see is read from the operations of a pass.
+
+    Attributes:
+        found: every layer that can be read.
+        cut_points: names of what everything passes; an operation without a layer has its own name and number.
     """
 
-    def __init__(self, module: nn.Module, graph: Graph | None, channels: int, size: tuple[int, int]) -> None:
+    def __init__(self, module: nn.Module, channels: int, size: tuple[int, int]) -> None:
         self._size = size
-        with _watched(module, channels, size, gradients=graph is None) as (calls, answer, image):
+        with _watched(module, channels, size) as (calls, record):
             layouts = layouts_of(calls, size)
-            places = _in_graph(graph, calls) if graph is not None else _in_autograd(calls, answer, image)
-            self._found = {
-                call.name: _found(call, layouts[call.name], place) for call, place in zip(calls, places, strict=True)
+            places = _places(calls, record)
+            self._found = {call.name: _found(call, layouts[call.name], places[call.maker]) for call in calls}
+            passed = [each for each, cut in record.cut.items() if cut]
+            named = [places[each].label if each in places else f"{each.name}_{k}" for k, each in enumerate(passed)]
+            self.cut_points = list(dict.fromkeys(named))
+            self.found = tuple(self._found.values())
+            fields = receptive_fields(record, size)
+            self._fields = {
+                call.name: fields[call.maker]
+                for call in calls
+                if call.maker in fields and self._found[call.name].has_maps
             }
-        maps = [found.name for found in self._found.values() if found.has_maps]
-        self._fields = {} if graph is None else receptive_fields(graph, maps, size)
 
     def listed(self, default: str | None) -> tuple[LayerInfo, ...]:
         """Say of every layer what is known, with the layer that is explained when none is named."""
         return tuple(self._info(found, default) for found in self._found.values())
 
-    def _info(self, found: _Found, default: str | None) -> LayerInfo:
+    def _info(self, found: Found, default: str | None) -> LayerInfo:
         field = self._fields.get(found.name)
         stride, size = (None, None) if field is None else (field.stride_px, field.size_px)
         layout = found.layout.name if isinstance(found.layout, Layout) else UNKNOWN
         kind, is_default = type(found.module).__name__, found.name == default
         return LayerInfo(found.name, kind, found.shape, stride, size, is_default, self._reason(found), layout)
 
-    def _reason(self, found: _Found) -> str:
+    def _reason(self, found: Found) -> str:
         """Say why no explainer can be fitted to a layer."""
         if isinstance(found.layout, str):
             return found.layout
@@ -133,12 +153,12 @@ class Layers:
             return "a shortcut goes around it"
         return "" if self._after(found) else "no layer after it"
 
-    def _cut(self) -> list[_Found]:
+    def _cut(self) -> list[Found]:
         """Return the layers that everything passes, one for each value, in execution order."""
         by_order = {found.place.order: found for found in reversed(self._found.values()) if found.place.cut}
         return [by_order[order] for order in sorted(by_order)]
 
-    def _after(self, start: _Found) -> list[_Found]:
+    def _after(self, start: Found) -> list[Found]:
         return [found for found in self._cut() if found.place.order > start.place.order]
 
     def targets(self, source: str) -> tuple[str, ...]:
@@ -177,18 +197,10 @@ class Layers:
         """Return the smallest value that a layer gave for made images."""
         return self._found[name].lowest
 
-    def cut_points(self) -> list[str]:
-        """Return the layers through which everything passes, in execution order."""
-        return [found.place.label for found in self._cut()]
-
     def maker_of(self, name: str) -> str:
         """Return the innermost layer that gives the same value."""
         found = self._found[name]
         return next(n for n, f in self._found.items() if f.place.order == found.place.order and f.shape == found.shape)
-
-    def is_cut(self, name: str) -> bool:
-        """Whether everything passes a layer."""
-        return self._found[name].place.cut
 
     def check_cut(self, source: str, targets: Sequence[str]) -> None:
         """Refuse a layer that not everything passes, and targets that are not behind it."""
@@ -211,7 +223,7 @@ class Layers:
         rule = "a layer through which everything that the output reads must pass"
         return LayerError(expected(rule, f"{source}, which a shortcut goes around", remedy))
 
-    def _hidden(self, start: _Found) -> list[_Found]:
+    def _hidden(self, start: Found) -> list[Found]:
         """Activations of the fully connected layers after a layer, but for the last layer; cut points only."""
         found, after_linear = [], False
         for layer in self._after(start):
@@ -222,15 +234,15 @@ class Layers:
                 after_linear = False  # the first activation after each linear layer is its own
         return found
 
-    def _judging(self, start: _Found) -> Iterator[list[_Found]]:
+    def _judging(self, start: Found) -> Iterator[list[Found]]:
         """Layers by which a reconstruction can be judged, the best kind first."""
         # The output itself leaves nothing to judge the reconstruction by, where there is anything else.
         later = [found for found in self._after(start) if not found.place.result] or self._after(start)
         maps = [found for found in later if found.has_maps and found.shape[1] * found.shape[2] > 1]
-        yield [found for found in maps if found.place.block]
-        yield [found for found in maps if found.place.activation]
+        yield [*filter(attrgetter("place.block"), maps)]
+        yield [*filter(attrgetter("place.activation"), maps)]
         yield maps
-        yield [found for found in later if found.place.activation]
+        yield [*filter(attrgetter("place.activation"), later)]
         yield [found for found in later if isinstance(found.layout, Layout)]
 
     def default(self) -> str | None:
@@ -261,16 +273,16 @@ class Layers:
         names = [name for name, found in self._found.items() if found.place.order == chosen.place.order]
         return min(names, key=lambda name: (name.count("."), len(name)))
 
-    def _candidates(self) -> list[_Found]:
+    def _candidates(self) -> list[Found]:
         """The activations and blocks that the second rule of `default` allows; those that see too little come last."""
         found = self._followed_by(2)
         seeing = [layer for layer in found if self._sees_enough(layer)]
         return seeing or [layer for layer in self._followed_by(1) if found and self._sees_enough(layer)] or found
 
-    def _followed_by(self, count: int) -> list[_Found]:
+    def _followed_by(self, count: int) -> list[Found]:
         """The activations and blocks with so many convolutions or linear layers after them, without bottlenecks."""
         weighted = [found.place.order for found in self._found.values() if found.weighted]
-        found: list[_Found] = []
+        found: list[Found] = []
         widest = 0
         for layer in self._cut():
             place = layer.place
@@ -283,11 +295,11 @@ class Layers:
                 widest = max(widest, layer.shape[0])
         return found
 
-    def _sees_enough(self, found: _Found) -> bool:
+    def _sees_enough(self, found: Found) -> bool:
         field = self._fields.get(found.name)
         return field is None or min(field.size_px) >= _LEAST_SEEN * min(self._size)
 
-    def _before_last_convolution(self) -> _Found | None:
+    def _before_last_convolution(self) -> Found | None:
         """Activation between the last two convolutions of a chain that ends in three or more linear layers."""
         convolutions = [found for found in self._found.values() if isinstance(found.module, nn.Conv2d)]
         linear = [found for found in self._found.values() if isinstance(found.module, nn.Linear)]
@@ -297,29 +309,17 @@ class Layers:
             return None
         first, last = (found.place.order for found in convolutions[-2:])
         between = [found for found in self._cut() if first < found.place.order < last and found.has_maps]
-        return next((found for found in between if found.place.activation), None)
+        return next(filter(attrgetter("place.activation"), between), None)
 
 
 @contextlib.contextmanager
-def _watched(
-    module: nn.Module, channels: int, size: tuple[int, int], *, gradients: bool
-) -> Iterator[tuple[list[Call], Any, Tensor]]:
-    """Watch one pass of a network (`partlens.network.watched`): its calls, its answer and the images."""
+def _watched(module: nn.Module, channels: int, size: tuple[int, int]) -> Iterator[tuple[list[Call], Record]]:
+    """Watch one pass of a network (`partlens.network.watched`)."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
-    with (
-        torch.inference_mode(mode=False),
-        borrowed(module, copy_weights=False) as lent,
-        torch.set_grad_enabled(gradients),
-    ):
-        network = lent
-        if gradients:  # a network that caches values must not keep any that gradients hang on
-            with contextlib.suppress(LayerError):  # one that cannot be copied is refused when it is to be cut
-                network = copied(lent)
-        images = three_images(channels, size, weight).requires_grad_(gradients)
-        with refused_size(network, channels, size), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a network that asks for a value is told so where gradients are on
-            calls, answer = watch(network, images.clone())
-        yield calls, answer, images
+    with torch.no_grad(), borrowed(module, copy_weights=False) as network:
+        with refused_size(network, channels, size):
+            watched = watch(network, three_images(channels, size, weight))
+        yield watched
 
 
 def found_layouts(module: nn.Module, channels: int, size: tuple[int, int]) -> dict[str, Layout | str]:
@@ -328,47 +328,62 @@ def found_layouts(module: nn.Module, channels: int, size: tuple[int, int]) -> di
     Raises:
         LayerError: the network does not accept the input.
     """
-    with _watched(module, channels, size, gradients=False) as (calls, _, _):
+    with _watched(module, channels, size) as (calls, _):
         return layouts_of(calls, size)
 
 
-def _found(call: Call, layout: Layout | str, place: _Place) -> _Found:
+def _found(call: Call, layout: Layout | str, place: _Place) -> Found:
     shape = call.output.shape[1:]
     if isinstance(layout, Layout):
         shape = layout.to_maps(call.output).shape[1:]
-    return _Found(call.name, call.module, layout, tuple(shape), call.lowest, place)
+    before = tuple(call.given[0].shape) if call.given else ()
+    return Found(call.name, call.module, layout, tuple(shape), call.lowest, place, before)
 
 
-def _in_graph(graph: Graph, calls: Sequence[Call]) -> Iterator[_Place]:
-    cut = set(graph.cut_nodes)
-    for call in calls:
-        node = _known(graph, call.name)
-        if node is None:
-            yield _Place(-1)
-            continue
-        facts = (node in cut, graph.is_activation(node), graph.is_block(node), node is graph.result)
-        yield _Place(graph.index(node), *facts, graph.label(node))
-
-
-def _known(graph: Graph, name: str) -> fx.Node | None:
-    try:
-        return graph.find(name)
-    except LayerError:
-        return None
-
-
-def _in_autograd(calls: Sequence[Call], answer: Any, image: Tensor) -> Iterator[_Place]:
-    found = makers(answer, image)
-    same: dict[Hashable, list[Call]] = {}
+def _places(calls: Sequence[Call], record: Record) -> dict[Operation | None, _Place]:
+    """Say where the value of each operation that made a layer's output is among all values."""
+    same: dict[Operation | None, list[Call]] = {}
     for call in calls:
         same.setdefault(call.maker, []).append(call)
-    for call in calls:
-        alike = same[call.maker]
-        blocks = [one for one in alike if _is_block(one.module)]
-        label = min(blocks or alike, key=lambda one: -len(one.name)).name
-        activation = any(isinstance(one.module, ACTIVATIONS) for one in alike)
-        cut, result = found.cut.get(call.maker, False), found.last == {call.maker}
-        yield _Place(found.order(call.maker), cut, activation, bool(blocks), result, label)
+    orders: dict[Operation | None, int] = {operation: order for order, operation in enumerate(record.cut, 1)}
+    return {maker: _place(maker, orders.get(maker, -1), same, record) for maker in same}
+
+
+def _place(
+    maker: Operation | None, order: int, same: Mapping[Operation | None, Sequence[Call]], record: Record
+) -> _Place:
+    if maker is None or order < 0:
+        return _Place(-1)
+    (reader, *others), alike = record.readers.get(maker, [maker]), same[maker]
+    shown = _shown(alike)
+    return _Place(
+        order,
+        record.cut[maker],
+        activation=maker.name in _ACTIVATION_NAMES or any(isinstance(one.module, ACTIVATIONS) for one in alike),
+        block=_is_block(shown.module),
+        result=record.last == {maker},
+        label=shown.name,
+        # What derives from it may do more.
+        normalised=not others and any(type(one.module) is nn.BatchNorm2d for one in same.get(reader, ())),
+    )
+
+
+def _shown(alike: Sequence[Call]) -> Call:
+    """Choose whose name is shown of layers that give the same value: the innermost block, else the innermost layer.
+
+    Blocks with convolutions or linear layers come first, so that an activation of one's own hides no block. Plain
+    ``Sequential`` containers are none, so that ``features.30`` is not called ``features``; what derives from them
+    (torchvision's ConvNormActivation) is one where nothing else ends.
+    """
+    ends = [one for one in alike if type(one.module) not in _PLAIN and not _is_leaf(one.module)]
+    blocks = [one for one in ends if not isinstance(one.module, _PLAIN)] or ends
+    weighted = [one for one in blocks if _is_block(one.module)]
+    return max(weighted or blocks or alike, key=lambda one: len(one.name))
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch."""
+    return type(module).__module__.startswith("torch.nn") and next(module.children(), None) is None
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -259,7 +260,8 @@ def outputs_of(module: nn.Module, example: Float[Tensor, "image channel row col"
 
 def _answer(network: nn.Module, images: Tensor, name: str) -> Any:
     try:
-        return network(images)
+        with warnings.catch_warnings(action="ignore"):  # asking for a value, a network is told that gradients are on
+            return network(images)
     except Exception as error:  # a network may raise anything
         rule = f"{name} to take images of shape {tuple(images.shape)}"
         remedy = (

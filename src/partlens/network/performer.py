@@ -18,11 +18,11 @@ from partlens.errors import InputError, InputTypeError, LayerError, expected, ne
 from partlens.network.borrowed import borrowed, unwrapped
 from partlens.network.classes import Match, match
 from partlens.network.graph import Graph, trace
-from partlens.network.layers import LayerInfo, Layers, found_layouts
+from partlens.network.layers import Found, LayerInfo, Layers
 from partlens.network.layout import BATCH_UNKNOWN, WHOLE, Layout, own_name, tap_layout
 from partlens.network.outputs import Outputs, made_images, outputs_of
 from partlens.network.preprocessing import Preprocessing
-from partlens.network.receptive_field import ReceptiveField, receptive_field, spread_evenly
+from partlens.network.receptive_field import ReceptiveField, spread_evenly
 from partlens.network.upper import OUTPUT, LaidOut, Rerun
 from partlens.network.watched import place_of, three_images
 from partlens.run import Precision
@@ -81,15 +81,16 @@ class Performer:
         Raises:
             LayerError: the network cannot be traced.
         """
-        return trace(self.module, self.preprocessing.channels)
+        return trace(self.module)
 
     @functools.cached_property
     def _known(self) -> Layers:
-        try:
-            graph: Graph | None = self.graph
-        except LayerError:  # autograd's graph says where the network can be cut
-            graph = None
-        return Layers(unwrapped(self.module), graph, self.preprocessing.channels, self.preprocessing.size_px)
+        return Layers(unwrapped(self.module), self.preprocessing.channels, self.preprocessing.size_px)
+
+    @property
+    def found(self) -> tuple[Found, ...]:
+        """Every layer that can be read, as it was found in a pass."""
+        return self._known.found
 
     @functools.cached_property
     def layers(self) -> tuple[LayerInfo, ...]:
@@ -141,7 +142,7 @@ class Performer:
 
     @functools.cached_property
     def _layouts(self) -> dict[str, Layout | str]:
-        return found_layouts(unwrapped(self.module), self.preprocessing.channels, self.preprocessing.size_px)
+        return {one.name: one.layout for one in self.found}
 
     def whole(self, tap: str) -> str:
         """Return the name under which a tap is read for `upper`.
@@ -157,10 +158,7 @@ class Performer:
 
     def cut_points(self) -> list[str]:
         """Return the layers through which everything passes, in execution order."""
-        try:
-            return self.graph.cut_points()
-        except LayerError:
-            return self._known.cut_points()
+        return self._known.cut_points
 
     def layer(self, tap: str) -> LayerInfo:
         """Return what is known of a tap, refusing layers without maps.
@@ -189,7 +187,7 @@ class Performer:
         return LayerError(expected(rule, "another output", f"Choose among {', '.join(nearest(tap, maps))}"))
 
     def field(self, tap: str) -> ReceptiveField:
-        """Return what the cells of a tap see (`partlens.network.receptive_field.receptive_field`).
+        """Return what the cells of a tap see (`partlens.network.receptive_field.receptive_fields`).
 
         Where the operations do not tell (attention, a network without a graph), the cells are spread evenly over the
         image and may see all of it.
@@ -201,7 +199,10 @@ class Performer:
         cells = next((layer.shape[1:] for layer in self.layers if layer.name == name and layer.has_places), None)
         if cells is not None:
             return spread_evenly((cells[0], cells[1]), self.preprocessing.size_px)
-        return receptive_field(self.graph, name, self.preprocessing.size_px)
+        if found is None:
+            rule = f"{name} to have cells whose receptive field is known"
+            raise LayerError(expected(rule, "operations on the way whose field is not", "Choose a layer before them"))
+        return found
 
     def targets(self, tap: str) -> tuple[str, ...]:
         """Choose the layers by whose values a reconstruction is judged (`partlens.network.layers.Layers.targets`)."""
@@ -245,10 +246,9 @@ class Performer:
         try:
             return graph.cut(tap, targets)
         except LayerError:
-            # Sizes of tensors before the tap are no path, yet a copy cannot know them.
-            if tap not in self._layouts or not self._known.is_cut(tap):
+            if tap not in self._layouts:
                 raise
-            return self._rerun(tap, targets)
+            return self._rerun(tap, targets)  # sizes of tensors before the tap are no path, yet a copy cannot know them
 
     def _cut_layout(self, name: str) -> Layout:
         """Return the layout of what enters or leaves a cut; what no module gives is handed over as it is."""

@@ -12,19 +12,16 @@ stride_px · i + size_px - 1``.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor
 
-from partlens.errors import InputError, LayerError, expected
-from partlens.network.graph import Graph, is_of_torchvision, is_size
-from partlens.network.kept_hooks import KEPT_HOOKS
+from partlens.errors import InputError, expected
+from partlens.network.watched import Operation, Record
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,12 @@ class ReceptiveField:
 class _Field(ReceptiveField):
     """What is known on the way through the graph, too."""
 
-    whole: bool = False  # every value sees the whole image
     channels_last: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether every value sees the whole image."""
+        return 0 in self.stride_px
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -72,14 +73,7 @@ def _slide(field: _Field, kernel: Any, stride: Any = 1, padding: Any = 0, dilati
 
 
 # fmt: off
-_POINTWISE_MODULES: tuple[type[nn.Module], ...] = (
-    nn.BatchNorm2d, nn.CELU, nn.ChannelShuffle, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-    nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU,
-    nn.LocalResponseNorm, nn.CrossMapLRN2d, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU, nn.ReLU, nn.ReLU6, nn.SELU,
-    nn.SiLU, nn.Sigmoid, nn.Softmax2d, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink,
-    nn.Threshold,
-)
-# By name, because torch offers the same function in torch, torch.nn.functional and as a tensor method.
+# By name: torch offers the same function in torch, torch.nn.functional and as a tensor method.
 _POINTWISE_NAMES = frozenset((
     "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardsigmoid",
     "hardtanh", "sigmoid", "tanh", "softplus", "prelu", "rrelu", "threshold", "logsigmoid", "softsign",
@@ -87,288 +81,157 @@ _POINTWISE_NAMES = frozenset((
     "add", "sub", "mul", "div", "truediv", "true_divide", "pow", "square", "sqrt", "rsqrt", "abs", "neg", "exp",
     "log", "clamp", "clamp_min", "clamp_max", "clip", "contiguous", "clone", "detach", "float", "half", "double",
     "to", "type", "stochastic_depth", "maximum", "minimum", "cat", "concat", "concatenate", "channel_shuffle",
-    "native_channel_shuffle", "where", KEPT_HOOKS,
+    "native_channel_shuffle", "where", "rsub", "rdiv", "radd", "rmul", "rtruediv", "iadd", "isub", "imul", "itruediv",
+    "hardshrink", "softshrink", "softmax2d",
 ))
 _RESHAPES = frozenset((
     "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "chunk", "split", "flatten", "getitem",
     "movedim", "stack",
 ))
 # fmt: on
-_POINTWISE_TORCHVISION = frozenset(("StochasticDepth", "FrozenBatchNorm2d"))
 _JOINS = _POINTWISE_NAMES | {"stack"}
 _NORMS = frozenset(("layer_norm", "group_norm", "instance_norm"))
-# Modules that do what a function does; their attributes carry the names of its arguments.
-_FUNCTION_OF: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.Linear, "linear"),
-    (nn.Flatten, "flatten"),
-    (nn.LayerNorm, "layer_norm"),
-    (nn.GroupNorm, "group_norm"),
-    (nn.InstanceNorm2d, "instance_norm"),
-    (nn.AdaptiveAvgPool2d, "adaptive_avg_pool2d"),
-    (nn.AdaptiveMaxPool2d, "adaptive_max_pool2d"),
-    (nn.ZeroPad2d, "pad"),
-    (nn.ConstantPad2d, "pad"),
-    (nn.Conv2d, "conv2d"),
-    (nn.MaxPool2d, "max_pool2d"),
-    (nn.AvgPool2d, "avg_pool2d"),
-    (nn.LPPool2d, "avg_pool2d"),
-)
 
 
 class _Calculator:
-    """Carry receptive fields through a graph."""
+    """Carry receptive fields through the operations of a pass."""
 
-    def __init__(self, graph: Graph, nodes: Iterable[fx.Node], input_size: tuple[int, int]) -> None:
-        self.graph = graph
-        self.wanted = graph.ancestors(nodes)
-        self.shapes = graph.shapes(input_size, self.wanted)
-        self.size = input_size
-        self.fields: dict[fx.Node, _Field] = {}
-        self.errors: dict[fx.Node, LayerError] = {}
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+        self.fields: dict[Operation, _Field] = {}
 
-    def run(self) -> None:
-        """Fill `fields` for the wanted nodes, in order; `errors` for unknown operations and what comes after them."""
-        for node in self.graph.nodes:
-            if node is self.graph.input:
-                self.fields[node] = _Field((1, 1), (1, 1), (0, 0))
-            elif node in self.wanted and not is_size(node) and node.op not in {"get_attr", "placeholder", "output"}:
-                unknown = next((n for n in node.all_input_nodes if n in self.errors), None)
-                sources = [n for n in node.all_input_nodes if n in self.fields]
-                if unknown is not None:
-                    self.errors[node] = self.errors[unknown]
-                elif sources:
-                    try:
-                        self.fields[node] = self.step(node, sources)
-                    except LayerError as error:
-                        self.errors[node] = error
+    def run(self, operations: Sequence[Operation]) -> None:
+        """Fill `fields`, in order; operations that are not known and what comes after them have none."""
+        self.fields[operations[0]] = _Field((1, 1), (1, 1), (0, 0))
+        for operation in operations[1:]:
+            known = all(source in self.fields for source in operation.sources)
+            if known and (field := self.step(operation)) is not None:
+                self.fields[operation] = field
 
-    def step(self, node: fx.Node, sources: list[fx.Node]) -> _Field:
-        field = self.fields[sources[0]]
-        if node.op == "call_module":
-            module = self.graph.leaf(node)
-            name = next((name for kind, name in _FUNCTION_OF if isinstance(module, kind)), "")
-            if field.whole or _is_pointwise(module):
-                return field
-            return self.moved(node, name, type(module).__name__, field, sources[0])
-        return self.function_step(node, _name_of(node), field, sources)
-
-    def function_step(self, node: fx.Node, name: str, field: _Field, sources: list[fx.Node]) -> _Field:
-        if len(sources) > 1 or name in _POINTWISE_NAMES:
-            if name not in _JOINS:
-                raise self.unknown(node, name)
-            return self.joined(node, sources)
+    def step(self, operation: Operation) -> _Field | None:
+        name, field = operation.name, self.fields[operation.sources[0]]
+        if len({id(tensor) for tensor, _ in operation.read}) > 1 or name in _POINTWISE_NAMES:
+            return self.joined(operation) if name in _JOINS else None
         # Resizing what sees everything makes cells of it, whose places are not known.
         if field.whole and name not in {"interpolate", "upsample"}:
             return field
-        return self.moved(node, name, name, field, sources[0])
-
-    def moved(self, node: fx.Node, name: str, shown: str, field: _Field, source: fx.Node) -> _Field:
-        """An operation on one map that is not pointwise."""
+        before, after = operation.read[0][0].shape, operation.made[0].shape
         if name in _RESHAPES:
-            return self.reshaped(node, name, field, source)
+            return self.reshaped(operation, field, before, after)
         if name == "linear":
-            per_cell = field.channels_last and len(self.cells(source)) == 2
-            return field if per_cell else self.whole(gated=field.gated)
+            return field if field.channels_last and len(before) == 4 else self.whole(gated=field.gated)
         if name in _NORMS:  # over the whole image, but for a layer norm over the channels of channels-last maps
-            axes = self.argument(node, 1, "normalized_shape", ())
-            per_cell = name == "layer_norm" and field.channels_last and len(axes) == 1
-            return field if per_cell else replace(field, gated=True)
-        return self.spread(node, name, shown, field, source)
+            axes = _argument(operation, 1, "normalized_shape", ())
+            return field if field.channels_last and len(axes) == 1 else replace(field, gated=True)
+        return None if field.channels_last else self.spread(operation, field, before[-2:], after[-2:])
 
-    def spread(self, node: fx.Node, name: str, shown: str, field: _Field, source: fx.Node) -> _Field:
+    def spread(self, operation: Operation, field: _Field, before: Sequence[int], after: Sequence[int]) -> _Field | None:
         """An operation over rows and columns."""
-        if field.channels_last:
-            raise self.unknown(node, f"{shown} on channels-last maps")
-        if name.startswith("adaptive_"):
-            return self.adaptive(node, field, source)
-        if name == "mean":
+        if operation.name.startswith("adaptive_"):
+            return self.adaptive(field, before, after)
+        if operation.name == "mean":
             return self.whole(gated=field.gated)
-        if name in {"conv2d", "max_pool2d", "avg_pool2d"}:
-            return self.window(node, name, field)
-        if name == "pad" and (edges := self.padded(node)) is not None:
-            return _slide(field, 1, padding=edges)
-        raise self.unknown(node, shown)
+        if operation.name in _WINDOWS:
+            return _window(operation, field)
+        edges = _padded(operation) if operation.name == "pad" else None
+        return None if edges is None else _slide(field, 1, padding=edges)
 
-    def window(self, node: fx.Node, name: str, field: _Field) -> _Field:
-        """Convolution and pooling."""
-        place, module = (3 if name == "conv2d" else 2), node.op == "call_module"
-        if name == "conv2d" and not module:
-            weight: Any = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-            kernel = tuple(self.shapes[weight][-2:])
-        else:
-            kernel = self.argument(node, 1, "kernel_size")
-        stride = self.argument(node, place, "stride") or (1 if name == "conv2d" else kernel)
-        padding = self.argument(node, place + 1, "padding", 0)
-        # The argument in this place is ``ceil_mode`` in average pooling, which has no dilation.
-        dilation = 1 if name == "avg_pool2d" else self.argument(node, place + 2, "dilation", 1)
-        if module and type(self.graph.leaf(node)).__module__.partition(".")[0] != "torch":
-            padding = self.same_padding(node, kernel, stride, dilation)
-        return _slide(field, kernel, stride, padding, dilation)
-
-    def same_padding(self, node: fx.Node, kernel: Any, stride: Any, dilation: Any) -> tuple[int, int]:
-        """Return rows above and columns to the left that a layer adds by itself, as TensorFlow's do; from its sizes."""
-        sizes = zip(self.shapes[node.all_input_nodes[0]][-2:], self.shapes[node][-2:], strict=True)
-        windows = zip(_pair(kernel), _pair(stride), _pair(dilation), strict=True)
-        added = [
-            (after - 1) * s + d * (k - 1) + 1 - before
-            for (before, after), (k, s, d) in zip(sizes, windows, strict=True)
-        ]
-        return max(added[0], 0) // 2, max(added[1], 0) // 2
-
-    def padded(self, node: fx.Node) -> tuple[int, int] | None:
-        """Rows above and columns to the left that constant padding adds; other padding repeats cells."""
-        pad = self.argument(node, 1, "padding" if node.op == "call_module" else "pad")
-        if len(pad) not in {2, 4} or self.argument(node, 2, "mode", "constant") != "constant":
-            return None
-        return (int(pad[2]) if len(pad) == 4 else 0), int(pad[0])
-
-    def adaptive(self, node: fx.Node, field: _Field, source: fx.Node) -> _Field:
+    def adaptive(self, field: _Field, before: Sequence[int], after: Sequence[int]) -> _Field:
         """Adaptive pooling: windows of one size where they divide evenly, else the whole image."""
-        before, after = tuple(self.shapes[source][-2:]), tuple(self.shapes[node][-2:])
-        if any(b % a for b, a in zip(before, after, strict=True)) or after == (1, 1):
+        if any(b % a for b, a in zip(before, after, strict=True)) or tuple(after) == (1, 1):
             return field if before == after else self.whole(gated=field.gated)
         window = tuple(int(b // a) for b, a in zip(before, after, strict=True))
         return _slide(field, window, window)
 
-    def joined(self, node: fx.Node, sources: list[fx.Node]) -> _Field:
+    def joined(self, operation: Operation) -> _Field | None:
         """Pointwise functions and joins: the union of what the operands see."""
-        placed = [n for n in sources if not self.fields[n].whole]
+        every = [(self.fields[source], tensor) for tensor, source in operation.read]
+        gated = any(field.gated for field, _ in every)
+        placed = [(field, _cells(field, tensor)) for field, tensor in every if not field.whole]
         # A factor of one cell per channel is a gate: it scales the map and adds no place of its own.
-        local = [n for n in placed if self.cells(n) != (1, 1)] or placed
-        gated = any(self.fields[n].gated for n in sources)
+        local = [field for field, cells in placed if cells != (1, 1)] or [field for field, _ in placed]
         if not local:
             return self.whole(gated=gated)
-        gated = gated or len(local) < len(sources)
-        return replace(self.union(node, [self.fields[n] for n in local]), gated=gated)
-
-    def union(self, node: fx.Node, fields: list[_Field]) -> _Field:
-        strides = [f.stride_px for f in fields]
-        if len(set(strides)) > 1:
-            raise self.unknown(node, f"a join of maps with strides {strides}")
-        starts, sizes = np.array([f.start_px for f in fields]), np.array([f.size_px for f in fields])
+        if len({field.stride_px for field in local}) > 1:
+            return None
+        starts, sizes = np.array([f.start_px for f in local]), np.array([f.size_px for f in local])
         start = starts.min(axis=0)
-        size = (starts + sizes).max(axis=0) - start
-        return replace(fields[0], start_px=_pair(start.tolist()), size_px=_pair(size.tolist()))
+        size = _pair(((starts + sizes).max(axis=0) - start).tolist())
+        gated = gated or len(local) < len(every)
+        return replace(local[0], start_px=_pair(start.tolist()), size_px=size, gated=gated)
 
-    def reshaped(self, node: fx.Node, name: str, field: _Field, source: fx.Node) -> _Field:
+    def reshaped(self, operation: Operation, field: _Field, before: torch.Size, after: torch.Size) -> _Field | None:
         """Keep the field where rows and columns stay apart; where they mix, the whole image is seen."""
-        before, after = _first(self.shapes.get(source)), _first(self.shapes.get(node))
-        if field.whole or not isinstance(before, torch.Size) or not isinstance(after, torch.Size):
-            return field
+        name, given = operation.name, list(operation.args[1:])
+        axes = list(given[0]) if given and isinstance(given[0], (list, tuple)) else given  # a list or several
         # Channels moved to the last place or back: cells stay cells.
-        if name == "permute" and tuple(self.axes(node)) == ((0, 3, 1, 2) if field.channels_last else (0, 2, 3, 1)):
+        if name == "permute" and tuple(axes) == ((0, 3, 1, 2) if field.channels_last else (0, 2, 3, 1)):
             return replace(field, channels_last=not field.channels_last)
-        if not field.channels_last and self.keeps_cells(node, name, before, after):
+        if not field.channels_last and _keeps_cells(name, axes, before, after):
             return field
-        if name in {"flatten", "view", "reshape", "squeeze"}:
-            return self.whole(gated=field.gated)
-        raise self.unknown(node, f"{name} of rows or columns")
-
-    def keeps_cells(self, node: fx.Node, name: str, before: torch.Size, after: torch.Size) -> bool:
-        if len(after) < 3 or before[-2:] != after[-2:]:
-            return False
-        if name not in {"transpose", "permute", "movedim"}:
-            return True
-        axes, last = [axis % len(before) for axis in self.axes(node)], len(before) - 2
-        # Equal sizes do not show that square maps were turned; the axes do.
-        return axes[last:] == [last, last + 1] if name == "permute" else max(axes) < last
-
-    def axes(self, node: fx.Node) -> list[int]:
-        """Axes given as one list or as several arguments."""
-        given = self.value(list(node.args[1:]))
-        return list(given[0]) if isinstance(given[0], (list, tuple)) else given
+        return self.whole(gated=field.gated) if name in {"flatten", "view", "reshape", "squeeze"} else None
 
     def whole(self, *, gated: bool) -> _Field:
-        return _Field((0, 0), self.size, (0, 0), gated=gated, whole=True)
-
-    def cells(self, node: fx.Node) -> tuple[int, ...]:
-        """Rows and columns of a map."""
-        shape = self.shapes.get(node)
-        if not isinstance(shape, torch.Size) or len(shape) < 4:
-            return ()
-        return tuple(shape[1:3] if self.fields[node].channels_last else shape[-2:])
-
-    def value(self, node: Any) -> Any:
-        """Return an argument's value; sizes computed in the graph are known from the shape run."""
-        if isinstance(node, fx.Node):
-            return self.shapes.get(node)
-        return type(node)(self.value(v) for v in node) if isinstance(node, (list, tuple)) else node
-
-    def argument(self, node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-        """Return an argument of a function, or the attribute of that name of a module."""
-        if node.op == "call_module":
-            return getattr(self.graph.leaf(node), name, default)
-        if name in node.kwargs:
-            return self.value(node.kwargs[name])
-        return self.value(node.args[place]) if len(node.args) > place else default
-
-    def unknown(self, node: fx.Node, what: str) -> LayerError:
-        rule = "operations whose receptive field is known (convolution, pooling, pointwise, joins)"
-        return LayerError(expected(rule, f"{what} at {self.graph.label(node)}", "Choose a layer before it"))
+        return _Field((0, 0), self.size, (0, 0), gated=gated)
 
 
-def _is_pointwise(module: nn.Module) -> bool:
-    return isinstance(module, _POINTWISE_MODULES) or is_of_torchvision(module, _POINTWISE_TORCHVISION)
+_WINDOWS = {"conv2d": 3, "max_pool2d": 2, "max_pool2d_with_indices": 2, "avg_pool2d": 2, "lp_pool2d": 3}
+"""Place of the stride among the arguments."""
 
 
-def _name_of(node: fx.Node) -> str:
-    """Name a function or method; torch's pooling functions are dispatchers with names of their own."""
-    if node.target is F.max_pool2d or node.target is getattr(torch, "max_pool2d", None):
-        return "max_pool2d"
-    if node.target is F.adaptive_max_pool2d:
-        return "adaptive_max_pool2d"
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-    return name.strip("_")
+def _argument(operation: Operation, place: int, name: str, default: Any = None) -> Any:
+    """Return an argument of a function."""
+    given = operation.args[place] if len(operation.args) > place else default
+    return operation.kwargs.get(name, given)
 
 
-def _first(shape: Any) -> Any:
-    """One entry of what chunk or split gave."""
-    return shape[0] if isinstance(shape, list) else shape
+def _window(operation: Operation, field: _Field) -> _Field:
+    """Convolution and pooling."""
+    name, place = operation.name, _WINDOWS[operation.name]
+    convolution, sums = name == "conv2d", name in {"avg_pool2d", "lp_pool2d"}  # sums have no padding or no dilation
+    given = _argument(operation, 1 if convolution else place - 1, "weight" if convolution else "kernel_size")
+    kernel = tuple(given.shape[-2:]) if convolution else given
+    stride = _argument(operation, place, "stride") or (1 if convolution else kernel)
+    padding = 0 if name == "lp_pool2d" else _argument(operation, place + 1, "padding", 0)
+    return _slide(field, kernel, stride, padding, 1 if sums else _argument(operation, place + 2, "dilation", 1))
 
 
-def _publish(field: _Field) -> ReceptiveField:
-    return ReceptiveField(field.stride_px, field.size_px, field.start_px, field.gated)
+def _padded(operation: Operation) -> tuple[int, int] | None:
+    """Rows above and columns to the left that constant padding adds; other padding repeats cells."""
+    pad = _argument(operation, 1, "pad")
+    if len(pad) not in {2, 4} or _argument(operation, 2, "mode", "constant") != "constant":
+        return None
+    return (int(pad[2]) if len(pad) == 4 else 0), int(pad[0])
 
 
-def receptive_fields(graph: Graph, taps: Sequence[str], input_size: tuple[int, int]) -> dict[str, ReceptiveField]:
-    """Compute the receptive fields of many taps at once; those that cannot be computed are absent."""
-    nodes = {}
-    for name in taps:
-        with contextlib.suppress(LayerError):  # a layer that the graph does not pass has no field
-            nodes[name] = graph.find(name)
-    calculator = _Calculator(graph, nodes.values(), input_size)
-    calculator.run()
-    return {name: _publish(calculator.fields[node]) for name, node in nodes.items() if node in calculator.fields}
+def _cells(field: _Field, tensor: Tensor) -> tuple[int, ...]:
+    """Rows and columns of a map."""
+    return () if tensor.ndim < 4 else tuple(tensor.shape[1:3] if field.channels_last else tensor.shape[-2:])
 
 
-def receptive_field(graph: Graph, tap: str, input_size: tuple[int, int]) -> ReceptiveField:
-    """Compute what the cells of a tap see, from the network's operations.
+def _keeps_cells(name: str, axes: Sequence[int], before: torch.Size, after: torch.Size) -> bool:
+    if len(after) < 3 or before[-2:] != after[-2:]:
+        return False
+    if name not in {"transpose", "permute", "movedim"}:
+        return True
+    moved, last = [axis % len(before) for axis in axes], len(before) - 2
+    # Equal sizes do not show that square maps were turned; the axes do.
+    return moved[last:] == [last, last + 1] if name == "permute" else max(moved) < last
+
+
+def receptive_fields(record: Record, size: tuple[int, int]) -> dict[Operation | None, ReceptiveField]:
+    """Compute what the cells of each operation's maps see, from images of a size.
 
     A window of ``k`` cells with stride ``s``, padding ``p`` and dilation ``d`` over cells that start at pixel
     ``a``, see ``n`` pixels and lie ``j`` pixels apart gives cells with ``a' = a - j p``, ``n' = n + j d (k - 1)``,
     ``j' = j s``. Sums and concatenations take the union; pooling of everything and linear layers see the whole
-    image; adaptive pooling whose windows differ in size counts as the whole image.
-
-    Raises:
-        LayerError: an unknown layer, or an operation whose field is not known (transposed convolution, resizing,
-            attention).
-
-    Example:
-        >>> from partlens.network.graph import trace
-        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2))
-        >>> field = receptive_field(trace(network), "1", (8, 8))
-        >>> field.stride_px, field.size_px, field.start_px
-        ((2, 2), (4, 4), (-1, -1))
+    image; adaptive pooling whose windows differ in size counts as the whole image. Operations whose field is not known
+    (transposed convolution, resizing, attention), and what reads them, are absent.
     """
-    node = graph.find(tap)
-    calculator = _Calculator(graph, [node], input_size)
-    calculator.run()
-    if node in calculator.errors:
-        raise calculator.errors[node]
-    if node not in calculator.fields:
-        rule = f"{tap} to depend on the image"
-        raise LayerError(expected(rule, "a layer that does not", "Choose a layer on the image's path"))
-    return _publish(calculator.fields[node])
+    calculator = _Calculator(size)
+    calculator.run(record.operations)
+    found = calculator.fields.items()
+    return {each: ReceptiveField(f.stride_px, f.size_px, f.start_px, f.gated) for each, f in found}
 
 
 def spread_evenly(cells: tuple[int, int], size: tuple[int, int]) -> ReceptiveField:

@@ -24,7 +24,7 @@ from partlens.network.layers import found_layouts
 from partlens.network.layout import WHOLE, Layout, tap_layout
 from partlens.network.outputs import entries_of
 from partlens.network.performer import Performer, module_of
-from partlens.network.watched import Place, paths_of, place_of, read_entry
+from partlens.network.watched import Place, paths_of, place_of, read_entry, tensors_in
 from partlens.run import Precision
 
 _AGAINST_OVERFLOW = "Use float32 weights (module.float())"
@@ -212,16 +212,8 @@ def as_float(value: Any) -> Any:
 
 def _finite(*values: Any) -> bool:
     """Whether all tensors in any nesting are finite, with one wait for a GPU in all."""
-    flags = [torch.isfinite(tensor).all() for tensor in _tensors(values)]
+    flags = [torch.isfinite(tensor).all() for tensor in tensors_in(values)]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(each)
 
 
 def tap_layouts(performer: Performer | nn.Module, batch: Tensor, names: Sequence[str]) -> dict[str, Layout]:

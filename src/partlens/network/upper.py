@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partlens.errors import LayerError, expected, first_line
+from partlens.network.graph import copied, learnable
 from partlens.network.layout import Layout
 from partlens.network.outputs import entries_of
 from partlens.network.watched import read_entry
@@ -42,20 +42,6 @@ class LaidOut(nn.Module):
         )
 
 
-def copied(network: nn.Module) -> nn.Module:
-    """Copy a network.
-
-    Raises:
-        LayerError: it holds what cannot be copied.
-    """
-    try:
-        return copy.deepcopy(network)
-    except RuntimeError as error:
-        rule = f"layers of {type(network).__name__} that can be copied"
-        remedy = "Remove weight normalisation first (torch.nn.utils.remove_weight_norm)"
-        raise LayerError(expected(rule, first_line(error), remedy)) from error
-
-
 class Rerun(nn.Module):
     """A copy of a whole network that is run on a blank image, with what is given in the place of one layer's output.
 
@@ -81,14 +67,9 @@ class Rerun(nn.Module):
         loops: Mapping[str, int],
     ) -> None:
         super().__init__()
-        self.network = copied(network).eval()
+        self.network = learnable(copied(network, network))
         self.source_place, self.target_places, self.loops = source, tuple(targets), loops
         self.register_buffer("blank", blank, persistent=False)
-        for each in self.network.modules():
-            if getattr(each, "inplace", False):
-                each.inplace = False  # type: ignore[assignment]
-        for parameter in filter(torch.is_floating_point, self.network.parameters()):
-            parameter.requires_grad = True
 
     def forward(self, given: Tensor) -> tuple[Any, ...]:
         """Return the targets' own values, with ``given`` in the place of the source's output."""

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from partlens.errors import LayerError, expected, nearest
+from partlens.errors import LayerError, expected, first_line, nearest
 from partlens.network.borrowed import in_this_thread
 from partlens.network.outputs import entries_of
 
@@ -28,6 +29,96 @@ IMAGES = 3
 
 _MOST_CHANGED = 4
 _STANDS_OUT = 10  # a place is found again where it changed this many times as much as the others usually did
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One call of a function of torch in a watched pass, of those that depend on the images.
+
+    Attributes:
+        name: of the function or method, without underscores.
+        args: what it was called with.
+        kwargs: likewise, by name.
+        read: those of the tensors that depend on the images, and the operations that made them.
+        made: the tensors that it gave or wrote into.
+    """
+
+    name: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    read: Sequence[tuple[Tensor, Operation]]
+    made: Sequence[Tensor]
+
+    @property
+    def sources(self) -> list[Operation]:
+        """The operations that made what it reads."""
+        return [source for _, source in self.read]
+
+
+class Record(TorchFunctionMode):
+    """Every operation of a pass that depends on the images, in execution order.
+
+    It is of what is computed: gradients need not be on, and branches and loops are those that are taken. Functions of
+    TorchScript are not seen. What is written into a view of a tensor the tensor itself does not know.
+
+    Attributes:
+        operations: all of them, the images first.
+        cut: of those that lead to the network's answer, in execution order, whether everything passes them.
+        readers: of these, which read what each gives.
+        last: those that made the answer.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.operations = [Operation("images", (), {}, (), (images,))]
+        self.cut: dict[Operation, bool] = {}
+        self.readers: dict[Operation, list[Operation]] = {}
+        self.last: set[Operation] = set()
+        self._makers = {id(images): self.operations[0]}  # their tensors are kept, so that no number is used twice
+
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note a call."""
+        kwargs = kwargs or {}
+        answer = function(*args, **kwargs)
+        name = getattr(function, "__name__", "").strip("_")
+        read = [(t, self._makers[id(t)]) for t in tensors_in((args, kwargs)) if id(t) in self._makers]
+        made = list(tensors_in(args[0] if name == "setitem" else answer))
+        if read and made and name not in _OF_SIZES:
+            self.operations.append(Operation(name, args, kwargs, read, made))
+            self._makers.update({id(tensor): self.operations[-1] for tensor in made})
+        return answer
+
+    def maker(self, tensor: Tensor) -> Operation | None:
+        """Return the operation that gave a tensor its values; ``None`` where they do not depend on the images."""
+        return self._makers.get(id(tensor))
+
+    def lead_to(self, answer: Any) -> None:
+        """Find which operations lead to the network's answer, and which of them everything passes."""
+        tensors = (answer,) if isinstance(answer, Tensor) else entries_of(answer).values()
+        self.last = {maker for tensor in tensors if (maker := self.maker(tensor)) is not None}
+        live = reached(self.last, lambda operation: operation.sources)
+        path = [operation for operation in self.operations if operation in live]
+        for operation in path:
+            for source in {*operation.sources}:
+                self.readers.setdefault(source, []).append(operation)
+        ends = self.last if len(self.last) > 1 else ()  # several results are joined behind them all
+        passed = bottlenecks(path, lambda each: [*self.readers.get(each, ()), *([None] if each in ends else [])])
+        self.cut = dict(zip(path[1:], passed[1:], strict=True))
+
+
+# What they give has the size of a tensor, not its values.
+_OF_SIZES = frozenset(
+    ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "empty_like", "full_like")
+)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Give the tensors inside an argument or an answer, in any nesting."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(each)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +133,7 @@ class Call:
         lowest: the smallest value of it.
         alike: of tokens, which of them are the same for both images.
         changed: of tokens, those that the change of a place altered most, as far as they stand out.
-        maker: the node of autograd's graph that made it; ``None`` in a pass without gradients.
+        maker: the operation that made it; ``None`` where it does not depend on the images.
         loop: how often the module is called for each image, where the network runs its images one by one.
     """
 
@@ -53,7 +144,7 @@ class Call:
     lowest: float
     alike: tuple[bool, ...]
     changed: tuple[int, ...]
-    maker: Any
+    maker: Operation | None
     loop: int = 0
 
 
@@ -120,18 +211,19 @@ def _tokens_facts(output: Tensor) -> tuple[tuple[bool, ...], tuple[int, ...]]:
     return tuple((first == other).all(1).tolist()), tuple(standing_out.tolist())
 
 
-def watch(module: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
-    """Run a borrowed network on `three_images`; return every call of a module, as they end, and the network's answer.
+def watch(module: nn.Module, images: Tensor) -> tuple[list[Call], Record]:
+    """Run a borrowed network on `three_images`; return every call of a module, as they end, and all operations.
 
     Where the network runs its images one by one, the calls for one image stand for all, with the tensors of all, and
-    the answer is that for the first. Tensors are kept while the list is: drop it when the conclusions are drawn.
+    the operations are those for the first. Tensors are kept while these are: drop them when conclusions are drawn.
     """
-    calls, answer = _one_pass(module, images)
+    whole = _one_pass(module, images)
+    calls = whole[0]
     if not any(len(call.output) == 1 and call.name.endswith("_2") for call in calls):
-        return calls, answer
+        return whole
     passes = [_one_pass(module, image) for image in images.split(1)]
     shapes = {tuple((call.name, call.output.shape) for call in of_image) for of_image, _ in passes}
-    return (calls, answer) if len(shapes) > 1 else (_joined(calls, [each for each, _ in passes]), passes[0][1])
+    return whole if len(shapes) > 1 else (_joined(calls, [each for each, _ in passes]), passes[0][1])
 
 
 def _joined(calls: Sequence[Call], passes: Sequence[Sequence[Call]]) -> list[Call]:
@@ -160,8 +252,9 @@ def _times_called(calls: Sequence[Call]) -> Counter[int]:
     return Counter(id(call.module) for call in calls)
 
 
-def _one_pass(module: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
+def _one_pass(module: nn.Module, images: Tensor) -> tuple[list[Call], Record]:
     calls: list[Call] = []
+    record = Record(images)
     counts: Counter[str] = Counter()
 
     def watcher(path: str) -> Any:
@@ -174,61 +267,34 @@ def _one_pass(module: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
             name = path if count == 0 else f"{path}_{count}"
             given = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             lowest = float(output.min()) if output.numel() and not output.is_complex() else 0.0
-            calls.append(Call(name, owner, given, output, lowest, *_tokens_facts(output), output.grad_fn))
+            calls.append(Call(name, owner, given, output, lowest, *_tokens_facts(output), record.maker(output)))
 
         return hook
 
     with contextlib.ExitStack() as hooks:
+        hooks.enter_context(record)
         for path, child in module.named_modules():
             child._forward_hooks.clear()  # noqa: SLF001 - the owner's would see made images; they come back
-            if path and not isinstance(child, torch.jit.ScriptModule):  # scripted parts take no hooks
+            if path:
                 hook = in_this_thread(watcher(path))
                 hooks.callback(child.register_forward_hook(hook, with_kwargs=True).remove)
         answer = module(images)
-    return calls, answer
+    record.lead_to(answer)
+    return calls, record
 
 
-@dataclass(frozen=True)
-class _Makers:
-    """The nodes of autograd's graph that lie between an image and results.
-
-    Attributes:
-        cut: of each node, in execution order, whether everything passes it.
-        last: the nodes that made the results.
-    """
-
-    cut: dict[Any, bool]
-    last: frozenset[Any]
-
-    def order(self, node: Any) -> int:
-        """Place of a node in execution order; -1 where it does not lie between image and results."""
-        return int(node._sequence_nr()) if node in self.cut else -1  # noqa: SLF001 - autograd tells no other order
-
-
-def makers(answer: Any, image: Tensor) -> _Makers:
-    """Read autograd's graph: it knows every path from the image that gradients take, and no other.
-
-    A mask that is computed from the image, or a network's own ``no_grad``, is no path.
-    """
-    results = (answer,) if isinstance(answer, Tensor) else entries_of(answer).values()
-    last = frozenset(value.grad_fn for value in results if value.grad_fn is not None)
-    readers: dict[Any, list[Any]] = {}
-    for node in reached(last, sources_of):
-        for source in sources_of(node):
-            readers.setdefault(source, []).append(node)
-    leaf = next((node for node in readers if getattr(node, "variable", None) is image), None)
-    if leaf is None:
-        return _Makers({}, last)
-    order = lambda node: int(node._sequence_nr())  # noqa: E731, SLF001
-    path = [leaf, *sorted(reached([leaf], lambda node: readers.get(node, ())) - {leaf}, key=order)]
-    ends = last if len(last) > 1 else ()  # several results are joined behind them all
-    passed = bottlenecks(path, lambda node: [*readers.get(node, ()), *([None] if node in ends else [])])
-    return _Makers(dict(zip(path[1:], passed[1:], strict=True)), last)
-
-
-def sources_of(node: Any) -> list[Any]:
-    """Return the nodes of autograd's graph that a node reads."""
-    return [source for source, _ in node.next_functions if source is not None]
+@contextlib.contextmanager
+def refused_size(module: nn.Module, channels: int, size: tuple[int, int]) -> Iterator[None]:
+    """Say that a network does not accept an input, whatever it raises."""
+    try:
+        yield
+    except Exception as error:  # a network may raise anything
+        rule = f"an input that {type(module).__name__} accepts"
+        got = f"{channels} channels of {size[0]}x{size[1]} px ({first_line(error)})"
+        remedy = "Give the channels and the size it was made for (Preprocessing), or wrap it to take images alone"
+        if size[1] in {1, 3, 4} and channels not in {1, 3, 4}:
+            remedy = "Put the channels first, as images.permute(0, 3, 1, 2) does"
+        raise LayerError(expected(rule, got, remedy)) from error
 
 
 def reached(start: Iterable[_N], steps: Callable[[_N], Iterable[_N]]) -> set[_N]:

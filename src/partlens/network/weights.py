@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from partlens.data.files import foreign_kind
@@ -86,8 +87,6 @@ def _as_float32(value: Tensor) -> Tensor:
 
 
 def _safetensors(path: Path) -> tuple[Any, dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(path), "pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118

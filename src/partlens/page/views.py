@@ -38,7 +38,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Origin:
+class _Origin:
     """How to make a chapter's results again, and what its notes say.
 
     Attributes:
@@ -65,9 +65,9 @@ def origin(
     *further: tuple[str, list[tuple[str, str]]],
     identity: tuple[str, str] | None = None,
     notes: Iterable[str] = (),
-) -> Origin:
+) -> _Origin:
     """Say how a run is made again; ``further`` details and notes are the chapter's own."""
-    return Origin(
+    return _Origin(
         title=title,
         command=record.command,
         hashes=(
@@ -108,7 +108,7 @@ class Chapter:
     headline: str = ""
     page_title: str = ""
     facts: tuple[tuple[str, str], ...] = ()
-    origin: Origin | None = None
+    origin: _Origin | None = None
 
 
 def count_of(measure: Estimate) -> str:

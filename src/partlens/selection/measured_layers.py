@@ -1,23 +1,22 @@
 """Which layers of a network a descriptor measures, and how many channels each has.
 
-The layers are found in the network's graph (:mod:`partlens.network.graph`), or, where it has none, among the modules
-that its forward pass calls.
+The layers are found among the modules that a forward pass calls (:mod:`partlens.network.layers`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
 from partlens.errors import LayerError, expected
-from partlens.network.graph import ACTIVATIONS, Graph
-from partlens.network.layers import UNKNOWN
-from partlens.network.performer import Performer, module_of
+from partlens.network.layers import ACTIVATIONS, Found
+from partlens.network.layout import Layout
+from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
-from partlens.network.watched import place_of
 from partlens.selection.descriptors import channels_only
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 
@@ -33,100 +32,51 @@ _TWICE = {"same", "normalised"}
 """What another layer beside it shows as well."""
 
 
-@dataclass(frozen=True)
-class _Output:
-    """A layer whose output can be read: its tap name and what it is."""
-
-    name: str
-    kind: _Kind
-
-
-def _kind_of(module: nn.Module | None, *, activation: bool) -> _Kind:
+def _kind_of(layer: Found, *, activation: bool) -> _Kind:
+    module = layer.module
+    empty = isinstance(module, nn.Sequential) and not len(module)
+    idle = empty or type(module).__name__ == "DropPath" or isinstance(module, _SAME_VALUES)
+    if idle or _copied(module, layer.before[1:], layer.shape):
+        return "same"
     if activation:
         return "activation"
     if isinstance(module, nn.Conv2d):
-        return "convolution"
-    if isinstance(module, nn.Linear):
-        return "weights"
-    return "same" if isinstance(module, _SAME_VALUES) else "other"
+        return "normalised" if layer.place.normalised else "convolution"
+    return "weights" if isinstance(module, nn.Linear) else "other"
 
 
-def _copied(module: nn.Module, before: Any, after: Any) -> bool:
+def _shows(block: Found, named: Sequence[Found], acting: Sequence[Found]) -> bool:
+    """Whether a block gives something of its own: not what one of its layers gave, but for a norm with idle layers."""
+    if isinstance(block.module, nn.BatchNorm2d):
+        return not acting
+    return not any(one.name.startswith(f"{block.name}.") for one in named)
+
+
+def _copied(module: nn.Module, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
     """Whether a pooling hands on what is measured already: the same maps, or each map as one number."""
-    whole = bool(before) and len(after) >= 3 and tuple(after[-2:]) == (1, 1)
+    whole = bool(before) and len(after) >= 2 and after[-2:] == (1, 1)
     return isinstance(module, _POOLINGS) and (before == after or whole)
 
 
-def _traced_outputs(performer: Performer) -> list[_Output]:
-    """List outputs before the class scores, from the network's graph."""
-    traced = performer.graph
-    shapes = traced.shapes(performer.preprocessing.size_px)
-    live, containers = traced.ancestors([traced.last]) - _scores_on(traced), _containers(traced)
-    found = []
-    for node in traced.nodes:
-        if node not in live or node is traced.input:
-            continue
-        module = None
-        name = containers.get(node)
-        if node.op == "call_module":
-            name, module = traced.names[node], traced.leaf(node)
-            if _copied(module, shapes.get(node.all_input_nodes[0]) if node.all_input_nodes else None, shapes[node]):
-                continue
-        if name is not None:
-            kind = _kind_of(module, activation=traced.is_activation(node))
-            normalised = kind == "convolution" and _normalised_alone(traced, node)
-            found.append(_Output(name, "normalised" if normalised else kind))
-    return found
+def _outputs(performer: Performer) -> list[tuple[str, _Kind, int]]:
+    """List outputs before the class scores, as they are made, with their channels; only those of a known layout."""
+    made: dict[int, list[Found]] = {}
+    for layer in performer.found:
+        if layer.place.order > 0 and not layer.place.result and isinstance(layer.layout, Layout):
+            made.setdefault(layer.place.order, []).append(layer)
+    weighted = (layer.place.order for layer in performer.found if isinstance(layer.module, _WEIGHTED))
+    scores = max(weighted, default=math.inf)
+    return [each for order in sorted(made) if order < scores for each in _named(made[order])]
 
 
-def _normalised_alone(traced: Graph, node: Any) -> bool:
-    """Whether a convolution is read by its batch normalisation alone, which gives the same maps, scaled and shifted."""
-    reader = next(iter(node.users)) if len(node.users) == 1 else node
-    # Those that derive from it may do more.
-    return reader.op == "call_module" and type(traced.leaf(reader)) is nn.BatchNorm2d
-
-
-def _scores_on(traced: Graph) -> set[Any]:
-    """Return the nodes after the last layer with weights, itself and the output of the network included."""
-    live = traced.ancestors([traced.last])
-    weighted = [n for n in traced.nodes if n in live and n.op == "call_module"]
-    weighted = [n for n in weighted if isinstance(traced.leaf(n), _WEIGHTED)]
-    return {traced.last, *(traced.descendants(weighted[-1]) if weighted else ())}
-
-
-def _containers(traced: Graph) -> dict[Any, str]:
-    """Return the name of the innermost module that returns each operation."""
-    found: dict[Any, str] = {}
-    for name, node in traced.containers.items():
-        if node not in found or len(name) > len(found[node]):
-            found[node] = name
-    return found
-
-
-def _called_outputs(performer: Performer) -> list[_Output]:
-    """List the outputs of modules without submodules before the class scores; for networks without a graph."""
-    network = module_of(performer)
-    noted: list[_Output] = []
-    before: tuple[int, ...] = ()
-    for layer in performer.layers:
-        module = network.get_submodule(place_of(network, layer.name).path)
-        if next(module.children(), None) is not None:
-            continue
-        if not _copied(module, before, layer.shape):
-            noted.append(_Output(layer.name, _kind_of(module, activation=isinstance(module, ACTIVATIONS))))
-        before = layer.shape
-    weighted = [i for i, output in enumerate(noted) if output.kind in {"convolution", "weights"}]
-    return noted[: weighted[-1]] if weighted else noted
-
-
-def _outputs(performer: Performer) -> list[tuple[_Output, int]]:
-    """List outputs and their channels; only those of a known layout."""
-    try:
-        found = _traced_outputs(performer)
-    except LayerError:
-        found = _called_outputs(performer)
-    channels = {layer.name: layer.shape[0] for layer in performer.layers if layer.layout != UNKNOWN}
-    return [(one, channels[one.name]) for one in found if one.name in channels]
+def _named(alike: Sequence[Found]) -> Iterator[tuple[str, _Kind, int]]:
+    """Name the outputs among layers that give the same value: those without submodules, else the innermost one."""
+    named = [layer for layer in alike if not [*layer.module.children()]]
+    acting = [layer for layer in named if isinstance(layer.module, ACTIVATIONS)]
+    around = [layer for layer in alike if layer not in named and _shows(layer, named, acting)]
+    for layer in (*named, *sorted(around, key=lambda layer: -len(layer.name))[:1]):
+        activation = layer in acting if acting else layer.place.activation
+        yield layer.name, _kind_of(layer, activation=activation), layer.shape[0]
 
 
 def feature_index(performer: Performer, config: DescriptorConfig | None = None) -> FeatureIndex:
@@ -143,8 +93,6 @@ def feature_index(performer: Performer, config: DescriptorConfig | None = None) 
     (:mod:`partlens.network.layout`); and operations inside a ``forward`` that no module returns. VGG-F has 19 such
     layers with 19,456 channels, MatConvNet's LeNet six with 1,140.
 
-    Of a network that torch.fx cannot trace, the modules without submodules are seen, no operation of a ``forward``.
-
     Args:
         performer: the network; left as it was. Shapes are those at its preprocessing's input size.
         config: which layers; names given by the user stay in the user's order.
@@ -160,8 +108,8 @@ def feature_index(performer: Performer, config: DescriptorConfig | None = None) 
         return FeatureIndex(names, tuple(values[name].shape[1] for name in names))
     wanted = {"activations": {"activation"}, "convolutions": {"convolution", "normalised"}}.get(config.layers)
     found = _outputs(performer)
-    chosen = [(one, count) for one, count in found if (one.kind in wanted if wanted else one.kind not in _TWICE)]
+    chosen = [(name, count) for name, kind, count in found if (kind in wanted if wanted else kind not in _TWICE)]
     if not chosen:
         rule = f"{config.layers} with modules of their own before the class scores of {performer.name}"
         raise LayerError(expected(rule, *performer.without_layers("Choose outputs, or name layers in a list")))
-    return FeatureIndex(tuple(one.name for one, _ in chosen), tuple(count for _, count in chosen))
+    return FeatureIndex(tuple(name for name, _ in chosen), tuple(count for _, count in chosen))

@@ -24,8 +24,6 @@ from partlens.verbs.parts import parts
 from partlens.verbs.runs import report, verb
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from partlens.data.images import ImageSet
     from partlens.estimate import Estimate
     from partlens.evaluation.results import Evaluation
@@ -44,9 +42,9 @@ _MU = 5.0  # the authors' bound for their generated flowers
 _EXPLAINER = {"epochs": 5, "warmup_epochs": 10, "patience": 0}
 
 
-def _trained(images: ImageSet, seed: int, progress: Progress) -> tuple[nn.Module, float]:
-    """Train the demo's performer; return it and its accuracy on held-out flowers."""
-    from partlens.network.fitting import train_classifier
+def _trained(images: ImageSet, weights: Path, seed: int, progress: Progress) -> float:
+    """Train the demo's performer and write its weights; return its accuracy on held-out flowers."""
+    from partlens.network.fitting import save_classifier, train_classifier
     from partlens.network.flower_network import flower_network, flower_preprocessing
 
     fitted = train_classifier(
@@ -60,7 +58,8 @@ def _trained(images: ImageSet, seed: int, progress: Progress) -> tuple[nn.Module
         seed=seed,
         progress=progress,
     )
-    return fitted.network, fitted.accuracy
+    save_classifier(weights, fitted.network, flower_preprocessing(), fitted.class_names)
+    return fitted.accuracy
 
 
 @verb
@@ -82,8 +81,7 @@ def demo(
     Returns:
         Path of the page.
     """
-    from partlens.network.fitting import save_classifier
-    from partlens.network.flower_network import SIDE_PX, flower_preprocessing
+    from partlens.network.flower_network import SIDE_PX
 
     if flowers < 120:
         raise InputError(expected("at least 120 flowers", flowers, "Set --flowers to 120 or more"))
@@ -93,14 +91,13 @@ def demo(
     images = generated_flowers(flowers, seed=seed, size=SIDE_PX)
     weights, notes = out / "flower-network.safetensors", out / "flower-network.json"
     recipe = {"flowers": flowers, "seed": seed}
-    names = tuple(sorted(images.category_counts()))
     if weights.exists() and notes.exists() and read_json(notes)["recipe"] == recipe:
         accuracy = float(read_json(notes)["accuracy"])
     else:
-        network, accuracy = _trained(images, seed, show)
-        save_classifier(weights, network, flower_preprocessing(), names)
+        accuracy = _trained(images, weights, seed, show)
         write_json(notes, {"recipe": recipe, "accuracy": accuracy})
-    show.say(f"a network that knows {len(names)} kinds of flowers: accuracy {accuracy:.1%} on held-out ones")
+    kinds = len(images.category_counts())
+    show.say(f"a network that knows {kinds} kinds of flowers: accuracy {accuracy:.1%} on held-out ones")
     model = f"partlens:flower-demo@{weights}"
     run = out / "run"
     inspect(model, images, out=run, tap=_TAP, mu=_MU, config=dict(_INSPECT, seed=seed), progress=show)

@@ -17,6 +17,7 @@ from partlens.progress import Progress
 from partlens.records import read_tensors
 from partlens.run import Run, Unreadable, UsedPhotos
 from partlens.shards import Device
+from partlens.verbs.fit_explainer import load_explainer
 from partlens.verbs.runs import labels_of, open_photos, sampled, verb
 
 if TYPE_CHECKING:
@@ -80,7 +81,6 @@ def evaluate(
     from partlens.evaluation.fidelity import own_columns
     from partlens.evaluation.frames import Frames, GalleryPlan
     from partlens.evaluation.gallery import write_gallery
-    from partlens.verbs.fit_explainer import load_explainer
 
     show, handle = progress or Progress.silent(), Run(Path(run))
     if rounds < 1:

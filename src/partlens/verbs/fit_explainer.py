@@ -460,7 +460,7 @@ def _priced(fit: _Fit, maps: TrainingMaps, lesson: Lesson) -> None:
     with fit.show.task("the price of p", 1 + len(FACTORS)) as advance:
         for each in itertools.chain([explainer], along_the_price(explainer, maps, folder, fit.extras)):
             each.to(on_device.device)
-            points.append(price_point(each, on_device, images, known, rows, photos.categories, head, config.seed))
+            points.append(price_point(each, on_device, images, known, rows, photos.categories, head))
             each.cpu()
             advance(len(points))
     PriceCurve(photos=len(held), others=len(others), points=tuple(points)).write(fit.out)

@@ -44,12 +44,16 @@ class SelectedFeatures:
     Attributes:
         path: the run directory.
         record: content of ``selection.json``.
-        found: its result.
     """
 
     path: Path
     record: SelectionRecord
-    found: SelectionFound
+
+    @property
+    def found(self) -> SelectionFound:
+        """Its result."""
+        assert self.record.found is not None  # it is finished
+        return self.record.found
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def select_features(
     with run.begun(asked) as begun:
         if begun.found is not None:
             show.say(f"{out} holds this selection already; nothing to do")
-            return SelectedFeatures(run.folder, begun, begun.found)
+            return SelectedFeatures(run.folder, begun)
         from partlens.verbs.selected_features import CACHE, selected
 
         show.say(f"{performer.name} · {len(rows)} photos to fit on, {len(held)} held out")
@@ -162,7 +166,7 @@ def select_features(
             shutil.rmtree(run.folder / CACHE)
         finished = run.finish(record, started, found=found)
         show.say(f"wrote {run.folder / record.FILE} in {finished.seconds:.0f} s")
-        return SelectedFeatures(run.folder, finished, found)
+        return SelectedFeatures(run.folder, finished)
 
 
 def _split_rows(images: ImageSet, split: str) -> tuple[list[int], list[int]]:
@@ -200,4 +204,4 @@ def load_selection(run: str | Path, model: str | nn.Module | Performer | None = 
     shape = torch.empty(found.index.size, len(found.classes), dtype=torch.float64, device="meta")
     path, again = folder / WEIGHTS, f"Restore the file, or delete it and {record.FILE}, then select again"
     weights = read_tensors(path, {"weights": shape}, sha256=found.weights_sha256, remedy=again)
-    return OpenedSelection(folder, record, found, weights["weights"], performer)
+    return OpenedSelection(folder, record, weights["weights"], performer)

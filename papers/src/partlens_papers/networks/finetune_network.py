@@ -15,7 +15,7 @@ from partlens.errors import InputError, LayerError, WeightsError, expected, firs
 from partlens.network.borrowed import random_state_kept
 from partlens.network.graph import trace
 from partlens.network.performer import Performer, module_of
-from partlens.network.watched import place_of
+from partlens.network.watched import bottlenecks, paths_of, reached
 from partlens.network.weights import with_outputs
 from partlens_papers.networks.finetune_config import FinetuneConfig
 from partlens_papers.networks.paper_networks import PaperNet
@@ -132,15 +132,16 @@ def fixed_before(module: nn.Module, layer: str) -> str:
     """
     traced = trace(module)
     traced.find(layer)  # refuses an unknown name with the nearest ones
-    inside = [traced.index(node) for node, own in traced.names.items() if own == layer or own.startswith(f"{layer}.")]
-    if inside:
-        for node in reversed(traced.cut_nodes):
-            if traced.index(node) < min(inside):
-                try:
-                    place_of(module, traced.label(node))
-                except LayerError:  # an operation without a module, such as flatten
-                    continue
-                return traced.label(node)
+    places = {node: place for place, node in enumerate(traced.nodes)}
+    inside = [places[node] for node, own in traced.names.items() if own == layer or own.startswith(f"{layer}.")]
+    live = reached([traced.nodes[-1]], lambda node: node.all_input_nodes) & traced.descendants(traced.input)
+    path = [node for node in traced.nodes[:-1] if node in live]
+    passed = bottlenecks(path, lambda node: live.intersection(node.users))
+    for node in [each for each, all_pass in zip(path, passed, strict=True) if all_pass and inside][:0:-1]:
+        named = [traced.names.get(node, ""), *(name for name, end in traced.containers.items() if end is node)]
+        taps = [name for name in named if name in paths_of(module)]  # an operation such as flatten has no module
+        if places[node] < min(inside) and taps:
+            return max(taps, key=len)
     raise LayerError(
         expected(
             "a layer with others before it that everything passes",

@@ -54,7 +54,8 @@ class Memory:
     @staticmethod
     def serves(x: Tensor) -> bool:
         """Whether a pass can do without the layers: it is not traced and asks for no gradient of its input."""
-        traced = isinstance(cast("object", x), fx.Proxy)
+        # Who looks at what is computed is shown all of it.
+        traced = isinstance(cast("object", x), fx.Proxy) or torch._C._is_torch_function_mode_enabled()  # noqa: SLF001
         return not traced and not (torch.is_grad_enabled() and x.requires_grad)
 
     @torch.no_grad()
