@@ -85,7 +85,7 @@ def test_gradients_of_the_input_and_traces_run_all_layers_and_the_given_network_
     assert float(x.grad.abs().sum()) > 0
     assert type(module) is PaperNet
     assert "conv1" in kept.cut_points()
-    assert "conv1" in trace(kept.module).all_names()
+    assert "conv1" in trace(kept.module).layers
     assert not list(tmp_path.rglob("*.npy"))
 
 

@@ -1,9 +1,4 @@
-"""The graph of a network: which operation feeds which, under the names that taps use; and copies cut out of it.
-
-Names are those of ``torchvision.models.feature_extraction``: the path of the module (``layer1.0.relu``), with
-``_1``, ``_2`` … for its second, third … call; operations written in ``forward`` carry the path of their
-module and their own name (``flatten``, ``layer1.0.add``). A module that contains others (``layer3``) names
-what it returns.
+"""The graph of a network by torch.fx, with the names that taps use; and copies cut out of it.
 
 The explainer's decoder starts as a copy of the layers behind a tap, and its reconstruction goes back into the performer
 through another.
@@ -16,9 +11,8 @@ import functools
 import inspect
 import math
 import operator
-import re
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -28,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from partlens.errors import LayerError, expected, first_line, nearest
 from partlens.network.borrowed import borrowed, unwrapped
-from partlens.network.kept_hooks import HookedCalls, is_hooks, kept_by_reference
+from partlens.network.kept_hooks import HookedCalls, kept_by_reference
 from partlens.network.watched import reached
 
 # fmt: off
@@ -53,11 +47,7 @@ def _is_of_torchvision(module: nn.Module, names: frozenset[str]) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Trace a network and give every node its tap name.
-
-    The naming follows torchvision's ``NodePathTracer``, without its mistake of dropping the number of a
-    module that is itself called ``conv_1``.
-    """
+    """Trace a network and note what each layer returns, by tap name."""
 
     def __init__(self) -> None:
         # A network that uses torchvision's or timm's functions has imported them by now.
@@ -66,11 +56,8 @@ class _Tracer(fx.Tracer):
         whole = () if timm is None else tuple(timm.get_notrace_functions())
         super().__init__((math,) if operators is None else (math, operators), whole)
         self.kept_whole = () if timm is None else tuple(timm.get_notrace_modules())
-        self.path = ""
-        self.names: dict[fx.Node, str] = {}
-        self.taken: set[str] = set()
-        self.calls: dict[str, int] = {}
-        self.containers: dict[str, fx.Node] = {}
+        self.calls: Counter[str] = Counter()
+        self.layers: dict[str, fx.Node] = {}
         self.hooked = HookedCalls()
 
     def create_args_for_root(
@@ -92,37 +79,16 @@ class _Tracer(fx.Tracer):
         return whole or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG002
-        before, path = self.path, self.path_of_module(m)
-        count = self.calls.get(path, 0)
-        self.calls[path] = count + 1
-        name = path if count == 0 else f"{path}_{count}"
-        self.path = path
-        try:
-            if self.is_leaf_module(m, path):
-                result = self.create_proxy("call_module", path, args, kwargs)
-                self.names[result.node] = name
-                self.taken.add(name)
-                return result
-            # Not `forward`, which would call hooks with proxies.
+        path = self.path_of_module(m)
+        name = f"{path}_{self.calls[path]}" if path in self.calls else path
+        self.calls[path] += 1
+        if self.is_leaf_module(m, path):
+            result = self.create_proxy("call_module", path, args, kwargs)
+        else:  # not `forward`, which would call hooks with proxies
             result = self.hooked.call(self, m, path, m.forward, (args, kwargs))
-            if isinstance(result, fx.Proxy):
-                self.containers[name] = result.node
-            return result
-        finally:
-            self.path = before
-
-    def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> Any:
-        proxy = super().create_proxy(kind, *args, **kwargs)
-        if kind != "call_module" and not is_hooks(proxy.node):
-            own = re.sub(r"_\d+$", "", proxy.node.name)
-            base = f"{self.path}.{own}" if self.path else own
-            name, count = base, 0
-            while name in self.taken:
-                count += 1
-                name = f"{base}_{count}"
-            self.taken.add(name)
-            self.names[proxy.node] = name
-        return proxy
+        if isinstance(result, fx.Proxy):
+            self.layers[name] = result.node
+        return result
 
 
 _OUT_OF_PLACE: dict[Any, Any] = {
@@ -235,8 +201,7 @@ class Graph:
     Attributes:
         root: the network (borrowed, not a copy).
         nodes: of torch.fx, in execution order; leaf modules are found in ``root``.
-        names: tap name of every node.
-        containers: what each module with submodules returns, by tap name.
+        layers: what each module returns, by tap name.
         input: the image batch.
         result: the node that the network returns; ``None`` when it returns several.
         constants: tensors made in ``forward`` from numbers.
@@ -252,40 +217,26 @@ class Graph:
     ) -> None:
         self.root = root
         self.nodes = list(graph.nodes)
-        self.names = {node: name for node, name in tracer.names.items() if node.graph is graph}
-        self.containers = {name: node for name, node in tracer.containers.items() if name}
+        self.layers = {name: node for name, node in tracer.layers.items() if name and node.graph is graph}
         self.input = source
         self.constants, self.hooked = constants, tracer.hooked
         self._end = next(node for node in self.nodes if node.op == "output")
         returned = self._end.args[0]
         self.result = returned if isinstance(returned, fx.Node) else None
 
-    def all_names(self) -> list[str]:
-        """Every name `find` accepts, in execution order."""
-        order = {node: index for index, node in enumerate(self.nodes)}
-        found = [(order[node], 0, name) for node, name in self.names.items() if node is not self.input]
-        found += [(order[node], 1, name) for name, node in self.containers.items()]
-        return [name for _, _, name in sorted(found)] + [_OUTPUT]
-
     def find(self, name: str) -> fx.Node:
-        """Return the node of a tap name.
+        """Return the node of a tap name; of a module that returns several values, that of its last layer.
 
         Raises:
             LayerError: no such layer, with the nearest names.
         """
-        if name in self.containers:
-            return self.containers[name]
-        inside: fx.Node | None = None
-        for node, own in self.names.items():
-            if own == name and node is not self.input:
-                return node
-            if own.startswith(f"{name}."):
-                inside = node
-        if inside is not None:
-            return inside
+        if name in self.layers:
+            return self.layers[name]
+        if inside := [node for own, node in self.layers.items() if own.startswith(f"{name}.")]:
+            return inside[-1]
         if name == _OUTPUT and self.result is not None:
             return self.result
-        remedy = f"Nearest: {', '.join(nearest(name, self.all_names()))}"
+        remedy = f"Nearest: {', '.join(nearest(name, [*self.layers, _OUTPUT]))}"
         raise LayerError(expected(f"a layer of {type(self.root).__name__}", name, remedy))
 
     def descendants(self, source: fx.Node) -> set[fx.Node]:
@@ -392,8 +343,8 @@ def trace(module: nn.Module) -> Graph:
         LayerError: its ``forward`` cannot be traced (it branches on values, or has several inputs).
 
     Example:
-        >>> trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())).all_names()
-        ['0', '1', 'output']
+        >>> list(trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())).layers)
+        ['0', '1']
     """
     inner = unwrapped(module)
     if len(needed := _required(inner)) > 1:

@@ -144,11 +144,6 @@ def kept_by_reference(modules: Iterable[nn.Module]) -> dict[int, Any]:
     return memo
 
 
-def is_hooks(node: fx.Node) -> bool:
-    """Whether a node of a graph calls hooks."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") == "kept_hooks"
-
-
 def hooked(module: nn.Module) -> bool:
     """Whether a module has hooks of its own in its forward pass."""
     return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001

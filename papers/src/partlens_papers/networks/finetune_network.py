@@ -133,13 +133,13 @@ def fixed_before(module: nn.Module, layer: str) -> str:
     traced = trace(module)
     traced.find(layer)  # refuses an unknown name with the nearest ones
     places = {node: place for place, node in enumerate(traced.nodes)}
-    inside = [places[node] for node, own in traced.names.items() if own == layer or own.startswith(f"{layer}.")]
+    inside = [places[node] for own, node in traced.layers.items() if own == layer or own.startswith(f"{layer}.")]
     live = reached([traced.nodes[-1]], lambda node: node.all_input_nodes) & traced.descendants(traced.input)
     path = [node for node in traced.nodes[:-1] if node in live]
     passed = bottlenecks(path, lambda node: live.intersection(node.users))
     for node in [each for each, all_pass in zip(path, passed, strict=True) if all_pass and inside][:0:-1]:
-        named = [traced.names.get(node, ""), *(name for name, end in traced.containers.items() if end is node)]
-        taps = [name for name in named if name in paths_of(module)]  # an operation such as flatten has no module
+        # An operation such as flatten has no module.
+        taps = [name for name, end in traced.layers.items() if end is node and name in paths_of(module)]
         if places[node] < min(inside) and taps:
             return max(taps, key=len)
     raise LayerError(
