@@ -211,5 +211,5 @@ def test_bad_parts(some: Tracks) -> None:
         part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), 12)
     with pytest.raises(InputError, match="Expected a part from 0 to 1 for each of 4 filters"):
         part_contributions(_bent, some, torch.tensor([0, 1, 2, 0]), 2)
-    with pytest.raises(InputError, match="Expected at least 1 part and 2 pairs of orders, got 0 and 32"):
-        sampled_part_contributions(_bent, some, torch.tensor([0, 0, 0, 0]), 0, generator=torch.Generator())
+    with pytest.raises(InputError, match="Expected at least 2 pairs of orders, got 1"):
+        sampled_part_contributions(_bent, some, torch.zeros(4).long(), 1, pairs=1, generator=torch.Generator())

@@ -202,12 +202,15 @@ def test_what_is_lost_without_a_part_is_what_the_score_really_loses() -> None:
     assert torch.allclose(found.alone, kept(taps, whole, cells).score)
 
 
-def test_many_players_are_sampled_with_a_standard_error_that_covers_the_exact_value() -> None:
+def test_many_players_are_sampled_with_a_standard_error_that_covers_the_exact_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     places = torch.rand(2, 4, 2, generator=draws(5))
     taps = lit(places, surprising)
     whole, cells = whole_photos(taps), part_cells(places, taps.grid, 0.4)
-    exact = regions._exact(taps, whole, cells)
-    some = regions._sampled(taps, whole, cells, 64, draws(1))
+    exact = shapley_shares(taps, whole, cells, generator=draws(1))
+    monkeypatch.setattr(regions, "MOST_EXACT_PLAYERS", 4)
+    some = shapley_shares(taps, whole, cells, pairs=64, generator=draws(1))
     assert torch.allclose(some.players.sum(1), torch.ones(2, dtype=torch.float64))
     assert torch.allclose(some.loss, exact.loss)
     assert torch.allclose(some.alone, exact.alone)

@@ -17,7 +17,6 @@ from torch import Tensor
 from partlens.object_parts.regions import (
     AREAS,
     KeptByKind,
-    Shares,
     TapMaps,
     Whole,
     carrying_order,
@@ -30,6 +29,7 @@ from partlens.object_parts.regions import (
     whole_photos,
     windows_at,
 )
+from partlens.object_parts.shapley import Shapley
 from partlens.object_parts.verdict import SAID_AREA, Verdict, best_place, judged
 
 GRID = 3
@@ -80,7 +80,7 @@ class Account:
     kept: KeptByKind
     grid: Float[Tensor, "gridded area window"]
     alone: Float[Tensor, "alone part"]
-    shares: Shares
+    shares: Shapley
     verdict: Verdict
 
 

@@ -17,8 +17,6 @@ percentages of parts without saying what they sum to; the one that sums is ours.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 
 from partlens.errors import InputError, expected
 from partlens.explainer.network import Explainer
+from partlens.object_parts.shapley import Shapley, Values, exact_shapley, sampled_shapley
 
 MOST_PLAYERS = 12
 _CHUNK = 64
@@ -112,23 +111,29 @@ def _checked_parts(parts: Tracks, part_of: Tensor, count: int) -> None:
         raise InputError(expected(rule, got, "Number the parts from 0"))
 
 
-def _coalition_values(
-    score: Score, parts: Tracks, part_of: Tensor, count: int, coalitions: Sequence[tuple[int, ...]]
-) -> Float[Tensor, "coalition image"]:
-    """Return S of each coalition: zeros and ones for the parts and, last, the ordinary track."""
+def _values(score: Score, parts: Tracks, part_of: Tensor, count: int) -> Values:
+    """Say what coalitions of the parts and, last, the ordinary track score on each image."""
     images = parts.interpretable.shape[0]
     members = torch.nn.functional.one_hot(part_of, count).T.to(parts.interpretable)  # [part, filter]
-    values = torch.empty(len(coalitions), images, dtype=torch.float64)
     per_pass = max(1, _CHUNK // images)
-    with torch.no_grad():
-        for first in range(0, len(coalitions), per_pass):
-            chunk = torch.tensor(coalitions[first : first + per_pass]).to(parts.interpretable)
+
+    def values(coalitions: Tensor) -> Tensor:
+        found = []
+        for chunk in coalitions.to(parts.interpretable).split(per_pass):
             keep = chunk[:, :count] @ members  # [coalition, filter]
             encoded = keep[:, None, :, None, None] * parts.interpretable + (
                 chunk[:, count, None, None, None, None] * parts.ordinary
             )
-            values[first : first + len(chunk)] = score(encoded.flatten(0, 1)).cpu().double().view(len(chunk), images)
+            with torch.no_grad():
+                found.append(score(encoded.flatten(0, 1)).cpu().double().view(len(chunk), images))
+        return torch.cat(found).T
+
     return values
+
+
+def _contributions(found: Shapley) -> PartContributions:
+    parts, error = found.players[:, :-1], found.standard_error[:, :-1]
+    return PartContributions(parts, found.players[:, -1], found.everyone, found.nobody, found.loss[:, :-1], error)
 
 
 def part_contributions(score: Score, parts: Tracks, part_of: Int[Tensor, " filter"], count: int) -> PartContributions:
@@ -137,30 +142,11 @@ def part_contributions(score: Score, parts: Tracks, part_of: Int[Tensor, " filte
     Raises:
         InputError: more parts than can be enumerated, or a part out of range.
     """
-    players = count + 1
     if not 1 <= count < MOST_PLAYERS:
         remedy = "Join parts, or estimate with sampled_part_contributions"
         raise InputError(expected(f"1 to {MOST_PLAYERS - 1} parts", count, remedy))
     _checked_parts(parts, part_of, count)
-    coalitions = list(itertools.product((0, 1), repeat=players))
-    values = _coalition_values(score, parts, part_of, count, coalitions)
-    cube = values.view(*([2] * players), parts.interpretable.shape[0])
-    # A coalition of s other players precedes a player in s! (n - 1 - s)! of the n! orders.
-    orders = [math.factorial(s) * math.factorial(count - s) / math.factorial(players) for s in range(players)]
-    size = torch.tensor(list(itertools.product((0, 1), repeat=count))).sum(1)
-    weight = torch.tensor(orders, dtype=torch.float64)[size]
-    gains = [(cube.select(player, 1) - cube.select(player, 0)).flatten(0, -2) for player in range(players)]
-    shares = [(gain * weight[:, None]).sum(0) for gain in gains]
-    full = cube[tuple([1] * players)]
-    removal = torch.stack([full - cube[tuple(0 if a == p else 1 for a in range(players))] for p in range(count)], dim=1)
-    return PartContributions(
-        parts=torch.stack(shares[:count], dim=1),
-        ordinary=shares[count],
-        score=full,
-        baseline=cube[tuple([0] * players)],
-        removal=removal,
-        standard_error=torch.zeros_like(removal),
-    )
+    return _contributions(exact_shapley(_values(score, parts, part_of, count), count + 1))
 
 
 def sampled_part_contributions(
@@ -172,49 +158,14 @@ def sampled_part_contributions(
     pairs: int = 32,
     generator: torch.Generator,
 ) -> PartContributions:
-    """Estimate Shapley values of parts from random orders in which the players join, for any number of parts.
-
-    Each order is used forwards and backwards (antithetic pairs: a part that joins early in one joins late in the
-    other), so the pairs are independent of each other and their spread gives the standard error: the sample standard
-    deviation over pairs (N - 1) over the root of their number. In every order the gains sum to
-    ``score - baseline``, so the estimates do, too. ``removal`` is exact. There are at most ``2 · pairs · count`` passes
-    through the decoder; coalitions that occur twice are computed once.
+    """Estimate Shapley values of parts from pairs of random orders in which they join, for any number of parts.
 
     Raises:
-        InputError: no part, fewer than 2 pairs, or a part out of range.
+        InputError: fewer than 2 pairs, or a part out of range.
     """
-    if count < 1 or pairs < 2:
-        raise InputError(expected("at least 1 part and 2 pairs of orders", f"{count} and {pairs}", "Raise them"))
     _checked_parts(parts, part_of, count)
-    players = count + 1
-    drawn = [torch.randperm(players, generator=generator).tolist() for _ in range(pairs)]
-    place: dict[tuple[int, ...], int] = {}
-
-    def numbered(members: set[int]) -> int:
-        coalition = tuple(int(p in members) for p in range(players))
-        return place.setdefault(coalition, len(place))
-
-    everyone = set(range(players))
-    nobody, full = numbered(set()), numbered(everyone)
-    without = [numbered(everyone - {p}) for p in range(count)]
-    # before[order, player] and after[order, player]: the coalition a player joins, and the one with it.
-    before = torch.empty(2 * pairs, players, dtype=torch.long)
-    after = torch.empty(2 * pairs, players, dtype=torch.long)
-    for row, order in enumerate(o for one in drawn for o in (one, one[::-1])):
-        for position, player in enumerate(order):
-            before[row, player] = numbered(set(order[:position]))
-            after[row, player] = numbered(set(order[: position + 1]))
-    values = _coalition_values(score, parts, part_of, count, list(place))
-    gains = (values[after] - values[before]).unflatten(0, (pairs, 2)).mean(1)  # [pair, player, image]
-    mean, error = gains.mean(0).T, (gains[:, :count].std(0) / math.sqrt(pairs)).T
-    return PartContributions(
-        parts=mean[:, :count],
-        ordinary=mean[:, count],
-        score=values[full],
-        baseline=values[nobody],
-        removal=(values[full] - values[without]).T,
-        standard_error=error,
-    )
+    values = _values(score, parts, part_of, count)
+    return _contributions(sampled_shapley(values, count + 1, pairs=pairs, generator=generator))
 
 
 def sums_by_part(

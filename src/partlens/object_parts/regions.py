@@ -14,7 +14,6 @@ places and one in the centre. The *rest* is everything outside the windows at th
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from partlens.errors import InputError, expected
+from partlens.object_parts.shapley import Shapley, exact_shapley, sampled_shapley
 
 AREAS = (0.1, 0.2, 0.3, 0.4)
 MOST_EXACT_PLAYERS = 10
@@ -321,16 +320,6 @@ def kept_at(taps: TapMaps, whole: Whole, places: Float[Tensor, "window 2"]) -> F
 # --- shares -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Shares:
-    """Shapley values of the parts' windows and of elsewhere, as shares of what there is to keep."""
-
-    players: Float[Tensor, "photo player"]  # elsewhere is last; they sum to 1
-    standard_error: Float[Tensor, "photo player"]  # 0 where the values are exact
-    loss: Float[Tensor, "photo player"]  # what is lost when the player alone is taken away
-    alone: Float[Tensor, "photo player"]  # what the player keeps alone
-
-
 def shapley_shares(
     taps: TapMaps,
     whole: Whole,
@@ -338,67 +327,23 @@ def shapley_shares(
     *,
     pairs: int = 32,
     generator: torch.Generator,
-) -> Shares:
-    """Share each photo's score among players that own the cells (:func:`part_cells`).
+) -> Shapley:
+    """Share what there is to keep of each photo among players that own the cells (:func:`part_cells`), elsewhere last.
 
-    Exact up to ten players, whose coalitions are all measured; beyond, the mean over random orders in which the players
-    join, each used forwards and backwards, with a standard error over the pairs.
-
-    Raises:
-        InputError: no player, or fewer than 2 pairs of orders.
+    Exact up to ten players; beyond from random orders (:func:`partlens.object_parts.shapley.sampled_shapley`). Of
+    photos on which nothing scores as much as the whole, NaN.
     """
+
+    def values(coalitions: Tensor) -> Tensor:
+        # Nobody keeps nothing, everybody keeps all; where that is the same, nothing is defined.
+        everybody = coalitions.all(1)
+        found = (whole.range * 0)[:, None] + everybody.double()
+        some = coalitions.any(1) & ~everybody
+        keep = torch.einsum("cp,iprs->icrs", coalitions[some].float(), cells.float()) > 0
+        found[:, some] = kept(taps, whole, keep).score
+        return found
+
     players = cells.shape[1]
-    if players < 1 or pairs < 2:
-        raise InputError(expected("at least 1 player and 2 pairs of orders", f"{players} and {pairs}", "Raise them"))
     if players <= MOST_EXACT_PLAYERS:
-        return _exact(taps, whole, cells)
-    return _sampled(taps, whole, cells, pairs, generator)
-
-
-def _values(
-    taps: TapMaps, whole: Whole, cells: Tensor, coalitions: Bool[Tensor, "coalition player"]
-) -> Float[Tensor, "photo coalition"]:
-    keep = torch.einsum("cp,iprs->icrs", coalitions.float(), cells.float()) > 0
-    return kept(taps, whole, keep).score
-
-
-def _exact(taps: TapMaps, whole: Whole, cells: Tensor) -> Shares:
-    players = cells.shape[1]
-    coalitions = torch.tensor(list(itertools.product((False, True), repeat=players)))
-    # Nobody keeps nothing, everybody keeps all; where that is the same, nothing is defined.
-    nobody = (whole.range * 0)[:, None]
-    values = torch.cat([nobody, _values(taps, whole, cells, coalitions[1:-1]), nobody + 1], 1)
-    cube = values.view(len(values), *([2] * players))
-    # A coalition of s other players precedes a player in s! (n - 1 - s)! of the n! orders.
-    orders = [math.factorial(s) * math.factorial(players - 1 - s) / math.factorial(players) for s in range(players)]
-    size = (
-        torch.tensor(list(itertools.product((0, 1), repeat=players - 1))).sum(1) if players > 1 else torch.tensor([0])
-    )
-    weight = torch.tensor(orders, dtype=torch.float64)[size]
-    gains = [cube.select(1 + p, 1) - cube.select(1 + p, 0) for p in range(players)]
-    shares = torch.stack([(gain.reshape(len(values), -1) * weight).sum(1) for gain in gains], 1)
-    one = torch.eye(players, dtype=torch.bool)
-    place = (one.int() * 2 ** torch.arange(players - 1, -1, -1)).sum(1)
-    everyone = 2**players - 1
-    loss, alone = values[:, [everyone]] - values[:, everyone - place], values[:, place]
-    return Shares(shares, torch.zeros_like(shares), loss, alone)
-
-
-def _sampled(taps: TapMaps, whole: Whole, cells: Tensor, pairs: int, generator: torch.Generator) -> Shares:
-    players = cells.shape[1]
-    orders = torch.stack([torch.randperm(players, generator=generator) for _ in range(pairs)])
-    orders = torch.stack([orders, orders.flip(1)], 1).flatten(0, 1)
-    rank = orders.argsort(1)
-    # After the step at which a player joins, everybody of a lower or the same rank is there.
-    after = rank[:, None, :] <= torch.arange(players)[None, :, None]
-    one = torch.eye(players, dtype=torch.bool)
-    coalitions = torch.cat([torch.zeros(1, players, dtype=torch.bool), after.flatten(0, 1), ~one, one])
-    known, number = coalitions.unique(dim=0, return_inverse=True)
-    values = _values(taps, whole, cells, known)[:, number]
-    steps = values[:, 1 : 1 + len(orders) * players].view(-1, len(orders), players)
-    before = torch.cat([values[:, :1, None].expand(-1, len(orders), 1), steps[..., :-1]], 2)
-    gains = (steps - before).gather(2, rank.expand(len(values), -1, -1))
-    of_pair = gains.unflatten(1, (pairs, 2)).mean(2)
-    error = of_pair.std(1) / math.sqrt(pairs)
-    without, alone = values[:, -2 * players : -players], values[:, -players:]
-    return Shares(of_pair.mean(1), error, steps[:, :1, -1] - without, alone)
+        return exact_shapley(values, players)
+    return sampled_shapley(values, players, pairs=pairs, generator=generator)

@@ -17,7 +17,8 @@ from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
 from partlens.object_parts.finding import PartFinder
 from partlens.object_parts.inspection import InspectedCategory, InspectRecord
-from partlens.object_parts.regions import Shares, TapMaps, Upper, part_cells, shapley_shares, whole_photos
+from partlens.object_parts.regions import TapMaps, Upper, part_cells, shapley_shares, whole_photos
+from partlens.object_parts.shapley import Shapley
 from partlens.object_parts.verdict import SAID_AREA
 from partlens.records import read_tensors
 from partlens.run import Run
@@ -92,7 +93,7 @@ class ExplainedWindows:
     outputs: Tensor
     category: InspectedCategory | None = None
     places: Tensor | None = None
-    shares: Shares | None = None
+    shares: Shapley | None = None
 
 
 def explain_windows(opened: OpenedInspection, batch: Tensor) -> list[ExplainedWindows]:
