@@ -26,8 +26,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -95,10 +95,14 @@ def told(
     """
     if bool(own.all()):
         return None
-    member = F.one_hot(decisions.unique(return_inverse=True)[1]).double()  # photo, decision
-    shuffled = own[torch.rand(_EXCHANGES, len(own), generator=generator).argsort(1)]
-    mine = torch.cat([own[None], shuffled]).double() @ member
-    counts = torch.stack([mine, member.sum(0) - mine], 1)  # draw, own or not, decision
+    number = decisions.unique(return_inverse=True)[1]
+    total = number.bincount()
+    here = number[own].bincount(minlength=len(total))
+    # Which decisions fall on as many photos when these are shuffled: drawn without shuffling, however many there are.
+    source = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+    drawn = source.multivariate_hypergeometric(total.numpy(), int(own.sum()), size=_EXCHANGES)
+    mine = torch.cat([here[None], torch.from_numpy(drawn)]).double()
+    counts = torch.stack([mine, total - mine], 1)  # draw, own or not, decision
     share = counts / len(own)
     chance = share.sum(2, keepdim=True) * share.sum(1, keepdim=True)
     bits = torch.special.xlogy(share, share / chance).sum((1, 2)) / math.log(2)
