@@ -300,12 +300,10 @@ start()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep what is freed")
-def test_the_program_keeps_freed_memory_for_the_next_batch() -> None:
-    code = """
+def test_the_program_and_its_workers_keep_freed_memory_for_the_next_batch() -> None:
+    count = """
 import resource
-from partlens.__main__ import keep_freed_memory
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-{before}
 for _ in range(2):
     b"x" * (40 << 20)
 known = faults()
@@ -313,9 +311,13 @@ for _ in range(10):
     b"x" * (40 << 20)
 print(faults() - known)
 """
+    keep = "from partlens.__main__ import keep_freed_memory\nkeep_freed_memory()\n"
+    child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {count!r}], check=True)"
 
-    def counted(before: str) -> int:
-        program = [sys.executable, "-c", code.replace("{before}", before)]
-        return int(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+    def counted(program: str) -> int:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        return int(done.stdout)
 
-    assert counted("keep_freed_memory()") < counted("") / 4
+    usual = counted(count)
+    assert counted(keep + count) < usual / 4
+    assert counted(keep + child) < usual / 4

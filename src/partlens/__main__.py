@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
@@ -18,6 +19,8 @@ def keep_freed_memory() -> None:
     if mallopt is not None:  # the GNU library's; others have no such habit
         mallopt(_TRIM_THRESHOLD, _ALWAYS)
         mallopt(_MMAP_THRESHOLD, _ALWAYS)
+        for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):  # of workers, which are started later
+            os.environ.setdefault(name, str(_ALWAYS))
 
 
 def start() -> None:
