@@ -25,7 +25,7 @@ from torch import nn
 import partlens
 from partlens.data.images import ImageSet
 from partlens.errors import AtWorkError, InputError, LayerError, RunError
-from partlens.evaluation.results import PriceCurve
+from partlens.evaluation.results import PriceCurve, PricePoint
 from partlens.explainer.teachers import find_teachers
 from partlens.network.graph import trace
 from partlens.network.performer import Performer
@@ -486,6 +486,23 @@ def test_beside_p_a_fit_says_what_part_filters_keep_alone(
             assert kept.errors_by == "logistic head"
     assert "a price: with the ordinary track silent the part filters keep" in told.getvalue()
     assert not (run / "cache").exists()
+
+
+def test_runs_that_share_a_cache_learn_prices_of_their_own(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    """The second one took the first one's prices for its own where only the fit before them differed."""
+
+    def points(name: str, cache: str, **changes: Any) -> list[PricePoint]:
+        out, config = tmp_path / name, {**SMALL, **changes}
+        fit_explainer(tiny, few_flowers, out=out, category=RED, config=config, cache=tmp_path / cache)
+        assert not (out / "price").exists()
+        return list(PriceCurve.read(out).points)
+
+    points("first", "shared", learning_rate_joint=1e-2)
+    dearer = points("dearer", "shared", eta=2e6)
+    assert [point.eta for point in dearer] == pytest.approx([2e6, 6e6, 2e7, 6e7])
+    assert points("second", "shared", learning_rate_joint=1e-4) == points("alone", "its-own", learning_rate_joint=1e-4)
 
 
 def test_a_long_fit_says_beforehand_how_long_it_takes_and_what_is_faster(

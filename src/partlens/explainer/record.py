@@ -98,6 +98,7 @@ class ExplainerRun(RunRecord):
         "evaluation.json",
         "photos.json",
         f"seeds/*/{WEIGHTS}",
+        "price/*/*",
     )
 
     train_photos: int

@@ -450,9 +450,9 @@ def _priced(fit: _Fit, maps: TrainingMaps, lesson: Lesson) -> None:
     rows = EvaluationRows(
         range(len(held)), range(len(held), len(images)), (), labels_of(photos.images, photos.categories, held), none
     )
-    structure, folder = fit.asked.structure, fit.cache / "price"
+    structure, folder = fit.asked.structure, fit.out / "price"  # not in the cache, which other runs may share
     on_device, layers = fit.performer.on(torch.device(fit.extras.device)), [structure.read, *structure.targets]
-    known = stream_maps(on_device, images, layers, folder / "maps", compute=fit.where)
+    known = stream_maps(on_device, images, layers, fit.cache / "held-out", compute=fit.where)
     explainer = build_explainer(fit.performer, fit.asked.structure, config)
     explainer.load_state_dict(read_tensors(fit.out / WEIGHTS, explainer.state_dict()))
     points: list[PricePoint] = []
@@ -464,6 +464,7 @@ def _priced(fit: _Fit, maps: TrainingMaps, lesson: Lesson) -> None:
             each.cpu()
             advance(len(points))
     PriceCurve(photos=len(held), others=len(others), points=tuple(points)).write(fit.out)
+    shutil.rmtree(folder)
 
 
 def _held_out(photos: _Photos) -> tuple[list[int], list[int]]:
