@@ -114,7 +114,7 @@ def maps_of(images: ImageSet, network: str, weights: str, side: int, place: Path
         print(place.name, precision, flush=True)
         kept: np.ndarray | None = None
         viewing = viewing.computing(precision.used)
-        for batch in stream(viewing, drawn, range(len(drawn)), [layer], batch_size=8 * VIEWS):
+        for batch in stream(viewing, drawn, range(len(drawn)), [layer], batch_size=8):
             values = batch.maps[layer].clamp(min=0).half().numpy()
             if kept is None:
                 shape = (photos, VIEWS, *values.shape[1:])

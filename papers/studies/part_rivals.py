@@ -1,7 +1,8 @@
 """Our parts beside other ways to divide a layer, on the same photos and layer: what they carry, foretell and cost.
 
-    our parts         `partlens.object_parts.finding`, as many as the photos support; foretold is the Shapley value
-    our eight         the same, all eight that are chosen; nothing is foretold
+    our parts         those that `partlens inspect` accounts for: the ones the photos support, and the ones of the
+                      eight found that carry most, at which the windows stand; foretold is the Shapley value
+    our eight         all eight that are found, as many units as the rivals have: the landmark error
     CRAFT             eight factors of crops, foretold is the total Sobol index (`partlens_papers.rivals.concepts`)
     TopK-SAE          the eight most active of 32 units; foretold as of CRAFT
     raw filters       the eight most active; foretold as of CRAFT
@@ -9,7 +10,7 @@
 
 All find on the training split's photos and are measured on held-out ones. Places are the centroids of the units' codes.
 
-    python papers/studies/part_rivals.py ANIMAL_PART resnet18=FILE --categories fox cat zebra
+    python papers/studies/part_rivals.py ANIMAL_PART resnet18=FILE --categories fox cat giant_panda
 
 Measured: kept score of windows at the units' places at four areas (`partlens.object_parts.regions`), and for CRAFT and
 Grad-CAM also of the cells where their own map is largest; rank correlation over units of foretold and measured loss
@@ -44,7 +45,7 @@ from partlens.network.zoo import load_performer
 from partlens.object_parts.account import ranking_photos
 from partlens.object_parts.candidates import centroids
 from partlens.object_parts.finding import PartFinder, find_parts, finding_layers
-from partlens.object_parts.inspection import FindingConfig
+from partlens.object_parts.inspection import FindingConfig, InspectConfig
 from partlens.object_parts.regions import (
     AREAS,
     TapMaps,
@@ -65,7 +66,7 @@ from partlens_papers.rivals.concepts import crops, losses, scores_at, sobol_mask
 from partlens_papers.rivals.factors import Nmf, fit_nmf
 from partlens_papers.rivals.sparse import TopKSae, fit_topk_sae
 
-UNITS, SAE_UNITS, VIEWS = 8, 32, 4
+UNITS, SAE_UNITS, VIEWS = 8, 32, InspectConfig().views
 FOUND, HELD, FORETOLD = 80, 40, 20  # photos of a category
 DRAWS, RIDGE = 2, 0.1
 RESULT = Path(__file__).parents[1] / "results" / "part-rivals.json"
@@ -150,8 +151,8 @@ class Bench:
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-def our_parts(bench: Bench) -> dict[str, tuple[Measured, PartFinder]]:
-    """Find the parts; return the supported ones and all that were chosen."""
+def our_parts(bench: Bench) -> tuple[Measured, PartFinder, PartFinder]:
+    """Find the parts; return the time, those that are accounted for and all that were found."""
     seconds: dict[str, float] = {}
     with Clock(seconds, "find"):
         images = bench.found.images
@@ -163,10 +164,10 @@ def our_parts(bench: Bench) -> dict[str, tuple[Measured, PartFinder]]:
         found = find_parts(
             lambda some, view: [maps[some, view]], windows, FindingConfig(), torch.Generator().manual_seed(0)
         )
-    return {
-        "our parts": (Measured(seconds=dict(seconds)), found.finder.only(range(found.supported))),
-        "our eight": (Measured(seconds=dict(seconds)), found.finder),
-    }
+    seen = ranking_photos(len(images))
+    carrying, counts = carrying_order(*taken(bench.found, seen), found.finder([bench.found.layer[seen]]))
+    accounted = [part for rank, part in enumerate(carrying) if rank < max(counts) or part < found.supported]
+    return Measured(seconds=seconds), found.finder.only(accounted), found.finder
 
 
 def shared(bench: Bench, measured: Measured, finder: PartFinder) -> None:
@@ -254,9 +255,15 @@ def windows_of(bench: Bench, measured: Measured, codes: Callable[[Tensor], Tenso
         taps, whole = taken(held, some)
         cells = part_cells(there[some], taps.grid, SAID_AREA)[:, :-1]
         measured.lost["windows"] = 1 - kept(taps, whole, ~cells).score
-    train = torch.arange(len(places) + len(there)) < len(places)
-    marks = torch.cat([found.landmarks, held.landmarks])
-    measured.landmark = landmark_errors(torch.cat([places, there]).flatten(1), marks, train, ridge=RIDGE)
+    measured.landmark = landmarks_missed(bench, codes)
+
+
+def landmarks_missed(bench: Bench, codes: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return how far the held-out photos' landmarks are from where the units' places foretell them."""
+    places = torch.cat([centroids(codes(photos.layer)) for photos in (bench.found, bench.held)])
+    train = torch.arange(len(places)) < len(bench.found.layer)
+    marks = torch.cat([bench.found.landmarks, bench.held.landmarks])
+    return landmark_errors(places.flatten(1), marks, train, ridge=RIDGE)
 
 
 def cells_with_most(bench: Bench, heat: Tensor) -> dict[str, Tensor]:
@@ -296,12 +303,11 @@ def grad_cam_in_windows(bench: Bench, finder: PartFinder, lost: Tensor) -> Measu
 def measure(performer: Performer, images: ImageSet, category: str) -> dict[str, Measured]:
     bench = Bench(performer, images, category)
     result: dict[str, Measured] = {}
-    ours = our_parts(bench)
-    for name, (measured, finder) in ours.items():
-        if name == "our parts":
-            shared(bench, measured, finder)
-        windows_of(bench, measured, lambda maps, finder=finder: finder.codes([maps]))
-        result[name] = measured
+    measured, finder, eight = our_parts(bench)
+    shared(bench, measured, finder)
+    windows_of(bench, measured, lambda maps: finder.codes([maps]))
+    result["our parts"] = measured
+    result["our eight"] = Measured(landmark=landmarks_missed(bench, lambda maps: eight.codes([maps])))
     for name, make in {"CRAFT": craft, "TopK-SAE": sparse, "raw filters": filters}.items():
         measured, divide = make(bench)
         indices(bench, measured, divide, rest=name != "CRAFT")
@@ -311,7 +317,7 @@ def measure(performer: Performer, images: ImageSet, category: str) -> dict[str, 
             worth = measured.foretold["own"].float()
             heat = torch.einsum("u,purc->prc", worth, divide(bench.held.layer)[0])
             result["CRAFT, its own cells"] = Measured(kept=cells_with_most(bench, heat))
-    result["Grad-CAM"] = grad_cam_in_windows(bench, ours["our parts"][1], result["our parts"].lost["own"])
+    result["Grad-CAM"] = grad_cam_in_windows(bench, finder, result["our parts"].lost["own"])
     still = torch.full((len(bench.found.layer) + len(bench.held.layer), 2), 0.5)
     train = torch.arange(len(still)) < len(bench.found.layer)
     marks = torch.cat([bench.found.landmarks, bench.held.landmarks])
@@ -378,7 +384,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
     parser.add_argument("network", help="NAME=FILE")
-    parser.add_argument("--categories", nargs="+", default=["fox", "cat", "zebra"])
+    parser.add_argument("--categories", nargs="+", default=["fox", "cat", "giant_panda"])
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     torch.set_num_threads(1)
