@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 
 import partlens
+from partlens.__main__ import keep_freed_memory
 from partlens.attribution.backprop import guided_backprop
 from partlens.attribution.grad_cam import layer_grad_cam
 from partlens.data.images import ImageSet
@@ -364,6 +365,7 @@ CASES = ("passes", "inspect", "chain", "explain", "maps", "guided", "cams", "las
 
 
 def main() -> None:
+    keep_freed_memory()  # as the program does; the other sides gain by it as well
     if sys.argv[1:2] == ["--child"]:
         return _child(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
