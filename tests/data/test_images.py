@@ -88,6 +88,15 @@ def test_missing_paths_and_empty_folders(tmp_path):
 # Tables
 
 
+def test_a_tables_validation_split_is_the_test_split_where_there_is_no_other(tmp_path):
+    """Else results were measured on the training photos, although others were there."""
+    names = ["1.png", "2.png", "3.png"]
+    path = table(tmp_path / "list.csv", {"image": names, "split": ["train", "Val", "validation"]})
+    assert ImageSet.open(path).splits == ("train", "test", "test")
+    path = table(tmp_path / "both.csv", {"image": names, "split": ["train", "val", "test"]})
+    assert ImageSet.open(path).splits == ("train", "val", "test")
+
+
 def test_a_table_gives_categories_splits_and_photos(tmp_path):
     save(tmp_path / "x/1.png", colour=(1, 2, 3))
     path = table(

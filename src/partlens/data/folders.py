@@ -26,16 +26,19 @@ _SHOWN = 3  # names of a kind in a remark
 _KINDS = 8
 
 
-def split_name(text: str) -> str:
-    """Return our name of a split: ``train`` and ``test`` in any case, also as training and testing; others as written.
+def split_names(texts: Iterable[str]) -> list[str]:
+    """Return our names of splits: ``train`` and ``test`` in any case, also as training and testing; others as written.
+
+    What is called validation counts as ``test`` where there is no ``test``.
 
     Example:
-        >>> split_name("Train"), split_name("TESTING"), split_name("Extra")
-        ('train', 'test', 'Extra')
+        >>> split_names(["Train", "TESTING", "Extra", "val"]), split_names(["train", "Val"])
+        (['train', 'test', 'Extra', 'val'], ['train', 'test'])
     """
-    folded = text.casefold()
-    folded = _SPLITS.get(folded, folded)
-    return folded if folded in _SPLIT_FOLDERS else text
+    given = [(text, _SPLITS.get(text.casefold(), text.casefold())) for text in texts]
+    found = [folded if folded in _SPLIT_FOLDERS else text for text, folded in given]
+    rename = {} if "test" in found else dict.fromkeys(_VALIDATION_FOLDERS, "test")
+    return [rename.get(name, name) for name in found]
 
 
 def _is_result(folder: Path) -> bool:
@@ -155,11 +158,10 @@ def image_files(path: Path) -> _FolderFiles:
 def _categories_and_splits(parts: Sequence[tuple[str, ...]]) -> tuple[list[str] | None, list[str] | None]:
     """Read category and split of each image off its path below the folder, None where it does not say them."""
     top = _top_folders(parts)
-    sides = None if top is None else list(map(split_name, top))
+    sides = None if top is None else split_names(top)
     if sides is None or not {"train"} <= set(sides) <= _SPLIT_FOLDERS:
         return top, None
-    rename = {} if "test" in sides else dict.fromkeys(_VALIDATION_FOLDERS, "test")
-    return _top_folders([names[1:] for names in parts]), [rename.get(name, name) for name in sides]
+    return _top_folders([names[1:] for names in parts]), sides
 
 
 def _top_folders(parts: Sequence[tuple[str, ...]]) -> list[str] | None:
@@ -182,7 +184,7 @@ def _doubts(
 
 def _sides_as_categories(tops: Iterable[str]) -> Iterator[str]:
     """Say that folders called train or test give no splits."""
-    sides = [name for name in tops if split_name(name) in {"train", "test"}]
+    sides = [name for name in tops if split_names([name, "test"])[0] in {"train", "test"}]
     others = [name for name in tops if name not in sides]
     if sides:
         beside = f", since {listed(others)} lies beside" if others else ", since not both are there"

@@ -20,7 +20,7 @@ from PIL import Image
 
 from partlens.data.annotations import FolderParts, PartTruth
 from partlens.data.files import Arrays, Box, ByteArray, Files, Generated, Scaled, Source, as_bytes, parallel, pictures
-from partlens.data.folders import image_files, split_name
+from partlens.data.folders import image_files, split_names
 from partlens.data.splits import filled_splits
 from partlens.data.tables import IMAGE_TABLE, LANDMARK_TABLE, category_cells, read_table, table_in, with_slashes
 from partlens.errors import ImageError, InputTypeError, expected, listed, nearest, printable
@@ -212,7 +212,7 @@ class ImageSet:
         ``bottom``                             left corner; no EXIF orientation is then applied
         ``category``                           what it shows (or ``class``, ``label``, ``class_index``: the first of
                                                these that exists)
-        ``split``                              ``train`` or ``test``
+        ``split``                              ``train`` or ``test``; validation counts as ``test`` where there is none
         ``photo``                              the photo that it was cut from; a split never cuts a group
         =====================================  ===================================================================
 
@@ -242,7 +242,7 @@ class ImageSet:
             keys,
             Files(tuple(folder / (file or key) for file, key in zip(files, keys, strict=True)), table.boxes()),
             categories=category_cells(table),
-            splits=None if splits is None else list(map(split_name, splits)),
+            splits=None if splits is None else split_names(splits),
             photos=table.columns.get("photo"),
             root=folder,
             name=folder.resolve().name if path.name.casefold() == IMAGE_TABLE else path.stem,
