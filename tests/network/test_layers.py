@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from partlens.errors import LayerError
@@ -191,6 +192,27 @@ def test_every_layer_says_why_no_explainer_can_be_fitted_to_it() -> None:
 
     # A network that branches on values has no graph of torch.fx; what it computes says the same.
     assert of(Branching(), (8, 8)).layers == of(Reasons(), (8, 8)).layers
+
+
+def test_what_is_computed_without_gradients_and_written_in_place_is_followed() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.side, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 1, 3), nn.Conv2d(4, 2, 3, stride=2)
+
+        def forward(self, x):
+            assert x.shape[2] == x.shape[3]  # torch.fx does not follow it
+            with torch.no_grad():
+                maps = self.conv(x)
+                maps.relu_()
+            maps *= self.side(x)
+            mask = torch.zeros_like(x)  # of sizes alone: no way around
+            return self.last(maps) + mask.sum()
+
+    layers = {layer.name: layer for layer in of(Frozen(), (8, 8)).layers}
+    assert [layers[name].reason for name in ("conv", "side")] == ["a shortcut goes around it"] * 2
+    assert layers["last"].reason == "no layer after it"
+    assert (layers["last"].stride_px, layers["last"].receptive_field_px) == ((2, 2), (5, 5))
 
 
 def test_outputs_of_several_tensors_and_repeated_calls_are_listed() -> None:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor, nn
 
 from partlens.attribution.pictures import overlay, save_png
@@ -25,9 +25,6 @@ from partlens.object_parts.assignment import upsampled
 from partlens.object_parts.record import NamedPart, PartsFile
 from partlens.object_parts.shares import PartShares, part_shares
 from partlens.verbs.fit_explainer import load_explainer
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 _TOP_FILTERS = 5
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from partlens.attribution.record import ExplainedByWindows, WindowPart
@@ -26,9 +26,6 @@ from partlens.verbs.inspected_category import TAUGHT
 from partlens.verbs.inspected_pictures import draw_parts
 from partlens.verbs.inspection import TENSORS, upper_of
 from partlens.verbs.runs import open_performer
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 _PAIRS = 32
 
