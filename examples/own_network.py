@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import partlens
-from partlens.network.fitting import train_classifier
-from partlens.network.flower_network import flower_network
+from partlens.network.fitting import flower_network, train_classifier
 
 
 def main(

@@ -28,8 +28,7 @@ import partlens
 from partlens.data.annotations import PartTruth
 from partlens.data.flowers import PETAL_CATEGORIES, render_flower
 from partlens.data.images import ImageSet
-from partlens.network.fitting import train_classifier
-from partlens.network.flower_network import flower_network, flower_preprocessing
+from partlens.network.fitting import flower_network, flower_preprocessing, train_classifier
 from partlens.network.performer import Performer, weights_sha256
 from partlens.object_parts.inspection import InspectedCategory
 

@@ -9,7 +9,7 @@ import pytest
 
 from partlens.data import flowers as flowers_module
 from partlens.data.flowers import PARTS, PETAL_CATEGORIES, generated_flowers, render_flower
-from partlens.data.splits import split_of
+from partlens.data.folders import split_of
 from partlens.errors import InputError, InputTypeError
 
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from partlens.data.annotations import PartTruth
+from partlens.data.folders import split_of
 from partlens.data.images import ImageSet
-from partlens.data.splits import split_of
 from partlens.errors import ImageError
 from partlens.network.preprocessing import Preprocessing
 from partlens.run import Unreadable

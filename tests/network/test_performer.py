@@ -14,8 +14,7 @@ from partlens.attribution.average_pictures import _crop_of
 from partlens.errors import InputError
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import build_explainer, explainer_structure, performer_head, reference_decoder
-from partlens.network.fitting import save_classifier
-from partlens.network.flower_network import flower_network, flower_preprocessing
+from partlens.network.fitting import flower_network, flower_preprocessing, save_classifier
 from partlens.network.performer import Performer, device_of, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.zoo import load_performer

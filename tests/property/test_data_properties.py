@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from partlens.data.annotations import PartTruth
 from partlens.data.flowers import PARTS, PETAL_CATEGORIES, render_flower
+from partlens.data.folders import split_of
 from partlens.data.images import ImageSet
-from partlens.data.splits import split_of
 from partlens.errors import ImageError
 
 names = st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=12, unique=True)

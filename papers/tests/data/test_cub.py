@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from partlens.data.check import check_data
+from partlens.data.folders import split_of
 from partlens.data.images import ImageSet
-from partlens.data.splits import split_of
 from partlens.errors import ImageError, InputError
 from partlens_papers.data.convert import convert
 from partlens_papers.data.layouts import layout_of

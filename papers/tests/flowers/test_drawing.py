@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from partlens.data.flowers import COLOURS, PARTS, PETAL_CATEGORIES
-from partlens.data.splits import split_of
+from partlens.data.folders import split_of
 from partlens.errors import InputError
 from partlens_papers.flowers.categories import STEM_CATEGORIES
 from partlens_papers.flowers.drawing import generated_flowers, render_flower

@@ -11,8 +11,14 @@ from torch import nn
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, InputTypeError, WeightsError
-from partlens.network.fitting import frames, right_answers, save_classifier, train_classifier
-from partlens.network.flower_network import flower_network, flower_preprocessing
+from partlens.network.fitting import (
+    flower_network,
+    flower_preprocessing,
+    frames,
+    right_answers,
+    save_classifier,
+    train_classifier,
+)
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.zoo import load_performer

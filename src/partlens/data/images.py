@@ -20,8 +20,7 @@ from PIL import Image
 
 from partlens.data.annotations import FolderParts, PartTruth
 from partlens.data.files import Arrays, Box, ByteArray, Files, Generated, Scaled, Source, as_bytes, parallel, pictures
-from partlens.data.folders import image_files, split_names
-from partlens.data.splits import filled_splits
+from partlens.data.folders import filled_splits, image_files, split_names
 from partlens.data.tables import IMAGE_TABLE, LANDMARK_TABLE, category_cells, read_table, table_in, with_slashes
 from partlens.errors import ImageError, InputTypeError, expected, listed, nearest, printable
 from partlens.run import Unreadable
@@ -66,7 +65,7 @@ class ImageSet:
         keys: unique names: the path relative to the folder or table, or a number for arrays.
         categories: what each image shows, ``""`` where unknown.
         splits: ``"train"``, ``"test"`` or the name that a table gives; filled by
-            :func:`~partlens.data.splits.split_of` where not given.
+            :func:`~partlens.data.folders.split_of` where not given.
         photos: the photo that each image was cut from (its own key where not given); a split never cuts a
             group.
         root: the folder of the files, None for arrays and generated images.
@@ -265,7 +264,7 @@ class ImageSet:
                 from 0 to 1. One colour, ``[row, col]`` or ``[row, col, 1]``, is grey. uint8 arrays are kept,
                 not copied. Pillow's images of any mode may be among the list.
             categories: what each image shows.
-            splits: the side of each image, ``""`` where :func:`~partlens.data.splits.split_of` shall decide.
+            splits: the side of each image, ``""`` where :func:`~partlens.data.folders.split_of` shall decide.
             photos: the photo that each image was cut from.
             name: what to call the set in reports.
 

@@ -42,7 +42,7 @@ from partlens.errors import (
     printable,
 )
 from partlens.network.borrowed import unwrapped
-from partlens.network.flower_network import FLOWER_DEMO, flower_network, flower_preprocessing
+from partlens.network.fitting import FLOWER_DEMO, flower_network, flower_preprocessing
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from partlens.network.weights import (

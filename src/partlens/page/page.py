@@ -35,7 +35,7 @@ INSPECTION_SHARE = 0.6
 
 
 @dataclass(frozen=True)
-class PageData:
+class _PageData:
     """Everything that one page says; drawing it needs nothing else.
 
     Attributes:
@@ -67,7 +67,7 @@ def _begun(kind: type[RunRecord], run: Path, verb: str) -> str:
     return (record.command or f"partlens {verb}") if record and not record.finished else ""
 
 
-def collect_page(run: Path) -> PageData:
+def collect_page(run: Path) -> _PageData:
     """Read a run directory into what its page says.
 
     Args:
@@ -105,10 +105,10 @@ def collect_page(run: Path) -> PageData:
     explained = (one.name for image in explanations.shown for one in image.record.explained)
     of_classes = Pictures(run, SelectionRecord.AGAIN, max(room - of_images.spent_bytes, 0))
     selection = SelectionData.read(run, of_classes, explained)
-    return PageData(explainer, selection, explanations, pending, named_parts, inspection)
+    return _PageData(explainer, selection, explanations, pending, named_parts, inspection)
 
 
-def _chapters(data: PageData) -> tuple[Chapter, ...]:
+def _chapters(data: _PageData) -> tuple[Chapter, ...]:
     """Return the chapters: verdicts, single predictions, filters; then one layer and its parts."""
     chapters = [data.inspection.chapter()] if data.inspection else []
     selection = [data.selection.chapter()] if data.selection else []
@@ -123,13 +123,13 @@ def _chapters(data: PageData) -> tuple[Chapter, ...]:
     return tuple(chapters)
 
 
-def _title(data: PageData, chapters: Sequence[Chapter]) -> str:
+def _title(data: _PageData, chapters: Sequence[Chapter]) -> str:
     if data.selection and data.explainer and not data.inspection:
         return f"Inside {notation.short_name(data.selection.record.performer.name)}"
     return next((chapter.page_title for chapter in chapters if chapter.page_title), "")
 
 
-def _banners(data: PageData) -> tuple[tuple[str, str], ...]:
+def _banners(data: _PageData) -> tuple[tuple[str, str], ...]:
     """Return (head, words) of what a reader must know before anything else."""
     banners = []
     if data.explainer and not data.explainer.run.finished:
@@ -141,7 +141,7 @@ def _banners(data: PageData) -> tuple[tuple[str, str], ...]:
     return tuple(banners)
 
 
-def render_page(data: PageData) -> str:
+def render_page(data: _PageData) -> str:
     """Draw the page.
 
     Args:
@@ -173,7 +173,7 @@ def render_page(data: PageData) -> str:
     )
 
 
-def _views(data: PageData) -> dict[str, Any]:
+def _views(data: _PageData) -> dict[str, Any]:
     """Return what each chapter's template shows."""
     images = data.explanations.shown
     return {

@@ -17,6 +17,7 @@ from partlens.run import SELECTION, Precision, RunRecord
 
 WEIGHTS = "selection.safetensors"
 DEFAULT_MU = 10.0
+NAMED_PHOTOS = 8
 _NAMED_LAYERS = ("outputs", "activations", "convolutions")
 
 
@@ -142,6 +143,11 @@ class SelectionConfig(Settings):
     top_photos: Annotated[int, Field(ge=1)]
     pictures: Annotated[int, Field(ge=0)]
     seed: int
+
+    @property
+    def ranks(self) -> int:
+        """How many photos are kept per filter: those of its picture and those that are named."""
+        return max(self.top_photos, NAMED_PHOTOS)
 
 
 class FilterPicture(Value):

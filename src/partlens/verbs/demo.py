@@ -44,8 +44,7 @@ _EXPLAINER = {"epochs": 5, "warmup_epochs": 10, "patience": 0}
 
 def _trained(images: ImageSet, weights: Path, seed: int, progress: Progress) -> float:
     """Train the demo's performer and write its weights; return its accuracy on held-out flowers."""
-    from partlens.network.fitting import save_classifier, train_classifier
-    from partlens.network.flower_network import flower_network, flower_preprocessing
+    from partlens.network.fitting import flower_network, flower_preprocessing, save_classifier, train_classifier
 
     fitted = train_classifier(
         flower_network,
@@ -81,7 +80,7 @@ def demo(
     Returns:
         Path of the page.
     """
-    from partlens.network.flower_network import SIDE_PX
+    from partlens.network.fitting import SIDE_PX
 
     if flowers < 120:
         raise InputError(expected("at least 120 flowers", flowers, "Set --flowers to 120 or more"))

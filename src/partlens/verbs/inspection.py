@@ -344,7 +344,7 @@ def _selection(work: _Work, reads: Sequence[Read], rows: Sequence[int], mu: floa
     import numpy as np
 
     from partlens.selection.responses import Responses, TopPhotos
-    from partlens.verbs.selected_features import SelectionPhotos, ranks, select_from
+    from partlens.verbs.selected_features import SelectionPhotos, select_from
 
     record, images = work.record, work.images
     config = SelectionConfig(
@@ -363,7 +363,7 @@ def _selection(work: _Work, reads: Sequence[Read], rows: Sequence[int], mu: floa
     chosen = images.take(rows[k] for k in order)
     arrays = {n: np.concatenate([read.arrays[n] for read in reads if read.rows])[order] for n in _RESPONSES}
     index, lost = _wanted(work.performer, None, record.finding).index, sum(read.dead_layers for read in reads)
-    top = TopPhotos.none(min(ranks(config), len(fitted)), index.size)
+    top = TopPhotos.none(min(config.ranks, len(fitted)), index.size)
     peak, cell = (np.concatenate([read.arrays[n] for read in reads if read.rows]) for n in ("peak", "peak_cell"))
     top = top.merged(peak[fitted], cell[fitted], 0)
     responses = Responses(keys=chosen.keys, index=index, dead_layers=lost, top=top, **arrays)

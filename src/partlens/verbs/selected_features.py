@@ -24,6 +24,7 @@ from partlens.selection.descriptors import energy
 from partlens.selection.inner_products import Rows, blocks
 from partlens.selection.measured_layers import feature_index
 from partlens.selection.record import (
+    NAMED_PHOTOS,
     WEIGHTS,
     FeatureIndex,
     FilterPicture,
@@ -47,7 +48,6 @@ from partlens.shards import Compute
 from partlens.verbs.runs import with_precision
 
 CACHE = "cache-selection"
-_NAMED_PHOTOS = 8
 _DOUBTED = 4096  # photos whose scores are looked at for what the outputs are
 
 _Pictures = Mapping[tuple[str, int], FilterPicture]
@@ -91,16 +91,11 @@ def selected(
             images,
             how,
             out=out / CACHE,
-            top=(ranks(config), photos.fit),
+            top=(config.ranks, photos.fit),
             compute=where,
             progress=lambda done, _: advance(done),
         )
     return record, select_from(photos, responses, out, show)
-
-
-def ranks(config: SelectionConfig) -> int:
-    """Return how many photos are kept per filter: those of its picture and those that are named."""
-    return max(config.top_photos, _NAMED_PHOTOS)
 
 
 def select_from(photos: SelectionPhotos, responses: Responses, out: Path, show: Progress) -> SelectionFound:
@@ -253,7 +248,7 @@ def _classes(
 def _strongest(responses: Responses, of_class: _OfClass) -> dict[tuple[str, int], tuple[str, ...]]:
     """Name the photos that activate each relevant filter most."""
     filters = list(dict.fromkeys((layer, channel) for found in of_class for layer, channel, _ in found))
-    top = responses.top.of([responses.index.feature(*each) for each in filters]).photo[:_NAMED_PHOTOS]
+    top = responses.top.of([responses.index.feature(*each) for each in filters]).photo[:NAMED_PHOTOS]
     return {each: tuple(responses.keys[row] for row in rows) for each, rows in zip(filters, top.T, strict=True)}
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 
 from partlens.data.annotations import BoolArray, PartTruth, UnusedPart
 from partlens.data.files import Box, Files, window_px
+from partlens.data.folders import filled_splits
 from partlens.data.images import ImageSet
-from partlens.data.splits import filled_splits
 from partlens.data.tables import BOX_COLUMNS, IMAGE_TABLE, LANDMARK_TABLE, MASK_FOLDER
 from partlens.errors import BACKGROUND, ImageError, InputError, StorageError, expected, failed, listed
 from partlens.records import write_text

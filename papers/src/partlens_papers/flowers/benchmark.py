@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from partlens.errors import InputError, RunError, expected
-from partlens.network.flower_network import SIDE_PX, flower_preprocessing
+from partlens.network.fitting import SIDE_PX, flower_preprocessing
 from partlens.progress import Progress
 from partlens.records import Settings, content_hash, read_json, read_tensors, write_json, write_tensors
 from partlens_papers.given import settings_of

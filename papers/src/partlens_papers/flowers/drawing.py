@@ -19,8 +19,8 @@ import numpy as np
 
 from partlens.data.annotations import PartTruth
 from partlens.data.flowers import PARTS, PETAL_CATEGORIES
+from partlens.data.folders import split_of
 from partlens.data.images import ImageSet
-from partlens.data.splits import split_of
 from partlens.errors import InputError, expected
 from partlens_papers.flowers.background import background, grass
 from partlens_papers.flowers.canvas import BoolArray, ByteArray, Canvas, Dice
@@ -250,7 +250,7 @@ def generated_flowers(
         size: side of the pictures in pixels, at least 32.
         categories: which of ``PETAL_CATEGORIES``, ``STEM_CATEGORIES`` and ``DOUBLE_CATEGORIES`` of
             :mod:`partlens_papers.flowers.categories` to draw.
-        splits: the side of each flower; :func:`~partlens.data.splits.split_of` of its key by default.
+        splits: the side of each flower; :func:`~partlens.data.folders.split_of` of its key by default.
         name: what to call the set in reports.
 
     Returns:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from partlens.errors import InputTypeError, expected
-from partlens.network.flower_network import flower_preprocessing
+from partlens.network.fitting import flower_preprocessing
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.weights import load_into, read_weights, seed_of, seeded

@@ -388,7 +388,7 @@ def _subject(
     show: Progress,
 ) -> tuple[Performer, ImageSet, FlowerSet | None]:
     """Return the network, its photos, and the flowers with their regions where the photos are such."""
-    from partlens.network.flower_network import SIDE_PX
+    from partlens.network.fitting import SIDE_PX
     from partlens_papers.flowers.benchmark import trained_flower_net
     from partlens_papers.flowers.sets import FLOWER_SETS, flower_set
 
