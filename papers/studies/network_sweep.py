@@ -375,8 +375,8 @@ def _page(rows: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:
         f"Handed back bit for bit: {same}. Not finished: {len(rows) - len(finished)}.",
         "",
         "`fit` is yes where the explainer's decoder with p = 0 gives the network's own scores (difference below",
-        f"{CLOSE} of the largest score). Layers are those that an explainer can be fitted to, of all. Where the graph",
-        "is autograd's, torch.fx could not trace the network.",
+        f"{CLOSE} of the largest score). Layers are those that an explainer can be fitted to, of all. Where there is",
+        "no graph, torch.fx could not trace the network.",
         "",
         "| network | px | layers | default tap | layout | graph | guided | select | explain | fit | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -392,7 +392,7 @@ def _row(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"| {row['name']} | | | | | | not finished | | | | |"
     found = row["layers"]
-    graph = "torch.fx" if found.get("traced") else "autograd"
+    graph = "torch.fx" if found.get("traced") else "none"
     layers = f"{found.get('tapped', 0)} of {found.get('count', 0)}"
     marks = [_mark(row[step]) for step in STEPS[1:]]
     cells = [row["name"], row["px"], layers, found.get("tap") or "none", found.get("layout") or "", graph, *marks]
