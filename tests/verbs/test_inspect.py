@@ -23,6 +23,7 @@ from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import PassPrecision
 from partlens.verbs import inspected_category
 from partlens.verbs.explained_windows import load_inspection
+from partlens.verbs.printed import print_verdicts
 
 SMALL = {"photos": 30, "measured": 12, "views": 3, "parts_max": 3}
 
@@ -148,6 +149,17 @@ def test_json_of_the_command_is_the_record(
     command = ["inspect", "partlens:flower-demo@random:0", str(tmp_path / "photos"), "--out", str(tmp_path / "run")]
     assert main([*command, "--json", "--inspect.views", "2", "--inspect.parts_max", "2"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "run" / "inspect.json").read_text())
+
+
+def test_the_command_prints_what_could_not_be_done_with_a_category(
+    inspected: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = InspectRecord.read(inspected)
+    last = found.categories[-1].model_copy(update={"notes": ("measured on the photos that the parts were found on",)})
+    print_verdicts(found.changed(categories=(*found.categories[:-1], last), notes=("no filters",)))
+    said = capsys.readouterr().out
+    assert "petal-red: measured on the photos that the parts were found on\n" in said
+    assert said.rstrip().endswith("no filters")
 
 
 def test_the_random_state_is_as_it_was(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:

@@ -171,7 +171,8 @@ def print_verdicts(found: InspectRecord) -> None:
         told = ", ".join(f"{name} {share:.0%}" for name, share in shares if math.isfinite(share))
         table.add_row(one.name or "all photos", one.verdict, _written(one.advantage, ".2f"), told, str(one.measured))
     console.print(table)
-    for sentence in (*(one.sentence for one in found.categories), *found.notes):
+    notes = (f"{one.name or 'all photos'}: {note}" for one in found.categories for note in one.notes)
+    for sentence in (*(one.sentence for one in found.categories), *notes, *found.notes):
         console.print(sentence, markup=False, highlight=False)
 
 
