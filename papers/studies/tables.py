@@ -489,12 +489,14 @@ def _beside_cells(network: str, category: str, name: str, in_print: str, scores:
         _value(scores, read, score, ".2f") for score in ("filter_correlation", "peak_spread_cells", "consistency")
     ]
     cells += [_value(scores, "performer", "error_percent", ".1f")]
-    cells += [_value(scores, name, "error_percent", ".1f")]
+    cells += [_value(scores, name, "error_percent", ".1f", whole=True)]
     cells += [_value(scores, name, "error_increase_points", ".1f", whole=True)]
-    errors = [
-        published("error_percent", network=network, subject=whose, data=data) for whose in ("performer", in_print)
-    ]
-    return [*cells, f"{errors[1][0].average - errors[0][0].average:+.1f}" if all(errors) else "–"]
+    measure: Any = "accuracy_percent" if in_print == "interpretable" else "error_percent"
+    before, after = (published(measure, network=network, subject=whose, data=data) for whose in ("performer", in_print))
+    if not before or not after:
+        return [*cells, "–"]
+    more = after[0].average - before[0].average
+    return [*cells, f"{-more if measure == 'accuracy_percent' else more:+.1f}"]
 
 
 SECTIONS = {
