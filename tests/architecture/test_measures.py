@@ -35,7 +35,7 @@ WANTED = {
 # What is not as wanted: the number reached, which no change may worsen. The wanted ones are those of the house before
 # networks of any layout, inspections and sealed files came into it. Delete a line when its bound is met.
 REACHED: dict[str, float] = {
-    "lines": 30_546,
+    "lines": 30_545,
     "files": 128,
     "complex_functions": 46,
     "mean_complexity": 3.765,

@@ -160,8 +160,7 @@ def save_classifier(
     write_tensors(path, network.state_dict(), metadata)
 
 
-FLOWER_DEMO = "flower-demo"
-"""Its name after ``partlens:``."""
+FLOWER_DEMO = "flower-demo"  # the name of the demo's network after ``partlens:``
 SIDE_PX = 112
 _MEAN = (0.45, 0.45, 0.4)
 _STD = (0.25, 0.25, 0.25)

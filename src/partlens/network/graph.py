@@ -33,8 +33,6 @@ _LEAVES = frozenset((
 ))
 # fmt: on
 _COPIED_WITHOUT = ("_backward_hooks", "_backward_pre_hooks")
-
-
 _OUTPUT = "output"
 _Layers = TypeVar("_Layers")
 

@@ -119,8 +119,8 @@ class Layers:
             layouts = layouts_of(calls, size)
             places = _places(calls, record)
             self._found = {call.name: _found(call, layouts[call.name], places[call.maker]) for call in calls}
-            passed = [each for each, cut in record.cut.items() if cut]
-            named = [places[each].label if each in places else f"{each.name}_{k}" for k, each in enumerate(passed)]
+            passed = enumerate(filter(record.cut.get, record.cut))
+            named = [places[each].label if each in places else f"{each.name}_{k}" for k, each in passed]
             self.cut_points = list(dict.fromkeys(named))
             self.found = tuple(self._found.values())
             fields = receptive_fields(record, size)
@@ -375,15 +375,16 @@ def _shown(alike: Sequence[Call]) -> Call:
     ``Sequential`` containers are none, so that ``features.30`` is not called ``features``; what derives from them
     (torchvision's ConvNormActivation) is one where nothing else ends.
     """
-    ends = [one for one in alike if type(one.module) not in _PLAIN and not _is_leaf(one.module)]
+    ends = [one for one in alike if not _is_plain(one.module)]
     blocks = [one for one in ends if not isinstance(one.module, _PLAIN)] or ends
     weighted = [one for one in blocks if _is_block(one.module)]
     return max(weighted or blocks or alike, key=lambda one: len(one.name))
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch."""
-    return type(module).__module__.startswith("torch.nn") and next(module.children(), None) is None
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a plain container or a layer of torch."""
+    own = not type(module).__module__.startswith("torch.nn") or next(module.children(), None) is not None
+    return type(module) in _PLAIN or not own
 
 
 def _is_block(module: nn.Module) -> bool:
