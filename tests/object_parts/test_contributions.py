@@ -16,7 +16,6 @@ from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
 from partlens.object_parts.contributions import (
     MOST_PLAYERS,
-    PartContributions,
     Tracks,
     class_score,
     gradient_activation,
@@ -27,6 +26,7 @@ from partlens.object_parts.contributions import (
     sums_by_part,
     tracks,
 )
+from partlens.object_parts.shapley import Shapley
 
 
 def _bent(encoded: Tensor) -> Tensor:
@@ -54,15 +54,15 @@ def test_shapley_values_match_the_mean_over_all_orders(some: Tracks) -> None:
         for place, player in enumerate(order):
             before = frozenset(order[:place])
             mean[:, player] += (worth(before | {player}) - worth(before)) / math.factorial(4)
-    assert torch.allclose(found.parts.float(), mean[:, :3], atol=1e-5)
-    assert torch.allclose(found.ordinary.float(), mean[:, 3], atol=1e-5)
-    assert torch.allclose(found.parts.sum(1) + found.ordinary, found.score - found.baseline, atol=1e-9)
+    assert torch.allclose(found.players[:, :3].float(), mean[:, :3], atol=1e-5)
+    assert torch.allclose(found.players[:, 3].float(), mean[:, 3], atol=1e-5)
+    assert torch.allclose(found.players.sum(1), found.everyone - found.nobody, atol=1e-9)
 
 
 @pytest.mark.parametrize("wrong", [0, MOST_PLAYERS])
 def test_one_part_to_as_many_as_can_be_enumerated(some: Tracks, wrong: int) -> None:
     alone = part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), 1)
-    assert torch.allclose(alone.parts[:, 0] + alone.ordinary, alone.score - alone.baseline, atol=1e-9)
+    assert torch.allclose(alone.players.sum(1), alone.everyone - alone.nobody, atol=1e-9)
     part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), MOST_PLAYERS - 1)
     with pytest.raises(InputError, match=f"Expected 1 to {MOST_PLAYERS - 1} parts, got {wrong}"):
         part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), wrong)
@@ -73,7 +73,7 @@ def test_removal_is_the_fall_of_the_score(some: Tracks) -> None:
     without = some.interpretable.clone()
     without[:, 2:] = 0
     fall = _bent(some.interpretable + some.ordinary) - _bent(without + some.ordinary)
-    assert torch.allclose(found.removal[:, 1].float(), fall, atol=1e-5)
+    assert torch.allclose(found.loss[:, 1].float(), fall, atol=1e-5)
 
 
 def test_gradient_times_activation_is_exact_for_a_linear_score(some: Tracks) -> None:
@@ -116,7 +116,7 @@ def test_through_a_real_explainer_the_whole_is_the_fed_back_score(tiny: Performe
         fed = head(explainer(taps["relu2"]).reconstructions[-1])
     fed = fed[0] if isinstance(fed, tuple) else fed
     grouped = part_contributions(score, parts, torch.arange(12) % 3, 3)
-    assert torch.allclose(grouped.score.float(), fed.gather(1, classes[:, None])[:, 0], atol=1e-5)
+    assert torch.allclose(grouped.everyone.float(), fed.gather(1, classes[:, None])[:, 0], atol=1e-5)
     assert gradient_activation(score, parts).shape == (4, 12)
     assert all(p.grad is None for p in explainer.parameters())
 
@@ -131,17 +131,17 @@ def test_sampled_shapley_values_meet_the_exact_ones_within_their_error(some: Tra
     part_of = torch.tensor([0, 1, 2, 1])
     exact = part_contributions(_tangled, some, part_of, 3)
 
-    def sampled() -> PartContributions:
+    def sampled() -> Shapley:
         draws = torch.Generator().manual_seed(5)
         return sampled_part_contributions(_tangled, some, part_of, 3, pairs=200, generator=draws)
 
     found = sampled()
-    assert torch.allclose(found.removal, exact.removal, atol=1e-5)
-    assert torch.allclose(found.parts.sum(1) + found.ordinary, found.score - found.baseline, atol=1e-9)
-    assert bool(((found.parts - exact.parts).abs() <= 4 * found.standard_error + 1e-5).all())
+    assert torch.allclose(found.loss, exact.loss, atol=1e-5)
+    assert torch.allclose(found.players.sum(1), found.everyone - found.nobody, atol=1e-9)
+    assert bool(((found.players - exact.players).abs() <= 4 * found.standard_error + 1e-5).all())
     assert float(found.standard_error.min()) > 1e-3
     assert float(exact.standard_error.max()) == 0
-    assert torch.equal(found.parts, sampled().parts)
+    assert torch.equal(found.players, sampled().players)
 
 
 def test_the_standard_error_is_that_of_the_mean_over_pairs_of_orders(some: Tracks) -> None:
@@ -166,8 +166,8 @@ def test_the_standard_error_is_that_of_the_mean_over_pairs_of_orders(some: Track
     each = torch.stack(gains)
     mean = each.mean(0)
     error = (((each - mean) ** 2).sum(0) / (pairs - 1)).sqrt() / math.sqrt(pairs)
-    assert torch.allclose(found.parts, mean[:3].T, atol=1e-6)
-    assert torch.allclose(found.standard_error, error[:3].T, atol=1e-6)
+    assert torch.allclose(found.players, mean.T, atol=1e-6)
+    assert torch.allclose(found.standard_error, error.T, atol=1e-6)
 
 
 def test_sampling_is_exact_for_a_score_without_interactions_and_serves_many_parts(generator: torch.Generator) -> None:
@@ -177,7 +177,7 @@ def test_sampling_is_exact_for_a_score_without_interactions_and_serves_many_part
         return encoded.sum((1, 2, 3))
 
     found = sampled_part_contributions(linear, Tracks(z, o, z), torch.arange(20), 20, pairs=2, generator=generator)
-    assert torch.allclose(found.parts.float(), z.sum((2, 3)), atol=1e-4)
+    assert torch.allclose(found.players[:, :-1].float(), z.sum((2, 3)), atol=1e-4)
     assert float(found.standard_error.max()) < 1e-4
 
 

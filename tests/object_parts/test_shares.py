@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from partlens.object_parts import shares
-from partlens.object_parts.contributions import PartContributions
 from partlens.object_parts.record import Contributions, NamedPart
+from partlens.object_parts.shapley import Shapley
 from partlens.object_parts.shares import PartShares, _part_labels, mean_contributions
 
 PARTS = (NamedPart("head", ("a",), (0, 3)), NamedPart("rest", ("b",), (1,)), NamedPart("leg", ("c",), (2,)))
@@ -23,9 +23,10 @@ OUTPUTS = torch.tensor([[5.0, 0.0], [1.0, 8.0], [7.0, 2.0]])
 
 
 def _batch(rows: slice, sign: float = 1.0) -> PartShares:
-    shapley, ordinary = sign * SHAPLEY[rows], sign * ORDINARY[rows]
-    score = BASELINE[rows] + shapley.sum(1) + ordinary
-    parts = PartContributions(shapley, ordinary, score, BASELINE[rows], REMOVAL[rows], 0 * shapley + 0.25)
+    shapley = sign * torch.cat([SHAPLEY[rows], ORDINARY[rows, None]], 1)
+    loss = torch.cat([REMOVAL[rows], ORDINARY[rows, None]], 1)
+    score = BASELINE[rows] + shapley.sum(1)
+    parts = Shapley(shapley, 0 * shapley + 0.25, loss, loss, BASELINE[rows], score)
     drawn = torch.stack([GRADIENT[rows], GRADIENT[rows].flip(1)], 1)
     fed = torch.tensor([[1.0, 0.0]] * 3)[rows]
     filters, heat = torch.zeros(len(shapley), 4), torch.zeros(len(shapley), 3, 1, 1)

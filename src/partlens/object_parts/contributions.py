@@ -45,18 +45,6 @@ class Tracks:
     passing: Tensor | None = None  # what passes by the encoder (`Explainer.decode`)
 
 
-@dataclass(frozen=True)
-class PartContributions:
-    """Shapley values of parts and of the ordinary track."""
-
-    parts: Float[Tensor, "image part"]  # [image, part]
-    ordinary: Float[Tensor, " image"]  # [image]
-    score: Float[Tensor, " image"]  # [image] S of the whole encoding
-    baseline: Float[Tensor, " image"]  # [image] S of nothing; parts and ordinary track sum to score - baseline
-    removal: Float[Tensor, "image part"]  # [image, part] how much the score falls when the part alone is taken away
-    standard_error: Float[Tensor, "image part"]  # [image, part] of parts; 0 where they are exact
-
-
 def tracks(explainer: Explainer, maps: Float[Tensor, "image filter row col"]) -> Tracks:
     """Run the encoder on the performer's maps at the tap and keep its two tracks apart."""
     with torch.no_grad():
@@ -131,13 +119,8 @@ def _values(score: Score, parts: Tracks, part_of: Tensor, count: int) -> Values:
     return values
 
 
-def _contributions(found: Shapley) -> PartContributions:
-    parts, error = found.players[:, :-1], found.standard_error[:, :-1]
-    return PartContributions(parts, found.players[:, -1], found.everyone, found.nobody, found.loss[:, :-1], error)
-
-
-def part_contributions(score: Score, parts: Tracks, part_of: Int[Tensor, " filter"], count: int) -> PartContributions:
-    """Share a score among parts by exact Shapley values.
+def part_contributions(score: Score, parts: Tracks, part_of: Int[Tensor, " filter"], count: int) -> Shapley:
+    """Share a score among parts and, last, the ordinary track by exact Shapley values.
 
     Raises:
         InputError: more parts than can be enumerated, or a part out of range.
@@ -146,7 +129,7 @@ def part_contributions(score: Score, parts: Tracks, part_of: Int[Tensor, " filte
         remedy = "Join parts, or estimate with sampled_part_contributions"
         raise InputError(expected(f"1 to {MOST_PLAYERS - 1} parts", count, remedy))
     _checked_parts(parts, part_of, count)
-    return _contributions(exact_shapley(_values(score, parts, part_of, count), count + 1))
+    return exact_shapley(_values(score, parts, part_of, count), count + 1)
 
 
 def sampled_part_contributions(
@@ -157,15 +140,15 @@ def sampled_part_contributions(
     *,
     pairs: int = 32,
     generator: torch.Generator,
-) -> PartContributions:
-    """Estimate Shapley values of parts from pairs of random orders in which they join, for any number of parts.
+) -> Shapley:
+    """Estimate Shapley values of parts and, last, the ordinary track from pairs of random orders in which they join.
 
     Raises:
         InputError: fewer than 2 pairs, or a part out of range.
     """
     _checked_parts(parts, part_of, count)
     values = _values(score, parts, part_of, count)
-    return _contributions(sampled_shapley(values, count + 1, pairs=pairs, generator=generator))
+    return sampled_shapley(values, count + 1, pairs=pairs, generator=generator)
 
 
 def sums_by_part(

@@ -15,7 +15,6 @@ from partlens.estimate import Estimate, bootstrap, percentile_interval
 from partlens.explainer.network import Explainer
 from partlens.object_parts.contributions import (
     MOST_PLAYERS,
-    PartContributions,
     class_score,
     gradient_activation,
     part_contributions,
@@ -26,6 +25,7 @@ from partlens.object_parts.contributions import (
     tracks,
 )
 from partlens.object_parts.record import Contributions, NamedPart, PartContribution
+from partlens.object_parts.shapley import Shapley
 from partlens.object_parts.trust import removal_agreement
 
 # Up to this many coalitions Shapley values are exact; beyond they are estimated from random orders.
@@ -40,7 +40,7 @@ _ROUNDS = 1000
 class PartShares:
     """Contributions of parts to one score per image; ``S`` is the performer's score of the fed-back reconstruction."""
 
-    parts: PartContributions  # Shapley values, S and the fall of S without each part
+    shapley: Shapley  # of parts and, last, the ordinary track; everyone is S, nobody S of nothing
     filters: Float[Tensor, "image filter"]  # integrated gradients of each filter
     integrated: Float[Tensor, "image part"]  # sum of them over each part's filters
     gradient_activation: Float[Tensor, "image part"]  # sum of gradient × activation, the papers' measure
@@ -52,7 +52,7 @@ class PartShares:
     @property
     def rise(self) -> Float[Tensor, " image"]:
         """S less S of nothing."""
-        return self.parts.score - self.parts.baseline
+        return self.shapley.everyone - self.shapley.nobody
 
 
 def _part_labels(parts: Sequence[NamedPart], filters: int) -> Int[Tensor, " filter"]:
@@ -87,7 +87,7 @@ def part_shares(
         fed = head(explainer.decode(both.interpretable + both.ordinary, both.passing)[-1])
         masked = explainer.masked(both.maps).cpu()
     return PartShares(
-        parts=grouped,
+        shapley=grouped,
         filters=single,
         integrated=sums_by_part(single, part_of, count),
         gradient_activation=sums_by_part(gradient_activation(score, both).cpu(), part_of, count),
@@ -134,10 +134,10 @@ def mean_contributions(
     """Join what the parts add to the performer's own predictions for all photos."""
     over = _OverPhotos(photos, torch.Generator().manual_seed(seed))
     found: PartShares = _joined(batches)
-    shapley, ordinary, rise = found.parts.parts, found.parts.ordinary, found.rise
+    shapley, ordinary, rise = found.shapley.players[:, :-1], found.shapley.players[:, -1], found.rise
     own = outputs.gather(1, outputs.argmax(1, keepdim=True))[:, 0].double()
     # The order of these estimates is the order of their draws.
-    performer_score, fed_back, baseline = (over.mean(v) for v in (own, found.parts.score, found.parts.baseline))
+    performer_score, fed_back, baseline = (over.mean(v) for v in (own, found.shapley.everyone, found.shapley.nobody))
     interpretable_share, ordinary_share = (over.ratio(v, rise) for v in (shapley.sum(1), ordinary))
     rows = tuple(_of_part(part, p, found, over) for p, part in enumerate(parts))
     sizes = torch.tensor([len(p.filters) for p in parts], dtype=torch.float64)
@@ -155,11 +155,11 @@ def mean_contributions(
         baseline=baseline,
         interpretable_share=interpretable_share,
         ordinary_share=ordinary_share,
-        standard_error=float(found.parts.standard_error.mean()),
+        standard_error=float(found.shapley.standard_error[:, :-1].mean()),
         parts=rows,
         removal_check={
             name: removal_agreement(
-                values, found.parts.removal, photos=photos, generator=over.generator, rounds=_ROUNDS
+                values, found.shapley.loss[:, :-1], photos=photos, generator=over.generator, rounds=_ROUNDS
             )
             for name, values in predicted.items()
         },
@@ -178,7 +178,7 @@ def _joined(found: Sequence[Any]) -> Any:
 
 
 def _of_part(part: NamedPart, p: int, found: PartShares, over: _OverPhotos) -> PartContribution:
-    shapley, removal = found.parts.parts, found.parts.removal[:, p]
+    shapley, removal = found.shapley.players[:, :-1], found.shapley.loss[:, p]
     # The same draws of the filters serve every batch, so that a draw is one assignment over all photos.
     drawn = found.random.transpose(0, 1).contiguous().sum(1)
     null = (drawn / drawn.sum(1, keepdim=True))[:, p]

@@ -111,8 +111,9 @@ def part_records(
     ranks, names, records = answer_ranks(chance), opened.file.named, []
     own = class_outputs(found.outputs[i : i + 1]).argmax()
     for k, shares in enumerate(found.shares[i]):
-        each, output = shares.parts, int(found.classes[i, k])
-        ordinary, added, rise = float(each.ordinary[0]), float(each.parts[0].sum()), float(shares.rise[0])
+        each, output = shares.shapley, int(found.classes[i, k])
+        *parts, ordinary = each.players[0].tolist()
+        added, rise = sum(parts), float(shares.rise[0])
         files = [f"part-{k + 1}-{p + 1}.png" for p in range(len(names))]
         for p, file in enumerate(files):
             # A part that speaks against the class is drawn where it does so.
@@ -127,15 +128,15 @@ def part_records(
                 probability=float(chance[output]),
                 rank=ranks[output],
                 performer_score=float(found.outputs[i, output]),
-                fed_back=float(each.score[0]),
-                baseline=float(each.baseline[0]),
+                fed_back=float(each.everyone[0]),
+                baseline=float(each.nobody[0]),
                 same_answer=bool(class_outputs(shares.fed_outputs[:1]).argmax() == own),
                 method=shares.method,
                 interpretable_share=_share(added, rise),
                 ordinary=ordinary,
                 ordinary_share=_share(ordinary, rise),
                 parts=tuple(_of_part(part, p, shares, files[p]) for p, part in enumerate(names)),
-                headline=headline([part.name for part in names], each.parts[0].tolist()),
+                headline=headline([part.name for part in names], parts),
             )
         )
     return tuple(records)
@@ -149,7 +150,7 @@ def _share(value: float, whole: float) -> float:
 def _of_part(part: NamedPart, p: int, shares: PartShares, file: str) -> PartShare:
     own = shares.filters[0, list(part.filters)]
     strongest = own.abs().argsort(descending=True, stable=True)[:_TOP_FILTERS].tolist()
-    shapley, integrated = float(shares.parts.parts[0, p]), float(shares.integrated[0, p])
+    shapley, integrated = float(shares.shapley.players[0, p]), float(shares.integrated[0, p])
     whole, null = float(shares.integrated[0].sum()), Estimate.undefined("draws")
     if whole > 0 and shares.integrated.shape[1] > 1:
         drawn = shares.random[0, :, p].double() / whole
@@ -157,14 +158,14 @@ def _of_part(part: NamedPart, p: int, shares: PartShares, file: str) -> PartShar
     return PartShare(
         name=part.name,
         filters=len(part.filters),
-        share=_share(shapley, float(shares.parts.parts[0].sum())),
+        share=_share(shapley, float(shares.shapley.players[0, :-1].sum())),
         share_of_score=_share(shapley, float(shares.rise[0])),
         shapley=shapley,
-        standard_error=float(shares.parts.standard_error[0, p]),
+        standard_error=float(shares.shapley.standard_error[0, p]),
         gradient_activation=float(shares.gradient_activation[0, p]),
         integrated_share=_share(integrated, whole),
         null=null,
-        removal=float(shares.parts.removal[0, p]),
+        removal=float(shares.shapley.loss[0, p]),
         heat=file,
         top_filters=tuple(part.filters[f] for f in strongest),
     )
@@ -195,6 +196,6 @@ def part_tensors(found: ExplainedParts, i: int) -> dict[str, Tensor]:
     return {
         "part_classes": found.classes[i],
         "part_heat": found.heat[i],
-        "part_shapley": torch.cat([s.parts.parts for s in found.shares[i]]),
+        "part_shapley": torch.cat([s.shapley.players[:, :-1] for s in found.shares[i]]),
         "part_filters": torch.cat([s.filters for s in found.shares[i]]),
     }
