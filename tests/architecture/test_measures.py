@@ -35,13 +35,13 @@ WANTED = {
 # What is not as wanted: the number reached, which no change may worsen. The wanted ones are those of the house before
 # networks of any layout, inspections and sealed files came into it. Delete a line when its bound is met.
 REACHED: dict[str, float] = {
-    "lines": 30_545,
+    "lines": 30_529,
     "files": 128,
     "complex_functions": 46,
     "mean_complexity": 3.765,
-    "record_classes": 219,
-    "record_fields": 1_136,
-    "public_names": 610,
+    "record_classes": 218,
+    "record_fields": 1_130,
+    "public_names": 609,
     "comment_share": 0.0077,
 }
 
