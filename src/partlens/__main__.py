@@ -19,8 +19,8 @@ def keep_freed_memory() -> None:
     if mallopt is not None:  # the GNU library's; others have no such habit
         mallopt(_TRIM_THRESHOLD, _ALWAYS)
         mallopt(_MMAP_THRESHOLD, _ALWAYS)
-        for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):  # of workers, which are started later
-            os.environ.setdefault(name, str(_ALWAYS))
+        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(_ALWAYS))  # of workers, which are started later
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(_ALWAYS))
 
 
 def start() -> None:

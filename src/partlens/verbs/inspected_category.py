@@ -119,7 +119,7 @@ def inspect_category(stage: Stage, photos: CategoryPhotos) -> tuple[InspectedCat
 
 def _told(stage: Stage, name: str, generator: torch.Generator) -> Comparison | None:
     """Return what the network's decisions say about being of a category."""
-    own = [not name or stage.images.categories[row] == name for row in stage.decisions]
+    own = [stage.images.categories[row] == name for row in stage.decisions]
     return told(torch.tensor([*stage.decisions.values()]), torch.tensor(own), generator)
 
 
