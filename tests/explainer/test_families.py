@@ -61,7 +61,8 @@ def test_with_p_of_0_the_explainer_says_what_the_network_says(family: str, trace
 def test_the_interpretable_track_is_not_negative_whatever_the_tap_is(family: str) -> None:
     explainer, maps, _ = explained(performer_of(family))
     assert explainer.structure.signed == (family != "relu")
-    found = explainer.normed_tracks(maps)
+    with torch.no_grad():
+        found = explainer.normed_tracks(maps)
     assert float(found.interp2.min()) >= 0
     assert (float(found.ordinary.min()) < 0) == explainer.structure.signed
 
