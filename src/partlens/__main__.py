@@ -13,7 +13,7 @@ _ALWAYS = 2**31 - 1
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed for the next batch.
 
-    It gives large buffers back, and Linux clears the same pages for every batch: a seventh of the CPU time of an inspection.
+    It gives large buffers back, and Linux clears the same pages for every batch: a seventh of an inspection's CPU time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # the GNU library's; others have no such habit
