@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from partlens.object_parts.inspection import Comparison
 from partlens.object_parts.regions import AREAS, KeptByKind
 from partlens.object_parts.verdict import Verdict, best_place, compared, judged, sentence
 from partlens.object_parts.verdict import told as decisions_tell
@@ -73,6 +76,20 @@ def test_parts_that_all_stand_in_one_place_may_be_the_whole_object_where_that_is
 
 def test_windows_anywhere_that_keep_as_much_are_texture() -> None:
     assert told(measured(0.2), grid(0.2, 0.3)).kind == "texture"
+
+
+def test_the_sentence_of_texture_names_a_comparison_that_fails_and_not_the_nearest_that_does_not() -> None:
+    kept = measured(0.5)
+    against = {  # the centre is nearest, random windows are furthest below their chance level
+        "other_photos": Comparison(advantage=0.30, threshold=0.10),
+        "random": Comparison(advantage=0.35, threshold=0.40),
+        "centre": Comparison(advantage=0.20, threshold=0.10),
+    }
+    verdict = replace(told(measured(0.2), grid(0.2, 0.3)), best_null="centre", against=against)
+    assert (verdict.kind, verdict.reason) == ("texture", "")
+    words = sentence("fox", verdict, kept, (1, 1, 1, 1))
+    random = f"{kept.score['random'][:, 2].nanmedian():.0%}"
+    assert f"but random windows keep {random}, a difference that may be chance (n" in words
 
 
 def test_parts_that_keep_less_than_everything_else_are_texture_or_the_whole() -> None:

@@ -230,16 +230,18 @@ def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: Sequence[in
         kept: what windows keep.
         windows: at how many parts the windows of each area stand.
 
-    Of parts the area is told at which they are furthest above the best kind for comparison.
+    Of parts the area is told at which they are furthest above the best kind for comparison, else what they fail most.
     """
     what = name or "these photos"
+    failed = {one.advantage - one.threshold: k for k, one in verdict.against.items() if one.advantage <= one.threshold}
+    null = failed[min(failed)] if failed else verdict.best_null
     at = AREAS.index(SAID_AREA)
     if verdict.kind == "parts":
-        at = int((curve(kept.score["parts"]) - curve(kept.score[verdict.best_null])).nan_to_num(-1.0).argmax())
-    parts, null = (_percent(float(curve(kept.score[kind])[at])) for kind in ("parts", verdict.best_null))
+        at = int((curve(kept.score["parts"]) - curve(kept.score[null])).nan_to_num(-1.0).argmax())
+    mine, theirs = (float(curve(kept.score[kind])[at]) for kind in ("parts", null))
     around = "one part" if windows[at] == 1 else f"{windows[at]} parts"
-    numbers = f"{AREAS[at]:.0%} of the image around {around} keeps {parts} of the score"
-    other = f"{_NAMES[verdict.best_null]} keep{'s' if verdict.best_null in _ONE else ''} {null}"
+    numbers = f"{AREAS[at]:.0%} of the image around {around} keeps {_percent(mine)} of the score"
+    other = f"{_NAMES[null]} {_percent(theirs)}"
     n = f"n = {verdict.photos}"
     if verdict.kind == "parts":
         return f"The network knows {what} by parts: {numbers}; {other} ({n})."
@@ -247,7 +249,7 @@ def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: Sequence[in
         rest = _percent(float(curve(kept.score["rest"])[at]))
         return (
             f"The network knows {what} by texture or the whole: {numbers}, "
-            f"as much at {_PLAIN[verdict.best_null]} {null}, and everything outside keeps {rest} ({n})."
+            f"as much at {_PLAIN[null]} {_percent(theirs)}, and everything outside keeps {rest} ({n})."
         )
     if verdict.reason == "one_place":
         return (
@@ -255,7 +257,8 @@ def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: Sequence[in
             f"where {numbers}; {other} ({n})."
         )
     if verdict.kind == "texture":
-        return f"The network knows {what} by texture or the whole: {numbers}, but {other} ({n})."
+        chance = ", a difference that may be chance" if mine > theirs else ""
+        return f"The network knows {what} by texture or the whole: {numbers}, but {other}{chance} ({n})."
     if verdict.kind == "elsewhere":
         return _elsewhere(what, verdict, kept, n)
     if verdict.reason == "few":
@@ -269,7 +272,6 @@ def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: Sequence[in
     return f"Undecided: the photos of {what} are too few to tell parts from chance: {numbers}; {other} ({n})."
 
 
-_ONE = ("centre", "object")
 _PLAIN = {
     "other_photos": "the same places of other photos",
     "random": "random places",
@@ -277,21 +279,19 @@ _PLAIN = {
     "object": "the best of nine places on the object",
 }
 _NAMES = {
-    "other_photos": "the same windows of other photos",
-    "random": "random windows",
-    "centre": "a window in the centre",
-    "object": "the best of nine places on the object",
+    "other_photos": "the same windows of other photos keep",
+    "random": "random windows keep",
+    "centre": "a window in the centre keeps",
+    "object": "the best of nine places on the object keeps",
 }
 
 
 def _elsewhere(what: str, verdict: Verdict, kept: KeptByKind, n: str) -> str:
     head = f"The network knows {what} by something beside the object:"
     if verdict.reason == "fixed":
-        parts = _percent(float(curve(kept.score["parts"])[0]))
-        where = _where(*verdict.fixed)
-        mine = _percent(verdict.fixed_kept)
+        parts, mine = _percent(float(curve(kept.score["parts"])[0])), _percent(verdict.fixed_kept)
         return (
-            f"{head} {AREAS[0]:.0%} of the image, always {where}, keeps {mine} of the score; "
+            f"{head} {AREAS[0]:.0%} of the image, always {_where(*verdict.fixed)}, keeps {mine} of the score; "
             f"as much at the parts keeps {parts} ({n})."
         )
     at = AREAS.index(SAID_AREA)
