@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from partlens.attribution.backprop import backward_signals, heat_map
+from partlens.attribution.backprop import backward_signals, heat_map, scaled
 from partlens.attribution.explanation import (
     choose_top,
     contributions,
     explain_batch,
-    scaled,
     smoothed,
 )
 from partlens.attribution.record import ExplanationConfig

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from partlens.attribution.receptive_pictures import (
     OcclusionFields,
-    _effective_side_px,
     covered,
     occluder_places,
     occlusion_receptive_fields,
+    pixels_of_half,
     region_picture,
     regions,
 )
@@ -201,7 +201,7 @@ def test_places_lie_inside_and_squares_are_zero(generator: torch.Generator) -> N
 def test_one_place_gives_the_smallest_size_that_can_be_told() -> None:
     square = torch.zeros(1, 448, 448)
     square[0, 10:43, 100:133] = 2.0
-    assert float(_effective_side_px(square)) == pytest.approx(33 / math.sqrt(2), rel=0.001)
+    assert float(pixels_of_half(square).sqrt()) == pytest.approx(33 / math.sqrt(2), rel=0.001)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from partlens.object_parts.contributions import (
     gradient_activation,
     part_contributions,
     part_heat_maps,
-    sampled_part_contributions,
     shares_of_random_parts,
     sums_by_part,
     tracks,
@@ -133,7 +132,7 @@ def test_sampled_shapley_values_meet_the_exact_ones_within_their_error(some: Tra
 
     def sampled() -> Shapley:
         draws = torch.Generator().manual_seed(5)
-        return sampled_part_contributions(_tangled, some, part_of, 3, pairs=200, generator=draws)
+        return part_contributions(_tangled, some, part_of, 3, pairs=200, generator=draws)
 
     found = sampled()
     assert torch.allclose(found.loss, exact.loss, atol=1e-5)
@@ -146,9 +145,7 @@ def test_sampled_shapley_values_meet_the_exact_ones_within_their_error(some: Tra
 
 def test_the_standard_error_is_that_of_the_mean_over_pairs_of_orders(some: Tracks) -> None:
     part_of, pairs = torch.tensor([0, 1, 2, 1]), 3
-    found = sampled_part_contributions(
-        _tangled, some, part_of, 3, pairs=pairs, generator=torch.Generator().manual_seed(7)
-    )
+    found = part_contributions(_tangled, some, part_of, 3, pairs=pairs, generator=torch.Generator().manual_seed(7))
     draws = torch.Generator().manual_seed(7)
 
     def score(members: set[int]) -> Tensor:
@@ -176,7 +173,7 @@ def test_sampling_is_exact_for_a_score_without_interactions_and_serves_many_part
     def linear(encoded: Tensor) -> Tensor:
         return encoded.sum((1, 2, 3))
 
-    found = sampled_part_contributions(linear, Tracks(z, o, z), torch.arange(20), 20, pairs=2, generator=generator)
+    found = part_contributions(linear, Tracks(z, o, z), torch.arange(20), 20, pairs=2, generator=generator)
     assert torch.allclose(found.players[:, :-1].float(), z.sum((2, 3)), atol=1e-4)
     assert float(found.standard_error.max()) < 1e-4
 
@@ -212,4 +209,4 @@ def test_bad_parts(some: Tracks) -> None:
     with pytest.raises(InputError, match="Expected a part from 0 to 1 for each of 4 filters"):
         part_contributions(_bent, some, torch.tensor([0, 1, 2, 0]), 2)
     with pytest.raises(InputError, match="Expected at least 2 pairs of orders, got 1"):
-        sampled_part_contributions(_bent, some, torch.zeros(4).long(), 1, pairs=1, generator=torch.Generator())
+        part_contributions(_bent, some, torch.zeros(4).long(), 1, pairs=1, generator=torch.Generator())

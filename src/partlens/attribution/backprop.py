@@ -35,7 +35,7 @@ from partlens.network.outputs import class_scores
 from partlens.network.performer import Performer, module_of
 from partlens.network.taps import read_taps, tap_layouts
 
-__all__ = ["Pooling", "Rule", "Start", "Strides", "backward_signals", "guided_backprop", "heat_map"]
+__all__ = ["Pooling", "Rule", "Start", "Strides", "backward_signals", "guided_backprop", "heat_map", "scaled"]
 
 Start = Literal["activation", "ones", "peak"]
 
@@ -449,8 +449,12 @@ def heat_map(signal: Float[Tensor, "*any channel row col"]) -> Float[Tensor, "*a
     # Scaled first: the square of a small value would vanish.
     height = (exact.clamp(min=0) / largest.where(largest > 0, 1)).norm(dim=-3)
     height = height.where(exact.sum(dim=-3) != 0, 0)
-    low = height.amin(dim=(-2, -1), keepdim=True)
-    span = height.amax(dim=(-2, -1), keepdim=True) - low
-    scaled = (height - low) / span.where(span > 0, 1)
-    bounded: Tensor = scaled.clamp(0, 1).to(signal.dtype)
+    bounded: Tensor = scaled(height).clamp(0, 1).to(signal.dtype)
     return bounded
+
+
+def scaled(maps: Float[Tensor, "*batch row col"]) -> Float[Tensor, "*batch row col"]:
+    """Scale each map to [0, 1] by its own range; a constant map becomes zeros."""
+    low = maps.amin(dim=(-2, -1), keepdim=True)
+    span = maps.amax(dim=(-2, -1), keepdim=True) - low
+    return (maps - low) / span.where(span > 0, 1)

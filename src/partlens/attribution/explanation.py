@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from partlens.attribution.backprop import backward_signals, heat_map
+from partlens.attribution.backprop import backward_signals, heat_map, scaled
 from partlens.attribution.record import ExplanationConfig
 from partlens.errors import InputError, expected
 from partlens.network.performer import Performer
@@ -86,13 +86,6 @@ def smoothed(maps: Float[Tensor, "*batch row col"], sigma_px: float) -> Float[Te
         return F.conv2d(rows, kernel.view(1, 1, 1, -1), padding=(0, reach))
 
     return (blur(flat) / blur(ones)).reshape(maps.shape)
-
-
-def scaled(maps: Float[Tensor, "*batch row col"]) -> Float[Tensor, "*batch row col"]:
-    """Scale each map to [0, 1] by its own range; a constant map becomes zeros."""
-    low = maps.amin(dim=(-2, -1), keepdim=True)
-    span = maps.amax(dim=(-2, -1), keepdim=True) - low
-    return torch.where(span > 0, (maps - low) / torch.where(span > 0, span, torch.ones_like(span)), 0.0)
 
 
 def _rounds(

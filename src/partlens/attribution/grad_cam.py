@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.attribution.backprop import like_weights
+from partlens.attribution.receptive_pictures import pixels_of_half
 from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.network import Explainer
 from partlens.network.borrowed import borrowed
@@ -167,14 +168,9 @@ def concentration_frac(maps: Float[Tensor, "image row col"]) -> Float[Tensor, " 
         >>> concentration_frac(maps).tolist()
         [0.25, 0.5, nan]
     """
-    flat = maps.flatten(1).double()
-    if flat.numel() and float(flat.min()) < 0:
-        raise InputError(expected("maps without negative values", float(flat.min()), "Clamp them at 0 first"))
-    ordered = flat.sort(dim=1, descending=True).values
-    total = ordered.sum(1, keepdim=True)
-    # The tolerance keeps rounding of the running sum from costing a flat map one pixel more.
-    needed = (ordered.cumsum(1) < total * 0.5 * (1 - 1e-9)).sum(1) + 1
-    return torch.where(total[:, 0] > 0, needed.double() / flat.shape[1], torch.nan).float()
+    if maps.numel() and float(maps.min()) < 0:
+        raise InputError(expected("maps without negative values", float(maps.min()), "Clamp them at 0 first"))
+    return (pixels_of_half(maps) / maps[0].numel()).float()
 
 
 def random_grad_cam(

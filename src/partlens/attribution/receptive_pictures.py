@@ -219,7 +219,7 @@ def _fields(seen: _Seen, chosen: Tensor, config: OcclusionConfig) -> tuple[Tenso
         peaks = seen.peaks_px[photos, k[:, None]][:, :, None]
         corners = seen.places[best] - peaks + torch.tensor(seen.size_px)
         canvas = _pasted(corners, drops, seen.size_px, config.occluder_px)
-        sides.append(_effective_side_px(canvas))
+        sides.append(pixels_of_half(canvas).sqrt().float())
         fields.append(smoothed(canvas, config.smoothing_px, config.smoothing_sigma_px))
     return torch.cat(fields), torch.cat(sides)
 
@@ -257,22 +257,20 @@ def smoothed(
     return F.conv2d(F.conv2d(wide, kernel[None, None, :, None]), kernel[None, None, None])[:, 0]
 
 
-def _effective_side_px(fields: Float[Tensor, "filter row col"]) -> Float[Tensor, " filter"]:
-    """Return the side of a square as large as the smallest set of pixels that holds half of a non-negative picture.
-
-    ``nan`` for a picture of zeros.
+def pixels_of_half(pictures: Float[Tensor, "picture row col"]) -> Float[Tensor, " picture"]:
+    """Return the fewest pixels that hold half of each non-negative picture; ``nan`` for a picture of zeros.
 
     Example:
         >>> picture = torch.zeros(2, 6, 6)
         >>> picture[0, :4, :4] = 1.0
-        >>> [round(v, 2) for v in _effective_side_px(picture).tolist()]
-        [2.83, nan]
+        >>> pixels_of_half(picture).tolist()
+        [8.0, nan]
     """
-    values = fields.flatten(1).double().sort(dim=1, descending=True).values
-    total = values.sum(1, keepdim=True)
-    needed = (values.cumsum(1) < total * (0.5 - 1e-9)).sum(1) + 1
-    side = needed.double().sqrt()
-    return torch.where(total[:, 0] > 0, side, torch.nan).float()
+    ordered = pictures.flatten(1).double().sort(dim=1, descending=True).values
+    total = ordered.sum(1, keepdim=True)
+    # The tolerance keeps rounding of the running sum from costing a flat picture one pixel more.
+    needed = (ordered.cumsum(1) < total * 0.5 * (1 - 1e-9)).sum(1) + 1
+    return torch.where(total[:, 0] > 0, needed.double(), torch.nan)
 
 
 def regions(

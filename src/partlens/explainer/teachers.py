@@ -65,14 +65,7 @@ def matched_teachers(
     from scipy.optimize import linear_sum_assignment
 
     filters, (rows, cols) = maps.shape[1], maps.shape[2:]
-    grid = torch.stack(
-        torch.meshgrid(
-            (torch.arange(rows, device=maps.device) + 0.5) / rows,
-            (torch.arange(cols, device=maps.device) + 0.5) / cols,
-            indexing="ij",
-        ),
-        -1,
-    ).reshape(-1, 2)
+    grid = (cell_grid(rows, cols, maps) + 0.5) / torch.tensor([rows, cols], device=maps.device)
     far = (places[:, :, None] - grid).square().sum(-1)
     bumps = (-far / (2 * _BUMP**2)).exp().transpose(1, 2).flatten(0, 1)
     values = maps.flatten(2).transpose(1, 2).flatten(0, 1)
@@ -84,11 +77,13 @@ def matched_teachers(
     return seats[torch.from_numpy(chosen)]
 
 
-def place_correlations(places: Float[Tensor, "photo part 2"]) -> Float[Tensor, "part part"]:
-    """Return the correlation of the places of two parts over photos, the mean of rows and columns."""
-    centred = places - places.mean(0)
-    unit = centred / centred.norm(dim=0).clamp(min=_LITTLE)
-    return torch.einsum("ipa,iqa->pqa", unit, unit).mean(-1)
+def place_correlations(
+    places: Float[Tensor, "photo part 2"], others: Float[Tensor, "photo other 2"] | None = None
+) -> Float[Tensor, "part other"]:
+    """Return the correlation of places over photos, the mean of rows and columns, by default among each other."""
+    centred = [each - each.mean(0) for each in (places, places if others is None else others)]
+    one, other = (each / each.norm(dim=0).clamp(min=_LITTLE) for each in centred)
+    return torch.einsum("ipa,iqa->pqa", one, other).mean(-1)
 
 
 def mean_correlation(alike: Float[Tensor, "part part"]) -> float:

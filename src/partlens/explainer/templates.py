@@ -29,13 +29,10 @@ def _check_side(rows: int, cols: int) -> None:
         raise InputError(expected("maps of at least 2x2 cells", f"{rows}x{cols}", remedy))
 
 
-def _distance_cells(rows: int, cols: int, device: torch.device | None = None) -> Float[Tensor, "cell cell"]:
+def _distance_cells(rows: int, cols: int) -> Float[Tensor, "cell cell"]:
     """L1 distance between every pair of cells, in cells, row-major."""
-    row = torch.arange(rows, device=device, dtype=torch.float64)
-    col = torch.arange(cols, device=device, dtype=torch.float64)
-    by_row = (row[:, None] - row[None, :]).abs()
-    by_col = (col[:, None] - col[None, :]).abs()
-    return (by_row[:, None, :, None] + by_col[None, :, None, :]).reshape(rows * cols, rows * cols)
+    grid = cell_grid(rows, cols, torch.zeros((), dtype=torch.float64))
+    return torch.cdist(grid, grid, p=1)
 
 
 def part_templates(

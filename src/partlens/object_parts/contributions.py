@@ -92,15 +92,12 @@ def gradient_activation(score: Score, parts: Tracks, *, at: Sequence[float] = (1
     return (total / len(at) * parts.interpretable).sum((2, 3))
 
 
-def _checked_parts(parts: Tracks, part_of: Tensor, count: int) -> None:
+def _values(score: Score, parts: Tracks, part_of: Tensor, count: int) -> Values:
+    """Say what coalitions of the parts and, last, the ordinary track score on each image."""
     if part_of.shape[0] != parts.interpretable.shape[1] or int(part_of.min()) < 0 or int(part_of.max()) >= count:
         rule = f"a part from 0 to {count - 1} for each of {parts.interpretable.shape[1]} filters"
         got = f"{tuple(part_of.shape)} from {int(part_of.min())} to {int(part_of.max())}"
         raise InputError(expected(rule, got, "Number the parts from 0"))
-
-
-def _values(score: Score, parts: Tracks, part_of: Tensor, count: int) -> Values:
-    """Say what coalitions of the parts and, last, the ordinary track score on each image."""
     images = parts.interpretable.shape[0]
     members = torch.nn.functional.one_hot(part_of, count).T.to(parts.interpretable)  # [part, filter]
     per_pass = max(1, _CHUNK // images)
@@ -119,35 +116,28 @@ def _values(score: Score, parts: Tracks, part_of: Tensor, count: int) -> Values:
     return values
 
 
-def part_contributions(score: Score, parts: Tracks, part_of: Int[Tensor, " filter"], count: int) -> Shapley:
-    """Share a score among parts and, last, the ordinary track by exact Shapley values.
-
-    Raises:
-        InputError: more parts than can be enumerated, or a part out of range.
-    """
-    if not 1 <= count < MOST_PLAYERS:
-        remedy = "Join parts, or estimate with sampled_part_contributions"
-        raise InputError(expected(f"1 to {MOST_PLAYERS - 1} parts", count, remedy))
-    _checked_parts(parts, part_of, count)
-    return exact_shapley(_values(score, parts, part_of, count), count + 1)
-
-
-def sampled_part_contributions(
+def part_contributions(
     score: Score,
     parts: Tracks,
     part_of: Int[Tensor, " filter"],
     count: int,
     *,
     pairs: int = 32,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
 ) -> Shapley:
-    """Estimate Shapley values of parts and, last, the ordinary track from pairs of random orders in which they join.
+    """Share a score among parts and, last, the ordinary track by Shapley values.
+
+    They are exact; with a ``generator`` they are estimated from pairs of random orders in which the players join.
 
     Raises:
-        InputError: fewer than 2 pairs, or a part out of range.
+        InputError: more parts than can be enumerated, fewer than 2 pairs, or a part out of range.
     """
-    _checked_parts(parts, part_of, count)
+    if generator is None and not 1 <= count < MOST_PLAYERS:
+        remedy = "Join parts, or estimate with a generator"
+        raise InputError(expected(f"1 to {MOST_PLAYERS - 1} parts", count, remedy))
     values = _values(score, parts, part_of, count)
+    if generator is None:
+        return exact_shapley(values, count + 1)
     return sampled_shapley(values, count + 1, pairs=pairs, generator=generator)
 
 

@@ -287,23 +287,11 @@ def _found_again(
     """
     if not again:
         return torch.full((places.shape[1],), torch.nan), torch.zeros(places.shape[1], dtype=torch.bool)
-    likeness = torch.stack([_likeness(places, other).amax(1) for other in again])
+    likeness = torch.stack([place_correlations(places, other).amax(1) for other in again])
     chance = []
     for _ in range(_SHUFFLES):
         order = torch.randperm(len(places), generator=generator)
-        chance.append(torch.stack([_likeness(places, other[order]).amax(1) for other in again]))
+        chance.append(torch.stack([place_correlations(places, other[order]).amax(1) for other in again]))
     limit = torch.stack(chance).quantile(_LEVEL, dim=0)
     beyond: Tensor = (likeness > limit).all(0)
     return likeness.mean(0), beyond
-
-
-def _likeness(one: Float[Tensor, "photo part 2"], other: Float[Tensor, "photo more 2"]) -> Float[Tensor, "part more"]:
-    """Return the correlation of places over photos, the mean of rows and columns."""
-
-    def unit(places: Tensor) -> Tensor:
-        centred = places - places.mean(0)
-        scaled: Tensor = centred / centred.norm(dim=0).clamp(min=1e-8)
-        return scaled
-
-    alike: Tensor = torch.einsum("ipa,iqa->pqa", unit(one), unit(other)).mean(-1)
-    return alike

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from partlens.estimate import Estimate, bootstrap, percentile_interval
 from partlens.explainer.network import Explainer
 from partlens.object_parts.contributions import (
-    MOST_PLAYERS,
     class_score,
     gradient_activation,
     part_contributions,
     part_heat_maps,
-    sampled_part_contributions,
     shares_of_random_parts,
     sums_by_part,
     tracks,
@@ -76,12 +74,9 @@ def part_shares(
     both = tracks(explainer, maps.to(explainer.device))
     score = class_score(explainer, head, classes, both.passing)
     single = gradient_activation(score, both, at=_MIDDLES).cpu()
-    if 2 ** (count + 1) <= _COALITIONS_MAX and count < MOST_PLAYERS:
-        grouped, method = part_contributions(score, both, part_of, count), "exact"
-    else:
-        orders = torch.Generator().manual_seed(seed)
-        grouped = sampled_part_contributions(score, both, part_of, count, pairs=_ORDER_PAIRS, generator=orders)
-        method = f"{2 * _ORDER_PAIRS} random orders, half of them the others reversed"
+    exact = 2 ** (count + 1) <= _COALITIONS_MAX
+    orders = None if exact else torch.Generator().manual_seed(seed)
+    grouped = part_contributions(score, both, part_of, count, pairs=_ORDER_PAIRS, generator=orders)
     draws = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         fed = head(explainer.decode(both.interpretable + both.ordinary, both.passing)[-1])
@@ -94,7 +89,7 @@ def part_shares(
         random=shares_of_random_parts(single, part_of, count, draws=_RANDOM_PARTS, generator=draws).transpose(0, 1),
         heat=part_heat_maps(masked, single, part_of, count),
         fed_outputs=(fed[0] if isinstance(fed, tuple) else fed).cpu(),
-        method=method,
+        method="exact" if exact else f"{2 * _ORDER_PAIRS} random orders, half of them the others reversed",
     )
 
 

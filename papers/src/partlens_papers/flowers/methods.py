@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partlens.attribution.explanation import explain_batch, scaled, smoothed
+from partlens.attribution.backprop import scaled
+from partlens.attribution.explanation import explain_batch, smoothed
 from partlens.attribution.record import ExplanationConfig
 from partlens.selection.relevance import label_matrix, select_relevant
 from partlens.selection.responses import stream_responses
