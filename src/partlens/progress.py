@@ -34,6 +34,18 @@ def duration(seconds: float) -> str:
     return f"{hours} h {rest} min" if rest else f"{hours} h"
 
 
+def counting(advance: Advance) -> Callable[[int], None]:
+    """Return what takes how many more are done, given what takes how many are done."""
+    done = 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        advance(done)
+
+    return more
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where progress and messages go.

@@ -20,6 +20,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -208,6 +209,10 @@ class Value(BaseModel):
                 raise ours from None
             raise InputError(expected(*_fault(error, type(self)))) from error
 
+    def changed(self, changes: Mapping[str, Any] = MappingProxyType({}), /, **fields: Any) -> Self:
+        """Return the same with some fields changed, checked like new ones."""
+        return type(self)(**{**dict(self), **changes, **fields})
+
     @field_validator("*", check_fields=False)
     @classmethod
     def _of_bounded_size(cls, value: Any) -> Any:
@@ -229,10 +234,6 @@ class Settings(Value):
         """Return settings as they are given, or the defaults with some fields changed."""
         # Fields that a subclass of these settings has would go unseen.
         return given if type(given) is cls else cls(**dict(given or {}))
-
-    def changed(self, changes: Mapping[str, Any]) -> Self:
-        """Return the same with some fields changed, checked like new ones."""
-        return type(self)(**{**dict(self), **changes})
 
 
 class PresetSettings(Settings):

@@ -167,6 +167,11 @@ class RunRecord(Record):
     status: Literal["running", "finished"] = "running"
     seconds: float = 0.0
 
+    @classmethod
+    def asked(cls, performer: PerformerInfo, data: DataInfo, **fields: Any) -> Self:
+        """Return the record of a run that is begun now, by this process."""
+        return cls(created=now(), command=command(), versions=versions(), performer=performer, data=data, **fields)
+
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
@@ -187,10 +192,6 @@ class RunRecord(Record):
     def identity(self) -> str:
         """Hash of everything that the result depends on: equal for runs that have the same result."""
         return content_hash(self.settings())
-
-    def changed(self, **fields: Any) -> Self:
-        """Return the same record with some fields changed."""
-        return type(self)(**{**dict(self), **fields})
 
 
 _R = TypeVar("_R", bound=RunRecord)

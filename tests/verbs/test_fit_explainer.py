@@ -223,7 +223,7 @@ def test_one_photo_none_and_corrupt_ones(tiny: Performer, tmp_path: Path) -> Non
     with pytest.raises(partlens.PartlensError, match="image"):
         fit_explainer(tiny, folder, out=tmp_path / "run", config=SMALL)
     Image.new("RGB", (32, 32), "red").save(folder / "train" / "a.png")
-    with pytest.raises(partlens.PartlensError, match="at least 2 training photos, got 1"):
+    with pytest.raises(partlens.PartlensError, match="at least 2 photos in the split train, got 1"):
         fit_explainer(tiny, folder, out=tmp_path / "run", config=SMALL)
     for index in range(10):
         pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)

@@ -207,12 +207,12 @@ class _Pass:
         """Feed each kind of what replaces the features of a batch back; count what the targets lose by it."""
         fed = {}
         for kind, decoded in fed_back(self.explainer, tracks, self.before).items():
-            fed[kind] = (class_outputs(self.head(decoded[-1])[0]).cpu(), _vector(decoded[-1]).cpu())
+            fed[kind] = (class_outputs(self.head(decoded[-1])[0]).cpu(), features_of(decoded[-1]).cpu())
             for lost, value, target in zip(self.lost[kind].values(), decoded, targets, strict=True):
                 if lose:
                     lost.add(value, target)
         self.before = tracks.interpretable[-1:]
-        return FedBack(class_outputs(self.head(targets[-1])[0]).cpu(), _vector(targets[-1]).cpu(), fed)
+        return FedBack(class_outputs(self.head(targets[-1])[0]).cpu(), features_of(targets[-1]).cpu(), fed)
 
     @torch.no_grad()
     def follow(self, rows: Sequence[int]) -> None:
@@ -310,7 +310,8 @@ def _joined(kept: Sequence[FedBack], kind: FedIn, which: int) -> Tensor:
     return torch.cat([one.fed[kind][which] for one in kept])
 
 
-def _vector(features: Tensor) -> Tensor:
+def features_of(features: Tensor) -> Tensor:
+    """Return a target's maps averaged over cells; vectors as they are."""
     return features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
 
 

@@ -36,6 +36,7 @@ from partlens.explainer.network import TRACK_REACH_CELLS, Explainer
 from partlens.metrics.localisation import Peaks, dead_filters
 from partlens.network.receptive_field import ReceptiveField, grid_of, widened
 from partlens.object_parts.assignment import upsampled
+from partlens.progress import counting
 
 FOLDER = "gallery"
 FILTERS = 12
@@ -268,19 +269,13 @@ def write_gallery(
     Raises:
         StorageError: the folder cannot be written to.
     """
-    new, done, gallery = run / f".{FOLDER}-new", 0, None
+    new, gallery = run / f".{FOLDER}-new", None
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         if plan.kind != "none":
             drawing = _Drawing(new, frames, explainer, layers, plan, filters)
-
-            def more(count: int) -> None:
-                nonlocal done
-                done += count
-                advance(min(1.0, done / drawing.work))
-
-            gallery = drawing.draw(more)
+            gallery = drawing.draw(counting(lambda done: advance(min(1.0, done / drawing.work))))
             gallery.write(new)
         _swap(run / FOLDER, new)
     except StorageError:

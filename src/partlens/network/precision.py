@@ -122,7 +122,7 @@ class _Probe:
                 notes.append(f"{precision} is {tried.error:.2g} off, with {tried.agreement:.1%} of decisions equal")
             elif tried.faster > max(best.faster, _WORTH_TIMES):
                 best = tried
-        return best.model_copy(update={"notes": tuple(notes)})
+        return best.changed(notes=tuple(notes))
 
     def _tried(self, precision: Precision) -> PassPrecision:
         values, seconds = self._read(precision)

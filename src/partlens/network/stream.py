@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, expected, failed, listed
 from partlens.network.performer import Performer, device_of
 from partlens.network.taps import Reduce, forward_taps
+from partlens.progress import Advance
 from partlens.rows import row_store
 from partlens.shards import Compute, in_shards
 
@@ -28,8 +29,6 @@ BATCH = 32
 _FLOAT16_MAX = 65504.0
 _AHEAD = 2  # batches decoded in advance
 _THREADS = 4
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +146,28 @@ def stream(
         yield Batch(part, inputs, outputs, maps)
 
 
+@dataclass(frozen=True, eq=False)
+class PhotoReader:
+    """What reads photos shard by shard on any process (`partlens.shards.Reader`), for rows on disk."""
+
+    performer: Performer
+    images: ImageSet
+    shard: int
+
+    def on(self, device: str | None, number: int) -> Self:
+        """Return the same for a worker of a number."""
+        return replace(self, performer=self.performer.on(device_of(device, self.performer.device, number)))
+
+    def identity(self, **further: Any) -> dict[str, Any]:
+        """Return everything that its rows depend on."""
+        return {
+            "performer": self.performer.weights_sha256,
+            "images": self.images.fingerprint(),
+            "preprocessing": self.performer.preprocessing.to_dict(),
+            "precision": self.performer.precision,
+        } | further
+
+
 def _file(number: int, tap: str) -> str:
     return f"{number}-{tap}.maps"
 
@@ -172,13 +193,13 @@ def stream_maps(
     dtype: Literal["float16", "float32"] = "float16",
     *,
     compute: Compute = Compute(),  # noqa: B008 - frozen
-    progress: Progress | None = None,
+    progress: Advance = lambda _: None,
 ) -> dict[str, np.ndarray]:
     """Run every image through the performer once and keep its maps on disk.
 
     Maps, or vectors such as fc6, go to ``folder`` (`partlens.rows`) and come back as read-only memory maps ``[image,
-    filter, row, col]`` or ``[image, filter]`` by tap. It goes on with
-    maps found there. ``progress(rows_done, rows)`` is called after each batch.
+    filter, row, col]`` or ``[image, filter]`` by tap. It goes on with maps found there. ``progress`` is called with the
+    number of images done after each batch.
 
     Raises:
         ImageError: an image that cannot be read (with its name); finished batches stay on disk.
@@ -192,39 +213,23 @@ def stream_maps(
     if not taps:
         raise LayerError(expected("at least one tap", "none", "Name a layer"))
     taps = tuple(dict.fromkeys(taps))
-    identity = {
-        "performer": performer.weights_sha256,
-        "images": images.fingerprint(),
-        "preprocessing": performer.preprocessing.to_dict(),
-        "dtype": dtype,
-        "precision": performer.precision,
-        "taps": taps,
-    }
-    with row_store(folder, identity, len(images)) as store:
-        read = _Maps(performer, images, taps, dtype, BATCH)
+    read = _Maps(performer, images, BATCH, taps, dtype)
+    with row_store(folder, read.identity(dtype=dtype, taps=taps), len(images)) as store:
         for maps in in_shards(read, range(store.done, store.rows), compute):
             store.append(maps)
-            if progress is not None:
-                progress(store.done, store.rows)
+            progress(store.done)
         return {tap: store.read(_file(n, tap)) for n, tap in enumerate(taps)}
 
 
 @dataclass(frozen=True, eq=False)
-class _Maps:
-    """Reads maps, a batch a shard (`partlens.shards.Reader`)."""
+class _Maps(PhotoReader):
+    """Reads maps, a batch a shard."""
 
-    performer: Performer
-    images: ImageSet
     taps: tuple[str, ...]
     dtype: str
-    shard: int
 
     def __call__(self, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
         for batch in stream(self.performer, self.images, rows, self.taps, batch_size=self.shard):
             names = [self.images.keys[row] for row in batch.rows]
             maps = enumerate(self.taps)
             yield {_file(n, tap): _as_stored(tap, batch.maps[tap], self.dtype, names) for n, tap in maps}
-
-    def on(self, device: str | None, number: int) -> _Maps:
-        """Return the same for a worker."""
-        return replace(self, performer=self.performer.on(device_of(device, self.performer.device, number)))

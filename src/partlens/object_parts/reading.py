@@ -7,8 +7,8 @@ disk batch by batch, so that memory does not grow with the photos and a killed r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from partlens.data.images import ImageSet
 from partlens.explainer.views import gather, viewed_images
-from partlens.network.performer import Performer, device_of
-from partlens.network.stream import batches
+from partlens.network.performer import Performer
+from partlens.network.stream import PhotoReader, batches
 from partlens.network.taps import Reduces, forward_taps
-from partlens.records import content_hash, plain
-from partlens.rows import RowStore, row_store
+from partlens.progress import Advance
+from partlens.records import content_hash
+from partlens.rows import row_store
 from partlens.selection.descriptors import energy, energy_and_peak, normalised
 from partlens.selection.record import DescriptorConfig, FeatureIndex
 from partlens.shards import Compute, in_shards
@@ -31,8 +32,6 @@ from partlens.shards import Compute, in_shards
 _PHOTOS_AT_ONCE = 16  # 32 take 1.05 times the CPU time, and more where freed memory is not kept
 _TAP = "tap"
 _LATER = "later-{}"
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -113,36 +112,27 @@ def read_photos(
         RunError: ``folder`` holds rows of other photos or layers.
         StorageError: not enough space.
     """
-    identity = {
-        "performer": performer.weights_sha256,
-        "images": content_hash({"keys": [images.keys[row] for row in rows], "set": images.fingerprint()}),
-        "preprocessing": performer.preprocessing.to_dict(),
-        "precision": performer.precision,
-        "windows": content_hash({"windows": windows.tolist()}),
-        "wanted": plain(wanted),
-    }
+    read = _Reading(performer, images, _PHOTOS_AT_ONCE, tuple(rows), windows, wanted)
+    identity = read.identity(
+        images=content_hash({"keys": [images.keys[row] for row in rows], "set": images.fingerprint()}),
+        windows=content_hash({"windows": windows.tolist()}),
+        wanted=wanted,
+    )
     with row_store(folder, identity, len(rows)) as store:
-        read = _Reading(performer, images, tuple(rows), windows, wanted)
         for arrays, lost in in_shards(read, range(store.done, store.rows), compute):
             store.append(arrays, {"dead_layers": store.state.get("dead_layers", 0) + lost})
             advance(store.done)
-        return Read(tuple(rows), windows, _arrays(store), int(store.state.get("dead_layers", 0)))
-
-
-def _arrays(store: RowStore) -> dict[str, np.ndarray]:
-    return {name: store.read(name) for name in store.names}
+        arrays = {name: store.read(name) for name in store.names}
+        return Read(tuple(rows), windows, arrays, int(store.state.get("dead_layers", 0)))
 
 
 @dataclass(frozen=True, eq=False)
-class _Reading:
-    """Reads photos in their views, some photos a shard (`partlens.shards.Reader`)."""
+class _Reading(PhotoReader):
+    """Reads photos in their views."""
 
-    performer: Performer
-    images: ImageSet
     rows: tuple[int, ...]
     windows: Tensor
     wanted: Wanted
-    shard: int = _PHOTOS_AT_ONCE
 
     def __call__(self, rows: Sequence[int]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         """Yield of each shard its arrays and the number of dead layers."""
@@ -150,10 +140,6 @@ class _Reading:
             yield from _read(
                 self.performer, self.images, [self.rows[k] for k in rows], self.windows[list(rows)], self.wanted
             )
-
-    def on(self, device: str | None, number: int) -> _Reading:
-        """Return the same for a worker."""
-        return replace(self, performer=self.performer.on(device_of(device, self.performer.device, number)))
 
 
 def _read(

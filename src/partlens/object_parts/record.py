@@ -291,10 +291,6 @@ class PartsFile(Record):
             raise RunError(expected(f"{rule} in {folder / cls.FILE}", got, remedy or cls.AGAIN))
         return found
 
-    def changed(self, **fields: Any) -> Self:
-        """Return the same file with some fields changed."""
-        return type(self)(**{**dict(self), **fields})
-
     @property
     def named(self) -> tuple[NamedPart, ...]:
         """What counts as one part, in the order of the file; only parts with filters."""
@@ -358,7 +354,7 @@ def renamed(file: PartsFile, renames: Sequence[str]) -> PartsFile:
         if not mark or not old or not new:
             raise InputError(expected("a new name as OLD=NEW", repr(text), 'Write --rename "part 1=head"'))
         hits = _called(old, parts)
-        parts = [_with(p, name=new) if p.id in hits else p for p in parts]
+        parts = [p.changed(name=new) if p.id in hits else p for p in parts]
     return file.changed(parts=tuple(parts))
 
 
@@ -370,10 +366,6 @@ def _called(name: str, parts: Sequence[FoundPart]) -> set[str]:
         rule = f"a part among {listed(list(dict.fromkeys(known)), 12)}"
         raise InputError(expected(rule, name, f"Did you mean {nearest(name, known)[0]}?"))
     return hits
-
-
-def _with(part: FoundPart, **fields: Any) -> FoundPart:
-    return FoundPart(**{**dict(part), **fields})
 
 
 def _overlap(first: Sequence[int], second: Sequence[int]) -> float:
@@ -436,7 +428,7 @@ def with_edits(
 def _place(edit: _Edited, place: int, parts: list[FoundPart]) -> None:
     """Give the part at a place the edited name and the filters that were moved to it."""
     if edit.moved:
-        parts[:] = [_with(p, filters=tuple(k for k in p.filters if k not in edit.moved)) for p in parts]
-        parts[place] = _with(parts[place], filters=tuple(sorted({*parts[place].filters, *edit.moved})))
+        parts[:] = [p.changed(filters=tuple(k for k in p.filters if k not in edit.moved)) for p in parts]
+        parts[place] = parts[place].changed(filters=tuple(sorted({*parts[place].filters, *edit.moved})))
     if edit.named:
-        parts[place] = _with(parts[place], name=edit.name)
+        parts[place] = parts[place].changed(name=edit.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -68,18 +68,8 @@ class SeenPhotos:
     def of(self, category: int) -> SeenPhotos:
         """Return what was seen of a category's filters on its images."""
         rows, own = self.photos_of(category), self.filters_of(category)
-        return SeenPhotos(
-            maps=self.maps[rows],
-            peaks=self.peaks.rows(rows).filters(own),
-            outputs=self.outputs[rows],
-            landmarks=self.landmarks[rows],
-            names=self.names,
-            photos=self.photos[rows],
-            labels=self.labels[rows],
-            assigned=self.assigned[own],
-            grid=self.grid,
-            size_px=self.size_px,
-        )
+        of_images = {name: getattr(self, name)[rows] for name in ("maps", "outputs", "landmarks", "photos", "labels")}
+        return replace(self, **of_images, peaks=self.peaks.rows(rows).filters(own), assigned=self.assigned[own])
 
     @property
     def live(self) -> Bool[Tensor, " filter"]:
@@ -149,7 +139,7 @@ def find_parts(
         prefix = f"{name}: " if len(categories) > 1 else ""
         parts += _listed_parts(one, own, prefix, name)
         for k, row in zip(own.tolist(), one.filters, strict=True):
-            rows[k] = FilterPart(**{**dict(row), "filter": k, "part": prefix + row.part})
+            rows[k] = row.changed(filter=k, part=prefix + row.part)
 
     def assign(index: Tensor) -> Tensor:
         labels = torch.full((len(seen.assigned),), OTHER, dtype=torch.long)
@@ -160,7 +150,7 @@ def find_parts(
                 labels[seen.filters_of(category)] = torch.where(inside >= 0, inside + _APART * category, inside)
         return labels
 
-    evidence = tuple(Evidence(**{**dict(one.evidence), "category": categories[c]}) for c, one in found.items())
+    evidence = tuple(one.evidence.changed(category=categories[c]) for c, one in found.items())
     return _Assigned(rule, tuple(parts), tuple(rows[k] for k in sorted(rows)), evidence, assign)
 
 

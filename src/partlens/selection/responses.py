@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, LayerError, expected
-from partlens.network.performer import Performer, device_of
-from partlens.network.stream import BATCH, Batch, stream
+from partlens.network.performer import Performer
+from partlens.network.stream import BATCH, Batch, PhotoReader, stream
 from partlens.network.taps import forward_taps
-from partlens.records import plain
+from partlens.progress import Advance
 from partlens.rows import row_store
 from partlens.selection.descriptors import energy, energy_and_peak, normalised
 from partlens.selection.measured_layers import feature_index
@@ -26,8 +26,6 @@ from partlens.shards import SHARD, Compute, in_shards
 
 _COLUMNS = 4096  # features whose photos are ordered at a time
 _TOP = ("photo", "peak", "cell")
-
-Progress = Callable[[int, int], None]
 
 
 def _joined(values: Mapping[str, Tensor], index: FeatureIndex) -> Tensor:
@@ -130,7 +128,7 @@ def stream_responses(
     out: Path | None = None,
     top: tuple[int, int] = (0, 0),
     compute: Compute = Compute(),  # noqa: B008 - frozen
-    progress: Progress = lambda *_: None,
+    progress: Advance = lambda _: None,
 ) -> Responses:
     """Run every image through the performer once; keep its descriptor and scores, and the images with the top peaks.
 
@@ -144,7 +142,7 @@ def stream_responses(
         out: where rows are kept; without, in memory.
         top: how many images are kept per feature, and of the first how many.
         compute: where.
-        progress: called with the images done and all of them.
+        progress: called with the images done.
 
     Raises:
         ImageError: no images, or one that cannot be read (with its name); finished shards stay on disk.
@@ -156,17 +154,9 @@ def stream_responses(
     if len(images) == 0:
         raise ImageError(expected("at least 1 image", 0, "Choose a folder with photos"))
     index = feature_index(performer, config)
-    identity = {
-        "performer": performer.weights_sha256,
-        "images": images.fingerprint(),
-        "preprocessing": performer.preprocessing.to_dict(),
-        "precision": performer.precision,
-        "descriptor": plain(config),
-        "index": plain(index),
-        "top": list(top),
-    }
     count, among = min(top), top[1]
-    read = _Reading(performer, images, index, SHARD, peaks=count > 0)
+    read = _Reading(performer, images, SHARD, index, peaks=count > 0)
+    identity = read.identity(descriptor=config, index=index, top=top)
     with row_store(out, identity, len(images)) as store:
         kept = (
             TopPhotos(**{name: store.state[name] for name in _TOP}) if store.done else TopPhotos.none(count, index.size)
@@ -175,7 +165,7 @@ def stream_responses(
             kept = _seen(kept, arrays, store.done, among)
             state = {"dead_layers": store.state.get("dead_layers", 0) + lost, **vars(kept)}
             store.append({name: arrays[name] for name in ("descriptor", "logits")}, state)
-            progress(store.done, store.rows)
+            progress(store.done)
         return Responses(
             keys=tuple(images.keys),
             index=index,
@@ -193,13 +183,10 @@ def _seen(kept: TopPhotos, arrays: Mapping[str, np.ndarray], first: int, among: 
 
 
 @dataclass(frozen=True, eq=False)
-class _Reading:
-    """Reads images shard by shard."""
+class _Reading(PhotoReader):
+    """Reads descriptors."""
 
-    performer: Performer
-    images: ImageSet
     index: FeatureIndex
-    shard: int
     peaks: bool
 
     def __call__(self, rows: Sequence[int]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
@@ -215,10 +202,6 @@ class _Reading:
             if len(held) * size >= self.shard or batch.rows[-1] == rows[-1]:
                 yield {name: np.concatenate([each[name] for each in held]) for name in arrays}, dead
                 held, dead = [], 0
-
-    def on(self, device: str | None, number: int) -> _Reading:
-        """Return the same for a worker (`partlens.shards.Reader`)."""
-        return replace(self, performer=self.performer.on(device_of(device, self.performer.device, number)))
 
     def _of_batch(self, batch: Batch) -> tuple[dict[str, np.ndarray], int]:
         kept = _joined(batch.maps, self.index)

@@ -6,19 +6,19 @@ Torch is imported when a verb runs, not when this module is read, so that help i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partlens.errors import ImageError, InputError, expected
+from partlens.errors import InputError, expected
 from partlens.evaluation.results import EvaluatedData, Evaluation, FieldKind, GalleryKind
 from partlens.explainer.record import LESSON, ExplainerRun
-from partlens.progress import Progress
+from partlens.progress import Progress, counting
 from partlens.records import read_tensors
 from partlens.run import Run, Unreadable, UsedPhotos
 from partlens.shards import Device
 from partlens.verbs.fit_explainer import load_explainer
-from partlens.verbs.runs import labels_of, open_photos, sampled, verb
+from partlens.verbs.runs import enough_photos, labels_of, open_photos, sampled, verb
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,7 +111,7 @@ def evaluate(
                 lesson=lesson,
                 seed=seed,
                 rounds=rounds,
-                advance=_counter(done),
+                advance=counting(done),
             )
         names = {"explainer": "explainer", "performer": explainer.structure.tap}
         layers = {role: (peaks[name], result.filters[role]) for role, name in names.items()}
@@ -147,11 +147,7 @@ def _rows(images: ImageSet, categories: tuple[str, ...], split: str, seed: int) 
     """Choose the photos that are measured on, and at most three times as many others."""
     from partlens.evaluation.explainer_evaluation import EvaluationRows
 
-    held, held_others = images.rows_of(categories, split)
-    if len(held) < 2:
-        named = ", ".join(filter(None, categories))
-        rule = f"at least 2 photos{f' of {named}' if named else ''} in the split {split}"
-        raise ImageError(expected(rule, len(held), "Add photos, or name another split (--split)"))
+    held, held_others = enough_photos(images, categories, split)
     own = images.rows_of(categories, "train")[0] if "train" in images.splits else ()
     train = own if len(categories) > 1 else ()
     return EvaluationRows(
@@ -168,15 +164,3 @@ def _lesson(folder: Path, record: ExplainerRun) -> Lesson | None:
     remedy = "Restore the file, or delete the folder and fit again"
     held = read_tensors(folder / LESSON, sha256=record.lesson_sha256, remedy=remedy)
     return (held["features"], held["labels"]) if len(held["labels"].unique()) > 1 else None
-
-
-def _counter(advance: Callable[..., None]) -> Callable[[int], None]:
-    """Return what takes how many more are done, given what takes how many are done."""
-    done = 0
-
-    def more(count: int) -> None:
-        nonlocal done
-        done += count
-        advance(done)
-
-    return more

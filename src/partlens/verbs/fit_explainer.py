@@ -17,7 +17,7 @@ from partlens.explainer.record import WEIGHTS, ExplainerRun, ExplainerStructure,
 from partlens.object_parts.inspection import InspectRecord
 from partlens.progress import Progress
 from partlens.records import read_tensors
-from partlens.run import Run, command, now, versions
+from partlens.run import Run
 from partlens.shards import Compute
 from partlens.verbs.runs import (
     data_info,
@@ -136,12 +136,9 @@ def fit_explainer(
         places, teacher, finding = _teaching(
             performer, photos.categories, settings, places_of, _inspection(folder, inspection)
         )
-        asked = ExplainerRun(
-            created=now(),
-            command=command(),
-            versions=versions(),
-            performer=info,
-            data=data_info(photos.images, photos.unreadable, photos.images.fingerprint(), photos.categories),
+        asked = ExplainerRun.asked(
+            info,
+            data_info(photos.images, photos.unreadable, photos.images.fingerprint(), photos.categories),
             train_photos=len(photos.own),
             background=len(photos.others),
             structure=structure,

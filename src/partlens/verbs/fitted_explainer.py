@@ -11,12 +11,10 @@ from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from partlens.checkpoint import Checkpoint
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, expected
-from partlens.evaluation.explainer_evaluation import EvaluationRows, Lesson, price_point
+from partlens.evaluation.explainer_evaluation import EvaluationRows, Lesson, features_of, price_point
 from partlens.evaluation.fidelity import own_columns
 from partlens.evaluation.results import PriceCurve, PricePoint
 from partlens.explainer.config import ExplainerConfig
@@ -33,7 +31,7 @@ from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.rows import RowRecord
 from partlens.run import PHOTOS, PassPrecision, Precision, Run, Unreadable, UsedPhotos
 from partlens.shards import Compute
-from partlens.verbs.runs import chosen_categories, labels_of, open_photos, sampled, with_precision
+from partlens.verbs.runs import chosen_categories, enough_photos, labels_of, open_photos, sampled, with_precision
 
 _MOST_PRICED = 100
 _SHORTER = "fewer --seeds, --explainer.epochs or --explainer.warmup_epochs"
@@ -61,11 +59,7 @@ class Photos:
         """Open the photos and choose those of the training split."""
         images, unreadable = open_photos(data, show=show)
         categories = chosen_categories(category, images.category_counts())
-        own, others = images.rows_of(categories, "train")
-        if len(own) < 2:
-            named = ", ".join(filter(None, categories))
-            rule = f"at least 2 training photos{f' of {named}' if named else ''}"
-            raise ImageError(expected(rule, len(own), "Add photos, or rows with split train"))
+        own, others = enough_photos(images, categories, "train", "Add photos, or rows with split train")
         return cls(images, categories, own, tuple(sampled(others, background, seed)), unreadable)
 
 
@@ -140,7 +134,7 @@ def _cached_maps(fit: Fit) -> TrainingMaps:
             [structure.read, *structure.targets, *fit.finding],
             fit.cache,
             compute=fit.where,
-            progress=lambda done, _: advance(done),
+            progress=advance,
         )
     return TrainingMaps(
         tap=arrays[structure.read],
@@ -180,15 +174,11 @@ def _learned(fit: Fit) -> tuple[float, ...]:
 def _lesson(maps: TrainingMaps, views: int) -> Lesson:
     """Return what tells the categories, and others from them: features of the whole photos at the last target."""
     rows = (maps.rows(torch.arange(maps.photos)), maps.background_rows[::views])
-    features = torch.cat([_pooled(gather(maps.targets[-1], each)) for each in rows])
+    features = torch.cat([features_of(gather(maps.targets[-1], each)) for each in rows])
     # Of one category against others that category is 1; several come in their order, and others are none of them.
     if maps.categories > 1:
         return features[: maps.photos], maps.labels
     return features, (torch.arange(len(features)) < maps.photos).long()
-
-
-def _pooled(values: Tensor) -> Tensor:
-    return values.mean((2, 3)) if values.dim() == 4 else values.flatten(1)
 
 
 def _priced(fit: Fit, maps: TrainingMaps, lesson: Lesson) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from partlens.data.images import ImageSet
 from partlens.estimate import Estimate, bootstrap
+from partlens.evaluation.places import landmarks_in_input
 from partlens.network.performer import Performer
 from partlens.object_parts.account import Account, Truth, account_of, nearest_landmarks, ranking_photos
 from partlens.object_parts.finding import FoundParts, find_parts
@@ -132,16 +133,11 @@ def _truth(stage: Stage, rows: Sequence[int]) -> Truth:
     known = chosen.part_truth
     if known is None:
         return Truth()
-    preparing = stage.performer.preprocessing
-    high, wide = preparing.size_px
-    places = np.full(known.positions_px.shape, np.nan)
-    for row, size in enumerate(known.image_size_px):
-        if np.isfinite(size).all():
-            xy = preparing.to_input_px(known.positions_px[row], (int(size[0]), int(size[1]))) / np.array([wide, high])
-            places[row] = np.where(((xy >= 0) & (xy <= 1)).all(-1, keepdims=True), xy, np.nan)[:, ::-1]
-    annotated = torch.from_numpy(places).float()
+    high, wide = stage.performer.preprocessing.size_px
+    names, places = landmarks_in_input(chosen, range(len(chosen)), stage.performer)
+    annotated = (places / torch.tensor([wide, high])).flip(-1).float()
     objects = None if known.masks is None else _objects(stage, chosen.keys, known.masks)
-    return Truth(None if bool(annotated.isnan().all()) else annotated, objects, known.landmarks)
+    return Truth(None if bool(annotated.isnan().all()) else annotated, objects, names)
 
 
 def _objects(stage: Stage, keys: Sequence[str], masks: Any) -> Tensor | None:

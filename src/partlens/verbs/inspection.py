@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from partlens.errors import ImageError, expected, listed
 from partlens.object_parts.inspection import CategoryFile, InspectConfig, InspectedCategory, InspectRecord
 from partlens.page.page import write_report
-from partlens.progress import Advance, Progress
+from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
-from partlens.run import SELECTION, PassPrecision, Run, command, now, versions
+from partlens.run import SELECTION, PassPrecision, Run
 from partlens.selection.record import DescriptorConfig, SelectionConfig, SelectionRecord
 from partlens.shards import Compute
 from partlens.verbs.runs import (
@@ -92,6 +92,8 @@ def inspect(
         RunError: ``out`` holds another run; the text names the setting that differs.
         StorageError: the disk is full; what was finished stays.
     """
+    from partlens.object_parts.finding import finding_layers
+
     started, show, run = time.monotonic(), progress or Progress.silent(), Run(Path(out))
     settings = InspectConfig.of(config)
     where = Compute.of(compute)
@@ -101,16 +103,13 @@ def inspect(
     tap = tap or performer.tap
     performer.layer(tap)  # refuses one that is unknown
     upper_of(performer, tap)  # refuses one that a shortcut goes around, before a photo is read
-    asked = InspectRecord(
-        created=now(),
-        command=command(),
-        versions=versions(),
-        performer=performer_info(performer),
-        data=data_info(images, unreadable, images.fingerprint(), tuple(one.name for one in chosen.categories)),
+    asked = InspectRecord.asked(
+        performer_info(performer),
+        data_info(images, unreadable, images.fingerprint(), tuple(one.name for one in chosen.categories)),
         config=settings,
         split=split,
         tap=tap,
-        finding=_finding_layers(performer),
+        finding=finding_layers(performer),
     )
     with run.begun(asked) as begun:
         if begun.finished:
@@ -137,12 +136,6 @@ def inspect(
         page = write_report(run.folder)
         show.say(f"wrote {run.folder / finished.FILE} in {finished.seconds:.0f} s; look at {page}")
         return finished
-
-
-def _finding_layers(performer: Performer) -> tuple[str, ...]:
-    from partlens.object_parts.finding import finding_layers
-
-    return finding_layers(performer)
 
 
 # --- photos -----------------------------------------------------------------------------------------------------------
@@ -282,7 +275,7 @@ class _Work:
                         _wanted(self.performer, tap, self.record.finding),
                         self.folder / _CACHE / name,
                         where,
-                        _steps(advance, before, views),
+                        lambda photos, before=before, views=views: advance(before + photos * views),
                     )
                 )
                 before += len(rows) * views
@@ -379,11 +372,6 @@ def _selection(work: _Work, reads: Sequence[Read], rows: Sequence[int], mu: floa
     matched = work.performer.matched(sorted(set(chosen.categories)))
     photos = SelectionPhotos(work.performer, chosen, len(fitted), config, matched)
     return asked.changed(found=select_from(photos, responses, work.folder, work.show), status="finished")
-
-
-def _steps(advance: Advance, before: int, views: int) -> Callable[[int], None]:
-    """Count photos as views, behind those that were counted before."""
-    return lambda photos: advance(before + photos * views)
 
 
 def _nothing(found: Read, rows: int, config: InspectConfig) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from partlens.attribution.pictures import save_png, strip
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, expected
 from partlens.evaluation.gallery import region_px
 from partlens.evaluation.places import landmarks_in_input, photo_numbers
 from partlens.explainer.network import Explainer, performer_head
@@ -36,7 +35,7 @@ from partlens.progress import Progress
 from partlens.run import Run, command, versions
 from partlens.shards import Device
 from partlens.verbs.fit_explainer import load_explainer
-from partlens.verbs.runs import labels_of, open_photos, sampled
+from partlens.verbs.runs import enough_photos, labels_of, open_photos, sampled
 
 _BATCH = 16
 _STRIP_FILTERS = 4
@@ -79,11 +78,7 @@ def opened_explainer(
     performer = performer.computing(record.performer.passes)
     images, _ = open_photos(data, record, show)
     categories = record.data.categories
-    rows = sampled(images.rows_of(categories, split)[0], how.photos_max, how.seed)
-    if len(rows) < 2:
-        of = f" of {', '.join(categories)}" if any(categories) else ""
-        rule = f"at least 2 photos{of} in the split {split}"
-        raise ImageError(expected(rule, len(rows), "Add photos, or name another split (--split)"))
+    rows = sampled(enough_photos(images, categories, split)[0], how.photos_max, how.seed)
     head = performer_head(performer, explainer.structure)
     return _Opened(run, explainer, performer, head, images, tuple(rows), split, categories, how)
 
@@ -204,7 +199,7 @@ def _drawn(opened: _Opened, seen: SeenPhotos, parts: Sequence[FoundPart], show: 
             if file is not None:
                 save_png(opened.run / file, strip(pictures, _STRIP_PX))
             shown = tuple(dict.fromkeys(k for k, _ in strongest))
-            result.append(FoundPart(**{**dict(part), "strip": file, "shown": shown}))
+            result.append(part.changed(strip=file, shown=shown))
             advance(number)
     return tuple(result)
 

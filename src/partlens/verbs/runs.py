@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from partlens.data.images import ImageSet
-from partlens.errors import RunError, WeightsError, checked, expected, listed, printable
+from partlens.errors import ImageError, RunError, WeightsError, checked, expected, listed, printable
 from partlens.progress import Progress
 from partlens.run import DataInfo, PassPrecision, PerformerInfo, Run, RunRecord, Unreadable
 
@@ -85,7 +85,7 @@ def with_precision(
     found = record.performer.precision
     if found is None:
         found = chosen()
-        record = record.changed(performer=record.performer.model_copy(update={"precision": found}))
+        record = record.changed(performer=record.performer.changed(precision=found))
         record.write(folder)
         if found.used != "float32":
             show.say(_precision_said(found))
@@ -185,6 +185,25 @@ def chosen_categories(category: str | Sequence[str] | None, known: Collection[st
         (('cat', 'fox'), ('fox',), ('',))
     """
     return ("",) if category is None else tuple(sorted(category_names(category, known))) or ("",)
+
+
+def enough_photos(
+    images: ImageSet,
+    categories: Sequence[str],
+    split: str,
+    remedy: str = "Add photos, or name another split (--split)",
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the photos of categories in a split and the others there (`ImageSet.rows_of`).
+
+    Raises:
+        ImageError: fewer than two photos of the categories, or what is unknown.
+    """
+    own, others = images.rows_of(categories, split)
+    if len(own) < 2:
+        named = ", ".join(filter(None, categories))
+        rule = f"at least 2 photos{f' of {named}' if named else ''} in the split {split}"
+        raise ImageError(expected(rule, len(own), remedy))
+    return own, others
 
 
 def labels_of(images: ImageSet, categories: Sequence[str], rows: Sequence[int]) -> torch.Tensor:

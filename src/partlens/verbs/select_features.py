@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from partlens.errors import ImageError, InputError, RunError, expected, listed, nearest
+from partlens.errors import InputError, RunError, expected, listed, nearest
 from partlens.progress import Progress
 from partlens.records import read_tensors
-from partlens.run import Run, command, now, versions
+from partlens.run import Run
 from partlens.selection.record import (
     DEFAULT_MU,
     WEIGHTS,
@@ -22,7 +22,7 @@ from partlens.selection.record import (
     SelectionRecord,
 )
 from partlens.shards import Compute
-from partlens.verbs.runs import data_info, loaded, open_performer, open_photos, performer_info, verb
+from partlens.verbs.runs import data_info, enough_photos, loaded, open_performer, open_photos, performer_info, verb
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -144,15 +144,8 @@ def select_features(
     performer = loaded(model, where.device)
     images, unreadable = open_photos(data, show=show)
     rows, held = _split_rows(images, split)
-    asked = SelectionRecord(
-        created=now(),
-        command=command(),
-        versions=versions(),
-        performer=performer_info(performer),
-        data=data_info(images, unreadable, images.fingerprint()),
-        config=config,
-        photos=len(rows),
-    )
+    data_of_run = data_info(images, unreadable, images.fingerprint())
+    asked = SelectionRecord.asked(performer_info(performer), data_of_run, config=config, photos=len(rows))
     with run.begun(asked) as begun:
         if begun.found is not None:
             show.say(f"{out} holds this selection already; nothing to do")
@@ -169,14 +162,10 @@ def select_features(
         return SelectedFeatures(run.folder, finished)
 
 
-def _split_rows(images: ImageSet, split: str) -> tuple[list[int], list[int]]:
+def _split_rows(images: ImageSet, split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the photos to fit on and those to measure the read-out on."""
-    rows = list(images.indices(split=split))
-    if len(rows) < 2:
-        remedy = "Add photos, or name another split (--split)"
-        raise ImageError(expected(f"at least 2 photos in the split {split}", len(rows), remedy))
-    held = list(images.indices(split="test")) if split != "test" and "test" in images.splits else []
-    return rows, held
+    held = images.indices(split="test") if split != "test" and "test" in images.splits else ()
+    return enough_photos(images, ("",), split)[0], held
 
 
 @verb

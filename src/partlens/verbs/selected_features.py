@@ -93,7 +93,7 @@ def selected(
             out=out / CACHE,
             top=(config.ranks, photos.fit),
             compute=where,
-            progress=lambda done, _: advance(done),
+            progress=advance,
         )
     return record, select_from(photos, responses, out, show)
 

@@ -95,7 +95,7 @@ def fixed_maps(
             [source],
             folder,
             dtype=config.cache_precision,
-            progress=lambda done, _: advance(done),
+            progress=advance,
         )
     return maps[source]
 

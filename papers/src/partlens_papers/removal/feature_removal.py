@@ -233,7 +233,7 @@ def _measured(performer: Performer, images: ImageSet, how: RemovalConfig, out: P
             images,
             DescriptorConfig(**dict(how.descriptor)),
             out=out / "cache",
-            progress=lambda done, _: advance(done),
+            progress=advance,
         )
     index = responses.index
     logits = torch.from_numpy(np.array(responses.logits))

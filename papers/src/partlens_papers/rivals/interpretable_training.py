@@ -79,7 +79,7 @@ def labelled_maps(
     folder: Path,
     *,
     mirror: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> LabelledMaps:
     """Compute the tap's maps of all photos once, on disk, and say what each photo shows.
 
@@ -90,7 +90,7 @@ def labelled_maps(
         tap: the layer.
         folder: where the maps are kept; a killed pass goes on there.
         mirror: every photo and its mirror image, as released; row ``2 photo + 1`` is the mirror.
-        progress: called as ``progress(rows_done, rows)``.
+        progress: called with the number of images done.
 
     Raises:
         ImageError: a category without photos.
