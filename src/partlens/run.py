@@ -231,13 +231,9 @@ def _few(differing: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of a run.
+    """The folder of a run."""
 
-    Attributes:
-        folder: an explainer, a selection and an inspection of the same network may share one.
-    """
-
-    folder: Path
+    folder: Path  # an explainer, a selection and an inspection of the same network may share one
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -63,34 +63,22 @@ def nodes_behind(tensors: Sequence[Tensor]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Activation:
-    """One activation.
+    """One activation."""
 
-    Attributes:
-        node: the operation that gives its value, but for a constant factor.
-        spelt: whether it is a product that several operations spell.
-        operand: of such a product, the place of the operand that is the activation's input, times a constant.
-        factor: that constant, times a constant factor behind the product.
-    """
-
-    node: Any
-    spelt: bool = False
+    node: Any  # the operation that gives its value, but for a constant factor
+    spelt: bool = False  # whether it is a product that several operations spell
+    # of such a product, the place of the operand that is the activation's input, times a constant
     operand: int | None = None
-    factor: float = 1.0
+    factor: float = 1.0  # that constant, times a constant factor behind the product
 
 
 @dataclass(frozen=True)
 class Activations:
-    """All activations of a record.
+    """All activations of a record."""
 
-    Attributes:
-        found: the activations.
-        inside: operations inside those that several operations spell.
-        note: what a reader of the picture must know; empty where every activation is found.
-    """
-
-    found: tuple[Activation, ...]
-    inside: frozenset[Any]
-    note: str
+    found: tuple[Activation, ...]  # the activations
+    inside: frozenset[Any]  # operations inside those that several operations spell
+    note: str  # what a reader of the picture must know; empty where every activation is found
 
 
 def activations(nodes: Sequence[Any]) -> Activations:

@@ -49,31 +49,20 @@ class Crop:
 
 @dataclass(frozen=True)
 class _AveragePicture:
-    """What activates one filter.
+    """What activates one filter."""
 
-    Attributes:
-        layer: the filter's layer.
-        channel: its number there.
-        receptive_field_px: rows and columns one cell sees, ``None`` for the whole image.
-        rows: positions of the strongest photos in the image set, best first; equal peaks in the set's order.
-        average: ``[row, col, 3]`` in [0, 1], the mean over the valid pixels of the crops; grey where no crop is valid.
-        valid_frac: ``[row, col]`` share of the crops that cover a pixel.
-        control: the same average over random places of the same photos.
-        crops: the strongest crops, uint8 ``[photo, row, col, 3]``.
-        contrast: standard deviation of ``average`` over its valid pixels; an average of unrelated crops is flat.
-        control_contrast: that of ``control``.
-    """
-
-    layer: str
-    channel: int
-    receptive_field_px: tuple[int, int] | None
+    layer: str  # the filter's layer
+    channel: int  # its number there
+    receptive_field_px: tuple[int, int] | None  # rows and columns one cell sees, ``None`` for the whole image
+    # positions of the strongest photos in the image set, best first; equal peaks in the set's order
     rows: tuple[int, ...]
+    # ``[row, col, 3]`` in [0, 1], the mean over the valid pixels of the crops; grey where no crop is valid
     average: FloatArray
-    valid_frac: FloatArray
-    control: FloatArray
-    crops: npt.NDArray[np.uint8]
-    contrast: float
-    control_contrast: float
+    valid_frac: FloatArray  # ``[row, col]`` share of the crops that cover a pixel
+    control: FloatArray  # the same average over random places of the same photos
+    crops: npt.NDArray[np.uint8]  # the strongest crops, uint8 ``[photo, row, col, 3]``
+    contrast: float  # standard deviation of ``average`` over its valid pixels; an average of unrelated crops is flat
+    control_contrast: float  # that of ``control``
 
 
 def _crop_of(performer: Performer, layers: Sequence[str]) -> dict[str, Crop]:

@@ -41,20 +41,16 @@ _REGION_SHARE = 0.5  # of the highest weight, from which a pixel belongs to the 
 
 @dataclass(frozen=True)
 class OcclusionFields:
-    """The receptive fields of some filters as occlusion shows them.
+    """The receptive fields of some filters as occlusion shows them."""
 
-    Attributes:
-        fields: one picture per filter on a canvas of twice the input's size. The pixel (H, W) is the peak; values are
-            sums of lowered responses, in the units of the maps, smoothed.
-        effective_px: side of the square as large as the smallest set of pixels that holds half of the field before
-            smoothing. One exact place gives ``occluder_px / sqrt(2)``, so nothing smaller can be told apart; ``nan``
-            where no place lowered the response.
-        images: positions in the batch of the photos used, the strongest first.
-    """
-
+    # one picture per filter on a canvas of twice the input's size. The pixel (H, W) is the peak; values are sums of
+    # lowered responses, in the units of the maps, smoothed
     fields: Float[Tensor, "filter row col"]
+    # side of the square as large as the smallest set of pixels that holds half of the field before smoothing. One exact
+    # place gives ``occluder_px / sqrt(2)``, so nothing smaller can be told apart; ``nan`` where no place lowered the
+    # response
     effective_px: Float[Tensor, " filter"]
-    images: Int[Tensor, "filter image"]
+    images: Int[Tensor, "filter image"]  # positions in the batch of the photos used, the strongest first
 
 
 def occluder_places(size_px: tuple[int, int], occluder_px: int = 33, stride_px: int = 9) -> Int[Tensor, "place 2"]:

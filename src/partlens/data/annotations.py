@@ -256,18 +256,12 @@ class FolderParts:
 
     ``masks/LANDMARK/IMAGE.png`` has a folder for each landmark and a file for each image, named as the image with
     ``.png`` behind the whole name; pixels above 0 belong to the part. An image without a file does not show the part.
-
-    Attributes:
-        truth: what the table says.
-        row_of: the row of each image in ``source``.
-        source: the images, which say how large they are.
-        masks: the folder of the masks, None where no landmark has any.
     """
 
-    truth: PartTruth
-    row_of: Mapping[str, int]
-    source: Source
-    masks: Path | None
+    truth: PartTruth  # what the table says
+    row_of: Mapping[str, int]  # the row of each image in ``source``
+    source: Source  # the images, which say how large they are
+    masks: Path | None  # the folder of the masks, None where no landmark has any
 
     @classmethod
     def of(cls, path: Path, keys: Sequence[str], source: Source) -> FolderParts:

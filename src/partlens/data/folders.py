@@ -121,19 +121,12 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _FolderFiles:
-    """The images below a folder, what their paths say of them, and remarks on what is not read.
+    """The images below a folder, what their paths say of them, and remarks on what is not read."""
 
-    Attributes:
-        files: in alphabetical order of folders and files.
-        categories: one for each file, None where the folders do not say them.
-        splits: likewise.
-        notes: one sentence each.
-    """
-
-    files: tuple[Path, ...]
-    categories: list[str] | None
-    splits: list[str] | None
-    notes: tuple[str, ...]
+    files: tuple[Path, ...]  # in alphabetical order of folders and files
+    categories: list[str] | None  # one for each file, None where the folders do not say them
+    splits: list[str] | None  # likewise
+    notes: tuple[str, ...]  # one sentence each
 
 
 def image_files(path: Path) -> _FolderFiles:

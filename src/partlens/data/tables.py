@@ -35,23 +35,14 @@ _MARKS = (  # the longer marks first: that of UTF-32 begins as that of UTF-16
 
 @dataclass(frozen=True)
 class Table:
-    """The cells of a table by column, without the blanks around them.
+    """The cells of a table by column, without the blanks around them."""
 
-    Attributes:
-        path: the file.
-        columns: the cells of each column that is known, by our name of it.
-        lines: the line of each row in the file.
-        written: how the file calls these columns.
-        unused: the other columns.
-        decimal: the sign between whole and decimal digits.
-    """
-
-    path: Path
-    columns: dict[str, list[str]]
-    lines: list[int]
-    written: dict[str, str]
-    unused: tuple[str, ...]
-    decimal: str = "."
+    path: Path  # the file
+    columns: dict[str, list[str]]  # the cells of each column that is known, by our name of it
+    lines: list[int]  # the line of each row in the file
+    written: dict[str, str]  # how the file calls these columns
+    unused: tuple[str, ...]  # the other columns
+    decimal: str = "."  # the sign between whole and decimal digits
 
     def __len__(self) -> int:
         """Return the number of rows."""

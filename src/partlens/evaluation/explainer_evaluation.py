@@ -67,21 +67,14 @@ Lesson = tuple[Float[Tensor, "photo feature"], Int[Tensor, " photo"]]
 
 @dataclass(frozen=True)
 class EvaluationRows:
-    """Positions of the photos that an evaluation uses, and the categories of those that are measured.
+    """Positions of the photos that an evaluation uses, and the categories of those that are measured."""
 
-    Attributes:
-        held: held-out photos of the categories: every score is of these.
-        held_others: held-out photos of other categories, for the error increase.
-        train: training photos of several categories, which decide to which of them a filter belongs; else empty.
-        labels: the category of each of ``held``, an index.
-        train_labels: of each of ``train``.
-    """
-
-    held: Sequence[int]
-    held_others: Sequence[int]
+    held: Sequence[int]  # held-out photos of the categories: every score is of these
+    held_others: Sequence[int]  # held-out photos of other categories, for the error increase
+    # training photos of several categories, which decide to which of them a filter belongs; else empty
     train: Sequence[int]
-    labels: Int[Tensor, " image"]
-    train_labels: Int[Tensor, " photo"]
+    labels: Int[Tensor, " image"]  # the category of each of ``held``, an index
+    train_labels: Int[Tensor, " photo"]  # of each of ``train``
 
     def words(self, categories: Sequence[str]) -> str:
         """Say what is read and why, in one sentence.

@@ -73,25 +73,18 @@ def own_columns(performer: Performer, names: Sequence[str]) -> tuple[int, ...] |
 
 @dataclass(frozen=True)
 class Answers:
-    """What both networks say of all photos that errors are measured with.
+    """What both networks say of all photos that errors are measured with."""
 
-    Attributes:
-        held: held-out photos of the categories.
-        labels: of these, an index into the categories.
-        photos: an integer per row of ``held`` and of ``others`` after it, equal for crops of one photo.
-        columns: of :func:`class_outputs` for each category (:func:`own_columns`); ``None`` where a head has to tell.
-        others: held-out photos of other categories, or ``None``.
-        head: tells the categories by the last target, or ``None`` where there is nothing to fit one on.
-        categories: how many there are.
-    """
-
-    held: FedBack
-    labels: Int[Tensor, " image"]
+    held: FedBack  # held-out photos of the categories
+    labels: Int[Tensor, " image"]  # of these, an index into the categories
+    # an integer per row of ``held`` and of ``others`` after it, equal for crops of one photo
     photos: Int[Tensor, " row"]
+    # of :func:`class_outputs` for each category (:func:`own_columns`); ``None`` where a head has to tell
     columns: tuple[int, ...] | None = None
-    others: FedBack | None = None
+    others: FedBack | None = None  # held-out photos of other categories, or ``None``
+    # tells the categories by the last target, or ``None`` where there is nothing to fit one on
     head: Callable[[Tensor], Tensor] | None = None
-    categories: int = 1
+    categories: int = 1  # how many there are
 
 
 def _measure_errors(of: Answers, kind: FedIn, generator: torch.Generator, rounds: int) -> dict[str, Estimate] | None:

@@ -27,25 +27,17 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class GalleryPlan:
-    """How much is spent on pictures.
+    """How much is spent on pictures."""
 
-    Attributes:
-        kind: ``quick``: Grad-CAM is joined of 24 photos, and where photos are covered, 8 are, at 121 places each (224
-            px, about 1,000 forward passes); ``full``, as the released code does: 100 and 24 photos, at 484 places;
-            ``none``: no gallery.
-        fields: ``mask`` outlines the cells that the mask keeps; ``occlusion`` what a filter reads, found by covering.
-        occlusion: how photos are covered, in pixels of the input.
-        covered: photos that are covered.
-        attention: photos of Grad-CAM.
-        seed: of the intervals and of the null.
-    """
-
+    # ``quick``: Grad-CAM is joined of 24 photos, and where photos are covered, 8 are, at 121 places each (224 px, about
+    # 1,000 forward passes); ``full``, as the released code does: 100 and 24 photos, at 484 places; ``none``: no gallery
     kind: GalleryKind
+    # ``mask`` outlines the cells that the mask keeps; ``occlusion`` what a filter reads, found by covering
     fields: FieldKind
-    occlusion: OcclusionConfig
-    covered: int
-    attention: int
-    seed: int = 0
+    occlusion: OcclusionConfig  # how photos are covered, in pixels of the input
+    covered: int  # photos that are covered
+    attention: int  # photos of Grad-CAM
+    seed: int = 0  # of the intervals and of the null
 
     @classmethod
     def of(

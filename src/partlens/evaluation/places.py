@@ -71,27 +71,16 @@ def photo_numbers(images: ImageSet, rows: Sequence[int]) -> Int[Tensor, " image"
 
 @dataclass(frozen=True)
 class MeasuredPhotos:
-    """The photos that layers and nulls are scored on.
+    """The photos that layers and nulls are scored on."""
 
-    Attributes:
-        landmarks: x, y in the input, NaN where absent.
-        names: of the landmarks.
-        photos: an integer per image, equal for crops of one photo.
-        size_px: height and width of the input.
-        categories: that filters may belong to, at least one; ``("",)`` means all photos as one.
-        labels: the category of each image, an index.
-        generator: of every bootstrap, one after the other.
-        rounds: of every bootstrap.
-    """
-
-    landmarks: Float[Tensor, "image landmark 2"]
-    names: tuple[str, ...]
-    photos: Int[Tensor, " image"]
-    size_px: tuple[int, int]
-    categories: tuple[str, ...]
-    labels: Int[Tensor, " image"]
-    generator: torch.Generator
-    rounds: int = ROUNDS
+    landmarks: Float[Tensor, "image landmark 2"]  # x, y in the input, NaN where absent
+    names: tuple[str, ...]  # of the landmarks
+    photos: Int[Tensor, " image"]  # an integer per image, equal for crops of one photo
+    size_px: tuple[int, int]  # height and width of the input
+    categories: tuple[str, ...]  # that filters may belong to, at least one; ``("",)`` means all photos as one
+    labels: Int[Tensor, " image"]  # the category of each image, an index
+    generator: torch.Generator  # of every bootstrap, one after the other
+    rounds: int = ROUNDS  # of every bootstrap
 
     @classmethod
     def of(

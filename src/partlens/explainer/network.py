@@ -98,21 +98,13 @@ class NormLayer(nn.Module):
 
 
 class ExplainerOutput(NamedTuple):
-    """What one pass through an explainer yields.
+    """What one pass through an explainer yields."""
 
-    Attributes:
-        interp1: maps of conv-interp-1 after the ReLU, before the mask.
-        interp2: maps of conv-interp-2 after the ReLU, before the mask: the last interpretable layer.
-        ordin: maps of conv-ordin, before pooling.
-        p: the share of the interpretable track, a scalar.
-        reconstructions: one tensor per target.
-    """
-
-    interp1: Tensor
-    interp2: Tensor
-    ordin: Tensor
-    p: Tensor
-    reconstructions: tuple[Tensor, ...]
+    interp1: Tensor  # maps of conv-interp-1 after the ReLU, before the mask
+    interp2: Tensor  # maps of conv-interp-2 after the ReLU, before the mask: the last interpretable layer
+    ordin: Tensor  # maps of conv-ordin, before pooling
+    p: Tensor  # the share of the interpretable track, a scalar
+    reconstructions: tuple[Tensor, ...]  # one tensor per target
 
 
 class NormedTracks(NamedTuple):

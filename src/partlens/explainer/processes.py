@@ -29,17 +29,11 @@ _PATIENCE = timedelta(days=30)  # one process alone caches maps and finds parts;
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of several processes this is; the first one, number 0, alone reads photos and writes the run.
+    """Which of several processes this is; the first one, number 0, alone reads photos and writes the run."""
 
-    Attributes:
-        number: of this process, from 0.
-        count: of processes.
-        images: explained images in the whole batch of a step, 0 outside of one.
-    """
-
-    number: int = 0
-    count: int = 1
-    images: int = 0
+    number: int = 0  # of this process, from 0
+    count: int = 1  # of processes
+    images: int = 0  # explained images in the whole batch of a step, 0 outside of one
 
     def own(self, values: Any) -> Any:
         """Return what this process computes of something with one entry per image."""

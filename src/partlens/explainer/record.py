@@ -18,29 +18,19 @@ LESSON = "lesson.safetensors"
 
 @dataclass(frozen=True)
 class ExplainerStructure:
-    """What an explainer is made of, all of it found in the performer.
+    """What an explainer is made of, all of it found in the performer."""
 
-    Attributes:
-        tap: layer whose maps go in.
-        targets: layers whose features are reconstructed, the last one fed back.
-        channels_in: filters of the tap.
-        channels_out: filters of the encoder's output.
-        side_cells: rows and columns of the tap's maps.
-        replaced: name of the performer's convolution that the tracks replace; ``None`` where they are inserted.
-        decoder_from: layer whose output the encoder's output replaces.
-        signed: whether the tap has values below 0; the ordinary track then has no ReLU.
-        spare_rows: of the tap and of each target, rows below the maps that hold tokens without a place, such as a class
-            token; they pass by the explainer.
-    """
-
-    tap: str
-    targets: tuple[str, ...]
-    channels_in: int
-    channels_out: int
-    side_cells: tuple[int, int]
+    tap: str  # layer whose maps go in
+    targets: tuple[str, ...]  # layers whose features are reconstructed, the last one fed back
+    channels_in: int  # filters of the tap
+    channels_out: int  # filters of the encoder's output
+    side_cells: tuple[int, int]  # rows and columns of the tap's maps
+    # name of the performer's convolution that the tracks replace; ``None`` where they are inserted
     replaced: str | None
-    decoder_from: str
-    signed: bool = False
+    decoder_from: str  # layer whose output the encoder's output replaces
+    signed: bool = False  # whether the tap has values below 0; the ordinary track then has no ReLU
+    # of the tap and of each target, rows below the maps that hold tokens without a place, such as a class token; they
+    # pass by the explainer
     spare_rows: tuple[int, ...] = ()
 
     @property

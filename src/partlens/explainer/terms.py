@@ -215,29 +215,17 @@ class Classification(_WholeTerm):
 
 @dataclass
 class Objective:
-    """The objective with its running measurements; all of them are part of a checkpoint.
+    """The objective with its running measurements; all of them are part of a checkpoint."""
 
-    Attributes:
-        explainer: the network it is computed for.
-        fidelity: what the filter terms are balanced with: the reconstruction, or the classification.
-        others: further terms of the whole batch.
-        filter_terms: terms of every filter.
-        categories: how many categories the filters are shared among.
-        state: running tensors by name, shared with the terms.
-        watched: terms that are logged and cost nothing.
-        epoch: number N of the running epoch, from 1; the filter terms weigh ``filter_ratio / N ** filter_decay``.
-        step: steps so far.
-    """
-
-    explainer: Explainer
-    fidelity: _WholeTerm
-    others: tuple[_WholeTerm, ...]
-    filter_terms: tuple[_FilterTerm, ...]
-    categories: int
-    state: State
-    watched: tuple[_WholeTerm, ...] = ()
-    epoch: int = 1
-    step: int = 0
+    explainer: Explainer  # the network it is computed for
+    fidelity: _WholeTerm  # what the filter terms are balanced with: the reconstruction, or the classification
+    others: tuple[_WholeTerm, ...]  # further terms of the whole batch
+    filter_terms: tuple[_FilterTerm, ...]  # terms of every filter
+    categories: int  # how many categories the filters are shared among
+    state: State  # running tensors by name, shared with the terms
+    watched: tuple[_WholeTerm, ...] = ()  # terms that are logged and cost nothing
+    epoch: int = 1  # number N of the running epoch, from 1; the filter terms weigh ``filter_ratio / N ** filter_decay``
+    step: int = 0  # steps so far
     _templates: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -140,23 +140,16 @@ def viewed_images(
 
 @dataclass(frozen=True)
 class TrainingMaps:
-    """What training reads: cached maps of views of photos.
+    """What training reads: cached maps of views of photos."""
 
-    Attributes:
-        tap: maps at the tap, ``[row, filter, row, col]``; memory maps are read batch by batch.
-        targets: features to reconstruct, one array per target.
-        windows: how each view of the explained photos was cut, see :func:`view_windows`; row
-            ``photo * views + view`` of the arrays.
-        labels: the category of each of these photos, from 0.
-        background_rows: rows of the arrays that hold other photos; may be empty.
-        finding: maps of the layers that parts are found on, likewise; empty where nothing is taught.
-    """
-
-    tap: np.ndarray
-    targets: tuple[np.ndarray, ...]
+    tap: np.ndarray  # maps at the tap, ``[row, filter, row, col]``; memory maps are read batch by batch
+    targets: tuple[np.ndarray, ...]  # features to reconstruct, one array per target
+    # how each view of the explained photos was cut, see :func:`view_windows`; row ``photo * views + view`` of the
+    # arrays
     windows: Float[Tensor, "photo view 5"]
-    labels: Int[Tensor, " photo"]
-    background_rows: Int[np.ndarray, " background"]
+    labels: Int[Tensor, " photo"]  # the category of each of these photos, from 0
+    background_rows: Int[np.ndarray, " background"]  # rows of the arrays that hold other photos; may be empty
+    # maps of the layers that parts are found on, likewise; empty where nothing is taught
     finding: tuple[np.ndarray, ...] = ()
 
     @property

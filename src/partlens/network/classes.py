@@ -20,15 +20,10 @@ def key_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Match:
-    """Categories and the outputs that they mean.
+    """Categories and the outputs that they mean."""
 
-    Attributes:
-        outputs: by category, ``None`` where it is no output, or more than one.
-        how: in which way, as a phrase.
-    """
-
-    outputs: Mapping[str, int | None]
-    how: str
+    outputs: Mapping[str, int | None]  # by category, ``None`` where it is no output, or more than one
+    how: str  # in which way, as a phrase
 
     def said(self) -> str:
         """Say what was matched with what; nothing where no category is an output."""

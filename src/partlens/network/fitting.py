@@ -27,17 +27,11 @@ _HELD_BATCH = 128
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A trained classifier.
+    """A trained classifier."""
 
-    Attributes:
-        network: in eval mode.
-        class_names: what its outputs mean: the categories in alphabetical order.
-        right: for each held-out image, whether the largest output is its category's.
-    """
-
-    network: nn.Module
-    class_names: tuple[str, ...]
-    right: Bool[Tensor, " image"]
+    network: nn.Module  # in eval mode
+    class_names: tuple[str, ...]  # what its outputs mean: the categories in alphabetical order
+    right: Bool[Tensor, " image"]  # for each held-out image, whether the largest output is its category's
 
     @property
     def accuracy(self) -> float:

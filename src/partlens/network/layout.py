@@ -48,21 +48,13 @@ _CHANNELS_FIRST = (_ConvNd, _BatchNorm, _InstanceNorm, nn.GroupNorm, *_POOLINGS,
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a layer's output.
+    """The layout of a layer's output."""
 
-    Args:
-        kind: see the top of this module.
-        grid: rows and columns of the tokens that have a place.
-        before: tokens before these, such as a class token.
-        after: tokens after them.
-        loop: how often the layer is called for each image, where the network runs its images one by one; else 0.
-    """
-
-    kind: Kind
-    grid: tuple[int, int] = (0, 0)
-    before: int = 0
-    after: int = 0
-    loop: int = 0
+    kind: Kind  # see the top of this module
+    grid: tuple[int, int] = (0, 0)  # rows and columns of the tokens that have a place
+    before: int = 0  # tokens before these, such as a class token
+    after: int = 0  # tokens after them
+    loop: int = 0  # how often the layer is called for each image, where the network runs its images one by one; else 0
 
     @property
     def beside(self) -> int:

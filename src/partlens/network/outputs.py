@@ -107,18 +107,12 @@ def class_scores(answer: Any, images: int) -> Float[Tensor, "image output"]:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network's outputs are.
+    """What a network's outputs are."""
 
-    Attributes:
-        kind: what the numbers are.
-        count: how many there are.
-        inferred: whether the kind was read from values, since no operation tells it.
-        unsteady: by how much scores of an image differ when it is given alone and with others, as a share of the score.
-    """
-
-    kind: Kind
-    count: int
-    inferred: bool = False
+    kind: Kind  # what the numbers are
+    count: int  # how many there are
+    inferred: bool = False  # whether the kind was read from values, since no operation tells it
+    # by how much scores of an image differ when it is given alone and with others, as a share of the score
     unsteady: float = 0.0
 
     @property

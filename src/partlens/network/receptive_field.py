@@ -26,20 +26,13 @@ from partlens.network.watched import Operation, Record
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """Where the cells of a map look; pairs are (rows, columns).
+    """Where the cells of a map look; pairs are (rows, columns)."""
 
-    Args:
-        stride_px: input pixels from one cell to the next; 0 where every cell sees the whole image.
-        size_px: pixels one cell sees, counted beyond the image's border too.
-        start_px: first pixel of cell 0; negative where padding reaches out.
-        gated: whether the map is also scaled or normalised by numbers taken from the whole image (squeeze and
-            excitation, instance norm). The field describes the local path alone, since that decides where a
-            cell is located.
-    """
-
-    stride_px: tuple[int, int]
-    size_px: tuple[int, int]
-    start_px: tuple[int, int]
+    stride_px: tuple[int, int]  # input pixels from one cell to the next; 0 where every cell sees the whole image
+    size_px: tuple[int, int]  # pixels one cell sees, counted beyond the image's border too
+    start_px: tuple[int, int]  # first pixel of cell 0; negative where padding reaches out
+    # whether the map is also scaled or normalised by numbers taken from the whole image (squeeze and excitation,
+    # instance norm). The field describes the local path alone, since that decides where a cell is located
     gated: bool = False
 
 

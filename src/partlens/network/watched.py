@@ -33,21 +33,14 @@ _STANDS_OUT = 10  # a place is found again where it changed this many times as m
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One call of a function of torch in a watched pass, of those that depend on the images.
+    """One call of a function of torch in a watched pass, of those that depend on the images."""
 
-    Attributes:
-        name: of the function or method, without underscores.
-        args: what it was called with.
-        kwargs: likewise, by name.
-        read: those of the tensors that depend on the images, and the operations that made them.
-        made: the tensors that it gave or wrote into.
-    """
-
-    name: str
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
+    name: str  # of the function or method, without underscores
+    args: Sequence[Any]  # what it was called with
+    kwargs: Mapping[str, Any]  # likewise, by name
+    # those of the tensors that depend on the images, and the operations that made them
     read: Sequence[tuple[Tensor, Operation]]
-    made: Sequence[Tensor]
+    made: Sequence[Tensor]  # the tensors that it gave or wrote into
 
     @property
     def sources(self) -> list[Operation]:
@@ -123,29 +116,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a module.
+    """One call of a module."""
 
-    Attributes:
-        name: tap name: the module's path, with ``_1``, ``_2`` … for its second, third … call.
-        module: the module.
-        given: the tensors it was called with.
-        output: the tensor that a tap reads.
-        lowest: the smallest value of it.
-        alike: of tokens, which of them are the same for both images.
-        changed: of tokens, those that the change of a place altered most, as far as they stand out.
-        maker: the operation that made it; ``None`` where it does not depend on the images.
-        loop: how often the module is called for each image, where the network runs its images one by one.
-    """
-
-    name: str
-    module: nn.Module
-    given: tuple[Tensor, ...]
-    output: Tensor
-    lowest: float
-    alike: tuple[bool, ...]
-    changed: tuple[int, ...]
-    maker: Operation | None
-    loop: int = 0
+    name: str  # tap name: the module's path, with ``_1``, ``_2`` … for its second, third … call
+    module: nn.Module  # the module
+    given: tuple[Tensor, ...]  # the tensors it was called with
+    output: Tensor  # the tensor that a tap reads
+    lowest: float  # the smallest value of it
+    alike: tuple[bool, ...]  # of tokens, which of them are the same for both images
+    changed: tuple[int, ...]  # of tokens, those that the change of a place altered most, as far as they stand out
+    maker: Operation | None  # the operation that made it; ``None`` where it does not depend on the images
+    loop: int = 0  # how often the module is called for each image, where the network runs its images one by one
 
 
 def read_entry(output: Any) -> Tensor | None:

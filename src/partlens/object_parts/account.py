@@ -44,44 +44,30 @@ _LEAST_SHARED = 3
 
 @dataclass(frozen=True)
 class Truth:
-    """What annotations say of the measured photos; ``None`` where there are none.
+    """What annotations say of the measured photos; ``None`` where there are none."""
 
-    Attributes:
-        annotated: places of annotated parts, NaN where unknown, as shares of the sides.
-        objects: how much of each cell is the object, NaN for photos where it is not known.
-        landmarks: names of the annotated parts.
-    """
-
+    # places of annotated parts, NaN where unknown, as shares of the sides
     annotated: Float[Tensor, "photo landmark 2"] | None = None
+    # how much of each cell is the object, NaN for photos where it is not known
     objects: Float[Tensor, "photo row col"] | None = None
-    landmarks: tuple[str, ...] = ()
+    landmarks: tuple[str, ...] = ()  # names of the annotated parts
 
 
 @dataclass(frozen=True)
 class Account:
-    """What was measured of a category; parts come in ``order``, those that carry most first.
+    """What was measured of a category; parts come in ``order``, those that carry most first."""
 
-    Attributes:
-        order: their numbers among the found ones.
-        windows: how many of them get windows at each area.
-        places: of the parts in the measured photos.
-        whole: what the performer says of the measured photos.
-        kept: by windows of each kind.
-        grid: kept by single windows over the whole image, on the first of the photos.
-        alone: kept by a window of the smallest area at each part alone, on the first of the photos.
-        shares: of the first of the photos, elsewhere last.
-        verdict: what the network knows the category by.
-    """
-
-    order: tuple[int, ...]
-    windows: tuple[int, ...]
-    places: Float[Tensor, "photo part 2"]
-    whole: Whole
-    kept: KeptByKind
+    order: tuple[int, ...]  # their numbers among the found ones
+    windows: tuple[int, ...]  # how many of them get windows at each area
+    places: Float[Tensor, "photo part 2"]  # of the parts in the measured photos
+    whole: Whole  # what the performer says of the measured photos
+    kept: KeptByKind  # by windows of each kind
+    # kept by single windows over the whole image, on the first of the photos
     grid: Float[Tensor, "gridded area window"]
+    # kept by a window of the smallest area at each part alone, on the first of the photos
     alone: Float[Tensor, "alone part"]
-    shares: Shapley
-    verdict: Verdict
+    shares: Shapley  # of the first of the photos, elsewhere last
+    verdict: Verdict  # what the network knows the category by
 
 
 def account_of(

@@ -53,17 +53,11 @@ Views = Callable[[Int[Tensor, " photo"], int], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class PartFinder:
-    """Says where the parts of a category are in any photo.
+    """Says where the parts of a category are in any photo."""
 
-    Attributes:
-        scale: standard deviation of each filter of the later layer.
-        dictionaries: directions (part, filter) of the scaled layer that compete for its cells.
-        chosen: for each part, the number of its dictionary and of its direction in it.
-    """
-
-    scale: Float[Tensor, " filter"]
-    dictionaries: tuple[Tensor, ...]
-    chosen: tuple[tuple[int, int], ...]
+    scale: Float[Tensor, " filter"]  # standard deviation of each filter of the later layer
+    dictionaries: tuple[Tensor, ...]  # directions (part, filter) of the scaled layer that compete for its cells
+    chosen: tuple[tuple[int, int], ...]  # for each part, the number of its dictionary and of its direction in it
 
     def codes(self, maps: Sequence[Tensor]) -> Float[Tensor, "photo part row col"]:
         """Return how much of each part every cell of the later layer holds."""
@@ -96,24 +90,18 @@ class PartFinder:
 
 @dataclass(frozen=True)
 class FoundParts:
-    """All parts that were chosen for a category: first those that the photos support, each group best first.
+    """All parts that were chosen for a category: first those that the photos support, each group best first."""
 
-    Attributes:
-        places: mean place (row, col) in the photo and its mirror, as shares of the photo's sides.
-        movement: mean squared error of moving with crops and mirrors over the variance of the place; lower is better.
-        stability: correlation, over photos, of each place with that of the part nearest to it among those found again
-            in half of the photos, the mean of both halves; 1 is the same part.
-        supported: how many of them the photos support as parts of their own, or the fewest that were asked for.
-        correlation: of the places of two of these, the mean; lower is more variety.
-        finder: says where the parts are in further photos. All of them teach an explainer's filters.
-    """
-
+    # mean place (row, col) in the photo and its mirror, as shares of the photo's sides
     places: Float[Tensor, "photo part 2"]
+    # mean squared error of moving with crops and mirrors over the variance of the place; lower is better
     movement: Float[Tensor, " part"]
+    # correlation, over photos, of each place with that of the part nearest to it among those found again in half of the
+    # photos, the mean of both halves; 1 is the same part
     stability: Float[Tensor, " part"]
-    supported: int
-    correlation: float
-    finder: PartFinder
+    supported: int  # how many of them the photos support as parts of their own, or the fewest that were asked for
+    correlation: float  # of the places of two of these, the mean; lower is more variety
+    finder: PartFinder  # says where the parts are in further photos. All of them teach an explainer's filters
 
 
 def finding_layers(performer: Performer) -> tuple[str, ...]:

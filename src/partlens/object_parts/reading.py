@@ -69,19 +69,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Read:
-    """What was read of some photos; arrays are memory maps, a row per photo.
+    """What was read of some photos; arrays are memory maps, a row per photo."""
 
-    Attributes:
-        rows: positions of the photos in their set.
-        windows: how each view was cut.
-        arrays: by name ``descriptor``, ``peak``, ``peak_cell``, ``logits``, ``tap`` and ``later-N``.
-        dead_layers: pairs of a photo and a layer without any activation.
-    """
-
-    rows: tuple[int, ...]
-    windows: Float[Tensor, "photo view 5"]
+    rows: tuple[int, ...]  # positions of the photos in their set
+    windows: Float[Tensor, "photo view 5"]  # how each view was cut
+    # by name ``descriptor``, ``peak``, ``peak_cell``, ``logits``, ``tap`` and ``later-N``
     arrays: Mapping[str, np.ndarray]
-    dead_layers: int
+    dead_layers: int  # pairs of a photo and a layer without any activation
 
     def tap(self, photos: Sequence[int] | Tensor) -> Float[Tensor, "photo filter row col"]:
         """Return the tap's maps of some of the photos."""

@@ -38,17 +38,12 @@ Upper = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TapMaps:
-    """The tap's maps of some photos, what stands for nothing there, and the layers above.
+    """The tap's maps of some photos, what stands for nothing there, and the layers above."""
 
-    Attributes:
-        upper: from maps to the performer's scores.
-        maps: at the tap; rows below those of ``nothing`` hold tokens without a place, which stay as they are.
-        nothing: what a cell is set to: zero after a ReLU; else the mean map of photos.
-    """
-
-    upper: Upper
+    upper: Upper  # from maps to the performer's scores
+    # at the tap; rows below those of ``nothing`` hold tokens without a place, which stay as they are
     maps: Float[Tensor, "photo filter read_row col"]
-    nothing: Float[Tensor, "filter row col"]
+    nothing: Float[Tensor, "filter row col"]  # what a cell is set to: zero after a ReLU; else the mean map of photos
 
     @property
     def grid(self) -> tuple[int, int]:

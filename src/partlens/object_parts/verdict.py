@@ -49,28 +49,18 @@ Curve = Float[Tensor, "photo area"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the network knows a category by.
+    """What the network knows a category by."""
 
-    Attributes:
-        kind: the verdict.
-        advantage: of the parts over the best kind for comparison.
-        best_null: that kind.
-        against: the parts compared with each kind.
-        fixed: place (row, col) of the window that keeps most at one place of all photos, as shares of the sides.
-        fixed_kept: what it keeps at the smallest area, the median.
-        photos: that could be measured.
-        reason: what makes it undecided, elsewhere, or texture in spite of an advantage; else empty.
-        told: what the network's decisions say about being of the category (:func:`told`); ``None`` without others.
-    """
-
-    kind: Kind
-    advantage: Estimate
-    best_null: str
-    against: Mapping[str, Comparison]
+    kind: Kind  # the verdict
+    advantage: Estimate  # of the parts over the best kind for comparison
+    best_null: str  # that kind
+    against: Mapping[str, Comparison]  # the parts compared with each kind
+    # place (row, col) of the window that keeps most at one place of all photos, as shares of the sides
     fixed: tuple[float, float]
-    fixed_kept: float
-    photos: int
-    reason: Reason
+    fixed_kept: float  # what it keeps at the smallest area, the median
+    photos: int  # that could be measured
+    reason: Reason  # what makes it undecided, elsewhere, or texture in spite of an advantage; else empty
+    # what the network's decisions say about being of the category (:func:`told`); ``None`` without others
     told: Comparison | None = None
 
     def knowing(self, told: Comparison | None) -> Verdict:

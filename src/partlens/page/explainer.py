@@ -45,23 +45,14 @@ _Comparison = Literal["better", "level", "worse"]
 
 @dataclass(frozen=True)
 class ExplainerData:
-    """The records of a run, and their pictures.
+    """The records of a run, and their pictures."""
 
-    Attributes:
-        run: ``run.json``.
-        epochs: of ``history.json``, in order; only finite numbers.
-        evaluation: ``None`` where nothing was measured yet.
-        curve: what a higher p costs, ``None`` where there were no held-out photos for it.
-        gallery: ``None`` where none was drawn.
-        pictures: of the gallery, as ``data:`` addresses by name.
-    """
-
-    run: ExplainerRun
-    epochs: tuple[Mapping[str, Any], ...]
-    evaluation: Evaluation | None
-    curve: PriceCurve | None
-    gallery: Gallery | None
-    pictures: Mapping[str, str]
+    run: ExplainerRun  # ``run.json``
+    epochs: tuple[Mapping[str, Any], ...]  # of ``history.json``, in order; only finite numbers
+    evaluation: Evaluation | None  # ``None`` where nothing was measured yet
+    curve: PriceCurve | None  # what a higher p costs, ``None`` where there were no held-out photos for it
+    gallery: Gallery | None  # ``None`` where none was drawn
+    pictures: Mapping[str, str]  # of the gallery, as ``data:`` addresses by name
 
     @property
     def category(self) -> str:

@@ -19,17 +19,11 @@ _PAGE_BYTES = 13_500_000  # room for the pictures of one image's own page, in ch
 
 @dataclass(frozen=True)
 class ExplanationData:
-    """One explained image.
+    """One explained image."""
 
-    Attributes:
-        record: its record.
-        pictures: by their names in the record; an average that is out of reach is missing.
-        anchor: its id on the page.
-    """
-
-    record: ExplanationRecord
-    pictures: Mapping[str, Embedded]
-    anchor: str = "image-1"
+    record: ExplanationRecord  # its record
+    pictures: Mapping[str, Embedded]  # by their names in the record; an average that is out of reach is missing
+    anchor: str = "image-1"  # its id on the page
 
     @property
     def top(self) -> float:

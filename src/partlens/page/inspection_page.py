@@ -31,18 +31,14 @@ class _ShownPhoto:
 
 @dataclass(frozen=True)
 class _ShownCategory:
-    """One category on the page: its id, whether it is open, its record, figures, and pictures as far as they fit.
-
-    Attributes:
-        galleries: one picture a part, ``None`` where there is no room.
-    """
+    """One category on the page: its id, whether it is open, its record, figures, and pictures as far as they fit."""
 
     anchor: str
     is_open: bool
     data: InspectedCategory
     curve: Figure | None
     shares: str
-    galleries: tuple[Embedded | None, ...]
+    galleries: tuple[Embedded | None, ...]  # one picture a part, ``None`` where there is no room
     photos: tuple[_ShownPhoto, ...]
 
     @property

@@ -36,23 +36,14 @@ INSPECTION_SHARE = 0.6
 
 @dataclass(frozen=True)
 class _PageData:
-    """Everything that one page says; drawing it needs nothing else.
+    """Everything that one page says; drawing it needs nothing else."""
 
-    Attributes:
-        explainer: the chapter of an explained layer, or ``None``.
-        selection: the chapter of the classes' features, or ``None``.
-        explanations: the chapter of explained images; may be empty.
-        pending: command line of a selection that was begun and has no result yet; else empty.
-        named_parts: the chapter of the explainer's parts, or ``None``.
-        inspection: the chapter of what each category is known by, or ``None``.
-    """
-
-    explainer: ExplainerData | None = None
-    selection: SelectionData | None = None
-    explanations: Explanations = field(default_factory=Explanations)
-    pending: str = ""
-    named_parts: PartsData | None = None
-    inspection: InspectionData | None = None
+    explainer: ExplainerData | None = None  # the chapter of an explained layer, or ``None``
+    selection: SelectionData | None = None  # the chapter of the classes' features, or ``None``
+    explanations: Explanations = field(default_factory=Explanations)  # the chapter of explained images; may be empty
+    pending: str = ""  # command line of a selection that was begun and has no result yet; else empty
+    named_parts: PartsData | None = None  # the chapter of the explainer's parts, or ``None``
+    inspection: InspectionData | None = None  # the chapter of what each category is known by, or ``None``
 
     @property
     def runs(self) -> tuple[RunRecord, ...]:

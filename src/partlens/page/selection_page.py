@@ -241,17 +241,11 @@ _LABELS = 40
 
 @dataclass(frozen=True)
 class _LayerShare:
-    """One layer of the figure.
+    """One layer of the figure."""
 
-    Attributes:
-        layer: its name.
-        share: its part of a class's weight (0 to 1), mean over the classes.
-        even: its part of all filters: what it would have if weights were spread evenly.
-    """
-
-    layer: str
-    share: float
-    even: float
+    layer: str  # its name
+    share: float  # its part of a class's weight (0 to 1), mean over the classes
+    even: float  # its part of all filters: what it would have if weights were spread evenly
 
 
 def _class_shares(one: SelectedClass) -> dict[str, float]:

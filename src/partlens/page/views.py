@@ -39,23 +39,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class _Origin:
-    """How to make a chapter's results again, and what its notes say.
+    """How to make a chapter's results again, and what its notes say."""
 
-    Attributes:
-        title: of the chapter.
-        command: the command line; empty where the run was made from Python.
-        hashes: (name, value) of what identifies the inputs.
-        details: (title, pairs) of versions and settings.
-        notes: remarks.
-        unreadable: photos that could not be read.
-    """
-
-    title: str
-    command: str
-    hashes: tuple[tuple[str, str], ...]
-    details: tuple[tuple[str, list[tuple[str, str]]], ...]
-    notes: tuple[str, ...]
-    unreadable: tuple[Unreadable, ...]
+    title: str  # of the chapter
+    command: str  # the command line; empty where the run was made from Python
+    hashes: tuple[tuple[str, str], ...]  # (name, value) of what identifies the inputs
+    details: tuple[tuple[str, list[tuple[str, str]]], ...]  # (title, pairs) of versions and settings
+    notes: tuple[str, ...]  # remarks
+    unreadable: tuple[Unreadable, ...]  # photos that could not be read
 
 
 def origin(
@@ -88,27 +79,16 @@ def origin(
 
 @dataclass(frozen=True)
 class Chapter:
-    """A chapter of the page.
+    """A chapter of the page."""
 
-    Attributes:
-        kind: ``inspection``, ``selection``, ``explanation``, ``explainer`` or ``parts``; which template draws it.
-        anchor: its id.
-        title: its heading.
-        sections: (anchor, title) for the table of contents.
-        headline: its result in a sentence or two; may be empty.
-        page_title: of a page that has no other chapter.
-        facts: (name, value) of what it is about.
-        origin: how its results are made again, where it has a run of its own.
-    """
-
-    kind: str
-    anchor: str
-    title: str
-    sections: tuple[tuple[str, str], ...]
-    headline: str = ""
-    page_title: str = ""
-    facts: tuple[tuple[str, str], ...] = ()
-    origin: _Origin | None = None
+    kind: str  # ``inspection``, ``selection``, ``explanation``, ``explainer`` or ``parts``; which template draws it
+    anchor: str  # its id
+    title: str  # its heading
+    sections: tuple[tuple[str, str], ...]  # (anchor, title) for the table of contents
+    headline: str = ""  # its result in a sentence or two; may be empty
+    page_title: str = ""  # of a page that has no other chapter
+    facts: tuple[tuple[str, str], ...] = ()  # (name, value) of what it is about
+    origin: _Origin | None = None  # how its results are made again, where it has a run of its own
 
 
 def count_of(measure: Estimate) -> str:
@@ -146,17 +126,11 @@ def environment() -> Environment:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A picture as a page carries it.
+    """A picture as a page carries it."""
 
-    Attributes:
-        uri: the whole picture as a ``data:`` address.
-        width_px: width in the file, before it was made smaller for the page.
-        height_px: height likewise.
-    """
-
-    uri: str
-    width_px: int
-    height_px: int
+    uri: str  # the whole picture as a ``data:`` address
+    width_px: int  # width in the file, before it was made smaller for the page
+    height_px: int  # height likewise
 
 
 class Pictures:

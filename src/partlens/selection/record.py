@@ -54,10 +54,6 @@ class DescriptorConfig(Settings):
 class FeatureIndex:
     """Which layer and channel each entry of a descriptor is.
 
-    Args:
-        layers: names of the layers, in execution order.
-        channels: how many channels each has.
-
     Raises:
         InputError: lists of different lengths, repeated layers, or a layer without channels.
 
@@ -67,8 +63,8 @@ class FeatureIndex:
         (6, 5, ('relu1', 2), slice(3, 6, None))
     """
 
-    layers: tuple[str, ...]
-    channels: tuple[int, ...]
+    layers: tuple[str, ...]  # names of the layers, in execution order
+    channels: tuple[int, ...]  # how many channels each has
 
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.channels) or not self.layers:

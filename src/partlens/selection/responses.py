@@ -53,20 +53,15 @@ class TopPhotos:
 
     They are merged photo by photo, so that they take the same room however many photos there are.
 
-    Args:
-        photo: ``[rank, feature]`` int64: positions in the list; -1 where there are fewer photos than ranks.
-        peak: ``[rank, feature]`` float32: the largest value of the feature's map.
-        cell: ``[rank, feature, 2]`` int16: its place (row, col), the first of equal ones.
-
     Example:
         >>> peak, cell = np.array([[1.0, 5.0], [3.0, 5.0], [3.0, 7.0]], np.float32), np.zeros((3, 2, 2), np.int16)
         >>> TopPhotos.none(2, 2).merged(peak[:2], cell[:2], 0).merged(peak[2:], cell[2:], 2).photo.tolist()
         [[1, 2], [2, 0]]
     """
 
-    photo: np.ndarray
-    peak: np.ndarray
-    cell: np.ndarray
+    photo: np.ndarray  # ``[rank, feature]`` int64: positions in the list; -1 where there are fewer photos than ranks
+    peak: np.ndarray  # ``[rank, feature]`` float32: the largest value of the feature's map
+    cell: np.ndarray  # ``[rank, feature, 2]`` int16: its place (row, col), the first of equal ones
 
     @classmethod
     def none(cls, count: int, features: int) -> TopPhotos:
@@ -101,23 +96,14 @@ class TopPhotos:
 
 @dataclass(frozen=True)
 class Responses:
-    """Descriptors of a data set; a row per image. Arrays are read-only memory maps when a folder was given.
+    """Descriptors of a data set; a row per image. Arrays are read-only memory maps when a folder was given."""
 
-    Args:
-        keys: names of the images.
-        index: layer and channel of every feature.
-        descriptor: ``[image, feature]`` float32.
-        logits: ``[image, class]`` float32: the network's class scores (`partlens.network.outputs`).
-        dead_layers: pairs of an image and a layer without any activation; their features are 0.
-        top: the images that activate each feature most, as many as were asked for.
-    """
-
-    keys: tuple[str, ...]
-    index: FeatureIndex
-    descriptor: np.ndarray
-    logits: np.ndarray
-    dead_layers: int
-    top: TopPhotos
+    keys: tuple[str, ...]  # names of the images
+    index: FeatureIndex  # layer and channel of every feature
+    descriptor: np.ndarray  # ``[image, feature]`` float32
+    logits: np.ndarray  # ``[image, class]`` float32: the network's class scores (`partlens.network.outputs`)
+    dead_layers: int  # pairs of an image and a layer without any activation; their features are 0
+    top: TopPhotos  # the images that activate each feature most, as many as were asked for
 
 
 def stream_responses(

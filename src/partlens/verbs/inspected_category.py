@@ -45,29 +45,17 @@ _LITTLE_SHARE = 0.02
 
 @dataclass(frozen=True)
 class Stage:
-    """What all categories share.
+    """What all categories share."""
 
-    Attributes:
-        performer: the network.
-        images: all photos.
-        upper: its layers above the tap.
-        nothing: what a cell is set to.
-        found: what was read of the photos that parts are found on.
-        measured: what was read of the photos that regions are measured on.
-        decisions: the network's on all photos that were read, by row.
-        config: of the inspection.
-        folder: of the run.
-    """
-
-    performer: Performer
-    images: ImageSet
-    upper: Upper
-    nothing: Tensor
-    found: Read
-    measured: Read
-    decisions: Mapping[int, int]
-    config: InspectConfig
-    folder: Path
+    performer: Performer  # the network
+    images: ImageSet  # all photos
+    upper: Upper  # its layers above the tap
+    nothing: Tensor  # what a cell is set to
+    found: Read  # what was read of the photos that parts are found on
+    measured: Read  # what was read of the photos that regions are measured on
+    decisions: Mapping[int, int]  # the network's on all photos that were read, by row
+    config: InspectConfig  # of the inspection
+    folder: Path  # of the run
 
 
 @dataclass(frozen=True)
