@@ -8,12 +8,12 @@ variables, so that one figure is right in light and in dark; what colour says, a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import chain, pairwise
 
-from partlens.page.svg import Scale, coordinate, lettering, limits, line, shortened, svg, tag
+from partlens.page.svg import Scale, coordinate, lettering, limits, line, polyline, shortened, svg, tag
 
 # Width of a chart in its own units; a page shows it at about this many pixels, so that text keeps its size.
 WIDTH = 360
@@ -117,13 +117,20 @@ def _columns(scale: Scale, top: float, bottom: float, count: int = 4, zero: str 
     return parts
 
 
-def _rows(scale: Scale, left: float, right: float, count: int = 4, zero: str = "grid") -> list[str]:
-    """Draw horizontal lines at round values with their labels on the left."""
+def levels(
+    scale: Scale, left: float, right: float, ticks: Sequence[float], text: Callable[[float], str], zero: str = "axis"
+) -> list[str]:
+    """Draw horizontal lines at some values with their labels on the left; the one at 0 has the class ``zero``."""
     parts = []
-    for tick in tick_values(scale.low, scale.high, count):
+    for tick in ticks:
         parts.append(line(left, scale(tick), right, scale(tick), zero if tick == 0 else "grid"))
-        parts.append(lettering(left - 6, scale(tick) + 4, _tick_text(tick), "end", "soft"))
+        parts.append(lettering(left - 6, scale(tick) + 4, text(tick), "end", "soft"))
     return parts
+
+
+def _rows(scale: Scale, left: float, right: float, count: int = 4, zero: str = "grid") -> list[str]:
+    """Draw horizontal lines at round values."""
+    return levels(scale, left, right, tick_values(scale.low, scale.high, count), _tick_text, zero)
 
 
 def scores_chart(title: str, direction: str, rows: Sequence[ScoreRow], unit: str = "") -> str:
@@ -330,8 +337,7 @@ def _curve(points: Sequence[tuple[float, float]], role: str, dash: str, x_scale:
     kept = [(x_scale(points[index][0]), y_scale(points[index][1])) for index in logged]
     parts = []
     if len(kept) > 1:
-        path = " ".join(f"{coordinate(x)},{coordinate(y)}" for x, y in kept)
-        parts.append(tag("polyline", points=path, class_=f"curve stroke-{role}{dash}"))
+        parts.append(polyline(kept, f"curve stroke-{role}{dash}"))
     # A line alone would hide that epochs in between were not logged, and a single point has no line.
     if len(logged) == 1 or any(after - before > 1 for before, after in pairwise(logged)):
         parts += [tag("circle", cx=x, cy=y, r=2.5, class_=f"fill-{role}") for x, y in kept]

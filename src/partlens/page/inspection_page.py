@@ -11,7 +11,8 @@ from typing import Self
 
 from partlens.object_parts.inspection import InspectedCategory, InspectedPhoto, InspectRecord
 from partlens.page import notation
-from partlens.page.svg import Scale, lettering, line, svg, tag
+from partlens.page.figures import levels
+from partlens.page.svg import Scale, lettering, polyline, svg, tag
 from partlens.page.views import Chapter, Embedded, Figure, Pictures, origin
 from partlens.progress import duration
 
@@ -172,29 +173,23 @@ _KINDS = (
 
 def _kept_chart(title: str, kept: Mapping[str, Sequence[float]]) -> str:
     """Draw what each kind of windows keeps over the area, its name at the end of its curve."""
-    areas = kept["area"]
-    known = {kind: kept[kind] for kind, _, _ in _KINDS if kind in kept and all(map(math.isfinite, kept[kind]))}
-    if "parts" not in known:
+    areas, at = kept["area"], len(kept["area"]) - 2
+    every = [(kept.get(kind, [math.nan]), words, class_) for kind, words, class_ in _KINDS]
+    known = [each for each in every if all(map(math.isfinite, each[0]))]
+    if every[0] not in known:  # without the parts there is nothing to compare
         return ""
-    top = max(1.0, *(max(values) for values in known.values()))
+    values = [value for each, _, _ in known for value in each]
     across = Scale(0.0, max(areas), _LEFT, _RIGHT)
-    up = Scale(min(0.0, *(min(values) for values in known.values())), top, _BOTTOM, _TOP)
+    up = Scale(min(0.0, *values), max(1.0, *values), _BOTTOM, _TOP)
     drawn = [*_axes(across, up, areas)]
-    shown = [(known[kind], class_) for kind, _, class_ in reversed(_KINDS) if kind in known]
-    drawn += [_curve(across, up, areas, values, class_) for values, class_ in shown]
-    drawn += _labels(up, {words: known[kind][-1] for kind, words, _ in _KINDS if kind in known})
-    at = len(areas) - 2
-    said = "; ".join(
-        f"{words} {notation.percent_digits(known[kind][at])} %" for kind, words, _ in _KINDS if kind in known
-    )
+    drawn += [_curve(across, up, areas, each, class_) for each, _, class_ in reversed(known)]
+    drawn += _labels(up, {words: each[-1] for each, words, _ in known})
+    said = "; ".join(f"{words} {notation.percent_digits(each[at])} %" for each, words, _ in known)
     return svg(_SIZE, "chart", title, f"Kept at {areas[at]:.0%} of the image: {said}.", *drawn)
 
 
 def _axes(across: Scale, up: Scale, areas: Sequence[float]) -> list[str]:
-    found = []
-    for value in (0.0, 0.5, 1.0):
-        found.append(line(_LEFT, up(value), _RIGHT, up(value), "axis" if value == 0 else "grid"))
-        found.append(lettering(_LEFT - 6, up(value) + 4, f"{100 * value:.0f}", "end", "soft"))
+    found = levels(up, _LEFT, _RIGHT, (0.0, 0.5, 1.0), lambda value: f"{100 * value:.0f}")
     found += [lettering(across(area), _BOTTOM + 15, f"{100 * area:.0f}", "middle", "soft") for area in areas]
     found.append(lettering((_LEFT + _RIGHT) / 2, _BOTTOM + 28, "% of the image", "middle", "soft"))
     return found
@@ -204,8 +199,7 @@ def _curve(across: Scale, up: Scale, areas: Sequence[float], values: Sequence[fl
     points = list(zip(areas, values, strict=True))
     if "dots" not in class_:  # no window keeps nothing; the rest of no window is everything
         points.insert(0, (0.0, 0.0))
-    text = " ".join(f"{across(area):.1f},{up(value):.1f}" for area, value in points)
-    return tag("polyline", points=text, class_=class_)
+    return polyline(((across(area), up(value)) for area, value in points), class_)
 
 
 def _labels(up: Scale, ends: dict[str, float]) -> list[str]:

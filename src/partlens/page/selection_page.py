@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from partlens.estimate import Estimate, wilson_interval
 from partlens.page import figures, notation
 from partlens.page.explanation_page import ExplanationData
-from partlens.page.svg import Scale, lettering, line, svg, tag
+from partlens.page.svg import Scale, svg, tag
 from partlens.page.views import Chapter, Embedded, Figure, Pictures, environment, origin
 from partlens.progress import duration
 from partlens.selection.record import RelevantFilter, SelectedClass, SelectionFound, SelectionRecord
@@ -288,10 +288,8 @@ def _layers_chart(title: str, layers: Sequence[_LayerShare]) -> str:
     right = width - 14.0
     high = max(max(layer.share, layer.even) for layer in layers)
     scale = Scale(0.0, high * 1.08, bottom, top)
-    parts = []
-    for tick in figures.tick_values(0.0, high * 1.08):
-        parts.append(line(left, scale(tick), right, scale(tick), "axis" if tick == 0 else "grid"))
-        parts.append(lettering(left - 6, scale(tick) + 4, f"{100 * tick:g} %", "end", "soft"))
+    ticks = figures.tick_values(0.0, high * 1.08)
+    parts = figures.levels(scale, left, right, ticks, lambda tick: f"{100 * tick:g} %")
     step = (right - left) / len(layers)
     every = math.ceil(len(layers) / _LABELS)
     for position, layer in enumerate(layers):

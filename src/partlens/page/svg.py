@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -32,6 +32,11 @@ def lettering(x: float, y: float, text: str, anchor: str = "start", class_: str 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> str:
     """Return a line."""
     return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
+
+
+def polyline(points: Iterable[tuple[float, float]], class_: str) -> str:
+    """Return a line through points."""
+    return tag("polyline", points=" ".join(f"{coordinate(x)},{coordinate(y)}" for x, y in points), class_=class_)
 
 
 def svg(size: tuple[float, float], class_: str, title: str, description: str, *children: str) -> str:

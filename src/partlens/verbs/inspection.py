@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 TENSORS = "inspect.safetensors"
 _CACHE = "cache-inspect"
-_RESPONSES = ("descriptor", "logits")
+_RESPONSES = ("descriptor", "logits", "peak", "peak_cell")
 _TOP_PHOTOS = 50
 _LEAST_FOUND = 4
 _LEAST_MEASURED = 8
@@ -350,25 +350,17 @@ def _selection(work: _Work, reads: Sequence[Read], rows: Sequence[int], mu: floa
         pictures=MOST_PICTURES,
         seed=record.config.seed,
     )
-    fitted = [k for k, row in enumerate(rows) if images.categories[row] and images.splits[row] == record.split]
-    held = [k for k, row in enumerate(rows) if images.categories[row] and images.splits[row] == "test"]
-    order = [*fitted, *(held if record.split != "test" else ())]
+    splits = [images.splits[row] if images.categories[row] else "" for row in rows]
+    fitted, held = ([k for k, each in enumerate(splits) if each == split] for split in (record.split, "test"))
+    order = [*dict.fromkeys((*fitted, *held))]
     chosen = images.take(rows[k] for k in order)
-    arrays = {n: np.concatenate([read.arrays[n] for read in reads if read.rows])[order] for n in _RESPONSES}
+    arrays = {n: np.concatenate([read.arrays[n] for read in reads if read.rows]) for n in _RESPONSES}
     index, lost = _wanted(work.performer, None, record.finding).index, sum(read.dead_layers for read in reads)
     top = TopPhotos.none(min(config.ranks, len(fitted)), index.size)
-    peak, cell = (np.concatenate([read.arrays[n] for read in reads if read.rows]) for n in ("peak", "peak_cell"))
-    top = top.merged(peak[fitted], cell[fitted], 0)
-    responses = Responses(keys=chosen.keys, index=index, dead_layers=lost, top=top, **arrays)
-    asked = SelectionRecord(
-        created=record.created,
-        command=record.command,
-        versions=record.versions,
-        performer=record.performer,
-        data=data_info(images, record.data.unreadable, chosen.fingerprint()),
-        config=config,
-        photos=len(fitted),
-    )
+    top = top.merged(arrays["peak"][fitted], arrays["peak_cell"][fitted], 0)
+    responses = Responses(chosen.keys, index, arrays["descriptor"][order], arrays["logits"][order], lost, top)
+    data = data_info(images, record.data.unreadable, chosen.fingerprint())
+    asked = SelectionRecord.asked(record.performer, data, config=config, photos=len(fitted))
     matched = work.performer.matched(sorted(set(chosen.categories)))
     photos = SelectionPhotos(work.performer, chosen, len(fitted), config, matched)
     return asked.changed(found=select_from(photos, responses, work.folder, work.show), status="finished")
