@@ -249,7 +249,7 @@ def windows_of(bench: Bench, measured: Measured, codes: Callable[[Tensor], Tenso
     order, counts = carrying_order(*taken(found, seen), places[seen])
     generator = torch.Generator().manual_seed(0)
     by_kind = kept_by_kind(held.tap, held.whole, there[:, list(order)], generator, counts=counts, draws=DRAWS)
-    measured.kept.update(by_kind.score)
+    measured.kept.update({kind: one.score for kind, one in by_kind.items()})
     if "windows" not in measured.lost:
         some = torch.arange(FORETOLD)
         taps, whole = taken(held, some)

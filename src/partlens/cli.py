@@ -98,7 +98,7 @@ COMMANDS: dict[str, Command] = {
     "explain": Command(
         "partlens.verbs.explain:explain",
         "show for images what each part adds, which relevant filters decided, and where each of them acted",
-        "partlens.verbs.printed:print_paths",
+        "partlens.verbs.printed:print_path",
         {"config": "partlens.attribution.record:ExplanationConfig", "compute": _DEVICE},
     ),
     "report": Command("partlens.verbs.runs:report", "write the page of a run"),

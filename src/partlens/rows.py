@@ -1,8 +1,7 @@
 """Rows on disk: named arrays that grow batch by batch, survive a kill, and are read as memory maps.
 
 One folder holds one store: a plain ``NAME.npy`` per array, and ``rows.json``, which says what the rows belong to and
-how many are complete. `row_store` fills one, and goes on with it where a killed run stopped; `read_rows` opens a
-finished one.
+how many are complete. `row_store` fills one, and goes on with it where a killed run stopped.
 """
 
 from __future__ import annotations
@@ -70,9 +69,9 @@ class _Array:
             self.path.unlink(missing_ok=True)  # through a link a file elsewhere would be written over
             with self.path.open("xb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
-            self.open(0, 0)
+            self.open(0, 0, to_write=True)
 
-    def open(self, done: int, checksum: int, *, to_write: bool = True) -> None:
+    def open(self, done: int, checksum: int, *, to_write: bool) -> None:
         """Check that the finished rows are those that were written, and drop what a killed run left behind them."""
         if self.path is None:
             return
@@ -311,21 +310,3 @@ def row_store(
                 store._settle()  # noqa: SLF001
             finally:
                 store._close()  # noqa: SLF001
-
-
-def read_rows(folder: Path) -> dict[str, np.ndarray]:
-    """Open the arrays of a finished store by name, as read-only memory maps.
-
-    Raises:
-        RunError: no rows there, rows that are not complete, or a damaged file.
-    """
-    found = RowRecord.read(folder)
-    if found.rows_done != found.rows:
-        rule = f"{found.rows} finished rows in {folder}"
-        raise RunError(expected(rule, found.rows_done, "Run the same command again; it goes on where it stopped"))
-    arrays = {}
-    for name, each in found.arrays.items():
-        array = _Array(folder, name, found.rows, *each)
-        array.open(found.rows, found.checksums.get(name, 0), to_write=False)
-        arrays[name] = array.read(found.rows)
-    return arrays

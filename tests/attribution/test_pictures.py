@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from partlens.attribution.pictures import coloured, overlay, picture_of, save_png, stretched, strip
+from partlens.attribution.pictures import coloured, overlay, picture_of, save_picture, stretched, strip
 
 
 def test_glow_gets_lighter_with_the_value() -> None:
@@ -67,7 +67,7 @@ def test_a_strip_places_crops_side_by_side() -> None:
 
 def test_png_is_written_and_read_back(tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((5, 6, 3))
-    save_png(tmp_path / "a" / "x.png", picture_of(values))
+    save_picture(tmp_path / "a" / "x.png", picture_of(values))
     read = np.asarray(Image.open(io.BytesIO((tmp_path / "a" / "x.png").read_bytes())))
     assert np.array_equal(read, np.rint(values * 255).astype(np.uint8))
 

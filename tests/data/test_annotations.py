@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from partlens.data.annotations import PartTruth, UnusedPart, read_landmark_table
+from partlens.data.annotations import PartTruth, UnusedPart, _read_landmark_table
 from partlens.errors import ImageError
 
 HEADER = "image,landmark,x,y,width,height,instances\n"
@@ -19,7 +19,7 @@ def write(folder: Path, rows: str, header: str = HEADER) -> Path:
 
 
 def test_positions_sizes_and_order(tmp_path):
-    truth = read_landmark_table(write(tmp_path, "b.jpg,legs,1,2,3,4,1\na.jpg,head,5.5,6,7,8,1\nb.jpg,head,9,10,,,1\n"))
+    truth = _read_landmark_table(write(tmp_path, "b.jpg,legs,1,2,3,4,1\na.jpg,head,5.5,6,7,8,1\nb.jpg,head,9,10,,,1\n"))
     assert truth.keys == ("b.jpg", "a.jpg")
     assert truth.landmarks == ("head", "legs")
     assert truth.positions_px.dtype == np.float32
@@ -40,19 +40,19 @@ def test_positions_sizes_and_order(tmp_path):
     ids=["two-instances", "none", "two-rows", "both"],
 )
 def test_only_single_instances_are_known(tmp_path, rows, times):
-    truth = read_landmark_table(write(tmp_path, rows + "a.jpg,legs,1,1,1,1,1\n"))
+    truth = _read_landmark_table(write(tmp_path, rows + "a.jpg,legs,1,1,1,1,1\n"))
     assert truth.count() == {"head": 0, "legs": 1}
     assert np.isnan(truth.sizes_px[0, 0]).all()
     assert truth.unused == ((UnusedPart("a.jpg", "head", f"it is there {times} times"),) if times else ())
 
 
 def test_a_row_without_instances_does_not_hide_another(tmp_path):
-    truth = read_landmark_table(write(tmp_path, "a.jpg,head,1,2,3,4,1\na.jpg,head,5,6,3,4,0\n"))
+    truth = _read_landmark_table(write(tmp_path, "a.jpg,head,1,2,3,4,1\na.jpg,head,5,6,3,4,0\n"))
     assert truth.positions_px.tolist() == [[[1, 2]]]
 
 
 def test_optional_columns_may_be_missing(tmp_path):
-    truth = read_landmark_table(write(tmp_path, "a.jpg,head,1,2\n", header="image,landmark,x,y\n"))
+    truth = _read_landmark_table(write(tmp_path, "a.jpg,head,1,2\n", header="image,landmark,x,y\n"))
     assert truth.positions_px.tolist() == [[[1, 2]]]
     assert np.isnan(truth.sizes_px).all()
 
@@ -77,15 +77,15 @@ def test_optional_columns_may_be_missing(tmp_path):
 )
 def test_a_bad_table_is_named_by_row_and_column(tmp_path, header, rows, text):
     with pytest.raises(ImageError, match=text):
-        read_landmark_table(write(tmp_path, rows, header))
+        _read_landmark_table(write(tmp_path, rows, header))
 
 
 def test_a_missing_or_binary_table_is_an_image_error(tmp_path):
     with pytest.raises(ImageError, match="nothing there"):
-        read_landmark_table(tmp_path / "none.csv")
+        _read_landmark_table(tmp_path / "none.csv")
     (tmp_path / "binary.csv").write_bytes(b"image\n\xff\xfe\x80image")
     with pytest.raises(ImageError, match="text in UTF-8 or UTF-16 in .*binary.csv, got other bytes in row 2"):
-        read_landmark_table(tmp_path / "binary.csv")
+        _read_landmark_table(tmp_path / "binary.csv")
 
 
 def test_for_keys_keeps_masks_and_fills_with_nan():
@@ -112,6 +112,6 @@ def test_wrong_shapes_and_repeated_names_are_refused():
 @pytest.mark.data
 @pytest.mark.skipif(not DATA.is_dir(), reason="the animal-part photos are not beside the checkout")
 def test_animal_part_landmarks():
-    truth = read_landmark_table(DATA / "landmarks.csv")
+    truth = _read_landmark_table(DATA / "landmarks.csv")
     assert truth.landmarks == ("front_legs", "head")
     assert sum(truth.count().values()) == 1882

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from partlens.errors import InputError
 from partlens.explainer.config import ExplainerConfig
-from partlens.explainer.network import build_explainer, explainer_structure, performer_head
+from partlens.explainer.network import NormedTracks, build_explainer, explainer_structure, performer_head
 from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
 from partlens.object_parts.contributions import (
     MOST_PLAYERS,
-    Tracks,
     class_score,
     gradient_activation,
     part_contributions,
@@ -35,12 +34,12 @@ def _bent(encoded: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def some(generator: torch.Generator) -> Tracks:
+def some(generator: torch.Generator) -> NormedTracks:
     z, o = torch.rand(2, 3, 4, 2, 2, generator=generator)
-    return Tracks(z, o, z)
+    return NormedTracks(z, z, z, z, o, None)
 
 
-def test_shapley_values_match_the_mean_over_all_orders(some: Tracks) -> None:
+def test_shapley_values_match_the_mean_over_all_orders(some: NormedTracks) -> None:
     part_of = torch.tensor([0, 1, 1, 2])
     found = part_contributions(_bent, some, part_of, 3)
 
@@ -59,7 +58,7 @@ def test_shapley_values_match_the_mean_over_all_orders(some: Tracks) -> None:
 
 
 @pytest.mark.parametrize("wrong", [0, MOST_PLAYERS])
-def test_one_part_to_as_many_as_can_be_enumerated(some: Tracks, wrong: int) -> None:
+def test_one_part_to_as_many_as_can_be_enumerated(some: NormedTracks, wrong: int) -> None:
     alone = part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), 1)
     assert torch.allclose(alone.players.sum(1), alone.everyone - alone.nobody, atol=1e-9)
     part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), MOST_PLAYERS - 1)
@@ -67,7 +66,7 @@ def test_one_part_to_as_many_as_can_be_enumerated(some: Tracks, wrong: int) -> N
         part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), wrong)
 
 
-def test_removal_is_the_fall_of_the_score(some: Tracks) -> None:
+def test_removal_is_the_fall_of_the_score(some: NormedTracks) -> None:
     found = part_contributions(_bent, some, torch.tensor([0, 0, 1, 1]), 2)
     without = some.interpretable.clone()
     without[:, 2:] = 0
@@ -75,7 +74,7 @@ def test_removal_is_the_fall_of_the_score(some: Tracks) -> None:
     assert torch.allclose(found.loss[:, 1].float(), fall, atol=1e-5)
 
 
-def test_gradient_times_activation_is_exact_for_a_linear_score(some: Tracks) -> None:
+def test_gradient_times_activation_is_exact_for_a_linear_score(some: NormedTracks) -> None:
     weight = torch.tensor([1.0, -2.0, 0.5, 3.0])
 
     def linear(encoded: Tensor) -> Tensor:
@@ -87,14 +86,14 @@ def test_gradient_times_activation_is_exact_for_a_linear_score(some: Tracks) -> 
     assert torch.allclose(gradient_activation(linear, some, at=(0.25, 0.75)), found, atol=1e-5)
 
 
-def test_integrated_gradients_sum_to_the_rise(some: Tracks) -> None:
+def test_integrated_gradients_sum_to_the_rise(some: NormedTracks) -> None:
     """Of a quadratic score the middles of equal steps are exact."""
 
     def quadratic(encoded: Tensor) -> Tensor:
         sums = encoded.sum((2, 3))
         return sums[:, 0] * sums[:, 1] + 0.3 * sums[:, 3]
 
-    swapped = Tracks(some.ordinary, some.interpretable, some.maps)
+    swapped = some._replace(interpretable=some.ordinary, ordinary=some.interpretable)
     both = [gradient_activation(quadratic, one, at=(0.25, 0.75)).sum(1) for one in (some, swapped)]
     rise = quadratic(some.interpretable + some.ordinary) - quadratic(torch.zeros_like(some.ordinary))
     assert torch.allclose(both[0] + both[1], rise, rtol=1e-4)
@@ -126,7 +125,7 @@ def _tangled(encoded: Tensor) -> Tensor:
     return sums[:, 0] * sums[:, 1] * sums[:, 2] + _bent(encoded)
 
 
-def test_sampled_shapley_values_meet_the_exact_ones_within_their_error(some: Tracks) -> None:
+def test_sampled_shapley_values_meet_the_exact_ones_within_their_error(some: NormedTracks) -> None:
     part_of = torch.tensor([0, 1, 2, 1])
     exact = part_contributions(_tangled, some, part_of, 3)
 
@@ -143,7 +142,7 @@ def test_sampled_shapley_values_meet_the_exact_ones_within_their_error(some: Tra
     assert torch.equal(found.players, sampled().players)
 
 
-def test_the_standard_error_is_that_of_the_mean_over_pairs_of_orders(some: Tracks) -> None:
+def test_the_standard_error_is_that_of_the_mean_over_pairs_of_orders(some: NormedTracks) -> None:
     part_of, pairs = torch.tensor([0, 1, 2, 1]), 3
     found = part_contributions(_tangled, some, part_of, 3, pairs=pairs, generator=torch.Generator().manual_seed(7))
     draws = torch.Generator().manual_seed(7)
@@ -173,7 +172,9 @@ def test_sampling_is_exact_for_a_score_without_interactions_and_serves_many_part
     def linear(encoded: Tensor) -> Tensor:
         return encoded.sum((1, 2, 3))
 
-    found = part_contributions(linear, Tracks(z, o, z), torch.arange(20), 20, pairs=2, generator=generator)
+    found = part_contributions(
+        linear, NormedTracks(z, z, z, z, o, None), torch.arange(20), 20, pairs=2, generator=generator
+    )
     assert torch.allclose(found.players[:, :-1].float(), z.sum((2, 3)), atol=1e-4)
     assert float(found.standard_error.max()) < 1e-4
 
@@ -203,7 +204,7 @@ def test_heat_maps_sum_to_the_contributions(generator: torch.Generator) -> None:
     )
 
 
-def test_bad_parts(some: Tracks) -> None:
+def test_bad_parts(some: NormedTracks) -> None:
     with pytest.raises(InputError, match="Expected 1 to 11 parts, got 12"):
         part_contributions(_bent, some, torch.zeros(4, dtype=torch.long), 12)
     with pytest.raises(InputError, match="Expected a part from 0 to 1 for each of 4 filters"):

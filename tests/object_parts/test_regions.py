@@ -76,11 +76,11 @@ def test_each_cell_belongs_to_one_player() -> None:
 def test_windows_at_the_parts_keep_the_whole_score_and_windows_beside_them_nothing() -> None:
     taps = lit(PLACES)
     found = kept_by_kind(taps, whole_photos(taps), PLACES, draws())
-    assert bool((found.score["parts"] == 1).all())
-    assert bool((found.decision["parts"] == 1).all())
-    assert bool((found.score["rest"] == 0).all())
-    assert float(found.score["random"][:, 0].mean()) < 0.4
-    assert float(found.score["other_photos"][:, 0].mean()) < 0.4
+    assert bool((found["parts"].score == 1).all())
+    assert bool((found["parts"].decision == 1).all())
+    assert bool((found["rest"].score == 0).all())
+    assert float(found["random"].score[:, 0].mean()) < 0.4
+    assert float(found["other_photos"].score[:, 0].mean()) < 0.4
 
 
 def test_windows_of_other_photos_are_never_the_photos_own() -> None:
@@ -89,8 +89,8 @@ def test_windows_of_other_photos_are_never_the_photos_own() -> None:
     found = kept_by_kind(taps, whole_photos(taps), places, draws(), draws=1)
     own = windows_at(places, taps.grid, 0.1)
     # Where two photos' windows do not overlap, another photo's window keeps nothing at all.
-    assert float(found.score["other_photos"][:, 0].mean()) < 1
-    assert bool((found.score["parts"][:, 0] == 1).all())
+    assert float(found["other_photos"].score[:, 0].mean()) < 1
+    assert bool((found["parts"].score[:, 0] == 1).all())
     assert own.shape == (PHOTOS, SIDE, SIDE)
 
 
@@ -102,9 +102,9 @@ def test_windows_on_and_beside_the_object_stay_there() -> None:
     left.maps[:, 0, :, :5] = 1.0
     found = kept_by_kind(left, whole_photos(left), PLACES, draws(), objects=objects)
     # A tenth of the image at the middle of the object, which is half of the image: all of it is on the object.
-    assert found.score["object"][1:, 0].tolist() == pytest.approx([0.2] * (PHOTOS - 1))
-    assert found.score["off_object"][1:, 0].tolist() == [0.0] * (PHOTOS - 1)
-    assert math.isnan(float(found.score["object"][0, 0]))
+    assert found["object"].score[1:, 0].tolist() == pytest.approx([0.2] * (PHOTOS - 1))
+    assert found["off_object"].score[1:, 0].tolist() == [0.0] * (PHOTOS - 1)
+    assert math.isnan(float(found["object"].score[0, 0]))
 
 
 def test_the_middle_of_an_object_is_known_to_a_part_of_a_cell() -> None:
@@ -119,7 +119,7 @@ def test_the_middle_of_an_object_is_known_to_a_part_of_a_cell() -> None:
     maps[:, 0] = window.float()
     taps = TapMaps(add_up, maps, torch.zeros(2, SIDE, SIDE))
     found = kept_by_kind(taps, whole_photos(taps), PLACES, draws(), objects=objects)
-    assert found.score["object"][:, 0].tolist() == pytest.approx([1.0] * PHOTOS)
+    assert found["object"].score[:, 0].tolist() == pytest.approx([1.0] * PHOTOS)
 
 
 def test_windows_stand_where_most_is_carried_also_at_parts_that_the_photos_do_not_support() -> None:
@@ -129,7 +129,7 @@ def test_windows_stand_where_most_is_carried_also_at_parts_that_the_photos_do_no
     found = account_of(taps, places, taps, places, 1, Truth(), draws())
     assert found.order == (2, 0)
     assert found.windows[0] == 1
-    assert bool((found.kept.score["parts"][:, 0] == 1).all())
+    assert bool((found.kept["parts"].score[:, 0] == 1).all())
 
 
 def test_a_photo_on_which_nothing_scores_as_much_is_undefined() -> None:

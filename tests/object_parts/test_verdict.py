@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from partlens.object_parts.inspection import Comparison
-from partlens.object_parts.regions import AREAS, KeptByKind
+from partlens.object_parts.regions import AREAS
 from partlens.object_parts.verdict import Verdict, best_place, compared, judged, sentence
 from partlens.object_parts.verdict import told as decisions_tell
 
@@ -28,10 +28,9 @@ def noisy(level: float, seed: int, photos: int = PHOTOS, spread: float = 0.1) ->
     return (level + RISING + noise).double()
 
 
-def measured(parts: float, others: float = 0.2, photos: int = PHOTOS, spread: float = 0.1) -> KeptByKind:
+def measured(parts: float, others: float = 0.2, photos: int = PHOTOS, spread: float = 0.1) -> dict[str, Tensor]:
     kinds = {"parts": parts, "other_photos": others, "random": others - 0.05, "centre": others, "rest": 0.1}
-    score = {kind: noisy(level, seed, photos, spread) for seed, (kind, level) in enumerate(kinds.items())}
-    return KeptByKind(score, {kind: values > 0.5 for kind, values in score.items()})
+    return {kind: noisy(level, seed, photos, spread) for seed, (kind, level) in enumerate(kinds.items())}
 
 
 def grid(
@@ -44,7 +43,7 @@ def grid(
     return found
 
 
-def told(kept: KeptByKind, windows: Tensor, places: Tensor = APART) -> Verdict:
+def told(kept: dict[str, Tensor], windows: Tensor, places: Tensor = APART) -> Verdict:
     """Judge where the best window of the first ten photos keeps on the others what it keeps there."""
     fixed = windows[:, :, best_place(windows[:10])].clone()
     fixed[:10] = torch.nan
@@ -60,7 +59,7 @@ def test_windows_at_the_parts_that_keep_more_than_all_others_are_parts() -> None
 
 def test_the_sentence_speaks_of_the_area_at_which_the_parts_are_furthest_above() -> None:
     kept = measured(0.3)
-    kept.score["parts"][:, 1] += 0.2
+    kept["parts"][:, 1] += 0.2
     verdict = told(kept, grid(0.2, 0.3))
     assert "20% of the image around 3 parts" in sentence("fox", verdict, kept, (1, 3, 2, 2))
 
@@ -70,7 +69,7 @@ def test_parts_that_all_stand_in_one_place_may_be_the_whole_object_where_that_is
     verdict = told(measured(0.5), grid(0.2, 0.3), together)
     assert (verdict.kind, verdict.reason) == ("texture", "one_place")
     known = measured(0.5)
-    known.score.update(object=noisy(0.2, 20), off_object=noisy(0.1, 21))
+    known.update(object=noisy(0.2, 20), off_object=noisy(0.1, 21))
     assert told(known, grid(0.2, 0.3), together).kind == "parts"
 
 
@@ -88,13 +87,13 @@ def test_the_sentence_of_texture_names_a_comparison_that_fails_and_not_the_neare
     verdict = replace(told(measured(0.2), grid(0.2, 0.3)), best_null="centre", against=against)
     assert (verdict.kind, verdict.reason) == ("texture", "")
     words = sentence("fox", verdict, kept, (1, 1, 1, 1))
-    random = f"{kept.score['random'][:, 2].nanmedian():.0%}"
+    random = f"{kept['random'][:, 2].nanmedian():.0%}"
     assert f"but random windows keep {random}, a difference that may be chance (n" in words
 
 
 def test_parts_that_keep_less_than_everything_else_are_texture_or_the_whole() -> None:
     kept = measured(0.5)
-    kept.score["rest"] = noisy(0.6, 30)
+    kept["rest"] = noisy(0.6, 30)
     verdict = told(kept, grid(0.2, 0.3))
     assert (verdict.kind, verdict.reason) == ("texture", "rest")
     assert "everything outside keeps" in sentence("elephant", verdict, kept, (2, 2, 2, 2))
@@ -111,14 +110,14 @@ def test_a_place_that_is_the_same_in_all_photos_is_something_beside_the_object()
 
 def test_windows_beside_the_object_that_keep_more_than_those_on_it_are_elsewhere() -> None:
     kept = measured(0.2)
-    kept.score.update(object=noisy(0.2, 20), off_object=noisy(0.6, 21))
+    kept.update(object=noisy(0.2, 20), off_object=noisy(0.6, 21))
     verdict = told(kept, grid(0.2, 0.1))
     assert (verdict.kind, verdict.reason) == ("elsewhere", "off_object")
 
 
 def test_parts_that_keep_no_more_than_any_window_on_the_object_are_texture() -> None:
     kept = measured(0.5)
-    kept.score.update(object=noisy(0.5, 20), off_object=noisy(0.1, 21))
+    kept.update(object=noisy(0.5, 20), off_object=noisy(0.1, 21))
     verdict = told(kept, grid(0.2, 0.6))
     assert (verdict.kind, verdict.best_null) == ("texture", "object")
 
@@ -148,7 +147,7 @@ def test_a_window_that_keeps_most_on_the_photos_it_was_chosen_on_alone_is_nothin
 
 def test_photos_without_a_figure_are_left_out() -> None:
     kept = measured(0.5)
-    for values in kept.score.values():
+    for values in kept.values():
         values[:3] = torch.nan
     assert told(kept, grid(0.2, 0.3)).photos == PHOTOS - 3
 

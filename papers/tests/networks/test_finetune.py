@@ -18,7 +18,6 @@ from partlens.errors import InputError, LayerError, RunError, StorageError, Weig
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.records import read_json
-from partlens.rows import read_rows
 from partlens_papers.networks.finetune import (
     _groups,
     _learning,
@@ -284,7 +283,7 @@ def test_cached_maps_are_the_networks_within_float16(
     result = trained(small, reds, tmp_path, epochs=1, epochs_all=1)
     module = result.module
     photos, mirrored = torch.tensor([5, 0, 3, 3]), torch.tensor([False, True, True, False])
-    maps = reader_of_maps(read_rows(tmp_path / "maps")["0-flatten.maps"], 2)(photos, mirrored)
+    maps = reader_of_maps(np.load(tmp_path / "maps" / "0-flatten.maps.npy", mmap_mode="r"), 2)(photos, mirrored)
     frames = reader_of_frames(np.load(tmp_path / "frames" / "frames.npy", mmap_mode="r"), small.preprocessing)(
         photos, mirrored
     )

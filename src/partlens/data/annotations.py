@@ -190,7 +190,7 @@ def _instances(table: Table) -> list[int]:
     return list(map(int, found))
 
 
-def read_landmark_table(path: Path | str, images: Collection[str] | None = None) -> PartTruth:
+def _read_landmark_table(path: Path | str, images: Collection[str] | None = None) -> PartTruth:
     r"""Read part positions from a table with one row per image and landmark.
 
     Columns: ``image`` (the key), ``landmark``, ``x``, ``y`` (centre of the part in pixels of that image, after it is
@@ -214,7 +214,7 @@ def read_landmark_table(path: Path | str, images: Collection[str] | None = None)
         >>> import tempfile, pathlib
         >>> table = pathlib.Path(tempfile.mkdtemp()) / "landmarks.csv"
         >>> _ = table.write_text("image,landmark,x,y,width,height,instances\na.jpg,head,190,52.5,70,91,1\n")
-        >>> read_landmark_table(table).positions_px.tolist()
+        >>> _read_landmark_table(table).positions_px.tolist()
         [[[190.0, 52.5]]]
     """
     table = read_table(Path(path), _REQUIRED, _KNOWN)
@@ -268,10 +268,10 @@ class FolderParts:
         """Read a table of landmarks, and look for masks beside it.
 
         Raises:
-            ImageError: see :func:`read_landmark_table`; also when no landmark belongs to an image of the set.
+            ImageError: see :func:`_read_landmark_table`; also when no landmark belongs to an image of the set.
         """
         masks, row_of = path.parent / MASK_FOLDER, {key: row for row, key in enumerate(keys)}
-        truth = read_landmark_table(path, row_of)
+        truth = _read_landmark_table(path, row_of)
         strangers = [key for key in truth.keys if key not in row_of]
         if len(strangers) == len(truth.keys):
             got = f"only others, such as {truth.keys[0]!r}"

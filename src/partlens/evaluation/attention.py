@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from partlens.attribution.grad_cam import concentration_frac, layer_grad_cam, random_grad_cam, track_grad_cam
-from partlens.attribution.pictures import overlay
+from partlens.attribution.pictures import overlay, save_picture
 from partlens.estimate import Estimate, bootstrap
-from partlens.evaluation.frames import BATCH, PHOTOS, Frames, GalleryPlan, JoinedMaps, save_photo, small
+from partlens.evaluation.frames import BATCH, PHOTOS, Frames, GalleryPlan, JoinedMaps, small
 from partlens.evaluation.places import photo_numbers, top_layer
 from partlens.evaluation.results import Attention, AttentionPhoto
 from partlens.explainer.network import performer_head
@@ -78,14 +78,14 @@ def _photo(folder: Path, frames: Frames, index: int, scores: Tensor, maps: Mappi
     frame, files = small(frames.picture(index)), {}
     for name, heat in maps.items():
         drawn = overlay(frame, (heat[index] / (float(heat[index].max()) or 1.0)).numpy())
-        files[name] = save_photo(folder / f"attention-{name}-{index}.jpg", drawn)
+        files[name] = save_picture(folder / f"attention-{name}-{index}.jpg", drawn)
     names, chosen = frames.performer.class_names, int(scores.argmax())
     # There is one class to draw, whatever the answer was.
     denied = " (answer: no)" if len(scores) == 1 and float(scores[0]) <= 0 else ""
     return AttentionPhoto(
         key=frames.key(index),
         label=f"{names[chosen] if names else chosen}{denied}",
-        file=save_photo(folder / f"photo-{index}.jpg", frame),
+        file=save_picture(folder / f"photo-{index}.jpg", frame),
         maps=files,
     )
 

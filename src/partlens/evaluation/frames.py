@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from partlens.evaluation.results import FieldKind, GalleryKind
 from partlens.explainer.network import Explainer
 from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
-from partlens.records import write_atomically
 
 PHOTOS = 6
 SIDE_PX = 176
@@ -58,14 +55,6 @@ class GalleryPlan:
         config = (OcclusionConfig(stride_px=18, images=4) if quick else OcclusionConfig()).scaled(size_px)
         config = occlusion if isinstance(occlusion, OcclusionConfig) else config.changed(occlusion or {})
         return cls(kind, fields, config, 8 if quick else 24, 24 if quick else 100, seed)
-
-
-def save_photo(path: Path, picture: Image.Image) -> str:
-    """Write a JPEG, whole or not at all, and return its name."""
-    content = io.BytesIO()
-    picture.save(content, "JPEG", quality=82)
-    write_atomically(path, lambda p: p.write_bytes(content.getvalue()))
-    return path.name
 
 
 def small(frame: Image.Image) -> Image.Image:

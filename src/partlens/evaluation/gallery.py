@@ -18,7 +18,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from partlens.attribution.pictures import overlay
+from partlens.attribution.pictures import overlay, save_picture
 from partlens.attribution.receptive_pictures import (
     OcclusionFields,
     activation_thresholds,
@@ -30,7 +30,7 @@ from partlens.attribution.receptive_pictures import (
 from partlens.errors import StorageError, expected
 from partlens.estimate import Estimate, bootstrap
 from partlens.evaluation.attention import attention
-from partlens.evaluation.frames import BATCH, PHOTOS, Frames, GalleryPlan, JoinedMaps, save_photo, small
+from partlens.evaluation.frames import BATCH, PHOTOS, Frames, GalleryPlan, JoinedMaps, small
 from partlens.evaluation.results import Covering, FilterScores, Gallery, GalleryFilter, GalleryPhoto
 from partlens.explainer.network import TRACK_REACH_CELLS, Explainer
 from partlens.metrics.localisation import Peaks, dead_filters
@@ -175,12 +175,12 @@ class _Drawing:
         one, peaks = self.shown[n], self.layers[self.shown[n].layer][0]
         if index not in self._pictures:  # several filters may peak on one photo
             self._pictures[index] = small(self.frames.picture(index))
-            save_photo(self.folder / f"photo-{index}.jpg", self._pictures[index])
+            save_picture(self.folder / f"photo-{index}.jpg", self._pictures[index])
         picture, region = self._pictures[index], looked.regions.get((n, index))
         place = f"{one.layer}-{one.filter}-{index}.jpg"
         region_file = None
         if region is not None and region.any():
-            region_file = save_photo(self.folder / f"region-{place}", region_picture(picture, region))
+            region_file = save_picture(self.folder / f"region-{place}", region_picture(picture, region))
         start, stride = grid_of(self.receptive)
         heat = upsampled(looked.maps[n, index][None, None], start, stride, self.size)[0, 0].clamp(min=0)
         drawn = overlay(picture, (heat / (float(heat.max()) or 1.0)).numpy())
@@ -190,7 +190,7 @@ class _Drawing:
             key=self.frames.key(index),
             file=f"photo-{index}.jpg",
             region_file=region_file,
-            map_file=save_photo(self.folder / f"map-{place}", drawn),
+            map_file=save_picture(self.folder / f"map-{place}", drawn),
             score=round(float(peaks.scores[index, one.filter]), 4),
             peak_px=(round(float(at[0]), 1), round(float(at[1]), 1)),
             box_px=(left, top, right, bottom),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from partlens.object_parts.regions import (
     AREAS,
-    KeptByKind,
+    Kept,
     TapMaps,
     Whole,
     carrying_order,
@@ -61,7 +61,7 @@ class Account:
     windows: tuple[int, ...]  # how many of them get windows at each area
     places: Float[Tensor, "photo part 2"]  # of the parts in the measured photos
     whole: Whole  # what the performer says of the measured photos
-    kept: KeptByKind  # by windows of each kind
+    kept: dict[str, Kept]  # by windows of each kind
     # kept by single windows over the whole image, on the first of the photos
     grid: Float[Tensor, "gridded area window"]
     # kept by a window of the smallest area at each part alone, on the first of the photos
@@ -99,11 +99,11 @@ def account_of(
     )
     gridded = min(_GRID_PHOTOS, (len(places) + 1) // 2)
     first, others = slice(0, gridded), slice(gridded, len(places))
-    grid = kept_at(measured.take(first), _part_of(whole, first), grid_places(GRID))
+    grid = kept_at(measured.take(first), whole.take(first), grid_places(GRID))
     fixed = torch.full((len(places), len(AREAS)), torch.nan, dtype=grid.dtype)
     best = grid_places(GRID)[[best_place(grid)]]
     if gridded < len(places):
-        fixed[others] = kept_at(measured.take(others), _part_of(whole, others), best)[:, :, 0]
+        fixed[others] = kept_at(measured.take(others), whole.take(others), best)[:, :, 0]
     some = slice(0, _ALONE_PHOTOS)
     alone = torch.stack([windows_at(places[some, [p]], measured.grid, AREAS[0]) for p in range(len(order))], 1)
     shared = slice(0, max(_LEAST_SHARED, _SHARED_PASSES // 2 ** (len(order) + 1)))
@@ -114,19 +114,15 @@ def account_of(
         whole=whole,
         kept=by_kind,
         grid=grid,
-        alone=kept(measured.take(some), _part_of(whole, some), alone).score,
+        alone=kept(measured.take(some), whole.take(some), alone).score,
         shares=shapley_shares(
             measured.take(shared),
-            _part_of(whole, shared),
+            whole.take(shared),
             part_cells(places[shared], measured.grid, SAID_AREA),
             generator=generator,
         ),
-        verdict=judged(by_kind, grid, fixed, places, generator),
+        verdict=judged({kind: each.score for kind, each in by_kind.items()}, grid, fixed, places, generator),
     )
-
-
-def _part_of(whole: Whole, photos: slice) -> Whole:
-    return Whole(whole.classes[photos], whole.score[photos], whole.nothing[photos])
 
 
 def ranking_photos(count: int) -> Tensor:

@@ -18,14 +18,13 @@ percentages of parts without saying what they sum to; the one that sums is ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.errors import InputError, expected
-from partlens.explainer.network import Explainer
+from partlens.explainer.network import Explainer, NormedTracks
 from partlens.object_parts.shapley import Shapley, Values, exact_shapley, sampled_shapley
 
 MOST_PLAYERS = 12
@@ -34,23 +33,14 @@ _CHUNK = 64
 Score = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Tracks:
-    """The two tracks of a batch at the encoder's output, and the maps they come from."""
+def tracks(explainer: Explainer, maps: Float[Tensor, "image filter row col"]) -> NormedTracks:
+    """Run the encoder on the performer's maps at the tap; return its two tracks apart, each with its share p or 1 - p.
 
-    interpretable: Float[Tensor, "image filter row col"]  # z, [image, filter, row, col]
-    ordinary: Float[Tensor, "image filter row col"]  # o, of the same shape
-    # the last interpretable layer before the mask, at the tap's size
-    maps: Float[Tensor, "image filter cell_row cell_col"]
-    passing: Tensor | None = None  # what passes by the encoder (`Explainer.decode`)
-
-
-def tracks(explainer: Explainer, maps: Float[Tensor, "image filter row col"]) -> Tracks:
-    """Run the encoder on the performer's maps at the tap and keep its two tracks apart."""
+    They are ``z`` and ``o``, [image, filter, row, col], whose sum is the encoder's output.
+    """
     with torch.no_grad():
-        found = explainer.normed_tracks(maps)
-        p = explainer.p
-        return Tracks(p * found.interpretable, (1 - p) * found.ordinary, found.interp2, found.passing)
+        found, p = explainer.normed_tracks(maps), explainer.p
+        return found._replace(interpretable=p * found.interpretable, ordinary=(1 - p) * found.ordinary)
 
 
 def class_score(
@@ -71,7 +61,9 @@ def class_score(
     return score
 
 
-def gradient_activation(score: Score, parts: Tracks, *, at: Sequence[float] = (1.0,)) -> Float[Tensor, "image filter"]:
+def gradient_activation(
+    score: Score, parts: NormedTracks, *, at: Sequence[float] = (1.0,)
+) -> Float[Tensor, "image filter"]:
     """Return gradient × activation of every filter of the interpretable track, summed over its cells.
 
     The gradient is the mean of those at points of the straight line from nothing (0) to the whole encoding (1, the
@@ -81,7 +73,7 @@ def gradient_activation(score: Score, parts: Tracks, *, at: Sequence[float] = (1
     Example:
         >>> z, o = torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
         >>> linear = lambda x: x.sum((1, 2, 3)) + x[:, 0, 0, 0]
-        >>> gradient_activation(linear, Tracks(z, o, z)).tolist()
+        >>> gradient_activation(linear, NormedTracks(z, z, z, z, o, None)).tolist()
         [[2.0, 1.0]]
     """
     whole, total = parts.interpretable + parts.ordinary, torch.zeros_like(parts.interpretable)
@@ -92,7 +84,7 @@ def gradient_activation(score: Score, parts: Tracks, *, at: Sequence[float] = (1
     return (total / len(at) * parts.interpretable).sum((2, 3))
 
 
-def _values(score: Score, parts: Tracks, part_of: Tensor, count: int) -> Values:
+def _values(score: Score, parts: NormedTracks, part_of: Tensor, count: int) -> Values:
     """Say what coalitions of the parts and, last, the ordinary track score on each image."""
     if part_of.shape[0] != parts.interpretable.shape[1] or int(part_of.min()) < 0 or int(part_of.max()) >= count:
         rule = f"a part from 0 to {count - 1} for each of {parts.interpretable.shape[1]} filters"
@@ -118,7 +110,7 @@ def _values(score: Score, parts: Tracks, part_of: Tensor, count: int) -> Values:
 
 def part_contributions(
     score: Score,
-    parts: Tracks,
+    parts: NormedTracks,
     part_of: Int[Tensor, " filter"],
     count: int,
     *,

@@ -60,7 +60,7 @@ class Kept:
     """What is kept where only some cells remain."""
 
     score: Float[Tensor, "photo variant"]  # kept score, NaN where no cell at all scores as much as the whole photo
-    decision: Bool[Tensor, "photo variant"]
+    decision: Bool[Tensor, "photo variant"] | Float[Tensor, "photo variant"]
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
@@ -149,6 +149,10 @@ class Whole:
         reach = self.score - self.nothing
         return torch.where(reach > _LITTLE * (1 + self.score.abs()), reach, torch.nan)
 
+    def take(self, photos: slice) -> Whole:
+        """Return what is said of some of the photos."""
+        return Whole(self.classes[photos], self.score[photos], self.nothing[photos])
+
 
 def whole_photos(taps: TapMaps) -> Whole:
     """Run the whole maps and the empty one."""
@@ -170,14 +174,6 @@ def kept(taps: TapMaps, whole: Whole, keep: Bool[Tensor, "photo variant row col"
     return Kept(share, scores.argmax(2) == whole.classes[:, None])
 
 
-@dataclass(frozen=True)
-class KeptByKind:
-    """Kept scores and decisions of each kind of windows at each of `AREAS`."""
-
-    score: dict[str, Float[Tensor, "photo area"]]
-    decision: dict[str, Float[Tensor, "photo area"]]
-
-
 NULLS = ("other_photos", "random", "centre")
 """Windows for comparison that know nothing of the parts in a photo."""
 OBJECT_KINDS = ("object", "off_object")
@@ -194,8 +190,10 @@ def kept_by_kind(
     draws: int = 1,
     annotated: Float[Tensor, "photo landmark 2"] | None = None,
     objects: Float[Tensor, "photo row col"] | None = None,
-) -> KeptByKind:
+) -> dict[str, Kept]:
     """Measure windows at the parts and, at the same area, those of every kind for comparison.
+
+    Variants are the `AREAS`; where windows were drawn several times, decisions are the share of them that keep it.
 
     Args:
         taps: maps of the photos.
@@ -211,8 +209,7 @@ def kept_by_kind(
     """
     kinds = _kinds(places, generator, draws, annotated)
     unknown = _unknown(annotated, objects)
-    score: dict[str, list[Tensor]] = {}
-    decision: dict[str, list[Tensor]] = {}
+    means: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for area, count in zip(AREAS, counts or [places.shape[1]] * len(AREAS), strict=True):
         masks = {
             kind: [windows_at(each if kind == "annotated" else each[:, :count], taps.grid, area) for each in sets]
@@ -223,23 +220,17 @@ def kept_by_kind(
             masks["object"] = [windows_at(each, taps.grid, area) for each in _places_on(objects)]
             masks["off_object"] = [_windows_elsewhere(objects > 0, each[:, :count], area) for each in kinds["random"]]
         found = kept(taps, whole, torch.stack(list(itertools.chain.from_iterable(masks.values())), 1))
-        first = 0
-        for kind, several in masks.items():
-            columns = slice(first, first + len(several))
-            kept_here, right = found.score[:, columns], found.decision[:, columns].double()
+        several = [len(each) for each in masks.values()]
+        parted = (found.score.split(several, 1), found.decision.double().split(several, 1))
+        for kind, scores, right in zip(masks, *parted, strict=True):
+            at: slice | list[int] = slice(None)
             if kind == "object":  # of the places on the object, the one that keeps most: as a part would be chosen
-                best = kept_here[~unknown[kind]].nanmedian(0).values.nan_to_num(-torch.inf).argmax()
-                kept_here, right = kept_here[:, best, None], right[:, best, None]
-            mean = kept_here.mean(1)
+                at = [int(scores[~unknown[kind]].nanmedian(0).values.nan_to_num(-torch.inf).argmax())]
+            score = scores[:, at].mean(1)
             if kind in unknown:
-                mean = torch.where(unknown[kind], torch.nan, mean)
-            score.setdefault(kind, []).append(mean)
-            decision.setdefault(kind, []).append(right.mean(1))
-            first += len(several)
-    return KeptByKind(
-        {kind: torch.stack(values, 1) for kind, values in score.items()},
-        {kind: torch.stack(values, 1) for kind, values in decision.items()},
-    )
+                score[unknown[kind]] = torch.nan
+            means.setdefault(kind, []).append((score, right[:, at].mean(1)))
+    return {kind: Kept(*(torch.stack(each, 1) for each in zip(*areas, strict=True))) for kind, areas in means.items()}
 
 
 def _places_on(objects: Float[Tensor, "photo row col"]) -> list[Float[Tensor, "photo 1 2"]]:

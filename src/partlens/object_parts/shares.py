@@ -80,7 +80,7 @@ def part_shares(
     draws = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         fed = head(explainer.decode(both.interpretable + both.ordinary, both.passing)[-1])
-        masked = explainer.masked(both.maps).cpu()
+        masked = explainer.masked(both.interp2).cpu()
     return PartShares(
         shapley=grouped,
         filters=single,

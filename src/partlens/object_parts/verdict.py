@@ -33,7 +33,7 @@ from torch import Tensor
 
 from partlens.estimate import Estimate, bootstrap
 from partlens.object_parts.inspection import Comparison
-from partlens.object_parts.regions import AREAS, NULLS, KeptByKind, grid_places
+from partlens.object_parts.regions import AREAS, NULLS, grid_places
 
 Kind = Literal["parts", "texture", "elsewhere", "undecided"]
 Reason = Literal["", "few", "untold", "unsure", "fixed", "off_object", "one_place", "rest"]
@@ -45,6 +45,8 @@ _LEVEL = 0.95
 _ROUNDS = 200
 
 Curve = Float[Tensor, "photo area"]
+Kept = Mapping[str, Curve]
+"""Kept scores by the kind of windows."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +125,14 @@ def compared(one: Curve, other: Curve, generator: torch.Generator) -> Comparison
     return Comparison(advantage=float(_area_between(one, other)), threshold=float(drawn.quantile(_LEVEL)))
 
 
-def _advantage_of(kept: KeptByKind, nulls: tuple[str, ...], generator: torch.Generator) -> tuple[Estimate, str]:
+def _advantage_of(kept: Kept, nulls: tuple[str, ...], generator: torch.Generator) -> tuple[Estimate, str]:
     """Return the advantage of the parts over the best null, with an interval over photos, and which null it is.
 
     The best null is found anew in every draw of the photos, so the interval knows that it was chosen.
     """
-    known = torch.stack([~kept.score[kind].isnan().any(1) for kind in ("parts", *nulls)]).all(0)
-    parts = kept.score["parts"][known]
-    others = {kind: kept.score[kind][known] for kind in nulls}
+    known = torch.stack([~kept[kind].isnan().any(1) for kind in ("parts", *nulls)]).all(0)
+    parts = kept["parts"][known]
+    others = {kind: kept[kind][known] for kind in nulls}
     if not len(parts):
         return Estimate.undefined(), nulls[0]
 
@@ -153,7 +155,7 @@ def _in_several_places(places: Float[Tensor, "photo part 2"]) -> bool:
 
 
 def judged(
-    kept: KeptByKind,
+    kept: Kept,
     grid: Float[Tensor, "gridded area window"],
     fixed: Curve,
     places: Float[Tensor, "photo part 2"],
@@ -168,28 +170,28 @@ def judged(
         places: of the parts in the measured photos.
         generator: source of the exchanges.
     """
-    parts = kept.score["parts"]
-    nulls = (*NULLS, *(("object",) if "object" in kept.score else ()))
-    against = {kind: compared(parts, kept.score[kind], generator) for kind in nulls}
+    parts = kept["parts"]
+    nulls = (*NULLS, *(("object",) if "object" in kept else ()))
+    against = {kind: compared(parts, kept[kind], generator) for kind in nulls}
     advantage, best = _advantage_of(kept, nulls, generator)
     photos = int((~parts.isnan().any(1)).sum())
     kind, reason = _kind(kept, grid, fixed, against, photos, generator)
     if kind == "parts" and not _more_than_the_rest(kept, generator):
         kind, reason = "texture", "rest"
-    elif kind == "parts" and "object" not in kept.score and not _in_several_places(places):
+    elif kind == "parts" and "object" not in kept and not _in_several_places(places):
         kind, reason = "texture", "one_place"
     row, col = grid_places(round(grid.shape[2] ** 0.5))[best_place(grid)].tolist()
     return Verdict(kind, advantage, best, against, (row, col), float(fixed[:, 0].nanmedian()), photos, reason)
 
 
-def _more_than_the_rest(kept: KeptByKind, generator: torch.Generator) -> bool:
+def _more_than_the_rest(kept: Kept, generator: torch.Generator) -> bool:
     """Tell whether the windows at the parts keep more than everything outside them, at the area of the sentence."""
     at = slice(AREAS.index(SAID_AREA), AREAS.index(SAID_AREA) + 1)
-    return compared(kept.score["parts"][:, at], kept.score["rest"][:, at], generator).counts
+    return compared(kept["parts"][:, at], kept["rest"][:, at], generator).counts
 
 
 def _kind(
-    kept: KeptByKind,
+    kept: Kept,
     grid: Tensor,
     fixed: Curve,
     against: Mapping[str, Comparison],
@@ -199,19 +201,19 @@ def _kind(
     """Apply the rule of the module's text."""
     if photos < LEAST_PHOTOS:
         return "undecided", "few"
-    if all(compared(fixed, kept.score[kind], generator).counts for kind in ("parts", "random", "centre")):
+    if all(compared(fixed, kept[kind], generator).counts for kind in ("parts", "random", "centre")):
         return "elsewhere", "fixed"
-    if "object" in kept.score and compared(kept.score["off_object"], kept.score["object"], generator).counts:
+    if "object" in kept and compared(kept["off_object"], kept["object"], generator).counts:
         return "elsewhere", "off_object"
     if all(one.counts for one in against.values() if math.isfinite(one.advantage)):
         return "parts", ""
     ceiling = grid.amax(2)
-    if compared(ceiling, kept.score["random"][: len(grid)], generator).counts:
+    if compared(ceiling, kept["random"][: len(grid)], generator).counts:
         return "texture", ""
     return "undecided", "unsure"
 
 
-def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: Sequence[int]) -> str:
+def sentence(name: str, verdict: Verdict, kept: Kept, windows: Sequence[int]) -> str:
     """Say the verdict with its numbers and n.
 
     Args:
@@ -227,8 +229,8 @@ def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: Sequence[in
     null = failed[min(failed)] if failed else verdict.best_null
     at = AREAS.index(SAID_AREA)
     if verdict.kind == "parts":
-        at = int((curve(kept.score["parts"]) - curve(kept.score[null])).nan_to_num(-1.0).argmax())
-    mine, theirs = (float(curve(kept.score[kind])[at]) for kind in ("parts", null))
+        at = int((curve(kept["parts"]) - curve(kept[null])).nan_to_num(-1.0).argmax())
+    mine, theirs = (float(curve(kept[kind])[at]) for kind in ("parts", null))
     around = "one part" if windows[at] == 1 else f"{windows[at]} parts"
     numbers = f"{AREAS[at]:.0%} of the image around {around} keeps {_percent(mine)} of the score"
     other = f"{_NAMES[null]} {_percent(theirs)}"
@@ -236,7 +238,7 @@ def sentence(name: str, verdict: Verdict, kept: KeptByKind, windows: Sequence[in
     if verdict.kind == "parts":
         return f"The network knows {what} by parts: {numbers}; {other} ({n})."
     if verdict.reason == "rest":
-        rest = _percent(float(curve(kept.score["rest"])[at]))
+        rest = _percent(float(curve(kept["rest"])[at]))
         return (
             f"The network knows {what} by texture or the whole: {numbers}, "
             f"as much at {_PLAIN[null]} {_percent(theirs)}, and everything outside keeps {rest} ({n})."
@@ -276,16 +278,16 @@ _NAMES = {
 }
 
 
-def _elsewhere(what: str, verdict: Verdict, kept: KeptByKind, n: str) -> str:
+def _elsewhere(what: str, verdict: Verdict, kept: Kept, n: str) -> str:
     head = f"The network knows {what} by something beside the object:"
     if verdict.reason == "fixed":
-        parts, mine = _percent(float(curve(kept.score["parts"])[0])), _percent(verdict.fixed_kept)
+        parts, mine = _percent(float(curve(kept["parts"])[0])), _percent(verdict.fixed_kept)
         return (
             f"{head} {AREAS[0]:.0%} of the image, always {_where(*verdict.fixed)}, keeps {mine} of the score; "
             f"as much at the parts keeps {parts} ({n})."
         )
     at = AREAS.index(SAID_AREA)
-    off, on = (_percent(float(curve(kept.score[kind])[at])) for kind in ("off_object", "object"))
+    off, on = (_percent(float(curve(kept[kind])[at])) for kind in ("off_object", "object"))
     return f"{head} {SAID_AREA:.0%} of the image beside it keeps {off} of the score, as much on it keeps {on} ({n})."
 
 

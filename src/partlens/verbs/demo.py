@@ -113,13 +113,13 @@ def demo(
 
 def _some_flowers(images: ImageSet, folder: Path) -> list[Path]:
     """Write the first held-out flower of each kind as a file, to be explained and to try things on."""
-    from partlens.attribution.pictures import save_png
+    from partlens.attribution.pictures import save_picture
 
     files = []
     for category in sorted(images.category_counts()):
         row = images.indices(category=category, split="test")[0]
         files.append(folder / f"{category}.png")
-        save_png(files[-1], images.read(row))
+        save_picture(files[-1], images.read(row))
     return files
 
 

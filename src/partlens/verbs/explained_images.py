@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from partlens.attribution.explanation import Explanations, choose_top, explain_batch
-from partlens.attribution.pictures import coloured, difference, overlay, picture_of, save_png
+from partlens.attribution.pictures import coloured, difference, overlay, picture_of, save_picture
 from partlens.attribution.record import (
     Answer,
     Contribution,
@@ -184,7 +184,7 @@ class Stage:
         tensors: dict[str, Tensor] = {}
         notes = [*performer.notes, *performer.outputs.notes, *self.notes]
         shown = _enlarged(performer.preprocessing.frame(picture))
-        save_png(folder / "input.png", shown)
+        save_picture(folder / "input.png", shown)
         explained: tuple[ExplainedClass, ...] = ()
         parts: tuple[ExplainedByParts, ...] = ()
         unselected = ""
@@ -364,8 +364,8 @@ def _by_filters(
     for k, column in enumerate(result.classes[i].tolist()):
         one = opened_run.found.classes[column]
         heat = combined[k].numpy()
-        save_png(folder / f"combined-{k + 1}.png", overlay(shown, heat, style))
-        save_png(folder / f"heat-{k + 1}.png", picture_of(coloured(heat, style)))
+        save_picture(folder / f"combined-{k + 1}.png", overlay(shown, heat, style))
+        save_picture(folder / f"heat-{k + 1}.png", picture_of(coloured(heat, style)))
         alike = {} if k == 0 else {"rank_correlation": float(rank_correlation(combined[:1], combined[k : k + 1])[0])}
         records.append(
             ExplainedClass(
@@ -389,7 +389,7 @@ def _difference(combined: Tensor, k: int, alike: Mapping[str, float], folder: Pa
     if alike.get("rank_correlation", 0.0) <= _ALIKE:
         return ""
     file = f"difference-{k + 1}.png"
-    save_png(folder / file, difference(shown, combined[0].numpy(), combined[k].numpy()))
+    save_picture(folder / file, difference(shown, combined[0].numpy(), combined[k].numpy()))
     return file
 
 
@@ -409,7 +409,7 @@ def _contributions(
             continue
         layer, channel = opened_run.found.index.place(feature)
         file = f"feature-{place[1] + 1}-{r + 1}.png"
-        save_png(folder / file, overlay(shown, result.maps[place][r].numpy(), style))
+        save_picture(folder / file, overlay(shown, result.maps[place][r].numpy(), style))
         contribution, picture = float(result.contributions[place][r]), pictured.get((layer, channel))
         made.append(
             Contribution(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from partlens.attribution.pictures import overlay, save_png
+from partlens.attribution.pictures import overlay, save_picture
 from partlens.attribution.record import ExplainedByParts, PartShare, Style
 from partlens.errors import RunError, expected
 from partlens.estimate import Estimate, percentile_interval
@@ -120,7 +120,7 @@ def part_records(
             signed = found.heat[i][k, p] if float(shares.integrated[0, p]) >= 0 else -found.heat[i][k, p]
             top = float(signed.max())
             lit = signed.clamp(min=0) / top if top > 0 else 0 * signed
-            save_png(folder / file, overlay(shown, lit.numpy(), style))
+            save_picture(folder / file, overlay(shown, lit.numpy(), style))
         records.append(
             ExplainedByParts(
                 name=opened.performer.output_name(output),

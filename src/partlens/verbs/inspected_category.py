@@ -186,7 +186,7 @@ def _record(
     logits: Tensor,
     drawn: _Drawn,
 ) -> InspectedCategory:
-    verdict, kept = account.verdict, account.kept
+    verdict, kept = account.verdict, {kind: one.score for kind, one in account.kept.items()}
     measured = len(photos.measured)
     undefined = int(account.whole.range.isnan().sum())
     return InspectedCategory(
@@ -197,8 +197,8 @@ def _record(
         advantage=verdict.advantage,
         best_null=verdict.best_null,
         against=dict(verdict.against),
-        kept=_curves(kept.score, account.grid.amax(2)),
-        decisions=_curves({kind: values.double() for kind, values in kept.decision.items()}, None),
+        kept=_curves(kept, account.grid.amax(2)),
+        decisions=_curves({kind: one.decision for kind, one in account.kept.items()}, None),
         windows=account.windows,
         parts=_parts(stage, found, account, truth, drawn),
         elsewhere=_mean_share(account, len(account.order), stage.config.seed),
@@ -327,8 +327,8 @@ def _shown(stage: Stage, drawn: _Drawn, logits: Tensor) -> tuple[InspectedPhoto,
                 shares=tuple(account.shares.players[photo].tolist()),
                 standard_error=tuple(account.shares.standard_error[photo].tolist()),
                 losses=tuple(account.shares.loss[photo].tolist()),
-                kept=float(account.kept.score["parts"][photo, at]),
-                kept_other=float(account.kept.score["other_photos"][photo, at]),
+                kept=float(account.kept["parts"].score[photo, at]),
+                kept_other=float(account.kept["other_photos"].score[photo, at]),
                 places=tuple(_pair(place) for place in account.places[photo]),
                 picture=drawn.photo(photo),
             )

@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from partlens.attribution.pictures import strip
-from partlens.evaluation.frames import save_photo
+from partlens.attribution.pictures import save_picture, strip
 from partlens.object_parts.regions import part_cells
 
 # Told apart in print and by people who do not tell red from green (Okabe & Ito 2008).
@@ -29,7 +28,7 @@ def draw_gallery(path: Path, frames: Sequence[Image.Image], places: Sequence[Seq
         left = min(max(0, round(col * frame.width - side / 2)), frame.width - side)
         top = min(max(0, round(row * frame.height - side / 2)), frame.height - side)
         crops.append(np.asarray(frame.crop((left, top, left + side, top + side)).convert("RGB")))
-    save_photo(path, strip(crops, _GALLERY_PX, 3))
+    save_picture(path, strip(crops, _GALLERY_PX, 3))
 
 
 def draw_parts(path: Path, frame: Image.Image, places: Tensor, grid: tuple[int, int], area: float) -> None:
@@ -45,4 +44,4 @@ def draw_parts(path: Path, frame: Image.Image, places: Tensor, grid: tuple[int, 
         x, y = col * lit.width, row * lit.height
         pen.ellipse((x - 9, y - 9, x + 9, y + 9), fill=COLOURS[number % len(COLOURS)], outline="black")
         pen.text((x, y), str(number + 1), fill="black", anchor="mm")
-    save_photo(path, lit)
+    save_picture(path, lit)

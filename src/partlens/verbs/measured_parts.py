@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partlens.attribution.pictures import save_png, strip
+from partlens.attribution.pictures import save_picture, strip
 from partlens.data.images import ImageSet
 from partlens.evaluation.gallery import region_px
 from partlens.evaluation.places import landmarks_in_input, photo_numbers
@@ -197,7 +197,7 @@ def _drawn(opened: _Opened, seen: SeenPhotos, parts: Sequence[FoundPart], show: 
                 pictures.append(np.asarray(frame.crop((round(left), round(top), round(right), round(bottom)))))
             file = f"parts/{number}.png" if pictures else None
             if file is not None:
-                save_png(opened.run / file, strip(pictures, _STRIP_PX))
+                save_picture(opened.run / file, strip(pictures, _STRIP_PX))
             shown = tuple(dict.fromkeys(k for k, _ in strongest))
             result.append(part.changed(strip=file, shown=shown))
             advance(number)

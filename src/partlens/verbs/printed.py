@@ -177,13 +177,9 @@ def print_verdicts(found: InspectRecord) -> None:
 
 
 def print_path(result: Any) -> None:
-    """Print where the result lies."""
-    sys.stdout.write(f"{result.path}\n")
-
-
-def print_paths(result: Sequence[Any]) -> None:
-    """Print one folder a line."""
-    sys.stdout.write("".join(f"{folder}\n" for folder in result))
+    """Print where the result lies, or a folder a line."""
+    folders = result if isinstance(result, Sequence) else [result.path]
+    sys.stdout.write("".join(f"{folder}\n" for folder in folders))
 
 
 def print_check(result: Any) -> None:

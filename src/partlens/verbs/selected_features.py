@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from partlens.attribution.average_pictures import PICTURE_PX, average_pictures
-from partlens.attribution.pictures import picture_of, save_png, stretched, strip
+from partlens.attribution.pictures import picture_of, save_picture, stretched, strip
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, expected, listed
 from partlens.estimate import Estimate, proportion
@@ -275,9 +275,9 @@ def _draw(photos: SelectionPhotos, responses: Responses, of_class: _OfClass, out
     known = {}
     for one in drawn:
         name = f"pictures/{re.sub(r'[^A-Za-z0-9._-]', '_', one.layer)}-{one.channel}"
-        save_png(out / f"{name}-average.png", picture_of(stretched(one.average, one.valid_frac)))
-        save_png(out / f"{name}-control.png", picture_of(stretched(one.control, one.valid_frac)))
-        save_png(out / f"{name}-crops.png", strip(one.crops, PICTURE_PX))
+        save_picture(out / f"{name}-average.png", picture_of(stretched(one.average, one.valid_frac)))
+        save_picture(out / f"{name}-control.png", picture_of(stretched(one.control, one.valid_frac)))
+        save_picture(out / f"{name}-crops.png", strip(one.crops, PICTURE_PX))
         known[one.layer, one.channel] = FilterPicture(
             receptive_field_px=one.receptive_field_px,
             average=f"{name}-average.png",
