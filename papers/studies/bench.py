@@ -5,9 +5,11 @@ were measured in turn; medians over rounds with the smallest and the largest. Se
 
 - ``passes``: `stream` with the tap's maps, `stream_maps` to disk, and the responses of all layers, over decoding the
   same photos and one plain forward pass in the same precision; float32 over bfloat16 with channels last.
-- ``inspect``: the verb over one plain forward pass over the photos and views used.
+- ``inspect``: the verb over one plain forward pass over the photos and views used; over a plain float32 pass over the
+  category's photos and eight non-negative factors of the same layer, which is what NMF alone costs.
 - ``chain``: every verb of a user's way, at its defaults, on the photos of a category and 400 others, over one plain
-  float32 pass over all of these; each once, since together they take minutes.
+  float32 pass over all of these; each once, since together they take minutes. ``fit-explainer`` also over its bound:
+  all products that it multiplies (maps, epochs, curve of p), counted in short fits, at the measured peak of bfloat16.
 - ``explain``: the verb on photos of that run, over forward pass and K backward passes, K its relevant filters.
 - ``maps``: maps of 16 filters over one forward and 16 backward passes, with and without the repair of strides; captum.
 - ``guided``: guided backpropagation over the plain gradient, eight networks; captum, zennit, grad-cam.
@@ -43,17 +45,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import partlens
 from partlens.__main__ import keep_freed_memory
 from partlens.attribution.backprop import guided_backprop
 from partlens.attribution.grad_cam import layer_grad_cam
 from partlens.data.images import ImageSet
+from partlens.explainer.config import ExplainerConfig
 from partlens.network.performer import Performer
 from partlens.network.stream import batches, stream, stream_maps
 from partlens.network.taps import in_precision
 from partlens.network.zoo import load_performer
+from partlens.object_parts.finding import finding_layers
 from partlens.selection.responses import stream_responses
+from partlens_papers.rivals.factors import fit_nmf
 
 OUT = Path(__file__).parents[1] / "results" / "bench.json"
 BATCH, FILTERS, SEED = 32, 16, 0
@@ -142,10 +148,13 @@ class Bench:
         one = statistics.median(plain) / BATCH
         chosen = record.categories[0]
         passes = chosen.photos * record.config.views + chosen.measured * chosen.held_out + record.config.background
+        own = self.images.take(self.images.indices(self.category, split="train")[: chosen.photos])
+        factors = cpu_seconds(lambda: factorised(self.performer, own))
         precision = record.performer.precision
         return {
             "over a plain pass in its precision": round(took / (one * passes), 2),
             "over a plain pass in float32": round(took / (before / BATCH * passes), 2),
+            "over NMF of the layer": round(took / factors, 2),
             "photos and views": passes,
             "parts": len(chosen.parts),
             "precision": None if precision is None else precision.model_dump(),
@@ -169,11 +178,23 @@ class Bench:
         }
         took = {name: cpu_seconds(verb) for name, verb in verbs.items()}
         one = cpu_seconds(lambda: plain_pass(performer, images))
+        bound = self._fit_flops(images) / peak_flops_per_second()
         return {
             "over a plain pass in float32": {name: round(seconds / one, 2) for name, seconds in took.items()},
+            "fit-explainer over its bound": round(took["fit-explainer"] / bound, 2),
             "CPU seconds without the 20 photos": round(sum(took.values()) - took["explain, 20 photos"]),
             "photos": len(images),
         }
+
+    def _fit_flops(self, images: ImageSet) -> float:
+        """Return what a fit multiplies and adds; an epoch more takes as much as any other."""
+        counted = []
+        for epochs in (2, 3):
+            few = {"epochs": epochs, "warmup_epochs": epochs}
+            with FlopCounterMode(display=False) as counter, tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+                partlens.fit_explainer(self.performer, images, out=folder, category=self.category, config=few)
+            counted.append(counter.get_total_flops())
+        return counted[0] + (ExplainerConfig.preset("partlens").epochs - 2) * (counted[1] - counted[0])
 
     def explain(self) -> dict[str, Any]:
         run = self.scratch / f"inspect-{self.performer.name.partition(' ')[0]}"
@@ -312,6 +333,21 @@ def plain_pass(performer: Performer, images: ImageSet) -> None:
             ready, computing = in_precision(performer.precision, inputs)
             with computing:
                 performer.module(ready)
+
+
+def factorised(performer: Performer, images: ImageSet) -> None:
+    """Read photos in float32 and factorise the layer that parts are found on, as one without partlens would."""
+    (layer,) = finding_layers(performer)
+    maps = torch.cat([batch.maps[layer] for batch in stream(performer, images, range(len(images)), [layer])])
+    fit_nmf(maps.float().clamp(min=0), 8, cells=maps[:, 0].numel())
+
+
+def peak_flops_per_second() -> float:
+    """Return the most that a convolution in bfloat16 with channels last reaches here."""
+    x, weights = torch.randn(64, 256, 14, 14), torch.randn(256, 256, 3, 3)
+    x, weights = (each.bfloat16().contiguous(memory_format=torch.channels_last) for each in (x, weights))
+    took = [cpu_seconds(lambda: torch.nn.functional.conv2d(x, weights, padding=1)) for _ in range(20)]
+    return 2 * x.numel() * weights[0].numel() / min(took)
 
 
 def _there(package: str | None) -> bool:

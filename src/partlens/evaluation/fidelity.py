@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Int
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 
 from partlens.estimate import Estimate
@@ -152,5 +152,5 @@ def share_estimate(shares: Sequence[float]) -> Estimate:
     count = len(shares)
     if count < 2:
         return Estimate(shares[0], (math.nan, math.nan), count, "seeds")
-    low, high = student.interval(0.95, count - 1, statistics.mean(shares), statistics.stdev(shares) / math.sqrt(count))
-    return Estimate(shares[0], (max(0.0, low), min(1.0, high)), count, "seeds")
+    mean, half = statistics.mean(shares), stdtrit(count - 1, 0.975) * statistics.stdev(shares) / math.sqrt(count)
+    return Estimate(shares[0], (max(0.0, mean - half), min(1.0, mean + half)), count, "seeds")
