@@ -17,6 +17,7 @@ from partlens.attribution.explanation import (
 )
 from partlens.attribution.record import ExplanationConfig
 from partlens.errors import InputError
+from partlens.network.outputs import Outputs
 from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
 from partlens.selection.measured_layers import feature_index
@@ -160,6 +161,16 @@ def test_the_most_likely_classes_are_chosen_in_order() -> None:
     assert chosen.tolist() == [[1, 0], [2, 0]]
     scores = torch.tensor([[0.0, 2.0, 1.0]])
     assert choose_top([None, None, None], 2)(output[:1], scores).tolist() == [[1, 2]]
+
+
+def test_the_read_out_chooses_where_the_decision_may_be_a_class_of_another_name() -> None:
+    output = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.1, 0.9, 0.95, 0.3]])  # decided: 1, no class's; 2, the last one's
+    scores = torch.tensor([[0.1, 2.0, 1.0], [0.1, 2.0, 1.0]])
+    assert choose_top([3, None, 2], 2)(output, scores).tolist() == [[1, 2], [2, 0]]
+    assert choose_top([3, 0, 2], 3)(output, scores).tolist() == [[2, 0, 1], [2, 0, 1]], "all are outputs"
+    assert choose_top([3, None, 2], 3)(output, scores).tolist()[1] == [2, 0, 1], "one that is no output comes last"
+    yes_or_no = Outputs("logits", 1).decisions
+    assert choose_top([0, None], 1, yes_or_no)(torch.tensor([[-1.0]]), torch.tensor([[0.1, 0.6]])).tolist() == [[1]]
 
 
 def test_smoothing_keeps_flat_maps_flat_and_spreads_a_point() -> None:

@@ -88,7 +88,7 @@ def test_the_headline(folder):
         ({"rank": 22, "probability": 0.02}, "“petal-red” is the 22nd answer of"),
         ({"rank": 24, "probability": 0.02}, "“petal-red” is the 24th answer of"),
         ({"rank": 3, "probability": 0.02}, "“petal-red” is the 3rd answer of flower-net to tulip_3.jpg (2 %)."),
-        ({"rank": None, "probability": None}, "tulip_3.jpg in flower-net is read for “petal-red”."),
+        ({"rank": None, "probability": None}, "for “petal-red” (93 %), and its filters are read for “petal-red”."),
         ({"filters": []}, "(93 %). No filter that the class is read from is active in it. "),
     ],
 )

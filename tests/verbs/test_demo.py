@@ -23,7 +23,7 @@ def test_the_demo_makes_everything_and_goes_on_where_it_was(tmp_path: Path, monk
     monkeypatch.setattr(demonstration, "_EXPLAINER", demonstration._EXPLAINER | short)
     page = demo(out=tmp_path / "demo", flowers=120)
     assert page.exists()
-    assert len(list((tmp_path / "demo" / "run" / "explanations").glob("*/explanation.json"))) == 6
+    assert len(list((tmp_path / "demo" / "run" / "explanations").glob("*/explanation.json"))) == 2
     text = page.read_text()
     assert text.index("What each category is known by") < text.index("What each class is read from")
     assert text.index("What each class is read from") < text.index('class="chapter" id="explainer"')

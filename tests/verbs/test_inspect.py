@@ -106,6 +106,21 @@ def test_a_finished_run_is_returned_and_another_one_refused(
         partlens.inspect(tiny, few_flowers, out=inspected, config={**SMALL, "seed": 5})
 
 
+def test_photos_of_the_page_are_explained_and_a_lost_page_is_made_again(
+    inspected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(inspected, tmp_path / "run"))
+    shutil.rmtree(run / "explanations")
+    (run / "report.html").unlink()
+    partlens.inspect(tiny, few_flowers, out=run, config=SMALL)
+    first = [one.shown[0].image for one in InspectRecord.read(run).categories]
+    for made in (inspected, run):
+        records = [ExplanationRecord.read(folder) for folder in (made / "explanations").iterdir()]
+        assert sorted(record.path for record in records) == sorted(first)
+        assert all(record.windows and record.explained for record in records)
+        assert "No prediction explained yet" not in (made / "report.html").read_text()
+
+
 def test_photos_without_categories_are_one(tiny: Performer, tmp_path: Path) -> None:
     pictures = np.random.default_rng(0).integers(0, 255, (24, 48, 48, 3), np.uint8)
     record = partlens.inspect(tiny, ImageSet.from_arrays(pictures), out=tmp_path / "run", config=SMALL)

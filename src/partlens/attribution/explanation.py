@@ -183,18 +183,29 @@ def _signals(
     return signals.view(explained, ranks, *batch.shape).permute(2, 0, 1, 3, 4, 5)
 
 
-def choose_top(outputs: Sequence[int | None], count: int) -> _Chooser:
-    """Return a chooser of the classes whose outputs are the largest, the most likely first.
+def choose_top(
+    outputs: Sequence[int | None], count: int, decisions: Callable[[Tensor], Tensor] = lambda output: output
+) -> _Chooser:
+    """Return a chooser of the classes that an image is most likely of, the most likely first.
 
-    Where no class is an output of the performer, the largest scores ``w . x`` decide.
+    These are the classes of the largest outputs. Where the image is taken for an output that is none of them, and a
+    class is no output, such as ``fox`` beside ``red fox``, the largest scores ``w . x`` decide.
+
+    Args:
+        outputs: the output of each class, ``None`` of one that is none.
+        count: how many classes are chosen.
+        decisions: scores of which the largest is the decision (`partlens.network.outputs.Outputs.decisions`).
     """
-    known = [(column, output) for column, output in enumerate(outputs) if output is not None]
+    columns = [column for column, output in enumerate(outputs) if output is not None]
+    at = torch.tensor([output for output in outputs if output is not None], dtype=torch.long)
 
     def choose(output: Tensor, scores: Tensor) -> Tensor:
-        if not known:
-            return scores.argsort(dim=1, descending=True, stable=True)[:, :count]
-        columns = torch.tensor([column for column, _ in known])
-        values = output[:, torch.tensor([o for _, o in known])]
-        return columns[values.argsort(dim=1, descending=True, stable=True)[:, : min(count, len(known))]]
+        likely = torch.full_like(scores, -torch.inf)
+        likely[:, columns] = output[:, at].to(scores)
+        ours = torch.isin(decisions(output).argmax(1), at) | (None not in outputs)
+        values = torch.where(ours[:, None], likely, scores)
+        by_scores = scores.argsort(dim=1, descending=True, stable=True)
+        ranked = values.gather(1, by_scores).argsort(dim=1, descending=True, stable=True)
+        return by_scores.gather(1, ranked)[:, :count]
 
     return choose

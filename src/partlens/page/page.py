@@ -26,6 +26,7 @@ from partlens.records import write_text
 from partlens.run import EXPLAINER, INSPECTION, SELECTION, RunRecord
 from partlens.selection.record import SelectionRecord
 
+PAGE = "report.html"
 # Room for pictures on one page, in characters; with its texts the page stays below about 15 MB.
 PICTURES_BYTES = 13_500_000
 # The explained images take at most this part of the room.
@@ -192,7 +193,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         StorageError: the file could not be written.
     """
     run = Path(run)
-    target = run / "report.html" if out is None else Path(out)
+    target = run / PAGE if out is None else Path(out)
     if target.is_dir():
         raise InputError(expected("a file name for the page", target.as_posix(), "Give a path that ends in .html"))
     write_text(target, render_page(collect_page(run)))

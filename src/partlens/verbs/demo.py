@@ -17,7 +17,6 @@ from partlens.errors import InputError, expected
 from partlens.progress import Progress
 from partlens.records import read_json, write_json
 from partlens.verbs.evaluate import evaluate
-from partlens.verbs.explain import explain
 from partlens.verbs.fit_explainer import fit_explainer
 from partlens.verbs.inspection import inspect
 from partlens.verbs.parts import parts
@@ -100,7 +99,6 @@ def demo(
     model = f"partlens:flower-demo@{weights}"
     run = out / "run"
     inspect(model, images, out=run, tap=_TAP, mu=_MU, config=dict(_INSPECT, seed=seed), progress=show)
-    explain(run, _some_flowers(images, out / "flowers"), progress=show)
     config = dict(_EXPLAINER, seed=seed)
     fit_explainer(model, images, out=run, category=_CATEGORY, tap=_TAP, config=config, seeds=1, progress=show)
     scores = evaluate(run, images, rounds=_ROUNDS, progress=show)
@@ -109,18 +107,6 @@ def demo(
     show.say(_summary(scores))
     show.say(f"{time.monotonic() - started:.0f} s in all; look at {page}")
     return page
-
-
-def _some_flowers(images: ImageSet, folder: Path) -> list[Path]:
-    """Write the first held-out flower of each kind as a file, to be explained and to try things on."""
-    from partlens.attribution.pictures import save_picture
-
-    files = []
-    for category in sorted(images.category_counts()):
-        row = images.indices(category=category, split="test")[0]
-        files.append(folder / f"{category}.png")
-        save_picture(files[-1], images.read(row))
-    return files
 
 
 def _summary(scores: Evaluation) -> str:

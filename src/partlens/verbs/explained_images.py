@@ -154,7 +154,7 @@ class Stage:
         batch = self.performer.preprocessing(list(pictures))
         selected = parts = None
         if (run := self.selection) is not None:
-            wanted: Any = choose_top(run.found.outputs, min(self.count, len(run.classes)))
+            wanted: Any = choose_top(run.found.outputs, self.count, self.performer.outputs.decisions)
             if self.classes is not None:
                 wanted = torch.tensor([[run.column(name) for name in self.classes]] * len(pictures))
             selected = explain_batch(self.performer, batch, run.weights, run.found.index, wanted, self.how)
@@ -348,9 +348,12 @@ def _prediction_notes(of: OpenedSelection, outputs: Tensor) -> tuple[str, list[s
     strongest, known = _first(of.performer, outputs)[0], set(of.found.outputs)
     if known == {None}:
         return "", ["the classes of the selection are not outputs of the performer; their linear scores rank them"]
-    if None in known or strongest in known:
+    if strongest in known:
         return "", []
     name = of.performer.output_name(strongest)
+    if None in known:
+        why = "is the name of no class of the selection, and some of these are no outputs: linear scores rank them"
+        return "", [f"the prediction {name} {why}"]
     return name, [f"the prediction {name} has no photo in the selection; the most likely class that has is explained"]
 
 

@@ -179,15 +179,15 @@ def headline(names: Sequence[str], values: Sequence[float]) -> str:
 
     Example:
         >>> headline(["head", "neck"], [0.128, 0.872])
-        'head 12.8 %, neck 87.2 %'
+        'head: 12.8 %, neck: 87.2 %'
         >>> headline(["head", "neck"], [0.5, -0.4])
-        'head +0.50, neck −0.40 of the score (some raise and some lower it: shares of their sum would say nothing)'
+        'head: +0.50, neck: −0.40 of the score (some raise and some lower it: shares of their sum would say nothing)'
     """
     total = sum(values)
     if total > 0.5 * sum(map(abs, values)):
-        shares = [f"{name} {100 * value / total + 0.0:.1f} %" for name, value in zip(names, values, strict=True)]
+        shares = [f"{name}: {100 * value / total + 0.0:.1f} %" for name, value in zip(names, values, strict=True)]
         return ", ".join(shares).replace("-0.0 %", "0.0 %").replace(" -", " −")
-    said = ", ".join(f"{name} {value:+.2f}" for name, value in zip(names, values, strict=True)).replace(" -", " −")
+    said = ", ".join(f"{name}: {value:+.2f}" for name, value in zip(names, values, strict=True)).replace(" -", " −")
     return f"{said} of the score (some raise and some lower it: shares of their sum would say nothing)"
 
 

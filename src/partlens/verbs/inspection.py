@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import time
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.errors import ImageError, expected, listed
 from partlens.object_parts.inspection import CategoryFile, InspectConfig, InspectedCategory, InspectRecord
-from partlens.page.page import write_report
+from partlens.page.page import PAGE, write_report
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import SELECTION, PassPrecision, Run
 from partlens.selection.record import DescriptorConfig, SelectionConfig, SelectionRecord
 from partlens.shards import Compute
+from partlens.verbs.explain import explain
 from partlens.verbs.runs import (
     category_names,
     data_info,
@@ -45,6 +47,7 @@ _RESPONSES = ("descriptor", "logits", "peak", "peak_cell")
 _TOP_PHOTOS = 50
 _LEAST_FOUND = 4
 _LEAST_MEASURED = 8
+_EXPLAINED = 2
 
 
 @verb
@@ -112,30 +115,33 @@ def inspect(
         finding=finding_layers(performer),
     )
     with run.begun(asked) as begun:
-        if begun.finished:
-            show.say(f"{out} holds this inspection already; nothing to do")
-            return begun
-        performer, record = with_precision(
-            performer, begun, run.folder, lambda: _precision(performer, images, chosen, begun), show
-        )
-        work = _Work(performer, images, chosen, record, upper_of(performer, tap), run.folder, show)
-        reads = work.reads(where)
-        stage = work.stage(reads)
-        categories = work.categories(stage)
-        notes = (*chosen.notes, *work.filters(reads, mu))
-        if not keep_cache:
-            shutil.rmtree(run.folder / _CACHE)
-        finished = run.finish(
-            record,
-            started,
-            categories=categories,
-            fill="zero" if not bool(stage.nothing.any()) else "mean",
-            tensors_sha256=file_sha256(run.folder / TENSORS),
-            notes=notes,
-        )
-        page = write_report(run.folder)
-        show.say(f"wrote {run.folder / finished.FILE} in {finished.seconds:.0f} s; look at {page}")
-        return finished
+        finished = begun
+        if not begun.finished:
+            quick, record = with_precision(
+                performer, begun, run.folder, lambda: _precision(performer, images, chosen, begun), show
+            )
+            work = _Work(quick, images, chosen, record, upper_of(quick, tap), run, show)
+            finished = work.finished(started, where, mu)
+            if not keep_cache:
+                shutil.rmtree(run.folder / _CACHE)
+    if begun.finished and (run.folder / PAGE).exists():
+        show.say(f"{out} holds this inspection already; nothing to do")
+        return begun
+    _explained(finished, performer, images, run.folder, where, show)
+    page = write_report(run.folder)
+    show.say(f"wrote {run.folder / finished.FILE} in {finished.seconds:.0f} s; look at {page}")
+    return finished
+
+
+def _explained(
+    found: InspectRecord, performer: Performer, images: ImageSet, folder: Path, where: Compute, show: Progress
+) -> None:
+    """Explain some of the photos that the page shows, category by category: the first of each, then the second, ..."""
+    by_rank = itertools.zip_longest(*(one.shown for one in found.categories))
+    keys = [photo.image for photos in by_rank for photo in photos if photo is not None][:_EXPLAINED]
+    if keys:
+        some = images.take([images.keys.index(key) for key in keys])
+        explain(folder, some, model=performer, compute={"device": where.device}, progress=show)
 
 
 # --- photos -----------------------------------------------------------------------------------------------------------
@@ -242,8 +248,27 @@ class _Work:
     chosen: _Chosen
     record: InspectRecord
     upper: Upper
-    folder: Path
+    run: Run
     show: Progress
+
+    def finished(self, started: float, where: Compute, mu: float | Chosen) -> InspectRecord:
+        """Read, find parts, account for them and select filters; write the record."""
+        reads = self.reads(where)
+        stage = self.stage(reads)
+        categories = self.categories(stage)
+        notes = (*self.chosen.notes, *self.filters(reads, mu))
+        return self.run.finish(
+            self.record,
+            started,
+            categories=categories,
+            fill="zero" if not bool(stage.nothing.any()) else "mean",
+            tensors_sha256=file_sha256(self.folder / TENSORS),
+            notes=notes,
+        )
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
 
     def reads(self, where: Compute) -> tuple[Read, Read, Read]:
         """Run all photos through the performer once: those that parts are found on in all views."""

@@ -168,7 +168,7 @@ def print_verdicts(found: InspectRecord) -> None:
     table = _table("category", "verdict", "advantage", "parts and elsewhere", "n")
     for one in found.categories:
         shares = [*((part.name, part.share) for part in one.parts), ("elsewhere", one.elsewhere.value)]
-        told = ", ".join(f"{name} {share:.0%}" for name, share in shares if math.isfinite(share))
+        told = ", ".join(f"{name}: {share:.0%}" for name, share in shares if math.isfinite(share))
         table.add_row(one.name or "all photos", one.verdict, _written(one.advantage, ".2f"), told, str(one.measured))
     console.print(table)
     notes = (f"{one.name or 'all photos'}: {note}" for one in found.categories for note in one.notes)
