@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from partlens.data.annotations import PartTruth, read_landmark_table
+from partlens.data.annotations import PartTruth, _read_landmark_table
 from partlens.data.check import check_data
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputTypeError
@@ -334,7 +334,7 @@ def test_positions_from_0_to_1_are_said_to_be_read_as_pixels(tmp_path):
 def test_hidden_landmarks_have_no_position(tmp_path, column, hidden, seen, place):
     rows = f"a,head,{place},{hidden}\nb,head,3,4,{seen}\n"
     (tmp_path / "landmarks.csv").write_text(f"image,landmark,x,y,{column}\n{rows}")
-    truth = read_landmark_table(tmp_path / "landmarks.csv")
+    truth = _read_landmark_table(tmp_path / "landmarks.csv")
     assert truth.keys == ("a", "b")
     np.testing.assert_array_equal(truth.positions_px[:, 0], [[np.nan, np.nan], [3, 4]])
     assert not any("0,0" in text for text in truth.warnings)
@@ -343,7 +343,7 @@ def test_hidden_landmarks_have_no_position(tmp_path, column, hidden, seen, place
 def test_a_word_for_visible_that_nobody_knows_is_refused_by_its_row(tmp_path):
     (tmp_path / "landmarks.csv").write_text("image,landmark,x,y,visible\na,head,1,2,maybe\n")
     with pytest.raises(ImageError, match="a number in column 'visible' of .*row 2, got 'maybe'"):
-        read_landmark_table(tmp_path / "landmarks.csv")
+        _read_landmark_table(tmp_path / "landmarks.csv")
 
 
 def test_many_landmarks_in_the_corner_and_unknown_columns_are_warned_of(tmp_path):

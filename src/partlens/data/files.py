@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,24 +52,24 @@ Scaled = Callable[[int, int], tuple[int, int]]
 """Says to which width and height a photo of a width and height will be scaled."""
 
 
-class Source(Protocol):
+class Source(ABC):
     """Where pixels come from; rows are counted from 0 in the order in which the source was made."""
 
+    @abstractmethod
     def read(self, row: int, scaled: Scaled | None = None) -> Image.Image:
         """Return an image as 8-bit RGB; it may be smaller where it is known to which size it will be scaled."""
-        ...
 
     def size_px(self, row: int) -> tuple[int, int]:
         """Return width and height as :meth:`read` gives them."""
-        ...
+        return self.read(row).size
 
+    @abstractmethod
     def digest(self, row: int) -> str:
         """Return a text that is equal for equal content."""
-        ...
 
     def checked(self, row: int) -> tuple[str, str]:
         """Decode an image as :meth:`read` does; return its digest and a remark on its pixels, mostly empty."""
-        ...
+        return self.digest(row), ""  # nothing is to be decoded
 
 
 def _white(image: Image.Image, values: npt.NDArray[np.float64]) -> float | None:
@@ -164,7 +165,7 @@ def window_px(box: Box, size_px: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 @dataclass(frozen=True)
-class Files:
+class Files(Source):
     """Image files, each opened when it is read, and cut to a box where it has one.
 
     A box was measured on the pixels as they are stored, so no EXIF orientation is applied to such a photo.
@@ -315,7 +316,7 @@ def _from_floats(image: npt.NDArray[Any], where: str) -> ByteArray:
 
 
 @dataclass(frozen=True, eq=False)
-class Arrays:
+class Arrays(Source):
     """Arrays in memory."""
 
     images: Sequence[ByteArray]
@@ -334,13 +335,9 @@ class Arrays:
         image = np.ascontiguousarray(self.images[row])
         return f"{image.shape}:{hashlib.sha256(image.tobytes()).hexdigest()}"
 
-    def checked(self, row: int) -> tuple[str, str]:
-        """Return the digest; arrays are decoded already."""
-        return self.digest(row), ""
-
 
 @dataclass(frozen=True, eq=False)
-class Generated:
+class Generated(Source):
     """A function that draws; a recipe identifies the content of all it draws."""
 
     draw: Callable[[int], ByteArray]
@@ -357,19 +354,11 @@ class Generated:
             raise ImageError(expected(rule, got, "Change the function that draws"))
         return Image.fromarray(image)
 
-    def size_px(self, row: int) -> tuple[int, int]:
-        """Return width and height as :meth:`read` gives them."""
-        return self.read(row).size
-
     def digest(self, row: int) -> str:
         """Return a text that is equal for equal content; a recipe is trusted, so nothing is drawn for it."""
         if self.recipe:
             return f"{self.recipe}#{row}"
         return Arrays([np.asarray(self.read(row))]).digest(0)
-
-    def checked(self, row: int) -> tuple[str, str]:
-        """Return the digest; what is hashed has been drawn."""
-        return self.digest(row), ""
 
 
 def parallel(work: Callable[[int], _Result], rows: Iterable[int]) -> Iterator[_Result]:

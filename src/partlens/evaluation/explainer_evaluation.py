@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
-from partlens.estimate import Estimate
 from partlens.evaluation.fidelity import (
     Answers,
     FedBack,
@@ -38,7 +37,6 @@ from partlens.evaluation.results import (
     EvaluatedData,
     Evaluation,
     Fidelity,
-    FilterScores,
     LayerScores,
     OtherPeak,
     PartInterpretability,
@@ -248,55 +246,22 @@ class _Pass:
         }
         return fed.pop("reconstruction"), PartsAlone(**fed)
 
+    def peaks(self, name: str, *, otherwise: bool = False) -> Peaks:
+        """Return where a layer's filters peak; ``otherwise`` as the other networks' layers are read."""
+        return self.layers[name].peaks(self.fields[name], otherwise=otherwise)
+
+    def part_regions(
+        self, roles: Mapping[str, str], assigned: Mapping[str, Tensor], on: MeasuredPhotos, seed: int
+    ) -> PartInterpretability | None:
+        if self.regions is None:
+            return None
+        # A cell of conv-interp-2 sees more than the tap's: the track's own convolutions widen it.
+        fields = {**self.fields, "explainer": widened(self.fields["explainer"], TRACK_REACH_CELLS)}
+        return self.regions.scores(fields, assigned, on.photos, roles, seed, on.rounds)
+
     def assigned(self, labels: Int[Tensor, " photo"], categories: int) -> dict[str, Int[Tensor, " filter"]]:
         """Return the category of each filter, by layer."""
         return {name: layer.assigned(labels, categories) for name, layer in self.layers.items()}
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """The layers of a pass while they are scored; ``assigned`` is the category of each filter, by layer."""
-
-    stage: _Pass
-    on: MeasuredPhotos
-    assigned: dict[str, Tensor]
-
-    def peaks(self, name: str, *, otherwise: bool = False) -> Peaks:
-        return self.stage.layers[name].peaks(self.stage.fields[name], otherwise=otherwise)
-
-    def layer(self, name: str, *, otherwise: bool = False) -> LayerScores:
-        return measure_maps(self.on, self.peaks(name, otherwise=otherwise), self.assigned[name])
-
-    def performers(self) -> PerformerScores:
-        tap, top = self.layer(self.stage.explainer.structure.tap), self.layer(self.stage.top)
-        return PerformerScores(tap=tap, top=top, top_layer=self.stage.top)
-
-    def nulls(self) -> tuple[dict[str, LayerScores], dict[str, Estimate]]:
-        grid = grid_of(self.stage.fields["explainer"])
-        return measure_nulls(self.on, self.peaks("explainer"), self.assigned["explainer"], grid)
-
-    def filters(self) -> dict[str, tuple[FilterScores, ...]]:
-        roles = {"explainer": "explainer", "performer": self.stage.explainer.structure.tap}
-        return {role: filter_scores(self.on, self.peaks(name), self.assigned[name]) for role, name in roles.items()}
-
-    def same_peak(self) -> dict[OtherPeak, LayerScores] | None:
-        stage = self.stage
-        if stage.explainer.config.peak != "centroid":
-            return None
-        return {
-            "explainer_largest": self.layer("explainer", otherwise=True),
-            "tap_centroid": self.layer(stage.explainer.structure.tap, otherwise=True),
-            "top_centroid": self.layer(stage.top, otherwise=True),
-        }
-
-    def part_regions(self, seed: int) -> PartInterpretability | None:
-        stage = self.stage
-        if stage.regions is None:
-            return None
-        # A cell of conv-interp-2 sees more than the tap's: the track's own convolutions widen it.
-        fields = {**stage.fields, "explainer": widened(stage.fields["explainer"], TRACK_REACH_CELLS)}
-        roles = {"explainer": "explainer", "tap": stage.explainer.structure.tap, "top": stage.top}
-        return stage.regions.scores(fields, self.assigned, self.on.photos, roles, seed, self.on.rounds)
 
 
 def _joined(kept: Sequence[FedBack], kind: FedIn, which: int) -> Tensor:
@@ -341,29 +306,42 @@ def evaluate_explainer(
     own = own_columns(performer, categories)
     answers = stage.answers(rows, categories, logistic_head(*lesson) if lesson is not None and own is None else None)
     on = MeasuredPhotos.of(images, rows.held, performer, categories, rows.labels, seed=seed, rounds=rounds)
-    scored = _Scoring(stage, on, stage.assigned(rows.train_labels, len(categories)))
+    assigned = stage.assigned(rows.train_labels, len(categories))
+    roles = {"explainer": "explainer", "tap": explainer.structure.tap, "top": stage.top}
+
+    def scores(role: str, *, otherwise: bool = False) -> LayerScores:
+        name = roles[role]
+        return measure_maps(on, stage.peaks(name, otherwise=otherwise), assigned[name])
+
     # One generator serves all bootstraps, so the order of what follows decides the intervals.
-    nulls, differences = scored.nulls()
-    explained = scored.layer("explainer")
+    peaks, grid = stage.peaks("explainer"), grid_of(stage.fields["explainer"])
+    nulls, differences = measure_nulls(on, peaks, assigned["explainer"], grid)
+    explained = scores("explainer")
     reconstruction, alone = stage.fidelity(answers, on.generator, 10 * rounds)
     truth = images.part_truth
+    others: dict[OtherPeak, str] = {"explainer_largest": "explainer", "tap_centroid": "tap", "top_centroid": "top"}
     evaluation = Evaluation(
         data=data,
         landmarks=on.landmark_counts,
         explainer=explained,
-        performer=scored.performers(),
+        performer=PerformerScores(tap=scores("tap"), top=scores("top"), top_layer=stage.top),
         nulls=nulls,
         instability_minus_null=differences,
-        same_peak=scored.same_peak(),
+        same_peak={key: scores(role, otherwise=True) for key, role in others.items()}
+        if explainer.config.peak == "centroid"
+        else None,
         p=share_estimate(shares),
         reconstruction=reconstruction,
         parts_alone=alone,
-        part_interpretability=scored.part_regions(seed),
-        filters=scored.filters(),
+        part_interpretability=stage.part_regions(roles, assigned, on, seed),
+        filters={
+            key: filter_scores(on, stage.peaks(roles[role]), assigned[roles[role]])
+            for key, role in (("explainer", "explainer"), ("performer", "tap"))
+        },
         warnings=_warnings_for(explained, reconstruction, data) + (() if truth is None else truth.warnings),
         versions=versions(),
     )
-    return evaluation, {name: scored.peaks(name) for name in stage.layers}
+    return evaluation, {name: stage.peaks(name) for name in stage.layers}
 
 
 def price_point(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -208,16 +208,20 @@ class RegionPass:
 
         def layers(*, shuffled: bool) -> dict[str, Estimate]:
             return {
-                role: self._layer(name, covers[role], assigned[role], draws, shuffled=shuffled)
+                role: self._score(name, covers[role], assigned[role], draws, shuffled=shuffled)
                 for role, name in roles.items()
             }
+
+        def anywhere(photos: int) -> tuple[int, CellsOn]:
+            cells = math.prod(self._side(own))
+            return NULL_FILTERS, random_cells(photos, cells, NULL_FILTERS, draws.generator(), self._share)
 
         return RegionScores(
             radius_px=None if radius_px is None else {role: round(r, 1) for role, r in radius_px.items()},
             layers=layers(shuffled=False),
             other_photo=layers(shuffled=True),
-            random=self._null(own, covers[main], assigned[main], draws),
-            centre=self._null(own, middle, assigned[main], draws, fixed=True),
+            random=self._score(own, covers[main], assigned[main], draws, null=anywhere),
+            centre=self._score(own, middle, assigned[main], draws, null=lambda _: (1, same_cell)),
         )
 
     def _side(self, layer: str) -> tuple[int, int]:
@@ -229,48 +233,36 @@ class RegionPass:
             return cell_cover(centres, points, (float(receptive.stride_px[0]), float(receptive.stride_px[1])))
         return round_cover(centres, points, radius)
 
-    def _of_category(
+    def _score(
         self,
-        number: int,
-        cells: CellsOn,
-        filters: int,
+        layer: str,
         cover: Tensor,
+        assigned: Tensor,
         draws: _Draws,
         *,
-        chosen: Tensor | None = None,
         shuffled: bool = False,
+        null: Callable[[int], tuple[int, CellsOn]] | None = None,
     ) -> Estimate:
-        rows, generator = self._rows[number], torch.Generator().manual_seed(draws.seed)
-        order = _strangers(draws.photos[rows], generator) if shuffled else None
-        met = meets_parts(cells, filters, [self.regions.parts[i] for i in rows], cover, photos=order)
-        met = met if chosen is None else met[:, chosen]
-        return part_interpretability(
-            met, self._present[rows], photos=draws.photos[rows], generator=generator, rounds=draws.rounds
-        )
-
-    def _layer(self, layer: str, cover: Tensor, assigned: Tensor, draws: _Draws, *, shuffled: bool) -> Estimate:
-        found, weights, filters = [], [], self._filters[layer]
-        for number, cells in enumerate(self._cells[layer]):
-            chosen = (assigned == number).nonzero()[:, 0]
+        """Score each category's filters on its photos, or as many times what ``null`` gives for so many photos."""
+        found, weights = [], []
+        for number, rows in enumerate(self._rows):
+            chosen, cells = (assigned == number).nonzero()[:, 0], self._cells[layer][number]
             if cells is None or not len(chosen):
                 continue
             weights.append(len(chosen))
-            found.append(self._of_category(number, cells.on, filters, cover, draws, chosen=chosen, shuffled=shuffled))
-        return mean_of(found, weights)
-
-    def _null(self, layer: str, cover: Tensor, assigned: Tensor, draws: _Draws, *, fixed: bool = False) -> Estimate:
-        """Score the same region everywhere, or random cells; categories weigh as the layer's filters do."""
-        found, weights = [], []
-        for number, rows in enumerate(self._rows):
-            weight = int((assigned == number).sum())
-            if not len(rows) or not weight:
-                continue
-            filters, cells = 1, cast("CellsOn", same_cell)
-            if not fixed:
-                generator, count = torch.Generator().manual_seed(draws.seed), math.prod(self._side(layer))
-                filters, cells = NULL_FILTERS, random_cells(len(rows), count, NULL_FILTERS, generator, self._share)
-            weights.append(weight)
-            found.append(self._of_category(number, cells, filters, cover, draws))
+            generator = draws.generator()
+            order = _strangers(draws.photos[rows], generator) if shuffled else None
+            filters, valid = null(len(rows)) if null else (self._filters[layer], cells.on)
+            met = meets_parts(valid, filters, [self.regions.parts[i] for i in rows], cover, photos=order)
+            found.append(
+                part_interpretability(
+                    met if null else met[:, chosen],
+                    self._present[rows],
+                    photos=draws.photos[rows],
+                    generator=generator,
+                    rounds=draws.rounds,
+                )
+            )
         return mean_of(found, weights)
 
 
@@ -281,6 +273,9 @@ class _Draws:
     photos: Int[Tensor, " photo"]
     seed: int
     rounds: int
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
 
 
 def _centres(receptive: ReceptiveField, side: tuple[int, int]) -> Float[Tensor, "cell 2"]:

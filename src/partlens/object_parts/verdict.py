@@ -234,34 +234,22 @@ def sentence(name: str, verdict: Verdict, kept: Kept, windows: Sequence[int]) ->
     around = "one part" if windows[at] == 1 else f"{windows[at]} parts"
     numbers = f"{AREAS[at]:.0%} of the image around {around} keeps {_percent(mine)} of the score"
     other = f"{_NAMES[null]} {_percent(theirs)}"
-    n = f"n = {verdict.photos}"
+    told = f"{numbers}; {other} (n = {verdict.photos})."
     if verdict.kind == "parts":
-        return f"The network knows {what} by parts: {numbers}; {other} ({n})."
-    if verdict.reason == "rest":
-        rest = _percent(float(curve(kept["rest"])[at]))
-        return (
-            f"The network knows {what} by texture or the whole: {numbers}, "
-            f"as much at {_PLAIN[null]} {_percent(theirs)}, and everything outside keeps {rest} ({n})."
-        )
-    if verdict.reason == "one_place":
-        return (
-            f"The network knows {what} by texture or the whole: what carries it stands in one place, "
-            f"where {numbers}; {other} ({n})."
-        )
-    if verdict.kind == "texture":
-        chance = ", a difference that may be chance" if mine > theirs else ""
-        return f"The network knows {what} by texture or the whole: {numbers}, but {other}{chance} ({n})."
+        return f"The network knows {what} by parts: {told}"
     if verdict.kind == "elsewhere":
-        return _elsewhere(what, verdict, kept, n)
-    if verdict.reason == "few":
-        return f"Undecided: {what} has {verdict.photos} photos that can be measured, {LEAST_PHOTOS} are needed."
-    if verdict.reason == "untold" and verdict.told is not None:
-        return (
-            f"Undecided: the network decides on {what} as on the other photos, so that what carries its decisions is "
-            f"not of it ({verdict.told.advantage:.2f} bits about it, shuffled photos up to "
-            f"{verdict.told.threshold:.2f}; {n})."
-        )
-    return f"Undecided: the photos of {what} are too few to tell parts from chance: {numbers}; {other} ({n})."
+        return _elsewhere(what, verdict, kept)
+    if verdict.kind == "undecided":
+        few = f"the photos of {what} are too few to tell parts from chance: {told}"
+        return f"Undecided: {_undecided(what, verdict) or few}"
+    head = f"The network knows {what} by texture or the whole:"
+    if verdict.reason == "one_place":
+        return f"{head} what carries it stands in one place, where {told}"
+    if verdict.reason == "rest":
+        outside = f"and everything outside keeps {_percent(float(curve(kept['rest'])[at]))}"
+        return f"{head} {numbers}, as much at {_PLAIN[null]} {_percent(theirs)}, {outside} (n = {verdict.photos})."
+    chance = ", a difference that may be chance" if mine > theirs else ""
+    return f"{head} {numbers}, but {other}{chance} (n = {verdict.photos})."
 
 
 _PLAIN = {
@@ -278,7 +266,20 @@ _NAMES = {
 }
 
 
-def _elsewhere(what: str, verdict: Verdict, kept: Kept, n: str) -> str:
+def _undecided(what: str, verdict: Verdict) -> str:
+    if verdict.reason == "few":
+        return f"{what} has {verdict.photos} photos that can be measured, {LEAST_PHOTOS} are needed."
+    if verdict.reason != "untold" or verdict.told is None:
+        return ""
+    return (
+        f"the network decides on {what} as on the other photos, so that what carries its decisions is not of it "
+        f"({verdict.told.advantage:.2f} bits about it, shuffled photos up to {verdict.told.threshold:.2f}; "
+        f"n = {verdict.photos})."
+    )
+
+
+def _elsewhere(what: str, verdict: Verdict, kept: Kept) -> str:
+    n = f"n = {verdict.photos}"
     head = f"The network knows {what} by something beside the object:"
     if verdict.reason == "fixed":
         parts, mine = _percent(float(curve(kept["parts"])[0])), _percent(verdict.fixed_kept)
