@@ -68,7 +68,7 @@ class Progress:
         """Return progress on standard error, so that standard output stays clean for ``--json``."""
         from rich.console import Console
 
-        return Progress(Console(stderr=True))
+        return Progress(Console(stderr=True, emoji=False))
 
     def say(self, message: str) -> None:
         """Print one line; without a terminal it is not broken, however long it is."""

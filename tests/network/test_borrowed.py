@@ -159,6 +159,7 @@ def _quantised() -> nn.Module:
             r"none in 2\.weight\. Run the netw",
         ),
         (lambda: nn.Conv2d(3, 4, 1, device="meta"), r"none in weight\. Load its weights"),
+        (torch.inference_mode()(lambda: nn.Conv2d(3, 4, 1)), r"inference tensors in weight\. Load the network outside"),
     ],
 )
 def test_a_network_that_cannot_be_used_is_refused_by_its_part(make: Callable[[], nn.Module], words: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import sys
 import types
 from pathlib import Path
@@ -296,7 +297,7 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
         lambda: {"model_state": prefixed("module.")},
         lambda: {"weights": resnet_state()},
         lambda: {"n_averaged": torch.tensor(5), **prefixed("module.")},
-        lambda: {"model": {"state_dict": resnet_state()}, "model_ema": resnet_state()},
+        lambda: {"model": {"state_dict": resnet_state()}, "loss": {"weight": torch.ones(3)}},
     ],
 )
 def test_wrappers_and_prefixes_of_trainings_are_opened(tmp_path, wrap) -> None:
@@ -314,6 +315,11 @@ def test_prefixes_are_opened_in_a_copy_of_ones_own_network_too(tmp_path) -> None
     ("content", "text"),
     [
         (lambda: {"net": resnet_state(), "ema": resnet_state()}, r"got several: net, ema\. Save the one that is meant"),
+        (
+            lambda: {"state_dict": resnet_state(), "state_dict_ema": resnet_state()},
+            "several: state_dict, state_dict_ema",
+        ),
+        (lambda: {"model": {"state_dict": resnet_state()}, "model_ema": resnet_state()}, "several: model, model_ema"),
         (lambda: {"epoch": 3}, r"got the entries epoch"),
         (lambda: {**prefixed("model."), "loss.weight": torch.ones(2)}, r"Take 'model\.' from the front of the names"),
         (lambda: [1, 2], "got list"),
@@ -323,6 +329,33 @@ def test_files_that_leave_a_doubt_are_refused_by_name(tmp_path, content, text: s
     torch.save(content(), tmp_path / "w.pt")
     with pytest.raises(WeightsError, match=text):
         load_performer(f"torchvision:resnet18@{tmp_path}/w.pt")
+
+
+def test_a_file_that_was_saved_in_pieces_is_read_by_its_index(tmp_path) -> None:
+    state, index = resnet_state(), tmp_path / "model.safetensors.index.json"
+    halves = [dict(list(state.items())[part::2]) for part in range(2)]
+    for part, half in enumerate(halves):
+        save_file(half, tmp_path / f"model-{part}.safetensors")
+    places = {name: f"model-{part}.safetensors" for part, half in enumerate(halves) for name in half}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    module = load_performer(f"torchvision:resnet18@{index}").module
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{", "a weight_map .* in m.safetensors.index.json, got Expecting"),
+        ("[]", "a weight_map"),
+        ('{"weight_map": {}}', "the .* tensors of ResNet in m.safetensors.index.json, got missing"),
+        ('{"weight_map": {"fc.bias": 3}}', "a weight_map"),
+        ('{"weight_map": {"fc.bias": "x.safetensors"}}', "a weights file .*x.safetensors, got nothing there"),
+    ],
+)
+def test_an_index_that_is_wrong_is_named(tmp_path, content: str, text: str) -> None:
+    (tmp_path / "m.safetensors.index.json").write_text(content)
+    with pytest.raises(WeightsError, match=text):
+        load_performer(f"torchvision:resnet18@{tmp_path}/m.safetensors.index.json")
 
 
 @pytest.mark.parametrize("name", ["model_best.pth.tar", "checkpoint", "weights.pkl", "model.v2"])

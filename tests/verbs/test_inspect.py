@@ -177,6 +177,13 @@ def test_the_command_prints_what_could_not_be_done_with_a_category(
     assert said.rstrip().endswith("no filters")
 
 
+def test_names_are_printed_as_they_are(inspected: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = InspectRecord.read(inspected)
+    for name in ("[red] fox :fox:", "fox [/b]"):
+        print_verdicts(found.changed(categories=(found.categories[0].model_copy(update={"name": name}),)))
+        assert f"\n {name} " in capsys.readouterr().out
+
+
 def test_the_random_state_is_as_it_was(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
     torch.manual_seed(3)
     wanted = torch.rand(2)

@@ -63,11 +63,6 @@ def _checked(module: nn.Module, images: Tensor) -> Tensor:
     if images.ndim != 4 or images.numel() == 0:
         rule = "a batch of at least one image with axes image, channel, row, col"
         raise InputError(expected(rule, f"shape {tuple(images.shape)}", "Add the missing axis or image"))
-    for name, held in (*module.named_parameters(), *module.named_buffers()):
-        if held.is_inference():
-            remedy = "Load the network outside inference_mode (calling partlens inside it is allowed)"
-            rule = "weights that autograd can use"
-            raise InputTypeError(expected(rule, f"{name}, made inside torch.inference_mode", remedy))
     return like_weights(module, images)
 
 

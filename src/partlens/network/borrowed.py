@@ -33,6 +33,12 @@ _DICTIONARIES = ("_parameters", "_buffers", "_modules", *_HOOKS)
 # Plain attributes that code around a network switches: modes, in-place flags, batch statistics.
 _FLAGS = ("training", "inplace", "track_running_stats", "momentum", "ceil_mode", "_is_full_backward_hook")
 
+_FAULTS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (  # of weights, and what to do first
+    (is_lazy, "none", "Run the network once on an image first"),
+    (lambda held: held.is_meta, "none", "Load its weights (to_empty, then load) first"),
+    (Tensor.is_inference, "inference tensors", "Load the network outside inference_mode (only that, not partlens)"),
+)
+
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the network inside ``DataParallel`` wrappers, after refusing what cannot be read or computed with.
@@ -54,13 +60,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
             rule = "a network in Python whose layers can be read and differentiated"
             raise InputTypeError(expected(rule, f"{what}, {where}", remedy))
         for name, held in (*each._parameters.items(), *each._buffers.items()):  # noqa: SLF001
-            if held is not None and (held.is_meta or is_lazy(held)):
-                remedy = (
-                    "Run the network once on an image" if is_lazy(held) else "Load its weights (to_empty, then load)"
-                )
-                raise InputTypeError(
-                    expected("weights with values", f"none in {f'{path}.{name}'.lstrip('.')}", f"{remedy} first")
-                )
+            for faulty, got, remedy in _FAULTS if held is not None else ():
+                if faulty(held):
+                    where = f"{got} in {f'{path}.{name}'.lstrip('.')}"
+                    raise InputTypeError(expected("weights with values that autograd can use", where, remedy))
     return module
 
 

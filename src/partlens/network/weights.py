@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import pickle
 import string
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,13 +23,14 @@ OUTPUT_LAYER = "output_layer"
 
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-_DEPTH = 3  # of wrappers in wrappers
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a weights file: float32 tensors by name and the header, without running code from the file."""
+    """Read a weights file, or the index of its pieces: float32 tensors by name and the header, without running code."""
     if not path.is_file():
         raise WeightsError(expected(f"a weights file {path}", "nothing there", "Check the path after @"))
+    if path.name.endswith(".safetensors.index.json"):
+        return _joined(path)
     with path.open("rb") as file:
         start = file.read(64)
     is_text = not start.translate(None, string.printable.encode())
@@ -37,14 +40,25 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     is_safe = path.suffix.lower() == ".safetensors" or (start[8:9] == b"{" and not start.startswith(b"PK"))
     content, metadata = (_safetensors if is_safe and not start.startswith(b"PK") else _pickled)(path)
     content = _unwrapped_state(content, path.name)
-    return {str(name): _as_float32(value) for name, value in content.items()}, metadata
+    return {str(n): v.float() if v.is_floating_point() else v for n, v in content.items()}, metadata
+
+
+def _joined(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the pieces of a file that an index names; they lie beside it."""
+    try:
+        names = sorted({Path(name).name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        rule = f"a weight_map (tensors and their files) in {index.name}"
+        raise WeightsError(expected(rule, first_line(error), "Download it again")) from error
+    pieces = [read_weights(index.parent / name) for name in names]
+    return {name: value for state, _ in pieces for name, value in state.items()}, pieces[0][1] if pieces else {}
 
 
 def _is_state(content: Any) -> bool:
     return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
 
 
-def _unwrapped_state(content: Any, where: str, depth: int = _DEPTH) -> Mapping[str, Tensor]:
+def _unwrapped_state(content: Any, where: str, depth: int = 3) -> Mapping[str, Tensor]:
     """Find the names and tensors of a network in what a training saved: a usual entry, or the only one that fits."""
     if _is_state(content):
         return cast("Mapping[str, Tensor]", content)
@@ -53,13 +67,17 @@ def _unwrapped_state(content: Any, where: str, depth: int = _DEPTH) -> Mapping[s
         raise WeightsError(expected(rule, type(content).__name__, remedy))
     usual = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping) and content[name]]
     fitting = usual[:1] or [name for name, value in content.items() if _is_state(value)]
+    if len(fitting) == 1:  # but two networks, such as weights and their moving average, leave a doubt
+        state = _unwrapped_state(content[fitting[0]], where, depth - 1)
+        rivals = (name for name, value in content.items() if _is_state(value) and len(value) >= len(state))
+        fitting += [name for name in rivals if name != fitting[0]]
     if len(fitting) != 1:
         got = f"several: {listed(fitting)}" if fitting else f"the entries {listed(list(map(str, content)))}"
         raise WeightsError(expected(rule, got, "Save the one that is meant, as safetensors"))
-    return _unwrapped_state(content[fitting[0]], where, depth - 1)
+    return state
 
 
-def _named_as(own: Container[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _named_as(own: Collection[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Strip what wrappers of training tools put before all names, where it then fits.
 
     Args:
@@ -68,22 +86,9 @@ def _named_as(own: Container[str], weights: Mapping[str, Tensor]) -> dict[str, T
     """
     # How many states AveragedModel has averaged is no weight.
     weights = {name: value for name, value in weights.items() if name != "n_averaged" or name in own}
-    names = dict.fromkeys(weights)
-    while (prefix := _shared_prefix(names)) and not all(name in own for name in names):
-        names = dict.fromkeys(name.removeprefix(prefix) for name in names)
-    fits = all(name in own for name in names)
-    return dict(zip(names, weights.values(), strict=True)) if fits else dict(weights)
-
-
-def _shared_prefix(names: Collection[str]) -> str:
-    """Return the first step of all names with its dot, empty where they do not share it."""
-    first = next(iter(names), "").partition(".")
-    prefix = "".join(first[:2]) if first[2] else ""
-    return prefix if all(name.startswith(prefix) for name in names) else ""
-
-
-def _as_float32(value: Tensor) -> Tensor:
-    return value.float() if value.is_floating_point() else value
+    start = "" if all(name in own for name in weights) else _prefix_of_most(own, weights)
+    fits = all(name.startswith(start) and name[len(start) :] in own for name in weights)
+    return {name[len(start) :] if fits else name: value for name, value in weights.items()}
 
 
 def _safetensors(path: Path) -> tuple[Any, dict[str, str]]:
@@ -130,10 +135,6 @@ def _check_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], wher
             raise WeightsError(expected(rule, str(tuple(value.shape)), "Give the weights of this network"))
 
 
-def _without(names: Iterable[str], others: Container[str]) -> list[str]:
-    return [name for name in names if name not in others]
-
-
 def load_into(
     module: nn.Module, weights: Mapping[str, Tensor], where: str, may_lack: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
@@ -143,7 +144,7 @@ def load_into(
     # Batch counters are bookkeeping that old files lack; everything else must be there.
     lacking = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
     absent = tuple(n for n in lacking if n.startswith(may_lack))
-    faults = {"missing": _without(lacking, absent), "unexpected": _without(weights, own)}
+    faults = {"missing": [n for n in lacking if n not in absent], "unexpected": [n for n in weights if n not in own]}
     if any(faults.values()):
         rule = f"the {len(own)} tensors of {type(module).__name__} in {where}"
         got = "; ".join(f"{what} {listed(names, 4)}" for what, names in faults.items() if names)
@@ -167,28 +168,19 @@ def with_outputs(module: nn.Module, layer: str, outputs: int) -> None:
     """
     owner, _, name = layer.rpartition(".")
     old = dict(module.named_modules()).get(layer)
-    new: nn.Module
-    if isinstance(old, nn.Linear):
-        new = nn.Linear(old.in_features, outputs, bias=old.bias is not None)
-    elif isinstance(old, nn.Conv2d) and old.groups == 1 and not isinstance(old.padding, str):
-        new = nn.Conv2d(
-            old.in_channels,
-            outputs,
-            cast("tuple[int, int]", old.kernel_size),
-            cast("tuple[int, int]", old.stride),
-            cast("tuple[int, int]", old.padding),
-            cast("tuple[int, int]", old.dilation),
-            bias=old.bias is not None,
-        )
-    else:
+    if not isinstance(old, (nn.Linear, nn.Conv2d)) or getattr(old, "groups", 1) != 1:
         got = "none of that name" if old is None else type(old).__name__
         rule = f"{layer} to be a linear layer or a convolution without groups"
         raise LayerError(expected(rule, got, "Use another network"))
-    new.to(device=old.weight.device, dtype=old.weight.dtype).train(old.training)
+    new = copy.deepcopy(old)
+    setattr(new, "out_features" if isinstance(old, nn.Linear) else "out_channels", outputs)
+    new.weight = nn.Parameter(old.weight.new_empty(outputs, *old.weight.shape[1:]))
+    new.bias = None if old.bias is None else nn.Parameter(old.weight.new_empty(outputs))
+    new.reset_parameters()
     setattr(module.get_submodule(owner), name, new)
 
 
-def _prefix_of_most(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+def _prefix_of_most(own: Collection[str], weights: Mapping[str, Tensor]) -> str:
     """Return what stands before most names of a file, where they are the network's without it."""
     starts: Counter[str] = Counter()
     for name in weights:

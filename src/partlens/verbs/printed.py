@@ -24,9 +24,9 @@ _ARROWS = {LOWER: " ↓", HIGHER: " ↑"}
 
 
 def _console() -> Console:
-    """Return standard output; in a file or a pipe no line is broken."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDE, soft_wrap=True)
+    """Return standard output, where names stand as they are; in a file or a pipe no line is broken."""
+    plain = Console(markup=False, emoji=False, highlight=False)
+    return plain if plain.is_terminal else Console(width=_WIDE, soft_wrap=True, markup=False, emoji=False)
 
 
 def _table(*headings: str) -> Table:
@@ -110,30 +110,20 @@ def print_scores(result: Evaluation) -> None:
     if result.part_interpretability is not None:
         console.print(_regions(result.part_interpretability))
     for warning in result.warnings:
-        console.print(f"warning: {warning}", markup=False)
+        console.print(f"warning: {warning}")
 
 
 def print_parts(found: PartsFile) -> None:
     """Print the parts of a run's filters, and what each adds."""
     measured = found.measured()
-    table = _table(
-        "part",
-        "filters",
-        "from landmark, R²",
-        "adds (Shapley)",
-        "same by integrated gradients",
-        "as many random filters",
-        "removed",
-    )
+    headings = ("part", "filters", "from landmark, R²", "adds (Shapley)", "same by integrated gradients")
+    table = _table(*headings, "as many random filters", "removed")
     for part in found.named:
         place = ", ".join("–" if math.isnan(v) else f"{v:.2f}" for v in found.mean_place(part.filters))
         one = (measured or {}).get(part.filters)
         adds: tuple[str, ...] = ("–",) * 4
         if one is not None:
-            adds = (
-                *map(_percent, (one.share, one.integrated_share, one.integrated_null)),
-                _written(one.removal),
-            )
+            adds = (*map(_percent, (one.share, one.integrated_share, one.integrated_null)), _written(one.removal))
         ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
         table.add_row(f"{part.name}{ids}", str(len(part.filters)), place, *adds)
     console = _console()
@@ -159,7 +149,7 @@ def print_parts(found: PartsFile) -> None:
         f"{_written(check['part_size'].correlation)} (number of filters alone)"
     )
     for row in found.unplaced_names:
-        console.print(f"the name {row.name!r} fits no part found now", markup=False)
+        console.print(f"the name {row.name!r} fits no part found now")
 
 
 def print_verdicts(found: InspectRecord) -> None:
@@ -173,7 +163,7 @@ def print_verdicts(found: InspectRecord) -> None:
     console.print(table)
     notes = (f"{one.name or 'all photos'}: {note}" for one in found.categories for note in one.notes)
     for sentence in (*(one.sentence for one in found.categories), *notes, *found.notes):
-        console.print(sentence, markup=False, highlight=False)
+        console.print(sentence)
 
 
 def print_path(result: Any) -> None:
@@ -189,9 +179,8 @@ def print_check(result: Any) -> None:
 
 def print_layers(found: Sequence[Any]) -> None:
     """Print the layers of a model, the default tap marked."""
-    table = _table(
-        "", "layer", "kind", "filters", "cells", "layout", "stride px", "receptive field px", "fit-explainer"
-    )
+    headings = ("", "layer", "kind", "filters", "cells", "layout", "stride px", "receptive field px", "fit-explainer")
+    table = _table(*headings)
     for column in table.columns[1:3]:
         column.no_wrap = True
     for layer in found:

@@ -6,13 +6,16 @@ import contextlib
 import functools
 import os
 import random
+import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+import numpy as np
+
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, RunError, WeightsError, checked, expected, listed, printable
+from partlens.errors import ImageError, InputError, RunError, WeightsError, checked, expected, listed, printable
 from partlens.progress import Progress
 from partlens.run import DataInfo, PassPrecision, PerformerInfo, Run, RunRecord, Unreadable
 
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
 _R = TypeVar("_R", bound=RunRecord)
 
 _SAFE = ("torchvision:", "timm:", "partlens:")
@@ -36,7 +38,7 @@ def verb(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     Some libraries draw from Python's random numbers, set environment variables and add warning filters while they are
     imported. The first call of a verb is when that happens, in the middle of the user's work. Arguments of another kind
-    than it takes are refused (`partlens.errors.checked`).
+    than it takes are refused (`partlens.errors.checked`). It computes in torch's and NumPy's usual modes.
     """
     inner = checked(function)
 
@@ -44,7 +46,8 @@ def verb(function: Callable[_P, _T]) -> Callable[_P, _T]:
     def untouched(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         drawn, known, filters = random.getstate(), set(os.environ), list(warnings.filters)
         try:
-            return inner(*args, **kwargs)
+            with _usual_modes():
+                return inner(*args, **kwargs)
         finally:
             random.setstate(drawn)
             for name in set(os.environ) - known:
@@ -54,6 +57,28 @@ def verb(function: Callable[_P, _T]) -> Callable[_P, _T]:
                 warnings._filters_mutated()  # type: ignore[attr-defined]  # noqa: SLF001
 
     return untouched
+
+
+@contextlib.contextmanager
+def _usual_modes() -> Iterator[None]:
+    """Leave the modes of a caller: without gradients, autocast, another default device, NumPy's warnings as errors."""
+    with contextlib.ExitStack() as modes:
+        modes.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+        if "torch" in sys.modules:  # else nobody has set any of its modes
+            import torch
+
+            if (
+                kind := str(torch.get_default_dtype())
+            ) != "torch.float32":  # one for all threads, so not ours to change
+                remedy = "Call torch.set_default_dtype(torch.float32) first"
+                raise InputError(expected("torch.float32 as torch's default type", kind, remedy))
+            modes.enter_context(torch.inference_mode(mode=False))  # with gradients, too
+            for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                # What autocast has rounded is kept until the outermost one ends, whatever weights learn meanwhile.
+                modes.enter_context(torch.autocast(device, enabled=False, cache_enabled=False))
+            if torch.get_default_device().type != "cpu":
+                modes.enter_context(torch.device("cpu"))
+        yield
 
 
 def performer_info(performer: Performer, device: torch.device | None = None) -> PerformerInfo:
@@ -104,19 +129,12 @@ def _precision_said(found: PassPrecision) -> str:
 
 
 def data_info(
-    images: ImageSet, unreadable: Iterable[Unreadable], fingerprint: str, categories: tuple[str, ...] = ("",)
+    images: ImageSet, unreadable: tuple[Unreadable, ...], fingerprint: str, categories: tuple[str, ...] = ("",)
 ) -> DataInfo:
     """Return what records say of photos."""
-    path = None if images.path is None else str(images.path)
-    if path is not None and path != printable(path):
-        path = None  # bytes that no record can hold; the photos are then given again
-    return DataInfo(
-        name=images.name,
-        path=path,
-        fingerprint=fingerprint,
-        categories=categories,
-        unreadable=tuple(unreadable),
-    )
+    given = str(images.path or "")
+    path = given if given and given == printable(given) else None  # bytes that no record can hold; given again later
+    return DataInfo(name=images.name, path=path, fingerprint=fingerprint, categories=categories, unreadable=unreadable)
 
 
 def open_photos(

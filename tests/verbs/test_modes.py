@@ -1,0 +1,64 @@
+"""A verb computes the same whatever modes of torch and NumPy its caller is in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from partlens.errors import InputError
+from partlens.verbs.runs import verb
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "another default device": lambda: torch.device("meta"),
+    "NumPy's warnings as errors": lambda: np.errstate(all="raise"),
+}
+
+
+def computed() -> tuple[bool, torch.dtype, str, float]:
+    """What depends on modes: gradients, the type of a product, where tensors are made, values too small for a type."""
+    weight = torch.ones(2, 2, requires_grad=True)
+    product = weight @ torch.ones(2, 2)
+    return product.requires_grad, product.dtype, str(product.device), float(np.float32(1e-30).astype(np.float16))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_verb_leaves_the_modes_of_its_caller_and_hands_them_back(mode: str) -> None:
+    usual = computed()
+    with MODES[mode]():
+        assert verb(computed)() == usual
+        try:
+            assert computed() != usual
+        except FloatingPointError:
+            assert mode.startswith("NumPy")
+    assert computed() == usual
+
+
+def test_weights_that_learn_in_autocast_are_not_those_that_the_callers_autocast_keeps() -> None:
+    @verb
+    def steps() -> list[float]:
+        weight, found = torch.ones(1, 1, requires_grad=True), []
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                found.append((torch.ones(1, 1) @ weight).item())
+            weight.data += 1
+        return found
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert steps() == [1, 2]
+
+
+def test_another_default_type_of_all_threads_is_refused_with_the_remedy() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(InputError, match=r"got torch.float64. Call torch.set_default_dtype\(torch.float32\)"):
+            verb(computed)()
+    finally:
+        torch.set_default_dtype(torch.float32)
