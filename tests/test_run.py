@@ -56,8 +56,11 @@ def test_a_run_is_begun_gone_on_with_and_finished(tmp_path: Path) -> None:
     assert 7 <= found.seconds < 8
     with run.writing(), run.begun(asked()) as record:  # a finished run is not held
         assert record == found
-    with pytest.raises(RunError, match="Expected run.json in .*none, got nothing there. Run make again"):
+    with pytest.raises(RunError, match="Expected run.json in .*none, got nothing there. Run make first"):
         Run(tmp_path / "none").read(MadeRun)
+    (tmp_path / "inspect.json").write_text("{}")
+    with pytest.raises(RunError, match="Expected run.json in .*, got inspect.json. Run make first"):
+        Run(tmp_path).read(MadeRun)
 
 
 def test_a_refusal_names_the_setting_that_differs(tmp_path: Path) -> None:

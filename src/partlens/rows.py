@@ -187,9 +187,9 @@ class RowStore:
             return
         needed = sum(self.rows * each.row_bytes for each in self._arrays.values())
         if needed > (free := shutil.disk_usage(self._folder).free):
-            rule = f"{needed / 1e9:.1f} GB free for the rows in {self._folder}"
+            rule = f"{needed / 1e6:,.1f} MB free for the rows in {self._folder}"
             remedy = "Free space, choose another folder, or fewer images or layers"
-            raise StorageError(expected(rule, f"{free / 1e9:.1f} GB", remedy))
+            raise StorageError(expected(rule, f"{free / 1e6:,.1f} MB", remedy))
         with _written(self._folder):
             for each in self._arrays.values():
                 each.create()

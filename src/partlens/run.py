@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from partlens.errors import RunError, expected, printable
+from partlens.errors import RunError, expected, listed, printable
 from partlens.estimate import Number
 from partlens.records import Record, Value, content_hash, plain, remove_leftovers, sole_writer
 
@@ -319,7 +319,8 @@ class Run:
             RunError: there is none, it is damaged or it is unfinished.
         """
         if not (self.folder / kind.FILE).exists():
-            raise RunError(expected(f"{kind.FILE} in {self.folder}", "nothing there", kind.AGAIN))
+            others = listed(sorted(path.name for path in self.folder.glob("*.json"))) or "nothing there"
+            raise RunError(expected(f"{kind.FILE} in {self.folder}", others, kind.AGAIN.replace(" again", " first")))
         record = kind.read(self.folder)
         if not record.finished:
             remedy = f"{kind.AGAIN} with the same arguments; it goes on where it stopped"

@@ -66,6 +66,9 @@ def test_outputs_by_name() -> None:
     for performer, name in ((named, "dog"), (named, "2"), (plain, "2"), (plain, "-1")):
         with pytest.raises(InputError, match=f"a class of net, got {name}. Nearest"):
             performer.output(name)
+    for names in (("fox",), ("fox", "cat", "dog")):
+        with pytest.raises(InputError, match=f"2 class names, one for each output of net, got {len(names)}"):
+            _ = Performer(module, "net", Preprocessing(), "", class_names=names).outputs
 
 
 def test_a_copy_goes_to_another_device() -> None:

@@ -168,7 +168,7 @@ def test_arguments_are_checked(performer, images, tmp_path) -> None:
 def test_a_full_disk_is_said_before_the_work(performer, images, tmp_path, monkeypatch) -> None:
     usage = type("usage", (), {"free": 10})
     monkeypatch.setattr("partlens.rows.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(StorageError, match="GB free"):
+    with pytest.raises(StorageError, match="MB free"):
         stream_maps(performer, images, ["1"], tmp_path)
     assert not list(tmp_path.glob("*.npy"))
 

@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
     tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")  # noqa: PYI024
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="GB free for the rows .* Free space"):
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="MB free for the rows .* Free space"):
         patched.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1))
         fit_explainer(tiny, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1)
     assert fit_explainer(tiny, few_flowers, out=tmp_path / "run", category=RED, config=SMALL, seeds=1).history

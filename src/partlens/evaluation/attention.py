@@ -79,12 +79,11 @@ def _photo(folder: Path, frames: Frames, index: int, scores: Tensor, maps: Mappi
     for name, heat in maps.items():
         drawn = overlay(frame, (heat[index] / (float(heat[index].max()) or 1.0)).numpy())
         files[name] = save_picture(folder / f"attention-{name}-{index}.jpg", drawn)
-    names, chosen = frames.performer.class_names, int(scores.argmax())
     # There is one class to draw, whatever the answer was.
     denied = " (answer: no)" if len(scores) == 1 and float(scores[0]) <= 0 else ""
     return AttentionPhoto(
         key=frames.key(index),
-        label=f"{names[chosen] if names else chosen}{denied}",
+        label=f"{frames.performer.output_name(int(scores.argmax()))}{denied}",
         file=save_picture(folder / f"photo-{index}.jpg", frame),
         maps=files,
     )

@@ -278,10 +278,15 @@ class Performer:
         """What its outputs are: how many, of what kind, and which of several tensors.
 
         Raises:
+            InputError: its class names are not as many as its outputs.
             LayerError: it does not take its own preprocessing's input, or its answer has no scores.
         """
         pictures = [Image.fromarray(each) for each in made_images()]
-        return outputs_of(self.module, self.preprocessing(pictures), self.name)
+        found = outputs_of(self.module, self.preprocessing(pictures), self.name)
+        if self.class_names and len(self.class_names) != found.count:
+            rule, got = f"{found.count} class names, one for each output of {self.name}", str(len(self.class_names))
+            raise InputError(expected(rule, got, "Give them in the order of the outputs, or none"))
+        return found
 
     def matched(self, categories: Sequence[str]) -> Match:
         """Return which outputs categories of photos mean (`partlens.network.classes.match`)."""
@@ -295,7 +300,7 @@ class Performer:
         """
         count = self.outputs.count
         names = self.class_names or tuple(map(str, range(count)))
-        if name in names[:count]:
+        if name in names:
             return names.index(name)
         if name.isdigit() and int(name) < count:
             return int(name)
@@ -305,8 +310,7 @@ class Performer:
         """Return what an output is called, its number where it has no name; 1 is the no of a single output."""
         if output == self.outputs.count == 1:
             return f"not {self.output_name(0)}"
-        names = self.class_names or ()
-        return names[output] if output < len(names) else str(output)
+        return self.class_names[output] if self.class_names else str(output)
 
     def computing(self, precision: Precision) -> Performer:
         """Return the performer with another precision of passes that only read; its module is the same."""
