@@ -57,10 +57,10 @@ from partlens.object_parts.regions import (
     nearest_cells,
     part_cells,
     shapley_shares,
+    upper_of,
     whole_photos,
 )
 from partlens.object_parts.verdict import SAID_AREA
-from partlens.verbs.inspection import upper_of
 from partlens_papers.part_discovery import landmark_errors
 from partlens_papers.rivals.concepts import crops, losses, scores_at, sobol_masks, total_sobol
 from partlens_papers.rivals.factors import Nmf, fit_nmf

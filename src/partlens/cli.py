@@ -187,7 +187,7 @@ def _add_parameter(parser: Any, parameter: inspect.Parameter, module: Mapping[st
     required = parameter.default is inspect.Parameter.empty
     default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
     options: dict[str, Any] = {"help": text} | ({} if required else {"default": default})
-    if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+    if not _is_option(parameter):
         many = ("+" if required else "*") if several else ("" if required else "?")
         parser.add_argument(parameter.name, type=kind, **options, **({"nargs": many} if many else {}))
         return
@@ -205,6 +205,10 @@ class _Plan(NamedTuple):
     settings: Mapping[str, Any]
 
 
+def _is_option(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is inspect.Parameter.KEYWORD_ONLY
+
+
 def _plan(program: str, name: str, command: Command) -> _Plan:
     """Build the parser of a verb from its signature and docstring."""
     from jsonargparse import ArgumentParser
@@ -214,9 +218,9 @@ def _plan(program: str, name: str, command: Command) -> _Plan:
     # A function cannot be typed in a shell.
     parameters = {n: p for n, p in signature.items() if not str(p.annotation).startswith("PlaceSource")}
     shown = [p for p in parameters.values() if p.name != "progress" and p.name not in command.settings]
-    words = [p.name.upper() for p in shown if p.kind is not inspect.Parameter.KEYWORD_ONLY and p.default is p.empty]
-    needed = [f"--{p.name} {p.name.upper()}" for p in shown if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    usage = " ".join([program, name, *words, *needed, "[options]"])
+    required = sorted((p for p in shown if p.default is p.empty), key=_is_option)
+    words = [f"--{p.name} {p.name.upper()}" if _is_option(p) else p.name.upper() for p in required]
+    usage = " ".join([program, name, *words, "[options]"])
     parser = ArgumentParser(prog=f"{program} {name}", usage=usage, description=command.summary, print_config=None)
     texts = _described(function)
     parser.add_argument("--config", action="config", help="YAML file with any of the options")
@@ -246,13 +250,17 @@ def _call(program: str, name: str, command: Command, arguments: Sequence[str]) -
     if command.show is None:
         sys.stdout.write(f"{result}\n")
     elif options.json:
-        from partlens.records import plain
-
-        # Escapes of JSON where a console lacks a sign: names stay what they are.
-        escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
-        sys.stdout.write(json.dumps(plain(result), indent=2, ensure_ascii=escaped, allow_nan=False) + "\n")
+        _print_json(result)
     else:
         _found(command.show)(result)
+
+
+def _print_json(result: Any) -> None:
+    from partlens.records import plain
+
+    # Escapes of JSON where a console lacks a sign: names stay what they are.
+    escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
+    sys.stdout.write(json.dumps(plain(result), indent=2, ensure_ascii=escaped, allow_nan=False) + "\n")
 
 
 def _overview(program: str, about: str, commands: Mapping[str, Command]) -> str:

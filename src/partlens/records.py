@@ -135,8 +135,7 @@ def _plain_leaf(value: Any) -> Any:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping as strict JSON; undefined numbers (``nan``) become ``null``."""
-    text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, remedy: str = "Delete the file and run the command again") -> dict[str, Any]:
@@ -277,8 +276,7 @@ class Record(Value):
         path = folder / self.FILE
         content = {"schema": self.SCHEMA, **json.loads(self.model_dump_json())}
         content |= {"seal": content_hash(content)} if self.SEALED else {}
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+        write_json(path, content)
         return path
 
     @classmethod

@@ -174,8 +174,10 @@ def average_pictures(
         got = f"number {top.photo.max(initial=-1)} for {top.photo.shape[1]}"
         raise InputError(expected(rule, got, "Give one column per filter, of the same photos"))
     crops = _crop_of(performer, list(dict(filters)))
-    own = {layer: [k for k, (name, _) in enumerate(filters) if name == layer] for layer in crops}
-    layers = {layer: _Layer(crop, own[layer]) for layer, crop in crops.items()}
+    layers = {
+        layer: _Layer(crop, [k for k, (name, _) in enumerate(filters) if name == layer])
+        for layer, crop in crops.items()
+    }
     corner, at_random = _corners(performer, filters, top, layers, seed)
     wanted = _uses(filters, top.photo)
     for done, (photo, uses) in enumerate(wanted, start=1):

@@ -106,7 +106,7 @@ class PartTruth:
 
     def for_keys(self, keys: Sequence[str]) -> PartTruth:
         """Return the same truth with one row for each of ``keys``, in that order; ``nan`` for unknown images."""
-        row_of = {key: row for row, key in enumerate(self.keys)}
+        row_of = _numbered(self.keys)
         rows = np.array([row_of.get(key, -1) for key in keys], dtype=np.intp)
         known = rows >= 0
         asked = set(keys)
@@ -190,6 +190,10 @@ def _instances(table: Table) -> list[int]:
     return list(map(int, found))
 
 
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
+
+
 def _read_landmark_table(path: Path | str, images: Collection[str] | None = None) -> PartTruth:
     r"""Read part positions from a table with one row per image and landmark.
 
@@ -227,8 +231,7 @@ def _read_landmark_table(path: Path | str, images: Collection[str] | None = None
     values += [table.numbers(side, optional=True, least=0, rows=seen) for side in ("width", "height")]
     instances = [number if here else 0 for number, here in zip(_instances(table), seen, strict=True)]
     keys, landmarks = tuple(dict.fromkeys(files)), tuple(sorted(set(names)))
-    row_of = {key: index for index, key in enumerate(keys)}
-    column_of = {name: index for index, name in enumerate(landmarks)}
+    row_of, column_of = _numbered(keys), _numbered(landmarks)
     found = np.full((len(keys), len(landmarks), 4), np.nan, dtype=np.float32)
     times: Counter[tuple[str, str]] = Counter()
     for image, name, number, *place in zip(files, names, instances, *values, strict=True):
@@ -270,7 +273,7 @@ class FolderParts:
         Raises:
             ImageError: see :func:`_read_landmark_table`; also when no landmark belongs to an image of the set.
         """
-        masks, row_of = path.parent / MASK_FOLDER, {key: row for row, key in enumerate(keys)}
+        masks, row_of = path.parent / MASK_FOLDER, _numbered(keys)
         truth = _read_landmark_table(path, row_of)
         strangers = [key for key in truth.keys if key not in row_of]
         if len(strangers) == len(truth.keys):

@@ -507,11 +507,7 @@ class ImageSet:
 
         found = list(parallel(seen, self._rows))
         good = [index for index, (digest, _, _) in enumerate(found) if digest]
-        bad = tuple(
-            Unreadable(key=key, reason=text)
-            for key, (digest, _, text) in zip(self.keys, found, strict=True)
-            if not digest
-        )
+        bad = tuple(Unreadable(key=self.keys[k], reason=found[k][2]) for k in sorted({*range(len(found))} - {*good}))
         if not good:
             got = f"{len(bad)} unreadable ones ({listed([image.key for image in bad])}; {bad[0].reason})"
             raise ImageError(expected(f"at least one readable image in {self.name}", got, "Give other images"))

@@ -145,6 +145,14 @@ class _Drawing:
         attended = min(self.plan.attention, len(self.frames.rows))
         return len(self.pool) * (1 + self.places) + len(self.photos) + attended
 
+    def _maps(self, numbers: Sequence[int], advance: Callable[[int], None]) -> Float[Tensor, "photo filter row col"]:
+        pieces = []
+        for start in range(0, len(self.photos), BATCH):
+            part = self.photos[start : start + BATCH]
+            pieces.append(self.joined(self.frames.batch(part)).cpu()[:, numbers])
+            advance(len(part))
+        return torch.cat(pieces)
+
     def look(self, advance: Callable[[int], None]) -> _Looked:
         """Find the fields of the shown filters, and their maps and regions on their photos."""
         numbers = [one.joined for one in self.shown]
@@ -154,12 +162,7 @@ class _Drawing:
             covered = occlusion_receptive_fields(
                 self.joined, batch, self.receptive, numbers, config=config, batch_size=BATCH, advance=advance
             )
-        pieces = []
-        for start in range(0, len(self.photos), BATCH):
-            part = self.photos[start : start + BATCH]
-            pieces.append(self.joined(self.frames.batch(part)).cpu()[:, numbers])
-            advance(len(part))
-        maps = torch.cat(pieces)
+        maps = self._maps(numbers, advance)
         pairs = [(n, photo) for n, one in enumerate(self.shown) for photo in one.photos]
         own = {(n, photo): maps[self.photos.index(photo), n] for n, photo in pairs}
         if covered is None:

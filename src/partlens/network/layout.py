@@ -172,6 +172,11 @@ def _axis_of(module: nn.Module, value: Tensor) -> int | None:
     return fitting[0] if fitting else None
 
 
+def _leading(alike: Sequence[bool]) -> int:
+    """Return how many are alike before the first that is not."""
+    return next(i for i, same in enumerate(alike) if not same)
+
+
 class _Evidence:
     """What the calls of one pass say of the tensors in it."""
 
@@ -224,8 +229,7 @@ class _Evidence:
         if beside is None:
             self.tokens[count] = f"the {count} tokens fit no grid of places"
             return
-        before = next((i for i, same in enumerate(call.alike) if not same), count)
-        after = next((i for i, same in enumerate(reversed(call.alike)) if not same), count)
+        before, after = _leading(call.alike), _leading(call.alike[::-1])
         if before + after != beside or sum(call.alike) != beside:
             self.tokens[count] = f"which {beside} of the {count} tokens have no place cannot be told"
             return

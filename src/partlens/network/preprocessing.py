@@ -99,9 +99,11 @@ class Preprocessing(Settings):
             got = f"scale {self.scale}, std {self.std}"
             raise InputError(expected("a finite input", got, "Correct the standard deviation"))
         longer = max(self.size_px)
-        if self.resize == "crop" and self.resize_px is None:
+        if self.resize != "crop":
+            return self
+        if self.resize_px is None:
             object.__setattr__(self, "resize_px", longer)
-        elif self.resize == "crop" and cast("int", self.resize_px) < longer:
+        elif self.resize_px < longer:
             rule = f"resize_px of at least {longer} px, the crop's longer side"
             raise InputError(expected(rule, self.resize_px, "Raise resize_px or choose resize squash"))
         return self

@@ -145,9 +145,8 @@ def load_into(
     lacking = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
     absent = tuple(n for n in lacking if n.startswith(may_lack))
     faults = {"missing": [n for n in lacking if n not in absent], "unexpected": [n for n in weights if n not in own]}
-    if any(faults.values()):
+    if got := "; ".join(f"{what} {listed(names, 4)}" for what, names in faults.items() if names):
         rule = f"the {len(own)} tensors of {type(module).__name__} in {where}"
-        got = "; ".join(f"{what} {listed(names, 4)}" for what, names in faults.items() if names)
         remedy = "Give the weights of this network, or rename them to its layer names"
         if before := _prefix_of_most(own, weights):
             remedy = f"Take {before!r} from the front of the names, delete the others, and save the file again"

@@ -175,14 +175,18 @@ def _load_torchvision(name: str, weights: str | None, spec: str) -> Performer:
         if name in _WITH_AUX:
             with_aux, transformed = _aux_and_transform(Path(weights))
         filled, outputs = _filled(build, preprocessing, _IMAGENET_OUTPUTS, weights)
-        notes: tuple[str, ...] = (_TRANSFORMED,) if transformed else ()
-        notes += (doubt,) if doubt and filled.preprocessing == preprocessing else ()
+        said = (_TRANSFORMED if transformed else "", doubt if filled.preprocessing == preprocessing else "")
         assumed = getattr(default, "meta", {}).get("categories") if outputs is None else None
-        if filled.class_names is not None or assumed is None:
-            return dataclasses.replace(filled, notes=notes)
-        notes = ("class names assumed to be torchvision's ImageNet list", *notes)
-        return dataclasses.replace(filled, class_names=tuple(assumed), notes=notes)
+        return _with_names(dataclasses.replace(filled, notes=tuple(filter(None, said))), assumed)
     return _published(name, enum, weights, spec)
+
+
+def _with_names(performer: Performer, assumed: Sequence[str] | None) -> Performer:
+    """Name the outputs of a network whose file does not."""
+    if performer.class_names is not None or assumed is None:
+        return performer
+    notes = ("class names assumed to be torchvision's ImageNet list", *performer.notes)
+    return dataclasses.replace(performer, class_names=tuple(assumed), notes=notes)
 
 
 def _published(name: str, enum: Any, weights: str | None, spec: str) -> Performer:

@@ -11,6 +11,8 @@ from partlens.estimate import Estimate, Number
 from partlens.records import Record, Settings, Value
 from partlens.run import INSPECTION, Precision, RunRecord
 
+TENSORS = "inspect.safetensors"
+
 Fill = Literal["auto", "zero", "mean"]
 VerdictName = Literal["parts", "texture", "elsewhere", "undecided"]
 Numbers = tuple[Number, ...]

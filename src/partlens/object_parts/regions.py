@@ -14,13 +14,15 @@ places and one in the centre. The *rest* is everything outside the windows at th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from partlens.network.performer import Performer
+from partlens.network.taps import as_float, in_precision
 from partlens.object_parts.shapley import Shapley, exact_shapley, sampled_shapley
 
 AREAS = (0.1, 0.2, 0.3, 0.4)
@@ -34,6 +36,23 @@ _OUTWARDS = 1.2  # standard deviations: a diagonal place of an even ellipse is 0
 
 Upper = Callable[[Tensor], Tensor]
 """The performer's layers above the tap: maps to scores (image, output)."""
+
+
+def upper_of(performer: Performer, tap: str) -> Upper:
+    """Return the performer's own layers above the tap, from maps to scores of its decisions, float32 on the CPU.
+
+    They compute in the performer's precision.
+    """
+    module, outputs = performer.upper(tap), performer.outputs
+    weight = next(module.parameters(), None)  # a mean over the cells has none
+
+    def upper(maps: Tensor) -> Tensor:
+        given, computing = in_precision(performer.precision, maps if weight is None else maps.to(weight))
+        with computing:
+            answer = as_float(module(given)[0])
+        return outputs.decisions(outputs.scores(answer, len(maps))).cpu()
+
+    return upper
 
 
 @dataclass(frozen=True)
@@ -211,14 +230,7 @@ def kept_by_kind(
     unknown = _unknown(annotated, objects)
     means: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for area, count in zip(AREAS, counts or [places.shape[1]] * len(AREAS), strict=True):
-        masks = {
-            kind: [windows_at(each if kind == "annotated" else each[:, :count], taps.grid, area) for each in sets]
-            for kind, sets in kinds.items()
-        }
-        masks["rest"] = [~masks["parts"][0]]
-        if objects is not None:
-            masks["object"] = [windows_at(each, taps.grid, area) for each in _places_on(objects)]
-            masks["off_object"] = [_windows_elsewhere(objects > 0, each[:, :count], area) for each in kinds["random"]]
+        masks = _masks(kinds, taps.grid, area, count, objects)
         found = kept(taps, whole, torch.stack(list(itertools.chain.from_iterable(masks.values())), 1))
         several = [len(each) for each in masks.values()]
         parted = (found.score.split(several, 1), found.decision.double().split(several, 1))
@@ -231,6 +243,21 @@ def kept_by_kind(
                 score[unknown[kind]] = torch.nan
             means.setdefault(kind, []).append((score, right[:, at].mean(1)))
     return {kind: Kept(*(torch.stack(each, 1) for each in zip(*areas, strict=True))) for kind, areas in means.items()}
+
+
+def _masks(
+    kinds: Mapping[str, Sequence[Tensor]], grid: tuple[int, int], area: float, count: int, objects: Tensor | None
+) -> dict[str, list[Bool[Tensor, "photo row col"]]]:
+    """Return the windows of each kind at an area, those at parts at so many of them."""
+    masks = {
+        kind: [windows_at(each if kind == "annotated" else each[:, :count], grid, area) for each in sets]
+        for kind, sets in kinds.items()
+    }
+    masks["rest"] = [~masks["parts"][0]]
+    if objects is not None:
+        masks["object"] = [windows_at(each, grid, area) for each in _places_on(objects)]
+        masks["off_object"] = [_windows_elsewhere(objects > 0, each[:, :count], area) for each in kinds["random"]]
+    return masks
 
 
 def _places_on(objects: Float[Tensor, "photo row col"]) -> list[Float[Tensor, "photo 1 2"]]:

@@ -83,10 +83,10 @@ def collect_page(run: Path) -> _PageData:
     of_filters = Pictures(run, EVALUATE_AGAIN, PICTURES_BYTES - of_categories.spent_bytes)
     explainer, pending = ExplainerData.read(run, of_filters), _begun(SelectionRecord, run, "select-features")
     of_filters.check_room()
-    if inspection is None and (begun := _begun(InspectRecord, run, "inspect")):
-        raise RunError(expected(f"a finished inspection in {run}", "one that was only begun", f"Go on with: {begun}"))
-    if pending and explainer is None and inspection is None:
-        raise RunError(expected(f"a finished selection in {run}", "one that was only begun", f"Go on with: {pending}"))
+    begun = "" if inspection else _begun(InspectRecord, run, "inspect")
+    if command := begun or (explainer is None and inspection is None and pending):
+        rule = f"a finished {'inspection' if begun else 'selection'} in {run}"
+        raise RunError(expected(rule, "one that was only begun", f"Go on with: {command}"))
     room = max(of_filters.limit_bytes - of_filters.spent_bytes, 0)
     of_parts = Pictures(run, "Run partlens parts again", room)
     named_parts = PartsData.read(run, of_parts) if explainer else None

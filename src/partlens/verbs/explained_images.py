@@ -154,13 +154,9 @@ class Stage:
         batch = self.performer.preprocessing(list(pictures))
         selected = parts = None
         if (run := self.selection) is not None:
-            wanted: Any = choose_top(run.found.outputs, self.count, self.performer.outputs.decisions)
-            if self.classes is not None:
-                wanted = torch.tensor([[run.column(name) for name in self.classes]] * len(pictures))
+            wanted = self._wanted(run, len(pictures))
             selected = explain_batch(self.performer, batch, run.weights, run.found.index, wanted, self.how)
-        windows: Sequence[ExplainedWindows] = ()
-        if self.inspection is not None:
-            windows = explain_windows(self.inspection, batch)
+        windows = () if self.inspection is None else explain_windows(self.inspection, batch)
         outputs = _outputs(self.performer, batch) if selected is None else selected.output
         shared = tuple(
             i for i, row in enumerate(outputs) if self.part_classes is not None or self._foreign(row) is None
@@ -168,6 +164,12 @@ class Stage:
         if self.parts is not None and shared:
             parts = explain_parts(self.parts, batch, self.part_classes, shared)
         return _Batch(outputs, selected, parts, shared, windows)
+
+    def _wanted(self, run: OpenedSelection, images: int) -> Any:
+        """Return the classes to explain: those that are named, else the most likely ones of each image."""
+        if self.classes is None:
+            return choose_top(run.found.outputs, self.count, self.performer.outputs.decisions)
+        return torch.tensor([[run.column(name) for name in self.classes]] * images)
 
     def _foreign(self, outputs: Tensor) -> str | None:
         """Name the prediction where its parts are not those that the explainer has learned."""

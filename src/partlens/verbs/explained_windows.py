@@ -16,15 +16,14 @@ from partlens.errors import RunError, expected
 from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps
 from partlens.object_parts.finding import PartFinder
-from partlens.object_parts.inspection import InspectedCategory, InspectRecord
-from partlens.object_parts.regions import TapMaps, Upper, part_cells, shapley_shares, whole_photos
+from partlens.object_parts.inspection import TENSORS, InspectedCategory, InspectRecord
+from partlens.object_parts.regions import TapMaps, Upper, part_cells, shapley_shares, upper_of, whole_photos
 from partlens.object_parts.shapley import Shapley
 from partlens.object_parts.verdict import SAID_AREA
 from partlens.records import read_tensors
 from partlens.run import Run
 from partlens.verbs.inspected_category import TAUGHT
 from partlens.verbs.inspected_pictures import draw_parts
-from partlens.verbs.inspection import TENSORS, upper_of
 from partlens.verbs.runs import open_performer
 
 _PAIRS = 32

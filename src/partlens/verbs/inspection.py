@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partlens.errors import ImageError, expected, listed
-from partlens.object_parts.inspection import CategoryFile, InspectConfig, InspectedCategory, InspectRecord
+from partlens.object_parts.inspection import TENSORS, CategoryFile, InspectConfig, InspectedCategory, InspectRecord
 from partlens.page.page import PAGE, write_report
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from partlens.object_parts.regions import Upper
     from partlens.verbs.inspected_category import CategoryPhotos, Stage
 
-TENSORS = "inspect.safetensors"
 _CACHE = "cache-inspect"
 _RESPONSES = ("descriptor", "logits", "peak", "peak_cell")
 _TOP_PHOTOS = 50
@@ -96,6 +95,7 @@ def inspect(
         StorageError: the disk is full; what was finished stays.
     """
     from partlens.object_parts.finding import finding_layers
+    from partlens.object_parts.regions import upper_of
 
     started, show, run = time.monotonic(), progress or Progress.silent(), Run(Path(out))
     settings = InspectConfig.of(config)
@@ -402,22 +402,3 @@ def _nothing(found: Read, rows: int, config: InspectConfig) -> Tensor:
     if config.fill == "zero" or (config.fill == "auto" and float(some.min()) >= 0):
         return torch.zeros(some.shape[1:])
     return some.mean(0)
-
-
-def upper_of(performer: Performer, tap: str) -> Upper:
-    """Return the performer's own layers above the tap, from maps to scores of its decisions, float32 on the CPU.
-
-    They compute in the performer's precision.
-    """
-    from partlens.network.taps import as_float, in_precision
-
-    module, outputs = performer.upper(tap), performer.outputs
-    weight = next(module.parameters(), None)  # a mean over the cells has none
-
-    def upper(maps: Tensor) -> Tensor:
-        given, computing = in_precision(performer.precision, maps if weight is None else maps.to(weight))
-        with computing:
-            answer = as_float(module(given)[0])
-        return outputs.decisions(outputs.scores(answer, len(maps))).cpu()
-
-    return upper

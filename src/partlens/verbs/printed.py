@@ -17,7 +17,7 @@ from partlens.estimate import Estimate
 from partlens.evaluation.results import Evaluation, PartInterpretability
 from partlens.metrics.scores import FIDELITY, HIGHER, LOCALISATION, LOWER, Score
 from partlens.object_parts.inspection import InspectRecord
-from partlens.object_parts.record import PartsFile
+from partlens.object_parts.record import PartContribution, PartsFile
 
 _WIDE = 240
 _ARROWS = {LOWER: " ↓", HIGHER: " ↑"}
@@ -113,6 +113,13 @@ def print_scores(result: Evaluation) -> None:
         console.print(f"warning: {warning}")
 
 
+def _adds(part: PartContribution | None) -> tuple[str, ...]:
+    """Write what a part adds; dashes where that was not measured."""
+    if part is None:
+        return ("–",) * 4
+    return *map(_percent, (part.share, part.integrated_share, part.integrated_null)), _written(part.removal)
+
+
 def print_parts(found: PartsFile) -> None:
     """Print the parts of a run's filters, and what each adds."""
     measured = found.measured()
@@ -120,11 +127,8 @@ def print_parts(found: PartsFile) -> None:
     table = _table(*headings, "as many random filters", "removed")
     for part in found.named:
         place = ", ".join("–" if math.isnan(v) else f"{v:.2f}" for v in found.mean_place(part.filters))
-        one = (measured or {}).get(part.filters)
-        adds: tuple[str, ...] = ("–",) * 4
-        if one is not None:
-            adds = (*map(_percent, (one.share, one.integrated_share, one.integrated_null)), _written(one.removal))
         ids = "" if part.ids == (part.name,) else f" ({', '.join(part.ids)})"
+        adds = _adds((measured or {}).get(part.filters))
         table.add_row(f"{part.name}{ids}", str(len(part.filters)), place, *adds)
     console = _console()
     console.print(
@@ -177,6 +181,15 @@ def print_check(result: Any) -> None:
     sys.stdout.write("\n".join(result.lines()) + "\n")
 
 
+def _layer_row(layer: Any) -> tuple[str, ...]:
+    field, stride = layer.receptive_field_px or "unknown", layer.stride_px or "–"
+    if layer.stride_px == (0, 0) or len(layer.shape) == 1:
+        field, stride = "whole image", "–"
+    filters, *cells = map(str, layer.shape)
+    suits = f"no: {layer.reason}" if layer.reason else "yes"
+    return layer.name, layer.kind, filters, "x".join(cells), layer.layout, str(stride), str(field), suits
+
+
 def print_layers(found: Sequence[Any]) -> None:
     """Print the layers of a model, the default tap marked."""
     headings = ("", "layer", "kind", "filters", "cells", "layout", "stride px", "receptive field px", "fit-explainer")
@@ -184,13 +197,7 @@ def print_layers(found: Sequence[Any]) -> None:
     for column in table.columns[1:3]:
         column.no_wrap = True
     for layer in found:
-        field, stride = layer.receptive_field_px or "unknown", layer.stride_px or "–"
-        if layer.stride_px == (0, 0) or len(layer.shape) == 1:
-            field, stride = "whole image", "–"
-        filters, *cells = map(str, layer.shape)
-        suits = f"no: {layer.reason}" if layer.reason else "yes"
-        row = (layer.name, layer.kind, filters, "x".join(cells), layer.layout, str(stride), str(field), suits)
-        table.add_row("→" if layer.is_default else "", *row)
+        table.add_row("→" if layer.is_default else "", *_layer_row(layer))
     console = _console()
     console.print(table)
     has_default = any(layer.is_default for layer in found)
