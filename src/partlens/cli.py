@@ -298,17 +298,7 @@ def _print_on_any_console() -> None:
 
 
 def run(program: str, about: str, commands: Mapping[str, Command], given: Sequence[str]) -> int:
-    """Run one command of a program.
-
-    Args:
-        program: its name, for texts.
-        about: one sentence for the overview.
-        commands: by name.
-        given: the arguments without the program's name.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command that arguments name and return the exit code; ``about`` is a sentence for the overview."""
     _print_on_any_console()
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]

@@ -139,11 +139,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, remedy: str = "Delete the file and run the command again") -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: the file.
-        remedy: what to do about one that cannot be read.
+    """Read a JSON object; ``remedy`` says what to do about one that cannot be read.
 
     Raises:
         RunError: the file is missing or is not a JSON object.

@@ -300,13 +300,7 @@ class Run:
             yield asked if found is None else found
 
     def finish(self, record: _R, started: float, **results: Any) -> _R:
-        """Write the record of a finished run.
-
-        Args:
-            record: as it was begun.
-            started: ``time.monotonic()`` when this process took it up.
-            results: fields to fill.
-        """
+        """Fill in results and write the record; ``started`` is ``time.monotonic()`` when this process took it up."""
         seconds = round(record.seconds + time.monotonic() - started, 1)
         finished = record.changed(**results, status="finished", seconds=seconds)
         finished.write(self.folder)

@@ -123,7 +123,6 @@ def explain_batch(
         batch: its input.
         weights: relevance of each feature for each class, as the μ-lasso gave them.
         index: which layer and channel each feature is.
-        descriptor: how the descriptor is made; the one the weights were fitted with.
         classes: columns of ``weights`` to explain, per image; or what chooses them, such as :func:`choose_top`.
         config: how to explain; the authors' way by default.
     """

@@ -241,12 +241,7 @@ def _from_parquet(path: Path, known: Sequence[str]) -> Table:
 
 
 def read_table(path: Path, required: tuple[str, ...] = ("image",), known: tuple[str, ...] = _IMAGE_COLUMNS) -> Table:
-    """Read a CSV file, or a Parquet file, as columns of text.
-
-    Args:
-        path: the file.
-        required: columns that it must have.
-        known: the columns to read, ``required`` among them; the others are named in ``unused``.
+    """Read the ``known`` columns of a CSV or Parquet file as text; the others are named in ``unused``.
 
     Raises:
         ImageError: the table is missing, of another kind or damaged, or lacks a required column.

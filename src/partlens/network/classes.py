@@ -77,13 +77,7 @@ def _numbered(numbers: Mapping[str, int], count: int) -> tuple[dict[str, int | N
 
 
 def disagreement(categories: Sequence[str], decided: Sequence[int], outputs: Mapping[str, int | None]) -> str:
-    """Say where a match of categories with outputs is not what the network predicts on the photos.
-
-    Args:
-        categories: of each photo.
-        decided: the output that the network decides for, of each photo.
-        outputs: the match.
-    """
+    """Say where a match of categories with outputs is not what the network predicts (``decided``) on the photos."""
     known = [(name, said) for name, said in zip(categories, decided, strict=True) if outputs.get(name) is not None]
     if not known:
         return ""

@@ -85,10 +85,7 @@ def batches(
 def naming_photos(performer: Performer, keys: Sequence[str], inputs: Callable[[], Tensor]) -> Iterator[None]:
     """Say of a batch whose values are not finite which photos these are of; all of several are no fault of photos.
 
-    Args:
-        performer: the network.
-        keys: the photos of the batch.
-        inputs: gives the batch again; called after an error alone.
+    ``inputs`` gives the batch again and is called after an error alone.
     """
     try:
         yield

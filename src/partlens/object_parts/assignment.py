@@ -36,8 +36,7 @@ def landmark_distances(
 ) -> Float[Tensor, "filter landmark"]:
     """Return the mean distance of every filter's peak to every landmark, over the photos that show it.
 
-    Returns:
-        Shares of the input's diagonal; NaN where no photo shows the landmark.
+    In shares of the input's diagonal; NaN where no photo shows the landmark.
 
     Raises:
         InputError: peaks and landmarks of different numbers of images.
@@ -171,8 +170,7 @@ def clustered(
 ) -> Clusters:
     """Group the live filters by Ward's agglomerative clustering; the number of groups is that of the best silhouette.
 
-    Returns:
-        The groups; without any where fewer than ``fewest + 1`` filters are alive.
+    There are none where fewer than ``fewest + 1`` filters are alive.
     """
     from sklearn.cluster import AgglomerativeClustering
     from sklearn.metrics import silhouette_score
@@ -195,8 +193,7 @@ def agreement_with_group(
 ) -> Float[Tensor, " filter"]:
     """Return the mean correlation of each filter's movements with those of the others in its group.
 
-    Returns:
-        From -1 to 1; NaN for a filter without a group, and for one that is alone in its group.
+    From -1 to 1; NaN for a filter without a group, and for one that is alone in its group.
     """
     result = torch.full((len(labels),), math.nan, dtype=torch.float64)
     for label in labels[labels >= 0].unique().tolist():
@@ -216,8 +213,7 @@ def agreement_thresholds(
 ) -> Float[Tensor, " filter"]:
     """Return for each filter the agreement with its group that a random peak reaches with probability ``1 - level``.
 
-    Returns:
-        NaN for a filter without a group.
+    NaN for a filter without a group.
     """
     result = torch.full((len(labels),), math.nan, dtype=torch.float64)
     for label in labels[labels >= 0].unique().tolist():

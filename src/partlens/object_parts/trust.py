@@ -51,10 +51,7 @@ def assignment_stability(
     In every round as many photos as there are are drawn with replacement and the different ones among them halved, all
     crops and repeats of a photo in one half; so the rounds' percentiles are a bootstrap interval, and the value is
     their mean. It is a little strict: each half holds about a third of the different photos. Labels of the two halves
-    are ``matched`` first where they are groups without names.
-
-    Returns:
-        The scores over the number of photos; undefined for fewer than four photos.
+    are ``matched`` first where they are groups without names. Undefined for fewer than four photos.
     """
     names = photos.unique()
     count = len(names)
@@ -111,8 +108,7 @@ def removal_agreement(
 ) -> RemovalAgreement:
     """Compare the contribution of each part with the fall of the score when the part alone is taken away.
 
-    Returns:
-        The scores; their intervals range over photos. NaN where nothing varies, as for a single part on one photo.
+    Intervals range over photos. NaN where nothing varies, as for a single part on one photo.
 
     Raises:
         InputError: tables of different shapes, or without a photo.

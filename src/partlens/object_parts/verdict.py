@@ -214,15 +214,10 @@ def _kind(
 
 
 def sentence(name: str, verdict: Verdict, kept: Kept, windows: Sequence[int]) -> str:
-    """Say the verdict with its numbers and n.
+    """Say the verdict with its numbers and n; ``name`` is empty where all photos are one category.
 
-    Args:
-        name: of the category; empty where all photos are one.
-        verdict: what was found.
-        kept: what windows keep.
-        windows: at how many parts the windows of each area stand.
-
-    Of parts the area is told at which they are furthest above the best kind for comparison, else what they fail most.
+    ``windows`` says at how many parts the windows of each area stand. Of parts the area is told at which they are
+    furthest above the best kind for comparison, else what they fail most.
     """
     what = name or "these photos"
     failed = {one.advantage - one.threshold: k for k, one in verdict.against.items() if one.advantage <= one.threshold}

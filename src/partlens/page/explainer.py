@@ -290,13 +290,13 @@ def _filter_figure(evaluation: Evaluation) -> Figure | None:
         if not f.dead
     ]
     svg = figures.filters_chart("Consistency and instability of every filter", dots)
-    return Figure("Every filter: consistency (up) against instability (right)", svg) if svg else None
+    return Figure.of("Every filter: consistency (up) against instability (right)", svg)
 
 
 def _parts_figure(subjects: list[dict[str, Any]]) -> Figure | None:
     shares = [(s["label"], s["role"], s["scores"].landmark_shares) for s in subjects if s["role"] != "null"]
     svg = figures.parts_chart("Share of filters by landmark", shares)
-    return Figure("Share of filters by the landmark that their peak predicts best", svg) if svg else None
+    return Figure.of("Share of filters by the landmark that their peak predicts best", svg)
 
 
 def _curve_figures(data: ExplainerData) -> list[Figure]:
@@ -308,8 +308,8 @@ def _curve_figures(data: ExplainerData) -> list[Figure]:
             for key, label in keys
             if any(key in e for e in data.epochs)
         ]
-        drawn.append(Figure(title, figures.curves_chart(title, curves, shaded)))
-    return [figure for figure in drawn if figure.svg]
+        drawn.append(Figure.of(title, figures.curves_chart(title, curves, shaded)))
+    return list(filter(None, drawn))
 
 
 def _drawn_filter(kind: str, one: GalleryFilter | None, pictures: Mapping[str, str]) -> dict[str, Any] | None:

@@ -134,13 +134,9 @@ def _rows(scale: Scale, left: float, right: float, count: int = 4, zero: str = "
 
 
 def scores_chart(title: str, direction: str, rows: Sequence[ScoreRow], unit: str = "") -> str:
-    """Draw one score as a dot with its interval per row, the explainer first, nulls hollow.
+    """Draw one score as a dot with its interval per row, from top to bottom, nulls hollow; an undefined one says so.
 
-    Args:
-        title: name of the score.
-        direction: which way is better; may be empty.
-        rows: from top to bottom; a row whose value is undefined says so.
-        unit: written after the values of the axis.
+    ``direction`` says which way is better and may be empty; ``unit`` is written after the values of the axis.
     """
     defined = [r for r in rows if math.isfinite(r.value)]
     if not defined:
@@ -215,12 +211,7 @@ def _mark(shape: int, x: float, y: float, label: str) -> str:
 def removal_chart(title: str, series: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> str:
     """Draw for each photo and part what a measure predicts (right) and what is lost without the part (up).
 
-    Args:
-        title: of the figure.
-        series: (part, predicted, lost) with one value per photo.
-
-    Returns:
-        An ``<svg>`` with the line on which both are equal, or an empty string without a finite pair.
+    ``series`` are (part, predicted, lost) with one value per photo; on the line both are equal.
     """
     pairs = [
         (min(order, _SHAPES - 1), name, x, y)
@@ -252,12 +243,9 @@ def removal_chart(title: str, series: Sequence[tuple[str, Sequence[float], Seque
 def parts_chart(title: str, shares: Sequence[tuple[str, str, Mapping[str, float]]]) -> str:
     """Draw which landmarks the filters follow: for each landmark one bar per subject.
 
-    Args:
-        title: of the figure.
-        shares: (label, role, {landmark: share from 0 to 1}) per subject; the first one orders the landmarks.
+    ``shares`` are (label, role, {landmark: share from 0 to 1}) per subject; the first one orders the landmarks.
     """
-    finite = ((label, role, {k: v for k, v in s.items() if math.isfinite(v)}) for label, role, s in shares)
-    known = [row for row in finite if row[2]]
+    known = [(label, role, finite) for label, role, share in shares if (finite := _finite(share))]
     if not known:
         return ""
     every = [share for *_, share in known]
@@ -274,6 +262,10 @@ def parts_chart(title: str, shares: Sequence[tuple[str, str, Mapping[str, float]
     return svg((WIDTH, y - gap + 6), "chart parts", title, spoken, *parts)
 
 
+def _finite(share: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in share.items() if math.isfinite(value)}
+
+
 def _said(share: Mapping[str, float], names: Sequence[str]) -> str:
     return ", ".join(f"{name} {100 * share.get(name, 0.0):.0f} %" for name in names)
 
@@ -287,13 +279,7 @@ def _bar(value: float, top: float, height: float, scale: Scale, look: str) -> li
 
 
 def curves_chart(title: str, curves: Sequence[Curve], shaded: tuple[float, float] | None = None) -> str:
-    """Draw quantities logged per epoch.
-
-    Args:
-        title: of the figure.
-        curves: one or two on one axis; the second is dashed.
-        shaded: first and last epoch of the warm-up, drawn as a shaded band.
-    """
+    """Draw one or two quantities logged per epoch, the second dashed; ``shaded`` is the warm-up, a band."""
     every, logged = zip(*chain(*(points for _, points in curves)), strict=True) if curves else ((), ())
     values = list(filter(math.isfinite, logged))
     if not values:
@@ -374,14 +360,10 @@ def photo_with_region(
     peak_px: tuple[float, float] | None,
     label: str,
 ) -> str:
-    """Draw a photo with a filter's region bright, the rest dimmed, and a dot on the peak.
+    """Draw a photo (a ``data:`` address) with a filter's region bright, the rest dimmed, and a dot on the peak (x, y).
 
-    Args:
-        uri: the picture as a ``data:`` address.
-        size_px: width and height that the coordinates refer to; the picture is stretched to it.
-        box_px: left, top, right, bottom of the region; what lies outside the photo is cut.
-        peak_px: x, y of the peak.
-        label: what the picture shows, in words.
+    The coordinates, and left, top, right and bottom of the region, which is cut at the photo's edges, are in pixels of
+    ``size_px``, width and height, to which the picture is stretched.
     """
     width, height = size_px
     unit = max(width, height) / 100

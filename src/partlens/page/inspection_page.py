@@ -118,7 +118,7 @@ def _category(
         anchor=f"category-{position + 1}",
         is_open=count <= _OPEN or position < _OPEN // 2,
         data=one,
-        curve=Figure("Score kept, %", curve) if curve else None,
+        curve=Figure.of("Score kept, %", curve),
         shares=_shares_bar(f"Shares of the score, {one.name}", names, shares),
         galleries=galleries,
         photos=(),

@@ -60,13 +60,7 @@ def _begun(kind: type[RunRecord], run: Path, verb: str) -> str:
 
 
 def collect_page(run: Path) -> _PageData:
-    """Read a run directory into what its page says.
-
-    Args:
-        run: the folder of an inspection, a fitted explainer, a selection, or several of them.
-
-    Returns:
-        The page's content; what the run does not hold is ``None`` or empty.
+    """Read a run directory into what its page says; what the run does not hold is ``None`` or empty.
 
     Raises:
         RunError: ``run`` is no folder, holds none of the three records, or a file of it is damaged.
@@ -134,14 +128,9 @@ def _banners(data: _PageData) -> tuple[tuple[str, str], ...]:
 
 
 def render_page(data: _PageData) -> str:
-    """Draw the page.
+    """Draw the page: a whole HTML document without a script or a reference to any other file or host.
 
-    Args:
-        data: what it says, from :func:`collect_page`.
-
-    Returns:
-        A whole HTML document: styles, figures and pictures are inside, there is no script and no reference to any
-        other file or host. The same data gives the same text. Every text of the data is escaped.
+    The same data gives the same text. Every text of the data is escaped.
     """
     chapters = _chapters(data)
     first = next(iter(data.runs))
@@ -178,14 +167,7 @@ def _views(data: _PageData) -> dict[str, Any]:
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the page of a run.
-
-    Args:
-        run: the folder of an inspection, a fitted explainer, a selection, or several of them.
-        out: the HTML file; by default ``report.html`` in the run.
-
-    Returns:
-        The file that was written. It is written whole or not at all.
+    """Write the page of a run whole or not at all, by default as ``report.html`` in the run; return the file.
 
     Raises:
         RunError: the run is missing, incomplete or of another kind, or a picture of it is missing or damaged.

@@ -66,10 +66,7 @@ class PartsData:
 
     @classmethod
     def read(cls, run: Path, pictures: Pictures) -> Self | None:
-        """Read what the page says of parts.
-
-        Returns:
-            The content, or ``None`` where the run has no ``parts.json``.
+        """Read what the page says of parts; ``None`` where the run has no ``parts.json``.
 
         Raises:
             RunError: the file is damaged or of another version, or a strip is missing.

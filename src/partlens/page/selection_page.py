@@ -84,12 +84,10 @@ class SelectionData:
         columns, rows = _heat_table(self)
         title = "Share of a class's weight by layer"
         layers = _layer_shares(found)
-        chart = _layers_chart(title, layers)
         hits, total = _sharper(found)
-        share = hits / total if total else math.nan
-        sharp = (
-            Estimate(share, wilson_interval(share, total), total, "filters") if total else Estimate.undefined("filters")
-        )
+        sharp = Estimate.undefined("filters")
+        if total:
+            sharp = Estimate(hits / total, wilson_interval(hits / total, total), total, "filters")
         readouts = _readouts(found)
         return {
             "data": self,
@@ -99,7 +97,7 @@ class SelectionData:
             "sharper_share": sharp,
             "readouts": readouts,
             "readout_figure": _readout_figure(readouts, of_predictions=self.record.config.labels == "predictions"),
-            "layers_figure": Figure(f"{title}, mean over the classes", chart) if chart else None,
+            "layers_figure": Figure.of(f"{title}, mean over the classes", _layers_chart(title, layers)),
             "layers_width": round(_layers_width(len(layers))),
             "heat_columns": columns,
             "heat_rows": rows,  # anchor, class, and its share by layer in percent
@@ -217,8 +215,8 @@ def _readout_figure(rows: Iterable[tuple[str, str, Estimate]], *, of_predictions
         for label, role, one in rows
     ]
     title = "Held-out photos with the network's own prediction" if of_predictions else "Held-out photos that are right"
-    chart = figures.scores_chart(title, "higher is better", drawn) if drawn else ""
-    return Figure(f"{title}: higher is better", chart) if chart else None
+    chart = figures.scores_chart(title, "higher is better", drawn)
+    return Figure.of(f"{title}: higher is better", chart)
 
 
 def _heat_table(data: SelectionData) -> tuple[tuple[str, ...], tuple[tuple[str, str, tuple[float | None, ...]], ...]]:
@@ -273,15 +271,7 @@ def _layers_width(count: int) -> float:
 
 
 def _layers_chart(title: str, layers: Sequence[_LayerShare]) -> str:
-    """Draw each layer's share of the weight as a bar, and as a ring what even spreading would give.
-
-    Args:
-        title: of the figure.
-        layers: in the network's order, from left to right.
-
-    Returns:
-        An ``<svg>``, or an empty string when no layer has any weight.
-    """
+    """Draw each layer's share of the weight as a bar, and as a ring what even spreading would give."""
     if not any(layer.share > 0 for layer in layers):
         return ""
     width, left, top, bottom = _layers_width(len(layers)), 40.0, 8.0, 190.0

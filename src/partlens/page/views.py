@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
@@ -35,6 +35,11 @@ class Figure:
 
     caption: str
     svg: str
+
+    @classmethod
+    def of(cls, caption: str, svg: str) -> Self | None:
+        """Return the figure, ``None`` where nothing was drawn."""
+        return cls(caption, svg) if svg else None
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,9 @@ class LabelMatrix:
 def label_matrix(
     names: Sequence[str], output_of: Callable[[str], int | None], classes: Sequence[str] | None = None
 ) -> LabelMatrix:
-    """Make one-hot labels from the class of each image.
+    """Make one-hot labels from the class of each image: its category, or the output that the network decides for.
 
-    Args:
-        names: the class of each image: its category, or the output that the network decides for.
-        output_of: the performer's output of a class.
-        classes: columns to make, in this order; by default all that occur, sorted. One without an image is dropped.
+    ``classes`` are the columns in this order, by default all that occur, sorted; one without an image is dropped.
     """
     if empty := [str(place) for place, name in enumerate(names) if not name]:
         rule, remedy = "a category for every image", "Sort the images into sub-folders"

@@ -16,7 +16,7 @@ from rich.table import Table
 from partlens.estimate import Estimate
 from partlens.evaluation.results import Evaluation, PartInterpretability
 from partlens.metrics.scores import FIDELITY, HIGHER, LOCALISATION, LOWER, Score
-from partlens.object_parts.inspection import InspectRecord
+from partlens.object_parts.inspection import InspectedCategory, InspectRecord
 from partlens.object_parts.record import PartContribution, PartsFile
 
 _WIDE = 240
@@ -156,14 +156,18 @@ def print_parts(found: PartsFile) -> None:
         console.print(f"the name {row.name!r} fits no part found now")
 
 
+def _shares(one: InspectedCategory) -> str:
+    shares = [*((part.name, part.share) for part in one.parts), ("elsewhere", one.elsewhere.value)]
+    return ", ".join(f"{name}: {share:.0%}" for name, share in shares if math.isfinite(share))
+
+
 def print_verdicts(found: InspectRecord) -> None:
     """Print what the network knows each category by, the parts with their shares, and what could not be done."""
     console = _console()
     table = _table("category", "verdict", "advantage", "parts and elsewhere", "n")
     for one in found.categories:
-        shares = [*((part.name, part.share) for part in one.parts), ("elsewhere", one.elsewhere.value)]
-        told = ", ".join(f"{name}: {share:.0%}" for name, share in shares if math.isfinite(share))
-        table.add_row(one.name or "all photos", one.verdict, _written(one.advantage, ".2f"), told, str(one.measured))
+        advantage = _written(one.advantage, ".2f")
+        table.add_row(one.name or "all photos", one.verdict, advantage, _shares(one), str(one.measured))
     console.print(table)
     notes = (f"{one.name or 'all photos'}: {note}" for one in found.categories for note in one.notes)
     for sentence in (*(one.sentence for one in found.categories), *notes, *found.notes):

@@ -98,14 +98,8 @@ def with_precision(
 ) -> tuple[Performer, _R]:
     """Return the performer in the precision of a run's passes, and the record that names it.
 
-    It is chosen once: a run that goes on reads what its record says.
-
-    Args:
-        performer: the network.
-        record: of the run, as it was begun.
-        folder: of the run, where the record is written when the precision was chosen now.
-        chosen: chooses it (`partlens.network.precision.chosen_precision`).
-        show: where to say what is used.
+    It is chosen once (`partlens.network.precision.chosen_precision`) and written into the record in ``folder``: a run
+    that goes on reads what its record says.
     """
     found = record.performer.precision
     if found is None:
@@ -140,12 +134,7 @@ def data_info(
 def open_photos(
     data: str | Path | ImageSet | None, run: RunRecord | None = None, show: Progress | None = None
 ) -> tuple[ImageSet, tuple[Unreadable, ...]]:
-    """Open photos and drop what cannot be read, by name.
-
-    Args:
-        data: a folder, a table or a set of images; optional where a run says which it was made from.
-        run: the record of that run.
-        show: optional, where to say what is passed over.
+    """Open a folder, a table or a set of images, else what a run was made from; drop what cannot be read, by name.
 
     Raises:
         ImageError: not one photo can be read.
@@ -164,12 +153,7 @@ def open_photos(
 
 
 def open_performer(run: RunRecord, model: str | nn.Module | Performer | None, device: str | None = None) -> Performer:
-    """Load the performer of a run and check that it is the same.
-
-    Args:
-        run: the record of the run.
-        model: the performer; optional where it can be loaded by its name.
-        device: where it shall be (`device_of`).
+    """Load the performer of a run, where it can be by its name, and check that it is the same.
 
     Raises:
         RunError: the run was made with a network object and none is given, or the weights are others.
@@ -256,11 +240,7 @@ def layers(model: str | nn.Module | Performer) -> list[LayerInfo]:
 
 
 def category_names(given: str | Sequence[str], known: Collection[str] = ()) -> tuple[str, ...]:
-    """Read names from a text with commas, or from a list of such, each once.
-
-    Args:
-        given: names.
-        known: categories of the photos: those that hold commas themselves stay whole.
+    """Read names from a text with commas, or from a list of such, each once; ``known`` ones with commas stay whole.
 
     Example:
         >>> category_names(["cat, tench, Tinca tinca,cat", "fox,cat"], {"cat", "tench, Tinca tinca"})
