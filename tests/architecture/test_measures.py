@@ -20,8 +20,8 @@ AT_LEAST = {"tests_per_line", "comment_share"}
 WANTED = {
     "lines": 23_000,
     "files": 110,
-    "long_functions": 30,
-    "complex_functions": 45,
+    "long_functions": 12,
+    "complex_functions": 40,
     "mean_complexity": 3.3,
     "record_classes": 100,
     "record_fields": 550,
@@ -35,14 +35,13 @@ WANTED = {
 # What is not as wanted: the number reached, which no change may worsen. The wanted ones are those of the house before
 # networks of any layout, inspections and sealed files came into it. Delete a line when its bound is met.
 REACHED: dict[str, float] = {
-    "lines": 30_529,
+    "lines": 29_912,
     "files": 128,
-    "complex_functions": 46,
     "mean_complexity": 3.765,
-    "record_classes": 218,
-    "record_fields": 1_130,
+    "record_classes": 216,
+    "record_fields": 1_115,
     "public_names": 609,
-    "comment_share": 0.0077,
+    "comment_share": 0.0091,
 }
 
 
