@@ -148,6 +148,27 @@ class Odd(nn.Module):
         return self.head(self.mix(x.reshape(len(x), 4, 16, 8)).mean((1, 2)))
 
 
+class OwnAttention(nn.Module):
+    """Tokens of a grid that attend to one another: their matrix is as large as another grid of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 2, stride=2), nn.Conv2d(8, 8, 4, stride=4)
+        self.softmax, self.head = nn.Softmax(dim=-1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.second(self.first(x)).flatten(2).unflatten(1, (4, 2))  # image, head, width, token
+        mixed = heads @ self.softmax(heads.transpose(2, 3) @ heads)
+        return self.head(mixed.flatten(1, 2).mean(2))
+
+
+def test_a_matrix_of_attention_is_no_map() -> None:
+    performer = performer_of(OwnAttention().eval())
+    (matrix,) = [layer for layer in performer.layers if layer.name == "softmax"]
+    assert matrix.shape[1:] == (16, 16)
+    assert not matrix.has_maps
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [

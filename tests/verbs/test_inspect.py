@@ -104,6 +104,8 @@ def test_a_finished_run_is_returned_and_another_one_refused(
     assert partlens.inspect(tiny, few_flowers, out=inspected, config=SMALL) == InspectRecord.read(inspected)
     with pytest.raises(RunError, match="seed = 0, not 5"):
         partlens.inspect(tiny, few_flowers, out=inspected, config={**SMALL, "seed": 5})
+    with pytest.raises(RunError, match=r"mu = auto, not 3"):
+        partlens.inspect(tiny, few_flowers, out=inspected, config=SMALL, mu=3)
 
 
 def test_photos_of_the_page_are_explained_and_a_lost_page_is_made_again(
@@ -152,6 +154,9 @@ def test_wrong_settings_are_refused(tiny: Performer, few_flowers: ImageSet, tmp_
         partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config={"parts_min": 5, "parts_max": 4})
     with pytest.raises(ImageError, match="petal-rde"):
         partlens.inspect(tiny, few_flowers, out=tmp_path / "run", category="petal-rde")
+    with pytest.raises(InputError, match=r"Expected mu to be auto or a number above 0, got -1\.0"):
+        partlens.inspect(tiny, few_flowers, out=tmp_path / "run", mu=-1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_json_of_the_command_is_the_record(

@@ -162,6 +162,8 @@ def _axis_of(module: nn.Module, value: Tensor) -> int | None:
         return 1
     if type(module) is nn.LayerNorm or isinstance(module, nn.Linear):
         return last
+    if isinstance(module, nn.Softmax):  # of attention the last: its rows and columns are tokens, not places
+        return 1 if module.dim is None else module.dim % value.ndim
     if not _is_leaf(module):
         return None
     widths = {len(p) for p in module.parameters(recurse=False) if p.ndim == 1 and len(p) > 1}

@@ -96,8 +96,7 @@ def _safetensors(path: Path) -> tuple[Any, dict[str, str]]:
         with safe_open(str(path), "pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
-        remedy = "Download or convert the file again"
-        raise WeightsError(expected(f"safetensors in {path.name}", str(error), remedy)) from error
+        raise WeightsError(expected(f"safetensors in {path.name}", str(error), "Convert the file again")) from error
 
 
 def _pickled(path: Path) -> tuple[Any, dict[str, str]]:
@@ -120,19 +119,9 @@ def _pickled(path: Path) -> tuple[Any, dict[str, str]]:
 def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
     """Refuse weights that are not numbers."""
     for name, value in weights.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).sum())
-            got = f"{bad} NaN or infinite values in {name}"
-            raise WeightsError(
-                expected(f"finite weights in {where}", got, "Use weights from a run that did not diverge")
-            )
-
-
-def _check_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
-    for name, value in weights.items():
-        if value.shape != own[name].shape:
-            rule = f"{name} of shape {tuple(own[name].shape)} in {where}"
-            raise WeightsError(expected(rule, str(tuple(value.shape)), "Give the weights of this network"))
+        if isinstance(value, Tensor) and value.is_floating_point() and (bad := int((~value.isfinite()).sum())):
+            rule, got = f"finite weights in {where}", f"{bad} NaN or infinite values in {name}"
+            raise WeightsError(expected(rule, got, "Use weights from a run that did not diverge"))
 
 
 def load_into(
@@ -151,7 +140,10 @@ def load_into(
         if before := _prefix_of_most(own, weights):
             remedy = f"Take {before!r} from the front of the names, delete the others, and save the file again"
         raise WeightsError(expected(rule, got, remedy))
-    _check_shapes(weights, own, where)
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            rule = f"{name} of shape {tuple(own[name].shape)} in {where}"
+            raise WeightsError(expected(rule, str(tuple(value.shape)), "Give the weights of this network"))
     check_finite(weights, where)
     module.load_state_dict(dict(weights), strict=False)
     return absent

@@ -10,6 +10,7 @@ from partlens.errors import InputError, expected
 from partlens.estimate import Estimate, Number
 from partlens.records import Record, Settings, Value
 from partlens.run import INSPECTION, Precision, RunRecord
+from partlens.selection.record import Bound
 
 TENSORS = "inspect.safetensors"
 
@@ -221,6 +222,7 @@ class InspectRecord(RunRecord):
     Attributes:
         config: what the result depends on.
         split: photos that parts are found on.
+        mu: bound of the relevant filters.
         tap: the layer whose cells are set to nothing.
         finding: the layers that parts are found on.
         fill: what nothing is at the tap.
@@ -232,11 +234,12 @@ class InspectRecord(RunRecord):
     FILE = INSPECTION
     SCHEMA = "partlens.inspect/1"
     AGAIN = "Run partlens inspect again"
-    SETTINGS = ("config", "split", "tap", "finding")
+    SETTINGS = ("config", "split", "mu", "tap", "finding")
     RESULTS = ("inspect.safetensors", "inspect/*", "cache-inspect/*/*")
 
     config: InspectConfig
     split: str
+    mu: Bound = "auto"
     tap: str
     finding: tuple[str, ...]
     fill: Literal["", "zero", "mean"] = ""

@@ -34,6 +34,15 @@ def _layers(value: object) -> object:
 Layers = Annotated[Literal["outputs", "activations", "convolutions"] | tuple[str, ...], BeforeValidator(_layers)]
 
 
+def _checked_bound(value: object) -> object:
+    if value == "auto" or (isinstance(value, int | float) and value > 0):
+        return value
+    raise ValueError("auto or a number above 0")
+
+
+Bound = Annotated[Literal["auto"] | float, BeforeValidator(_checked_bound)]
+
+
 class DescriptorConfig(Settings):
     """Of what the descriptor of an image is made; how is in :mod:`partlens.selection.descriptors`.
 
@@ -132,7 +141,7 @@ class SelectionConfig(Settings):
     """
 
     split: str
-    mu: Literal["auto"] | Annotated[float, Field(gt=0)]
+    mu: Bound
     labels: Literal["data", "predictions"]
     nonnegative: bool
     descriptor: DescriptorConfig

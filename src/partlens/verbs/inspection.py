@@ -111,6 +111,7 @@ def inspect(
         data_info(images, unreadable, images.fingerprint(), tuple(one.name for one in chosen.categories)),
         config=settings,
         split=split,
+        mu=mu if isinstance(mu, str) else float(mu),
         tap=tap,
         finding=finding_layers(performer),
     )
@@ -121,7 +122,7 @@ def inspect(
                 performer, begun, run.folder, lambda: _precision(performer, images, chosen, begun), show
             )
             work = _Work(quick, images, chosen, record, upper_of(quick, tap), run, show)
-            finished = work.finished(started, where, mu)
+            finished = work.finished(started, where)
             if not keep_cache:
                 shutil.rmtree(run.folder / _CACHE)
     if begun.finished and (run.folder / PAGE).exists():
@@ -175,7 +176,8 @@ def _chosen(images: ImageSet, category: str | Sequence[str] | None, split: str, 
         on = range(len(found), len(found) + len(own))
         held_out = len(held) >= _LEAST_MEASURED
         of = range(len(measured), len(measured) + len(held)) if held_out else on[: config.measured]
-        made.append(CategoryPhotos(name, _slug(name, len(made)), tuple(on), tuple(of), held_out))
+        slug = f"{len(made) + 1:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:40] or 'photos'}"
+        made.append(CategoryPhotos(name, slug, tuple(on), tuple(of), held_out))
         found += own
         measured += held if held_out else []
     if not made:
@@ -189,10 +191,7 @@ def _names(images: ImageSet, category: str | Sequence[str] | None) -> list[str]:
     known = images.category_counts()
     if category is None:
         return sorted(filter(None, known)) or [""]
-    names = sorted(category_names(category, known))
-    for name in names:
-        images.indices(name)  # refuses an unknown category
-    return names
+    return [name for name in sorted(category_names(category, known)) if images.indices(name)]  # refuses an unknown one
 
 
 def _of(images: ImageSet, names: Sequence[str]) -> list[int]:
@@ -206,10 +205,6 @@ def _rows(images: ImageSet, name: str, split: str, config: InspectConfig) -> tup
     own = [row for row in _of(images, [name]) if images.splits[row] == split]
     held = [row for row in _of(images, [name]) if images.splits[row] == "test" and split != "test"]
     return sampled(own, config.photos, config.seed), sampled(held, config.measured, config.seed)
-
-
-def _slug(name: str, number: int) -> str:
-    return f"{number + 1:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:40] or 'photos'}"
 
 
 def _wanted(performer: Performer, tap: str | None, finding: tuple[str, ...]) -> Wanted:
@@ -251,12 +246,12 @@ class _Work:
     run: Run
     show: Progress
 
-    def finished(self, started: float, where: Compute, mu: float | Chosen) -> InspectRecord:
+    def finished(self, started: float, where: Compute) -> InspectRecord:
         """Read, find parts, account for them and select filters; write the record."""
         reads = self.reads(where)
         stage = self.stage(reads)
         categories = self.categories(stage)
-        notes = (*self.chosen.notes, *self.filters(reads, mu))
+        notes = (*self.chosen.notes, *self.filters(reads))
         return self.run.finish(
             self.record,
             started,
@@ -306,14 +301,14 @@ class _Work:
                 before += len(rows) * views
         return made[0], made[1], made[2]
 
-    def filters(self, reads: Sequence[Read], mu: float | Chosen) -> tuple[str, ...]:
+    def filters(self, reads: Sequence[Read]) -> tuple[str, ...]:
         """Select the relevant filters from what was read, unless the run holds a selection; return what to note."""
         if (self.folder / SELECTION).exists():
             return ("the relevant filters are those of the selection that the run held already",)
         rows = [row for read in reads for row in read.rows]
         if len({self.images.categories[row] for row in rows} - {""}) < 2:
             return ("relevant filters were not selected: that needs photos of two categories at least",)
-        _selection(self, reads, rows, mu).write(self.folder)
+        _selection(self, reads, rows).write(self.folder)
         return ()
 
     def stage(self, reads: Sequence[Read]) -> Stage:
@@ -328,9 +323,8 @@ class _Work:
         for read in filter(lambda each: each.rows, reads):
             scores = self.performer.outputs.decisions(torch.from_numpy(np.array(read.arrays["logits"])))
             decided |= dict(zip(read.rows, scores.argmax(1).tolist(), strict=True))
-        rows = self.performer.layer(self.record.tap).shape[1]
-        nothing = _nothing(found, rows, self.record.config)
         config = self.record.config
+        nothing = _nothing(found, self.performer.layer(self.record.tap).shape[1], config)
         return Stage(self.performer, self.images, self.upper, nothing, found, measured, decided, config, self.folder)
 
     def categories(self, stage: Stage) -> tuple[InspectedCategory, ...]:
@@ -342,8 +336,7 @@ class _Work:
         with self.show.task("finding parts and what they carry", len(self.chosen.categories)) as advance:
             for number, photos in enumerate(self.chosen.categories):
                 folder = self.folder / _CACHE / "categories" / photos.slug
-                kept = CategoryFile.read_if_there(folder)
-                if kept is None:
+                if (kept := CategoryFile.read_if_there(folder)) is None:
                     found, locating = inspect_category(stage, photos)
                     write_tensors(folder / TENSORS, locating)
                     CategoryFile(found=found).write(folder)
@@ -357,7 +350,7 @@ class _Work:
         return tuple(made)
 
 
-def _selection(work: _Work, reads: Sequence[Read], rows: Sequence[int], mu: float | Chosen) -> SelectionRecord:
+def _selection(work: _Work, reads: Sequence[Read], rows: Sequence[int]) -> SelectionRecord:
     """Select from what was read: photos to fit on come first, then those held out."""
     import numpy as np
 
@@ -367,7 +360,7 @@ def _selection(work: _Work, reads: Sequence[Read], rows: Sequence[int], mu: floa
     record, images = work.record, work.images
     config = SelectionConfig(
         split=record.split,
-        mu=mu if isinstance(mu, str) else float(mu),
+        mu=record.mu,
         labels="data",
         nonnegative=True,
         descriptor=DescriptorConfig(),
