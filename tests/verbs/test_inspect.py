@@ -176,8 +176,11 @@ def test_the_command_prints_what_could_not_be_done_with_a_category(
 ) -> None:
     found = InspectRecord.read(inspected)
     last = found.categories[-1].model_copy(update={"notes": ("measured on the photos that the parts were found on",)})
-    print_verdicts(found.changed(categories=(*found.categories[:-1], last), notes=("no filters",)))
+    drawing = found.performer.model_copy(update={"notes": ("the network draws at random",)})
+    categories = (*found.categories[:-1], last)
+    print_verdicts(found.changed(categories=categories, performer=drawing, notes=("no filters",)))
     said = capsys.readouterr().out
+    assert "\nthe network draws at random\n" in said
     assert "petal-red: measured on the photos that the parts were found on\n" in said
     assert said.rstrip().endswith("no filters")
 

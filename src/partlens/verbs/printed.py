@@ -170,7 +170,7 @@ def print_verdicts(found: InspectRecord) -> None:
         table.add_row(one.name or "all photos", one.verdict, advantage, _shares(one), str(one.measured))
     console.print(table)
     notes = (f"{one.name or 'all photos'}: {note}" for one in found.categories for note in one.notes)
-    for sentence in (*(one.sentence for one in found.categories), *notes, *found.notes):
+    for sentence in (*(one.sentence for one in found.categories), *notes, *found.performer.notes, *found.notes):
         console.print(sentence)
 
 
