@@ -182,7 +182,7 @@ def _chosen(images: ImageSet, category: str | Sequence[str] | None, split: str, 
         measured += held if held_out else []
     if not made:
         raise ImageError(expected(f"at least {_LEAST_FOUND} photos of a category", listed(notes), "Add photos"))
-    rest = sorted({*range(len(images))} - {*found, *measured} - {*_of(images, names)})
+    rest = [row for row, own in enumerate(images.categories) if names != [""] and own not in names]
     others = sampled(rest, config.background, config.seed)
     return _Chosen(tuple(found), tuple(measured), tuple(others), tuple(made), tuple(notes))
 
@@ -194,16 +194,10 @@ def _names(images: ImageSet, category: str | Sequence[str] | None) -> list[str]:
     return [name for name in sorted(category_names(category, known)) if images.indices(name)]  # refuses an unknown one
 
 
-def _of(images: ImageSet, names: Sequence[str]) -> list[int]:
-    whole = list(names) == [""]
-    return [row for row, own in enumerate(images.categories) if whole or own in names]
-
-
 def _rows(images: ImageSet, name: str, split: str, config: InspectConfig) -> tuple[list[int], list[int]]:
     """Return the photos of a category to find parts on and those to measure on."""
-    images.indices(split=split)  # refuses an unknown split
-    own = [row for row in _of(images, [name]) if images.splits[row] == split]
-    held = [row for row in _of(images, [name]) if images.splits[row] == "test" and split != "test"]
+    own, _ = images.rows_of([name], split)
+    held, _ = images.rows_of([name], "test") if "test" in {*images.splits} - {split} else ((), ())
     return sampled(own, config.photos, config.seed), sampled(held, config.measured, config.seed)
 
 
