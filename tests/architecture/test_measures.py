@@ -35,11 +35,11 @@ WANTED = {
 # What is not as wanted: the number reached, which no change may worsen. The wanted ones are those of the house before
 # networks of any layout, inspections and sealed files came into it. Delete a line when its bound is met.
 REACHED: dict[str, float] = {
-    "lines": 29_912,
+    "lines": 29_908,
     "files": 128,
     "mean_complexity": 3.765,
-    "record_classes": 216,
-    "record_fields": 1_115,
+    "record_classes": 215,
+    "record_fields": 1_113,
     "public_names": 609,
     "comment_share": 0.0091,
 }

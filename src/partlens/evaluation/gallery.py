@@ -46,6 +46,19 @@ _OURS = ("photo-*.jpg", "region-*.jpg", "map-*.jpg", "attention-*.jpg", Gallery.
 Layers = Mapping[str, tuple[Peaks, Sequence[FilterScores]]]
 
 
+def _distinct(peaks: Peaks, order: Sequence[int], count: int) -> list[int]:
+    """Return the first filters in an order, at most so many, none of which follows an earlier one."""
+    cells = peaks.cells - peaks.cells.mean(0)
+    unit = cells / cells.norm(dim=0).clamp(min=1e-9)
+    found: list[int] = []
+    for k in order:
+        if len(found) == count:
+            break
+        if all(float((unit[:, k] * unit[:, j]).sum(0).mean()) <= 0.8 for j in found):
+            found.append(k)
+    return found
+
+
 def _chosen_filters(peaks: Peaks, table: Sequence[FilterScores], count: int = FILTERS) -> list[int]:
     """Choose filters that show the variety of a layer, not only its best.
 
@@ -60,14 +73,7 @@ def _chosen_filters(peaks: Peaks, table: Sequence[FilterScores], count: int = FI
         return -10 + float(strength[k] / strength.max().clamp(min=1e-9)) if math.isnan(value) else value
 
     order = sorted((k for k in range(len(dead)) if not dead[k]), key=rank, reverse=True)
-    cells = peaks.cells - peaks.cells.mean(0)
-    unit = cells / cells.norm(dim=0).clamp(min=1e-9)
-    best: list[int] = []
-    for k in order:
-        if len(best) == count // 2:
-            break
-        if all(float((unit[:, k] * unit[:, j]).sum(0).mean()) <= 0.8 for j in best):
-            best.append(k)
+    best = _distinct(peaks, order, count // 2)
     rest = [k for k in order if k not in best]
     wanted = min(count - len(best), len(rest))
     spread = [rest[round(i * (len(rest) - 1) / max(1, wanted - 1))] for i in range(wanted)]

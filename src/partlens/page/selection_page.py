@@ -237,13 +237,9 @@ _LABELS = 40
 """So many layers are named at most; of more, every second or third."""
 
 
-@dataclass(frozen=True)
-class _LayerShare:
-    """One layer of the figure."""
-
-    layer: str  # its name
-    share: float  # its part of a class's weight (0 to 1), mean over the classes
-    even: float  # its part of all filters: what it would have if weights were spread evenly
+_LayerShare = tuple[str, float, float]
+"""A layer, its part of a class's weight (0 to 1), mean over the classes, and its part of all filters: what it would
+have if weights were spread evenly."""
 
 
 def _class_shares(one: SelectedClass) -> dict[str, float]:
@@ -258,9 +254,7 @@ def _layer_shares(found: SelectionFound) -> tuple[_LayerShare, ...]:
     """Return every measured layer's share, mean over the classes that are read from anything."""
     shares = [has for has in map(_class_shares, found.classes) if has]
     return tuple(
-        _LayerShare(
-            layer, sum(has.get(layer, 0.0) for has in shares) / max(len(shares), 1), channels / found.index.size
-        )
+        (layer, sum(has.get(layer, 0.0) for has in shares) / max(len(shares), 1), channels / found.index.size)
         for layer, channels in zip(found.index.layers, found.index.channels, strict=True)
     )
 
@@ -270,32 +264,35 @@ def _layers_width(count: int) -> float:
     return max(float(figures.WIDTH), 60.0 + 26.0 * min(count, _LABELS))
 
 
+def _shortened(layer: str) -> str:
+    return layer if len(layer) <= 14 else f"…{layer[-13:]}"
+
+
 def _layers_chart(title: str, layers: Sequence[_LayerShare]) -> str:
     """Draw each layer's share of the weight as a bar, and as a ring what even spreading would give."""
-    if not any(layer.share > 0 for layer in layers):
+    used = sorted(((name, share) for name, share, _ in layers if share > 0), key=lambda each: -each[1])
+    if not used:
         return ""
     width, left, top, bottom = _layers_width(len(layers)), 40.0, 8.0, 190.0
     right = width - 14.0
-    high = max(max(layer.share, layer.even) for layer in layers)
+    high = max(max(share, even) for _, share, even in layers)
     scale = Scale(0.0, high * 1.08, bottom, top)
     ticks = figures.tick_values(0.0, high * 1.08)
     parts = figures.levels(scale, left, right, ticks, lambda tick: f"{100 * tick:g} %")
     step = (right - left) / len(layers)
     every = math.ceil(len(layers) / _LABELS)
-    for position, layer in enumerate(layers):
+    for position, (layer, share, even) in enumerate(layers):
         x, wide = left + step * (position + 0.5), min(step * 0.62, 34.0)
-        words = f"{layer.layer}: {100 * layer.share:.1f} % of the weight, {100 * layer.even:.1f} % of the filters"
-        bar = {"x": x - wide / 2, "y": scale(layer.share), "width": wide, "height": bottom - scale(layer.share)}
+        words = f"{layer}: {100 * share:.1f} % of the weight, {100 * even:.1f} % of the filters"
+        bar = {"x": x - wide / 2, "y": scale(share), "width": wide, "height": bottom - scale(share)}
         parts.append(tag("rect", tag("title", escape(words)), class_="fill-explainer", **bar))
-        ring = {"cx": x, "cy": scale(layer.even), "r": min(4.0, step / 3)}
+        ring = {"cx": x, "cy": scale(even), "r": min(4.0, step / 3)}
         parts.append(tag("circle", class_="hollow stroke-null", **ring))
         if position % every == 0:
-            name = layer.layer if len(layer.layer) <= 14 else f"…{layer.layer[-13:]}"
             turn = f"rotate(-40 {x:.1f} {bottom + 14:.1f})"
-            parts.append(tag("text", escape(name), x=x, y=bottom + 14, text_anchor="end", transform=turn))
-    used = sorted((layer for layer in layers if layer.share > 0), key=lambda layer: -layer.share)
-    spoken = "; ".join(f"{layer.layer} {100 * layer.share:.1f} %" for layer in used[:8])
+            parts.append(tag("text", escape(_shortened(layer)), x=x, y=bottom + 14, text_anchor="end", transform=turn))
+    spoken = "; ".join(f"{layer} {100 * share:.1f} %" for layer, share in used[:8])
     if len(used) > 8:
         spoken += f"; {len(used) - 8} more"
-    longest = max(min(len(layer.layer), 14) for layer in layers)
+    longest = max(len(_shortened(layer)) for layer, _, _ in layers)
     return svg((width, bottom + 26 + 4.2 * longest), "chart", title, spoken, *parts)
