@@ -9,18 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from partlens.errors import InputError, RunError, expected, listed, nearest
+from partlens.errors import ImageError, InputError, RunError, expected, listed, nearest
 from partlens.progress import Progress
 from partlens.records import read_tensors
 from partlens.run import Run
-from partlens.selection.record import (
-    DEFAULT_MU,
-    WEIGHTS,
-    DescriptorConfig,
-    SelectionConfig,
-    SelectionFound,
-    SelectionRecord,
-)
+from partlens.selection.record import DEFAULT_MU, WEIGHTS, DescriptorConfig, SelectionConfig, SelectionRecord
 from partlens.shards import Compute
 from partlens.verbs.runs import data_info, enough_photos, loaded, open_performer, open_photos, performer_info, verb
 
@@ -29,6 +22,7 @@ if TYPE_CHECKING:
 
     from partlens.data.images import ImageSet
     from partlens.network.performer import Performer
+    from partlens.selection.record import SelectionFound
 
 TOP_PHOTOS = 100
 MOST_PICTURES = 400
@@ -144,6 +138,9 @@ def select_features(
     performer = loaded(model, where.device)
     images, unreadable = open_photos(data, show=show)
     rows, held = _split_rows(images, split)
+    if labels == "data" and len(classes := {images.categories[row] for row in rows} - {""}) < 2:
+        remedy = "Add photos of another category, or use --labels predictions"
+        raise ImageError(expected("photos of at least 2 categories to fit on", listed([*classes]) or "none", remedy))
     data_of_run = data_info(images, unreadable, images.fingerprint())
     asked = SelectionRecord.asked(performer_info(performer), data_of_run, config=config, photos=len(rows))
     with run.begun(asked) as begun:
