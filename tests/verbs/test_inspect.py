@@ -149,6 +149,16 @@ def test_a_tap_with_negative_values_is_filled_with_the_mean(
     assert record.fill == "mean"
 
 
+def test_held_out_photos_that_are_copies_are_said(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
+    pictures = [few_flowers.read(row) for row in few_flowers.indices("petal-red")[:9]]
+    splits = ["train"] * 9 + ["test"] * 9
+    twice = ImageSet.from_arrays(
+        [*pictures, *pictures[:8], few_flowers.read(few_flowers.indices("petal-blue")[0])], splits=splits
+    )
+    found = partlens.inspect(tiny, twice, out=tmp_path / "run", config={**SMALL, "parts_max": 2})
+    assert "8 of the held-out photos are copies of photos that parts were found on: see data check" in found.notes
+
+
 def test_wrong_settings_are_refused(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="parts_min"):
         partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config={"parts_min": 5, "parts_max": 4})

@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 import string
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -50,8 +50,8 @@ def _joined(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         rule = f"a weight_map (tensors and their files) in {index.name}"
         raise WeightsError(expected(rule, first_line(error), "Download it again")) from error
-    pieces = [read_weights(index.parent / name) for name in names]
-    return {name: value for state, _ in pieces for name, value in state.items()}, pieces[0][1] if pieces else {}
+    pieces = [read_weights(index.parent / name)[0] for name in names]
+    return dict(ChainMap(*pieces)), {}
 
 
 def _is_state(content: Any) -> bool:
@@ -69,8 +69,7 @@ def _unwrapped_state(content: Any, where: str, depth: int = 3) -> Mapping[str, T
     fitting = usual[:1] or [name for name, value in content.items() if _is_state(value)]
     if len(fitting) == 1:  # but two networks, such as weights and their moving average, leave a doubt
         state = _unwrapped_state(content[fitting[0]], where, depth - 1)
-        rivals = (name for name, value in content.items() if _is_state(value) and len(value) >= len(state))
-        fitting += [name for name in rivals if name != fitting[0]]
+        fitting += [n for n, v in content.items() if n != fitting[0] and _is_state(v) and len(v) >= len(state)]
     if len(fitting) != 1:
         got = f"several: {listed(fitting)}" if fitting else f"the entries {listed(list(map(str, content)))}"
         raise WeightsError(expected(rule, got, "Save the one that is meant, as safetensors"))

@@ -184,6 +184,9 @@ def _chosen(images: ImageSet, category: str | Sequence[str] | None, split: str, 
         raise ImageError(expected(f"at least {_LEAST_FOUND} photos of a category", listed(notes), "Add photos"))
     rest = [row for row, own in enumerate(images.categories) if names != [""] and own not in names]
     others = sampled(rest, config.background, config.seed)
+    content_of = images.digests().__getitem__
+    if copies := len({*map(content_of, found)} & {*map(content_of, measured)}):
+        notes.append(f"{copies} of the held-out photos are copies of photos that parts were found on: see data check")
     return _Chosen(tuple(found), tuple(measured), tuple(others), tuple(made), tuple(notes))
 
 

@@ -140,7 +140,7 @@ def select_features(
     rows, held = _split_rows(images, split)
     if labels == "data" and len(classes := {images.categories[row] for row in rows} - {""}) < 2:
         remedy = "Add photos of another category, or use --labels predictions"
-        raise ImageError(expected("photos of at least 2 categories to fit on", listed([*classes]) or "none", remedy))
+        raise ImageError(expected("photos of at least 2 categories to fit on", [*classes], remedy))
     data_of_run = data_info(images, unreadable, images.fingerprint())
     asked = SelectionRecord.asked(performer_info(performer), data_of_run, config=config, photos=len(rows))
     with run.begun(asked) as begun:
