@@ -35,7 +35,7 @@ WANTED = {
 # What is not as wanted: the number reached, which no change may worsen. The wanted ones are those of the house before
 # networks of any layout, inspections and sealed files came into it. Delete a line when its bound is met.
 REACHED: dict[str, float] = {
-    "lines": 29_908,
+    "lines": 29_907,
     "files": 128,
     "mean_complexity": 3.765,
     "record_classes": 215,

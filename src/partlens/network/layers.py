@@ -301,8 +301,10 @@ class Layers:
 
     def _before_last_convolution(self) -> Found | None:
         """Activation between the last two convolutions of a chain that ends in three or more linear layers."""
-        convolutions = [found for found in self._found.values() if isinstance(found.module, nn.Conv2d)]
-        linear = [found for found in self._found.values() if isinstance(found.module, nn.Linear)]
+        convolutions, linear = (
+            [found for found in self._found.values() if isinstance(found.module, kind)]
+            for kind in (nn.Conv2d, nn.Linear)
+        )
         if len(linear) < 3 or len(convolutions) < 2:
             return None
         if not all(found.place.cut for found in (*convolutions[-2:], *linear)):

@@ -61,7 +61,7 @@ class PartsData:
 
     def over_categories(self, name: str) -> float:
         """Return the mean over categories of something that random peaks reach; NaN where the rule does not use it."""
-        found = [v for v in (_known(one, name) for one in self.file.evidence) if math.isfinite(v)]
+        found = [v for one in self.file.evidence if math.isfinite(v := _known(one, name))]
         return sum(found) / len(found) if found else math.nan
 
     @classmethod

@@ -215,7 +215,7 @@ def _priced(fit: Fit, maps: TrainingMaps, lesson: Lesson) -> None:
 def _held_out(photos: Photos) -> tuple[list[int], list[int]]:
     """Return the photos of the split ``test``: of the categories, and others."""
     whole, images = photos.categories == ("",), photos.images
-    test = [row for row, split in enumerate(images.splits) if split == "test"]
+    test = images.indices(split="test") if "test" in images.splits else ()
     own = [row for row in test if whole or images.categories[row] in photos.categories]
     return own, sorted({*test} - {*own})
 

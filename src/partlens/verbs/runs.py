@@ -254,7 +254,7 @@ def category_names(given: str | Sequence[str], known: Collection[str] = ()) -> t
             last = next((end for end in ends if ",".join(pieces[:end]).strip() in known), 1)
             found.append(",".join(pieces[:last]).strip())
             pieces = pieces[last:]
-    return tuple(dict.fromkeys(name for name in found if name))
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def sampled(rows: Sequence[int], count: int, seed: int) -> list[int]:
