@@ -37,7 +37,7 @@ WANTED = {
 REACHED: dict[str, float] = {
     "lines": 29_907,
     "files": 128,
-    "mean_complexity": 3.765,
+    "mean_complexity": 3.762,
     "record_classes": 215,
     "record_fields": 1_113,
     "public_names": 609,

@@ -117,8 +117,6 @@ def _views_of_others(config: ExplainerConfig) -> int:
 
 def _cached_maps(fit: Fit) -> TrainingMaps:
     """Stream the views of all photos once and keep tap and targets on disk."""
-    import torch
-
     photos, config, structure = fit.photos, fit.asked.config, fit.asked.structure
     generator = torch.Generator().manual_seed(config.seed)
     windows = view_windows(len(photos.own), config.views, generator)
