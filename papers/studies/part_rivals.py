@@ -384,7 +384,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
     parser.add_argument("network", help="NAME=FILE")
-    parser.add_argument("--categories", nargs="+", default=["fox", "cat", "giant_panda"])
+    parser.add_argument("--categories", nargs="+", default=["fox", "cat", "giant_panda", "elephant"])
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     torch.set_num_threads(1)
