@@ -341,7 +341,6 @@ class _Work:
                     found = kept.found
                 tensors |= {f"{number}.{name}": each for name, each in read_tensors(folder / TENSORS).items()}
                 made.append(found)
-                self.show.say(found.sentence)
                 advance(number + 1)
         write_tensors(self.folder / TENSORS, tensors)
         return tuple(made)
