@@ -67,9 +67,8 @@ def _usual_modes() -> Iterator[None]:
         if "torch" in sys.modules:  # else nobody has set any of its modes
             import torch
 
-            if (
-                kind := str(torch.get_default_dtype())
-            ) != "torch.float32":  # one for all threads, so not ours to change
+            kind = str(torch.get_default_dtype())
+            if kind != "torch.float32":  # one for all threads, so not ours to change
                 remedy = "Call torch.set_default_dtype(torch.float32) first"
                 raise InputError(expected("torch.float32 as torch's default type", kind, remedy))
             modes.enter_context(torch.inference_mode(mode=False))  # with gradients, too
