@@ -22,7 +22,7 @@ from partlens.object_parts.inspection import InspectRecord
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import PassPrecision
 from partlens.verbs import inspected_category
-from partlens.verbs.explained_windows import load_inspection
+from partlens.verbs.explained_windows import _headline, load_inspection
 from partlens.verbs.printed import print_verdicts
 
 SMALL = {"photos": 30, "measured": 12, "views": 3, "parts_max": 3}
@@ -318,3 +318,7 @@ def test_a_tap_that_a_shortcut_goes_around_is_refused_before_a_photo_is_read(
     with pytest.raises(LayerError, match="second"):
         partlens.inspect(performer, few_flowers, out=tmp_path / "run", tap="second", config=SMALL)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_share_that_rounds_to_nothing_has_no_sign() -> None:
+    assert _headline([("head", -0.001), ("head 2", 0.4)], 0.6) == "head 2: 40%, head: 0%; everything elsewhere: 60%"

@@ -157,5 +157,5 @@ def _headline(shares: Sequence[tuple[str, float]], elsewhere: float) -> str:
     """Say what each part carries, the largest first."""
     if not all(math.isfinite(share) for _, share in shares):
         return "with no cell at all the score is as high, so there is nothing to share"
-    told = [f"{name}: {share:.0%}" for name, share in sorted(shares, key=lambda each: -each[1])]
-    return f"{', '.join(told)}; everything elsewhere: {elsewhere:.0%}"
+    told = [f"{name}: {share:z.0%}" for name, share in sorted(shares, key=lambda each: -each[1])]
+    return f"{', '.join(told)}; everything elsewhere: {elsewhere:z.0%}"

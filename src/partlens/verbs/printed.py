@@ -158,7 +158,7 @@ def print_parts(found: PartsFile) -> None:
 
 def _shares(one: InspectedCategory) -> str:
     shares = [*((part.name, part.share) for part in one.parts), ("elsewhere", one.elsewhere.value)]
-    return ", ".join(f"{name}: {share:.0%}" for name, share in shares if math.isfinite(share))
+    return ", ".join(f"{name}: {share:z.0%}" for name, share in shares if math.isfinite(share))
 
 
 def print_verdicts(found: InspectRecord) -> None:
