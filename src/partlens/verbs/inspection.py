@@ -67,8 +67,9 @@ def inspect(
     """Tell what a network knows each category by: its parts, texture, or something beside the object.
 
     Parts are found without training on the network's own later layer. What they carry is read off the network itself:
-    the cells of a layer outside windows around the parts are set to nothing, and its own upper layers go on. Run again
-    with the same arguments, it goes on where it was stopped; a finished run is returned as it is.
+    the cells of a layer outside windows around the parts are set to nothing, and its own upper layers go on. Two of the
+    photos shown are explained (:func:`explain`). Run again with the same arguments, it goes on where it was stopped; a
+    finished run is returned as it is, and its page made again where it is lost.
 
     Args:
         model: the performer; see :func:`layers`. It is not changed.
