@@ -164,8 +164,9 @@ def test_wrong_settings_are_refused(tiny: Performer, few_flowers: ImageSet, tmp_
         partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config={"parts_min": 5, "parts_max": 4})
     with pytest.raises(ImageError, match="petal-rde"):
         partlens.inspect(tiny, few_flowers, out=tmp_path / "run", category="petal-rde")
-    with pytest.raises(InputError, match=r"Expected mu to be auto or a number above 0, got -1\.0"):
-        partlens.inspect(tiny, few_flowers, out=tmp_path / "run", mu=-1)
+    for mu in (-1.0, float("inf")):
+        with pytest.raises(InputError, match=f"Expected mu to be auto or a finite number above 0, got {mu}"):
+            partlens.inspect(tiny, few_flowers, out=tmp_path / "run", mu=mu)
     assert not (tmp_path / "run").exists()
 
 

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from math import inf
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -35,9 +36,9 @@ Layers = Annotated[Literal["outputs", "activations", "convolutions"] | tuple[str
 
 
 def _checked_bound(value: object) -> object:
-    if value == "auto" or (isinstance(value, int | float) and value > 0):
+    if value == "auto" or (isinstance(value, int | float) and 0 < value < inf):
         return value
-    raise ValueError("auto or a number above 0")
+    raise ValueError("auto or a finite number above 0")
 
 
 Bound = Annotated[Literal["auto"] | float, BeforeValidator(_checked_bound)]
