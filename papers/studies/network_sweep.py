@@ -229,14 +229,7 @@ class Sweep:
             "layout": tap and tap.layout,
             "cells": tap and list(tap.shape),
             "wrong_axes": wrong,
-            "traced": self._traced(),
         }
-
-    def _traced(self) -> bool:
-        try:
-            return self.performer.graph is not None
-        except PartlensError:
-            return False
 
     def guided_backprop(self) -> dict[str, Any]:
         with warnings.catch_warnings(record=True) as said:
@@ -375,11 +368,10 @@ def _page(rows: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:
         f"Handed back bit for bit: {same}. Not finished: {len(rows) - len(finished)}.",
         "",
         "`fit` is yes where the explainer's decoder with p = 0 gives the network's own scores (difference below",
-        f"{CLOSE} of the largest score). Layers are those that an explainer can be fitted to, of all. Where there is",
-        "no graph, torch.fx could not trace the network.",
+        f"{CLOSE} of the largest score). Layers are those that an explainer can be fitted to, of all.",
         "",
-        "| network | px | layers | default tap | layout | graph | guided | select | explain | fit | s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| network | px | layers | default tap | layout | guided | select | explain | fit | s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *map(_row, rows),
         "",
         "## What was refused, and why",
@@ -390,12 +382,11 @@ def _page(rows: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:
 
 def _row(row: dict[str, Any]) -> str:
     if "failed" in row:
-        return f"| {row['name']} | | | | | | not finished | | | | |"
+        return f"| {row['name']} | | | | | not finished | | | | |"
     found = row["layers"]
-    graph = "torch.fx" if found.get("traced") else "none"
     layers = f"{found.get('tapped', 0)} of {found.get('count', 0)}"
     marks = [_mark(row[step]) for step in STEPS[1:]]
-    cells = [row["name"], row["px"], layers, found.get("tap") or "none", found.get("layout") or "", graph, *marks]
+    cells = [row["name"], row["px"], layers, found.get("tap") or "none", found.get("layout") or "", *marks]
     return f"| {' | '.join(map(str, [*cells, row['seconds']]))} |"
 
 

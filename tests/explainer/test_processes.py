@@ -101,7 +101,7 @@ def together(count: int, work: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any
 def maps_of(tiny: Performer, photos: int, categories: int) -> TrainingMaps:
     generator = torch.Generator().manual_seed(5)
     tap = torch.rand(photos * 3 + 6, 12, 8, 8, generator=generator)
-    targets = tiny.graph.cut("relu2", ["relu3", "relu4"])(tap)
+    targets = tiny.upper("relu2", ["relu3", "relu4"])(tap)
     arrays = tuple(t.detach().numpy().astype(np.float16) for t in targets)
     labels = torch.arange(photos) % categories
     others = np.arange(photos * 3, photos * 3 + 6)

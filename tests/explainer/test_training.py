@@ -41,7 +41,7 @@ SMALL: dict[str, Any] = {
 def maps(tiny: Performer) -> TrainingMaps:
     generator = torch.Generator().manual_seed(5)
     tap = torch.rand(20 * 3 + 6, 12, 8, 8, generator=generator)
-    targets = tiny.graph.cut("relu2", ["relu3", "relu4"])(tap)
+    targets = tiny.upper("relu2", ["relu3", "relu4"])(tap)
     windows = view_windows(20, 3, generator, 0.5)
     arrays = tuple(t.detach().numpy().astype(np.float16) for t in targets)
     labels = torch.zeros(20, dtype=torch.long)

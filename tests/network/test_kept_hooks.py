@@ -1,4 +1,4 @@
-"""What the owner's hooks change is changed in copies, too, and no hook is called while a network is traced."""
+"""What the owner's hooks change is changed in copies, too, and chooses no layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from partlens.errors import LayerError
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import build_explainer, explainer_structure, performer_head
-from partlens.network.graph import trace
+from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import forward_taps
 from partlens.network.zoo import load_performer
@@ -103,6 +103,10 @@ HOOKS: dict[str, Callable[[Network], Any]] = {
 }
 
 
+def performer_of(module: nn.Module) -> Performer:
+    return load_performer(module, preprocessing=Preprocessing(size_px=(32, 32)))
+
+
 @pytest.fixture(params=HOOKS.values(), ids=list(HOOKS))
 def network(request: pytest.FixtureRequest) -> Network:
     made = Network().eval()
@@ -112,14 +116,15 @@ def network(request: pytest.FixtureRequest) -> Network:
 
 @pytest.mark.parametrize("tap", ["stem", "gained"])
 def test_what_is_cut_out_gives_the_networks_own_answer(network: Network, tap: str) -> None:
+    performer = performer_of(network)
     output, maps = forward_taps(network, IMAGES, [tap, "stage"])
-    cut = trace(network).cut(tap, ["stage", "output"])(maps[tap])
+    cut = performer.upper(tap, ["stage", "output"])(maps[tap])
     torch.testing.assert_close(cut[0], maps["stage"], rtol=0, atol=0)
     torch.testing.assert_close(cut[1], output, rtol=0, atol=0)
 
 
 def test_at_p_0_the_explainer_reproduces_the_network_with_its_hooks(network: Network) -> None:
-    performer = load_performer(network, preprocessing=Preprocessing(size_px=(32, 32)))
+    performer = performer_of(network)
     output, maps = forward_taps(network, IMAGES, ["gained"])
     structure = explainer_structure(performer, IMAGES, "gained", ["stage"])
     explainer = build_explainer(performer, structure, ExplainerConfig.preset("partlens")).eval()
@@ -134,7 +139,7 @@ def test_hooks_of_a_replaced_convolution_are_kept() -> None:
     body = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     module = nn.Sequential(*body, nn.Flatten(), nn.Linear(2048, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
     module[2].register_forward_hook(lambda _m, _i, o: o * 1.5)
-    performer = load_performer(module, preprocessing=Preprocessing(size_px=(32, 32)))
+    performer = performer_of(module)
     output, maps = forward_taps(module, IMAGES, ["1"])
     structure = explainer_structure(performer, IMAGES, "1", ["7"])
     explainer = build_explainer(performer, structure, ExplainerConfig.preset("partlens")).eval()
@@ -145,16 +150,16 @@ def test_hooks_of_a_replaced_convolution_are_kept() -> None:
     )
 
 
-def test_hooks_never_see_what_tracing_passes_through() -> None:
+def test_hooks_that_look_on_see_tensors_alone_and_choose_no_layer() -> None:
     module, seen = Network().eval(), []
 
     def log(_module: nn.Module, inputs: Any, output: Any) -> None:
         seen.extend([*inputs, output])
-        float(output.mean()), tuple(output.shape), bool((output > 0).all())
+        float(output.detach().mean()), tuple(output.shape), bool((output > 0).all())
 
     def log_before(_module: nn.Module, inputs: Any) -> None:
         seen.extend(inputs)
-        float(inputs[0].mean())
+        float(inputs[0].detach().mean())
 
     handles = [register_module_forward_hook(log), register_module_forward_pre_hook(log_before)]
     for each in module.modules():
@@ -162,14 +167,12 @@ def test_hooks_never_see_what_tracing_passes_through() -> None:
         if each is not module.gained:  # a pre-hook may make its keyword depend on its input
             each.register_forward_pre_hook(log_before)
     try:
-        graph = trace(module)
-        assert not seen
-        assert graph.layers.keys() == trace(Network()).layers.keys()
+        performer = performer_of(module)
+        assert performer.upper("gained")(torch.ones(1, 8, 32, 32))[0].shape == (1, 3)
     finally:
         for handle in handles:
             handle.remove()
-    performer = load_performer(module, preprocessing=Preprocessing(size_px=(32, 32)))
-    plain = load_performer(Network(), preprocessing=Preprocessing(size_px=(32, 32)))
+    plain = performer_of(Network())
     assert [(one.name, one.receptive_field_px, one.reason) for one in performer.layers] == [
         (one.name, one.receptive_field_px, one.reason) for one in plain.layers
     ]
@@ -181,10 +184,10 @@ def test_hooks_never_see_what_tracing_passes_through() -> None:
 def test_an_object_of_the_owner_is_not_copied_with_its_hook() -> None:
     module, steering = Network().eval(), Steering(0.5)
     module.stage[1].register_forward_hook(steering.after)
-    cut = trace(module).cut("gained", ["output"])
-    before, steering.by = cut(torch.ones(1, 8, 8, 8))[0], 1.0
-    assert not torch.equal(cut(torch.ones(1, 8, 8, 8))[0], before)
-    assert steering.calls == 2
+    cut = performer_of(module).upper("gained", ["output"])
+    before, steering.by, steering.calls = cut(torch.ones(1, 8, 32, 32))[0], 1.0, 0
+    assert not torch.equal(cut(torch.ones(1, 8, 32, 32))[0], before)
+    assert steering.calls == 1
 
 
 def test_a_method_of_a_layer_becomes_that_of_its_copy() -> None:
@@ -193,14 +196,16 @@ def test_a_method_of_a_layer_becomes_that_of_its_copy() -> None:
 
     module = Network().eval()
     module.stage[1].register_forward_hook(types.MethodType(count, module.stage[1]))
-    cut = trace(module).cut("gained", ["output"])
-    cut(torch.ones(1, 8, 8, 8))
+    cut = performer_of(module).upper("gained", ["output"])
+    copied = cut.get_submodule("network.stage.1")
+    before = copied.calls
+    cut(torch.ones(1, 8, 32, 32))
     assert not hasattr(module.stage[1], "calls")
-    assert cut.get_submodule("stage.1").calls == 1
+    assert copied.calls == before + 1
 
 
-def test_a_hook_that_needs_what_lies_before_the_tap_is_refused_by_name() -> None:
+def test_a_hook_that_needs_what_lies_before_the_tap_is_refused() -> None:
     module = Network().eval()
     module.register_forward_hook(lambda _m, i, o: o + i[0].mean())
-    with pytest.raises(LayerError, match=r"hooks of the whole network that read what it is called with.*Remove"):
-        trace(module).cut("gained", ["output"])(torch.ones(1, 8, 8, 8))
+    with pytest.raises(LayerError, match=r"hooks that read what comes before gained\. Remove"):
+        performer_of(module).upper("gained")

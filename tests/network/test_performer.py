@@ -1,4 +1,4 @@
-"""A performer knows itself: traced once, loaded again by its name, its outputs by theirs."""
+"""A performer knows itself: watched once, loaded again by its name, its outputs by theirs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from partlens.network.zoo import load_performer
 from partlens.selection.measured_layers import feature_index
 
 
-def test_the_network_is_traced_once(tiny: Performer, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced: list[nn.Module] = []
-    trace = partlens.network.performer.trace
-    monkeypatch.setattr("partlens.network.performer.trace", lambda module: traced.append(module) or trace(module))
+def test_the_network_is_watched_once(tiny: Performer, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[nn.Module] = []
+    watch = partlens.network.layers.watch
+    monkeypatch.setattr("partlens.network.layers.watch", lambda module, _: watched.append(module) or watch(module, _))
     performer = Performer(tiny.module, "x", tiny.preprocessing, tiny.weights_sha256)
-    assert not traced  # nothing is computed before it is asked for
+    assert not watched  # nothing is computed before it is asked for
     tap = performer.tap
     assert performer.layer(tap).is_default
     assert performer.field(tap).stride_px == performer.layer(tap).stride_px
@@ -38,7 +38,7 @@ def test_the_network_is_traced_once(tiny: Performer, monkeypatch: pytest.MonkeyP
     feature_index(performer)
     _crop_of(performer, [tap])
     assert performer.on(torch.device("cpu")) is performer
-    assert traced == [tiny.module]
+    assert watched == [tiny.module]
 
 
 def test_it_is_loaded_again_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from partlens.errors import InputError, InputTypeError, LayerError
 from partlens.network.borrowed import borrowed
-from partlens.network.graph import trace
 from partlens.network.layers import found_layouts
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
@@ -87,7 +86,7 @@ def test_every_public_function_leaves_no_trace(network, name: str) -> None:
     forward_taps(module, image, [tap])
     assert state(module) == before
     for use in (
-        lambda: trace(module).cut(tap, ["output"]),
+        lambda: of(module, (96, 96)).upper(tap),
         lambda: of(module, (96, 96)).targets(tap),
         lambda: of(module, (96, 96)).layers,
         lambda: of(module, (96, 96)).field(tap),
@@ -98,7 +97,7 @@ def test_every_public_function_leaves_no_trace(network, name: str) -> None:
         lambda: forward_taps(module, torch.full((1, 3, 96, 96), float("nan")), [tap]),
         lambda: forward_taps(module, image, [tap, "nowhere"]),
         lambda: found_layouts(module, 3, (0, 0)),
-        lambda: trace(module).cut(tap, ["nowhere"]),
+        lambda: of(module, (96, 96)).upper(tap, ["nowhere"]),
     ):
         with pytest.raises(InputError):
             fail()

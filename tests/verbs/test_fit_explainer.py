@@ -27,8 +27,8 @@ from partlens.data.images import ImageSet
 from partlens.errors import AtWorkError, InputError, LayerError, RunError
 from partlens.evaluation.results import PriceCurve, PricePoint
 from partlens.explainer.teachers import find_teachers
-from partlens.network.graph import trace
 from partlens.network.performer import Performer
+from partlens.network.watched import watch
 from partlens.object_parts.finding import found_places
 from partlens.progress import Progress
 from partlens.records import sole_writer, write_json, write_tensors
@@ -71,18 +71,18 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert (first["random"][1] == second["random"][1]).all()
 
 
-def test_the_performer_is_untouched_by_every_verb_and_traced_once(
+def test_the_performer_is_untouched_by_every_verb_and_watched_once(
     tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    traced: list[nn.Module] = []
-    monkeypatch.setattr("partlens.network.performer.trace", lambda module: traced.append(module) or trace(module))
+    watched: list[nn.Module] = []
+    monkeypatch.setattr("partlens.network.layers.watch", lambda module, _: watched.append(module) or watch(module, _))
     tiny.module.train()
     next(iter(tiny.module.parameters())).requires_grad_(requires_grad=False)
     before = snapshot(tiny.module)
     fit_explainer(tiny, few_flowers, out=tmp_path / "a", category=RED, config=SMALL, seeds=1)
     assert_same(before, snapshot(tiny.module))
     evaluate(tmp_path / "a", few_flowers, model=tiny, rounds=5)
-    assert traced == [tiny.module]
+    assert watched == [tiny.module]
     layers(tiny)
     assert_same(before, snapshot(tiny.module))
     with pytest.raises(ValueError, match="a layer"):

@@ -184,12 +184,13 @@ def test_networks_that_cannot_be_prepared_say_why(alexnet: Performer, tiny: Perf
 
 
 def test_the_tap_before_a_layer() -> None:
-    module = torchvision.models.resnet18(weights=None).eval()
-    assert fixed_before(module, "layer4") == "layer3.1"
-    assert fixed_before(module, "layer4.1") == "layer4.0"
-    assert fixed_before(module, "layer4.1.conv2") == "layer4.0"  # inside a block a shortcut goes around
-    assert fixed_before(module, "fc") == "avgpool"
-    assert fixed_before(PaperNet("vgg-f", input_px=SIDE, hidden=4).eval(), "fc6") == "pool5"
+    resnet = Performer(torchvision.models.resnet18(weights=None).eval(), "", Preprocessing(size_px=(64, 64)), "")
+    assert fixed_before(resnet, "layer4") == "layer3.1"
+    assert fixed_before(resnet, "layer4.1") == "layer4.0"
+    assert fixed_before(resnet, "layer4.1.conv2") == "layer4.0"  # inside a block a shortcut goes around
+    assert fixed_before(resnet, "fc") == "avgpool"
+    paper = PaperNet("vgg-f", input_px=SIDE, hidden=4).eval()
+    assert fixed_before(Performer(paper, "", Preprocessing(size_px=(SIDE, SIDE)), ""), "fc6") == "pool5"
 
 
 # What is drawn
@@ -296,7 +297,7 @@ def test_cached_maps_are_the_networks_within_float16(
             assert torch.allclose(part, stored, rtol=2**-10, atol=1e-5)
         # The head that learns from the cache is the network's own.
         start = prepare_network(small, 1, FinetuneConfig(**SMALL))
-        cached = upper(start.module, "flatten")(maps)[0]
+        cached = upper(start.module, "flatten", small.preprocessing)[0](maps)[0]
         whole = start.module(frames)
     assert torch.allclose(cached, whole, rtol=5e-3, atol=1e-4)
     assert module.fc6.weight.shape == start.module.fc6.weight.shape

@@ -28,7 +28,7 @@ def test_the_papers_layers_are_chosen_and_the_copy_behind_them_is_exact() -> Non
     assert small_alexnet("relu3").tap == "relu3"
     output, values = forward_taps(performer, torch.randn(2, 3, 96, 96), ["relu4", "relu6", "relu7"])
     with torch.no_grad():
-        made = performer.graph.cut("relu4", ["relu6", "relu7", "output"])(values["relu4"])
+        made = performer.upper("relu4", ["relu6", "relu7", "output"])(values["relu4"])
     for got, wanted in zip(made, (values["relu6"], values["relu7"], output), strict=True):
         assert torch.equal(got, wanted)
     assert weights_sha256(performer.module) == performer.weights_sha256

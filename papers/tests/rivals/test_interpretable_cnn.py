@@ -87,7 +87,7 @@ def test_the_layers_are_the_performers_own(performer: Performer) -> None:
     assert torch.equal(network.top.weight, own.get_submodule("conv2").weight)
     assert network.top.weight is not own.get_submodule("conv2").weight
     assert network.inserted.weight.shape == (10, 10, 3, 3)
-    weights = dict(network.head.named_parameters())
+    weights = dict(network.head.network.named_parameters())
     assert torch.equal(weights["fc3.weight"], own.get_submodule("fc3").weight)
     assert torch.equal(weights["fc5.weight"], own.get_submodule("fc5").weight)
     assert float(network.inserted.bias.detach().abs().max()) == 0
@@ -95,13 +95,15 @@ def test_the_layers_are_the_performers_own(performer: Performer) -> None:
 
 def test_new_layers_are_drawn_and_have_as_many_outputs_as_categories(performer: Performer) -> None:
     network = build(performer, weight_std=0.01)
-    weights = dict(network.head.named_parameters())
+    weights = dict(network.head.network.named_parameters())
     assert weights["fc5.weight"].shape == (1, 12)
     assert float(weights["fc3.weight"].detach().std()) == pytest.approx(0.01, rel=0.1)
     assert float(weights["fc3.bias"].detach().abs().max()) == 0
     copied = build(performer, head="copied")
-    assert torch.equal(dict(copied.head.named_parameters())["fc3.weight"], performer.module.get_submodule("fc3").weight)
-    assert dict(copied.head.named_parameters())["fc5.weight"].shape == (1, 12)
+    assert torch.equal(
+        dict(copied.head.network.named_parameters())["fc3.weight"], performer.module.get_submodule("fc3").weight
+    )
+    assert dict(copied.head.network.named_parameters())["fc5.weight"].shape == (1, 12)
 
 
 def test_the_performer_is_not_touched(performer: Performer, tmp_path: Path) -> None:

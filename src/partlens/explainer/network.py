@@ -35,8 +35,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.processes import batch_mean, drawn
 from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.templates import centroid_cells, mask_around, mask_at_peak, peak_cells, peak_masks
-from partlens.network.borrowed import random_state_kept
-from partlens.network.kept_hooks import hooked
+from partlens.network.borrowed import hooked, random_state_kept
 from partlens.network.outputs import Outputs
 from partlens.network.performer import Performer
 from partlens.network.taps import forward_taps

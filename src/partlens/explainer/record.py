@@ -78,7 +78,7 @@ class ExplainerRun(RunRecord):
     """
 
     FILE: ClassVar[str] = EXPLAINER
-    SCHEMA: ClassVar[str] = "partlens.explainer/3"
+    SCHEMA: ClassVar[str] = "partlens.explainer/4"
     AGAIN: ClassVar[str] = "Run fit-explainer again"
     SETTINGS: ClassVar[tuple[str, ...]] = ("structure", "config", "seeds", "background", "places")
     RESULTS: ClassVar[tuple[str, ...]] = (

@@ -159,6 +159,11 @@ def _alone(module: nn.Module) -> Iterator[None]:
             _FREE.notify_all()
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own in its forward pass."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
+
+
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Return a forward hook that acts in the thread that makes it alone.
 

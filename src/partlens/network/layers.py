@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from partlens.errors import LayerError, expected, listed
-from partlens.network.borrowed import borrowed
+from partlens.network.borrowed import borrowed, hooked
 from partlens.network.layout import Layout, layouts_of
 from partlens.network.receptive_field import ReceptiveField, receptive_fields
 from partlens.network.watched import Call, Operation, Record, refused_size, three_images, watch
@@ -190,7 +190,7 @@ class Layers:
         return tuple(found.place.label for found in judged)
 
     def field(self, name: str) -> ReceptiveField | None:
-        """Return what the cells of a layer see, where the graph tells."""
+        """Return what the cells of a layer see, where the operations tell."""
         return self._fields.get(name)
 
     def lowest(self, name: str) -> float:
@@ -198,9 +198,11 @@ class Layers:
         return self._found[name].lowest
 
     def maker_of(self, name: str) -> str:
-        """Return the innermost layer that gives the same value."""
+        """Return the innermost layer that gives the same value, whatever the owner's hooks change."""
         found = self._found[name]
-        return next(n for n, f in self._found.items() if f.place.order == found.place.order and f.shape == found.shape)
+        same = [n for n, f in self._found.items() if f.place.order == found.place.order and f.shape == found.shape]
+        inner = same[: same.index(name) + 1]
+        return next((n for n in reversed(inner) if hooked(self._found[n].module)), inner[0])
 
     def check_cut(self, source: str, targets: Sequence[str]) -> None:
         """Refuse a layer that not everything passes, and targets that are not behind it."""

@@ -15,15 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from partlens.errors import InputError, InputTypeError, LayerError, expected, nearest
-from partlens.network.borrowed import borrowed, unwrapped
+from partlens.network.borrowed import borrowed, hooked, unwrapped
 from partlens.network.classes import Match, match
-from partlens.network.graph import Graph, trace
 from partlens.network.layers import Found, LayerInfo, Layers
 from partlens.network.layout import BATCH_UNKNOWN, WHOLE, Layout, own_name, tap_layout
 from partlens.network.outputs import Outputs, made_images, outputs_of
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.receptive_field import ReceptiveField, spread_evenly
-from partlens.network.upper import OUTPUT, LaidOut, Rerun
+from partlens.network.upper import OUTPUT, LaidOut, Upper
 from partlens.network.watched import place_of, three_images
 from partlens.run import Precision
 
@@ -32,7 +31,7 @@ from partlens.run import Precision
 class Performer:
     """The network under study with all that belongs to it.
 
-    What follows from the network (graph, layers, chosen layers) is computed when it is first asked for, and once.
+    What follows from the network (layers, chosen layers) is computed when it is first asked for, and once.
 
     Args:
         module: the network; partlens borrows it and never changes it.
@@ -73,15 +72,6 @@ class Performer:
     def device(self) -> torch.device:
         """Where its weights are."""
         return next((value.device for value in self.module.parameters()), torch.device("cpu"))
-
-    @functools.cached_property
-    def graph(self) -> Graph:
-        """Its graph, traced once.
-
-        Raises:
-            LayerError: the network cannot be traced.
-        """
-        return trace(self.module)
 
     @functools.cached_property
     def _known(self) -> Layers:
@@ -189,8 +179,7 @@ class Performer:
     def field(self, tap: str) -> ReceptiveField:
         """Return what the cells of a tap see (`partlens.network.receptive_field.receptive_fields`).
 
-        Where the operations do not tell (attention, a network without a graph), the cells are spread evenly over the
-        image and may see all of it.
+        Where the operations do not tell (attention), the cells are spread evenly over the image and may see all of it.
         """
         name = own_name(tap)
         found = self._known.field(name)
@@ -237,25 +226,14 @@ class Performer:
         whole = [name.endswith(f":{WHOLE}") for name in targets]
         return LaidOut(inner, source, list(zip(others, whole, strict=True)))
 
-    def _cut(self, tap: str, targets: Sequence[str]) -> nn.Module:
-        """Copy layers in their own layouts: out of the graph, or, where that cannot be done, by running the network."""
-        try:
-            graph = self.graph
-        except LayerError:
-            return self._rerun(tap, targets)
-        try:
-            return graph.cut(tap, targets)
-        except LayerError:
-            if tap not in self._layouts:
-                raise
-            return self._rerun(tap, targets)  # sizes of tensors before the tap are no path, yet a copy cannot know them
-
     def _cut_layout(self, name: str) -> Layout:
         """Return the layout of what enters or leaves a cut; what no module gives is handed over as it is."""
         return self.layout(name) if own_name(name) in self._layouts else Layout("vectors")
 
-    def _rerun(self, tap: str, targets: Sequence[str]) -> Rerun:
-        """Cut a network without a graph."""
+    def _cut(self, tap: str, targets: Sequence[str]) -> Upper:
+        """Copy layers in their own layouts."""
+        if not targets:
+            raise LayerError(expected("at least one target layer", "none", 'Name one, or "output"'))
         module = unwrapped(self.module)
         self.layout(tap)
         self._known.check_cut(tap, [name for name in targets if name != OUTPUT])
@@ -268,10 +246,13 @@ class Performer:
         images = three_images(self.preprocessing.channels, self.preprocessing.size_px, weight)
         with borrowed(module, copy_weights=False) as network:
             loops = {place_of(module, name).path: self.layout(name).loop for name in {*names} - {OUTPUT}}
-            made = Rerun(network, (source.path, source.call), own, torch.zeros_like(images[:1]), loops)
-        if not made.reproduces(images):
-            raise self._known.bypassed(tap)
-        return made
+            made = Upper(network, (source.path, source.call), own, images[:2], loops)
+        if made.reproduces:
+            return made
+        if any(map(hooked, module.modules())):
+            rule, got = "hooks that read a layer's output alone", f"hooks that read what comes before {tap}"
+            raise LayerError(expected(rule, got, "Remove the hooks, or tap an earlier layer"))
+        raise self._known.bypassed(tap)
 
     @functools.cached_property
     def outputs(self) -> Outputs:

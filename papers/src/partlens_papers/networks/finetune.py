@@ -163,9 +163,10 @@ class _Run:
             self.close()
         self.late = late
         source = None if late else self.prepared.source
-        self.trained = upper(self.prepared.module, source).to(self.device)
+        self.trained, self.layers = upper(self.prepared.module, source, self.performer.preprocessing)
+        self.trained.to(self.device)
         self.optimiser = torch.optim.SGD(
-            _groups(self.trained, self.prepared.new_layers, self.config),
+            _groups(self.layers, self.prepared.new_layers, self.config),
             lr=self.config.learning_rate,
             momentum=self.config.momentum,
             fused=True,
@@ -173,7 +174,7 @@ class _Run:
 
     def close(self) -> None:
         """Bring what was learned back into the network, on the CPU."""
-        learned = {name: value.cpu() for name, value in self.trained.state_dict().items()}
+        learned = {name: value.cpu() for name, value in self.layers.state_dict().items()}
         self.prepared.module.cpu().load_state_dict(learned, strict=False)
 
     def phase(self, *, late: bool) -> Read:

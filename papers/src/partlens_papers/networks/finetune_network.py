@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from partlens.errors import InputError, LayerError, WeightsError, expected, first_line, listed
 from partlens.network.borrowed import random_state_kept
-from partlens.network.graph import trace
 from partlens.network.performer import Performer, module_of
-from partlens.network.watched import bottlenecks, paths_of, reached
+from partlens.network.preprocessing import Preprocessing
+from partlens.network.upper import Upper
+from partlens.network.watched import paths_of, place_of
 from partlens.network.weights import with_outputs
 from partlens_papers.networks.finetune_config import FinetuneConfig
 from partlens_papers.networks.paper_networks import PaperNet
@@ -113,35 +114,31 @@ def _closing_layers(module: nn.Module, order: Sequence[str]) -> list[str]:
     return found
 
 
-def fixed_before(module: nn.Module, layer: str) -> str:
+def fixed_before(performer: Performer, layer: str) -> str:
     """Find the last tap before a layer through which everything passes.
 
     Args:
-        module: the network; left as it was.
+        performer: the network; left as it was.
         layer: by name; a block means its first operation.
 
     Returns:
         The name of the tap.
 
     Raises:
-        LayerError: an unknown layer; one before which there is no such tap; a network that cannot be traced.
+        LayerError: an unknown layer; one before which there is no such tap.
 
     Example:
-        >>> fixed_before(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)), "3")
+        >>> layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> fixed_before(Performer(layers, "", Preprocessing(size_px=(4, 4)), ""), "3")
         '2'
     """
-    traced = trace(module)
-    traced.find(layer)  # refuses an unknown name with the nearest ones
-    places = {node: place for place, node in enumerate(traced.nodes)}
-    inside = [places[node] for own, node in traced.layers.items() if own == layer or own.startswith(f"{layer}.")]
-    live = reached([traced.nodes[-1]], lambda node: node.all_input_nodes) & traced.descendants(traced.input)
-    path = [node for node in traced.nodes[:-1] if node in live]
-    passed = bottlenecks(path, lambda node: live.intersection(node.users))
-    for node in [each for each, all_pass in zip(path, passed, strict=True) if all_pass and inside][:0:-1]:
-        # An operation such as flatten has no module.
-        taps = [name for name, end in traced.layers.items() if end is node and name in paths_of(module)]
-        if places[node] < min(inside) and taps:
-            return max(taps, key=len)
+    module = module_of(performer)
+    place_of(module, layer)  # refuses an unknown name with the nearest ones
+    orders = [f.place.order for f in performer.found if f.name == layer or f.name.startswith(f"{layer}.")]
+    before = [f for f in performer.found if f.place.cut and f.place.order < min(orders, default=0)]
+    taps = [f for f in before if f.name in paths_of(module)]
+    if taps:
+        return max(taps, key=lambda f: (f.place.order, len(f.name))).name
     raise LayerError(
         expected(
             "a layer with others before it that everything passes",
@@ -217,9 +214,12 @@ def prepare_network(performer: Performer, outputs: int, config: FinetuneConfig) 
                 "Wrap the network so that it returns the scores alone",
             )
         )
-    source = None if config.train_from is None else fixed_before(module, config.train_from)
-    if source is not None:
-        trained = {name.rpartition(".")[0] for name, _ in upper(module, source).named_parameters()}
+    if config.train_from is None:
+        source = None
+    else:
+        source = fixed_before(Performer(module, performer.name, performer.preprocessing, ""), config.train_from)
+        after = upper(module, source, performer.preprocessing)[1]
+        trained = {name.rpartition(".")[0] for name, _ in after.named_parameters()}
         if early := [name for name in new if name not in trained]:
             raise LayerError(
                 expected(f"train_from at or before {early[0]}, which is drawn anew", config.train_from, "Start there")
@@ -227,6 +227,13 @@ def prepare_network(performer: Performer, outputs: int, config: FinetuneConfig) 
     return Prepared(module, order[-1], new, source)
 
 
-def upper(module: nn.Module, source: str | None) -> nn.Module:
-    """Return what is trained: the network itself, or a copy of its layers after a tap."""
-    return module if source is None else trace(module).cut(source, ["output"])
+def upper(module: nn.Module, source: str | None, preprocessing: Preprocessing) -> tuple[nn.Module, nn.Module]:
+    """Return what is run in training, and the layers that learn, under the network's names.
+
+    Both are the network itself, or a copy that starts behind a tap.
+    """
+    if source is None:
+        return module, module
+    behind = Performer(module, "", preprocessing, "").upper(source)
+    assert isinstance(behind, Upper)
+    return behind, behind.network

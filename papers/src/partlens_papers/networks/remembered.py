@@ -17,7 +17,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from partlens.network.performer import Performer, weights_sha256
 from partlens_papers.networks.paper_networks import PaperNet
@@ -53,10 +53,10 @@ class Memory:
 
     @staticmethod
     def serves(x: Tensor) -> bool:
-        """Whether a pass can do without the layers: it is not traced and asks for no gradient of its input."""
+        """Whether a pass can do without the layers: it is not watched and asks for no gradient of its input."""
         # Who looks at what is computed is shown all of it.
-        traced = isinstance(cast("object", x), fx.Proxy) or torch._C._is_torch_function_mode_enabled()  # noqa: SLF001
-        return not traced and not (torch.is_grad_enabled() and x.requires_grad)
+        watched = torch._C._is_torch_function_mode_enabled()  # noqa: SLF001
+        return not watched and not (torch.is_grad_enabled() and x.requires_grad)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

@@ -25,13 +25,14 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.network import identity_kernel
 from partlens.explainer.record import ExplainerStructure
 from partlens.network.borrowed import random_state_kept
 from partlens.network.performer import Performer
+from partlens.network.upper import Upper
 from partlens_papers.rivals.interpretable_config import InterpretableConfig
 from partlens_papers.rivals.masks import FilterCategories, PublishedMask, ReleasedMask
 
@@ -217,17 +218,16 @@ def _head(
     performer: Performer, source: str, config: InterpretableConfig, categories: int, generator: torch.Generator
 ) -> nn.Module:
     """Copy the layers after a layer, with as many outputs as categories."""
-    head = performer.graph.cut(source, ["output"]).cpu().float()
-    assert isinstance(head, fx.GraphModule)
-    returned = next(node for node in head.graph.nodes if node.op == "output").args[0]
-    last = returned[0] if isinstance(returned, tuple) else returned
-    name = str(last.target) if isinstance(last, fx.Node) and last.op == "call_module" else ""
-    layer = head.get_submodule(name) if name else None
+    head = performer.upper(source).cpu().float()
+    assert isinstance(head, Upper)
+    last = [found for found in performer.found if found.place.result]
+    name = next((found.name for found in last if isinstance(found.module, nn.Linear)), "")
+    layer = head.network.get_submodule(name) if name else None
     if not isinstance(layer, nn.Linear):
         raise LayerError(
             expected(
                 f"a network that ends in a fully connected layer after {source}",
-                type(layer).__name__ if layer is not None else "an operation without weights",
+                type(last[-1].module).__name__ if last else "an operation without weights",
                 "Choose AlexNet, a VGG or a ResNet, or return the logits of the last layer",
             )
         )
@@ -235,10 +235,10 @@ def _head(
         made = nn.Linear(layer.in_features, categories)
         _draw(made, config, generator)
         parent, _, leaf = name.rpartition(".")
-        setattr(head.get_submodule(parent), leaf, made)
+        setattr(head.network.get_submodule(parent), leaf, made)
     if config.head == "new":
         for each in head.modules():
-            if isinstance(each, nn.Linear):
+            if isinstance(each, nn.Linear) and isinstance(each.weight, nn.Parameter):  # others are idle
                 _draw(each, config, generator)
     if config.dropout is not None:
         for each in head.modules():

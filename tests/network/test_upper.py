@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from partlens.errors import LayerError
-from partlens.network.graph import trace
 from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import forward_taps
@@ -39,9 +38,9 @@ CASES = {
 def test_the_copy_computes_what_the_performer_computes(network, name: str) -> None:
     module = network(name)
     source, targets = CASES[name]
-    assert list(Performer(module, "x", Preprocessing(size_px=(96, 96)), "").targets(source)) == targets
+    assert list(of(module, (96, 96)).targets(source)) == targets
     output, values = forward_taps(module, torch.randn(2, 3, 96, 96), [source, *targets])
-    head = trace(module).cut(source, [*targets, "output"])
+    head = of(module, (96, 96)).upper(source, [*targets, "output"])
     given = values[source].clone()
     with torch.no_grad():
         made = head(given)
@@ -55,15 +54,19 @@ def test_the_copy_is_a_copy(network) -> None:
     module = network("resnet18")
     for parameter in module.parameters():
         parameter.requires_grad = False
-    head = trace(module).cut("layer3", ["layer4.0"])
+    head = of(module, (96, 96)).upper("layer3", ["layer4.0"])
     own = dict(module.named_parameters())
     assert not head.training
-    assert {name.split(".")[1] for name, _ in head.named_parameters()} == {"0"}  # layer4.0 alone
-    for name, parameter in head.named_parameters():
+    names = [name.removeprefix("network.") for name, _ in head.named_parameters()]
+    assert set(names) == {name for name in own if name.startswith("layer4.0.")}
+    assert not [
+        name for name in head.state_dict() if name.endswith("weight") and "layer4.0." not in name and "bn" not in name
+    ]
+    for name, parameter in zip(names, head.parameters(), strict=True):
         assert parameter.requires_grad
         assert torch.equal(parameter, own[name])
         assert parameter.data_ptr() != own[name].data_ptr()
-    head(torch.rand(1, 256, 4, 4))[0].sum().backward()
+    head(torch.rand(1, 256, 6, 6))[0].sum().backward()
     assert all(p.grad is None for p in module.parameters())
     assert all(p.grad is not None for p in head.parameters())
 
@@ -72,7 +75,7 @@ def test_neither_input_nor_targets_are_overwritten(network) -> None:
     module = network("alexnet")
     _, values = forward_taps(module, torch.randn(1, 3, 96, 96), ["features.8", "features.10"])
     given = values["features.8"].clone()
-    (middle, _) = trace(module).cut("features.8", ["features.10", "output"])(given)
+    (middle, _) = of(module, (96, 96)).upper("features.8", ["features.10", "output"])(given)
     assert torch.equal(given, values["features.8"])  # features.9 works in place
     assert torch.equal(middle, values["features.10"])  # so does features.11
 
@@ -81,27 +84,17 @@ def test_a_shortcut_around_the_source_is_refused(network) -> None:
     module = network("resnet18")
     with pytest.raises(LayerError, match=r"shortcut.*layer3\.0.*layer3\.1"):
         of(module, (64, 64)).upper("layer3.1.conv1")
-    assert len(trace(module).cut("layer3.1.conv1", ["layer3.1.bn1"])(torch.rand(1, 256, 4, 4))) == 1
 
 
 def test_targets_must_lie_behind_the_source(network) -> None:
-    module = network("resnet18")
+    performer = of(network("resnet18"), (64, 64))
     for target in ("layer2", "layer3"):
         with pytest.raises(LayerError, match=f"after layer3, got {target}"):
-            trace(module).cut("layer3", [target])
-    with pytest.raises(LayerError, match="Nearest: layer4"):
-        trace(module).cut("layer3", ["layer5"])
+            performer.upper("layer3", [target])
+    with pytest.raises(LayerError, match="layer5.*Choose among layer4"):
+        performer.upper("layer3", ["layer5"])
     with pytest.raises(LayerError, match="at least one"):
-        trace(module).cut("layer3", [])
-
-
-def test_networks_that_branch_on_values_are_refused() -> None:
-    class Branching(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
-
-    with pytest.raises(LayerError, match=r"torch\.fx"):
-        trace(Branching())
+        performer.upper("layer3", [])
 
 
 def test_cut_points(network) -> None:
@@ -144,13 +137,13 @@ def test_functions_in_place_and_numbered_names() -> None:
     assert {"conv_1", "fc"} <= {*points}
     assert points[1].startswith("relu")
     before = dict(module.__dict__)
-    head = trace(module).cut("conv_1", ["conv_2", "output"])
+    head = of(module, (6, 6)).upper("conv_1", ["conv_2", "output"])
     with torch.no_grad():
         made = head(values["conv_1"])
     assert torch.equal(made[0], values["conv_2"])
     assert torch.equal(made[1], output)
     assert module.__dict__.keys() == before.keys()
-    assert "scale" in dict(head.named_parameters())
+    assert "network.scale" in dict(head.named_parameters())
 
 
 class Flagged(nn.Module):
@@ -175,20 +168,9 @@ class Flagged(nn.Module):
 
 def test_optional_arguments_keep_their_defaults() -> None:
     module, image = Flagged().eval(), torch.randn(2, 3, 8, 8)
-    traced = trace(module)
-    assert list(traced.layers) == ["conv", "relu", "last"]
     with torch.no_grad():
         maps = module(image, features=True)
-        assert torch.equal(traced.cut("relu", ["output"])(maps)[0], module(image))
-
-
-def test_two_inputs_are_refused_in_a_sentence() -> None:
-    class Two(nn.Module):
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return x + y
-
-    with pytest.raises(LayerError, match="one input, the images, got Two with 2. Wrap it"):
-        trace(Two())
+        assert torch.equal(of(module, (8, 8)).upper("relu")(maps)[0], module(image))
 
 
 def test_timms_padding_like_tensorflows_is_followed() -> None:
@@ -203,21 +185,42 @@ def test_timms_padding_like_tensorflows_is_followed() -> None:
         assert torch.equal(performer.upper(performer.tap)(taps[performer.tap])[0], output)
 
 
-class _SizedByWeights(nn.Module):
-    """Reads the first side of a weight, as relative positions do, and the number of images."""
+class Repeating(nn.Module):
+    """Calls one activation below the tap, inside it, and above it; what is above, it computes without gradients."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
-        self.places = nn.Parameter(torch.randn(5, 4))
+        self.relu = nn.ReLU()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), self.relu, nn.Conv2d(4, 4, 1))
+        self.last = nn.Conv2d(4, 2, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        maps = self.conv2(torch.relu(self.conv1(x)))
-        number = self.places.shape[0]
-        return (maps.flatten(2).mean(2) @ self.places.T).reshape(x.shape[0], number)[:, : number - 1]
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.relu(self.two(self.block(self.relu(self.one(x)))))
+        with torch.no_grad():
+            return self.last(maps).mean((2, 3))
 
 
-def test_the_first_side_of_a_weight_is_no_number_of_images() -> None:
-    torch.manual_seed(0)
-    network, images = _SizedByWeights().eval(), torch.randn(3, 3, 8, 8)
-    assert torch.equal(trace(network).cut("conv1", ["output"])(network.conv1(images))[0], network(images))
+def test_a_layer_that_is_called_several_times_is_entered_at_the_right_call() -> None:
+    module, images = Repeating().eval(), torch.randn(5, 3, 8, 8)
+    output, taps = forward_taps(module, images, ["relu", "relu_2"])
+    for tap in taps:
+        upper = of(module, (8, 8)).upper(tap)
+        maps = taps[tap].clone().requires_grad_()
+        found = upper(maps)[0]
+        assert torch.equal(found, output)
+        found.sum().backward()  # learned through, whatever the network itself does
+        assert float(maps.grad.abs().sum()) > 0
+    assert {name for name, _ in upper.named_parameters()} == {"network.last.weight", "network.last.bias"}
+
+
+def test_layers_before_the_tap_and_behind_the_last_target_are_not_computed() -> None:
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+    module = nn.Sequential(*layers, nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    seen: list[nn.Module] = []
+    _, taps = forward_taps(module, torch.randn(2, 3, 8, 8), ["3", "5"])
+    upper = of(module, (8, 8)).upper("3", ["5"])
+    for layer in upper.network:
+        layer.register_forward_hook(lambda layer, _i, answer: seen.append(layer) if bool(answer.any()) else None)
+    assert torch.equal(upper(taps["3"])[0], taps["5"])
+    assert seen == [upper.network[4], upper.network[5]]
