@@ -37,6 +37,7 @@ def test_crops_of_one_photo_count_by_kishs_number() -> None:
         assert abs(share - end) == pytest.approx(Z * math.sqrt(end * (1 - end) / effective), abs=1e-9)
     with pytest.raises(InputError, match="a group for every row, got 2 for 6"):
         proportion(values, groups=torch.tensor([1, 2]))
+    assert math.isnan(proportion(torch.ones(0)).value)
 
 
 def test_the_bootstrap_draws_as_many_groups_as_there_are(generator: torch.Generator) -> None:

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from partlens.errors import InputError
-from partlens.estimate import Estimate, bootstrap, proportion, resampler
+from partlens.estimate import Estimate, bootstrap
 from partlens.explainer.templates import centroid_cells
 from partlens.metrics.localisation import (
     Peaks,
@@ -259,23 +258,6 @@ def test_landmarks_of_other_photos_are_refused() -> None:
         null_peaks("middle", 3, (4, 4), *GRID, input_size_px=SIZE, generator=torch.Generator())
 
 
-def test_bootstrap_covers_a_mean(generator: torch.Generator) -> None:
-    values = torch.randn(400, generator=generator)
-    estimate = bootstrap(lambda i: float(values[i].mean()), 400, generator=generator, rounds=400)
-    half = 1.96 * float(values.std()) / 20
-    assert estimate.value == pytest.approx(float(values.mean()))
-    assert estimate.interval[0] == pytest.approx(estimate.value - half, abs=half / 4)
-    assert estimate.interval[1] == pytest.approx(estimate.value + half, abs=half / 4)
-    with pytest.raises(ValueError, match="at least 1 photo"):
-        bootstrap(lambda _: 0.0, 0, generator=generator)
-
-
-def test_proportion_of_everything_stays_below_one_at_the_lower_end() -> None:
-    assert proportion(torch.ones(10)).interval == pytest.approx((0.7225, 1.0), abs=1e-3)
-    assert proportion(torch.ones(0)) != Estimate(1.0, (1.0, 1.0), 0)
-    assert math.isnan(proportion(torch.ones(0)).value)
-
-
 @pytest.mark.data
 def test_published_null_models_on_the_real_photos(shared, generator: torch.Generator) -> None:
     """Random is known to be 0.158 for fox on all annotated photos; the centre is what a plain loop gives."""
@@ -410,42 +392,6 @@ def test_crops_of_one_photo_make_no_interval_narrower(crops: int) -> None:
         assert once.n == more.n == 40
         width = [e.interval[1] - e.interval[0] for e in (once, more)]
         assert width[1] > 0.8 * width[0]
-
-
-def test_groups_are_drawn_whole_and_single_ones_as_rows_are() -> None:
-    draw, units = resampler(7, torch.tensor([5, 5, 1, 9, 9, 9, 1]))
-    assert units == 3
-    members = {0: 2, 2: 2, 3: 3}
-    seen = set()
-    for seed in range(20):
-        rows = draw(torch.Generator().manual_seed(seed))
-        counts = rows.bincount(minlength=7).tolist()
-        assert counts[0] == counts[1]
-        assert counts[2] == counts[6]
-        assert counts[3] == counts[4] == counts[5]
-        assert sum(counts[k] for k in members) == 3
-        seen.add(tuple(counts))
-    assert len(seen) > 5
-    alone = resampler(7, torch.tensor([30, 20, 10, 0, 4, 8, 2]))[0]
-    plain = resampler(7)[0]
-    for seed in range(3):
-        same = [f(torch.Generator().manual_seed(seed)).tolist() for f in (alone, plain)]
-        assert same[0] == same[1]
-    with pytest.raises(InputError, match="a group for each of 7 rows, got 2"):
-        resampler(7, torch.tensor([1, 2]))
-
-
-def test_a_share_is_as_sure_as_its_photos_are_many() -> None:
-    right = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    once = proportion(right)
-    many = proportion(right.repeat_interleave(4), groups=torch.arange(7).repeat_interleave(4))
-    assert many.value == once.value
-    assert many.interval == pytest.approx(once.interval)
-    assert many.n == once.n == 7
-    # Photos of 1, 1 and 4 crops weigh as 36/18 = 2 photos.
-    uneven = proportion(torch.ones(6), groups=torch.tensor([0, 1, 2, 2, 2, 2]))
-    assert uneven.interval == pytest.approx(proportion(torch.ones(2)).interval)
-    assert uneven.n == 3
 
 
 def test_an_empty_map_stands_in_the_corner_and_is_counted() -> None:

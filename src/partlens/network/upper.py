@@ -106,7 +106,7 @@ class Upper(nn.Module):
             self.skipped = {}
             self._keep_used(own[source][:1])
         with torch.no_grad():
-            again = self(own[source])
+            again = self.forward(own[source])
         self.reproduces = all(_alike(own[place], other) for place, other in zip(self.targets, again, strict=True))
         """Whether the source's own output gives the network's own values."""
         self.eval()
@@ -221,7 +221,7 @@ class Upper(nn.Module):
     def _keep_used(self, given: Tensor) -> None:
         """Make only weights that the targets depend on parameters; of idle layers keep the sizes of weights alone."""
         with torch.enable_grad():
-            answers = self(given)
+            answers = self.forward(given)
         used = _weights_of(answers)
         for path, layer in self.network.named_modules():
             idle = bool(self.skipped) and None not in self.skipped.get(path, ())
