@@ -17,8 +17,8 @@ from partlens.network.taps import forward_taps
 from partlens.object_parts.contributions import class_score, tracks
 
 MADE = run_path(str(Path(__file__).parents[1] / "network" / "families.py"))
-FAMILIES, performer_of, network_of, Untraceable = (
-    MADE[name] for name in ("FAMILIES", "performer_of", "network_of", "Untraceable")
+FAMILIES, performer_of, network_of, Branching = (
+    MADE[name] for name in ("FAMILIES", "performer_of", "network_of", "Branching")
 )
 
 
@@ -38,10 +38,8 @@ def explained(performer: Performer, tap: str | None = None) -> tuple[Explainer, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("traced", [True, False])
-def test_with_p_of_0_the_explainer_says_what_the_network_says(family: str, traced: bool) -> None:
-    network = network_of(family)
-    performer = performer_of(network if traced else Untraceable(network).eval())
+def test_with_p_of_0_the_explainer_says_what_the_network_says(family: str) -> None:
+    performer = performer_of(Branching(network_of(family)).eval())
     explainer, maps, scores = explained(performer)
     head = performer_head(performer, explainer.structure)
     with torch.no_grad():

@@ -128,8 +128,8 @@ class Windows(nn.Module):
         return self.inner(x).reshape(-1, rows, cols, 4, 4, width).transpose(2, 3).reshape(-1, 4 * rows, 4 * cols, width)
 
 
-class Untraceable(nn.Module):
-    """A network that asks for values, which torch.fx cannot follow, and answers with a dictionary."""
+class Branching(nn.Module):
+    """A network that branches on values and answers with a dictionary."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

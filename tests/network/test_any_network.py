@@ -1,4 +1,4 @@
-"""Networks as people write them: no graph, blocks of their own, several answers, odd stems."""
+"""Networks as people write them: loops, blocks of their own, several answers, odd stems."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from partlens.attribution.average_pictures import _crop_of
 from partlens.attribution.backprop import guided_backprop
 from partlens.attribution.grad_cam import layer_grad_cam
 from partlens.errors import LayerError
@@ -24,66 +23,11 @@ from partlens.network.taps import forward_taps
 from partlens.selection.measured_layers import feature_index
 
 MADE = run_path(str(Path(__file__).parent / "families.py"))
-Plain, Vit, Untraceable, performer_of, network_of = (
-    MADE[name] for name in ("Plain", "Vit", "Untraceable", "performer_of", "network_of")
-)
+Plain, Vit, performer_of, network_of = (MADE[name] for name in ("Plain", "Vit", "performer_of", "network_of"))
 
 
 def photos(count: int = 2, channels: int = 3) -> Tensor:
     return torch.randn(count, channels, 32, 32, generator=torch.Generator().manual_seed(5))
-
-
-def test_a_network_without_a_graph_has_the_layers_of_one_with_a_graph() -> None:
-    plain, wrapped = network_of("relu"), Untraceable(network_of("relu")).eval()
-    performer = performer_of(wrapped)
-    of_both = [
-        {
-            layer.name.removeprefix("inner."): (layer.shape, layer.reason, layer.stride_px, layer.receptive_field_px)
-            for layer in each.layers
-            if layer.name != "inner"
-        }
-        for each in (performer_of(plain), performer)
-    ]
-    assert of_both[0] == of_both[1]
-    assert performer.tap == f"inner.{performer_of(plain).tap}"
-    assert performer.targets(performer.tap) == tuple(
-        f"inner.{name}" for name in performer_of(plain).targets(performer_of(plain).tap)
-    )
-    index = feature_index(performer)
-    assert {name.removeprefix("inner.") for name in index.layers} <= set(of_both[0])
-    crops = _crop_of(performer, index.layers[:3])  # pictures of filters need no graph, either
-    known = _crop_of(performer_of(plain), [name.removeprefix("inner.") for name in index.layers[:3]])
-    assert [crop.side_px for crop in crops.values()] == [crop.side_px for crop in known.values()]
-    assert max(crop.side_px for crop in crops.values()) < (16, 16)
-
-
-class Asserting(nn.Module):
-    """What torch.fx cannot follow, one kind at a time."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind, self.inner = kind, network_of("relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "shapes":
-            assert x.shape[2] == x.shape[3]
-        elif self.kind == "isinstance":
-            if not isinstance(x, Tensor):
-                raise TypeError
-        elif self.kind == "len":
-            if len(x) < 1:
-                raise ValueError
-        elif self.kind == "int":
-            return self.inner(F.adaptive_avg_pool2d(x, int(x.shape[-1])))
-        return self.inner(x)
-
-
-@pytest.mark.parametrize("kind", ["shapes", "isinstance", "len", "int"])
-def test_checks_in_a_forward_do_not_matter(kind: str) -> None:
-    performer = performer_of(Asserting(kind).eval())
-    assert performer.tap == "inner.two"
-    output, taps = forward_taps(performer, photos(), [performer.tap])
-    assert torch.equal(performer.upper(performer.tap)(taps[performer.tap])[0], output)
 
 
 class OneByOne(nn.Module):
@@ -164,16 +108,6 @@ def test_what_a_block_pools_from_its_tokens_follows_them() -> None:
     assert taps["backbone"].shape == (2, 16, 4, 4)
     assert torch.allclose(performer.upper("backbone")(taps["backbone"])[0], output)
     assert not torch.allclose(performer.upper("backbone")(taps["backbone"] + 1)[0], output)
-
-
-def test_a_layer_that_not_everything_passes_is_refused_in_a_network_without_a_graph() -> None:
-    performer = performer_of(Untraceable(network_of("silu")).eval())
-    reasons = {layer.name: layer.reason for layer in performer.layers}
-    assert reasons["inner.two.conv1"] == "a shortcut goes around it"
-    with pytest.raises(LayerError, match=r"inner\.two\.conv1, which a shortcut goes around"):
-        performer.upper("inner.two.conv1")
-    with pytest.raises(LayerError, match=r"a target after inner\.two, got inner\.one"):
-        performer.upper("inner.two", ["inner.one"])
 
 
 class Swish(nn.Module):

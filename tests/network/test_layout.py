@@ -19,7 +19,6 @@ from partlens.selection.measured_layers import feature_index
 
 MADE = run_path(str(Path(__file__).parent / "families.py"))
 FAMILIES, performer_of, network_of = MADE["FAMILIES"], MADE["performer_of"], MADE["network_of"]
-Attention, Vit, Untraceable = MADE["Attention"], MADE["Vit"], MADE["Untraceable"]
 
 LAYOUTS = {
     "relu": ("two", "maps", (8, 16, 16)),

@@ -64,6 +64,16 @@ def test_many_threads_explain_with_one_network(call: Callable[[nn.Module], torch
     assert module(IMAGES).shape == (2, 6)
 
 
+def test_threads_share_the_layers_above_a_tap() -> None:
+    performer = partlens.load_performer(network(), preprocessing=Preprocessing(size_px=(16, 16)))
+    upper = performer.upper("2")
+    given = [torch.rand(3, 4, 16, 16, generator=torch.Generator().manual_seed(number)) for number in range(8)]
+    wanted = [upper(maps)[0] for maps in given]
+    with ThreadPoolExecutor(4) as pool:
+        for found, own in zip(pool.map(lambda maps: upper(maps)[0], given * 20), wanted * 20, strict=True):
+            assert torch.equal(found, own)
+
+
 def test_threads_that_call_different_functions_on_one_network() -> None:
     module = network()
     wanted, before = {name: call(module) for name, call in CALLS.items()}, state(module)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from partlens.errors import LayerError
@@ -46,20 +45,6 @@ def test_T3_the_papers_networks_have_the_papers_descriptors() -> None:
     assert descriptor_layers(lenet, DescriptorConfig(layers="activations")) == ("relu",)
 
 
-class Branching(nn.Module):
-    """Cannot be traced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.relu, self.fc = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.conv(x))
-        if float(x.sum()) > -1:
-            x = F.relu(x)
-        return self.fc(x.mean((2, 3)))
-
-
 def test_blocks_stand_for_operations_and_repeated_modules_count_every_call() -> None:
     performer = as_performer(Residual().eval())
     index = feature_index(performer)
@@ -92,14 +77,6 @@ def test_other_shapes_and_the_result_itself_are_left_out() -> None:
     assert descriptor_layers(as_performer(nn.Sequential(nn.ReLU(), nn.AvgPool2d(2)))) == ("0",)
     shrinking = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(14), nn.AdaptiveAvgPool2d(2), nn.Conv2d(4, 2, 2))
     assert descriptor_layers(as_performer(shrinking)) == ("0", "2")  # 16 px give 14x14 cells: the first pooling is idle
-
-
-def test_a_network_without_a_graph_is_read_by_its_modules() -> None:
-    performer = as_performer(Branching().eval())
-    index = feature_index(performer)
-    assert index == FeatureIndex(("conv", "relu"), (4, 4))
-    assert descriptor_layers(performer, DescriptorConfig(layers="activations")) == ("relu",)
-    assert image_descriptors(performer, torch.randn(2, 3, 16, 16), index)[0].shape == (2, 8)
 
 
 def test_layers_by_name_and_unknown_ones() -> None:

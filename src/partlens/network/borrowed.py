@@ -139,7 +139,7 @@ _HOLDERS: dict[int, tuple[int, int]] = {}
 
 
 @contextlib.contextmanager
-def _alone(module: nn.Module) -> Iterator[None]:
+def alone(module: nn.Module) -> Iterator[None]:
     """Have a network, its submodules and its tensors to oneself; a thread may come in again."""
     # Submodules and tensors, too: two networks that share a backbone or tied weights disturb each other's.
     held = [*module.modules(), *module.parameters(), *module.buffers()]
@@ -292,7 +292,7 @@ def borrowed(module: nn.Module, *, copy_weights: bool = True) -> Iterator[nn.Mod
         True
     """
     inner = unwrapped(module)
-    with _alone(inner), random_state_kept():
+    with alone(inner), random_state_kept():
         snapshot = _Snapshot(inner, copy_weights=copy_weights)
         lost: list[str] = []
         try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from partlens.errors import LayerError, expected, first_line
+from partlens.network.borrowed import alone
 from partlens.network.layout import Layout
 from partlens.network.outputs import entries_of
 from partlens.network.watched import reached, read_entry, tensors_in
@@ -112,8 +113,8 @@ class Upper(nn.Module):
         self.eval()
 
     def forward(self, given: Tensor) -> tuple[Any, ...]:
-        """Return the targets' own values, with ``given`` in the place of the source's output."""
-        with self._skipping(given):
+        """Return the targets' own values, with ``given`` in the place of the source's output; one thread at a time."""
+        with alone(self.network), self._skipping(given):
             found = self._run(self.blank.to(given).expand(len(given), -1, -1, -1), given)
         return tuple(found[place] for place in self.targets)
 
