@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -101,6 +102,30 @@ def tiny() -> Performer:
 def tiny_once() -> Performer:
     """The tiny performer of fixtures that live as long as the session."""
     return tiny_performer()
+
+
+def everything_of(module: nn.Module, *, python: bool = True) -> dict[str, object]:
+    """What a function that borrows a network must hand back, found independently of the library.
+
+    Without Python's random state where the shape checks of the tests draw from it.
+    """
+    found: dict[str, object] = {"weights": weights_sha256(module)}
+    for name, p in module.named_parameters():
+        grad = None if p.grad is None else (id(p.grad), float(p.grad.sum()), float(p.grad.norm()))
+        found["p " + name] = (id(p), p.data_ptr(), p.requires_grad, grad, p._backward_hooks)  # noqa: SLF001
+    for name, buffer in module.named_buffers():
+        found["b " + name] = (id(buffer), buffer.data_ptr())
+    for name, child in module.named_modules():
+        hooks = [list(v.items()) for k, v in sorted(child.__dict__.items()) if "hooks" in k]
+        found["m " + name] = (id(child), child.training, getattr(child, "inplace", None), hooks, sorted(child.__dict__))
+    found["random"] = (torch.get_rng_state().tolist(), str(np.random.get_state()))  # noqa: NPY002
+    return found | ({"python": random.getstate()} if python else {})
+
+
+@pytest.fixture
+def state() -> Callable[..., dict[str, object]]:
+    """Gives `everything_of` a network."""
+    return everything_of
 
 
 @pytest.fixture

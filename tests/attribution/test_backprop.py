@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +17,7 @@ from partlens.attribution.backprop import backward_signals, guided_backprop, hea
 from partlens.attribution.rules import rewritten
 from partlens.attribution.strides import strided_gradient
 from partlens.errors import InputError, InputTypeError, LayerError
-from partlens.network.performer import Performer, weights_sha256
+from partlens.network.performer import Performer
 from partlens_papers.flowers.lattice import lattice_energy_frac, lattice_index
 
 
@@ -493,25 +492,12 @@ def unsettled() -> nn.Module:
     return network
 
 
-def state(module: nn.Module) -> dict[str, object]:
-    found: dict[str, object] = {"hash": weights_sha256(module)}
-    for name, p in module.named_parameters():
-        grad = p.grad
-        found["p " + name] = (id(p), p.data_ptr(), p._version, p.requires_grad, id(grad), p._backward_hooks)
-        found["g " + name] = grad.tolist() if grad is not None else None
-    for name, child in module.named_modules():
-        hooks = [list(v.items()) for k, v in sorted(child.__dict__.items()) if "hooks" in k]
-        found["m " + name] = (id(child), child.training, getattr(child, "inplace", None), hooks, sorted(child.__dict__))
-    found["random"] = (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate())  # noqa: NPY002
-    return found
-
-
 class _Stop(RuntimeError):
     pass
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_nothing_is_left_behind() -> None:
+def test_nothing_is_left_behind(state) -> None:
     network, x = unsettled(), images()
     kept, before = x.clone(), state(network)
     for use in (
@@ -537,7 +523,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_nothing_is_left_behind_after_an_exception() -> None:
+def test_nothing_is_left_behind_after_an_exception(state) -> None:
     network, x = unsettled(), images()
 
     def fail(*_: object) -> None:

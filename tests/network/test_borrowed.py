@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -115,22 +114,6 @@ def test_only_readable_networks() -> None:
     assert unwrapped(nn.DataParallel(nn.DataParallel(module))) is module
     with pytest.raises(InputTypeError, match=r"a torch\.nn\.Module, got int"):
         unwrapped(3)  # type: ignore[arg-type]
-
-
-def test_several_threads_at_once() -> None:
-    module = network()
-    image = torch.rand(4, 3, 8, 8)
-    wanted = forward_taps(module, image, ["0", "2"])[1]
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    random_state = torch.get_rng_state()
-    with ThreadPoolExecutor(4) as pool:
-        for _, found in pool.map(lambda _: forward_taps(module, image, ["0", "2"]), range(40)):
-            assert torch.equal(found["0"], wanted["0"])
-            assert torch.equal(found["2"], wanted["2"])
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert all(child.training for child in module.modules())
-    assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
-    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def _compiled_part() -> nn.Module:

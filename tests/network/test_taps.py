@@ -11,7 +11,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from partlens.errors import InputError, InputTypeError, LayerError
 from partlens.network.borrowed import borrowed
 from partlens.network.layers import found_layouts
-from partlens.network.performer import Performer, weights_sha256
+from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import forward_taps, read_taps
 
@@ -29,13 +29,6 @@ NETWORKS = {
     "mobilenet_v3_small": "features.8",
     "densenet121": "features.transition2",
 }
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-)
 
 
 def unsettle(module: nn.Module) -> None:
@@ -49,37 +42,8 @@ def unsettle(module: nn.Module) -> None:
     next(iter(module.children())).register_forward_hook(lambda *_: None)
 
 
-def state(module: nn.Module) -> dict[str, object]:
-    """Everything that must not change, written independently of the library."""
-    found: dict[str, object] = {"hash": weights_sha256(module)}
-    for name, parameter in module.named_parameters():
-        gradient = parameter.grad
-        found["p " + name] = (
-            id(parameter),
-            parameter.data_ptr(),
-            parameter.requires_grad,
-            id(gradient) if gradient is not None else None,
-            gradient.clone().sum().item() if gradient is not None else None,
-        )
-    for name, buffer in module.named_buffers():
-        found["b " + name] = (id(buffer), buffer.data_ptr())
-    for name, child in module.named_modules():
-        hooks = [list(getattr(child, hook).items()) for hook in HOOKS]
-        found["m " + name] = (
-            id(child),
-            child.training,
-            getattr(child, "inplace", None),
-            hooks,
-            sorted(child.__dict__),
-        )
-    found["torch"] = torch.get_rng_state().tolist()
-    found["numpy"] = str(np.random.get_state())  # noqa: NPY002
-    found["python"] = random.getstate()
-    return found
-
-
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_public_function_leaves_no_trace(network, name: str) -> None:
+def test_every_public_function_leaves_no_trace(network, state, name: str) -> None:
     module, tap, image = network(name), NETWORKS[name], torch.rand(2, 3, 96, 96)
     unsettle(module)
     before = state(module)
@@ -105,7 +69,7 @@ def test_every_public_function_leaves_no_trace(network, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_borrowed_undoes_whatever_happens_inside(network, name: str) -> None:
+def test_borrowed_undoes_whatever_happens_inside(network, state, name: str) -> None:
     module = network(name)
     unsettle(module)
     before = state(module)
@@ -271,7 +235,7 @@ def test_wrong_batches() -> None:
         forward_taps(module, [1], ["0"])
 
 
-def test_outputs_can_be_reduced_while_they_are_there() -> None:
+def test_outputs_can_be_reduced_while_they_are_there(state) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
     image = torch.randn(3, 3, 9, 9)
     before = state(module)

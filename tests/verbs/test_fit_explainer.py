@@ -50,44 +50,23 @@ SMALL: dict[str, Any] = {
 RED = "petal-red"
 
 
-def snapshot(module: nn.Module) -> dict[str, Any]:
-    return {
-        "weights": {k: v.clone() for k, v in module.state_dict().items()},
-        "flags": [(p.requires_grad, p.grad) for p in module.parameters()],
-        "modes": [m.training for m in module.modules()],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in module.modules()],
-        # Without Python's own generator: the shape checks that run in the tests draw from it.
-        "random": (torch.get_rng_state(), np.random.get_state()[1].copy()),  # noqa: NPY002
-    }
-
-
-def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
-    for name, value in first["weights"].items():
-        assert torch.equal(value, second["weights"][name]), name
-    assert first["flags"] == second["flags"]
-    assert first["modes"] == second["modes"]
-    assert first["hooks"] == second["hooks"]
-    assert torch.equal(first["random"][0], second["random"][0])
-    assert (first["random"][1] == second["random"][1]).all()
-
-
 def test_the_performer_is_untouched_by_every_verb_and_watched_once(
-    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: Any
 ) -> None:
     watched: list[nn.Module] = []
     monkeypatch.setattr("partlens.network.layers.watch", lambda module, _: watched.append(module) or watch(module, _))
     tiny.module.train()
     next(iter(tiny.module.parameters())).requires_grad_(requires_grad=False)
-    before = snapshot(tiny.module)
+    before = state(tiny.module, python=False)
     fit_explainer(tiny, few_flowers, out=tmp_path / "a", category=RED, config=SMALL, seeds=1)
-    assert_same(before, snapshot(tiny.module))
+    assert state(tiny.module, python=False) == before
     evaluate(tmp_path / "a", few_flowers, model=tiny, rounds=5)
     assert watched == [tiny.module]
     layers(tiny)
-    assert_same(before, snapshot(tiny.module))
+    assert state(tiny.module, python=False) == before
     with pytest.raises(ValueError, match="a layer"):
         fit_explainer(tiny, few_flowers, out=tmp_path / "b", category=RED, tap="relu9", config=SMALL)
-    assert_same(before, snapshot(tiny.module))
+    assert state(tiny.module, python=False) == before
 
 
 def test_a_finished_run_is_returned_and_another_configuration_refused(

@@ -203,20 +203,14 @@ def test_a_selection_with_the_explainer_gives_both(
     assert read_json(folder / "explanation.json")["parts"] == []  # its classes are no outputs of the tiny network
 
 
-def test_the_performer_is_handed_back_as_it_was(run: Path, tiny: Performer, few_flowers: ImageSet) -> None:
-    before = {name: value.clone() for name, value in tiny.module.state_dict().items()}
+def test_the_performer_is_handed_back_as_it_was(run: Path, tiny: Performer, few_flowers: ImageSet, state: Any) -> None:
     tiny.module.train()
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    before = state(tiny.module, python=False)
     partlens.parts(run, few_flowers, model=tiny, config=QUICK)
     partlens.explain(run, few_flowers.take([0]), model=tiny)
     with pytest.raises(InputError):
         partlens.parts(run, few_flowers, model=tiny, config={"rule": "hand"})
-    assert tiny.module.training
-    assert torch.equal(state, torch.get_rng_state())
-    assert (numpy_state == np.random.get_state()[1]).all()  # noqa: NPY002
-    assert all(torch.equal(before[name], value) for name, value in tiny.module.state_dict().items())
-    assert all(p.grad is None and p.requires_grad for p in tiny.module.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny.module.modules())
+    assert state(tiny.module, python=False) == before
 
 
 def test_the_same_seed_finds_the_same_parts(
