@@ -93,10 +93,6 @@ def test_the_refusal_names_what_differs(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"another rows \(rows: 10 instead of 12\)"):
         fill(tmp_path, rows=12)
     assert (tmp_path / "rows.json").read_bytes() == before
-    with row_store(tmp_path, {"network": "xyz"}, 1, resume=False) as store:
-        assert store.done == 0
-        store.append({"id": np.array([7])})
-    assert np.load(tmp_path / "id.npy").tolist() == [7]
 
 
 def test_wrong_rows_are_refused_and_leave_the_store_whole(tmp_path: Path) -> None:

@@ -171,13 +171,14 @@ def percentile_interval(draws: Sequence[float], level: float = 0.95) -> tuple[fl
     return low, high
 
 
-def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's score interval of a share of ``n`` things.
+def wilson_interval(share: float, n: float) -> tuple[float, float]:
+    """Return Wilson's score interval (95 %) of a share of ``n`` things.
 
     Example:
         >>> [round(end, 3) for end in wilson_interval(0.75, 4)]
         [0.301, 0.954]
     """
+    z = 1.96
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)

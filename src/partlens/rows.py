@@ -194,15 +194,6 @@ class RowStore:
             for each in self._arrays.values():
                 each.create()
 
-    def _take_up(self, resume: bool) -> None:
-        """Go on with the rows of the folder, or delete them."""
-        folder = cast("Path", self._folder)
-        if resume:
-            self._resume(RowRecord.read(folder))
-            return
-        for path in (folder / RowRecord.FILE, *folder.glob("*.npy"), *folder.glob(_STATE.format("*"))):
-            path.unlink()
-
     def _resume(self, found: RowRecord) -> None:
         wanted = self._identity | {"rows": self.rows}
         got = found.identity | {"rows": found.rows}
@@ -272,9 +263,7 @@ def _written(folder: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def row_store(
-    folder: Path | None, identity: Mapping[str, Any], rows: int, *, resume: bool = True
-) -> Iterator[RowStore]:
+def row_store(folder: Path | None, identity: Mapping[str, Any], rows: int) -> Iterator[RowStore]:
     """Open the rows of a folder to fill or to finish them; this process is their only writer meanwhile.
 
     Rows are complete once they are on the disk, every quarter of a minute and at the end of the block, also after an
@@ -284,7 +273,6 @@ def row_store(
         folder: of this store alone, made when missing; ``None`` keeps the rows in memory.
         identity: everything that the rows depend on, as plain values by name.
         rows: how many there will be.
-        resume: go on with the rows found in ``folder``; ``False`` starts again.
 
     Raises:
         AtWorkError: another process writes there.
@@ -303,7 +291,7 @@ def row_store(
     with contextlib.nullcontext() if folder is None else sole_writer(folder, "rows"):
         try:
             if folder is not None and (folder / RowRecord.FILE).exists():
-                store._take_up(resume)  # noqa: SLF001
+                store._resume(RowRecord.read(folder))  # noqa: SLF001
             yield store
         finally:
             try:

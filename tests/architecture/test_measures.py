@@ -35,12 +35,12 @@ WANTED = {
 # What is not as wanted: the number reached, which no change may worsen. The wanted ones are those of the house before
 # networks of any layout, inspections and sealed files came into it. Delete a line when its bound is met.
 REACHED: dict[str, float] = {
-    "lines": 29_553,
+    "lines": 29_541,
     "files": 126,
-    "mean_complexity": 3.761,
+    "mean_complexity": 3.75,
     "record_classes": 215,
     "record_fields": 1_113,
-    "public_names": 609,
+    "public_names": 604,
     "comment_share": 0.0091,
 }
 

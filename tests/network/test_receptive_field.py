@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from partlens.errors import InputError
+from partlens.network.borrowed import like_weights
 from partlens.network.receptive_field import ReceptiveField, cell_centre_px, grid_of, receptive_fields, widened
 from partlens.network.watched import three_images, watch
 
 
 def field_at(module: nn.Module, tap: str, size: tuple[int, int], channels: int = 3) -> ReceptiveField | None:
     """What cells of a layer, or of the output, see; ``None`` where that is not known."""
-    like = next((p.detach() for p in module.parameters()), torch.zeros(()))
     with torch.no_grad():
-        calls, record = watch(module.eval(), three_images(channels, size, like))
+        calls, record = watch(module.eval(), like_weights(module, three_images(channels, size)))
     (last,) = record.last
     maker = {call.name: call.maker for call in calls}.get(tap, last)
     return receptive_fields(record, size).get(maker)

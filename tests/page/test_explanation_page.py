@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from partlens.errors import InputError, RunError
+from partlens.errors import RunError
 from partlens.page.explanation_page import write_explanation_page
 from partlens.page.page import collect_page, render_page, write_report
 
@@ -245,14 +245,11 @@ def test_an_explainer_with_an_explained_image_only(tmp_path):
 # --- folders that cannot be shown -------------------------------------------------------------------------------------
 
 
-def test_folders_that_are_none(tmp_path, folder):
+def test_folders_that_are_none(tmp_path):
     with pytest.raises(RunError, match=r"^Expected the folder of an explanation, got .*nowhere\. Give a folder"):
         write_explanation_page(tmp_path / "nowhere")
     with pytest.raises(RunError, match=r"Expected a file .*explanation\.json, got nothing there\."):
         write_explanation_page(tmp_path)
-    with pytest.raises(InputError, match="Expected a file name for the page"):
-        write_explanation_page(folder, tmp_path)
-    assert write_explanation_page(folder, tmp_path / "deep" / "x.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from partlens.errors import (
     expected,
     first_line,
 )
-from partlens.network.borrowed import borrowed, in_this_thread
+from partlens.network.borrowed import borrowed, in_this_thread, like_weights
 from partlens.network.layout import Layout
 from partlens.network.outputs import class_scores
 from partlens.network.performer import Performer, module_of
@@ -81,12 +81,6 @@ def _ran(network: nn.Module, images: Tensor) -> Any:
             remedy = "Put the channels first, as images.permute(0, 3, 1, 2) does"
         rule = f"images that {type(network).__name__} takes"
         raise InputError(expected(rule, f"shape {shape} ({first_line(error)})", remedy)) from error
-
-
-def like_weights(module: nn.Module, images: Tensor) -> Tensor:
-    """Return images in the type and on the device of a network's weights."""
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    return images if weight is None else images.to(device=weight.device, dtype=weight.dtype)
 
 
 @contextlib.contextmanager
@@ -238,23 +232,37 @@ def backward_signals(
         (1, 1, 3, 8, 8)
     """
     module = module_of(model)
-    strides = _treated(fix_strides)
     ready = _checked(module, images)
     if not starts or not any(starts):
         raise InputError(expected("at least one round with a layer", "none", "Give a mapping from layer to weights"))
     layers = tap_layouts(model, ready, list(dict.fromkeys(name for each in starts for name in each)))
-    with (
-        torch.inference_mode(mode=False),
-        borrowed(module, copy_weights=False) as network,
-        _recorded(network, ready, layers) as (leaf, found),
-    ):
+
+    def rounds(found: Mapping[str, Tensor]) -> list[_Round]:
         maps = {name: _maps(name, output) for name, output in found.items()}
-        rounds = [_round(each, maps, len(ready)) for each in starts]
-        with rewritten(list(found.values()), rule, strides, pooling) as note, _denormals_flushed():
-            signals = _run(leaf, rounds)
+        return [_round(each, maps, len(ready)) for each in starts]
+
+    signals, note = _sent_back(module, ready, layers, rounds, (rule, _treated(fix_strides), pooling))
     if note:
         (tell or _warn)(note)
     return signals
+
+
+def _sent_back(
+    module: nn.Module,
+    images: Tensor,
+    layers: Mapping[str, Layout],
+    rounds_of: Callable[[Mapping[str, Tensor]], Sequence[_Round]],
+    how: tuple[Rule, Strides | None, Pooling],
+) -> tuple[Tensor, str]:
+    """Run the network once and send back what starts at its layers; return the signals and what to know of them."""
+    with (
+        torch.inference_mode(mode=False),
+        borrowed(module, copy_weights=False) as network,
+        _recorded(network, images, layers) as (leaf, found),
+    ):
+        rounds = rounds_of(found)
+        with rewritten(list(found.values()), *how) as note, _denormals_flushed():
+            return _run(leaf, rounds), note
 
 
 def _warn(note: str) -> None:
@@ -358,24 +366,19 @@ def guided_backprop(
         (2, 2, 3, 8, 8)
     """
     module = module_of(model)
-    strides = _treated(fix_strides)
     ready = _checked(module, images)
     wanted = _wanted(layer, filters, target, len(ready))
     layers = {} if layer is None else tap_layouts(model, ready, [layer])
-    with (
-        torch.inference_mode(mode=False),
-        borrowed(module, copy_weights=False) as network,
-        _recorded(network, ready, layers) as (leaf, found),
-    ):
+
+    def rounds(found: Mapping[str, Tensor]) -> list[_Round]:
         if layer is None:
-            origin = found[""]
-            starts = [torch.zeros_like(origin).scatter(1, _targets(origin, wanted)[:, None], 1.0)]
-        else:
-            origin, several = _maps(layer, found[layer]), _listed(wanted)
-            _check_filters(layer, several, origin.shape[1])
-            starts = [_started(origin, k, start) for k in several]
-        with rewritten([origin], rule, strides, pooling) as note, _denormals_flushed():
-            signals = _run(leaf, [[(origin, signal)] for signal in starts])
+            scores = found[""]
+            return [[(scores, torch.zeros_like(scores).scatter(1, _targets(scores, wanted)[:, None], 1.0))]]
+        maps, several = _maps(layer, found[layer]), _listed(wanted)
+        _check_filters(layer, several, maps.shape[1])
+        return [[(maps, _started(maps, k, start))] for k in several]
+
+    signals, note = _sent_back(module, ready, layers, rounds, (rule, _treated(fix_strides), pooling))
     if note:
         _warn(note)
     return signals.transpose(0, 1) if layer is not None and isinstance(wanted, list) else signals[0]

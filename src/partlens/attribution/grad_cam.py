@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from partlens.attribution.backprop import like_weights
 from partlens.attribution.receptive_pictures import pixels_of_half
 from partlens.errors import InputError, LayerError, expected
 from partlens.explainer.network import Explainer
-from partlens.network.borrowed import borrowed
+from partlens.network.borrowed import borrowed, like_weights
 from partlens.network.layout import Layout
 from partlens.network.outputs import class_scores
 from partlens.network.performer import Performer, module_of

@@ -135,7 +135,7 @@ def centroid_cells(
 
 
 def mask_around(
-    maps: Float[Tensor, "image filter row col"], places: Float[Tensor, "image filter 2"], *, beta: float = BETA
+    maps: Float[Tensor, "image filter row col"], places: Float[Tensor, "image filter 2"]
 ) -> Float[Tensor, "image filter row col"]:
     """Keep each map's neighbourhood of a place that need not be a cell: ``x * max(1 - beta |mu - [i, j]|_1 / L, 0)``.
 
@@ -145,7 +145,7 @@ def mask_around(
     by_row = (torch.arange(rows).to(places) - places.detach()[..., 0, None]).abs()
     by_col = (torch.arange(cols).to(places) - places.detach()[..., 1, None]).abs()
     distance = by_row[..., :, None] + by_col[..., None, :]
-    return maps * (1 - beta * distance / math.sqrt(rows * cols)).clamp(min=0).to(maps.dtype)
+    return maps * (1 - BETA * distance / math.sqrt(rows * cols)).clamp(min=0).to(maps.dtype)
 
 
 def mask_at_peak(

@@ -159,6 +159,12 @@ def alone(module: nn.Module) -> Iterator[None]:
             _FREE.notify_all()
 
 
+def like_weights(module: nn.Module, images: Tensor) -> Tensor:
+    """Return images in the type and on the device of a network's weights."""
+    weight = next(filter(torch.is_floating_point, module.parameters()), None)
+    return images if weight is None else images.to(device=weight.device, dtype=weight.dtype)
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether a module has hooks of its own in its forward pass."""
     return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001

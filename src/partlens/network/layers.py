@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from partlens.errors import LayerError, expected, listed
-from partlens.network.borrowed import borrowed, hooked
+from partlens.network.borrowed import borrowed, hooked, like_weights
 from partlens.network.layout import Layout, layouts_of
 from partlens.network.receptive_field import ReceptiveField, receptive_fields
 from partlens.network.watched import Call, Operation, Record, refused_size, three_images, watch
@@ -319,10 +319,9 @@ class Layers:
 @contextlib.contextmanager
 def _watched(module: nn.Module, channels: int, size: tuple[int, int]) -> Iterator[tuple[list[Call], Record]]:
     """Watch one pass of a network (`partlens.network.watched`)."""
-    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
     with torch.no_grad(), borrowed(module, copy_weights=False) as network:
         with refused_size(network, channels, size):
-            watched = watch(network, three_images(channels, size, weight))
+            watched = watch(network, like_weights(network, three_images(channels, size)))
         yield watched
 
 

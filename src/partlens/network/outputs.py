@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from partlens.errors import LayerError, expected, first_line, listed
-from partlens.network.borrowed import borrowed
+from partlens.network.borrowed import borrowed, like_weights
 
 Kind = Literal["logits", "softmax", "log-softmax", "sigmoid", "log-sigmoid"]
 
@@ -234,8 +234,7 @@ def outputs_of(module: nn.Module, example: Float[Tensor, "image channel row col"
     Raises:
         LayerError: it does not take the images, or its answer has no scores, or more than one tensor that could be.
     """
-    weight = next(filter(torch.is_floating_point, module.parameters()), None)
-    ready = example if weight is None else example.to(device=weight.device, dtype=weight.dtype)
+    ready = like_weights(module, example)
     with torch.inference_mode(mode=False), borrowed(module, copy_weights=False) as network, torch.enable_grad():
         one, several = (
             class_scores(_answer(network, part.detach().clone().requires_grad_().clone(), name), len(part))

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from partlens.errors import InputError, InputTypeError, LayerError, expected, nearest
-from partlens.network.borrowed import borrowed, hooked, unwrapped
+from partlens.network.borrowed import borrowed, hooked, like_weights, unwrapped
 from partlens.network.classes import Match, match
 from partlens.network.layers import Found, LayerInfo, Layers
 from partlens.network.layout import BATCH_UNKNOWN, WHOLE, Layout, own_name, tap_layout
@@ -242,8 +242,7 @@ class Performer:
         source, *places = (None if name == OUTPUT else place_of(module, name) for name in names)
         assert source is not None
         own = [None if place is None else (place.path, place.call) for place in places]
-        weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
-        images = three_images(self.preprocessing.channels, self.preprocessing.size_px, weight)
+        images = like_weights(module, three_images(self.preprocessing.channels, self.preprocessing.size_px))
         with borrowed(module, copy_weights=False) as network:
             loops = {place_of(module, name).path: self.layout(name).loop for name in {*names} - {OUTPUT}}
             made = Upper(network, (source.path, source.call), own, images[:2], loops)

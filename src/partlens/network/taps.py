@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from partlens.errors import InputError, InputTypeError, LayerError, expected
-from partlens.network.borrowed import borrowed, in_this_thread, unwrapped
+from partlens.network.borrowed import borrowed, in_this_thread, like_weights, unwrapped
 from partlens.network.layers import found_layouts
 from partlens.network.layout import WHOLE, Layout, tap_layout
 from partlens.network.outputs import entries_of
@@ -270,8 +270,7 @@ def forward_taps(
     if batch.ndim != 4:
         rule = "a batch with axes image, channel, row, col"
         raise InputError(expected(rule, f"shape {tuple(batch.shape)}", "Add the missing axis"))
-    weight = next(filter(torch.is_floating_point, module.parameters()), None)
-    ready = batch.to(device=weight.device, dtype=weight.dtype) if weight is not None else batch
+    ready = like_weights(module, batch)
     layouts = tap_layouts(performer, ready, names)
     ready, computing = in_precision(getattr(performer, "precision", "float32"), ready)
     with borrowed(module, copy_weights=False) as network, torch.no_grad(), computing:

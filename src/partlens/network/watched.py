@@ -171,14 +171,14 @@ def changed_place(size: tuple[int, int]) -> tuple[slice, slice]:
     return slice(rows // 8, max(3 * rows // 8, 1)), slice(5 * cols // 8, max(7 * cols // 8, 1))
 
 
-def three_images(channels: int, size: tuple[int, int], like: Tensor) -> Tensor:
-    """Return the images of a watched pass, in the type and on the device of a tensor."""
+def three_images(channels: int, size: tuple[int, int]) -> Tensor:
+    """Return the images of a watched pass."""
     draws = torch.Generator().manual_seed(0)
     first, other = torch.randn(2, channels, *size, generator=draws)
     place = (slice(None), *changed_place(size))
     third = first.clone()
     third[place] = other[place]
-    return torch.stack([first, other, third]).to(device=like.device, dtype=like.dtype)
+    return torch.stack([first, other, third])
 
 
 def _tokens_facts(output: Tensor) -> tuple[tuple[bool, ...], tuple[int, ...]]:

@@ -123,12 +123,9 @@ def place_vectors(cells: Float[Tensor, "image filter 2"]) -> Float[Tensor, "filt
 
 
 def filter_vectors(
-    cells: Float[Tensor, "image filter 2"],
-    features: Float[Tensor, "filter channel"],
-    *,
-    place_weight: float = 0.5,
+    cells: Float[Tensor, "image filter 2"], features: Float[Tensor, "filter channel"]
 ) -> Float[Tensor, "filter value"]:
-    """Return one vector per filter whose squared distance is ``2 w (1 - corr) + 2 (1 - w) (1 - cos)``.
+    """Return one vector per filter whose squared distance is ``(1 - corr) + (1 - cos)``.
 
     ``corr`` is the correlation of the peaks' movements (:func:`place_vectors`), ``cos`` the cosine of the features at
     the peaks, less their mean over the filters: features after a ReLU all point one way, only what differs tells
@@ -136,7 +133,7 @@ def filter_vectors(
     """
     place = place_vectors(cells)
     content = _unit((features - features.mean(0)).double())
-    return torch.cat([math.sqrt(place_weight) * place, math.sqrt(1 - place_weight) * content], 1)
+    return math.sqrt(0.5) * torch.cat([place, content], 1)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from partlens.attribution.record import Contribution, ExplainedByParts, ExplanationRecord
-from partlens.errors import InputError, RunError, expected
+from partlens.errors import RunError, expected
 from partlens.page import figures
 from partlens.page.views import Chapter, Embedded, Pictures, environment, pairs
 from partlens.records import plain, write_text
@@ -114,28 +114,25 @@ def _folders(run: Path) -> tuple[list[Path], tuple[str, ...]]:
     return whole, tuple(path.name for path in found if path not in whole)
 
 
-def write_explanation_page(folder: Path, out: Path | None = None) -> Path:
-    """Write the page of one explained image, by default ``explanation.html`` in its folder; return the file.
+def write_explanation_page(folder: Path) -> Path:
+    """Write the page of one explained image, ``explanation.html`` in its folder; return the file.
 
     It is one file that loads nothing, written whole or not at all. Inside a run's ``explanations/`` the averages of the
     run's ``pictures/`` are shown too.
 
     Raises:
         RunError: the folder is missing, or ``explanation.json`` or a picture is missing, damaged or of another version.
-        InputError: ``out`` is a folder.
         StorageError: the file could not be written.
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
         remedy = "Give a folder that partlens explain wrote"
         raise RunError(expected("the folder of an explanation", folder.as_posix(), remedy))
-    target = folder / "explanation.html" if out is None else Path(out)
-    if target.is_dir():
-        raise InputError(expected("a file name for the page", target.as_posix(), "Give a path that ends in .html"))
     within = folder.parent.name == "explanations" and (folder.parent.parent / "selection.json").is_file()
     pictures = Pictures(folder.parent.parent if within else folder, ExplanationRecord.AGAIN, _PAGE_BYTES)
     data = _read(folder, pictures, alone=not within)
     method = pairs(plain(data.record.method)) if data.record.method else []
     template = environment().get_template("explanation_page.html.j2")
+    target = folder / "explanation.html"
     write_text(target, template.render(view=data, method=method, figure_css=figures.FIGURE_CSS))
     return target
