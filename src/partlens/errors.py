@@ -10,11 +10,13 @@ This module imports nothing of the package and no tensor library.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
@@ -145,6 +147,29 @@ def checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
         return function(*args, **kwargs)
 
     return at_the_door
+
+
+@contextlib.contextmanager
+def usual_modes() -> Iterator[None]:
+    """Leave the modes of a caller: without gradients, autocast, another default device, NumPy's warnings as errors."""
+    import numpy as np
+
+    with contextlib.ExitStack() as modes:
+        modes.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+        if "torch" in sys.modules:  # else nobody has set any of its modes
+            import torch
+
+            kind = str(torch.get_default_dtype())
+            if kind != "torch.float32":  # one for all threads, so not ours to change
+                remedy = "Call torch.set_default_dtype(torch.float32) first"
+                raise InputError(expected("torch.float32 as torch's default type", kind, remedy))
+            modes.enter_context(torch.inference_mode(mode=False))  # with gradients, too
+            for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                # What autocast has rounded is kept until the outermost one ends, whatever weights learn meanwhile.
+                modes.enter_context(torch.autocast(device, enabled=False, cache_enabled=False))
+            if torch.get_default_device().type != "cpu":
+                modes.enter_context(torch.device("cpu"))
+        yield
 
 
 def _check_kind(parameter: inspect.Parameter, value: object, names: dict[str, Any]) -> None:

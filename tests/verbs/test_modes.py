@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from partlens import guided_backprop, load_performer, mu_lasso
 from partlens.errors import InputError
 from partlens.verbs.runs import verb
 
@@ -39,6 +40,21 @@ def test_a_verb_leaves_the_modes_of_its_caller_and_hands_them_back(mode: str) ->
         except FloatingPointError:
             assert mode.startswith("NumPy")
     assert computed() == usual
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_no_verb_computes_the_same_in_the_modes_of_its_caller(mode: str) -> None:
+    pixels, labels = torch.rand(1, 3, 112, 112), torch.eye(2).repeat(6, 1)
+
+    def found() -> tuple[torch.Tensor, ...]:
+        performer = load_performer("partlens:flower-demo@random:0")
+        weight = next(performer.module.parameters())
+        return weight, guided_backprop(performer, pixels, 0), mu_lasso(labels + 0.1, labels, 1.0).weights
+
+    usual = found()
+    with MODES[mode]():
+        there = found()
+    assert all(torch.equal(one, other) and not other.is_inference() for one, other in zip(usual, there, strict=True))
 
 
 def test_weights_that_learn_in_autocast_are_not_those_that_the_callers_autocast_keeps() -> None:

@@ -28,6 +28,7 @@ from partlens.errors import (
     checked,
     expected,
     first_line,
+    usual_modes,
 )
 from partlens.network.borrowed import borrowed, in_this_thread, like_weights
 from partlens.network.layout import Layout
@@ -307,6 +308,7 @@ def _started(maps: Tensor, chosen: int, start: Start) -> Tensor:
     return signal
 
 
+@usual_modes()
 @checked
 def guided_backprop(
     model: nn.Module | Performer,

@@ -40,6 +40,7 @@ from partlens.errors import (
     first_line,
     nearest,
     printable,
+    usual_modes,
 )
 from partlens.network.borrowed import unwrapped
 from partlens.network.fitting import FLOWER_DEMO, flower_network, flower_preprocessing
@@ -355,6 +356,7 @@ def _with_weights(module: nn.Module, weights: str | None, preprocessing: Preproc
     return _performer(module, Preprocessing.from_metadata(metadata) or preprocessing, names)
 
 
+@usual_modes()
 @checked
 def load_performer(
     model: str | nn.Module | Performer,

@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from partlens.errors import InputError, PartlensError, checked, expected, listed
+from partlens.errors import InputError, PartlensError, checked, expected, listed, usual_modes
 from partlens.selection.inner_products import (
     GRAM_BYTES,
     Array,
@@ -153,6 +153,7 @@ def _settled(solution: LassoSolution, tolerance: float, on_failure: str) -> Lass
     )
 
 
+@usual_modes()
 @checked
 def mu_lasso(
     responses: Array,

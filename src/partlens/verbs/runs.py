@@ -6,16 +6,22 @@ import contextlib
 import functools
 import os
 import random
-import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-import numpy as np
-
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, RunError, WeightsError, checked, expected, listed, printable
+from partlens.errors import (
+    ImageError,
+    RunError,
+    WeightsError,
+    checked,
+    expected,
+    listed,
+    printable,
+    usual_modes,
+)
 from partlens.progress import Progress
 from partlens.run import DataInfo, PassPrecision, PerformerInfo, Run, RunRecord, Unreadable
 
@@ -46,7 +52,7 @@ def verb(function: Callable[_P, _T]) -> Callable[_P, _T]:
     def untouched(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         drawn, known, filters = random.getstate(), set(os.environ), list(warnings.filters)
         try:
-            with _usual_modes():
+            with usual_modes():
                 return inner(*args, **kwargs)
         finally:
             random.setstate(drawn)
@@ -57,27 +63,6 @@ def verb(function: Callable[_P, _T]) -> Callable[_P, _T]:
                 warnings._filters_mutated()  # type: ignore[attr-defined]  # noqa: SLF001
 
     return untouched
-
-
-@contextlib.contextmanager
-def _usual_modes() -> Iterator[None]:
-    """Leave the modes of a caller: without gradients, autocast, another default device, NumPy's warnings as errors."""
-    with contextlib.ExitStack() as modes:
-        modes.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
-        if "torch" in sys.modules:  # else nobody has set any of its modes
-            import torch
-
-            kind = str(torch.get_default_dtype())
-            if kind != "torch.float32":  # one for all threads, so not ours to change
-                remedy = "Call torch.set_default_dtype(torch.float32) first"
-                raise InputError(expected("torch.float32 as torch's default type", kind, remedy))
-            modes.enter_context(torch.inference_mode(mode=False))  # with gradients, too
-            for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
-                # What autocast has rounded is kept until the outermost one ends, whatever weights learn meanwhile.
-                modes.enter_context(torch.autocast(device, enabled=False, cache_enabled=False))
-            if torch.get_default_device().type != "cpu":
-                modes.enter_context(torch.device("cpu"))
-        yield
 
 
 def performer_info(performer: Performer, device: torch.device | None = None) -> PerformerInfo:
