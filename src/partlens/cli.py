@@ -28,6 +28,7 @@ _WORDS: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, 
 _PLAINER = str.maketrans(
     {"→": "->", "–": "-", "−": "-", "²": "2", "·": "*", "≥": ">=", "≤": "<=", "×": "x", "…": "..."}
 )
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as fields of settings have them
 _LISTS = ("list[", "Sequence[", "tuple[")
 _NO_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # how torch says it
 
@@ -158,12 +159,16 @@ def _prefix(settings: type) -> str:
 
 
 def _defaults(settings: Any, name: str) -> str:
-    """Say the default of a field, by preset where these differ."""
+    """Say the range of a field and its default, by preset where these differ."""
     presets = getattr(settings, "PRESETS", ("",))
     values = {preset: getattr(settings.preset(preset) if preset else settings(), name) for preset in presets}
     first = next(iter(values.values()))
     others = [f"{preset}: {value}" for preset, value in values.items() if value != first]
-    return f" (default: {'; '.join([str(first), *others])})"
+    limits = settings.model_fields[name].metadata
+    bounds = [
+        f"{words} {getattr(one, sign):g}; " for one in limits for sign, words in _BOUNDS.items() if hasattr(one, sign)
+    ]
+    return f" ({''.join(bounds)}default: {'; '.join([str(first), *others])})"
 
 
 def _add_settings(parser: Any, settings: Any) -> None:
