@@ -24,7 +24,7 @@ from torch import nn
 
 import partlens
 from partlens.data.images import ImageSet
-from partlens.errors import AtWorkError, InputError, LayerError, RunError
+from partlens.errors import AtWorkError, ImageError, InputError, LayerError, RunError
 from partlens.evaluation.results import PriceCurve, PricePoint
 from partlens.explainer.teachers import find_teachers
 from partlens.network.performer import Performer
@@ -210,6 +210,15 @@ def test_one_photo_none_and_corrupt_ones(tiny: Performer, tmp_path: Path) -> Non
     (folder / "train" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
     fitted = fit_explainer(tiny, folder, out=tmp_path / "run", config=SMALL, seeds=1)
     assert [photo.key for photo in fitted.record.data.unreadable] == ["train/broken.jpg"]
+
+
+def test_too_few_photos_to_find_parts_in_are_refused_before_maps_are_cached(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    few = few_flowers.take([*few_flowers.indices(RED, "train")[:3], *few_flowers.indices("petal-blue")])
+    with pytest.raises(ImageError, match=r"at least 4 photos of each category in .* to find parts in, got 3 petal-red"):
+        fit_explainer(tiny, few, out=tmp_path / "run", category=[RED, "petal-blue"], config=SMALL)
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_folders_are_not_run_directories(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:

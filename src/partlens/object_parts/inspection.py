@@ -13,6 +13,7 @@ from partlens.run import INSPECTION, Precision, RunRecord
 from partlens.selection.record import Bound
 
 TENSORS = "inspect.safetensors"
+LEAST_PHOTOS = 4  # of a category, to find its parts on
 
 Fill = Literal["auto", "zero", "mean"]
 VerdictName = Literal["parts", "texture", "elsewhere", "undecided"]
@@ -55,7 +56,7 @@ class InspectConfig(FindingConfig):
     """
 
     views: int = Field(3, ge=2)
-    photos: int = Field(200, ge=4)
+    photos: int = Field(200, ge=LEAST_PHOTOS)
     measured: int = Field(48, ge=1)
     background: int = Field(400, ge=0)
     fill: Fill = "auto"

@@ -11,21 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partlens.errors import InputError, RunError, expected, listed
+from partlens.errors import ImageError, InputError, RunError, expected, listed
 from partlens.explainer.config import ExplainerConfig, Preset
 from partlens.explainer.record import WEIGHTS, ExplainerRun, ExplainerStructure, Grid, History
-from partlens.object_parts.inspection import InspectRecord
+from partlens.object_parts.inspection import LEAST_PHOTOS, InspectRecord
 from partlens.progress import Progress
 from partlens.records import read_tensors
 from partlens.run import Run
 from partlens.shards import Compute
-from partlens.verbs.runs import (
-    data_info,
-    loaded,
-    open_performer,
-    performer_info,
-    verb,
-)
+from partlens.verbs.runs import data_info, labels_of, loaded, open_performer, performer_info, verb
 
 if TYPE_CHECKING:
     import torch
@@ -133,9 +127,7 @@ def fit_explainer(
         info = performer_info(performer, device)  # refuses a network without scores before a photo is read
         photos = Photos.chosen(data, category, background, settings.seed, show)
         structure, grid = _opened(performer, photos, tap, targets)
-        places, teacher, finding = _teaching(
-            performer, photos.categories, settings, places_of, _inspection(folder, inspection)
-        )
+        places, teacher, finding = _teaching(performer, photos, settings, places_of, _inspection(folder, inspection))
         asked = ExplainerRun.asked(
             info,
             data_info(photos.images, photos.unreadable, photos.images.fingerprint(), photos.categories),
@@ -204,7 +196,7 @@ def _inspection(out: Path, given: str | Path | None) -> Path | None:
 
 def _teaching(
     performer: Performer,
-    categories: tuple[str, ...],
+    photos: Photos,
     config: ExplainerConfig,
     places_of: PlaceSource | None,
     inspection: Path | None,
@@ -221,13 +213,18 @@ def _teaching(
     if places_of is not None:
         return f"{places_of.__module__}:{places_of.__qualname__}", places_of, ()
     if inspection is None:
+        counts = labels_of(photos.images, photos.categories, photos.own).bincount(minlength=len(photos.categories))
+        if (fewest := int(counts.min())) < LEAST_PHOTOS:
+            rule = f"at least {LEAST_PHOTOS} photos of each category in the split train to find parts in"
+            got = f"{fewest} {photos.categories[int(counts.argmin())]}".rstrip()
+            raise ImageError(expected(rule, got, "Add photos, or give an inspection's run (--inspection)"))
         return "found", found_places, finding_layers(performer)
     opened = load_inspection(inspection, performer)
-    if missing := [name for name in categories if name not in opened.finders]:
+    if missing := [name for name in photos.categories if name not in opened.finders]:
         rule = f"an inspection of {listed(missing)} in {inspection}"
         got = listed(sorted(opened.finders)) or "none"
         raise RunError(expected(rule, got, "Inspect these categories too, or give another run (--inspection)"))
-    finders = [opened.searched[name] for name in categories]
+    finders = [opened.searched[name] for name in photos.categories]
     name = f"inspection {opened.record.tensors_sha256[:12]}"
     return name, known_places(finders), opened.record.finding
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partlens.errors import ImageError, expected, listed
-from partlens.object_parts.inspection import TENSORS, CategoryFile, InspectConfig, InspectedCategory, InspectRecord
+from partlens.object_parts.inspection import (
+    LEAST_PHOTOS,
+    TENSORS,
+    CategoryFile,
+    InspectConfig,
+    InspectedCategory,
+    InspectRecord,
+)
 from partlens.page.page import PAGE, write_report
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
@@ -44,7 +51,6 @@ if TYPE_CHECKING:
 _CACHE = "cache-inspect"
 _RESPONSES = ("descriptor", "logits", "peak", "peak_cell")
 _TOP_PHOTOS = 50
-_LEAST_FOUND = 4
 _LEAST_MEASURED = 8
 _EXPLAINED = 2
 
@@ -171,8 +177,9 @@ def _chosen(images: ImageSet, category: str | Sequence[str] | None, split: str, 
     measured: list[int] = []
     for name in names:
         own, held = _rows(images, name, split, config)
-        if len(own) < _LEAST_FOUND:
-            notes.append(f"{name or 'the photos'} was not inspected: {len(own)} photos to find parts on, 4 are needed")
+        if len(own) < LEAST_PHOTOS:
+            few = f"{len(own)} photos to find parts on, {LEAST_PHOTOS} are needed"
+            notes.append(f"{name or 'the photos'} was not inspected: {few}")
             continue
         on = range(len(found), len(found) + len(own))
         held_out = len(held) >= _LEAST_MEASURED
@@ -182,7 +189,7 @@ def _chosen(images: ImageSet, category: str | Sequence[str] | None, split: str, 
         found += own
         measured += held if held_out else []
     if not made:
-        raise ImageError(expected(f"at least {_LEAST_FOUND} photos of a category", listed(notes), "Add photos"))
+        raise ImageError(expected(f"at least {LEAST_PHOTOS} photos of a category", listed(notes), "Add photos"))
     rest = [row for row, own in enumerate(images.categories) if names != [""] and own not in names]
     others = sampled(rest, config.background, config.seed)
     content_of = images.digests().__getitem__
