@@ -158,7 +158,8 @@ def test_the_help_of_a_field_says_its_range_and_its_default_in_each_preset(capsy
         main(["fit-explainer", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: centroid; paper: largest)" in text
-    assert "(at least 1; default: 4; paper: 2)" in text and "(above 0; default: 0.02; paper: 0.003)" in text
+    assert "(at least 1; default: 4; paper: 2)" in text
+    assert "(above 0; default: 0.02; paper: 0.003)" in text
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,19 @@ def test_a_refusal_names_the_setting_that_differs(tmp_path: Path) -> None:
         run.earlier(asked(count=3))
 
 
+def test_a_damaged_record_is_refused_with_what_helps_and_a_deleted_one_begun_again(tmp_path: Path) -> None:
+    run = Run(tmp_path / "fox")
+    with run.begun(asked()):
+        (run.folder / "made.bin").write_text("")
+    (run.folder / "run.json").write_text("{")
+    with pytest.raises(RunError, match=r"Expected JSON in .*run\.json, got .*\. Choose another --out or delete it\.$"):
+        run.earlier(asked())
+    (run.folder / "run.json").unlink()
+    with run.begun(asked()) as record:
+        assert record.status == "running"
+        assert not (run.folder / "made.bin").exists()
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [

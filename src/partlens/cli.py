@@ -28,7 +28,7 @@ _WORDS: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, 
 _PLAINER = str.maketrans(
     {"→": "->", "–": "-", "−": "-", "²": "2", "·": "*", "≥": ">=", "≤": "<=", "×": "x", "…": "..."}
 )
-_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as fields of settings have them
+_BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 _LISTS = ("list[", "Sequence[", "tuple[")
 _NO_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # how torch says it
 
@@ -164,10 +164,8 @@ def _defaults(settings: Any, name: str) -> str:
     values = {preset: getattr(settings.preset(preset) if preset else settings(), name) for preset in presets}
     first = next(iter(values.values()))
     others = [f"{preset}: {value}" for preset, value in values.items() if value != first]
-    limits = settings.model_fields[name].metadata
-    bounds = [
-        f"{words} {getattr(one, sign):g}; " for one in limits for sign, words in _BOUNDS.items() if hasattr(one, sign)
-    ]
+    known = settings.model_json_schema()["properties"][name]
+    bounds = [f"{words} {known[sign]:g}; " for sign, words in _BOUNDS.items() if sign in known]
     return f" ({''.join(bounds)}default: {'; '.join([str(first), *others])})"
 
 

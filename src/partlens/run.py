@@ -177,6 +177,12 @@ class RunRecord(Record):
         """Whether nothing is left to do."""
         return self.status == "finished"
 
+    @classmethod
+    def finished_in(cls, folder: Path) -> Self | None:
+        """Read the record in a folder; ``None`` where there is none, or one that is not finished."""
+        found = cls.read_if_there(folder)
+        return found if found is not None and found.finished else None
+
     def settings(self) -> dict[str, Any]:
         """Return everything that the result depends on, by name; nested names are joined by dots."""
         found = {
@@ -254,26 +260,33 @@ class Run:
                     raise RunError(expected(f"a folder at {path}", f"a link to {path.readlink()}", remedy))
             yield
 
+    def _sharing(self, asked: RunRecord) -> int:
+        """Return how many runs share the folder; 0 for a new one, or one whose record was deleted."""
+        out, records = self.folder, {EXPLAINER, SELECTION, INSPECTION}
+        if out.exists() and not out.is_dir():
+            raise RunError(expected(f"a folder at {out}", "a file", "Choose another --out"))
+        there = {path.name for path in out.glob("*") if not _is_temporary(path)}
+        if there and there.isdisjoint({*records, *asked.RESULTS[:1]}):
+            rule = f"a new or partlens folder at {out}"
+            raise RunError(expected(rule, "a folder with other files", "Choose another --out"))
+        return len(there & records)
+
     def earlier(self, asked: _R) -> _R | None:
         """Return the record of an earlier start of the same run, ``None`` where there is none.
 
         Raises:
-            RunError: the folder holds other files or a run of other settings; the text names what differs.
+            RunError: the folder holds other files, a damaged record or a run of other settings; the text names what
+                differs.
         """
-        out = self.folder
-        if out.exists() and not out.is_dir():
-            raise RunError(expected(f"a folder at {out}", "a file", "Choose another --out"))
-        if not out.exists() or all(map(_is_temporary, out.iterdir())):
-            return None
-        kinds = sum((out / name).exists() for name in (EXPLAINER, SELECTION, INSPECTION))
-        if not kinds:
-            rule = f"a new or partlens folder at {out}"
-            raise RunError(expected(rule, "a folder with other files", "Choose another --out"))
-        found = type(asked).read_if_there(out)
+        # An explainer, a selection and an inspection may share the folder: deleting it would lose the others.
+        which = f"{asked.FILE} in it" if self._sharing(asked) > 1 else "it"
+        remedy = f"Choose another --out or delete {which}"
+        try:
+            found = type(asked).read_if_there(self.folder)
+        except RunError as error:
+            raise RunError(f"{str(error).removesuffix(f'{asked.AGAIN}.')}{remedy}.") from error
         if found is not None and (differing := differences(found, asked)):
-            # An explainer, a selection and an inspection may share the folder: deleting it would lose the others.
-            which = f"{asked.FILE} in it" if kinds > 1 else "it"
-            raise RunError(f"{out} holds a run with {_few(differing)}. Choose another --out or delete {which}.")
+            raise RunError(f"{self.folder} holds a run with {_few(differing)}. {remedy}.")
         return found
 
     @contextlib.contextmanager

@@ -37,10 +37,10 @@ WANTED = {
 REACHED: dict[str, float] = {
     "lines": 29_541,
     "files": 126,
-    "mean_complexity": 3.75,
+    "mean_complexity": 3.758,
     "record_classes": 215,
     "record_fields": 1_113,
-    "public_names": 604,
+    "public_names": 605,
     "comment_share": 0.0091,
 }
 

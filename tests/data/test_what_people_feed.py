@@ -88,7 +88,7 @@ def test_a_folder_with_nothing_but_other_files_says_which(tmp_path):
         ImageSet.open(tmp_path)
 
 
-@pytest.mark.parametrize("record", ["run.json", "selection.json", "explanation.json"])
+@pytest.mark.parametrize("record", ["run.json", "selection.json", "inspect.json", "explanation.json"])
 def test_results_inside_the_data_are_no_category(tmp_path, record):
     photo(tmp_path / "cat/a.png")
     photo(tmp_path / "out/run1/pictures/x.png")

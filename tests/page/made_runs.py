@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from partlens.selection.record import SelectionRecord
+
 LAYERS = {"conv1": 20, "relu1": 20, "conv2": 50, "relu2": 50, "pool2": 50, "conv3": 200, "relu3": 200, "fc": 500}
 KINDS = ("petal", "stem", "leaf", "centre")
 COLOURS = ("red", "blue", "yellow")
@@ -134,6 +136,7 @@ def selection(run: Path, classes: int = 12, features: int = 5, *, pictures: bool
 
 def explanation(folder: Path, image: str, names: tuple[str, ...], seed: int = 0, size: int = 24) -> dict:
     """Return the content of ``explanation.json`` and draw its pictures; averages are those of conv3's filters 71 on."""
+    run = folder.parent.parent
     draw(folder / "input.png", size, size, seed)
     explained = []
     for k, name in enumerate(names):
@@ -144,7 +147,7 @@ def explanation(folder: Path, image: str, names: tuple[str, ...], seed: int = 0,
         for r, share in enumerate(shares):
             draw(folder / f"feature-{k + 1}-{r + 1}.png", size, size, seed + 10 * k + r)
             average = f"../../pictures/conv3-{71 + r}-average.png"
-            if (folder.parent.parent / "selection.json").exists():
+            if (run / "selection.json").exists():
                 draw(folder / average, size, size, r)
             contribution = round(share * (0.9 - 0.5 * k), 6)
             features.append(
@@ -180,7 +183,7 @@ def explanation(folder: Path, image: str, names: tuple[str, ...], seed: int = 0,
         "method": {"features": 3, "rule": "guided", "fix_strides": True, "pooling": "route"},
         "performer": "flower-net",
         "weights_sha256": "aa11",
-        "selection": "77aa01",
+        "selection": SelectionRecord.read(run).identity if (run / "selection.json").exists() else "77aa01",
         "input": "input.png",
         "answers": [
             {"name": name, "output": i, "probability": p}

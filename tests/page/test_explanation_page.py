@@ -225,6 +225,16 @@ def test_other_weights_are_announced(run, folder):
     assert "Other weights." in Page(render_page(collect_page(run))).text
 
 
+def test_an_image_of_an_earlier_selection_is_shown_without_its_filters_pictures(run, folder):
+    assert "An earlier selection." not in Page(render_page(collect_page(run))).text
+    path = run / "selection.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    MADE["write"](path, content | {"data": content["data"] | {"fingerprint": "others"}})
+    for picture in (run / "pictures").glob("conv3-7?-average.png"):
+        picture.unlink()
+    assert "An earlier selection." in Page(render_page(collect_page(run))).text
+
+
 def test_an_explainer_with_a_selection_that_was_only_begun(tmp_path):
     run = explainer_run(MADE["write_selection"](tmp_path / "run", classes=2, features=1))
     content = json.loads((run / "selection.json").read_text(encoding="utf-8"))

@@ -374,7 +374,9 @@ def test_a_picture_that_is_named_has_to_be_there(run, damage):
         content = json.loads((run / "selection.json").read_text(encoding="utf-8"))
         content["found"]["classes"][0]["filters"][0]["picture"]["average"] = "../elsewhere.png"
         MADE["write"](run / "selection.json", content)
-    with pytest.raises(RunError, match="Run partlens select-features again"):
+    with pytest.raises(
+        RunError, match="Restore it, or delete selection.json first. Run partlens select-features again"
+    ):
         collect_page(run)
 
 

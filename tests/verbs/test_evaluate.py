@@ -109,6 +109,11 @@ def test_photos_of_the_fit_are_known_under_other_names(tiny: Performer, few_flow
     for held in (strangers, photos):
         found = evaluate(run, held, model=tiny, gallery="none", rounds=5)
         assert not any("used in the fit" in text for text in found.warnings)
+    copied = [*pixels[: test[0]], pixels[train[0]], *pixels[test[0] + 1 :]]  # in the data of the fit itself
+    twice = ImageSet.from_arrays(copied, few_flowers.categories, few_flowers.splits)
+    run = fit_explainer(tiny, twice, out=tmp_path / "twice", category=RED, config=SMALL, seeds=1).path
+    warnings = evaluate(run, twice, model=tiny, gallery="none", rounds=5).warnings
+    assert f"1 of the {len(test)} photos were used in the fit: the scores flatter" in warnings
     (run / "photos.json").unlink()
     assert evaluate(run, others, model=tiny, gallery="none", rounds=5).data.photos == 7
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from torch import nn
 
 import partlens
 from partlens.attribution.record import ExplanationRecord
@@ -19,6 +22,7 @@ from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import Reduce
 from partlens.object_parts.inspection import InspectRecord
+from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import PassPrecision
 from partlens.verbs import inspected_category
@@ -123,6 +127,36 @@ def test_photos_of_the_page_are_explained_and_a_lost_page_is_made_again(
         assert "No prediction explained yet" not in (made / "report.html").read_text()
 
 
+def test_a_network_without_gradients_has_its_page_and_is_told_why_no_photo_is_explained(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    class Blind(nn.Sequential):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return super().forward(images)
+
+    blind, told = Performer(Blind(tiny.module), "blind", tiny.preprocessing, "blind"), io.StringIO()
+    show = Progress(Console(file=told, width=400))
+    partlens.inspect(blind, few_flowers, out=tmp_path / "run", config=SMALL, progress=show)
+    assert "no photo is explained: Expected" in told.getvalue()
+    assert "Remove no_grad" in told.getvalue()
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_an_inspection_still_explains_once_an_explainer_without_parts_is_beside_it(
+    inspected: Path, tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(inspected, tmp_path / "run"))
+    (run / "selection.json").unlink()  # photos of one category have none
+    quick = {"epochs": 1, "warmup_epochs": 1, "views": 2, "precision": "float32"}
+    partlens.fit_explainer(tiny, few_flowers, out=run, category="petal-red", config=quick)
+    (folder,) = partlens.explain(run, few_flowers.take([0]), model=tiny)
+    found = ExplanationRecord.read(folder)
+    assert found.windows
+    assert not found.parts
+    assert any("run partlens parts" in note for note in found.notes)
+
+
 def test_photos_without_categories_are_one(tiny: Performer, tmp_path: Path) -> None:
     pictures = np.random.default_rng(0).integers(0, 255, (24, 48, 48, 3), np.uint8)
     record = partlens.inspect(tiny, ImageSet.from_arrays(pictures), out=tmp_path / "run", config=SMALL)
@@ -136,9 +170,9 @@ def test_a_category_of_few_photos_is_named_and_left_out(tiny: Performer, tmp_pat
     images = ImageSet.from_arrays(pictures, kinds, ["train"] * 24)
     record = partlens.inspect(tiny, images, out=tmp_path / "run", config=SMALL)
     assert [one.name for one in record.categories] == ["often"]
-    assert any("rare" in note for note in record.notes)
+    assert "not inspected, with fewer than 4 photos to find parts on: rare (3)" in record.notes
     assert not record.categories[0].held_out
-    with pytest.raises(ImageError, match="at least 4 photos"):
+    with pytest.raises(ImageError, match=r"at least 4 photos of a category in train, got rare \(3\)\."):
         partlens.inspect(tiny, images, out=tmp_path / "other", config=SMALL, category="rare")
 
 

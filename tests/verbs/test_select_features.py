@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import partlens
 from partlens.attribution.average_pictures import average_pictures
@@ -152,6 +154,8 @@ def test_a_killed_selection_goes_on_and_ends_the_same(
     assert (out / "cache-selection" / "rows.json").exists()
     with pytest.raises(RunError, match="got running. Run partlens select-features again with the same arguments"):
         load_selection(out, tiny)
+    with pytest.raises(RunError, match="got the selection is not finished: the same select-features goes on with it"):
+        explain(out, few_flowers.take([0]), model=tiny)
     select_features(tiny, few_flowers, out=out, top_photos=10)
     assert (out / "selection.safetensors").read_bytes() == (selected / "selection.safetensors").read_bytes()
     for file in sorted((selected / "pictures").iterdir()):
@@ -261,7 +265,7 @@ def test_errors_name_the_value_and_the_remedy(
         partlens.explain(selected, [], model=tiny)
     with pytest.raises(
         RunError,
-        match="Expected an inspection, a selection or an explainer in .* got none. Run inspect, select-features",
+        match="Expected a finished inspection, selection or explainer in .* got none. Run inspect, select-features",
     ):
         partlens.explain(tmp_path, few_flowers, model=tiny)
     with pytest.raises(InputError, match="Expected labels as one of data, predictions, got 'guesses'"):
@@ -383,6 +387,19 @@ def test_what_is_refused_leaves_no_folder(
     with pytest.raises(InputError, match=next(iter(changes))):
         select_features(tiny, few_flowers, out=tmp_path / "new", **changes)
     assert not (tmp_path / "new").exists()
+
+
+def test_held_out_photos_that_are_copies_are_said_and_not_used(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path
+) -> None:
+    train, test = (few_flowers.indices(split=split) for split in ("train", "test"))
+    pictures = [np.asarray(few_flowers.read(row)) for row in (*train, *test[2:], *train[:2])]
+    told, names = io.StringIO(), [few_flowers.categories[row] for row in (*train, *test[2:], *train[:2])]
+    copied = ImageSet.from_arrays(pictures, names, ["train"] * len(train) + ["test"] * len(test))
+    show = Progress(Console(file=told, width=200))
+    found = partlens.select_features(tiny, copied, out=tmp_path / "s", pictures=1, progress=show)
+    assert "2 held-out photos are copies of photos to fit on and are not used: see data check" in told.getvalue()
+    assert found.found.accuracy.n == len(test) - 2
 
 
 def test_photos_without_a_test_split_are_selected_from(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:

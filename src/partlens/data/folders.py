@@ -11,6 +11,7 @@ from pathlib import Path
 
 from partlens.data.tables import LANDMARK_TABLE, MASK_FOLDER, read_table, table_in
 from partlens.errors import ImageError, expected, listed
+from partlens.run import EXPLAINER, INSPECTION, SELECTION
 
 _PHOTOS = (".apng", ".avif", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
 _RARER = (".bmp", ".dib", ".j2k", ".jp2", ".jpf", ".jpx", ".pbm", ".pgm", ".pnm", ".ppm", ".tga")
@@ -21,7 +22,7 @@ _VALIDATION_FOLDERS = frozenset({"val", "valid", "validation"})
 _SPLIT_FOLDERS = _VALIDATION_FOLDERS | {"train", "test"}
 _TABLES = (".csv", ".tsv", ".parquet")
 # What a folder of results holds; each begins with its schema.
-_RECORDS = ("run.json", "selection.json", "explanation.json", "parts.json", "evaluation.json")
+_RECORDS = (EXPLAINER, SELECTION, INSPECTION, "explanation.json", "parts.json", "evaluation.json")
 _OF_THE_SYSTEM = frozenset({"thumbs.db", "desktop.ini"})
 _SHOWN = 3  # names of a kind in a remark
 _KINDS = 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,6 @@ from partlens.run import INSPECTION, Precision, RunRecord
 from partlens.selection.record import Bound
 
 TENSORS = "inspect.safetensors"
-LEAST_PHOTOS = 4  # of a category, to find its parts on
 
 Fill = Literal["auto", "zero", "mean"]
 VerdictName = Literal["parts", "texture", "elsewhere", "undecided"]
@@ -28,6 +27,8 @@ class FindingConfig(Settings):
         parts_max: most parts of a category.
         variety: what a part pays for moving like the parts already chosen.
     """
+
+    LEAST_PHOTOS: ClassVar[int] = 4  # of a category
 
     parts_min: int = Field(default=2, ge=1)
     parts_max: int = Field(default=8, ge=1)
@@ -56,7 +57,7 @@ class InspectConfig(FindingConfig):
     """
 
     views: int = Field(3, ge=2)
-    photos: int = Field(200, ge=LEAST_PHOTOS)
+    photos: int = Field(200, ge=FindingConfig.LEAST_PHOTOS)
     measured: int = Field(48, ge=1)
     background: int = Field(400, ge=0)
     fill: Fill = "auto"

@@ -13,6 +13,7 @@ from partlens.errors import RunError, expected
 from partlens.page import figures
 from partlens.page.views import Chapter, Embedded, Pictures, environment, pairs
 from partlens.records import plain, write_text
+from partlens.selection.record import SelectionRecord
 
 _PAGE_BYTES = 13_500_000  # room for the pictures of one image's own page, in characters
 
@@ -57,10 +58,11 @@ class Explanations:
         always shown.
         """
         whole, unfinished = _folders(run)
+        now = getattr(SelectionRecord.read_if_there(run), "identity", None)
         shown: list[ExplanationData] = []
         for path in whole:
             before = pictures.spent_bytes
-            one = _read(path, pictures, len(shown))
+            one = _read(path, pictures, len(shown), now)
             if shown and pictures.spent_bytes > limit_bytes:
                 pictures.spent_bytes = before
                 break
@@ -97,11 +99,17 @@ def _average(each: Contribution, folder: Path, pictures: Pictures, *, alone: boo
     return pictures.read(folder, each.average)
 
 
-def _read(folder: Path, pictures: Pictures, position: int = 0, *, alone: bool = False) -> ExplanationData:
-    """Read the folder of one explained image; ``alone`` outside a run, where averages may be out of reach."""
+def _read(
+    folder: Path, pictures: Pictures, position: int = 0, now: str | None = None, *, alone: bool = False
+) -> ExplanationData:
+    """Read the folder of one explained image; ``alone`` outside a run, where averages may be out of reach.
+
+    Averages are those of the run's selection, ``now``: of an earlier one there are none.
+    """
     record = ExplanationRecord.read(folder)
+    known = record.explained if now in {None, record.selection} else ()
     found = {name: pictures.read(folder, name) for name in _files(record)}
-    for each in (f for one in record.explained for f in one.filters if f.average is not None):
+    for each in (f for one in known for f in one.filters if f.average is not None):
         found[each.average or ""] = _average(each, folder, pictures, alone=alone)
     shown = {name: picture for name, picture in found.items() if picture}
     return ExplanationData(record, shown, f"image-{position + 1}")

@@ -63,8 +63,8 @@ class InspectionData:
     @classmethod
     def read(cls, run: Path, pictures: Pictures) -> Self | None:
         """Read the inspection of a run; ``None`` where there is none or it is not finished."""
-        record = InspectRecord.read_if_there(run)
-        if record is None or not record.finished:
+        record = InspectRecord.finished_in(run)
+        if record is None:
             return None
         made: list[_ShownCategory] = []
         room = True

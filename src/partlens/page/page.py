@@ -72,7 +72,8 @@ def collect_page(run: Path) -> _PageData:
     if not any((run / name).exists() for name in (INSPECTION, EXPLAINER, SELECTION)):
         rule = f"a file {INSPECTION}, {EXPLAINER} or {SELECTION} in {run}"
         raise RunError(expected(rule, "none there", remedy))
-    of_categories = Pictures(run, InspectRecord.AGAIN, int(INSPECTION_SHARE * PICTURES_BYTES))
+    lost = "Restore it, or delete {0.FILE} first. {0.AGAIN}".format
+    of_categories = Pictures(run, lost(InspectRecord), int(INSPECTION_SHARE * PICTURES_BYTES))
     inspection = InspectionData.read(run, of_categories)
     of_filters = Pictures(run, EVALUATE_AGAIN, PICTURES_BYTES - of_categories.spent_bytes)
     explainer, pending = ExplainerData.read(run, of_filters), _begun(SelectionRecord, run, "select-features")
@@ -89,7 +90,7 @@ def collect_page(run: Path) -> _PageData:
     of_images = Pictures(run, ExplanationRecord.AGAIN, room)
     explanations = Explanations.read(run, of_images, int(EXPLANATIONS_SHARE * room))
     explained = (one.name for image in explanations.shown for one in image.record.explained)
-    of_classes = Pictures(run, SelectionRecord.AGAIN, max(room - of_images.spent_bytes, 0))
+    of_classes = Pictures(run, lost(SelectionRecord), max(room - of_images.spent_bytes, 0))
     selection = SelectionData.read(run, of_classes, explained)
     return _PageData(explainer, selection, explanations, pending, named_parts, inspection)
 
@@ -147,6 +148,7 @@ def render_page(data: _PageData) -> str:
             explanations=data.explanations,
             made_by=first.versions.get("partlens", ""),
             weights=first.performer.weights_sha256,
+            selected=data.selection.record.identity if data.selection else "",
             figure_css=figures.FIGURE_CSS,
             **_views(data),
             origins=[chapter.origin for chapter in chapters if chapter.origin],

@@ -15,7 +15,7 @@ from partlens.evaluation.results import EvaluatedData, Evaluation, FieldKind, Ga
 from partlens.explainer.record import LESSON, ExplainerRun
 from partlens.progress import Progress, counting
 from partlens.records import read_tensors
-from partlens.run import Run, Unreadable, UsedPhotos
+from partlens.run import Run, UsedPhotos
 from partlens.shards import Device
 from partlens.verbs.fit_explainer import load_explainer
 from partlens.verbs.runs import enough_photos, labels_of, open_photos, sampled, verb
@@ -28,13 +28,6 @@ if TYPE_CHECKING:
     from partlens.evaluation.explainer_evaluation import EvaluationRows, Lesson
     from partlens.network.performer import Performer
 
-_ROUNDS = 100
-_MEANING = (
-    "each row is one score: first where filters peak, for the explainer, for two layers of the performer and for "
-    "filters that see nothing (random, centre, corner), which it has to beat; then what the reconstruction keeps of "
-    "the performer"
-)
-
 
 @verb
 def evaluate(
@@ -44,7 +37,7 @@ def evaluate(
     model: str | nn.Module | Performer | None = None,
     split: str = "test",
     seed: int = 0,
-    rounds: int = _ROUNDS,
+    rounds: int = 100,
     gallery: GalleryKind = "quick",
     fields: FieldKind = "mask",
     occlusion: OcclusionConfig | Mapping[str, Any] | None = None,
@@ -85,15 +78,21 @@ def evaluate(
     show, handle = progress or Progress.silent(), Run(Path(run))
     if rounds < 1:
         raise InputError(expected("rounds of at least 1", rounds, "Set --rounds to 1 or more"))
-    (explainer, performer), record = (
-        load_explainer(run, model, Device.of(compute).device),
-        handle.read(ExplainerRun),
-    )
+    record, (explainer, performer) = handle.read(ExplainerRun), load_explainer(run, model, Device.of(compute).device)
     performer = performer.computing(record.performer.passes)
     plan = GalleryPlan.of(gallery, fields, performer.preprocessing.size_px, occlusion, seed)
     images, unreadable = open_photos(data, record, show)
     rows = _rows(images, record.data.categories, split, seed)
-    described = _described(images, rows, split, record, UsedPhotos.read_if_there(handle.folder), unreadable)
+    used = UsedPhotos.read_if_there(handle.folder)
+    described = EvaluatedData(
+        name=images.name,
+        split=split,
+        photos=len(rows.held),
+        categories=record.data.categories,
+        same_as_fit=images.fingerprint() == record.data.fingerprint,
+        used_in_fit=0 if used is None else used.count(images.take(rows.held).digests()),
+        unreadable=unreadable,
+    )
     frames = Frames(performer, images, rows.held)
     lesson = _lesson(handle.folder, record)
     if lesson is None and own_columns(performer, record.data.categories) is None:
@@ -118,29 +117,8 @@ def evaluate(
         with show.task("drawing filters, %", 100) as advance:
             write_gallery(handle.folder, frames, explainer, layers, plan, advance=lambda s: advance(round(100 * s)))
         path = result.write(handle.folder)
-    show.say(f"wrote {path} ({len(rows.held)} photos of the split {split}); {_MEANING}")
+    show.say(f"wrote {path} ({len(rows.held)} photos of the split {split})")
     return result
-
-
-def _described(
-    images: ImageSet,
-    rows: EvaluationRows,
-    split: str,
-    record: ExplainerRun,
-    used: UsedPhotos | None,
-    unreadable: tuple[Unreadable, ...],
-) -> EvaluatedData:
-    """Say what the record says of the photos, and how many of them the fit used."""
-    same = images.fingerprint() == record.data.fingerprint
-    return EvaluatedData(
-        name=images.name,
-        split=split,
-        photos=len(rows.held),
-        categories=record.data.categories,
-        same_as_fit=same,
-        used_in_fit=0 if same or used is None else used.count(images.take(rows.held).digests()),
-        unreadable=unreadable,
-    )
 
 
 def _rows(images: ImageSet, categories: tuple[str, ...], split: str, seed: int) -> EvaluationRows:

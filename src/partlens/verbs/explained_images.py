@@ -63,6 +63,7 @@ from partlens.verbs.select_features import OpenedSelection, load_selection
 _SHOWN_PX = 448
 _BATCH = 8
 _ANSWERS = 5
+_UNFINISHED = "the selection is not finished: the same select-features goes on with it"
 _ALIKE = 0.85  # rank correlation above which two maps are nearly the same
 
 
@@ -109,25 +110,18 @@ class Stage:
         style: Style,
     ) -> Self:
         """Open what a run has to explain with, and check the classes before any image is read."""
-        has_explainer = (run / EXPLAINER_WEIGHTS).exists()
         kinds: tuple[type[RunRecord], ...] = (SelectionRecord, ExplainerRun, InspectRecord)
         if (first := next(filter(None, (kind.read_if_there(run) for kind in kinds)), None)) is not None:
             # Loaded once; a record of another network says so.
             model = open_performer(first, model, where.device)
-        selection, notes = _open_selection(run, model, classes, has_explainer)
-        parts: OpenedParts | None = None
-        known: dict[str, int] = {}
-        of_parts = classes
-        if has_explainer and (selection is None or (run / PartsFile.FILE).exists()):
-            parts, known, of_parts, more = _open_parts(run, model, selection, classes)
-            notes += more
-        elif has_explainer:
-            notes.append(f"the filters have no parts yet: run partlens parts {run}, then explain again")
-        inspection = _open_inspection(run, model)
+        selection, notes = _open_selection(run, model, classes)
+        inspection = load_inspection(run, model) if InspectRecord.finished_in(run) else None
+        parts, known, of_parts, more = _open_parts(run, model, selection, classes, alone=not (selection or inspection))
+        notes += more
         found = selection or parts or inspection
         if found is None:
-            rule = f"an inspection, a selection or an explainer in {run}"
-            raise RunError(expected(rule, "none", "Run inspect, select-features or fit-explainer first"))
+            rule = f"a finished inspection, selection or explainer in {run}"
+            raise RunError(expected(rule, listed(notes) or "none", "Run inspect, select-features or fit-explainer"))
         return cls(
             found.performer, selection, parts, known, classes, of_parts, count, how, style, tuple(notes), inspection
         )
@@ -256,22 +250,12 @@ def _outputs(performer: Performer, batch: Tensor) -> Tensor:
     return performer.outputs.scores(forward_taps(performer, batch, [])[0], len(batch)).cpu()
 
 
-def _open_inspection(run: Path, model: str | nn.Module | Performer | None) -> OpenedInspection | None:
-    """Open the inspection of a run where it has a finished one."""
-    record = InspectRecord.read_if_there(run)
-    if record is None or not record.finished:
-        return None
-    return load_inspection(run, model)
-
-
 def _open_selection(
-    run: Path, model: str | nn.Module | Performer | None, classes: Sequence[str] | None, has_explainer: bool
+    run: Path, model: str | nn.Module | Performer | None, classes: Sequence[str] | None
 ) -> tuple[OpenedSelection | None, list[str]]:
-    """Open the selection of a run where it has one; with an explainer, an unfinished one is only noted."""
-    if not (run / SELECTION).exists():
-        return None, []
-    if has_explainer and not SelectionRecord.read(run).finished:
-        return None, ["the selection of this run is not finished: only parts are explained"]
+    """Open the selection of a run where it has one; an unfinished one is noted."""
+    if not SelectionRecord.finished_in(run):
+        return None, [_UNFINISHED] if (run / SELECTION).exists() else []
     selection = load_selection(run, model)
     for name in classes or ():
         selection.column(name)  # an unknown class is refused before any image is read
@@ -283,11 +267,18 @@ def _open_parts(
     model: str | nn.Module | Performer | None,
     selection: OpenedSelection | None,
     classes: Sequence[str] | None,
+    *,
+    alone: bool,
 ) -> tuple[OpenedParts | None, dict[str, int], Sequence[str] | None, list[str]]:
     """Open the parts of a run; return the outputs they explain, those of ``classes`` among them, and what to note.
 
-    There are no parts where a selection explains all of the classes that are asked for.
+    There are none where a selection explains all of the classes that are asked for, nor, where the explainer is not
+    ``alone``, before they are found.
     """
+    if not (run / EXPLAINER_WEIGHTS).exists():
+        return None, {}, classes, []
+    if not alone and not (run / PartsFile.FILE).exists():
+        return None, {}, classes, [f"the filters have no parts yet: run partlens parts {run}, then explain again"]
     parts = load_parts(run, model)
     known = _known_outputs(run, parts.performer)
     if classes is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from partlens.errors import ImageError, InputError, RunError, expected, listed
 from partlens.explainer.config import ExplainerConfig, Preset
 from partlens.explainer.record import WEIGHTS, ExplainerRun, ExplainerStructure, Grid, History
-from partlens.object_parts.inspection import LEAST_PHOTOS, InspectRecord
+from partlens.object_parts.inspection import FindingConfig, InspectRecord
 from partlens.progress import Progress
 from partlens.records import read_tensors
 from partlens.run import Run
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from partlens.explainer.terms import Classification
     from partlens.network.performer import Performer
     from partlens.verbs.fitted_explainer import Photos
-
-_MOST_BACKGROUND = 1500
-_DEFAULT_SEEDS = 1
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,8 @@ def fit_explainer(
     inspection: str | Path | None = None,
     preset: Preset = "partlens",
     config: ExplainerConfig | Mapping[str, Any] | None = None,
-    seeds: int = _DEFAULT_SEEDS,
-    background: int = _MOST_BACKGROUND,
+    seeds: int = 1,
+    background: int = 1500,
     cache: str | Path | None = None,
     keep_cache: bool = False,
     compute: Compute | Mapping[str, Any] | None = None,
@@ -127,7 +124,8 @@ def fit_explainer(
         info = performer_info(performer, device)  # refuses a network without scores before a photo is read
         photos = Photos.chosen(data, category, background, settings.seed, show)
         structure, grid = _opened(performer, photos, tap, targets)
-        places, teacher, finding = _teaching(performer, photos, settings, places_of, _inspection(folder, inspection))
+        inspected = inspection or (folder if InspectRecord.finished_in(folder) else None)
+        places, teacher, finding = _teaching(performer, photos, settings, places_of, inspected)
         asked = ExplainerRun.asked(
             info,
             data_info(photos.images, photos.unreadable, photos.images.fingerprint(), photos.categories),
@@ -186,20 +184,12 @@ def _opened(
     return structure, Grid(stride_px=field.stride_px, size_px=field.size_px, start_px=field.start_px)
 
 
-def _inspection(out: Path, given: str | Path | None) -> Path | None:
-    """Return the run of the inspection whose parts teach, if there is one."""
-    if given is not None:
-        return Path(given)
-    there = InspectRecord.read_if_there(out)
-    return out if there is not None and there.finished else None
-
-
 def _teaching(
     performer: Performer,
     photos: Photos,
     config: ExplainerConfig,
     places_of: PlaceSource | None,
-    inspection: Path | None,
+    inspection: str | Path | None,
 ) -> tuple[str, PlaceSource | None, tuple[str, ...]]:
     """Say where the parts that teach come from, as the record says it, and which layers they are found on.
 
@@ -214,12 +204,12 @@ def _teaching(
         return f"{places_of.__module__}:{places_of.__qualname__}", places_of, ()
     if inspection is None:
         counts = labels_of(photos.images, photos.categories, photos.own).bincount(minlength=len(photos.categories))
-        if (fewest := int(counts.min())) < LEAST_PHOTOS:
-            rule = f"at least {LEAST_PHOTOS} photos of each category in the split train to find parts in"
+        if (fewest := int(counts.min())) < FindingConfig.LEAST_PHOTOS:
+            rule = f"at least {FindingConfig.LEAST_PHOTOS} photos of each category in the split train to find parts in"
             got = f"{fewest} {photos.categories[int(counts.argmin())]}".rstrip()
             raise ImageError(expected(rule, got, "Add photos, or give an inspection's run (--inspection)"))
         return "found", found_places, finding_layers(performer)
-    opened = load_inspection(inspection, performer)
+    opened = load_inspection(Path(inspection), performer)
     if missing := [name for name in photos.categories if name not in opened.finders]:
         rule = f"an inspection of {listed(missing)} in {inspection}"
         got = listed(sorted(opened.finders)) or "none"

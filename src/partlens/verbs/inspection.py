@@ -11,15 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partlens.errors import ImageError, expected, listed
-from partlens.object_parts.inspection import (
-    LEAST_PHOTOS,
-    TENSORS,
-    CategoryFile,
-    InspectConfig,
-    InspectedCategory,
-    InspectRecord,
-)
+from partlens.errors import ImageError, LayerError, expected, listed
+from partlens.object_parts.inspection import TENSORS, CategoryFile, InspectConfig, InspectedCategory, InspectRecord
 from partlens.page.page import PAGE, write_report
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
@@ -50,7 +43,6 @@ if TYPE_CHECKING:
 
 _CACHE = "cache-inspect"
 _RESPONSES = ("descriptor", "logits", "peak", "peak_cell")
-_TOP_PHOTOS = 50
 _LEAST_MEASURED = 8
 _EXPLAINED = 2
 
@@ -149,7 +141,10 @@ def _explained(
     keys = [photo.image for photos in by_rank for photo in photos if photo is not None][:_EXPLAINED]
     if keys:
         some = images.take([images.keys.index(key) for key in keys])
-        explain(folder, some, model=performer, compute={"device": where.device}, progress=show)
+        try:
+            explain(folder, some, model=performer, compute={"device": where.device}, progress=show)
+        except LayerError as error:  # a network that runs without gradients; the page does without
+            show.say(f"no photo is explained: {error}")
 
 
 # --- photos -----------------------------------------------------------------------------------------------------------
@@ -170,16 +165,15 @@ def _chosen(images: ImageSet, category: str | Sequence[str] | None, split: str, 
     """Choose the photos of each category, at most as many as the configuration says."""
     from partlens.verbs.inspected_category import CategoryPhotos
 
-    names = _names(images, category)
+    names, least = _names(images, category), config.LEAST_PHOTOS
     made: list[CategoryPhotos] = []
-    notes: list[str] = []
+    few: list[str] = []
     found: list[int] = []
     measured: list[int] = []
     for name in names:
         own, held = _rows(images, name, split, config)
-        if len(own) < LEAST_PHOTOS:
-            few = f"{len(own)} photos to find parts on, {LEAST_PHOTOS} are needed"
-            notes.append(f"{name or 'the photos'} was not inspected: {few}")
+        if len(own) < least:
+            few.append(f"{name or 'all'} ({len(own)})")
             continue
         on = range(len(found), len(found) + len(own))
         held_out = len(held) >= _LEAST_MEASURED
@@ -189,7 +183,8 @@ def _chosen(images: ImageSet, category: str | Sequence[str] | None, split: str, 
         found += own
         measured += held if held_out else []
     if not made:
-        raise ImageError(expected(f"at least {LEAST_PHOTOS} photos of a category", listed(notes), "Add photos"))
+        raise ImageError(expected(f"at least {least} photos of a category in {split}", listed(few), "Add photos"))
+    notes = [f"not inspected, with fewer than {least} photos to find parts on: {listed(few)}"] if few else []
     rest = [row for row, own in enumerate(images.categories) if names != [""] and own not in names]
     others = sampled(rest, config.background, config.seed)
     content_of = images.digests().__getitem__
@@ -368,7 +363,7 @@ def _selection(work: _Work, reads: Sequence[Read], rows: Sequence[int]) -> Selec
         labels="data",
         nonnegative=True,
         descriptor=DescriptorConfig(),
-        top_photos=_TOP_PHOTOS,
+        top_photos=50,
         pictures=MOST_PICTURES,
         seed=record.config.seed,
     )

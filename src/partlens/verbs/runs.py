@@ -12,16 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from partlens.data.images import ImageSet
-from partlens.errors import (
-    ImageError,
-    RunError,
-    WeightsError,
-    checked,
-    expected,
-    listed,
-    printable,
-    usual_modes,
-)
+from partlens.errors import ImageError, RunError, WeightsError, checked, expected, listed, printable, usual_modes
 from partlens.progress import Progress
 from partlens.run import DataInfo, PassPrecision, PerformerInfo, Run, RunRecord, Unreadable
 

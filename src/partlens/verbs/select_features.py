@@ -137,7 +137,7 @@ def select_features(
     where = Compute.of(compute)
     performer = loaded(model, where.device)
     images, unreadable = open_photos(data, show=show)
-    rows, held = _split_rows(images, split)
+    rows, held = _split_rows(images, split, show)
     if labels == "data" and len(classes := {images.categories[row] for row in rows} - {""}) < 2:
         remedy = "Add photos of another category, or use --labels predictions"
         raise ImageError(expected("photos of at least 2 categories to fit on", [*classes], remedy))
@@ -159,10 +159,15 @@ def select_features(
         return SelectedFeatures(run.folder, finished)
 
 
-def _split_rows(images: ImageSet, split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the photos to fit on and those to measure the read-out on."""
+def _split_rows(images: ImageSet, split: str, show: Progress) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the photos to fit on and those to measure the read-out on, which are no copies of these."""
+    rows, content = enough_photos(images, ("",), split)[0], images.digests()
     held = images.indices(split="test") if split != "test" and "test" in images.splits else ()
-    return enough_photos(images, ("",), split)[0], held
+    known = {content[row] for row in rows}
+    fresh = tuple(row for row in held if content[row] not in known)
+    if copies := len(held) - len(fresh):
+        show.say(f"{copies} held-out photos are copies of photos to fit on and are not used: see data check")
+    return rows, fresh
 
 
 @verb
