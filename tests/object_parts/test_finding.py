@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from partlens.explainer.teachers import places_in_view
 from partlens.explainer.views import view_windows
-from partlens.object_parts.finding import PartFinder, added, find_parts
+from partlens.network.zoo import load_performer
+from partlens.object_parts.finding import PartFinder, added, find_parts, finding_layers
 from partlens.object_parts.inspection import FindingConfig
 
 PHOTOS, SIDE = 40, 10
@@ -30,14 +32,14 @@ def bumps(places: Tensor) -> Tensor:
     return torch.exp(-(row.square()[..., :, None] + col.square()[..., None, :]) / 2)
 
 
-def layer_of(places: Tensor, noise: float = 0.0) -> Callable[[Tensor, int], tuple[Tensor]]:
+def layer_of(places: Tensor, noise: float = 0.0) -> Callable[[Tensor, int], Tensor]:
     """Each filter is a bump at a part that moves with the photo, the last one a bump that stays."""
 
-    def view(photos: Tensor, number: int) -> tuple[Tensor]:
+    def view(photos: Tensor, number: int) -> Tensor:
         moved = places_in_view(places[photos], WINDOWS[photos, number])
         maps = bumps(torch.cat([moved, torch.full_like(moved[:, :1], 0.5)], 1))
         drawn = torch.rand(PHOTOS, *maps.shape[1:], generator=draws(7 + number))
-        return (maps + noise * drawn[photos],)
+        return maps + noise * drawn[photos]
 
     return view
 
@@ -82,8 +84,8 @@ def test_of_a_rigid_object_whose_parts_foretell_each_other_only_the_fewest_are_k
 
 
 def test_noise_supports_no_part() -> None:
-    def noise(photos: Tensor, number: int) -> tuple[Tensor]:
-        return (torch.rand(PHOTOS, 6, SIDE, SIDE, generator=draws(number))[photos],)
+    def noise(photos: Tensor, number: int) -> Tensor:
+        return torch.rand(PHOTOS, 6, SIDE, SIDE, generator=draws(number))[photos]
 
     found = find_parts(noise, WINDOWS, FindingConfig(parts_min=1), draws())
     assert found.supported == 1
@@ -98,8 +100,8 @@ def test_few_photos_give_the_fewest_parts_and_no_stability() -> None:
 
 
 def test_a_filter_that_is_a_hundred_times_as_strong_changes_no_part() -> None:
-    def stronger(photos: Tensor, number: int) -> tuple[Tensor]:
-        return (layer_with_two_parts(photos, number)[0] * torch.tensor([100.0, 1.0, 1.0])[:, None, None],)
+    def stronger(photos: Tensor, number: int) -> Tensor:
+        return layer_with_two_parts(photos, number) * torch.tensor([100.0, 1.0, 1.0])[:, None, None]
 
     one = find_parts(layer_with_two_parts, WINDOWS, FindingConfig(), draws())
     other = find_parts(stronger, WINDOWS, FindingConfig(), draws())
@@ -122,6 +124,36 @@ def test_places_are_the_mean_of_the_photo_and_its_mirror() -> None:
     whole, mirror = (found.finder(layer_with_two_parts(everyone, view)) for view in (0, 1))
     mirror = torch.stack([mirror[..., 0], 1 - mirror[..., 1]], -1)
     assert torch.allclose(found.places, (whole + mirror) / 2)
+
+
+def test_places_of_a_coarse_layer_are_sharpened_on_a_finer_one() -> None:
+    """The coarse layer smears the bumps over half of the side; the finer one shows them, and noise."""
+    finer = layer_of(PLACES, 0.1)
+
+    def coarse(photos: Tensor, number: int) -> Tensor:
+        return F.avg_pool2d(layer_with_two_parts(photos, number), 5, 2, 2)
+
+    config = FindingConfig(parts_max=2)
+    plain, sharp = (find_parts(coarse, WINDOWS, config, draws(), finer=each) for each in (None, finer))
+    errors = [float(distances(each.places, PLACES).amin(0).max()) for each in (plain, sharp)]
+    assert errors[1] < 0.6 * errors[0]
+    assert torch.equal(plain.movement, sharp.movement)  # the same parts
+    some = torch.arange(5)
+    again = PartFinder.of(sharp.finder.tensors()).only([1])
+    maps = coarse(some, 0), finer(some, 0)
+    assert torch.allclose(again(*maps), sharp.finder(*maps)[:, [1]])
+    assert torch.equal(sharp.finder(maps[0]), plain.finder(maps[0]))
+
+
+def test_where_a_finer_layer_shows_nothing_places_are_those_of_the_later_layer() -> None:
+    later = layer_with_two_parts
+    found = find_parts(later, WINDOWS, FindingConfig(parts_max=2), draws(), finer=lambda *view: 0 * later(*view))
+    assert torch.equal(found.places, find_parts(later, WINDOWS, FindingConfig(parts_max=2), draws()).places)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet18", ("layer4", "layer3")), ("squeezenet1_1", ("classifier.1",))])
+def test_only_a_coarse_layer_has_a_finer_one_beside_it(name: str, layers: tuple[str, ...]) -> None:
+    assert finding_layers(load_performer(f"torchvision:{name}@random:0")) == layers
 
 
 def test_a_finder_of_some_parts_is_that_of_all_without_the_others() -> None:

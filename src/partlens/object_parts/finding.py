@@ -10,7 +10,10 @@
    foretell, by linear regression. The photos support a part that adds more than half, and more than its movement
    (else a place that never moves would say as much), and that is found again in both halves of the photos: its place
    there must be more like its own than in 95 of 100 shuffles of the photos.
-4. *Places* are the mean of the photo and its mirror. Crops are left out of them: they cut parts off.
+4. *Places.* On a coarse later layer a place is sharpened on a finer one: there a part looks like the mean, over the
+   photos, of the unit vectors at its places, and its place is the centroid of the cells that look so (length times
+   cosine to the eighth power) near the place on the later layer (a Gaussian of 0.12 of the side). The mean of the photo
+   and its mirror is taken. Crops are left out: they cut parts off.
 
 What is found are directions of the later layer, so that the places of the same parts are known on any further photo.
 Factors follow Collins, Achanta & Süsstrunk, ECCV 2018; the rest is ours. ``papers/docs/part-discovery.md`` measures
@@ -20,10 +23,11 @@ what each step gains on landmarks of birds.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -31,9 +35,12 @@ from partlens.errors import LayerError, expected
 from partlens.explainer.network import Explainer
 from partlens.explainer.teachers import PlaceSource, mean_correlation, place_correlations, places_in_photo
 from partlens.explainer.views import TrainingMaps, epoch_generator, gather
+from partlens.network.layers import LayerInfo
 from partlens.network.performer import Performer
 from partlens.object_parts.candidates import LaterParts, centroids, chosen_parts, part_codes
 from partlens.object_parts.inspection import FindingConfig
+from partlens.object_parts.reading import View
+from partlens.object_parts.regions import distances
 from partlens.run import Precision
 
 _SIZES = (2, 3, 4, 5, 6, 7, 8)
@@ -43,12 +50,13 @@ _SCALE_PHOTOS = 256
 _SHUFFLES = 100
 _LEVEL = 0.95
 _LEAST_HALF = 4
+_COARSE_CELLS = 12
+_FINER = 1.5
+_NEAR = 0.12  # of the side
+_LIKENESS_POWER = 8
 _NEW = 0.5
 """Least share that a part adds: more than the others foretell."""
 _LITTLE = 1e-6
-
-Views = Callable[[Int[Tensor, " photo"], int], Sequence[Tensor]]
-"""Returns the maps of the finding layers, in their order, of some photos in a view; view 0 is the whole photo."""
 
 
 @dataclass(frozen=True)
@@ -58,34 +66,63 @@ class PartFinder:
     scale: Float[Tensor, " filter"]  # standard deviation of each filter of the later layer
     dictionaries: tuple[Tensor, ...]  # directions (part, filter) of the scaled layer that compete for its cells
     chosen: tuple[tuple[int, int], ...]  # for each part, the number of its dictionary and of its direction in it
+    # how each part looks on the finer layer, where there is one: a unit vector of filters divided by their deviations
+    looks: Float[Tensor, "part finer"] | None = None
+    finer_scale: Float[Tensor, " finer"] | None = None
 
-    def codes(self, maps: Sequence[Tensor]) -> Float[Tensor, "photo part row col"]:
+    def codes(self, maps: Float[Tensor, "photo filter row col"]) -> Float[Tensor, "photo part row col"]:
         """Return how much of each part every cell of the later layer holds."""
-        scaled = _scaled(maps[0], self.scale)
+        scaled = _scaled(maps, self.scale)
         needed = {number: part_codes(scaled, self.dictionaries[number]) for number in {n for n, _ in self.chosen}}
         return torch.stack([needed[number][:, row] for number, row in self.chosen], 1)
 
-    def __call__(self, maps: Sequence[Tensor]) -> Float[Tensor, "photo part 2"]:
-        """Return the places (row, col) of the parts as shares of the photo's sides, from the finding layers' maps."""
-        return centroids(self.codes(maps))
+    def __call__(
+        self, maps: Float[Tensor, "photo filter row col"], finer: Tensor | None = None
+    ) -> Float[Tensor, "photo part 2"]:
+        """Return the places (row, col) of the parts as shares of the photo's sides.
+
+        They are sharpened on the finer layer's maps where these are given.
+        """
+        places = centroids(self.codes(maps))
+        if self.looks is None or self.finer_scale is None or finer is None:
+            return places
+        return _sharpened(places, _scaled(finer, self.finer_scale), self.looks)
 
     def only(self, parts: Sequence[int]) -> PartFinder:
         """Return the finder of some parts, in their order."""
         picked = [self.chosen[part] for part in parts]
         used = sorted({number for number, _ in picked})
         numbered = tuple((used.index(number), row) for number, row in picked)
-        return dataclasses.replace(self, dictionaries=tuple(self.dictionaries[n] for n in used), chosen=numbered)
+        looks = None if self.looks is None else self.looks[list(parts)]
+        dictionaries = tuple(self.dictionaries[n] for n in used)
+        return dataclasses.replace(self, dictionaries=dictionaries, chosen=numbered, looks=looks)
+
+    def sharpened(self, places: Float[Tensor, "photo part 2"], finer: View) -> PartFinder:
+        """Return the finder that also knows how its parts look on the finer layer at their places in whole photos."""
+        scale = _filter_scale(finer, len(places))
+        total: Tensor | float = 0.0
+        for some in torch.arange(len(places)).split(_SCALE_PHOTOS):
+            at = places[some].flip(-1)[:, :, None] * 2 - 1
+            cells = F.normalize(_scaled(finer(some, 0), scale), dim=1)
+            seen = F.grid_sample(cells, at, padding_mode="border", align_corners=False)
+            total = total + seen[..., 0].sum(0)
+        return dataclasses.replace(self, looks=F.normalize(torch.as_tensor(total).t(), dim=1), finer_scale=scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what `of` reads again."""
         parts = {f"parts.{number}": directions for number, directions in enumerate(self.dictionaries)}
-        return {"scale": self.scale, "chosen": torch.tensor(self.chosen), **parts}
+        found = {"scale": self.scale, "chosen": torch.tensor(self.chosen), **parts}
+        if self.looks is not None and self.finer_scale is not None:
+            found |= {"looks": self.looks, "finer_scale": self.finer_scale}
+        return found
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> PartFinder:
         """Return the finder that `tensors` describe."""
-        dictionaries = tuple(tensors[f"parts.{number}"] for number in range(len(tensors) - 2))
-        return cls(tensors["scale"], dictionaries, tuple((int(n), int(row)) for n, row in tensors["chosen"]))
+        count = sum(name.startswith("parts.") for name in tensors)
+        dictionaries = tuple(tensors[f"parts.{number}"] for number in range(count))
+        chosen = tuple((int(n), int(row)) for n, row in tensors["chosen"])
+        return cls(tensors["scale"], dictionaries, chosen, tensors.get("looks"), tensors.get("finer_scale"))
 
 
 @dataclass(frozen=True)
@@ -107,6 +144,9 @@ class FoundParts:
 def finding_layers(performer: Performer) -> tuple[str, ...]:
     """Return the layers whose maps `find_parts` reads: the last one with maps of at least 3x3 cells.
 
+    Where that one is coarse (a side of fewer than 12 cells), the last one with sides at least half as long again
+    follows, if there is one: places are sharpened on it.
+
     Raises:
         LayerError: no layer has such maps.
     """
@@ -115,16 +155,25 @@ def finding_layers(performer: Performer) -> tuple[str, ...]:
     if not fine:
         rule = f"a layer of {performer.name} with maps of at least {_LEAST_CELLS}x{_LEAST_CELLS} cells"
         raise LayerError(expected(rule, "none", "Use a larger input"))
-    same = [layer for layer in fine if layer.shape == fine[-1].shape]
-    return (min((layer.name for layer in same[-2:]), key=lambda name: (name.count("."), len(name))),)
+    rows, cols = fine[-1].shape[1:]
+    finer = [layer for layer in fine if layer.shape[1] >= _FINER * rows and layer.shape[2] >= _FINER * cols]
+    sharp = [] if min(rows, cols) >= _COARSE_CELLS or not finer else [_name(finer)]
+    return (_name(fine), *sharp)
+
+
+def _name(layers: Sequence[LayerInfo]) -> str:
+    """Return the last layer by the shorter name, of those at its output: a block rather than its activation."""
+    same = [layer for layer in layers if layer.shape == layers[-1].shape]
+    return min((layer.name for layer in same[-2:]), key=lambda name: (name.count("."), len(name)))
 
 
 def find_parts(
-    views: Views,
+    later: View,
     windows: Float[Tensor, "photo view 5"],
     settings: FindingConfig,
     generator: torch.Generator,
     precision: Precision = "float32",
+    finer: View | None = None,
 ) -> FoundParts:
     """Find the parts of a category's photos.
 
@@ -132,21 +181,22 @@ def find_parts(
     that add more than they repeat and more than their error, and that are found again in both halves of the photos.
 
     Args:
-        views: gives the maps of the finding layers.
+        later: gives the later layer's maps.
         windows: how each view was cut (`partlens.explainer.views.view_windows`); view 0 is the whole photo, view 1 its
             mirror.
         settings: how many parts, how different.
         generator: source of the draws.
         precision: of the products by which candidates are found.
+        finer: gives the finer layer's maps, where places are sharpened.
     """
     everyone = torch.arange(len(windows))
-    scale = _filter_scale(views, len(windows))
-    finder, movement = search(views, everyone, windows, scale, settings, generator, precision)
-    maps = views(everyone, 0)
+    scale = _filter_scale(later, len(windows))
+    finder, movement = search(later, everyone, windows, scale, settings, generator, precision)
+    maps = later(everyone, 0)
     places = finder(maps)
     halves = everyone[torch.randperm(len(everyone), generator=generator)].chunk(2)
     again = [
-        search(views, half, windows[half], scale, settings, generator, precision)[0](maps)
+        search(later, half, windows[half], scale, settings, generator, precision)[0](maps)
         for half in halves
         if len(half) >= _LEAST_HALF
     ]
@@ -157,24 +207,27 @@ def find_parts(
     counted = sorted(order + rest[:missing], key=movement.tolist().__getitem__)
     ordered = counted + rest[missing:]
     finder = finder.only(ordered)
-    places = places_of_views(finder, views, windows)
+    if finer is not None:
+        finder = finder.sharpened(places[:, ordered], finer)
+    places = places_of_views(finder, windows, later, finer)
     correlation = mean_correlation(place_correlations(places[:, : len(counted)]))
     return FoundParts(places, movement[ordered], stability[ordered], len(counted), correlation, finder)
 
 
 def places_of_views(
-    finder: PartFinder, views: Views, windows: Float[Tensor, "photo view 5"]
+    finder: PartFinder, windows: Float[Tensor, "photo view 5"], later: View, finer: View | None = None
 ) -> Float[Tensor, "photo part 2"]:
     """Return where parts are in photos: the mean of the photo and, where there is one, its mirror."""
     everyone = torch.arange(len(windows))
-    places = finder(views(everyone, 0))
-    if windows.shape[1] > 1:
-        places = (places + places_in_photo(finder(views(everyone, 1)), windows[:, 1])) / 2
-    return places
+    seen = [
+        finder(later(everyone, view), None if finer is None else finer(everyone, view))
+        for view in range(min(2, windows.shape[1]))
+    ]
+    return seen[0] if len(seen) == 1 else (seen[0] + places_in_photo(seen[1], windows[:, 1])) / 2
 
 
-def _views_of(data: TrainingMaps, own: Int[Tensor, " photo"]) -> Views:
-    return lambda some, view: [gather(maps, data.rows(own[some], view)) for maps in data.finding]
+def _later_of(data: TrainingMaps, own: Int[Tensor, " photo"]) -> View:
+    return lambda some, view: gather(data.finding[0], data.rows(own[some], view))
 
 
 def found_places(explainer: Explainer, data: TrainingMaps, category: int) -> Float[Tensor, "photo part 2"]:
@@ -185,11 +238,11 @@ def found_places(explainer: Explainer, data: TrainingMaps, category: int) -> Flo
     """
     own = data.own(category)
     # Whether a part comes back in halves of the photos is not asked: that decides what is called a part.
-    views, windows, most = _views_of(data, own), data.windows[own], explainer.config.teachers
+    later, windows, most = _later_of(data, own), data.windows[own], explainer.config.teachers
     settings = FindingConfig(parts_min=min(FindingConfig().parts_min, most), parts_max=most)
     generator = epoch_generator(explainer.config.seed, -1 - category)
-    finder, _ = search(views, torch.arange(len(own)), windows, _filter_scale(views, len(own)), settings, generator)
-    return places_of_views(finder, views, windows)
+    finder, _ = search(later, torch.arange(len(own)), windows, _filter_scale(later, len(own)), settings, generator)
+    return places_of_views(finder, windows, later)
 
 
 def known_places(finders: Sequence[PartFinder]) -> PlaceSource:
@@ -198,7 +251,7 @@ def known_places(finders: Sequence[PartFinder]) -> PlaceSource:
     def places(explainer: Explainer, data: TrainingMaps, category: int) -> Tensor:
         own, finder = data.own(category), finders[category]
         first = finder.only(range(min(explainer.config.teachers, len(finder.chosen))))
-        return places_of_views(first, _views_of(data, own), data.windows[own])
+        return places_of_views(first, data.windows[own], _later_of(data, own))
 
     return places
 
@@ -208,15 +261,28 @@ def _scaled(maps: Float[Tensor, "photo filter row col"], scale: Float[Tensor, " 
     return scaled
 
 
-def _filter_scale(views: Views, photos: int) -> Float[Tensor, " filter"]:
+def _filter_scale(view: View, photos: int) -> Float[Tensor, " filter"]:
     """Return the standard deviation of each filter; 1 where it is the same everywhere."""
     some = torch.linspace(0, photos - 1, min(photos, _SCALE_PHOTOS)).long()
-    spread = views(some, 0)[0].clamp(min=0).std((0, 2, 3))
+    spread = view(some, 0).clamp(min=0).std((0, 2, 3))
     return torch.where(spread > 0, spread, 1.0)
 
 
+def _sharpened(
+    places: Float[Tensor, "photo part 2"],
+    cells: Float[Tensor, "photo finer row col"],
+    looks: Float[Tensor, "part finer"],
+) -> Float[Tensor, "photo part 2"]:
+    """Return the centroids, near the places, of the cells that look like the parts; where none does, the places."""
+    length = cells.norm(dim=1, keepdim=True)
+    likeness = torch.einsum("nfrc,pf->nprc", cells, looks) / length.clamp(min=_LITTLE)
+    far = distances(places, (cells.shape[2], cells.shape[3]))
+    near = length * likeness.pow(_LIKENESS_POWER) * torch.exp(-far.square() / (2 * _NEAR**2))
+    return torch.where(near.amax((2, 3))[..., None] > 0, centroids(near, 1.0), places)
+
+
 def search(
-    views: Views,
+    later: View,
     photos: Int[Tensor, " photo"],
     windows: Float[Tensor, "photo view 5"],
     scale: Float[Tensor, " filter"],
@@ -226,7 +292,7 @@ def search(
 ) -> tuple[PartFinder, Float[Tensor, " part"]]:
     """Choose parts of some photos, in the order of their choice; return their finder and their movement."""
     source = LaterParts(
-        lambda some, view: _scaled(views(photos[some], view)[0], scale), len(photos), generator, _SIZES, precision
+        lambda some, view: _scaled(later(photos[some], view), scale), len(photos), generator, _SIZES, precision
     )
     taught = chosen_parts(source, windows, settings.parts_max, settings.variety)
     numbered = [(n, row) for n, directions in enumerate(source.dictionaries) for row in range(len(directions))]

@@ -226,7 +226,7 @@ class InspectRecord(RunRecord):
         split: photos that parts are found on.
         mu: bound of the relevant filters.
         tap: the layer whose cells are set to nothing.
-        finding: the layers that parts are found on.
+        finding: the layer that parts are found on and, where that one is coarse, the layer that sharpens their places.
         fill: what nothing is at the tap.
         tensors_sha256: hash of ``inspect.safetensors``, which says where parts are in further photos.
         categories: in the order of their names; empty until the run is finished.

@@ -7,14 +7,14 @@ disk batch by batch, so that memory does not grow with the photos and a killed r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from partlens.data.images import ImageSet
@@ -32,6 +32,9 @@ from partlens.shards import Compute, in_shards
 _PHOTOS_AT_ONCE = 16  # 32 take 1.05 times the CPU time, and more where freed memory is not kept
 _TAP = "tap"
 _LATER = "later-{}"
+
+View = Callable[[Int[Tensor, " photo"], int], Tensor]
+"""Returns a layer's maps of some photos in a view; view 0 is the whole photo."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,17 @@ class Read:
         """Return the tap's maps of some of the photos."""
         return gather(self.arrays[_TAP], np.asarray(photos))
 
-    def later(self, photos: Tensor, view: int) -> tuple[Float[Tensor, "photo filter row col"], ...]:
-        """Return the maps of the finding layers of some of the photos in a view."""
-        names = sorted(name for name in self.arrays if name.startswith(_LATER.format("")))
-        return tuple(gather(self.arrays[name][:, view], photos.numpy()) for name in names)
+    def views_of(self, photos: Int[Tensor, " chosen"]) -> tuple[View, View | None]:
+        """Return what gives the maps of some of the photos in a view, by their numbers among the chosen ones.
+
+        Of the layer that parts are found on, and of the finer one that sharpens their places, where there is one.
+        """
+
+        def of(name: str) -> View:
+            return lambda some, view: gather(self.arrays[name][:, view], photos[some].numpy())
+
+        finer = _LATER.format(1)
+        return of(_LATER.format(0)), of(finer) if finer in self.arrays else None
 
 
 def read_photos(

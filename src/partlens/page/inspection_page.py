@@ -85,7 +85,7 @@ class InspectionData:
         searched, measured = (sum(getattr(one, of) for one in record.categories) for of in ("photos", "measured"))
         facts = (
             ("Performer", record.performer.name),
-            ("Layer", f"cells of {record.tap}, parts from {', '.join(record.finding)}"),
+            ("Layer", f"cells of {record.tap}, parts from {', sharpened on '.join(record.finding)}"),
             ("Data", record.data.name),
             ("Photos", f"{searched:,} searched, {measured:,} measured"),
             ("Inspected", notation.moment(record.created)),

@@ -105,7 +105,7 @@ def explain_windows(opened: OpenedInspection, batch: Tensor) -> list[ExplainedWi
             found.append(ExplainedWindows(row))
             continue
         maps = TapMaps(opened.upper, taps[read][photo : photo + 1].cpu(), opened.nothing)
-        places = opened.finders[category.name]([taps[layer][photo : photo + 1].cpu() for layer in record.finding])
+        places = opened.finders[category.name](*(taps[layer][photo : photo + 1].cpu() for layer in record.finding))
         cells = part_cells(places, maps.grid, SAID_AREA)
         generator = torch.Generator().manual_seed(record.config.seed)
         shares = shapley_shares(maps, whole_photos(maps), cells, pairs=_PAIRS, generator=generator)

@@ -208,7 +208,7 @@ def _teaching(
             rule = f"at least {FindingConfig.LEAST_PHOTOS} photos of each category in the split train to find parts in"
             got = f"{fewest} {photos.categories[int(counts.argmin())]}".rstrip()
             raise ImageError(expected(rule, got, "Add photos, or give an inspection's run (--inspection)"))
-        return "found", found_places, finding_layers(performer)
+        return "found", found_places, finding_layers(performer)[:1]
     opened = load_inspection(Path(inspection), performer)
     if missing := [name for name in photos.categories if name not in opened.finders]:
         rule = f"an inspection of {listed(missing)} in {inspection}"
@@ -216,7 +216,7 @@ def _teaching(
         raise RunError(expected(rule, got, "Inspect these categories too, or give another run (--inspection)"))
     finders = [opened.searched[name] for name in photos.categories]
     name = f"inspection {opened.record.tensors_sha256[:12]}"
-    return name, known_places(finders), opened.record.finding
+    return name, known_places(finders), opened.record.finding[:1]
 
 
 def _classification(performer: Performer, asked: ExplainerRun) -> Classification | None:

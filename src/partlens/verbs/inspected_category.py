@@ -19,7 +19,7 @@ from partlens.estimate import Estimate, bootstrap
 from partlens.evaluation.places import landmarks_in_input
 from partlens.network.performer import Performer
 from partlens.object_parts.account import Account, Truth, account_of, nearest_landmarks, ranking_photos
-from partlens.object_parts.finding import FoundParts, find_parts
+from partlens.object_parts.finding import FoundParts, find_parts, places_of_views
 from partlens.object_parts.inspection import (
     Comparison,
     DecidedClass,
@@ -76,29 +76,26 @@ def inspect_category(stage: Stage, photos: CategoryPhotos) -> tuple[InspectedCat
     """Inspect one category; return its record and the tensors that locate its parts in further photos."""
     generator = torch.Generator().manual_seed(stage.config.seed)
     own = torch.tensor(photos.found)
-    found = find_parts(
-        lambda some, view: stage.found.later(own[some], view),
-        stage.found.windows[own],
-        stage.config.finding,
-        generator,
-        stage.performer.precision,
-    )
+    windows = stage.found.windows[own]
+    later, finer = stage.found.views_of(own)
+    found = find_parts(later, windows, stage.config.finding, generator, stage.performer.precision, finer)
     read = stage.measured if photos.held_out else stage.found
     chosen = torch.tensor(photos.measured)
     rows = [read.rows[i] for i in photos.measured]
+    later, finer = read.views_of(chosen)
     seen = ranking_photos(len(own))
     truth = _truth(stage, rows)
     account = account_of(
         TapMaps(stage.upper, stage.found.tap(own[seen]), stage.nothing),
         found.places[seen],
         TapMaps(stage.upper, read.tap(chosen), stage.nothing),
-        found.finder(read.later(chosen, 0)),
+        places_of_views(found.finder, read.windows[chosen, :1], later, finer),
         found.supported,
         truth,
         generator,
     )
     ordered = found.finder.only(account.order)
-    strength = ordered.codes(read.later(chosen, 0)).flatten(2).amax(2)
+    strength = ordered.codes(later(torch.arange(len(chosen)), 0)).flatten(2).amax(2)
     logits = torch.from_numpy(np.array(read.arrays["logits"][chosen.numpy()]))
     account = replace(account, verdict=account.verdict.knowing(_told(stage, photos.name, generator)))
     drawn = _Drawn(stage, photos, rows, account, strength)
