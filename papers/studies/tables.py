@@ -21,6 +21,7 @@ from partlens_papers.sanity.sanity_tables import sanity_lines
 from partlens_papers.tables.blocks import TableRecord
 from partlens_papers.tables.page import shown_columns
 from partlens_papers.tables.published import CUB, VOC, published
+from partlens_papers.tables.scores import LARGEST
 
 HERE = Path(__file__).parent
 PAGES = HERE.parent / "docs"
@@ -388,7 +389,8 @@ def beside() -> list[str]:
             for (network, category, seed), own in _scores(folder, kind).items():
                 of_all = explained.get((network, category, seed), {})
                 scores = {key: row for key, row in of_all.items() if key[0] in {"random", "performer"}} | own
-                for name in [subject] if subject else dict.fromkeys(name for name, _ in own):
+                units = dict.fromkeys(name for name, _ in own if not name.endswith(LARGEST))
+                for name in [subject] if subject else units:
                     title = name if kind == "rivals" else kind.replace("-cls", " + cls").replace("icnn-", "ICNN, ")
                     cells = _beside_cells(PRINTED_NAMES[network], category, name, in_print, scores)
                     lines.append(f"| {network}, {category} | {title} | {' | '.join(cells)} |")

@@ -207,6 +207,7 @@ def test_rivals_are_measured_as_the_explainer_is(flower_folder: Path, begun: Pat
     rows = cells(found, "rivals")
     assert list(rows)[:3] == ["explainer", "NMF, 3 units", "k-means, 3 units"]
     nmf, explainer = rows["NMF, 3 units"], rows["explainer"]
+    assert rows["NMF, 3 units, largest cells"]["instability"].value != nmf["instability"].value
     assert nmf["instability"].n == explainer["instability"].n
     assert 0 < nmf["variance_explained"].value < 1
     assert 0 <= nmf["agreement_top1"].value <= 1
@@ -483,7 +484,8 @@ def test_rivals_are_read_as_the_explainer_is() -> None:
     for power in (None, 6.0):
         measured = MeasuredLayer()
         measured.add(maps, power)
-        found[power] = measured.peaks((0.0, 0.0), (1.0, 1.0)).cells[0, 0].tolist()
+        found[power] = measured.peaks((0.0, 0.0), (1.0, 1.0), power).cells[0, 0].tolist()
+        assert measured.peaks((0.0, 0.0), (1.0, 1.0)).cells[0, 0].tolist() == [2, 0]
     assert found[None] == [2, 0]
     assert found[6.0] == pytest.approx([2, 2], abs=0.1)
 

@@ -44,7 +44,7 @@ from partlens_papers.tables.published import (
     PublishedRow,
     published,
 )
-from partlens_papers.tables.scores import INTERVALS, Of, combined, t_interval
+from partlens_papers.tables.scores import INTERVALS, LARGEST, Of, combined, t_interval
 
 SUBJECTS = {
     "explainer": ("explainer", "explainer"),
@@ -385,13 +385,15 @@ def interpretable_table(study: Study) -> Built:
 
 def rival_table(study: Study) -> Built:
     """Return how rivals on the same maps compare with the explainer."""
-    rivals = list(dict.fromkeys(row.subject for row in study.tidy.rows if row.kind == RIVALS))
+    found = dict.fromkeys(row.subject for row in study.tidy.rows if row.kind == RIVALS)
+    rivals = [name for name in found if not name.endswith(LARGEST)]
     others = [(RIVALS, name, name) for name in rivals]
+    largest = [(RIVALS, name, name.replace(LARGEST, ", largest cells")) for name in found if name not in rivals]
     first, *layers = _named(*SUBJECTS)
     lead = "Rivals are fitted on the tap's maps of the category's training photos; all are measured on the same "
     lead += "held-out photos, and every reconstruction of the tap goes through the performer's own upper layers."
     texts = ("Other ways to take the layer apart", lead)
-    main = long(study, "rivals", texts, [first, *others, *layers], PLACES | FAITHFUL)
+    main = long(study, "rivals", texts, [first, *others, *largest, *layers], PLACES | FAITHFUL)
     main = main.model_copy(update={"charted": ("instability", "consistency", "variance_explained")})
     verdicts = []
     for label in study.tidy.performers(RIVALS):

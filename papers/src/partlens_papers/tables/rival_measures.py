@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from partlens.metrics.scores import REGION_READINGS
 from partlens.records import plain
+from partlens_papers.tables.scores import LARGEST
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +27,10 @@ BATCH = 32
 
 @dataclass
 class MeasuredLayer:
-    """What is collected of one way to explain the tap, batch by batch."""
+    """What is collected of one way to explain the tap, batch by batch; of maps, the largest cells and centroids."""
 
     cells: list[Tensor] = field(default_factory=list)
+    centroids: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     side: tuple[int, int] = (0, 0)
     wrong: list[Tensor] = field(default_factory=list)
@@ -36,24 +38,26 @@ class MeasuredLayer:
     features: dict[str, list[Tensor]] = field(default_factory=lambda: {"held": [], "others": []})
 
     def add(self, maps: Tensor, power: float | None = None) -> None:
-        """Take in the peaks of a batch of maps: largest cells, or centroids of the maps raised to a power."""
+        """Take in the peaks of a batch of maps: largest cells and, with a power, centroids of the maps raised to it."""
         import torch
 
         from partlens.explainer.templates import centroid_cells
 
         score, index = maps.flatten(2).max(-1)
-        largest = torch.stack([index // maps.shape[3], index % maps.shape[3]], -1)
-        self.cells.append(largest if power is None else centroid_cells(maps, power))
+        self.cells.append(torch.stack([index // maps.shape[3], index % maps.shape[3]], -1))
+        if power is not None:
+            self.centroids.append(centroid_cells(maps, power))
         self.scores.append(score)
         self.side = (int(maps.shape[2]), int(maps.shape[3]))
 
-    def peaks(self, start_px: tuple[float, float], stride_px: tuple[float, float]) -> Peaks:
-        """Return all peaks in input pixels."""
+    def peaks(self, start_px: tuple[float, float], stride_px: tuple[float, float], power: float | None = None) -> Peaks:
+        """Return all peaks in input pixels: with a power, the centroids."""
         import torch
 
         from partlens.metrics.localisation import peaks_from_cells
 
-        return peaks_from_cells(torch.cat(self.cells), torch.cat(self.scores), self.side, start_px, stride_px)
+        cells = torch.cat(self.cells if power is None else self.centroids)
+        return peaks_from_cells(cells, torch.cat(self.scores), self.side, start_px, stride_px)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class RivalBench:
         structure: tap and targets of the explainer that the rivals are compared with.
         decoder: the performer's own layers from the tap to the targets.
         head: its layers after the last target.
-        power: rivals' maps peak at centroids with this power, where the explainer's do; ``None`` for largest cells.
+        power: rivals' maps peak at centroids with this power, where the explainer's do, and their largest cells are
+            measured beside (``NAME_largest``); ``None`` for largest cells alone.
     """
 
     performer: Performer
@@ -171,19 +176,22 @@ def measure_rivals(
     fields, roles = dict.fromkeys(rivals, tap_field), {name: name for name in rivals}
     interpretability = None if met is None else met.scores(fields, {}, groups, roles, seed)
     scatter = own.scatter / max(own.count, 1)
+
+    def located(found: MeasuredLayer, power: float | None, generator: torch.Generator) -> dict[str, Any]:
+        places = localisation_scores(
+            found.peaks(*grid, power),
+            landmarks,
+            performer.preprocessing.size_px,
+            landmark_names=names,
+            photos=groups,
+            generator=generator,
+        )
+        return dict(plain(places))
+
     results: dict[str, dict[str, Any]] = {}
     for name, found in measured.items():
         generator = torch.Generator().manual_seed(seed)
-        scores = plain(
-            localisation_scores(
-                found.peaks(*grid),
-                landmarks,
-                performer.preprocessing.size_px,
-                landmark_names=names,
-                photos=groups,
-                generator=generator,
-            )
-        )
+        scores = located(found, bench.power, generator)
         wrong = torch.cat(found.wrong)
         explained = (
             Estimate.undefined()
@@ -213,6 +221,8 @@ def measure_rivals(
                 for reading in REGION_READINGS
             }
         results[name] = scores
+        if bench.power is not None:
+            results[f"{name}{LARGEST}"] = located(found, None, generator)
     return results
 
 

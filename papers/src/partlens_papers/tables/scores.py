@@ -3,8 +3,9 @@
 A job gives its scores as rows of (subject, score, estimate). Subjects: ``explainer``, ``explainer_largest`` (read by
 largest cells where the explainer is read by centroids), ``top`` and ``tap`` of the performer, ``tap_centroid``, the
 nulls ``random``, ``centre`` and ``corner``, ``other_photo`` (the main layer's regions on another), ``interpretable``
-(CNN), ``always`` (the more frequent answer), and rivals by name. Scores have the names of evaluations;
-``variance_explained`` is 1 minus the relative error of the last target, ``regions_READING`` is part interpretability.
+(CNN), ``always`` (the more frequent answer), and rivals by name, read as the explainer is, and ``NAME_largest``. Scores
+have the names of evaluations; ``variance_explained`` is 1 minus the relative error of the last target,
+``regions_READING`` is part interpretability.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from partlens.estimate import Estimate
 from partlens.metrics.scores import REGION_READINGS
 from partlens.records import Value, write_text
 
+LARGEST = "_largest"
 ROUNDS = 2000
 INTERVALS = (
     "The interval of a mean is a 95 % percentile bootstrap over categories and, within each drawn category, seeds; "
@@ -93,7 +95,7 @@ def scores_of(evaluation: Mapping[str, Any]) -> Iterator[Score]:
         "interpretable": evaluation.get("interpretable"),
         **{name: evaluation["performer"].get(name) for name in ("top", "tap")},
         **evaluation["nulls"],
-        "explainer_largest": same.get("explainer_largest"),
+        f"explainer{LARGEST}": same.get("explainer_largest"),
         "tap_centroid": same.get("tap_centroid"),
     }
     for subject, found in layers.items():
