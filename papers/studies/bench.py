@@ -337,7 +337,7 @@ def plain_pass(performer: Performer, images: ImageSet) -> None:
 
 def factorised(performer: Performer, images: ImageSet) -> None:
     """Read photos in float32 and factorise the layer that parts are found on, as one without partlens would."""
-    (layer,) = finding_layers(performer)
+    layer = finding_layers(performer)[0]
     maps = torch.cat([batch.maps[layer] for batch in stream(performer, images, range(len(images)), [layer])])
     fit_nmf(maps.float().clamp(min=0), 8, cells=maps[:, 0].numel())
 

@@ -104,22 +104,17 @@ def places(given: Animal, maps: Maps, seed: int) -> Iterator[tuple[str, Tensor, 
     own = given.train.nonzero()[:, 0]
     values, windows = maps.values, maps.windows
     everyone = torch.arange(len(windows))
-
-    def views(some: Tensor, view: int) -> list[Tensor]:
-        return [torch.from_numpy(np.array(values[some.numpy(), view])).float()]
-
+    later, finer = maps.later_of(everyone), maps.finer_of(everyone)
     generator = torch.Generator().manual_seed(seed)
-    found = find_parts(
-        lambda some, view: views(own[some], view), windows[own], FindingConfig(), generator, maps.precision
-    )
+    found = find_parts(maps.later_of(own), windows[own], FindingConfig(), generator, maps.precision, maps.finer_of(own))
     for kind, finder in {"first": found.finder, "supported": found.finder.only(range(found.supported))}.items():
-        where = places_of_views(finder, views, windows)
-        strength = torch.cat([finder.codes(views(some, 0)).amax((2, 3)) for some in everyone.split(100)])
+        where = places_of_views(finder, windows, later, finer)
+        strength = torch.cat([finder.codes(later(some, 0)).amax((2, 3)) for some in everyone.split(100)])
         for count in COUNTS if kind == "first" else [where.shape[1]]:
             yield f"first {count}" if kind == "first" else kind, where[:, :count], strength[:, :count]
     for count in COUNTS:
-        source = LaterParts(lambda some, view: views(own[some], view)[0], len(own), generator, (count,), maps.precision)
-        plain = located(lambda some, view: views(some, view)[0], source.dictionaries[:1], len(values), 0)
+        source = LaterParts(maps.later_of(own), len(own), generator, (count,), maps.precision)
+        plain = located(later, source.dictionaries[:1], len(values), 0)
         yield f"{count} plain factors", plain, torch.ones(plain.shape[:2])
     side = values.shape[-1]
     cells = torch.randint(side, (len(values), 8, 2), generator=generator)

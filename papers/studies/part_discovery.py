@@ -10,7 +10,8 @@ the nearest parts with the landmarks' names. Each recipe changes what its name s
     fewer at a time candidates are 2 to 8 factors at a time, not 3 to 16
     filters alike   each filter is divided by its standard deviation
     and mirror      places are the mean of the photo and its mirror
-    more variety    parts pay 0.7, not 0.5, for moving alike: `partlens.object_parts.finding`, as it is
+    more variety    parts pay 0.7, not 0.5, for moving alike
+    sharpened       places are sharpened on a finer layer, where there is one: `partlens.object_parts.finding`, as it is
     as many as supported  of the eight parts so found, those that add more than they repeat and more than they err
 
 Ceilings use the landmarks of the training split: the best four of the last recipe's candidates, ridge regression on all
@@ -42,8 +43,9 @@ from partlens.network.precision import chosen_precision
 from partlens.network.stream import stream
 from partlens.network.zoo import load_performer
 from partlens.object_parts.candidates import LaterParts, centroids, chosen_parts, followed, part_codes
-from partlens.object_parts.finding import supported
+from partlens.object_parts.finding import PartFinder, finding_layers, places_of_views, supported
 from partlens.object_parts.inspection import FindingConfig, InspectConfig
+from partlens.object_parts.reading import View
 from partlens.run import PassPrecision, Precision
 from partlens_papers.data.cub import read
 from partlens_papers.data.listing import Choice
@@ -87,11 +89,26 @@ def birds(folder: Path) -> Birds:
 
 @dataclass(frozen=True)
 class Maps:
-    """A layer's maps (photo, view, filter, row, col), how views were cut, and in which precision factors are found."""
+    """A layer's maps (photo, view, filter, row, col), how views were cut, and in which precision factors are found.
+
+    ``finer`` are those of the layer on which places are sharpened, likewise, of the whole photo and its mirror.
+    """
 
     values: np.ndarray
     windows: Tensor
     precision: Precision
+    finer: np.ndarray | None
+
+    def later_of(self, photos: Tensor) -> View:
+        """Return what gives the maps of some of these photos in a view."""
+        return lambda some, view: torch.from_numpy(np.array(self.values[photos[some].numpy(), view])).float()
+
+    def finer_of(self, photos: Tensor) -> View | None:
+        """Return the same of the finer layer, where there is one."""
+        finer = self.finer
+        if finer is None:
+            return None
+        return lambda some, view: torch.from_numpy(np.array(finer[photos[some].numpy(), view])).float()
 
 
 def maps_of(images: ImageSet, network: str, weights: str, side: int, place: Path, wanted: Precision = "auto") -> Maps:
@@ -112,18 +129,23 @@ def maps_of(images: ImageSet, network: str, weights: str, side: int, place: Path
         )
         precision = chosen_precision(viewing, drawn, range(len(drawn)), [layer], wanted=wanted)
         print(place.name, precision, flush=True)
-        kept: np.ndarray | None = None
         viewing = viewing.computing(precision.used)
-        for batch in stream(viewing, drawn, range(len(drawn)), [layer], batch_size=8):
-            values = batch.maps[layer].clamp(min=0).half().numpy()
-            if kept is None:
-                shape = (photos, VIEWS, *values.shape[1:])
-                kept = np.lib.format.open_memmap(place / "maps.npy", mode="w+", dtype=np.float16, shape=shape)
-            kept.reshape(-1, *values.shape[1:])[list(batch.rows)] = values
+        finer = finding_layers(performer)[1:] if layer == "layer4" else ()
+        kept: dict[str, np.ndarray] = {}
+        for batch in stream(viewing, drawn, range(len(drawn)), [layer, *finer], batch_size=8):
+            for name, file, views in ((layer, "maps.npy", VIEWS), *((each, "finer.npy", 2) for each in finer)):
+                values = batch.maps[name].clamp(min=0).half().numpy()
+                if name not in kept:
+                    shape = (photos, views, *values.shape[1:])
+                    kept[name] = np.lib.format.open_memmap(place / file, mode="w+", dtype=np.float16, shape=shape)
+                for row, value in zip(batch.rows, values, strict=True):
+                    if row % VIEWS < views:
+                        kept[name][row // VIEWS, row % VIEWS] = value
         (place / "done").write_text(precision.model_dump_json())
     made = PassPrecision.model_validate_json((place / "done").read_text())
     windows = torch.from_numpy(np.load(place / "windows.npy"))
-    return Maps(np.load(place / "maps.npy", mmap_mode="r"), windows, made.used)
+    sharp = np.load(place / "finer.npy", mmap_mode="r") if (place / "finer.npy").exists() else None
+    return Maps(np.load(place / "maps.npy", mmap_mode="r"), windows, made.used, sharp)
 
 
 @dataclass(frozen=True)
@@ -133,6 +155,7 @@ class Candidates:
     seen: Tensor  # view photo part 2
     movement: Tensor
     mirrored: Tensor
+    finder: PartFinder  # of all
 
     @property
     def whole(self) -> Tensor:
@@ -151,7 +174,8 @@ def candidates(maps: Maps, train: Tensor, scale: Tensor, sizes: Any, seed: int) 
     seen = torch.stack([located(read_view, source.dictionaries, len(train), view) for view in range(VIEWS)])
     movement = followed(lambda view: seen[view][own], maps.windows[own])[2]
     mirrored = (seen[0] + places_in_photo(seen[1], maps.windows[:, 1])) / 2
-    return Candidates(seen, movement, mirrored)
+    numbered = [(n, row) for n, directions in enumerate(source.dictionaries) for row in range(len(directions))]
+    return Candidates(seen, movement, mirrored, PartFinder(scale, tuple(source.dictionaries), tuple(numbered)))
 
 
 def located(read_view: Callable[[Tensor, int], Tensor], dictionaries: list[Tensor], photos: int, view: int) -> Tensor:
@@ -205,9 +229,17 @@ def recipes(given: Birds, maps: Maps, seed: int, steps: bool) -> Iterator[tuple[
         yield "filters alike", count, measured(given, alike.whole[:, taught(alike, count, 0.5)])
         yield "and mirror", count, measured(given, alike.mirrored[:, taught(alike, count, 0.5)])
         yield "more variety", count, measured(given, alike.mirrored[:, taught(alike, count, variety)])
-    eight = taught(alike, FindingConfig().parts_max, variety)
-    few = [eight[part] for part in supported(alike.whole[train][:, eight], alike.movement[eight])]
-    yield "as many as supported", len(few), measured(given, alike.mirrored[:, few])
+    most = taught(alike, max(COUNTS), variety)
+    where = alike.mirrored[:, most]
+    own, everyone = train.nonzero()[:, 0], torch.arange(len(train))
+    if (finer := maps.finer_of(own)) is not None:
+        finder = alike.finder.only(most).sharpened(alike.whole[own][:, most], finer)
+        where = places_of_views(finder, maps.windows, maps.later_of(everyone), maps.finer_of(everyone))
+        for count in COUNTS:
+            yield "sharpened", count, measured(given, where[:, :count])
+    eight = most[: FindingConfig().parts_max]
+    few = supported(alike.whole[train][:, eight], alike.movement[eight])
+    yield "as many as supported", len(few), measured(given, where[:, few])
     best = chosen_for(given.landmarks, alike.mirrored, train, 4)
     yield "ceiling: best four candidates", 4, measured(given, alike.mirrored[:, best])
     yield (

@@ -84,6 +84,7 @@ class Photos:
     tap: TapMaps
     whole: Whole
     layer: Tensor
+    finer: Tensor  # of the layer on which places are sharpened
     landmarks: Tensor
 
 
@@ -116,7 +117,7 @@ class Bench:
     """One category's photos and the network around its layers."""
 
     def __init__(self, performer: Performer, images: ImageSet, category: str) -> None:
-        self.performer, (self.name,) = performer, finding_layers(performer)
+        self.performer, (self.name, self.finer) = performer, finding_layers(performer)
         self.upper = upper_of(performer, self.name)
         self.passes = 0.0  # CPU seconds of a photo
         self.found = self._photos(images, category, "train", FOUND)
@@ -134,18 +135,20 @@ class Bench:
         preparing = self.performer.preprocessing
         inputs = torch.cat([preparing([own.read(i)]) for i in range(len(own))])
         start = time.process_time()
-        tap, layer = (torch.cat(maps) for maps in zip(*map(self.read, inputs.split(32)), strict=True))
+        tap, layer, finer = (torch.cat(maps) for maps in zip(*map(self.read, inputs.split(32)), strict=True))
         self.passes = (time.process_time() - start) / len(inputs)
         taps = TapMaps(upper_of(self.performer, self.performer.tap), tap, torch.zeros(tap.shape[1:]))
         known = own.part_truth
         assert known is not None
         sides = torch.tensor(known.image_size_px[:, ::-1].copy())
         landmarks = torch.from_numpy(known.positions_px[..., ::-1].copy()) / sides[:, None]
-        return Photos(own, inputs, taps, whole_photos(taps), layer, landmarks.float())
+        return Photos(own, inputs, taps, whole_photos(taps), layer, finer, landmarks.float())
 
-    def read(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        _, maps = forward_taps(self.performer, inputs, [self.performer.tap, self.name])
-        return maps[self.performer.tap].float(), maps[self.name].float().clamp(min=0)
+    def read(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        names = (self.performer.tap, self.name, self.finer)
+        _, maps = forward_taps(self.performer, inputs, list(dict.fromkeys(names)))
+        tap, layer, finer = (maps[name].float() for name in names)
+        return tap, layer.clamp(min=0), finer
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------
@@ -159,13 +162,19 @@ def our_parts(bench: Bench) -> tuple[Measured, PartFinder, PartFinder]:
         windows = view_windows(len(images), VIEWS, torch.Generator().manual_seed(0))
         repeated = np.repeat(np.arange(len(images)), VIEWS)
         drawn, viewing = viewed_images(images, bench.performer, repeated, windows.flatten(0, 1))
-        batches = stream(viewing, drawn, range(len(drawn)), [bench.name], batch_size=32)
-        maps = torch.cat([batch.maps[bench.name] for batch in batches]).unflatten(0, (len(images), VIEWS))
+        names = [bench.name, bench.finer]
+        batches = [batch.maps for batch in stream(viewing, drawn, range(len(drawn)), names, batch_size=32)]
+        later, finer = (torch.cat([m[name] for m in batches]).unflatten(0, (len(images), VIEWS)) for name in names)
         found = find_parts(
-            lambda some, view: [maps[some, view]], windows, FindingConfig(), torch.Generator().manual_seed(0)
+            lambda some, view: later[some, view],
+            windows,
+            FindingConfig(),
+            torch.Generator().manual_seed(0),
+            finer=lambda some, view: finer[some, view],
         )
     seen = ranking_photos(len(images))
-    carrying, counts = carrying_order(*taken(bench.found, seen), found.finder([bench.found.layer[seen]]))
+    photos = bench.found
+    carrying, counts = carrying_order(*taken(photos, seen), found.finder(photos.layer[seen], photos.finer[seen]))
     accounted = [part for rank, part in enumerate(carrying) if rank < max(counts) or part < found.supported]
     return Measured(seconds=seconds), found.finder.only(accounted), found.finder
 
@@ -175,7 +184,7 @@ def shared(bench: Bench, measured: Measured, finder: PartFinder) -> None:
     for photos, some, held in ((bench.found, bench.few, False), (bench.held, torch.arange(FORETOLD), True)):
         taps, whole = taken(photos, some)
         with Clock(measured.seconds, "foretell"):
-            cells = part_cells(finder([photos.layer[some]]), taps.grid, SAID_AREA)
+            cells = part_cells(finder(photos.layer[some], photos.finer[some]), taps.grid, SAID_AREA)
             shares = shapley_shares(taps, whole, cells, generator=torch.Generator().manual_seed(0))
         foretold = {"own": shares.players[:, :-1], "alone": shares.alone[:, :-1]}
         for how, values in foretold.items():
@@ -241,10 +250,10 @@ def indices(bench: Bench, measured: Measured, divide: Divide, rest: bool) -> Non
 # --- measures ---------------------------------------------------------------------------------------------------------
 
 
-def windows_of(bench: Bench, measured: Measured, codes: Callable[[Tensor], Tensor]) -> None:
+def windows_of(bench: Bench, measured: Measured, places_of: Callable[[Photos], Tensor]) -> None:
     """Measure windows at the units' places, what is lost without each, and how far landmarks are foretold."""
     found, held = bench.found, bench.held
-    places, there = centroids(codes(found.layer)), centroids(codes(held.layer))
+    places, there = places_of(found), places_of(held)
     seen = ranking_photos(len(places))
     order, counts = carrying_order(*taken(found, seen), places[seen])
     generator = torch.Generator().manual_seed(0)
@@ -255,12 +264,12 @@ def windows_of(bench: Bench, measured: Measured, codes: Callable[[Tensor], Tenso
         taps, whole = taken(held, some)
         cells = part_cells(there[some], taps.grid, SAID_AREA)[:, :-1]
         measured.lost["windows"] = 1 - kept(taps, whole, ~cells).score
-    measured.landmark = landmarks_missed(bench, codes)
+    measured.landmark = landmarks_missed(bench, places_of)
 
 
-def landmarks_missed(bench: Bench, codes: Callable[[Tensor], Tensor]) -> Tensor:
+def landmarks_missed(bench: Bench, places_of: Callable[[Photos], Tensor]) -> Tensor:
     """Return how far the held-out photos' landmarks are from where the units' places foretell them."""
-    places = torch.cat([centroids(codes(photos.layer)) for photos in (bench.found, bench.held)])
+    places = torch.cat([places_of(photos) for photos in (bench.found, bench.held)])
     train = torch.arange(len(places)) < len(bench.found.layer)
     marks = torch.cat([bench.found.landmarks, bench.held.landmarks])
     return landmark_errors(places.flatten(1), marks, train, ridge=RIDGE)
@@ -288,7 +297,7 @@ def grad_cam_in_windows(bench: Bench, finder: PartFinder, lost: Tensor) -> Measu
         with Clock(measured.seconds, "foretell"):
             heat = cams(bench, photos)
         taps, _ = taken(photos, some)
-        cells = part_cells(finder([photos.layer[some]]), taps.grid, SAID_AREA)[:, :-1]
+        cells = part_cells(finder(photos.layer[some], photos.finer[some]), taps.grid, SAID_AREA)[:, :-1]
         fine = F.interpolate(heat[some, None], size=taps.grid, mode="bilinear", align_corners=False)
         values = (fine * cells).sum((2, 3)) / fine.sum((2, 3)).clamp(min=1e-12)
         measured.per_photo["own"] = values
@@ -305,13 +314,13 @@ def measure(performer: Performer, images: ImageSet, category: str) -> dict[str, 
     result: dict[str, Measured] = {}
     measured, finder, eight = our_parts(bench)
     shared(bench, measured, finder)
-    windows_of(bench, measured, lambda maps: finder.codes([maps]))
+    windows_of(bench, measured, lambda photos: finder(photos.layer, photos.finer))
     result["our parts"] = measured
-    result["our eight"] = Measured(landmark=landmarks_missed(bench, lambda maps: eight.codes([maps])))
+    result["our eight"] = Measured(landmark=landmarks_missed(bench, lambda photos: eight(photos.layer, photos.finer)))
     for name, make in {"CRAFT": craft, "TopK-SAE": sparse, "raw filters": filters}.items():
         measured, divide = make(bench)
         indices(bench, measured, divide, rest=name != "CRAFT")
-        windows_of(bench, measured, lambda maps, divide=divide: divide(maps)[0])
+        windows_of(bench, measured, lambda photos, divide=divide: centroids(divide(photos.layer)[0]))
         result[name] = measured
         if name == "CRAFT":
             worth = measured.foretold["own"].float()

@@ -186,7 +186,7 @@ def parts(folder: Path, out: Path, only: Sequence[str]) -> None:
         generator = torch.Generator().manual_seed(0)
         windows = view_windows(len(own), 4, generator)  # those of the explainer of the same seed
         seen = _seen(performer, images, own, windows)
-        parts = find_parts(lambda some, view, seen=seen: [seen(some, view)], windows, FindingConfig(), generator)
+        parts = find_parts(seen, windows, FindingConfig(), generator)
         found[path.stem] = _scored(performer, images, category, held, parts.finder.only(range(parts.supported)))
         write_json(out, found)
         print(path.stem, found[path.stem]["parts"]["instability"], flush=True)
@@ -212,18 +212,18 @@ def _scored(
     layer, whole = finding_layers(performer)[0], view_windows(len(held), 2, torch.Generator())
     seen = _seen(performer, images, held, whole)
     maps = seen(torch.arange(len(held)), 0)
-    codes = finder.codes([maps])
+    codes = finder.codes(maps)
     side, grid = (int(codes.shape[2]), int(codes.shape[3])), grid_of(performer.field(layer))
 
-    def peaks(located: Callable[[Sequence[Tensor]], Tensor], values: Tensor) -> Peaks:
-        places = places_of_views(located, lambda some, view: [seen(some, view)], whole)  # type: ignore[arg-type]
+    def peaks(located: Callable[[Tensor, Tensor | None], Tensor], values: Tensor) -> Peaks:
+        places = places_of_views(located, whole, seen)  # type: ignore[arg-type]
         return peaks_from_cells(places * torch.tensor(side) - 0.5, values.amax((2, 3)), side, *grid)
 
     best, cell = codes.flatten(2).max(-1)
     largest = peaks_from_cells(torch.stack([cell // side[1], cell % side[1]], -1), best, side, *grid)
     on = MeasuredPhotos.of(images, held, performer, (category,), torch.zeros(len(held)).long(), seed=0)
     read = {"parts": peaks(finder, codes), "parts, largest cells": largest}
-    read["filters, read alike"] = peaks(lambda given: centroids(given[0].clamp(min=0)), maps)
+    read["filters, read alike"] = peaks(lambda given, _: centroids(given.clamp(min=0)), maps)
     belongs = {name: torch.zeros(of.scores.shape[1], dtype=torch.long) for name, of in read.items()}
     scores = {name: measure_maps(on, of, belongs[name]) for name, of in read.items()}
     scores |= measure_nulls(on, read["parts"], belongs["parts"], grid)[0]
