@@ -66,9 +66,7 @@ class PartFinder:
     scale: Float[Tensor, " filter"]  # standard deviation of each filter of the later layer
     dictionaries: tuple[Tensor, ...]  # directions (part, filter) of the scaled layer that compete for its cells
     chosen: tuple[tuple[int, int], ...]  # for each part, the number of its dictionary and of its direction in it
-    # how each part looks on the finer layer, where there is one: a unit vector of filters divided by their deviations
-    looks: Float[Tensor, "part finer"] | None = None
-    finer_scale: Float[Tensor, " finer"] | None = None
+    looks: Float[Tensor, "part finer"] | None = None  # how each part looks on the finer layer, where there is one
 
     def codes(self, maps: Float[Tensor, "photo filter row col"]) -> Float[Tensor, "photo part row col"]:
         """Return how much of each part every cell of the later layer holds."""
@@ -84,9 +82,7 @@ class PartFinder:
         They are sharpened on the finer layer's maps where these are given.
         """
         places = centroids(self.codes(maps))
-        if self.looks is None or self.finer_scale is None or finer is None:
-            return places
-        return _sharpened(places, _scaled(finer, self.finer_scale), self.looks)
+        return places if self.looks is None or finer is None else _sharpened(places, finer.clamp(min=0), self.looks)
 
     def only(self, parts: Sequence[int]) -> PartFinder:
         """Return the finder of some parts, in their order."""
@@ -99,22 +95,19 @@ class PartFinder:
 
     def sharpened(self, places: Float[Tensor, "photo part 2"], finer: View) -> PartFinder:
         """Return the finder that also knows how its parts look on the finer layer at their places in whole photos."""
-        scale = _filter_scale(finer, len(places))
         total: Tensor | float = 0.0
         for some in torch.arange(len(places)).split(_SCALE_PHOTOS):
             at = places[some].flip(-1)[:, :, None] * 2 - 1
-            cells = F.normalize(_scaled(finer(some, 0), scale), dim=1)
+            cells = F.normalize(finer(some, 0).clamp(min=0), dim=1)
             seen = F.grid_sample(cells, at, padding_mode="border", align_corners=False)
             total = total + seen[..., 0].sum(0)
-        return dataclasses.replace(self, looks=F.normalize(torch.as_tensor(total).t(), dim=1), finer_scale=scale)
+        return dataclasses.replace(self, looks=F.normalize(torch.as_tensor(total).t(), dim=1))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what `of` reads again."""
         parts = {f"parts.{number}": directions for number, directions in enumerate(self.dictionaries)}
-        found = {"scale": self.scale, "chosen": torch.tensor(self.chosen), **parts}
-        if self.looks is not None and self.finer_scale is not None:
-            found |= {"looks": self.looks, "finer_scale": self.finer_scale}
-        return found
+        looks = {} if self.looks is None else {"looks": self.looks}
+        return {"scale": self.scale, "chosen": torch.tensor(self.chosen), **parts, **looks}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> PartFinder:
@@ -122,7 +115,7 @@ class PartFinder:
         count = sum(name.startswith("parts.") for name in tensors)
         dictionaries = tuple(tensors[f"parts.{number}"] for number in range(count))
         chosen = tuple((int(n), int(row)) for n, row in tensors["chosen"])
-        return cls(tensors["scale"], dictionaries, chosen, tensors.get("looks"), tensors.get("finer_scale"))
+        return cls(tensors["scale"], dictionaries, chosen, tensors.get("looks"))
 
 
 @dataclass(frozen=True)
