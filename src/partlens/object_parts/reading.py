@@ -168,7 +168,8 @@ def _read(
         else:
             _, maps = forward_taps(viewing, inputs, wanted.finding if wanted.tap else ())
             for number, layer in enumerate(wanted.finding):
-                arrays[_LATER.format(number)][:, view] = _half(maps[layer])
+                if view < _views_kept(number, views):
+                    arrays[_LATER.format(number)][:, view] = _half(maps[layer])
         if view == views - 1:
             yield arrays, lost
 
@@ -199,9 +200,14 @@ def _whole(performer: Performer, inputs: Tensor, wanted: Wanted, views: int) -> 
         arrays[_TAP] = _half(held[wanted.tap])
         for number, layer in enumerate(wanted.finding):
             first = _half(held[layer])
-            arrays[_LATER.format(number)] = np.zeros((len(first), views, *first.shape[1:]), first.dtype)
+            shape = (len(first), _views_kept(number, views), *first.shape[1:])
+            arrays[_LATER.format(number)] = np.zeros(shape, first.dtype)
             arrays[_LATER.format(number)][:, 0] = first
     return arrays, int(lost.sum())
+
+
+def _views_kept(finding: int, views: int) -> int:
+    return min(2, views) if finding else views  # places are sharpened in the photo and its mirror alone
 
 
 def _half(values: Tensor) -> np.ndarray:
