@@ -95,13 +95,12 @@ class PartFinder:
 
     def sharpened(self, places: Float[Tensor, "photo part 2"], finer: View) -> PartFinder:
         """Return the finder that also knows how its parts look on the finer layer at their places in whole photos."""
-        total: Tensor | float = 0.0
+        seen = []
         for some in torch.arange(len(places)).split(_SCALE_PHOTOS):
             at = places[some].flip(-1)[:, :, None] * 2 - 1
             cells = F.normalize(finer(some, 0).clamp(min=0), dim=1)
-            seen = F.grid_sample(cells, at, padding_mode="border", align_corners=False)
-            total = total + seen[..., 0].sum(0)
-        return dataclasses.replace(self, looks=F.normalize(torch.as_tensor(total).t(), dim=1))
+            seen.append(F.grid_sample(cells, at, padding_mode="border", align_corners=False)[..., 0].sum(0))
+        return dataclasses.replace(self, looks=F.normalize(torch.stack(seen).sum(0).t(), dim=1))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what `of` reads again."""
@@ -130,8 +129,12 @@ class FoundParts:
     # photos, the mean of both halves; 1 is the same part
     stability: Float[Tensor, " part"]
     supported: int  # how many of them the photos support as parts of their own, or the fewest that were asked for
-    correlation: float  # of the places of two of these, the mean; lower is more variety
     finder: PartFinder  # says where the parts are in further photos. All of them teach an explainer's filters
+
+    @property
+    def correlation(self) -> float:
+        """The correlation of the places of two supported parts, the mean; lower is more variety."""
+        return mean_correlation(place_correlations(self.places[:, : self.supported]))
 
 
 def finding_layers(performer: Performer) -> tuple[str, ...]:
@@ -144,14 +147,17 @@ def finding_layers(performer: Performer) -> tuple[str, ...]:
         LayerError: no layer has such maps.
     """
     maps = [layer for layer in performer.layers if layer.has_maps and "Pool" not in layer.kind]
-    fine = [layer for layer in maps if min(layer.shape[1:]) >= _LEAST_CELLS]
+    fine = _at_least(maps, _LEAST_CELLS, _LEAST_CELLS)
     if not fine:
         rule = f"a layer of {performer.name} with maps of at least {_LEAST_CELLS}x{_LEAST_CELLS} cells"
         raise LayerError(expected(rule, "none", "Use a larger input"))
     rows, cols = fine[-1].shape[1:]
-    finer = [layer for layer in fine if layer.shape[1] >= _FINER * rows and layer.shape[2] >= _FINER * cols]
-    sharp = [] if min(rows, cols) >= _COARSE_CELLS or not finer else [_name(finer)]
-    return (_name(fine), *sharp)
+    finer = _at_least(fine, _FINER * rows, _FINER * cols) if min(rows, cols) < _COARSE_CELLS else []
+    return tuple(_name(layers) for layers in (fine, finer) if layers)
+
+
+def _at_least(layers: Sequence[LayerInfo], rows: float, cols: float) -> list[LayerInfo]:
+    return [layer for layer in layers if layer.shape[1] >= rows and layer.shape[2] >= cols]
 
 
 def _name(layers: Sequence[LayerInfo]) -> str:
@@ -203,8 +209,7 @@ def find_parts(
     if finer is not None:
         finder = finder.sharpened(places[:, ordered], finer)
     places = places_of_views(finder, windows, later, finer)
-    correlation = mean_correlation(place_correlations(places[:, : len(counted)]))
-    return FoundParts(places, movement[ordered], stability[ordered], len(counted), correlation, finder)
+    return FoundParts(places, movement[ordered], stability[ordered], len(counted), finder)
 
 
 def places_of_views(
