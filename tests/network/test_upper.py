@@ -59,9 +59,8 @@ def test_the_copy_is_a_copy(network) -> None:
     assert not head.training
     names = [name.removeprefix("network.") for name, _ in head.named_parameters()]
     assert set(names) == {name for name in own if name.startswith("layer4.0.")}
-    assert not [
-        name for name in head.state_dict() if name.endswith("weight") and "layer4.0." not in name and "bn" not in name
-    ]
+    kept = [name for name in head.state_dict() if name.endswith("conv1.weight")]
+    assert kept == ["network.layer4.0.conv1.weight"]
     for name, parameter in zip(names, head.parameters(), strict=True):
         assert parameter.requires_grad
         assert torch.equal(parameter, own[name])
