@@ -20,6 +20,7 @@ from partlens.network.outputs import class_scores
 from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import forward_taps
+from partlens.network.zoo import load_performer
 from partlens.selection.measured_layers import feature_index
 
 MADE = run_path(str(Path(__file__).parent / "families.py"))
@@ -186,3 +187,12 @@ def test_what_hugging_face_makes_of_them_is_explained_like_any_other(family: str
     scores = class_scores(output, 2)
     assert torch.allclose(again, scores, atol=1e-5 * float(scores.abs().max()) + 1e-9)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_network_of_functions_alone_is_told_what_it_lacks() -> None:
+    class Functions(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.relu().mean((2, 3))
+
+    with pytest.raises(LayerError, match=r"got none among 0 layers \(only functions, no modules\)"):
+        _ = load_performer(Functions()).tap

@@ -107,7 +107,7 @@ class Performer:
     def without_layers(self, remedy: str) -> tuple[str, str]:
         """Say why no layer of the network can be used, and what to do."""
         reasons = Counter(layer.reason or "too few layers after it" for layer in self.layers)
-        why = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+        why = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(3)) or "only functions, no modules"
         if BATCH_UNKNOWN in reasons:
             remedy = "Write its forward for a batch of images"
         return (
