@@ -141,6 +141,7 @@ RECIPES = (
     "filters alike",
     "and mirror",
     "more variety",
+    "sharpened",
     "as many as supported",
     "ceiling: best four candidates",
     "ceiling: all candidates",
