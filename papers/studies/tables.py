@@ -256,6 +256,9 @@ RIVAL_RUNS = {
     "alexnet-voc-interpretable-cnn": {
         f"icnn-{loss}": ("interpretable", "interpretable") for loss in ("published", "released")
     },
+    "vgg16-voc-interpretable-cnn": {
+        f"icnn-{loss}": ("interpretable", "interpretable") for loss in ("published", "released")
+    },
     "alexnet-voc-rivals": {"rivals": ("", "")},
     "vgg16-voc-rivals": {"rivals": ("", "")},
 }
