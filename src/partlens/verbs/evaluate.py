@@ -78,7 +78,7 @@ def evaluate(
     show, handle = progress or Progress.silent(), Run(Path(run))
     if rounds < 1:
         raise InputError(expected("rounds of at least 1", rounds, "Set --rounds to 1 or more"))
-    record, (explainer, performer) = handle.read(ExplainerRun), load_explainer(run, model, Device.of(compute).device)
+    (explainer, performer), record = load_explainer(run, model, Device.of(compute).device), handle.read(ExplainerRun)
     performer = performer.computing(record.performer.passes)
     plan = GalleryPlan.of(gallery, fields, performer.preprocessing.size_px, occlusion, seed)
     images, unreadable = open_photos(data, record, show)
