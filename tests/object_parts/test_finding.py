@@ -151,7 +151,7 @@ def test_where_a_finer_layer_shows_nothing_places_are_those_of_the_later_layer()
     assert torch.equal(found.places, find_parts(later, WINDOWS, FindingConfig(parts_max=2), draws()).places)
 
 
-@pytest.mark.parametrize(("name", "layers"), [("resnet18", ("layer4", "layer3")), ("squeezenet1_1", ("classifier.1",))])
+@pytest.mark.parametrize(("name", "layers"), [("resnet50", ("layer4", "layer3")), ("squeezenet1_1", ("classifier.1",))])
 def test_only_a_coarse_layer_has_a_finer_one_beside_it(name: str, layers: tuple[str, ...]) -> None:
     assert finding_layers(load_performer(f"torchvision:{name}@random:0")) == layers
 

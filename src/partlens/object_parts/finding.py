@@ -90,8 +90,7 @@ class PartFinder:
         used = sorted({number for number, _ in picked})
         numbered = tuple((used.index(number), row) for number, row in picked)
         looks = None if self.looks is None else self.looks[list(parts)]
-        dictionaries = tuple(self.dictionaries[n] for n in used)
-        return dataclasses.replace(self, dictionaries=dictionaries, chosen=numbered, looks=looks)
+        return PartFinder(self.scale, tuple(self.dictionaries[n] for n in used), numbered, looks)
 
     def sharpened(self, places: Float[Tensor, "photo part 2"], finer: View) -> PartFinder:
         """Return the finder that also knows how its parts look on the finer layer at their places in whole photos."""
@@ -140,8 +139,7 @@ class FoundParts:
 def finding_layers(performer: Performer) -> tuple[str, ...]:
     """Return the layers whose maps `find_parts` reads: the last one with maps of at least 3x3 cells.
 
-    Where that one is coarse (a side of fewer than 12 cells), the last one with sides at least half as long again
-    follows, if there is one: places are sharpened on it.
+    Where that one is coarse (fewer than 12 cells a side), the last one with 1.5 times the sides sharpens places.
 
     Raises:
         LayerError: no layer has such maps.
@@ -153,17 +151,19 @@ def finding_layers(performer: Performer) -> tuple[str, ...]:
         raise LayerError(expected(rule, "none", "Use a larger input"))
     rows, cols = fine[-1].shape[1:]
     finer = _at_least(fine, _FINER * rows, _FINER * cols) if min(rows, cols) < _COARSE_CELLS else []
-    return tuple(_name(layers) for layers in (fine, finer) if layers)
+    same = [layer.name for layer in fine if layer.shape == fine[-1].shape]
+    later = min(same[-2:], key=lambda name: (name.count("."), len(name)))
+    return (later, _last_block(finer)) if finer else (later,)
 
 
 def _at_least(layers: Sequence[LayerInfo], rows: float, cols: float) -> list[LayerInfo]:
     return [layer for layer in layers if layer.shape[1] >= rows and layer.shape[2] >= cols]
 
 
-def _name(layers: Sequence[LayerInfo]) -> str:
-    """Return the last layer by the shorter name, of those at its output: a block rather than its activation."""
-    same = [layer for layer in layers if layer.shape == layers[-1].shape]
-    return min((layer.name for layer in same[-2:]), key=lambda name: (name.count("."), len(name)))
+def _last_block(layers: Sequence[LayerInfo]) -> str:
+    """Return the last block with maps as large as the last ones: ResNet-50's layer3, not what layer4 begins with."""
+    same = [layer.name for layer in layers if layer.shape[1:] == layers[-1].shape[1:]]
+    return min(reversed(same), key=lambda name: name.count("."))
 
 
 def find_parts(
