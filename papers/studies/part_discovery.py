@@ -144,7 +144,7 @@ def maps_of(images: ImageSet, network: str, weights: str, side: int, place: Path
         (place / "done").write_text(precision.model_dump_json())
     made = PassPrecision.model_validate_json((place / "done").read_text())
     windows = torch.from_numpy(np.load(place / "windows.npy"))
-    sharp = np.load(place / "finer.npy", mmap_mode="r") if (place / "finer.npy").exists() else None
+    sharp = np.load(place / "finer.npy", mmap_mode="r") if layer == "layer4" else None
     return Maps(np.load(place / "maps.npy", mmap_mode="r"), windows, made.used, sharp)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from partlens.explainer.teachers import places_in_view
 from partlens.explainer.views import view_windows
 from partlens.network.zoo import load_performer
-from partlens.object_parts.finding import PartFinder, added, find_parts, finding_layers
+from partlens.object_parts.finding import PartFinder, added, find_parts, finding_layers, places_of_views
 from partlens.object_parts.inspection import FindingConfig
 
 PHOTOS, SIDE = 40, 10
@@ -143,6 +143,19 @@ def test_places_of_a_coarse_layer_are_sharpened_on_a_finer_one() -> None:
     maps = coarse(some, 0), finer(some, 0)
     assert torch.allclose(again(*maps), sharp.finder(*maps)[:, [1]])
     assert torch.equal(sharp.finder(maps[0]), plain.finder(maps[0]))
+
+
+def test_places_of_many_photos_are_read_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_parts(layer_with_two_parts, WINDOWS, FindingConfig(parts_max=2), draws())
+    asked: list[int] = []
+
+    def later(photos: Tensor, view: int) -> Tensor:
+        asked.append(len(photos))
+        return layer_with_two_parts(photos, view)
+
+    monkeypatch.setattr("partlens.object_parts.finding._PHOTOS_AT_ONCE", 16)
+    assert torch.allclose(places_of_views(found.finder, WINDOWS, later), found.places, atol=1e-3)
+    assert asked == [16, 16, 8] * 2
 
 
 def test_where_a_finer_layer_shows_nothing_places_are_those_of_the_later_layer() -> None:

@@ -45,6 +45,7 @@ from partlens.run import Precision
 
 _SIZES = (2, 3, 4, 5, 6, 7, 8)
 _LEAST_CELLS = 3
+_PHOTOS_AT_ONCE = 1000
 _SCALE_PHOTOS = 256
 """Photos that the standard deviations of filters are measured on, at most."""
 _SHUFFLES = 100
@@ -216,12 +217,12 @@ def places_of_views(
     finder: PartFinder, windows: Float[Tensor, "photo view 5"], later: View, finer: View | None = None
 ) -> Float[Tensor, "photo part 2"]:
     """Return where parts are in photos: the mean of the photo and, where there is one, its mirror."""
-    everyone = torch.arange(len(windows))
+    parts = torch.arange(len(windows)).split(_PHOTOS_AT_ONCE)
     seen = [
-        finder(later(everyone, view), None if finer is None else finer(everyone, view))
+        places_in_photo(torch.cat([finder(later(s, view), finer and finer(s, view)) for s in parts]), windows[:, view])
         for view in range(min(2, windows.shape[1]))
     ]
-    return seen[0] if len(seen) == 1 else (seen[0] + places_in_photo(seen[1], windows[:, 1])) / 2
+    return torch.stack(seen).mean(0)
 
 
 def _later_of(data: TrainingMaps, own: Int[Tensor, " photo"]) -> View:
@@ -267,9 +268,7 @@ def _filter_scale(view: View, photos: int) -> Float[Tensor, " filter"]:
 
 
 def _sharpened(
-    places: Float[Tensor, "photo part 2"],
-    cells: Float[Tensor, "photo finer row col"],
-    looks: Float[Tensor, "part finer"],
+    places: Float[Tensor, "photo part 2"], cells: Float[Tensor, "photo finer r c"], looks: Float[Tensor, "part finer"]
 ) -> Float[Tensor, "photo part 2"]:
     """Return the centroids, near the places, of the cells that look like the parts; where none does, the places."""
     length = cells.norm(dim=1, keepdim=True)
