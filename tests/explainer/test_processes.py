@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from partlens.errors import InputError, RunError
 from partlens.explainer import processes
 from partlens.explainer.config import ExplainerConfig
 from partlens.explainer.network import build_explainer, performer_head
-from partlens.explainer.processes import Processes, batch_mean, from_all
+from partlens.explainer.processes import Processes, _raise_ended, _told_to_end, batch_mean, from_all
 from partlens.explainer.record import ExplainerStructure
 from partlens.explainer.terms import Classification
 from partlens.explainer.training import Extras, follow, train_explainer
@@ -261,10 +262,25 @@ def test_when_one_is_killed_the_other_says_so_and_one_alone_goes_on(photos: Path
     steps = 5  # two an epoch: the second process dies in the third
     done = torchrun(photos, out, str(Path(__file__).with_name("learning_along.py")), "1", str(steps))
     assert done.returncode != 0
-    assert "partlens: Could not learn with several processes: another one has ended" in done.stderr
+    assert "partlens: Could not learn with several processes: another one has ended" in done.stderr, done.stderr
     assert "it goes on after the last epoch" in done.stderr
     assert len(read_json(out / "history.json")["epochs"]) == 2
     fit_explainer("learning_along:network", photos, out=out, config=FITTED, **ASKED)
     found = of_run(out)
     assert [epoch["processes"] for epoch in found[0]] == [2, 2, 1, 1]
     assert_equal_within_rounding(found, alone)
+
+
+def test_the_signal_by_which_torchrun_ends_the_others_is_an_error_that_says_so() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunError, match="another one has ended.*it goes on after the last epoch"), _told_to_end():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_signal_that_comes_after_the_error_does_not_silence_it() -> None:
+    late = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunError, match="another one has ended"), _told_to_end():
+        late.start()
+        _raise_ended("nothing comes from it")
+    late.join()

@@ -11,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -127,9 +130,26 @@ def started() -> Iterator[Processes]:
     with _reached():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:
-        yield Processes(dist.get_rank(), count)
+        with _told_to_end():
+            yield Processes(dist.get_rank(), count)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Say that another process has ended where torchrun's signal says so first, and not be ended by it unheard."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may hear signals
+        yield
+        return
+    heard = signal.signal(signal.SIGTERM, lambda *_: _raise_ended("torchrun ends all"))
+    try:
+        yield
+    except RunError:
+        time.sleep(1)  # in which the signal comes, if it does: later it would end this process before the error is read
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, heard)
 
 
 @contextlib.contextmanager
@@ -138,7 +158,10 @@ def _reached() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]  # without the place in torch's source
-        why = f"another one has ended, or cannot be reached ({said})"
-        remedy = "Run the same command again, with as many processes as you like; it goes on after the last epoch"
-        raise RunError(failed("learn with several processes", why, remedy)) from error
+        _raise_ended(re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0], error)  # without torch's place
+
+
+def _raise_ended(said: str, error: Exception | None = None) -> NoReturn:
+    why = f"another one has ended, or cannot be reached ({said})"
+    remedy = "Run the same command again, with as many processes as you like; it goes on after the last epoch"
+    raise RunError(failed("learn with several processes", why, remedy)) from error
