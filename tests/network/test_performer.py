@@ -13,7 +13,7 @@ import partlens.network
 from partlens.attribution.average_pictures import _crop_of
 from partlens.errors import InputError
 from partlens.explainer.config import ExplainerConfig
-from partlens.explainer.network import build_explainer, explainer_structure, performer_head, reference_decoder
+from partlens.explainer.network import build_explainer, explainer_structure, performer_head
 from partlens.network.fitting import flower_network, flower_preprocessing, save_classifier
 from partlens.network.performer import Performer, device_of, weights_sha256
 from partlens.network.preprocessing import Preprocessing
@@ -33,7 +33,6 @@ def test_the_network_is_watched_once(tiny: Performer, monkeypatch: pytest.Monkey
     structure = explainer_structure(performer, torch.rand(2, 3, *tiny.preprocessing.size_px), tap)
     assert structure.targets == performer.targets(tap)
     build_explainer(performer, structure, ExplainerConfig())
-    reference_decoder(performer, structure)
     performer_head(performer, structure)
     feature_index(performer)
     _crop_of(performer, [tap])

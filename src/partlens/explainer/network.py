@@ -443,11 +443,6 @@ def build_explainer(
         return Explainer(structure, config, decoder, pool=pool, ordinary=ordinary, generator=draws)
 
 
-def reference_decoder(performer: Performer, structure: ExplainerStructure) -> nn.Module:
-    """Return the performer's own layers from tap to targets, frozen: what the explainer should reproduce."""
-    return performer.upper(structure.tap, structure.targets).cpu().float().requires_grad_(requires_grad=False)
-
-
 def performer_head(performer: Performer, structure: ExplainerStructure) -> nn.Module:
     """Return the performer's layers after the last target, frozen, for feeding the reconstruction back.
 

@@ -86,10 +86,9 @@ def place_correlations(
     return torch.einsum("ipa,iqa->pqa", one, other).mean(-1)
 
 
-def mean_correlation(alike: Float[Tensor, "part part"]) -> float:
-    """Return the mean correlation of two different parts (:func:`place_correlations`); 0 for a single part."""
-    pairs = len(alike) * (len(alike) - 1)
-    return float(alike.sum() - alike.diagonal().sum()) / pairs if pairs else 0.0
+def mean_correlation(places: Float[Tensor, "photo part 2"]) -> float:
+    """Return the mean correlation of the places of two different parts; lower is more variety, 0 for a single part."""
+    return float(place_correlations(places).fill_diagonal_(math.nan).nanmean().nan_to_num(0.0))
 
 
 def find_teachers(
@@ -114,7 +113,7 @@ def find_teachers(
             ordinary = explainer.ordinary(gather(data.tap, data.rows(shown))).clamp(min=0)
         teacher_of[:, category] = first + matched_teachers(ordinary, places[shown, mine])
         first = mine.stop
-    correlation = sum(mean_correlation(place_correlations(each)) for each in found) / data.categories
+    correlation = sum(mean_correlation(each) for each in found) / data.categories
     return {"teachers": places, "teacher_of": teacher_of}, {"teacher_correlation": correlation}
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from partlens.errors import ImageError, expected
-from partlens.explainer.teachers import mean_correlation, place_correlations, places_in_photo, places_in_view
+from partlens.explainer.teachers import place_correlations, places_in_photo, places_in_view
 from partlens.explainer.templates import centroid_cells
 from partlens.run import Precision
 
@@ -47,14 +47,12 @@ class _ChosenParts:
     """Parts that were chosen: the mean place over views (row, col) of each in each photo, as shares of its sides.
 
     ``chosen`` are their numbers among the candidates; ``movement``, lower is better, is the mean squared error of
-    moving with crops and mirrors over the variance of the place; ``correlation`` is that of the places of two parts,
-    the mean.
+    moving with crops and mirrors over the variance of the place.
     """
 
     places: Float[Tensor, "photo part 2"]
     chosen: tuple[int, ...]
     movement: Float[Tensor, " part"]
-    correlation: float
 
 
 def _factorised(
@@ -183,4 +181,4 @@ def chosen_parts(source: Source, windows: Float[Tensor, "photo view 5"], count: 
         cost = movement + (variety * alike[:, taken].mean(1) if taken else 0.0)
         cost[taken] = torch.inf
         taken.append(int(cost.argmin()))
-    return _ChosenParts(places[:, taken], tuple(taken), movement[taken], mean_correlation(alike[taken][:, taken]))
+    return _ChosenParts(places[:, taken], tuple(taken), movement[taken])

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from partlens.errors import LayerError, expected
 from partlens.explainer.network import Explainer
-from partlens.explainer.teachers import PlaceSource, mean_correlation, place_correlations, places_in_photo
+from partlens.explainer.teachers import PlaceSource, place_correlations, places_in_photo
 from partlens.explainer.views import TrainingMaps, epoch_generator, gather
 from partlens.network.layers import LayerInfo
 from partlens.network.performer import Performer
@@ -130,11 +130,6 @@ class FoundParts:
     stability: Float[Tensor, " part"]
     supported: int  # how many of them the photos support as parts of their own, or the fewest that were asked for
     finder: PartFinder  # says where the parts are in further photos. All of them teach an explainer's filters
-
-    @property
-    def correlation(self) -> float:
-        """The correlation of the places of two supported parts, the mean; lower is more variety."""
-        return mean_correlation(place_correlations(self.places[:, : self.supported]))
 
 
 def finding_layers(performer: Performer) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from partlens.data.images import ImageSet
 from partlens.estimate import Estimate, bootstrap
 from partlens.evaluation.places import landmarks_in_input
+from partlens.explainer.teachers import mean_correlation
 from partlens.network.performer import Performer
 from partlens.object_parts.account import Account, Truth, account_of, nearest_landmarks, ranking_photos
 from partlens.object_parts.finding import FoundParts, find_parts, places_of_views
@@ -199,7 +200,7 @@ def _record(
         windows=account.windows,
         parts=_parts(stage, found, account, truth, drawn),
         elsewhere=_mean_share(account, len(account.order), stage.config.seed),
-        correlation=found.correlation,
+        correlation=mean_correlation(found.places[:, : found.supported]),
         photos=len(photos.found),
         measured=measured,
         shared=int((~account.shares.players.isnan().any(1)).sum()),

@@ -82,10 +82,10 @@ class RivalBench:
     @staticmethod
     def of(performer: Performer, structure: ExplainerStructure, power: float | None = None) -> RivalBench:
         """Cut the performer at tap and targets."""
-        from partlens.explainer.network import performer_head, reference_decoder
+        from partlens.explainer.network import performer_head
 
-        decoder, head = reference_decoder(performer, structure), performer_head(performer, structure)
-        return RivalBench(performer, structure, decoder, head, power)
+        decoder = performer.upper(structure.tap, structure.targets).cpu().float().requires_grad_(requires_grad=False)
+        return RivalBench(performer, structure, decoder, performer_head(performer, structure), power)
 
 
 def _as_vector(features: Tensor) -> Tensor:
