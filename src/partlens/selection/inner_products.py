@@ -8,7 +8,6 @@ and keeps sums alone, so that memory does not grow with them.
 
 from __future__ import annotations
 
-import math
 import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -98,23 +97,16 @@ def check_matrix(value: object, name: str, axes: str) -> None:
         raise InputError(expected(f"at least one entry on each axis of {name} ({axes})", shape, "Add data"))
 
 
-def _first_bad(value: Array) -> tuple[int, int] | None:
-    """Find the first entry (row, column) that is not finite; rows are looked at in blocks."""
+def check_energy(energy: Tensor, value: Array, name: str, column: str) -> None:
+    """Refuse values whose summed squares are not finite, naming the first that is not."""
+    if bool(torch.isfinite(energy).all()):
+        return
+    got, remedy = "values so large that their squares overflow", "Scale them down"
     for rows, block in blocks(value, torch.device("cpu")):
-        bad = ~torch.isfinite(block)
-        if bool(bad.any()):
-            row, col = (int(v) for v in bad.nonzero()[0])
-            return rows.start + row, col
-    return None
-
-
-def refuse_bad(value: Array, name: str, axes: tuple[str, str]) -> None:
-    """Raise the error about values that are not finite, naming the first."""
-    place = _first_bad(value)
-    if place is None:
-        got, remedy = "values so large that their squares overflow", "Scale them down"
-    else:
-        got, remedy = f"{float(value[place])} at {axes[0]} {place[0]}, {axes[1]} {place[1]}", "Correct or drop it"
+        if len(bad := (~torch.isfinite(block)).nonzero()):
+            row, col = bad[0].tolist()
+            got, remedy = f"{float(block[row, col])} at image {rows.start + row}, {column} {col}", "Correct or drop it"
+            break
     raise InputError(expected(f"finite values in {name}", got, remedy))
 
 
@@ -134,8 +126,6 @@ class FromGram:
         self.label_energy = torch.zeros(labels.shape[1], dtype=torch.float64, device=device)
         for rows, block in blocks(responses, device):
             target = labels[rows]
-            if not math.isfinite(float(block.abs().max())):
-                refuse_bad(responses, "responses", ("image", "feature"))
             cross.addmm_(block.T, target)
             self.label_energy += target.square().sum(0)
             for left in range(0, features, _TILE):
@@ -147,8 +137,7 @@ class FromGram:
             self.gram[right:, left:right] = self.gram[left:right, right:].T
         self.cross = cross.T.contiguous()
         self.energy = self.gram.diagonal()
-        if not bool(torch.isfinite(self.energy).all()):
-            refuse_bad(responses, "responses", ("image", "feature"))
+        check_energy(self.energy, responses, "responses", "feature")
         self.forget()
 
     def forget(self) -> None:
@@ -194,8 +183,7 @@ class FromResponses:
         for rows, block in blocks(responses, device):
             self.cross.addmm_(labels[rows].T, block)
             self.energy += block.square().sum(0)
-        if not bool(torch.isfinite(self.energy).all()):
-            refuse_bad(responses, "responses", ("image", "feature"))
+        check_energy(self.energy, responses, "responses", "feature")
         self.forget()
 
     def forget(self) -> None:

@@ -41,8 +41,8 @@ from partlens.selection.inner_products import (
     FromGram,
     FromResponses,
     Products,
+    check_energy,
     check_matrix,
-    refuse_bad,
     to_double,
 )
 from partlens.selection.working_sets import ENTER, OBJECTIVE_FLOOR, solve_group
@@ -203,8 +203,7 @@ def mu_lasso(
         raise InputError(expected("as many rows of labels as of responses", got, remedy))
     device = responses.device if isinstance(responses, Tensor) else torch.device("cpu")
     target = to_double(labels, device)
-    if not math.isfinite(float(target.square().sum())):
-        refuse_bad(labels, "labels", ("image", "class"))
+    check_energy(target.square().sum(0), labels, "labels", "class")
     if method == "auto":
         method = _cheaper(responses.shape[0], responses.shape[1], target.shape[1])
     made = FromGram if method == "gram" else FromResponses
