@@ -89,6 +89,9 @@ def test_the_sentence_of_texture_names_a_comparison_that_fails_and_not_the_neare
     words = sentence("fox", verdict, kept, (1, 1, 1, 1))
     random = f"{kept['random'][:, 2].nanmedian():.0%}"
     assert f"but random windows keep {random}, a difference that may be chance (n" in words
+    kept["random"] = kept["parts"] - 1e-6
+    equal = f"{kept['parts'][:, 2].nanmedian():.0%}"
+    assert f"keeps {equal} of the score, but random windows keep {equal} (n" in sentence("fox", verdict, kept, (1,) * 4)
 
 
 def test_parts_that_keep_less_than_everything_else_are_texture_or_the_whole() -> None:
@@ -96,7 +99,10 @@ def test_parts_that_keep_less_than_everything_else_are_texture_or_the_whole() ->
     kept["rest"] = noisy(0.6, 30)
     verdict = told(kept, grid(0.2, 0.3))
     assert (verdict.kind, verdict.reason) == ("texture", "rest")
-    assert "everything outside keeps" in sentence("elephant", verdict, kept, (2, 2, 2, 2))
+    mine, other, rest = (f"{kept[kind][:, 2].nanmedian():.0%}" for kind in ("parts", verdict.best_null, "rest"))
+    words = sentence("elephant", verdict, kept, (2, 2, 2, 2))
+    assert f"30% of the image around 2 parts keeps {mine} of the score (" in words
+    assert f" {other}), but everything outside keeps {rest} (n = {PHOTOS})." in words
 
 
 def test_a_place_that_is_the_same_in_all_photos_is_something_beside_the_object() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from partlens.object_parts.inspection import (
     InspectedPhoto,
     InspectRecord,
 )
-from partlens.page.inspection_page import _kept_chart, _shares_bar
+from partlens.page.inspection_page import _KINDS, _kept_chart, _shares_bar
 from partlens.page.page import collect_page, render_page, write_report
 from partlens.run import DataInfo, PerformerInfo
 
@@ -126,6 +127,12 @@ def test_the_page_leads_with_the_sentence_and_says_what_could_not_be_done(tmp_pa
     assert "something could not be done" in text
     assert "a&lt;b&gt;.jpg" in text
     assert "red fox (80" in text
+    # Each figure says of how many photos it is, of which windows, and what it is compared with.
+    plain = text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "mean of 40 photos, 95 % interval" in plain
+    assert "40 % [30 %, 50 %]" in plain
+    assert "30 % of the image around the first 2 parts keeps 75 % of the score, around those of another photo" in plain
+    assert "<td>75 % (61 %)</td>" in plain
 
 
 def test_a_hundred_categories_stay_below_fifteen_megabytes(tmp_path: Path) -> None:
@@ -161,6 +168,11 @@ def test_the_chart_names_each_curve_and_says_its_figures() -> None:
     for words in ("parts", "other photos", "random", "centre", "best window", "all the rest"):
         assert f">{words}</text>" in chart
     assert "parts 75 %" in chart
+    looks = [class_ for _, _, class_ in _KINDS]
+    assert len(set(looks)) == len(looks)  # no two curves look the same
+    lowest = dict.fromkeys(CURVES, (0.0,) * 4) | {"area": AREAS}
+    names = re.findall(r'y="([\d.]+)" text-anchor="start"', _kept_chart("Score kept", lowest))
+    assert max(map(float, names)) < 150  # above the figures of the axis
     nothing = (float("nan"),) * 4
     assert _kept_chart("Score kept", dict.fromkeys(CURVES, nothing)) == ""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -220,12 +222,15 @@ def test_the_command_prints_what_could_not_be_done_with_a_category(
     inspected: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = InspectRecord.read(inspected)
-    last = found.categories[-1].model_copy(update={"notes": ("measured on the photos that the parts were found on",)})
+    advantage = replace(found.categories[-1].advantage, n=3)  # of fewer photos than were measured
+    notes = ("measured on the photos that the parts were found on",)
+    last = found.categories[-1].model_copy(update={"notes": notes, "advantage": advantage})
     drawing = found.performer.model_copy(update={"notes": ("the network draws at random",)})
     categories = (*found.categories[:-1], last)
     print_verdicts(found.changed(categories=categories, performer=drawing, notes=("no filters",)))
     said = capsys.readouterr().out
     assert "\nthe network draws at random\n" in said
+    assert re.search(r"\n petal-red .* 3 *\n", said)
     assert "petal-red: measured on the photos that the parts were found on\n" in said
     assert said.rstrip().endswith("no filters")
 

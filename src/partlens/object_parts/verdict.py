@@ -241,18 +241,12 @@ def sentence(name: str, verdict: Verdict, kept: Kept, windows: Sequence[int]) ->
     if verdict.reason == "one_place":
         return f"{head} what carries it stands in one place, where {told}"
     if verdict.reason == "rest":
-        outside = f"and everything outside keeps {_percent(float(curve(kept['rest'])[at]))}"
-        return f"{head} {numbers}, as much at {_PLAIN[null]} {_percent(theirs)}, {outside} (n = {verdict.photos})."
-    chance = ", a difference that may be chance" if mine > theirs else ""
+        theirs = float(curve(kept["rest"])[at])
+        numbers, other = f"{numbers} ({other})", f"everything outside keeps {_percent(theirs)}"
+    chance = ", a difference that may be chance" if round(100 * mine) > round(100 * theirs) else ""
     return f"{head} {numbers}, but {other}{chance} (n = {verdict.photos})."
 
 
-_PLAIN = {
-    "other_photos": "the same places of other photos",
-    "random": "random places",
-    "centre": "the centre",
-    "object": "the best of nine places on the object",
-}
 _NAMES = {
     "other_photos": "the same windows of other photos keep",
     "random": "random windows keep",

@@ -12,7 +12,7 @@ from typing import Self
 from partlens.object_parts.inspection import InspectedCategory, InspectedPhoto, InspectRecord
 from partlens.page import notation
 from partlens.page.figures import levels
-from partlens.page.svg import Scale, lettering, polyline, svg, tag
+from partlens.page.svg import Scale, lettering, line, polyline, svg, tag
 from partlens.page.views import Chapter, Embedded, Figure, Pictures, origin
 from partlens.progress import duration
 
@@ -165,7 +165,7 @@ _KINDS = (
     ("annotated", "annotated", "curve second stroke-performer"),
     ("other_photos", "other photos", "curve thin stroke-performer"),
     ("centre", "centre", "curve thin stroke-null"),
-    ("random", "random", "curve thin stroke-null"),
+    ("random", "random", "curve thin second stroke-null"),
     ("object", "on the object", "curve thin second stroke-performer"),
     ("rest", "all the rest", "curve thin dots stroke-null"),
 )
@@ -183,7 +183,7 @@ def _kept_chart(title: str, kept: Mapping[str, Sequence[float]]) -> str:
     up = Scale(min(0.0, *values), max(1.0, *values), _BOTTOM, _TOP)
     drawn = [*_axes(across, up, areas)]
     drawn += [_curve(across, up, areas, each, class_) for each, _, class_ in reversed(known)]
-    drawn += _labels(up, {words: each[-1] for each, words, _ in known})
+    drawn += _labels(up, known)
     said = "; ".join(f"{words} {notation.percent_digits(each[at])} %" for each, words, _ in known)
     return svg(_SIZE, "chart", title, f"Kept at {areas[at]:.0%} of the image: {said}.", *drawn)
 
@@ -202,18 +202,19 @@ def _curve(across: Scale, up: Scale, areas: Sequence[float], values: Sequence[fl
     return polyline(((across(area), up(value)) for area, value in points), class_)
 
 
-def _labels(up: Scale, ends: dict[str, float]) -> list[str]:
-    """Put the names at the ends of the curves, moved apart where they would overlap."""
-    placed: list[tuple[float, str]] = []
+def _labels(up: Scale, known: Iterable[tuple[Sequence[float], str, str]]) -> list[str]:
+    """Put the names next to the ends of the curves, moved apart where they would overlap, each with its kind of line."""
+    placed: list[tuple[float, str, str]] = []
     lowest = _TOP - _STEP
-    for words, value in sorted(ends.items(), key=lambda each: -each[1]):
-        lowest = max(lowest + _STEP, up(value))
-        placed.append((lowest, words))
-    over = max(0.0, placed[-1][0] - (_SIZE[1] - 4))
-    return [
-        lettering(_RIGHT + 6, y - over + 4, words, "start", "strong" if words == "parts" else "soft")
-        for y, words in placed
-    ]
+    for values, words, class_ in sorted(known, key=lambda each: -each[0][-1]):
+        lowest = max(lowest + _STEP, up(values[-1]))
+        placed.append((lowest, words, class_))
+    over = max(0.0, lowest - _BOTTOM)
+    drawn: list[str] = []
+    for y, words, class_ in placed:
+        drawn.append(line(_RIGHT + 6, y - over, _RIGHT + 20, y - over, class_))
+        drawn.append(lettering(_RIGHT + 24, y - over + 4, words, "start", "strong" if words == "parts" else "soft"))
+    return drawn
 
 
 def _shares_bar(title: str, names: Sequence[str], shares: Sequence[float]) -> str:

@@ -167,7 +167,7 @@ def print_verdicts(found: InspectRecord) -> None:
     table = _table("category", "verdict", "advantage", "parts and elsewhere", "n")
     for one in found.categories:
         advantage = _written(one.advantage, ".2f")
-        table.add_row(one.name or "all photos", one.verdict, advantage, _shares(one), str(one.measured))
+        table.add_row(one.name or "all photos", one.verdict, advantage, _shares(one), str(one.advantage.n))
     console.print(table)
     notes = (f"{one.name or 'all photos'}: {note}" for one in found.categories for note in one.notes)
     for sentence in (*(one.sentence for one in found.categories), *notes, *found.performer.notes, *found.notes):
