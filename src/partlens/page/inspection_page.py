@@ -203,7 +203,7 @@ def _curve(across: Scale, up: Scale, areas: Sequence[float], values: Sequence[fl
 
 
 def _labels(up: Scale, known: Iterable[tuple[Sequence[float], str, str]]) -> list[str]:
-    """Put the names next to the ends of the curves, moved apart where they would overlap, each with its kind of line."""
+    """Put the names next to the ends of the curves, apart where they would overlap, each with its kind of line."""
     placed: list[tuple[float, str, str]] = []
     lowest = _TOP - _STEP
     for values, words, class_ in sorted(known, key=lambda each: -each[0][-1]):
