@@ -327,6 +327,8 @@ def test_wrong_requests_have_one_clear_error(flower_folder: Path, tmp_path: Path
         make("p", flower_folder, tmp_path, performers={"a/b": "torchvision:resnet18"})
     with pytest.raises(ImageError, match="Did you mean petal-red"):
         make("p", flower_folder, tmp_path, categories=("petal-rad",))
+    with pytest.raises(ImageError, match="the category background in .*, got none. Give --sweep.background FOLDER"):
+        make("p", flower_folder, tmp_path, against="background")
     with pytest.raises(InputError, match="every label once, got a twice"):
         performers_of(["a=x:y", "a=x:z"])
     with pytest.raises(InputError, match="at least one performer"):

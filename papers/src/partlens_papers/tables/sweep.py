@@ -176,7 +176,7 @@ def find_photos(plan: Plan, out: Path) -> Photos:
     """Open the photos and choose the categories.
 
     Raises:
-        ImageError: unknown categories, or none that has landmarks.
+        ImageError: unknown categories, none that has landmarks, or no background to tell them from.
     """
     path = Path(plan.data).resolve()
     found = layout_of(path) if path.is_dir() and not (path / IMAGE_TABLE).is_file() else None
@@ -199,6 +199,9 @@ def find_photos(plan: Plan, out: Path) -> Photos:
         if name not in known:
             remedy = f"Did you mean {nearest(name, known)[0]}?"
             raise ImageError(expected(f"categories among {listed(known, 40)}", name, remedy))
+    if plan.sweep.against == BACKGROUND and BACKGROUND not in images.categories:
+        remedy = "Give --sweep.background FOLDER, or --sweep.against all"
+        raise ImageError(expected(f"photos of the category {BACKGROUND} in {plan.data}", "none", remedy))
     annotated = _annotated(images)
     categories = plan.sweep.categories or tuple(annotated)
     if len(categories) < 1 + plan.sweep.joint:
