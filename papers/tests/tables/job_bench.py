@@ -56,14 +56,14 @@ import time
 from pathlib import Path
 
 
-def count(job, folder):
+def count(job, folder, show):
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "calls").open("a") as file:
         file.write(f"{os.getpid()}\\n")
     return [], {"drawn": random.Random(job.seed).random(), "threads": os.environ.get("OMP_NUM_THREADS")}
 
 
-def fail(job, folder):
+def fail(job, folder, show):
     from partlens.errors import InputError
 
     if job.settings.get("bug"):
@@ -71,20 +71,20 @@ def fail(job, folder):
     raise InputError("Expected luck,\\n got none. Try again.")
 
 
-def die_once(job, folder):
+def die_once(job, folder, show):
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "begun").exists():
         (folder / "begun").write_text(str(os.getpid()))
         os._exit(9)
-    return count(job, folder)
+    return count(job, folder, show)
 
 
-def wait_once(job, folder):
+def wait_once(job, folder, show):
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "begun").exists():
         (folder / "begun").write_text(str(os.getpid()))
         time.sleep(60)
-    return count(job, folder)
+    return count(job, folder, show)
 """
 
 

@@ -8,11 +8,13 @@ import math
 import runpy
 import shutil
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import partlens
 from partlens.data.flowers import generated_flowers
@@ -22,6 +24,7 @@ from partlens.estimate import Estimate
 from partlens.evaluation import places
 from partlens.explainer.config import ExplainerConfig
 from partlens.metrics import part_regions
+from partlens.progress import Progress
 from partlens_papers.cli import main
 from partlens_papers.tables import explainer_jobs
 from partlens_papers.tables.blocks import Block, Cell, Study, TableRecord, Verdict, expect
@@ -223,14 +226,18 @@ def test_rivals_are_measured_as_the_explainer_is(flower_folder: Path, begun: Pat
 
 
 def test_a_performer_is_trained_on_the_category_first(flower_folder: Path, tmp_path: Path) -> None:
-    train = {"epochs": 1, "batch_size": 16}
-    found = make("p", flower_folder, tmp_path, performers=TRAINED, methods={"train": train})
+    text, train = StringIO(), {"train": {"epochs": 1, "batch_size": 16}}
+    shown, given = Progress(Console(file=text, width=200)), asked(performers=TRAINED, methods=train)
+    found = reproduce("p", flower_folder, out=tmp_path, progress=shown, **given)
     assert list(found.jobs) == [f"trained-{RED}-s0/performer", f"trained-{RED}-s0/explainer"]
     assert found.status == "complete", [job["error"] for job in found.jobs.values()]
     assert (tmp_path / "performers" / f"trained-{RED}.safetensors").exists()
     first, second = (job["weights_sha256"] for job in found.jobs.values())
     assert first == second
     assert list(found.jobs.values())[1]["errors_by"] == "performer"
+    said = text.getvalue()  # what a job in this process says of its own work, too
+    assert said.index(f"trained-{RED}-s0/performer begins") < said.index("drawn anew")
+    assert said.index("drawn anew") < said.index("explainer begins") < said.index("explainer finished")
 
 
 def test_interpretable_cnns_of_both_losses(flower_folder: Path, tmp_path: Path) -> None:

@@ -110,11 +110,11 @@ def test_the_order_of_jobs_is_checked(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def interrupted(one: object, out: Path) -> str:
+    def interrupted(one: object, out: Path, show: object) -> str:
         if done:
             raise KeyboardInterrupt
         done.append("first")
-        return run_job(one, out)  # type: ignore[arg-type]
+        return run_job(one, out, show)  # type: ignore[arg-type]
 
     monkeypatch.setattr(jobs_module, "run_job", interrupted)
     with pytest.raises(KeyboardInterrupt):

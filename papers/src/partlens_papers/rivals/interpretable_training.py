@@ -77,11 +77,11 @@ def labelled_maps(
     categories: Sequence[str],
     tap: str,
     folder: Path,
-    *,
-    mirror: bool = True,
     progress: Callable[[int], None] = lambda _: None,
 ) -> LabelledMaps:
-    """Compute the tap's maps of all photos once, on disk, and say what each photo shows.
+    """Compute the tap's maps of all photos and their mirrors once, on disk, and say what each shows.
+
+    As released, every photo is learned from in both ways; row ``2 photo + 1`` is the mirror.
 
     Args:
         performer: the network; left as it was.
@@ -89,7 +89,6 @@ def labelled_maps(
         categories: what the outputs mean; photos of other categories are negative for all.
         tap: the layer.
         folder: where the maps are kept; a killed pass goes on there.
-        mirror: every photo and its mirror image, as released; row ``2 photo + 1`` is the mirror.
         progress: called with the number of images done.
 
     Raises:
@@ -99,10 +98,9 @@ def labelled_maps(
     for name in categories:
         if name not in images.categories:
             raise ImageError(expected("photos of every category", f"none of {name}", "Add photos or drop the category"))
-    shown_images = photos_and_mirrors(images) if mirror else images
-    maps = stream_maps(performer, shown_images, [tap], folder, progress=progress)[tap]
+    maps = stream_maps(performer, photos_and_mirrors(images), [tap], folder, progress=progress)[tap]
     shown = torch.tensor([[category == name for name in categories] for category in images.categories])
-    return LabelledMaps(maps, shown.repeat_interleave(2 if mirror else 1, 0))
+    return LabelledMaps(maps, shown.repeat_interleave(2, 0))
 
 
 def _optimiser(network: InterpretableCNN) -> torch.optim.SGD:

@@ -1,13 +1,14 @@
 """The jobs of the explainer tables: train a performer, explain it, measure its rivals, train an interpretable CNN.
 
-Each function takes a :class:`~partlens_papers.tables.jobs.Job` and its folder, keeps everything it makes there, goes on
-where it was stopped, and returns its scores and further facts.
+Each function takes a :class:`~partlens_papers.tables.jobs.Job`, its folder and where to show progress, keeps everything
+it makes in the folder, goes on where it was stopped, and returns its scores and further facts.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from partlens.data.images import ImageSet
     from partlens.explainer.record import ExplainerStructure
     from partlens.network.performer import Performer
+    from partlens.progress import Progress
     from partlens_papers.networks.settings import PublishedChoice
     from partlens_papers.rivals.cells import Rival
 
@@ -104,7 +106,7 @@ def job_device() -> str:
 # Training a performer
 
 
-def train(job: Job, folder: Path) -> Made:  # noqa: ARG001 -- every job gets its folder
+def train(job: Job, folder: Path, progress: Progress) -> Made:  # noqa: ARG001 -- every job gets its folder
     """Train a performer on one category, or on several together, by the recipe of ``train-performer``."""
     from partlens_papers.networks.train_performer import train_performer
 
@@ -119,6 +121,7 @@ def train(job: Job, folder: Path) -> Made:  # noqa: ARG001 -- every job gets its
         categories=joint,
         config={"seed": job.seed, **job.settings["train"]},
         device=job_device(),
+        progress=progress,
     )
     trained = performer_of(job)
     return (), {"weights_sha256": trained.weights_sha256, "notes": list(trained.notes)}
@@ -141,7 +144,7 @@ def choose_layers(performer: Performer, settings: Mapping[str, Any]) -> Publishe
 BOOTSTRAP_ROUNDS = 100
 
 
-def explain(job: Job, folder: Path) -> Made:
+def explain(job: Job, folder: Path, progress: Progress) -> Made:
     """Fit an explainer with one seed and measure it on held-out photos."""
     from partlens.verbs.evaluate import evaluate
     from partlens.verbs.fit_explainer import fit_explainer
@@ -164,9 +167,10 @@ def explain(job: Job, folder: Path) -> Made:
         background=settings["background"],
         compute={"device": job_device()},
         places_of=tap_places if settings["teachers"] == "tap" else None,
+        progress=progress,
     )
     how: dict[str, Any] = {"split": settings["split"], "seed": job.seed, "rounds": BOOTSTRAP_ROUNDS}
-    found = evaluate(run, images, model=performer, gallery="none", **how)
+    found = evaluate(run, images, model=performer, gallery="none", progress=progress, **how)
     record = fitted.record
     facts = {
         "network": record.performer.name,
@@ -198,7 +202,7 @@ def _evaluation_rows(images: ImageSet, category: str, split: str, seed: int) -> 
     }
 
 
-def compare(job: Job, folder: Path) -> Made:
+def compare(job: Job, folder: Path, progress: Progress) -> Made:
     """Fit the rivals on the tap's maps of the explainer's training photos and measure them as the explainer is."""
     from partlens.explainer.record import ExplainerRun
     from partlens.explainer.templates import PEAK_POWER
@@ -211,7 +215,7 @@ def compare(job: Job, folder: Path) -> Made:
         raise RunError(expected(f"the explainer's run at {run.parent}", "only its result", remedy))
     record = ExplainerRun.read(run.parent)
     structure, how = record.structure, record.config
-    fitted, facts = _fitted_rivals(job, images, performer, structure, folder / "maps")
+    fitted, facts = _fitted_rivals(job, images, performer, structure, folder / "maps", progress)
     measured = measure_rivals(
         RivalBench.of(performer, structure, PEAK_POWER if how.peak == "centroid" else None),
         fitted,
@@ -231,7 +235,7 @@ def compare(job: Job, folder: Path) -> Made:
 
 
 def _fitted_rivals(
-    job: Job, images: ImageSet, performer: Performer, structure: ExplainerStructure, folder: Path
+    job: Job, images: ImageSet, performer: Performer, structure: ExplainerStructure, folder: Path, progress: Progress
 ) -> tuple[dict[str, Rival], dict[str, Any]]:
     """Fit every rival with every number of units; also say on how many photos."""
     from partlens.network.stream import stream_maps
@@ -246,20 +250,22 @@ def _fitted_rivals(
     settings = settings_of(RivalsConfig, job.settings["rivals"])
     photos, others = images.rows_of((job.category,), "train")
     rows = [*photos, *sampled(others, settings.background, job.seed)]
-    maps = stream_maps(performer, images.take(rows), [structure.tap], folder)[structure.tap]
+    with progress.task("caching maps", len(rows)) as advance:
+        maps = stream_maps(performer, images.take(rows), [structure.tap], folder, progress=advance)[structure.tap]
     fitted = {}
-    for method in settings.methods:
-        name, fit = fitters[method]
-        for units in settings.units:
+    with progress.task("fitting rivals", len(settings.methods) * len(settings.units)) as advance:
+        for method, units in product(settings.methods, settings.units):
+            name, fit = fitters[method]
             count = structure.channels_out if units == "filters" else units
             fitted[f"{name}, {count} units"] = fit(maps, count, seed=job.seed, **settings.options.get(method, {}))
+            advance(len(fitted), f"{name}, {count} units")
     return fitted, {"fit_photos": len(rows), "background": len(rows) - len(photos)}
 
 
 # Interpretable CNNs
 
 
-def interpret(job: Job, folder: Path) -> Made:
+def interpret(job: Job, folder: Path, progress: Progress) -> Made:
     """Train an interpretable CNN on one category and measure it, its performer and the nulls.
 
     The layers below the tap stay as they are, see :mod:`partlens_papers.rivals.interpretable_cnn`.
@@ -280,9 +286,11 @@ def interpret(job: Job, folder: Path) -> Made:
     config = InterpretableConfig(**{"method": settings["loss"], "seed": job.seed, **settings["icnn"]})
     run = folder / "run"
     rows = [*photos, *sampled(others, settings["background"], job.seed)]
-    maps = labelled_maps(performer, images.take(rows), [job.category], structure.tap, run / "maps")
+    with progress.task("caching maps", 2 * len(rows)) as advance:  # each photo and its mirror
+        maps = labelled_maps(performer, images.take(rows), [job.category], structure.tap, run / "maps", advance)
     network = build_interpretable_cnn(performer, structure, config, 1)
-    history = train_interpretable_cnn(network, maps, run)
+    with progress.task("training, epochs", config.epochs) as advance:
+        history = train_interpretable_cnn(network, maps, run, report=lambda record: advance(record["epoch"]))
     write_tensors(run / "network.safetensors", network.state_dict())
     held = _evaluation_rows(images, job.category, settings["split"], job.seed)
     found = measure_interpretable(network, performer, structure, images, held, job.category, job.seed)

@@ -77,8 +77,8 @@ class Job:
     """One piece of a sweep.
 
     Attributes:
-        work: the function that does it, ``package.module:name``; called with the job and its folder, it returns
-            :data:`Made`. Named, not held, so that any process can run it.
+        work: the function that does it, ``package.module:name``; called with the job, its folder and where to show
+            progress, it returns :data:`Made`. Named, not held, so that any process can run it.
         kind: what it makes; names its folder.
         performer: label of the network.
         category: what is explained.
@@ -174,7 +174,7 @@ def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     return f" ({'; '.join(parts)}{more})" if parts else ""
 
 
-def run_job(job: Job, out: str | Path) -> Status:
+def run_job(job: Job, out: str | Path, progress: Progress | None = None) -> Status:
     """Do one job and write its record, also when it fails; return its status.
 
     A job that is done is left alone. Everything but Ctrl-C and the like is recorded: a sweep of days must not end with
@@ -185,19 +185,19 @@ def run_job(job: Job, out: str | Path) -> Status:
         return "finished"
     try:
         with sole_writer(job.folder(out)):
-            return _do(job, out)
+            return _do(job, out, progress or Progress.silent())
     except AtWorkError:
         return "at work"  # another call on this folder does it; what it makes is the same
 
 
-def _do(job: Job, out: Path) -> Status:
+def _do(job: Job, out: Path, progress: Progress) -> Status:
     """Do a job that is not done and write its record."""
     started = time.monotonic()
     try:
         _clear(job, out)
         module, _, name = job.work.partition(":")
-        work: Callable[[Job, Path], Made] = getattr(importlib.import_module(module), name)
-        scores, facts = work(job, job.folder(out))
+        work: Callable[[Job, Path, Progress], Made] = getattr(importlib.import_module(module), name)
+        scores, facts = work(job, job.folder(out), progress)
         record = job.record("finished", scores=tuple(scores), facts=dict(facts))
     except Exception as error:  # noqa: BLE001 -- recorded with its traceback, shown in the table, exit code 1
         words = " ".join(str(error).split())
@@ -256,20 +256,13 @@ def run_sweep(
     waiting = [job for job in jobs if read_result(job, out).status != "finished"]
     if len(waiting) < len(jobs):
         show.say(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done already")
-    done = len(jobs) - len(waiting)
-    with show.task("jobs", len(jobs)) as advance:
-        advance(done)
-        while waiting:
-            ahead = {job.key for job in waiting}
-            ready = [job for job in waiting if not ahead & set(job.after)]
-            waiting = [job for job in waiting if ahead & set(job.after)]
-            for job, status in _run_ready(_possible(ready, jobs, out), out, where):
-                done += 1
-                advance(done, f"{job.key} {status}")
-                if status == "at work":
-                    show.say(f"{job.key}: another process does it")
-                elif status != "finished":
-                    show.say(f"{job.key} failed: {read_result(job, out).error}")
+    while waiting:
+        ahead = {job.key for job in waiting}
+        ready = [job for job in waiting if not ahead & set(job.after)]
+        waiting = [job for job in waiting if ahead & set(job.after)]
+        for job, status in _run_ready(_possible(ready, jobs, out), out, where, show):
+            words = {"at work": ": another process does it", "failed": f" failed: {read_result(job, out).error}"}
+            show.say(f"{job.key}{words.get(status, ' finished')}")
     return tuple(read_result(job, out) for job in jobs)
 
 
@@ -287,7 +280,7 @@ def _possible(ready: Sequence[Job], jobs: Sequence[Job], out: Path) -> list[Job]
     return possible
 
 
-def _run_ready(jobs: Sequence[Job], out: Path, executor: Executor) -> Iterator[tuple[Job, Status]]:
+def _run_ready(jobs: Sequence[Job], out: Path, executor: Executor, show: Progress) -> Iterator[tuple[Job, Status]]:
     if not jobs:
         return
     if executor.cluster is not None:
@@ -296,7 +289,8 @@ def _run_ready(jobs: Sequence[Job], out: Path, executor: Executor) -> Iterator[t
         yield from _in_processes(jobs, out, executor.workers, executor.retries)
     else:
         for job in jobs:
-            yield job, run_job(job, out)
+            show.say(f"{job.key} begins")
+            yield job, run_job(job, out, show)
 
 
 # Processes on this machine
