@@ -13,7 +13,7 @@ from partlens.errors import InputTypeError
 from partlens.network.performer import Performer
 from partlens.network.preprocessing import Preprocessing
 from partlens_papers.networks.paper_networks import PaperNet
-from partlens_papers.networks.settings import known_networks, paper_setting
+from partlens_papers.networks.settings import paper_setting
 
 
 def of(module: nn.Module, size: tuple[int, int]) -> Performer:
@@ -112,7 +112,7 @@ def test_resnets_are_tapped_a_block_before_the_last_two(
 
 
 def test_eta_is_the_papers() -> None:
-    etas = {name: paper_setting(name).eta for name in known_networks()}
+    etas = {name: paper_setting(name).eta for name in (*PLAIN, *RESNETS)}
     assert etas == {n: 1.0e6 if n in PLAIN[:3] else 1.5e5 for n in (*PLAIN, *RESNETS)}
 
 

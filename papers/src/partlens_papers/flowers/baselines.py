@@ -20,7 +20,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from partlens.attribution.backprop import guided_backprop, heat_map
-from partlens.attribution.rules import Rule
 from partlens.errors import InputError, LayerError, expected
 from partlens.network.borrowed import borrowed
 from partlens.network.performer import Performer, module_of
@@ -156,7 +155,6 @@ def guided_map(
     images: Float[Tensor, "image channel row col"],
     classes: Int[Tensor, " image"],
     *,
-    rule: Rule = "guided",
     fix_strides: bool = False,
     batch_size: int = BATCH,
 ) -> Float[Tensor, "image row col"]:
@@ -169,7 +167,6 @@ def guided_map(
         performer: the network; borrowed.
         images: preprocessed.
         classes: the class to explain of each image.
-        rule: ``"guided"``, ``"deconvnet"`` alone, or the plain ``"gradient"``.
         fix_strides: resample the signal at strided convolutions, which the baseline does not.
         batch_size: images at a time.
 
@@ -181,7 +178,7 @@ def guided_map(
     """
 
     def work(part: Tensor, of: Tensor) -> Tensor:
-        signal = guided_backprop(performer, part, of, rule=rule, fix_strides=fix_strides)
+        signal = guided_backprop(performer, part, of, rule="guided", fix_strides=fix_strides)
         return heat_map(signal).float()
 
     return _in_chunks(work, images, classes, batch_size)
@@ -215,7 +212,6 @@ def cam(
         Maps from 0 to 1.
 
     Raises:
-        InputError: the package is not installed.
         LayerError: the layer is not a module of the network.
 
     Source:
@@ -255,12 +251,8 @@ def _score(output: Tensor, *, index: int) -> Tensor:
 
 
 def _cam_library(kind: Cam) -> Any:
-    try:
-        from pytorch_grad_cam import GradCAM, GradCAMPlusPlus
-    except ImportError as error:
-        raise InputError(
-            expected("the package grad-cam for this method", "not installed", "Run: pip install 'partlens[baselines]'")
-        ) from error
+    from pytorch_grad_cam import GradCAM, GradCAMPlusPlus
+
     return GradCAM if kind == "grad-cam" else GradCAMPlusPlus
 
 
@@ -270,7 +262,6 @@ def guided_cam(
     classes: Int[Tensor, " image"],
     *,
     kind: Cam = "grad-cam",
-    layer: str | None = None,
     batch_size: int = BATCH,
 ) -> Float[Tensor, "image row col"]:
     """Multiply :func:`guided_map` and :func:`cam`, pixel by pixel, and stretch the product to 0 … 1.
@@ -280,21 +271,17 @@ def guided_cam(
         images: preprocessed.
         classes: the class to explain of each image.
         kind: which CAM.
-        layer: of the CAM.
         batch_size: images at a time.
 
     Returns:
         Maps from 0 to 1.
-
-    Raises:
-        InputError: the package grad-cam is not installed.
 
     Source:
         Selvaraju et al., ICCV 2017, section 3.2 (there the signal on the three colours is multiplied; its heat map is
         the same, since the CAM is one factor per pixel).
     """
     guided = guided_map(performer, images, classes, batch_size=batch_size).cpu()
-    factor = cam(performer, images, classes, kind=kind, layer=layer, batch_size=batch_size).cpu()
+    factor = cam(performer, images, classes, kind=kind, batch_size=batch_size).cpu()
     return _stretched(guided * factor)
 
 

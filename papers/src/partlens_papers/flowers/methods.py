@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from partlens_papers.flowers.sets import FlowerSet
 
 MU = 5.0  # the authors' bound for an8Flower
+SMOOTH_FRAC = 0.05  # of the side, as in our default
 _BATCH = 32
 
 VARIANTS: dict[str, ExplanationConfig] = {
@@ -32,27 +33,24 @@ VARIANTS: dict[str, ExplanationConfig] = {
 """The published configuration, the same without its stride fix, and the default."""
 
 
-def smoothed_baselines(smooth_frac: float = 0.05) -> dict[str, Method]:
+def smoothed_baselines() -> dict[str, Method]:
     """Return the guided baselines with the smoothing of our default, so that it alone decides no comparison."""
 
     def soft(method: Method) -> Method:
         def smooth(performer: Performer, batch: Tensor, classes: Tensor) -> Tensor:
-            return scaled(smoothed(method(performer, batch, classes), smooth_frac * min(batch.shape[-2:])))
+            return scaled(smoothed(method(performer, batch, classes), SMOOTH_FRAC * min(batch.shape[-2:])))
 
         return smooth
 
     return {f"{name}, smoothed": soft(method) for name, method in BASELINES.items() if "guided" in name.lower()}
 
 
-def select_on_training(
-    performer: Performer, flowers: FlowerSet, *, mu: float = MU, images_per_class: int = 250
-) -> Selection:
+def select_on_training(performer: Performer, flowers: FlowerSet, *, images_per_class: int = 250) -> Selection:
     """Fit the relevant features on training flowers, whose columns are the performer's outputs in order.
 
     Args:
         performer: with one output per class.
         flowers: the set.
-        mu: bound on the sum of a class's weights.
         images_per_class: training flowers used of each class, the first ones.
     """
     rows: list[int] = []
@@ -61,7 +59,7 @@ def select_on_training(
     images = flowers.images.take(sorted(rows))
     responses = stream_responses(performer, images)
     labels = label_matrix(images.categories, lambda _: None, flowers.classes)
-    return select_relevant(torch.from_numpy(np.array(responses.descriptor)), labels, responses.index, mu)
+    return select_relevant(torch.from_numpy(np.array(responses.descriptor)), labels, responses.index, MU)
 
 
 def explanation_method(selection: Selection, config: ExplanationConfig) -> Method:
@@ -86,18 +84,17 @@ def explanation_method(selection: Selection, config: ExplanationConfig) -> Metho
 
 
 def relevant_feature_methods(
-    variants: Mapping[str, ExplanationConfig] | None = None, *, mu: float = MU, images_per_class: int = 250
+    variants: Mapping[str, ExplanationConfig] | None = None, *, images_per_class: int = 250
 ) -> Callable[[Performer, FlowerSet], Mapping[str, Method]]:
     """Return the maker of our methods that :func:`partlens_papers.flowers.benchmark.flower_benchmark` takes.
 
     Args:
         variants: configurations by name; :data:`VARIANTS` by default.
-        mu: bound on the sum of a class's weights.
         images_per_class: training flowers of each class the features are selected on.
     """
 
     def make(performer: Performer, flowers: FlowerSet) -> Mapping[str, Method]:
-        selection = select_on_training(performer, flowers, mu=mu, images_per_class=images_per_class)
+        selection = select_on_training(performer, flowers, images_per_class=images_per_class)
         made: dict[str, Method] = {
             name: explanation_method(selection, config) for name, config in (variants or VARIANTS).items()
         }

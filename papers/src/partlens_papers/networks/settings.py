@@ -193,11 +193,6 @@ def _layers_of(performer: Performer | nn.Module) -> nn.Module:
     return module
 
 
-def known_networks() -> Sequence[str]:
-    """Return the names of the networks that have a setting."""
-    return tuple(_SETTINGS)
-
-
 @dataclass(frozen=True)
 class PublishedChoice:
     """What is tapped and reconstructed under the papers' preset, and what they say for this network.

@@ -118,7 +118,6 @@ def feature_removal(
     out: str | Path,
     *,
     config: RemovalConfig | Mapping[str, Any] | None = None,
-    keep_cache: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure what a class loses without its relevant features, and without others.
@@ -131,7 +130,6 @@ def feature_removal(
             performer (unless ``labels`` are the predictions).
         out: folder for ``removal.json`` and ``conditions/``.
         config: how, or fields to change.
-        keep_cache: keep the descriptors of all photos.
         progress: how to show progress; silent by default.
 
     Returns:
@@ -193,7 +191,7 @@ def feature_removal(
     }
     write_json(out / RESULT, manifest)
     result = _measured(performer, images, how, out, show)
-    if not keep_cache and (out / "cache").exists():
+    if (out / "cache").exists():
         shutil.rmtree(out / "cache")
     manifest |= {"status": "finished", "seconds": round(manifest["seconds"] + time.monotonic() - started, 1), **result}
     write_json(out / RESULT, manifest)

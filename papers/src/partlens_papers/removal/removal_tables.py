@@ -42,19 +42,18 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def curve_table(result: Mapping[str, Any], measure: str = "accuracy") -> list[str]:
-    """Return Markdown lines: the drop when only the features with the largest weights are removed.
+def curve_table(result: Mapping[str, Any]) -> list[str]:
+    """Return Markdown lines: the accuracy lost when only the features with the largest weights are removed.
 
     Args:
         result: what `feature_removal` returned.
-        measure: one of :data:`~partlens_papers.removal.scores.MEASURES`.
     """
     rankings = result["config"]["curve_rankings"]
     lines = [f"| removed | {' | '.join(rankings)} |", "|---" * (len(rankings) + 1) + "|"]
     for most in result["config"]["curve"]:
-        cells = [shown(result["conditions"][f"{ranking}-top-{most}"]["drop"][measure]) for ranking in rankings]
+        cells = [shown(result["conditions"][f"{ranking}-top-{most}"]["drop"]["accuracy"]) for ranking in rankings]
         lines.append(f"| top {most} | {' | '.join(cells)} |")
-    cells = [shown(result["conditions"][ranking]["drop"][measure]) for ranking in rankings]
+    cells = [shown(result["conditions"][ranking]["drop"]["accuracy"]) for ranking in rankings]
     lines.append(f"| all relevant ({result['conditions']['ours']['features']:.1f}) | {' | '.join(cells)} |")
     return lines
 

@@ -8,19 +8,17 @@ own upper layers (what its reconstruction keeps).
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from partlens.errors import InputError, InputTypeError, WeightsError, expected, listed
+from partlens.errors import InputError, InputTypeError, expected
 
 CELLS = 16_384
 """Cells a rival learns from when no number is given: about 100 photos of 13x13 cells, drawn from all of them."""
@@ -37,7 +35,6 @@ class Rival(ABC):
         history: the training loss after every iteration or step, relative to the sample's energy; see each rival.
     """
 
-    name: ClassVar[str]
     history: tuple[float, ...]
 
     @property
@@ -92,29 +89,6 @@ class Rival(ABC):
             raise InputError(expected("at least 1 image", tuple(tap_maps.shape), "Give maps of photos"))
         check_finite(tap_maps)
         return iter(cells_of(tap_maps).split(_CELLS_AT_ONCE))
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return everything as named tensors, for a safetensors file; the names begin with the rival's."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields["history"] = torch.tensor(self.history, dtype=torch.float64)
-        return {f"{self.name}.{key}": value for key, value in fields.items()}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Rival:
-        """Build the rival that :meth:`to_tensors` gave.
-
-        Raises:
-            WeightsError: tensors are missing.
-        """
-        wanted = [f.name for f in dataclasses.fields(cls)]
-        missing = [f"{cls.name}.{key}" for key in wanted if f"{cls.name}.{key}" not in tensors]
-        if missing:
-            raise WeightsError(
-                expected(f"the tensors of a {cls.name} rival", f"none named {listed(missing)}", "Fit it again")
-            )
-        values: dict[str, Any] = {key: tensors[f"{cls.name}.{key}"] for key in wanted}
-        values["history"] = tuple(values["history"].tolist())
-        return cls(**values)
 
 
 def cells_of(maps: Float[Tensor, "image filter row col"]) -> Float[Tensor, "cell filter"]:

@@ -12,7 +12,7 @@ network's activations, one row per cell); Dhillon & Modha, Machine Learning 2001
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -147,8 +147,6 @@ class Nmf(_Dictionary):
         history: ``|X - Z H|² / |X|²`` over the sample after every alternation, falling.
     """
 
-    name: ClassVar[str] = "nmf"
-
     def encode(self, cells: Float[Tensor, "cell filter"]) -> Float[Tensor, "cell unit"]:
         """Solve non-negative least squares for every cell, to :data:`CODE_TOLERANCE` of the cell's length.
 
@@ -261,8 +259,6 @@ class KMeans(_Dictionary):
         parts: centres ``h_j`` (unit, filter) of length 1.
         history: 1 - mean cosine to the nearest centre over the sample's cells that are not zero, falling.
     """
-
-    name: ClassVar[str] = "kmeans"
 
     def encode(self, cells: Float[Tensor, "cell filter"]) -> Float[Tensor, "cell unit"]:
         """Return the projection on the nearest centre, in that unit's column."""

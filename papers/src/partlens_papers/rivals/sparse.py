@@ -16,7 +16,6 @@ count and schedule are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -53,7 +52,6 @@ class TopKSae(Rival):
         history: ``|x - z D - c|² / |x - mean|²`` over the batch, every tenth step.
     """
 
-    name: ClassVar[str] = "topk-sae"
     encoder: Float[Tensor, "unit filter"]
     bias: Float[Tensor, " unit"]
     decoder: Float[Tensor, "unit filter"]

@@ -100,7 +100,6 @@ def measure_rivals(
     *,
     category: str | None = None,
     seed: int = 0,
-    batch_size: int = BATCH,
 ) -> dict[str, dict[str, Any]]:
     """Measure other ways to explain a tap with the explainer's own measures.
 
@@ -117,7 +116,6 @@ def measure_rivals(
         category: of the held photos; where the performer has an output of that name, errors are its own, as in an
             evaluation, else those of a logistic head on the last target.
         seed: of the bootstrap.
-        batch_size: photos at a time.
 
     Returns:
         By name: the scores of :func:`~partlens.metrics.localisation.localisation_scores`, ``variance_explained`` of the
@@ -144,8 +142,8 @@ def measure_rivals(
     own_features: dict[str, list[Tensor]] = {name: [] for name in ("held", "held_others", "train", "train_others")}
     for part, features in own_features.items():
         chosen = rows.get(part, ())
-        for start in range(0, len(chosen), batch_size):
-            batch = performer.preprocessing([images.read(row) for row in chosen[start : start + batch_size]])
+        for start in range(0, len(chosen), BATCH):
+            batch = performer.preprocessing([images.read(row) for row in chosen[start : start + BATCH]])
             with torch.no_grad():
                 _, taps = forward_taps(performer, batch, list(dict.fromkeys([structure.tap, last])))
                 maps, target = taps[structure.tap].cpu().float(), taps[last].cpu().float()
