@@ -100,7 +100,10 @@ def test_a_named_class_is_shared_among_parts_whatever_the_network_says(
 
 
 def test_where_the_category_is_no_output_every_prediction_is_shared(run: Path, tiny: Performer, one: ImageSet) -> None:
-    assert len(explained(run, tiny, one).parts) == 1
+    found = explained(run, tiny, one)
+    assert len(found.parts) == 1
+    said = f"no output of the network is called {RED}: the explainer's parts share the score of its answer"
+    assert any(said in note for note in found.notes)
 
 
 def test_parts_are_measured_only_where_they_explain_and_as_in_the_whole_batch(

@@ -129,7 +129,7 @@ def test_photos_of_the_page_are_explained_and_a_lost_page_is_made_again(
         assert "No prediction explained yet" not in (made / "report.html").read_text()
 
 
-def test_a_network_without_gradients_has_its_page_and_is_told_why_no_photo_is_explained(
+def test_photos_of_a_network_without_gradients_are_explained_by_parts_and_it_is_said_why_by_no_filters(
     tiny: Performer, few_flowers: ImageSet, tmp_path: Path
 ) -> None:
     class Blind(nn.Sequential):
@@ -140,9 +140,18 @@ def test_a_network_without_gradients_has_its_page_and_is_told_why_no_photo_is_ex
     blind, told = Performer(Blind(tiny.module), "blind", tiny.preprocessing, "blind"), io.StringIO()
     show = Progress(Console(file=told, width=400))
     partlens.inspect(blind, few_flowers, out=tmp_path / "run", config=SMALL, progress=show)
-    assert "no photo is explained: Expected" in told.getvalue()
+    assert told.getvalue().count("no filters are shown: Expected") == 1
     assert "Remove no_grad" in told.getvalue()
-    assert (tmp_path / "run" / "report.html").exists()
+    for folder in (tmp_path / "run" / "explanations").iterdir():
+        record = ExplanationRecord.read(folder)
+        assert record.windows
+        assert (record.explained, record.method, record.selection) == ((), None, None)
+        assert any(note.startswith("no filters are shown: Expected") for note in record.notes)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Parts on the network itself" in page
+    assert "no filters are shown: Expected" in page
+    with pytest.raises(LayerError, match="Remove no_grad"):  # what was asked for by name is not left out
+        partlens.explain(tmp_path / "run", few_flowers.take([0]), model=blind, classes=["petal-red"])
 
 
 def test_an_inspection_still_explains_once_an_explainer_without_parts_is_beside_it(
@@ -187,12 +196,11 @@ def test_a_tap_with_negative_values_is_filled_with_the_mean(
 
 def test_held_out_photos_that_are_copies_are_said(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:
     pictures = [few_flowers.read(row) for row in few_flowers.indices("petal-red")[:9]]
-    splits = ["train"] * 9 + ["test"] * 9
-    twice = ImageSet.from_arrays(
-        [*pictures, *pictures[:8], few_flowers.read(few_flowers.indices("petal-blue")[0])], splits=splits
-    )
+    splits = ["train"] * 9 + ["test"] * 10
+    other = few_flowers.read(few_flowers.indices("petal-blue")[0])
+    twice = ImageSet.from_arrays([*pictures, *pictures[:8], pictures[0], other], splits=splits)
     found = partlens.inspect(tiny, twice, out=tmp_path / "run", config={**SMALL, "parts_max": 2})
-    assert "8 of the held-out photos are copies of photos that parts were found on: see data check" in found.notes
+    assert "9 of the held-out photos are copies of photos that parts were found on: see data check" in found.notes
 
 
 def test_wrong_settings_are_refused(tiny: Performer, few_flowers: ImageSet, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from partlens.attribution.record import (
     Style,
 )
 from partlens.data.images import ImageSet
-from partlens.errors import InputError, RunError, expected, listed
+from partlens.errors import InputError, LayerError, RunError, expected, listed
 from partlens.explainer.record import WEIGHTS as EXPLAINER_WEIGHTS
 from partlens.explainer.record import ExplainerRun
 from partlens.metrics.likeness import rank_correlation
@@ -69,13 +69,17 @@ _ALIKE = 0.85  # rank correlation above which two maps are nearly the same
 
 @dataclass(frozen=True)
 class _Batch:
-    """What was found for a batch of images; ``parts`` is of the images at ``shared`` alone."""
+    """What was found for a batch of images; ``parts`` is of the images at ``shared`` alone.
+
+    ``unread`` says why no filters are, where the parts on the performer do without.
+    """
 
     outputs: Tensor
     selected: Explanations | None
     parts: ExplainedParts | None
     shared: tuple[int, ...]
     windows: Sequence[ExplainedWindows] = ()
+    unread: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class Stage:
                 again = functools.partial(self.performer.preprocessing, pictures)
                 with naming_photos(self.performer, keys, again):
                     batch = self._explained(pictures)
+                if batch.unread:
+                    show.say(batch.unread)
                 for position, row in enumerate(part):
                     record = self._write_one(folders[row], found, row, pictures[position], batch, position)
                     write_explanation_page(folders[row])
@@ -146,10 +152,15 @@ class Stage:
     def _explained(self, pictures: Sequence[Image.Image]) -> _Batch:
         """Explain a batch of pictures."""
         batch = self.performer.preprocessing(list(pictures))
-        selected = parts = None
+        selected, parts, unread = None, None, ""
         if (run := self.selection) is not None:
             wanted = self._wanted(run, len(pictures))
-            selected = explain_batch(self.performer, batch, run.weights, run.found.index, wanted, self.how)
+            try:
+                selected = explain_batch(self.performer, batch, run.weights, run.found.index, wanted, self.how)
+            except LayerError as error:  # a network that runs without gradients, which parts on it do not need
+                if self.inspection is None or self.classes is not None:
+                    raise
+                unread = f"no filters are shown: {error}"
         windows = () if self.inspection is None else explain_windows(self.inspection, batch)
         outputs = _outputs(self.performer, batch) if selected is None else selected.output
         shared = tuple(
@@ -157,7 +168,7 @@ class Stage:
         )
         if self.parts is not None and shared:
             parts = explain_parts(self.parts, batch, self.part_classes, shared)
-        return _Batch(outputs, selected, parts, shared, windows)
+        return _Batch(outputs, selected, parts, shared, windows, unread)
 
     def _wanted(self, run: OpenedSelection, images: int) -> Any:
         """Return the classes to explain: those that are named, else the most likely ones of each image."""
@@ -178,7 +189,7 @@ class Stage:
         """Write the folder of one image, number ``i`` of a batch; ``picture`` may be a reduced one."""
         performer = self.performer
         tensors: dict[str, Tensor] = {}
-        notes = [*performer.notes, *performer.outputs.notes, *self.notes]
+        notes = [*performer.notes, *performer.outputs.notes, *self.notes, *filter(None, [batch.unread])]
         shown = _enlarged(performer.preprocessing.frame(picture))
         save_picture(folder / "input.png", shown)
         explained: tuple[ExplainedClass, ...] = ()
@@ -209,10 +220,10 @@ class Stage:
             image=Path(images.keys[row]).name,
             path=images.keys[row],
             size_px=images.size_px(row),
-            method=None if self.selection is None else self.how,
+            method=None if batch.selected is None else self.how,
             performer=performer.name,
             weights_sha256=performer.weights_sha256,
-            selection=None if self.selection is None else self.selection.record.identity,
+            selection=None if self.selection is None or batch.selected is None else self.selection.record.identity,
             input="input.png",
             answers=_answers(performer, batch.outputs[i]),
             explained=explained,
@@ -280,21 +291,23 @@ def _open_parts(
     if not alone and not (run / PartsFile.FILE).exists():
         return None, {}, classes, [f"the filters have no parts yet: run partlens parts {run}, then explain again"]
     parts = load_parts(run, model)
-    known = _known_outputs(run, parts.performer)
+    known, unmatched = _known_outputs(run, parts.performer)
     if classes is None:
-        return parts, known, None, []
+        return parts, known, None, unmatched
     shared, notes = _part_classes(selection, parts, known, classes)
     if not shared and selection is None:
         raise InputError(expected(f"a class among {listed(sorted(known))}", listed(list(classes)), notes[-1]))
     return (parts if shared else None), known, shared, notes
 
 
-def _known_outputs(run: Path, performer: Performer) -> dict[str, int]:
-    """Return the performer's output of each category of an explainer; nothing where one is no output."""
+def _known_outputs(run: Path, performer: Performer) -> tuple[dict[str, int], list[str]]:
+    """Return the performer's output of each category of an explainer; nothing, and a note, where one is no output."""
     names = [name for name in Run(run).read(ExplainerRun).data.categories if name]
     outputs = performer.matched(names).outputs
-    found = {name: output for name, output in outputs.items() if output is not None}
-    return found if len(found) == len(outputs) else {}
+    if lost := [name for name, output in outputs.items() if output is None]:
+        said = f"no output of the network is called {listed(lost)}: the explainer's parts share the score of its answer"
+        return {}, [f"{said}, whatever that is"]
+    return {name: output for name, output in outputs.items() if output is not None}, []
 
 
 def _part_classes(

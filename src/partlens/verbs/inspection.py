@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partlens.errors import ImageError, LayerError, expected, listed
+from partlens.errors import ImageError, expected, listed
 from partlens.object_parts.inspection import TENSORS, CategoryFile, InspectConfig, InspectedCategory, InspectRecord
 from partlens.page.page import PAGE, write_report
 from partlens.progress import Progress
@@ -141,10 +141,7 @@ def _explained(
     keys = [photo.image for photos in by_rank for photo in photos if photo is not None][:_EXPLAINED]
     if keys:
         some = images.take([images.keys.index(key) for key in keys])
-        try:
-            explain(folder, some, model=performer, compute={"device": where.device}, progress=show)
-        except LayerError as error:  # a network that runs without gradients; the page does without
-            show.say(f"no photo is explained: {error}")
+        explain(folder, some, model=performer, compute={"device": where.device}, progress=show)
 
 
 # --- photos -----------------------------------------------------------------------------------------------------------
@@ -188,7 +185,8 @@ def _chosen(images: ImageSet, category: str | Sequence[str] | None, split: str, 
     rest = [row for row, own in enumerate(images.categories) if names != [""] and own not in names]
     others = sampled(rest, config.background, config.seed)
     content_of = images.digests().__getitem__
-    if copies := len({*map(content_of, found)} & {*map(content_of, measured)}):
+    seen = {*map(content_of, found)}
+    if copies := sum(content_of(row) in seen for row in measured):
         notes.append(f"{copies} of the held-out photos are copies of photos that parts were found on: see data check")
     return _Chosen(tuple(found), tuple(measured), tuple(others), tuple(made), tuple(notes))
 
