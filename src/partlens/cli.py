@@ -240,6 +240,11 @@ def _plan(program: str, name: str, command: Command) -> _Plan:
 def _call(program: str, name: str, command: Command, arguments: Sequence[str]) -> None:
     """Parse the options, call the verb, print its result."""
     plan = _plan(program, name, command)
+    for option in (each.partition("=")[0] for each in arguments if each.startswith("--")):
+        field = option[2:].replace("-", "_")
+        meant = [f"--{_prefix(kind)}{field}" for kind in plan.settings.values() if field in kind.model_fields]
+        if meant and field not in plan.parameters and option not in meant:
+            plan.parser.error(f"unknown option {option}; did you mean {' or '.join(meant)}?")
     options = plan.parser.parse_args(list(arguments))
     given = {n: getattr(options, n) for n in plan.parameters if n != "progress" and n not in plan.settings}
     given |= {parameter: _changed(settings, options) for parameter, settings in plan.settings.items()}

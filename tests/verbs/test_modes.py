@@ -78,3 +78,18 @@ def test_another_default_type_of_all_threads_is_refused_with_the_remedy() -> Non
             verb(computed)()
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_performer_reads_its_own_structure_on_its_own_device_whatever_the_default_is() -> None:
+    maps = torch.rand(2, 64, 14, 14, generator=torch.Generator().manual_seed(0))
+
+    def known() -> tuple[object, ...]:
+        performer = load_performer("partlens:flower-demo@random:0")
+        with torch.device("meta") if there else torch.device("cpu"):
+            (scores,) = performer.upper("relu4")(maps)
+            return performer.layers, performer.tap, performer.outputs, scores.tolist()
+
+    there = False
+    usual = known()
+    there = True
+    assert known() == usual

@@ -10,7 +10,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
-from partlens.errors import LayerError, expected, listed
+from partlens.errors import LayerError, expected, listed, usual_modes
 from partlens.network.borrowed import borrowed, hooked, like_weights
 from partlens.network.layout import Layout, layouts_of
 from partlens.network.receptive_field import ReceptiveField, receptive_fields
@@ -319,7 +319,7 @@ class Layers:
 @contextlib.contextmanager
 def _watched(module: nn.Module, channels: int, size: tuple[int, int]) -> Iterator[tuple[list[Call], Record]]:
     """Watch one pass of a network (`partlens.network.watched`)."""
-    with torch.no_grad(), borrowed(module, copy_weights=False) as network:
+    with usual_modes(), torch.no_grad(), borrowed(module, copy_weights=False) as network:
         with refused_size(network, channels, size):
             watched = watch(network, like_weights(network, three_images(channels, size)))
         yield watched

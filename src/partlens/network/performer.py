@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from partlens.errors import InputError, InputTypeError, LayerError, expected, nearest
+from partlens.errors import InputError, InputTypeError, LayerError, expected, nearest, usual_modes
 from partlens.network.borrowed import borrowed, hooked, like_weights, unwrapped
 from partlens.network.classes import Match, match
 from partlens.network.layers import Found, LayerInfo, Layers
@@ -199,6 +199,7 @@ class Performer:
             raise self._without_maps(tap, [layer.name for layer in self.layers if layer.has_maps])
         return tuple(map(self.whole, self._known.targets(tap)))
 
+    @usual_modes()
     def upper(self, tap: str, targets: Sequence[str] = ("output",)) -> nn.Module:
         """Copy the performer's own layers from a tap to later layers, to run them on maps that were changed.
 
@@ -254,6 +255,7 @@ class Performer:
         raise self._known.bypassed(tap)
 
     @functools.cached_property
+    @usual_modes()
     def outputs(self) -> Outputs:
         """What its outputs are: how many, of what kind, and which of several tensors.
 
