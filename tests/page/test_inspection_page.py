@@ -135,6 +135,16 @@ def test_the_page_leads_with_the_sentence_and_says_what_could_not_be_done(tmp_pa
     assert "<td>75 % (61 %)</td>" in plain
 
 
+def test_a_photo_of_which_nothing_could_be_shared_says_so_in_place_of_dashes(tmp_path: Path) -> None:
+    one = category(tmp_path, "fox")
+    undefined = (float("nan"),) * 3
+    lost = {"shares": undefined, "losses": undefined, "kept": float("nan"), "kept_other": float("nan")}
+    photo = one.shown[0].model_copy(update=lost)
+    text = render_page(collect_page(inspection(tmp_path, (one.model_copy(update={"shown": (photo,)}),))))
+    assert "With no cell at all the score is as high, so there is nothing to share." in text
+    assert "of the image around the first" not in text
+
+
 def test_a_hundred_categories_stay_below_fifteen_megabytes(tmp_path: Path) -> None:
     many = tuple(category(tmp_path, f"kind-{number:03d}", size=(447, 200)) for number in range(100))
     page = write_report(inspection(tmp_path, many))

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from partlens.attribution.record import ExplanationRecord
 from partlens.cli import main
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, LayerError, RunError
+from partlens.estimate import Estimate
 from partlens.network.performer import Performer, weights_sha256
 from partlens.network.preprocessing import Preprocessing
 from partlens.network.taps import Reduce
@@ -230,7 +230,7 @@ def test_the_command_prints_what_could_not_be_done_with_a_category(
     inspected: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = InspectRecord.read(inspected)
-    advantage = replace(found.categories[-1].advantage, n=3)  # of fewer photos than were measured
+    advantage = Estimate(-0.001, (-0.1, 0.1), 3)  # of fewer photos than were measured
     notes = ("measured on the photos that the parts were found on",)
     last = found.categories[-1].model_copy(update={"notes": notes, "advantage": advantage})
     drawing = found.performer.model_copy(update={"notes": ("the network draws at random",)})
@@ -238,7 +238,7 @@ def test_the_command_prints_what_could_not_be_done_with_a_category(
     print_verdicts(found.changed(categories=categories, performer=drawing, notes=("no filters",)))
     said = capsys.readouterr().out
     assert "\nthe network draws at random\n" in said
-    assert re.search(r"\n petal-red .* 3 *\n", said)
+    assert re.search(r"\n petal-red .* 0\.00 \[-0\.10, 0\.10\] .* 3 *\n", said)
     assert "petal-red: measured on the photos that the parts were found on\n" in said
     assert said.rstrip().endswith("no filters")
 

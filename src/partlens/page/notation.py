@@ -40,8 +40,8 @@ def percent(share: float) -> str:
     r"""Write a share as a percentage for a sentence: whole, or with one decimal near 0 and 1.
 
     Example:
-        >>> percent(0.421), percent(0.004), percent(0.996)
-        ('42\xa0%', '0.4\xa0%', '99.6\xa0%')
+        >>> percent(0.421), percent(0.004), percent(-0.004), percent(0.996)
+        ('42\xa0%', '0.4\xa0%', '0\xa0%', '99.6\xa0%')
     """
     return UNDEFINED if not math.isfinite(share) else f"{percent_digits(share)}{GAP}%"
 
@@ -49,7 +49,7 @@ def percent(share: float) -> str:
 def percent_digits(share: float) -> str:
     """Write a share as the digits of a percentage: whole, or with one decimal near 0 and 1."""
     value = 100 * share
-    text = f"{value:.1f}" if 0 < value < 1 or 99 < value < 100 else f"{value:.0f}"
+    text = f"{value:.1f}" if 0 < value < 1 or 99 < value < 100 else f"{value:z.0f}"
     return text.replace("-", "−")
 
 

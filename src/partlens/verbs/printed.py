@@ -166,7 +166,7 @@ def print_verdicts(found: InspectRecord) -> None:
     console = _console()
     table = _table("category", "verdict", "advantage", "parts and elsewhere", "n")
     for one in found.categories:
-        advantage = _written(one.advantage, ".2f")
+        advantage = _written(one.advantage, "z.2f")
         table.add_row(one.name or "all photos", one.verdict, advantage, _shares(one), str(one.advantage.n))
     console.print(table)
     notes = (f"{one.name or 'all photos'}: {note}" for one in found.categories for note in one.notes)
