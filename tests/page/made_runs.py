@@ -176,7 +176,8 @@ def explanation(folder: Path, image: str, names: tuple[str, ...], seed: int = 0,
             }
         )
     return {
-        "schema": "partlens.explanation/3",
+        "schema": "partlens.explanation/4",
+        "content": "one",
         "image": image,
         "path": f"photos/{image}",
         "size_px": [640, 480],

@@ -265,7 +265,7 @@ def test_folders_that_are_none(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "partlens.explanation/1"}, r"Expected schema partlens\.explanation/3 in .*, got partlens"),
+        ({"schema": "partlens.explanation/1"}, r"Expected schema partlens\.explanation/4 in .*, got partlens"),
         ({"image": None}, r"Expected image to be a valid string in .*, got None\. Run partlens explain again"),
         ({"explained": [{}]}, r"Expected the field explained\.0\.name of ExplanationRecord in .*explanation\.json"),
     ],

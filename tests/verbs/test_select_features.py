@@ -344,7 +344,7 @@ def test_held_out_photos_of_a_class_that_was_not_fitted_do_not_count(tiny: Perfo
 
 def test_folder_names_are_told_apart_whatever_the_file_system(tmp_path: Path) -> None:
     given = ["x/a.png", "y/a.png", "z/a-2.png", "z/A.png", "ö.png", "é.png", "a-2-2.png"]
-    found = _folder_names(given, tmp_path)
+    found = _folder_names(given, given, tmp_path)
     assert len({name.casefold() for name in found}) == len(given)
     assert found[0] == "a"
     assert found[2] == "a-2"  # its own name
@@ -362,6 +362,8 @@ def test_an_explanation_of_another_file_of_the_same_name_is_kept(
     assert [f.name for f in folders] == ["flower", "flower-2", "flower"]  # the same one again is renewed
     for folder, file in zip(folders, files, strict=False):
         assert read_json(folder / "explanation.json")["path"] == str(file)
+    moved = files[1].rename(tmp_path / "flower.png")  # the same photo under another path
+    assert partlens.explain(selected, moved, model=tiny, count=1) == [folders[1]]
 
 
 def test_a_folder_is_explained_without_what_cannot_be_read(

@@ -261,6 +261,7 @@ class ExplanationRecord(Record):
     Attributes:
         image: its name.
         path: where it was read from.
+        content: equal for the same image under another path.
         size_px: its width and height.
         method: how relevant filters were explained, ``None`` for a run without a selection.
         performer: the network's name.
@@ -276,11 +277,12 @@ class ExplanationRecord(Record):
     """
 
     FILE = "explanation.json"
-    SCHEMA = "partlens.explanation/3"
+    SCHEMA = "partlens.explanation/4"
     AGAIN = "Run partlens explain again"
 
     image: str
     path: str
+    content: str
     size_px: tuple[int, int]
     method: ExplanationConfig | None
     performer: str

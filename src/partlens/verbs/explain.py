@@ -81,7 +81,7 @@ def explain(
     found = _image_files(images, show)
     target = Path(out or Path(run) / "explanations")
     with Run(Path(run)).writing() if out is None else sole_writer(target):
-        folders = [target / name for name in _folder_names(found.keys, target)]
+        folders = [target / name for name in _folder_names(found.keys, found.digests(), target)]
         for folder in folders:
             remove_leftovers(folder)
         stage.write(found, folders, show)
@@ -130,17 +130,18 @@ def _image_files(images: Any, show: Progress) -> ImageSet:
     return ImageSet.from_files(files)
 
 
-def _explains(folder: Path, name: str) -> bool:
-    """Whether a folder is free for an image: none is there, or it holds an explanation of the same one."""
+def _explains(folder: Path, name: str, content: str) -> bool:
+    """Whether a folder is free for an image: none is there, or it holds an explanation of the same path or content."""
     if not (folder / ExplanationRecord.FILE).is_file():
         return True
     try:
-        return ExplanationRecord.read(folder).path == name
+        held = ExplanationRecord.read(folder)
     except RunError:
         return False
+    return held.path == name or held.content == content
 
 
-def _folder_names(names: Sequence[str], target: Path) -> list[str]:
+def _folder_names(names: Sequence[str], contents: Sequence[str], target: Path) -> list[str]:
     """Return a folder name for each image, the same names told apart by a number.
 
     A folder that holds the explanation of another image, from an earlier call, is kept.
@@ -148,11 +149,13 @@ def _folder_names(names: Sequence[str], target: Path) -> list[str]:
     plain = [re.sub(r"[^\w.-]", "_", Path(name).stem) or "image" for name in names]
     own = {name.casefold() for name in plain}  # some file systems take A and a for one name
     result: list[str] = []
-    for name, whole in zip(plain, names, strict=True):
+    for name, whole, content in zip(plain, names, contents, strict=True):
         taken = {each.casefold() for each in result}
         free, number = name, 1
         # A number that neither another image's own name has nor one given before.
-        while free.casefold() in (taken if number == 1 else taken | own) or not _explains(target / free, whole):
+        while free.casefold() in (taken if number == 1 else taken | own) or not _explains(
+            target / free, whole, content
+        ):
             number += 1
             free = f"{name}-{number}"
         result.append(free)

@@ -219,6 +219,7 @@ class Stage:
         record = ExplanationRecord(
             image=Path(images.keys[row]).name,
             path=images.keys[row],
+            content=images.digests()[row],
             size_px=images.size_px(row),
             method=None if batch.selected is None else self.how,
             performer=performer.name,

@@ -333,6 +333,7 @@ class _Work:
         tensors: dict[str, Tensor] = {"nothing": stage.nothing}
         with self.show.task("finding parts and what they carry", len(self.chosen.categories)) as advance:
             for number, photos in enumerate(self.chosen.categories):
+                advance(number, photos.name)
                 folder = self.folder / _CACHE / "categories" / photos.slug
                 if (kept := CategoryFile.read_if_there(folder)) is None:
                     found, locating = inspect_category(stage, photos)
@@ -342,7 +343,7 @@ class _Work:
                     found = kept.found
                 tensors |= {f"{number}.{name}": each for name, each in read_tensors(folder / TENSORS).items()}
                 made.append(found)
-                advance(number + 1)
+            advance(len(made))
         write_tensors(self.folder / TENSORS, tensors)
         return tuple(made)
 
