@@ -10,7 +10,7 @@
 ``photos`` writes the tables ``voc`` (five categories of Pascal-Part with the papers' head, neck and torso) and ``cub``
 (birds), each with the papers' thousand whole photos of anything else as background. ``maps`` shows every photo and its
 mirror to VGG-16's convolutions (:mod:`partlens_papers.networks.remembered`); the jobs of ``reproduce`` in that folder
-read them. ``nulls`` says how unstable peaks are that follow one part or stay at the centre, with noise. ``parts`` finds
+read them. ``nulls`` says how unstable peaks are at random, at the centre or on one part, with noise. ``parts`` finds
 the parts of every performer's category without training, as :func:`partlens.inspect` does, and scores their places on
 the held-out photos as filters are scored. ``prices`` collects what p and the part filters are worth in the explainers
 that ``reproduce`` fitted, and which parts their filters hold, where ``partlens parts`` was run on them.
@@ -24,14 +24,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from partlens.data.images import ImageSet
-from partlens.evaluation.places import MeasuredPhotos, landmarks_in_input, measure_maps, measure_nulls
+from partlens.estimate import Estimate, bootstrap
+from partlens.evaluation.places import MeasuredPhotos, landmarks_in_input, mean_of, measure_maps, measure_nulls
 from partlens.explainer.views import view_windows, viewed_images
 from partlens.metrics.localisation import Peaks, instability_per_filter, peaks_from_cells
 from partlens.network.performer import Performer
@@ -50,7 +50,9 @@ from partlens_papers.networks.train_performer import read_training
 PAPER_PARTS = ("head", "neck", "torso")
 CATEGORIES = ("cat", "cow", "dog", "horse", "sheep")
 SIDE_PX, CELL_PX = 224, 16  # VGG-16's input and its cells at the tap
-NOISE_CELLS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 100.0)
+FILTERS = 32  # of a null
+NOISE_CELLS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+ROUNDS = 200
 ADDED = ("share", "integrated_null")
 KEPT = ("instability", "peak_spread_cells", "consistency", "filter_correlation", "distinct_parts")
 MODELS = {"alexnet": "partlens_papers.performers:alexnet_caffe", "vgg16": "partlens_papers.performers:vgg16"}
@@ -143,34 +145,45 @@ def prices(folder: Path, out: Path) -> None:
 
 def nulls(data: Path, out: Path) -> None:
     """Score peaks that see nothing, follow one part, or stay at the centre, with noise of some cells; all photos."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, Estimate]]] = {}
     for category in (*CATEGORIES, "bird"):
         images = ImageSet.open(data / ("cub" if category == "bird" else "voc"))
         performer = Performer(nn.Identity(), "", Preprocessing(resize="squash"), "")
         names, places = landmarks_in_input(images, images.indices(category), performer)
         middle = torch.full((len(places), 2), SIDE_PX / 2, dtype=torch.float64)
         corner = torch.full((len(places), 2), CELL_PX / 2, dtype=torch.float64)
+        anywhere = SIDE_PX * torch.rand(len(places), FILTERS, 2, generator=torch.Generator().manual_seed(0)).double()
         spots = {name: places[:, k] for k, name in enumerate(names)}
         spots |= {"centre": middle, "middle of the landmarks": places.mean(1)}
-        found[category] = {"corner": {"0": _instability(corner, places, 0.0)}}
+        still = {"random cells": anywhere, "corner": corner[:, None]}
+        found[category] = {name: {"0": _instability(place, places, 0.0)} for name, place in still.items()}
         for name, place in spots.items():
-            found[category][name] = {f"{noise:g}": _instability(place, places, noise) for noise in NOISE_CELLS}
-    mean = {k: {n: round(fmean(found[c][k][n] for c in CATEGORIES), 4) for n in v} for k, v in found["cat"].items()}
+            found[category][name] = {f"{n:g}": _instability(place[:, None], places, n) for n in NOISE_CELLS}
+    one = [1] * len(CATEGORIES)
+    mean = {k: {n: mean_of([found[c][k][n] for c in CATEGORIES], one) for n in v} for k, v in found["cat"].items()}
     content = {"photos": "all of a category", "noise": "Gaussian, cells of 16 px, each axis", "voc mean": mean}
-    write_json(out, {**content, **found})
+    write_json(out, plain({**content, **found}))
 
 
-def _instability(place: Tensor, landmarks: Tensor, noise: float, filters: int = 32) -> float:
-    """Score filters that peak in the cell of a place, off by some noise, on the photos where the place is known."""
-    known = ~place.isnan().any(-1)
+def _instability(place: Tensor, landmarks: Tensor, noise: float) -> Estimate:
+    """Score filters that peak in the cell of a place, off by some noise, on the photos where the place is known.
+
+    The place is (image, filter or 1, x and y) in pixels.
+    """
+    known = ~place.isnan().flatten(1).any(1)
     draw = torch.Generator().manual_seed(0)
-    shape = (int(known.sum()), filters, 2)
-    spots = place[known][:, None] + CELL_PX * noise * torch.randn(shape, generator=draw, dtype=torch.float64)
+    shape = (int(known.sum()), FILTERS, 2)
+    spots = place[known] + CELL_PX * noise * torch.randn(shape, generator=draw, dtype=torch.float64)
     cells = (spots / CELL_PX).floor().clamp(0, SIDE_PX // CELL_PX - 1).flip(-1)
     middle = ((CELL_PX - 1) / 2, (CELL_PX - 1) / 2)
     scores = torch.rand(shape[:2], generator=draw, dtype=torch.float64)
-    peaks = peaks_from_cells(cells, scores, (SIDE_PX // CELL_PX,) * 2, middle, (CELL_PX, CELL_PX))
-    return round(float(instability_per_filter(peaks, landmarks[known], (SIDE_PX, SIDE_PX)).nanmean()), 4)
+    of, size, stride = landmarks[known], (SIDE_PX, SIDE_PX), (float(CELL_PX), float(CELL_PX))
+
+    def instability(rows: Tensor) -> float:
+        peaks = peaks_from_cells(cells[rows], scores[rows], (SIDE_PX // CELL_PX,) * 2, middle, stride)
+        return float(instability_per_filter(peaks, of[rows], size).nanmean())
+
+    return bootstrap(instability, len(of), generator=draw, rounds=ROUNDS)
 
 
 def parts(folder: Path, out: Path, only: Sequence[str]) -> None:

@@ -66,6 +66,74 @@ def explainers() -> list[str]:
     return lines[:-1]
 
 
+def in_short() -> list[str]:
+    """The means of every committed explainer of :data:`NAMES`; a range where the categories differ in sign or size."""
+    heads = ["explainer", "by largest cells, as in print", "performer, top layer", "centre null", "consistency"]
+    heads += ["correlation", "spread, cells", "error increase, points", "p", "agreement", "lost variance"]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name, title in NAMES.items():
+        jobs = _scores(name, "explainer").values()
+        if jobs and name != "resnet18-rivals":  # whose explainers are among those above
+            lines.append(f"| {title} | {' | '.join(_short_cells(list(jobs)))} |")
+    return lines
+
+
+def _short_cells(jobs: list[Scores]) -> list[str]:
+    def known(subject: str, score: str) -> list[float]:
+        rows = [scores.get((subject, score)) for scores in jobs]
+        return [float(row["value"]) for row in rows if row is not None and row["value"]]
+
+    def mean(subject: str, score: str = "instability", digits: str = ".3f", *, less: bool = False) -> str:
+        values = known(subject, score)
+        return f"{1 - fmean(values) if less else fmean(values):{digits}}" if values else "–"
+
+    def span(score: str, digits: str) -> str:
+        ends = sorted({f"{end:{digits}}" for end in (min(known("explainer", score)), max(known("explainer", score)))})
+        return " to ".join(sorted(ends, key=float))
+
+    cells = [mean(subject) for subject in ("explainer", "explainer_largest", "top", "centre")]
+    cells += [mean("explainer", score, ".2f") for score in ("consistency", "filter_correlation")]
+    cells += [mean("explainer", "peak_spread_cells", ".1f"), span("error_increase_points", "+.1f"), span("p", ".2f")]
+    return [
+        *cells,
+        mean("explainer", "agreement_top1", ".2f"),
+        mean("explainer", "variance_explained", ".2f", less=True),
+    ]
+
+
+def pictures() -> list[str]:
+    """What Grad-CAM and covering say of two explainers."""
+    heads = ["photo, part filters, %", "tap", "random maps", "reads, px", "tap's", "in theory"]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name, title in (("alexnet-sheep", "AlexNet's sheep"), ("vgg16-cat", "VGG-16's cats")):
+        file = f"reproduction/pictures-{name}.json"
+        found = load(file)
+        half, null, reads = (
+            found["grad_cam_half_of_the_sum_lies_in"],
+            found["random_maps"],
+            found["covering"]["reads_px"],
+        )
+        cells = [_percent(of["interpretable"]) for of in (half, null)]
+        cells[1:1] = [_percent(half["tap"])]
+        cells += [f"{_interval(reads[of], 0)}, n {reads[of]['n']}" for of in ("explainer", "performer")]
+        cells.append("; ".join(str(found["theoretical_px"][of][0]) for of in ("explainer", "performer")))
+        lines.append(f"| {title} ([JSON](../results/{file})) | {' | '.join(cells)} |")
+    return lines
+
+
+def regions() -> list[str]:
+    """How often discs of the parts' size meet a part: filters, the same on other photos, and nulls."""
+    names = {"explainer": "explainer", "other_photo": "… on other photos", "tap": "performer's tap"}
+    names |= {"random": "random cells", "centre": "centre"}
+    lines = [f"| run, discs of the parts' size | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
+    for run, of in load("part-interpretability.json")["runs"].items():
+        sized = of["part_sized"]
+        rows = sized["layers"] | sized | {"other_photo": sized["other_photo"]["explainer"]}
+        photos = ", ".join(f"{count} {part.replace('_', ' ')}" for part, count in of["photos"].items())
+        lines.append(f"| {run} ({photos}) | {' | '.join(_interval(rows[key], 2) for key in names)} |")
+    return lines
+
+
 def flowers(name: str) -> list[str]:
     result = load(f"{name}.json")
     accuracy = result["network"]["accuracy"]
@@ -311,11 +379,13 @@ def places_with_noise() -> list[str]:
     found = load("reproduction/nulls.json")
     lines = []
     for title, key in (("VOC, mean of five", "voc mean"), ("birds of CUB", "bird")):
-        noises = [n for n in found[key]["centre"] if float(n) < 10]
-        lines += [f"| {title}: the peak is at … | {' | '.join(f'{n} cells off' for n in noises)} |"]
-        lines.append("|---" * (len(noises) + 1) + "|")
-        for place, row in found[key].items():
-            lines.append(f"| {place} | " + " | ".join(f"{row[n]:.3f}" if n in row else "" for n in noises) + " |")
+        rows = found[key]
+        noises = list(rows["centre"])
+        head = f"{title}, n {rows['corner']['0']['n']}: the peak is at …"
+        lines += [f"| {head} | {' | '.join(f'{n} cells off' for n in noises)} |", "|---" * (len(noises) + 1) + "|"]
+        for place, row in rows.items():
+            cells = [_interval(row["0"], 3), *(f"{row[n]['value']:.3f}" if n in row else "" for n in noises[1:])]
+            lines.append(f"| {place} | {' | '.join(cells)} |")
         lines.append("")
     return lines[:-1]
 
@@ -324,6 +394,7 @@ def settings() -> list[str]:
     """The last epoch of every setting that was tried, everything at once."""
     found = load("reproduction/settings-alexnet-cat.json")
     keys = (
+        "filter_2",
         "p",
         "error_increase_points",
         "lost_variance",
@@ -333,6 +404,7 @@ def settings() -> list[str]:
         "spread_cells",
     )
     heads = [
+        "filter loss, nats",
         "p",
         "error +points",
         "lost variance",
@@ -344,9 +416,11 @@ def settings() -> list[str]:
     ]
     lines = ["| start, filter terms | epochs | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
     for run in found["runs"]:
-        last = run["epochs"][-1]
-        cells = ["–" if last[key] is None else f"{last[key]:.3g}" for key in (*keys, "dead")]
-        lines.append(f"| {run['setting']['name']} | {last['epoch']} | " + " | ".join(cells) + " |")
+        last, setting = run["epochs"][-1], run["setting"]
+        planned = setting["epochs"] + setting.get("warmup_epochs", 0)
+        done = f"{last['epoch']}" + (f" of {planned}" if last["epoch"] < planned else "")
+        cells = ["–" if last[key] is None else f"{last[key] + 0.0:.3g}" for key in (*keys, "dead")]
+        lines.append(f"| {setting['name']} | {done} | " + " | ".join(cells) + " |")
     for name, row in found["nulls"].items():
         shown = ["–" if row.get(key) is None else f"{row[key]:.3g}" for key in (*keys, "dead")]
         lines.append(f"| {name if name == 'tap' else f'null: {name}'} | – | " + " | ".join(shown) + " |")
@@ -417,10 +491,9 @@ def parts() -> list[str]:
         own = scores["parts"]["instability"]
         low, high = own["interval"]
         cells = [f"{own['value']:.3f} [{low:.3f}, {high:.3f}], n {own['n']}"]
-        cells += [f"{scores[name]['instability']['value']:.3f}" for name in list(names)[1:]]
-        for name in ("filter_correlation", "peak_spread_cells", "consistency"):
-            cells.append(f"{scores['parts'][name]['value']:.2f}")
-        cells.append(f"{scores['filters, read alike']['consistency']['value']:.2f}")
+        cells += [_interval(scores[name]["instability"], 3) for name in list(names)[1:]]
+        cells += [f"{scores['parts'][name]['value']:.2f}" for name in ("filter_correlation", "peak_spread_cells")]
+        cells += [_interval(scores[name]["consistency"], 2) for name in ("parts", "filters, read alike")]
         lines.append(f"| {network}, {category} | {scores['count']} | " + " | ".join(cells) + " |")
     return lines
 
@@ -433,10 +506,9 @@ def prices() -> list[str]:
         network, category, seed = job.split("-")
         mixed, alone = [], []
         for point in found["points"]:
-            cost = point["mixed"]["error_increase_points"]
-            low, high = cost["interval"]
-            mixed.append(f"{point['p']:.2f}: {cost['value']:+.1f} [{low:.1f}, {high:.1f}]")
-            alone.append(f"{point['parts']['error_increase_points']['value']:+.1f}")
+            fed, own = (_interval(point[name]["error_increase_points"], 1) for name in ("mixed", "parts"))
+            mixed.append(f"{point['p']:.2f}: {fed}")
+            alone.append(own)
         held = found.get("parts", {}).get("filters", {})
         shares = ", ".join(f"{name} {count}" for name, count in held.items()) or "not run"
         photos = f"{found['photos']} and {found['others']}"
@@ -453,9 +525,10 @@ def _job_cells(job: tuple[str, str, str], scores: dict[tuple[str, str], dict[str
     first = _value(scores, read, whole=True)
     beside = [of(read, score, ".2f") for score in ("filter_correlation", "distinct_parts", "peak_spread_cells")]
     ordinary = [of("top"), printed("instability", "performer"), of("tap"), printed("instability", "tap")]
-    share = [of("explainer", "p", ".2f"), printed("p", "explainer"), of("explainer", "error_increase_points", ".1f")]
+    cost = _value(scores, "explainer", "error_increase_points", ".1f", whole=True)
+    share = [of("explainer", "p", ".2f"), printed("p", "explainer"), cost]
     nulls = [of(null) for null in ("random", "centre", "corner")]
-    consistent = of(read, "consistency", ".2f")
+    consistent = _value(scores, read, "consistency", ".2f", whole=True)
     return [first, printed("instability", "explainer"), *ordinary, *nulls, *beside, consistent, *share]
 
 
@@ -512,6 +585,9 @@ SECTIONS = {
     "explainers": explainers,
     "performers": performers,
     "places-with-noise": places_with_noise,
+    "in-short": in_short,
+    "pictures": pictures,
+    "regions": regions,
     "settings": settings,
     "reproduction": reproduction,
     "beside": beside,

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from partlens.explainer.config import ExplainerConfig
+from partlens.object_parts.inspection import FindingConfig
+from partlens.records import read_json
 from partlens_papers.cli import COMMANDS, main
+from partlens_papers.flowers.benchmark import FlowersConfig
+from partlens_papers.removal.plan import RemovalConfig
+from partlens_papers.sanity.bench import SanityConfig
 
 PAPERS = Path(__file__).parents[1]
 PAGES = [PAPERS / "README.md", *(PAPERS / "docs").glob("*.md")]
@@ -35,8 +44,15 @@ def test_studies_still_find_what_they_use(study: Path, monkeypatch: pytest.Monke
     runpy.run_path(str(study))
 
 
+def _commands_of(page: str) -> list[list[str]]:
+    return _words((PAPERS / "docs" / page).read_text())
+
+
 def _commands() -> list[list[str]]:
-    texts = "\n".join(page.read_text() for page in PAGES)
+    return _words("\n".join(page.read_text() for page in PAGES))
+
+
+def _words(texts: str) -> list[list[str]]:
     found = re.findall(r"^partlens-papers ([^`\n]+)$", texts, re.MULTILINE)
     found += re.findall(r"`partlens-papers ([^`\n]+)`", texts)
     return [shlex.split(text) for text in found]
@@ -60,6 +76,38 @@ def test_commands_on_the_pages_exist_with_their_options(capsys: pytest.CaptureFi
         for word in words:
             if word.startswith("--"):
                 assert re.search(rf"{re.escape(word)}\b", _help(name, shown, capsys)), (name, word)
+
+
+def _given(words: list[str], group: str) -> dict[str, Any]:
+    """Return the settings of a group that a command gives."""
+    pairs = pairwise(words)
+    given = {word.partition(".")[2]: value for word, value in pairs if word.startswith(f"--{group}.")}
+    return {name: json.loads(value) if value[0] in "[0123456789" else value for name, value in given.items()}
+
+
+def test_commands_beside_results_make_these_results() -> None:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for words in _commands_of("interpretation.md"):
+        found.setdefault(words[1], []).append(_given(words, words[1]))
+    for name, file, config in (
+        ("sanity", "sanity-flowers", SanityConfig),
+        ("removal", "removal-resnet18", RemovalConfig),
+    ):
+        made = read_json(PAPERS / "results" / f"{file}.json")["config"]
+        given, wanted = (config.model_validate_json(json.dumps(one)) for one in (*found[name], made))
+        assert given == wanted, name
+    recipes = [FlowersConfig(**given) for given in found["flowers"]]
+    for name in ("flowers-single-6c", "flowers-double-12c"):
+        made = read_json(PAPERS / "results" / f"{name}.json")["recipe"]
+        assert (name, made["images_per_class"]) in [(one.set_name, one.images_per_class) for one in recipes], name
+
+
+def test_ideas_with_a_field_have_it() -> None:
+    text = (PAPERS / "docs" / "study.md").read_text()
+    table = text.split("| idea | field |")[1].split("\n\n")[0]
+    fields = re.findall(r"^\|[^|]*\| `([a-z_]+)`", table, re.MULTILINE)
+    assert len(fields) > 5
+    assert set(fields) <= {*ExplainerConfig.model_fields, *FindingConfig.model_fields}
 
 
 def test_tables_on_the_pages_are_of_the_committed_results() -> None:
