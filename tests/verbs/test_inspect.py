@@ -27,6 +27,7 @@ from partlens.object_parts.inspection import InspectRecord
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
 from partlens.run import PassPrecision
+from partlens.selection.record import SelectionRecord
 from partlens.verbs import inspected_category
 from partlens.verbs.explained_windows import _headline, load_inspection
 from partlens.verbs.printed import print_verdicts
@@ -104,6 +105,28 @@ def test_a_stopped_inspection_goes_on_and_finds_the_same(
     assert not (tmp_path / "run" / "cache-inspect").exists()
 
 
+def test_a_selection_is_said_to_be_of_before_only_where_the_inspection_did_not_make_it(
+    tiny: Performer, few_flowers: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    small = {**SMALL, "views": 2, "parts_max": 2}
+    with monkeypatch.context() as patched:
+        patched.setattr("partlens.run.Run.finish", stops)
+        with pytest.raises(KeyboardInterrupt):
+            partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config=small)
+    assert partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config=small).notes == ()
+    (tmp_path / "run" / "inspect.json").unlink()
+    earlier = SelectionRecord.read(tmp_path / "run")
+    earlier.changed(created="2020-01-01T00:00:00+00:00").write(tmp_path / "run")
+    stale = tmp_path / "run" / "inspect" / "001-petal-blue" / "part-9.jpg"
+    stale.write_text("of a run whose record was deleted, as the error says that it may be")
+    (note,) = partlens.inspect(tiny, few_flowers, out=tmp_path / "run", config=small).notes
+    assert "held already" in note
+    assert not stale.exists()
+
+
 def test_a_finished_run_is_returned_and_another_one_refused(
     inspected: Path, tiny: Performer, few_flowers: ImageSet
 ) -> None:
@@ -173,6 +196,7 @@ def test_photos_without_categories_are_one(tiny: Performer, tmp_path: Path) -> N
     record = partlens.inspect(tiny, ImageSet.from_arrays(pictures), out=tmp_path / "run", config=SMALL)
     assert [one.name for one in record.categories] == [""]
     assert "these photos" in record.categories[0].sentence
+    assert "whether the network tells these photos from others is not known" in record.categories[0].notes[0]
 
 
 def test_a_category_of_few_photos_is_named_and_left_out(tiny: Performer, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ class InspectRecord(RunRecord):
     SCHEMA = "partlens.inspect/1"
     AGAIN = "Run partlens inspect again"
     SETTINGS = ("config", "split", "mu", "tap", "finding")
-    RESULTS = ("inspect.safetensors", "inspect/*", "cache-inspect/*/*")
+    RESULTS = ("inspect.safetensors", "inspect/*/*", "cache-inspect/**/*")
 
     config: InspectConfig
     split: str

@@ -209,12 +209,12 @@ def _record(
         decided=_decided(stage.performer, logits),
         shown=_shown(stage, drawn, logits),
         told=verdict.told,
-        notes=_notes(photos, measured, undefined),
+        notes=_notes(photos, measured, undefined, alone=verdict.told is None),
     )
 
 
-def _notes(photos: CategoryPhotos, measured: int, undefined: int) -> tuple[str, ...]:
-    notes = []
+def _notes(photos: CategoryPhotos, measured: int, undefined: int, *, alone: bool) -> tuple[str, ...]:
+    notes = ["whether the network tells these photos from others is not known: there are no others"] if alone else []
     if not photos.held_out:
         notes.append("measured on the photos that the parts were found on: there are too few held-out ones")
     if undefined:

@@ -16,7 +16,7 @@ from partlens.object_parts.inspection import TENSORS, CategoryFile, InspectConfi
 from partlens.page.page import PAGE, write_report
 from partlens.progress import Progress
 from partlens.records import file_sha256, read_tensors, write_tensors
-from partlens.run import SELECTION, PassPrecision, Run
+from partlens.run import PassPrecision, Run
 from partlens.selection.record import DescriptorConfig, SelectionConfig, SelectionRecord
 from partlens.shards import Compute
 from partlens.verbs.explain import explain
@@ -301,8 +301,9 @@ class _Work:
 
     def filters(self, reads: Sequence[Read]) -> tuple[str, ...]:
         """Select the relevant filters from what was read, unless the run holds a selection; return what to note."""
-        if (self.folder / SELECTION).exists():
-            return ("the relevant filters are those of the selection that the run held already",)
+        if (held := SelectionRecord.read_if_there(self.folder)) is not None:
+            own = held.created >= self.record.created  # of this inspection, which was stopped after it
+            return () if own else ("the relevant filters are those of the selection that the run held already",)
         rows = [row for read in reads for row in read.rows]
         if len({self.images.categories[row] for row in rows} - {""}) < 2:
             return ("relevant filters were not selected: that needs photos of two categories at least",)
