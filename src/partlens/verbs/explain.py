@@ -76,7 +76,8 @@ def explain(
     show = progress or Progress.silent()
     if count < 1:
         raise InputError(expected("at least 1 class to explain", count, "Set --count to 1 or more"))
-    where, how = Device.of(compute), _settings(preset, config)
+    where = Device.of(compute)
+    how = config if isinstance(config, ExplanationConfig) else ExplanationConfig.preset(preset, **dict(config or {}))
     stage = Stage.opened(Path(run), model, where, classes, count, how, style)
     found = _image_files(images, show)
     target = Path(out or Path(run) / "explanations")
@@ -87,12 +88,6 @@ def explain(
         stage.write(found, folders, show)
     show.say(f"wrote {len(folders)} explanation{'s' if len(folders) != 1 else ''} to {target}")
     return folders
-
-
-def _settings(preset: Preset, config: ExplanationConfig | Mapping[str, Any] | None) -> ExplanationConfig:
-    if isinstance(config, ExplanationConfig):
-        return config
-    return ExplanationConfig.preset(preset, **dict(config or {}))
 
 
 def _one_by_one(images: Any) -> list[Any]:

@@ -121,17 +121,12 @@ def window_records(
     if category is None or found.shares is None or found.places is None:
         return ()
     players, error, loss = found.shares.players[0], found.shares.standard_error[0], found.shares.loss[0]
-    draw_parts(folder / "parts.jpg", frame, found.places, _grid(opened.nothing), SAID_AREA)
+    draw_parts(folder / "parts.jpg", frame, found.places, opened.nothing.shape[1:])
     outputs = opened.performer.outputs
     scores = outputs.decisions(found.outputs[None])
     output, chance = int(scores.argmax()), outputs.probabilities(scores)[0]
     parts = tuple(
-        WindowPart(
-            name=part.name,
-            share=float(players[k]),
-            standard_error=float(error[k]),
-            loss=float(loss[k]),
-        )
+        WindowPart(name=part.name, share=float(players[k]), standard_error=float(error[k]), loss=float(loss[k]))
         for k, part in enumerate(category.parts)
     )
     return (
@@ -147,10 +142,6 @@ def window_records(
             headline=_headline([(part.name, part.share) for part in parts], float(players[-1])),
         ),
     )
-
-
-def _grid(nothing: Tensor) -> tuple[int, int]:
-    return int(nothing.shape[1]), int(nothing.shape[2])
 
 
 def _headline(shares: Sequence[tuple[str, float]], elsewhere: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,8 +170,8 @@ class _Drawn:
     def photo(self, photo: int) -> str:
         """Draw a photo with the windows of its parts."""
         file = f"inspect/{self.photos.slug}/photo-{photo + 1}.jpg"
-        grid = (int(self.stage.nothing.shape[1]), int(self.stage.nothing.shape[2]))
-        draw_parts(self.stage.folder / file, self.frame(photo), self.account.places[photo], grid, SAID_AREA)
+        grid = self.stage.nothing.shape[1:]
+        draw_parts(self.stage.folder / file, self.frame(photo), self.account.places[photo], grid)
         return file
 
 
@@ -195,8 +195,8 @@ def _record(
         advantage=verdict.advantage,
         best_null=verdict.best_null,
         against=dict(verdict.against),
-        kept=_curves(kept, account.grid.amax(2)),
-        decisions=_curves({kind: one.decision for kind, one in account.kept.items()}, None),
+        kept=_curves(kept | {"ceiling": account.grid.amax(2)}, curve),
+        decisions=_curves({kind: one.decision for kind, one in account.kept.items()}, lambda each: each.mean(0)),
         windows=account.windows,
         parts=_parts(stage, found, account, truth, drawn),
         elsewhere=_mean_share(account, len(account.order), stage.config.seed),
@@ -224,14 +224,8 @@ def _notes(photos: CategoryPhotos, measured: int, undefined: int, *, alone: bool
     return tuple(notes)
 
 
-def _curves(values: Mapping[str, Tensor], ceiling: Tensor | None) -> dict[str, Numbers]:
-    """Write the curves: medians of scores, means of decisions."""
-    found = {"area": AREAS} | {
-        kind: tuple((curve(each) if ceiling is not None else each.mean(0)).tolist()) for kind, each in values.items()
-    }
-    if ceiling is not None:
-        found["ceiling"] = tuple(curve(ceiling).tolist())
-    return found
+def _curves(values: Mapping[str, Tensor], over_photos: Callable[[Tensor], Tensor]) -> dict[str, Numbers]:
+    return {"area": AREAS} | {kind: tuple(over_photos(each).tolist()) for kind, each in values.items()}
 
 
 def _mean_share(account: Account, player: int, seed: int) -> Estimate:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from partlens.attribution.pictures import save_picture, strip
 from partlens.object_parts.regions import part_cells
+from partlens.object_parts.verdict import SAID_AREA
 
 # Told apart in print and by people who do not tell red from green (Okabe & Ito 2008).
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#4a8fd0", "#d55e00", "#cc79a7", "#b8b8b8")
@@ -31,11 +32,11 @@ def draw_gallery(path: Path, frames: Sequence[Image.Image], places: Sequence[Seq
     save_picture(path, strip(crops, _GALLERY_PX, 3))
 
 
-def draw_parts(path: Path, frame: Image.Image, places: Tensor, grid: tuple[int, int], area: float) -> None:
-    """Draw a photo in which the windows of the parts are lit, each with its number in its colour."""
+def draw_parts(path: Path, frame: Image.Image, places: Tensor, grid: Sequence[int]) -> None:
+    """Draw a photo in which the windows of the parts on a grid of cells are lit, each with its number in its colour."""
     scale = _PHOTO_PX / max(frame.size)
     shown = frame.convert("RGB").resize((round(frame.width * scale), round(frame.height * scale)))
-    inside = ~part_cells(places[None], grid, area)[0, -1].numpy()
+    inside = ~part_cells(places[None], (grid[0], grid[1]), SAID_AREA)[0, -1].numpy()
     mask = Image.fromarray((inside * 255).astype(np.uint8)).resize(shown.size, Image.Resampling.BICUBIC)
     dark = Image.fromarray((np.asarray(shown) * _DIM).astype(np.uint8))
     lit = Image.composite(shown, dark, mask)

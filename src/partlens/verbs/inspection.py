@@ -255,13 +255,9 @@ class _Work:
             started,
             categories=categories,
             fill="zero" if not bool(stage.nothing.any()) else "mean",
-            tensors_sha256=file_sha256(self.folder / TENSORS),
+            tensors_sha256=file_sha256(self.run.folder / TENSORS),
             notes=notes,
         )
-
-    @property
-    def folder(self) -> Path:
-        return self.run.folder
 
     def reads(self, where: Compute) -> tuple[Read, Read, Read]:
         """Run all photos through the performer once: those that parts are found on in all views."""
@@ -291,7 +287,7 @@ class _Work:
                         rows,
                         windows,
                         _wanted(self.performer, tap, self.record.finding),
-                        self.folder / _CACHE / name,
+                        self.run.folder / _CACHE / name,
                         where,
                         lambda photos, before=before, views=views: advance(before + photos * views),
                     )
@@ -301,13 +297,13 @@ class _Work:
 
     def filters(self, reads: Sequence[Read]) -> tuple[str, ...]:
         """Select the relevant filters from what was read, unless the run holds a selection; return what to note."""
-        if (held := SelectionRecord.read_if_there(self.folder)) is not None:
+        if (held := SelectionRecord.read_if_there(self.run.folder)) is not None:
             own = held.created >= self.record.created  # of this inspection, which was stopped after it
             return () if own else ("the relevant filters are those of the selection that the run held already",)
         rows = [row for read in reads for row in read.rows]
         if len({self.images.categories[row] for row in rows} - {""}) < 2:
             return ("relevant filters were not selected: that needs photos of two categories at least",)
-        _selection(self, reads, rows).write(self.folder)
+        _selection(self, reads, rows).write(self.run.folder)
         return ()
 
     def stage(self, reads: Sequence[Read]) -> Stage:
@@ -324,7 +320,9 @@ class _Work:
             decided |= dict(zip(read.rows, scores.argmax(1).tolist(), strict=True))
         config = self.record.config
         nothing = _nothing(found, self.performer.layer(self.record.tap).shape[1], config)
-        return Stage(self.performer, self.images, self.upper, nothing, found, measured, decided, config, self.folder)
+        return Stage(
+            self.performer, self.images, self.upper, nothing, found, measured, decided, config, self.run.folder
+        )
 
     def categories(self, stage: Stage) -> tuple[InspectedCategory, ...]:
         """Inspect category by category; a finished one is only read."""
@@ -335,7 +333,7 @@ class _Work:
         with self.show.task("finding parts and what they carry", len(self.chosen.categories)) as advance:
             for number, photos in enumerate(self.chosen.categories):
                 advance(number, photos.name)
-                folder = self.folder / _CACHE / "categories" / photos.slug
+                folder = self.run.folder / _CACHE / "categories" / photos.slug
                 if (kept := CategoryFile.read_if_there(folder)) is None:
                     found, locating = inspect_category(stage, photos)
                     write_tensors(folder / TENSORS, locating)
@@ -345,7 +343,7 @@ class _Work:
                 tensors |= {f"{number}.{name}": each for name, each in read_tensors(folder / TENSORS).items()}
                 made.append(found)
             advance(len(made))
-        write_tensors(self.folder / TENSORS, tensors)
+        write_tensors(self.run.folder / TENSORS, tensors)
         return tuple(made)
 
 
@@ -380,7 +378,7 @@ def _selection(work: _Work, reads: Sequence[Read], rows: Sequence[int]) -> Selec
     asked = SelectionRecord.asked(record.performer, data, config=config, photos=len(fitted))
     matched = work.performer.matched(sorted(set(chosen.categories)))
     photos = SelectionPhotos(work.performer, chosen, len(fitted), config, matched)
-    return asked.changed(found=select_from(photos, responses, work.folder, work.show), status="finished")
+    return asked.changed(found=select_from(photos, responses, work.run.folder, work.show), status="finished")
 
 
 def _nothing(found: Read, rows: int, config: InspectConfig) -> Tensor:
