@@ -19,7 +19,7 @@ from rich.console import Console
 import partlens
 from partlens.data.flowers import generated_flowers
 from partlens.data.images import ImageSet
-from partlens.errors import ImageError, InputError, RunError
+from partlens.errors import ImageError, InputError, LayerError, RunError
 from partlens.estimate import Estimate
 from partlens.evaluation import places
 from partlens.explainer.config import ExplainerConfig
@@ -336,6 +336,12 @@ def test_wrong_requests_have_one_clear_error(flower_folder: Path, tmp_path: Path
         make("p", flower_folder, tmp_path, categories=("petal-rad",))
     with pytest.raises(ImageError, match="the category background in .*, got none. Give --sweep.background FOLDER"):
         make("p", flower_folder, tmp_path, against="background")
+    with pytest.raises(ImageError, match="a split of .*, got 'tset'. Choose one of test"):
+        make("p", flower_folder, tmp_path, split="tset")
+    with pytest.raises(LayerError, match=r"got relu44. Nearest: relu4"):  # before hours of training
+        make("p", flower_folder, tmp_path, performers=TRAINED, tap="relu44")
+    with pytest.raises(LayerError, match="a target after relu3, got fc44"):
+        make("p", flower_folder, tmp_path, performers=TRAINED, targets=("fc44",))
     with pytest.raises(InputError, match="every label once, got a twice"):
         performers_of(["a=x:y", "a=x:z"])
     with pytest.raises(InputError, match="at least one performer"):

@@ -20,6 +20,7 @@ from partlens.explainer.config import ExplainerConfig
 from partlens.progress import Progress
 from partlens.records import Settings, content_hash, file_sha256
 from partlens.run import command, versions
+from partlens.verbs.runs import loaded
 from partlens_papers.data.convert import convert, join
 from partlens_papers.data.layouts import layout_of
 from partlens_papers.given import settings_of
@@ -176,7 +177,7 @@ def find_photos(plan: Plan, out: Path) -> Photos:
     """Open the photos and choose the categories.
 
     Raises:
-        ImageError: unknown categories, none that has landmarks, or no background to tell them from.
+        ImageError: unknown categories, none that has landmarks, none in the split, or no background to tell them from.
     """
     path = Path(plan.data).resolve()
     found = layout_of(path) if path.is_dir() and not (path / IMAGE_TABLE).is_file() else None
@@ -207,6 +208,10 @@ def find_photos(plan: Plan, out: Path) -> Photos:
     if len(categories) < 1 + plan.sweep.joint:
         rule = f"{'two categories' if plan.sweep.joint else 'categories'} with landmarks in {plan.data}"
         raise ImageError(expected(rule, listed(categories) or "none", "Add landmarks.csv, or name categories without"))
+    for name in categories:
+        if not images.rows_of((name,), plan.sweep.split)[0]:
+            rule = f"photos of {name} in the split {plan.sweep.split}"
+            raise ImageError(expected(rule, "none", "Choose another --sweep.split, or leave the category out"))
     facts = {
         "name": images.name,
         "path": str(path),
@@ -274,6 +279,18 @@ def jobs_of(plan: Plan, photos: Photos, out: Path) -> list[Job]:
     return jobs
 
 
+def _check_layers(sweep: SweepConfig, model: str) -> None:
+    """Refuse a tap or targets that the network lacks, before hours of training.
+
+    Raises:
+        LayerError: no such layer.
+    """
+    if sweep.tap is not None or sweep.targets:
+        performer = loaded(model)
+        tap = sweep.tap or performer.tap
+        performer.upper(performer.layer(tap).name, sweep.targets or ("output",))
+
+
 def _located(model: str) -> str:
     """Return a model's name with its weights file by an absolute path."""
     name, mark, weights = model.partition("@")
@@ -284,6 +301,7 @@ def _point(plan: Plan, out: Path, label: str, text: str, point: Job) -> tuple[li
     """Add the performer to a point of performer and category, and give the job that trains it, if it is trained."""
     base = text.removeprefix(TRAINED)
     located = _located(base)
+    _check_layers(plan.sweep, located)
     model, _, weights = located.partition("@")
     content = file_sha256(Path(weights)) if weights and Path(weights).is_file() else weights
     settings = {**point.settings, "model": model, "weights": content}
