@@ -6,6 +6,7 @@
     python papers/studies/reproduction.py nulls runs/reproduction papers/results/reproduction/nulls.json
     python papers/studies/reproduction.py parts runs/reproduction papers/results/reproduction/parts.json [JOB …]
     python papers/studies/reproduction.py prices runs/reproduction papers/results/reproduction/prices.json
+    python papers/studies/reproduction.py kept runs/reproduction papers/results/reproduction/kept.json ../shared/weights
 
 ``photos`` writes the tables ``voc`` (five categories of Pascal-Part with the papers' head, neck and torso) and ``cub``
 (birds), each with the papers' thousand whole photos of anything else as background. ``maps`` shows every photo and its
@@ -13,7 +14,8 @@ mirror to VGG-16's convolutions (:mod:`partlens_papers.networks.remembered`); th
 read them. ``nulls`` says how unstable peaks are at random, at the centre or on one part, with noise. ``parts`` finds
 the parts of every performer's category without training, as :func:`partlens.inspect` does, and scores their places on
 the held-out photos as filters are scored. ``prices`` collects what p and the part filters are worth in the explainers
-that ``reproduce`` fitted, and which parts their filters hold, where ``partlens parts`` was run on them.
+that ``reproduce`` fitted, and which parts their filters hold, where ``partlens parts`` was run on them. ``kept`` says
+how far the tap's maps that are kept are from those of a float32 pass.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import csv
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -45,12 +48,14 @@ from partlens.object_parts.inspection import FindingConfig
 from partlens.records import plain, write_json
 from partlens_papers.data.convert import convert
 from partlens_papers.networks.remembered import remembering
+from partlens_papers.networks.settings import paper_setting
 from partlens_papers.networks.train_performer import read_training
 
 PAPER_PARTS = ("head", "neck", "torso")
 CATEGORIES = ("cat", "cow", "dog", "horse", "sheep")
 SIDE_PX, CELL_PX = 224, 16  # VGG-16's input and its cells at the tap
 FILTERS = 32  # of a null
+PHOTOS_COMPARED = 64
 NOISE_CELLS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
 ROUNDS = 200
 ADDED = ("share", "integrated_null")
@@ -107,6 +112,34 @@ def maps(weights: Path, out: Path, categories: Sequence[str]) -> None:
             for batch in stream(viewing, drawn, range(len(drawn)), ["features.30"], batch_size=16):
                 if batch.rows[0] % 160 == 0:
                     print(category, split, batch.rows[-1] + 1, "of", len(drawn), flush=True)
+
+
+@torch.no_grad()
+def kept(folder: Path, out: Path, weights: Path) -> None:
+    """Compare the kept maps of the tap with a float32 pass: relative error, and the share of live filters' peaks."""
+    images, found = ImageSet.open(folder / "voc"), {}
+    rows = np.random.default_rng(0).choice(len(images), PHOTOS_COMPARED, replace=False)
+    for network, file in (("alexnet", "alexnet_caffe_convs"), ("vgg16", "vgg16_convs")):
+        plain_one = load_performer(f"{MODELS[network]}@{weights / file}.safetensors")
+        setting = paper_setting(plain_one)
+        assert setting is not None
+        with tempfile.TemporaryDirectory() as new:  # not what an earlier version kept
+            remembered = remembering(plain_one, Path(new))
+            maps = [
+                torch.cat([b.maps[setting.tap] for b in stream(of, images, rows.tolist(), [setting.tap], batch_size=8)])
+                for of in (plain_one, remembered)
+            ]
+        true, own = (found_maps.float().flatten(2) for found_maps in maps)
+        live = true.amax(2) > 0
+        error = (own - true).flatten(1).norm(dim=1) / true.flatten(1).norm(dim=1)
+        peaks = ((true.argmax(2) == own.argmax(2)) & live).sum(1) / live.sum(1)
+        draw = torch.Generator().manual_seed(0)
+        scores = {"relative_error": error, "peaks_equal": peaks}
+        found[network] = {
+            name: bootstrap(lambda rows, v=values: float(v[rows].mean()), len(values), generator=draw, rounds=ROUNDS)
+            for name, values in scores.items()
+        }
+        write_json(out, plain(found))
 
 
 def performers(folder: Path, out: Path) -> None:
@@ -246,7 +279,9 @@ def _scored(
 if __name__ == "__main__":
     verb, source, folder, *only = sys.argv[1:]
     given, made = Path(source).resolve(), Path(folder).resolve()
-    if verb in ("maps", "parts"):
+    if verb == "kept":
+        kept(given, made, Path(only[0]))
+    elif verb in ("maps", "parts"):
         {"maps": maps, "parts": parts}[verb](given, made, only)
     else:
         {"photos": photos, "nulls": nulls, "performers": performers, "prices": prices}[verb](given, made)

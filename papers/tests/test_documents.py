@@ -102,6 +102,14 @@ def test_commands_beside_results_make_these_results() -> None:
         assert (name, made["images_per_class"]) in [(one.set_name, one.images_per_class) for one in recipes], name
 
 
+def test_the_page_says_how_far_kept_maps_are_off() -> None:
+    page = (PAPERS / "docs" / "reproduction.md").read_text()
+    for network, of in read_json(PAPERS / "results" / "reproduction" / "kept.json").items():
+        error, equal = of["relative_error"], of["peaks_equal"]
+        assert f"{error['value']:.1g}, {100 * equal['value']:.1f} %" in page, network
+        assert f"n {error['n']}" in page
+
+
 def test_ideas_with_a_field_have_it() -> None:
     text = (PAPERS / "docs" / "study.md").read_text()
     table = text.split("| idea | field |")[1].split("\n\n")[0]
