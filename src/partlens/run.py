@@ -308,8 +308,7 @@ class Run:
             found = self.earlier(asked)
             if found is None:
                 for stale in (path for pattern in asked.RESULTS for path in self.folder.glob(pattern)):
-                    if not stale.is_dir():
-                        stale.unlink(missing_ok=True)  # of a run whose record was deleted
+                    stale.unlink(missing_ok=True)  # of a run whose record was deleted
                 asked.write(self.folder)
             yield asked if found is None else found
 

@@ -185,7 +185,6 @@ def explanation(folder: Path, image: str, names: tuple[str, ...], seed: int = 0,
         "performer": "flower-net",
         "weights_sha256": "aa11",
         "selection": SelectionRecord.read(run).identity if (run / "selection.json").exists() else "77aa01",
-        "input": "input.png",
         "answers": [
             {"name": name, "output": i, "probability": p}
             for i, (name, p) in enumerate(zip(class_names(5), (0.93, 0.0443, 0.0121, 0.006, 0.0021), strict=True))

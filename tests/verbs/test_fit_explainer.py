@@ -435,8 +435,7 @@ def test_the_parts_that_an_inspection_found_teach(
     given: dict[str, Any] = {"category": RED, "config": SMALL, "inspection": tmp_path / "seen"}
     fitted = fit_explainer(tiny, few_flowers, out=tmp_path / "run", **given)
     assert fitted.record.places == f"inspection {inspected.tensors_sha256[:12]}"
-    found = inspected.category(RED)
-    assert found is not None
+    (found,) = (one for one in inspected.categories if one.name == RED)
     assert taught[0].shape[1] == 8  # what the search chose, of which the inspection keeps what the photos support
     mean = taught[0].mean(0)
     for part in found.parts:

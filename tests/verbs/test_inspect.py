@@ -168,7 +168,7 @@ def test_photos_of_a_network_without_gradients_are_explained_by_parts_and_it_is_
     for folder in (tmp_path / "run" / "explanations").iterdir():
         record = ExplanationRecord.read(folder)
         assert record.windows
-        assert (record.explained, record.method, record.selection) == ((), None, None)
+        assert (record.explained, record.method) == ((), None)
         assert any(note.startswith("no filters are shown: Expected") for note in record.notes)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Parts on the network itself" in page

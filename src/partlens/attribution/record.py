@@ -267,7 +267,6 @@ class ExplanationRecord(Record):
         performer: the network's name.
         weights_sha256: hash of its weights.
         selection: identity of the selection, ``None`` for a run without one.
-        input: file with the image as the network sees it.
         answers: the network's strongest outputs.
         explained: classes that were explained by filters, the most likely first.
         parts: classes whose score is shared among parts.
@@ -288,7 +287,6 @@ class ExplanationRecord(Record):
     performer: str
     weights_sha256: str
     selection: str | None
-    input: str
     answers: tuple[Answer, ...]
     explained: tuple[ExplainedClass, ...]
     parts: tuple[ExplainedByParts, ...]

@@ -237,7 +237,13 @@ class InspectRecord(RunRecord):
     SCHEMA = "partlens.inspect/1"
     AGAIN = "Run partlens inspect again"
     SETTINGS = ("config", "split", "mu", "tap", "finding")
-    RESULTS = ("inspect.safetensors", "inspect/*/*", "cache-inspect/**/*")
+    RESULTS = (
+        "inspect.safetensors",
+        "inspect/*/*",
+        "cache-inspect/*/*.np?",
+        "cache-inspect/*/rows.json",
+        "cache-inspect/*/*/*",
+    )
 
     config: InspectConfig
     split: str
@@ -248,10 +254,6 @@ class InspectRecord(RunRecord):
     tensors_sha256: str = ""
     categories: tuple[InspectedCategory, ...] = ()
     notes: tuple[str, ...] = ()
-
-    def category(self, name: str) -> InspectedCategory | None:
-        """Return what was found of a category, ``None`` where it was not inspected."""
-        return next((one for one in self.categories if one.name == name), None)
 
 
 class CategoryFile(Record):

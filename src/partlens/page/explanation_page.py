@@ -81,7 +81,7 @@ class Explanations:
 
 
 def _files(record: ExplanationRecord) -> Iterator[str]:
-    yield record.input
+    yield "input.png"
     for one in record.explained:
         yield from (one.combined, one.heat, *filter(None, [one.difference]), *(f.overlay for f in one.filters))
     yield from (one.picture for one in record.windows)

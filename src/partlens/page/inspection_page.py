@@ -126,7 +126,7 @@ def _category(
 
 
 def _with_photos(one: _ShownCategory, pictures: Pictures) -> _ShownCategory:
-    files = [photo.picture for photo in one.data.shown if photo.picture]
+    files = [photo.picture for photo in one.data.shown]
     if not pictures.fit(pictures.root, files):
         return one
     names = [*(part.name for part in one.data.parts), _ELSEWHERE]
@@ -145,8 +145,8 @@ def _headline(record: InspectRecord) -> str:
     words = {"parts": "by parts", "texture": "by texture or the whole", "elsewhere": "by something beside the object"}
     names = {kind: [one.name for one in categories if one.verdict == kind] for kind in (*words, "undecided")}
     known = "; ".join(f"{_named(names[kind])} {how}" for kind, how in words.items() if names[kind])
-    said = [f"{notation.short_name(record.performer.name)} knows {known}."] if known else []
-    return " ".join(said + ([f"Undecided: {_named(names['undecided'])}."] if names["undecided"] else []))
+    said = [f"{notation.short_name(record.performer.name)} knows {known}."] * bool(known)
+    return " ".join(said + [f"Undecided: {_named(names['undecided'])}."] * bool(names["undecided"]))
 
 
 def _named(names: Iterable[str]) -> str:

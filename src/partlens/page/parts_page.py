@@ -79,8 +79,8 @@ class PartsData:
             found = tuple((p, pictures.read(run, p.strip)) for p in file.parts if p.id in part.ids)
             rows.append(_PartRow(part, found, adds.get(part.filters)))
         inspected = InspectRecord.read_if_there(run)
-        known = [inspected.category(name) for name in file.categories] if inspected is not None else []
-        return cls(file, tuple(one for one in known if one is not None), tuple(rows))
+        known = () if inspected is None else inspected.categories
+        return cls(file, tuple(one for one in known if one.name in file.categories), tuple(rows))
 
     def view(self, images: Sequence[ExplanationData]) -> dict[str, Any]:
         """Return what the template shows.

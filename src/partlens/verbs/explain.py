@@ -133,7 +133,7 @@ def _explains(folder: Path, name: str, content: str) -> bool:
         held = ExplanationRecord.read(folder)
     except RunError:
         return False
-    return held.path == name or held.content == content
+    return bool({name, content} & {held.path, held.content})
 
 
 def _folder_names(names: Sequence[str], contents: Sequence[str], target: Path) -> list[str]:

@@ -69,10 +69,7 @@ _ALIKE = 0.85  # rank correlation above which two maps are nearly the same
 
 @dataclass(frozen=True)
 class _Batch:
-    """What was found for a batch of images; ``parts`` is of the images at ``shared`` alone.
-
-    ``unread`` says why no filters are, where the parts on the performer do without.
-    """
+    """What was found for a batch of images: ``parts`` at ``shared`` alone, ``unread`` why no filters are."""
 
     outputs: Tensor
     selected: Explanations | None
@@ -152,15 +149,7 @@ class Stage:
     def _explained(self, pictures: Sequence[Image.Image]) -> _Batch:
         """Explain a batch of pictures."""
         batch = self.performer.preprocessing(list(pictures))
-        selected, parts, unread = None, None, ""
-        if (run := self.selection) is not None:
-            wanted = self._wanted(run, len(pictures))
-            try:
-                selected = explain_batch(self.performer, batch, run.weights, run.found.index, wanted, self.how)
-            except LayerError as error:  # a network that runs without gradients, which parts on it do not need
-                if self.inspection is None or self.classes is not None:
-                    raise
-                unread = f"no filters are shown: {error}"
+        parts, (selected, unread) = None, self._selected(batch)
         windows = () if self.inspection is None else explain_windows(self.inspection, batch)
         outputs = _outputs(self.performer, batch) if selected is None else selected.output
         shared = tuple(
@@ -169,6 +158,18 @@ class Stage:
         if self.parts is not None and shared:
             parts = explain_parts(self.parts, batch, self.part_classes, shared)
         return _Batch(outputs, selected, parts, shared, windows, unread)
+
+    def _selected(self, batch: Tensor) -> tuple[Explanations | None, str]:
+        """Explain a batch by filters, or say why not where parts on the performer, which need no gradients, do."""
+        if (run := self.selection) is None:
+            return None, ""
+        wanted = self._wanted(run, len(batch))
+        try:
+            return explain_batch(self.performer, batch, run.weights, run.found.index, wanted, self.how), ""
+        except LayerError as error:
+            if self.inspection is None or self.classes is not None:
+                raise
+            return None, f"no filters are shown: {error}"
 
     def _wanted(self, run: OpenedSelection, images: int) -> Any:
         """Return the classes to explain: those that are named, else the most likely ones of each image."""
@@ -224,8 +225,7 @@ class Stage:
             method=None if batch.selected is None else self.how,
             performer=performer.name,
             weights_sha256=performer.weights_sha256,
-            selection=None if self.selection is None or batch.selected is None else self.selection.record.identity,
-            input="input.png",
+            selection=None if self.selection is None else self.selection.record.identity,
             answers=_answers(performer, batch.outputs[i]),
             explained=explained,
             parts=parts,
@@ -247,8 +247,8 @@ class Stage:
         """Return a line for each class that is shared among parts, on the performer first, or why none is."""
         if self.parts is not None and not record.parts:
             return [record.notes[-1]]
-        by_windows = [f"{one.name}: {one.headline}" for one in record.windows]
-        return by_windows + [f"{one.name}: {one.headline}" for one in record.parts]
+        shared: tuple[ExplainedByWindows | ExplainedByParts, ...] = (*record.windows, *record.parts)
+        return [f"{one.name}: {one.headline}" for one in shared]
 
 
 def _enlarged(frame: Image.Image) -> Image.Image:
@@ -304,23 +304,19 @@ def _open_parts(
 def _known_outputs(run: Path, performer: Performer) -> tuple[dict[str, int], list[str]]:
     """Return the performer's output of each category of an explainer; nothing, and a note, where one is no output."""
     names = [name for name in Run(run).read(ExplainerRun).data.categories if name]
-    outputs = performer.matched(names).outputs
-    if lost := [name for name, output in outputs.items() if output is None]:
+    known = {name: output for name, output in performer.matched(names).outputs.items() if output is not None}
+    if lost := sorted({*names} - {*known}):
         said = f"no output of the network is called {listed(lost)}: the explainer's parts share the score of its answer"
         return {}, [f"{said}, whatever that is"]
-    return {name: output for name, output in outputs.items() if output is not None}, []
+    return known, []
 
 
 def _part_classes(
     selection: OpenedSelection | None, parts: OpenedParts, known: Mapping[str, int], classes: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """Return those of the named classes whose score parts can share, and why others cannot."""
-    outputs: list[int | None] = []
-    for name in classes:
-        if selection is not None:
-            outputs.append(selection.found.outputs[selection.column(name)])
-        else:
-            outputs.append(parts.performer.output(name))
+    of = parts.performer.output if selection is None else lambda name: selection.found.outputs[selection.column(name)]
+    outputs = [of(name) for name in classes]
     notes = []
     if None in outputs:
         notes.append("a class that is no output of the performer has no score that parts could share")

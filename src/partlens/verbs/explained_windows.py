@@ -51,9 +51,8 @@ class OpenedInspection:
         known = self.record.categories
         if [one.name for one in known] == [""]:
             return known[0]
-        shares = {one.name: next((each.share for each in one.decided if each.output == output), 0.0) for one in known}
-        best = max(shares, key=lambda name: shares[name])
-        return self.record.category(best) if shares[best] > 0 else None
+        deciding = {each.share: one for one in known[::-1] for each in one.decided if each.output == output}
+        return deciding[max(deciding)] if deciding else None
 
 
 def load_inspection(run: Path, model: str | nn.Module | Performer | None = None) -> OpenedInspection:

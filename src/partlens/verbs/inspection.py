@@ -138,9 +138,8 @@ def _explained(
 ) -> None:
     """Explain some of the photos that the page shows, category by category: the first of each, then the second, ..."""
     by_rank = itertools.zip_longest(*(one.shown for one in found.categories))
-    keys = [photo.image for photos in by_rank for photo in photos if photo is not None][:_EXPLAINED]
-    if keys:
-        some = images.take([images.keys.index(key) for key in keys])
+    if shown := [*filter(None, itertools.chain.from_iterable(by_rank))][:_EXPLAINED]:
+        some = images.take([images.keys.index(photo.image) for photo in shown])
         explain(folder, some, model=performer, compute={"device": where.device}, progress=show)
 
 
@@ -182,11 +181,10 @@ def _chosen(images: ImageSet, category: str | Sequence[str] | None, split: str, 
     if not made:
         raise ImageError(expected(f"at least {least} photos of a category in {split}", listed(few), "Add photos"))
     notes = [f"not inspected, with fewer than {least} photos to find parts on: {listed(few)}"] if few else []
-    rest = [row for row, own in enumerate(images.categories) if names != [""] and own not in names]
+    rest = [row for row, own in enumerate(images.categories) if own not in names]
     others = sampled(rest, config.background, config.seed)
     content_of = images.digests().__getitem__
-    seen = {*map(content_of, found)}
-    if copies := sum(content_of(row) in seen for row in measured):
+    if copies := sum(map({*map(content_of, found)}.__contains__, map(content_of, measured))):
         notes.append(f"{copies} of the held-out photos are copies of photos that parts were found on: see data check")
     return _Chosen(tuple(found), tuple(measured), tuple(others), tuple(made), tuple(notes))
 
