@@ -291,7 +291,10 @@ def main() -> None:
         return
     path = Path(__file__).with_suffix(".json")
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    versions = {p: importlib.metadata.version(p) for p in ("numpy", "torch", "scikit-learn", "spgl1", "spams-bin")}
+    try:
+        versions = {p: importlib.metadata.version(p) for p in ("numpy", "torch", "scikit-learn", "spgl1", "spams-bin")}
+    except importlib.metadata.PackageNotFoundError as error:
+        sys.exit(f"Expected spgl1 and spams-bin, got {error.name} not installed. Run: pip install spgl1 spams-bin")
     setting = {"seed": SEED, "threads": int(THREADS), "wanted_relative_gap": GAP, "python": platform.python_version()}
     for problem in sys.argv[1:] or ["plain", "copies"]:
         found = compare(problem, 1 if problem == "large" else ROUNDS)

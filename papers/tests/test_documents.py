@@ -78,6 +78,14 @@ def test_commands_on_the_pages_exist_with_their_options(capsys: pytest.CaptureFi
                 assert re.search(rf"{re.escape(word)}\b", _help(name, shown, capsys)), (name, word)
 
 
+def test_a_study_asked_for_help_does_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = str(PAPERS / "studies" / "relevant_filters.py")
+    monkeypatch.setattr("sys.argv", [study, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(study, run_name="__main__")
+    assert ended.value.code == 0
+
+
 def _given(words: list[str], group: str) -> dict[str, Any]:
     """Return the settings of a group that a command gives."""
     pairs = pairwise(words)
