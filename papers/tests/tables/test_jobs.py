@@ -167,12 +167,14 @@ def test_a_killed_worker_of_a_cluster_loses_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     begun = out / "jobs" / "net-fox-s0/waits/begun"
     killed: list[int] = []
+    ended = threading.Event()
 
     def kill() -> None:
-        while not begun.exists() or not begun.read_text():
-            time.sleep(0.05)
-        killed.append(int(begun.read_text()))
-        os.kill(killed[0], signal.SIGKILL)
+        while not ended.wait(0.05):
+            if begun.exists() and begun.read_text():
+                killed.append(int(begun.read_text()))
+                os.kill(killed[0], signal.SIGKILL)
+                return
 
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
@@ -181,12 +183,13 @@ def test_a_killed_worker_of_a_cluster_loses_nothing(tmp_path: Path) -> None:
         killer.start()
         jobs = [job("wait_once", "waits", seed=0), job(seed=1), job(seed=2)]
         results = run_sweep(jobs, out, executor=Executor(cluster=cluster.scheduler_address))
+        ended.set()
         killer.join()
         with sole_writer(job(seed=3).folder(out)):  # as another call that is at it would
             (held,) = run_sweep([job(seed=3)], out, executor=Executor(cluster=cluster.scheduler_address))
     assert held.status == "missing"
+    assert [r.status for r in results] == ["finished"] * 3, [r.error for r in results]
     assert killed
-    assert [r.status for r in results] == ["finished"] * 3
     assert [r.facts["drawn"] for r in results[1:]] == [r.facts["drawn"] for r in alone]
     assert str(killed[0]) not in (out / "jobs" / "net-fox-s0/waits/calls").read_text()
 
