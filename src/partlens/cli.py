@@ -237,20 +237,19 @@ def _plan(program: str, name: str, command: Command) -> _Plan:
     return _Plan(parser, function, parameters, settings)
 
 
-def _refuse_fields(plan: _Plan, arguments: Sequence[str]) -> None:
-    """Name the whole option where a field of settings is given without its group."""
-    whole = {
-        f"--{field}": f"--{_prefix(kind)}{field}" for kind in plan.settings.values() for field in kind.model_fields
-    }
-    for option in {each.partition("=")[0] for each in arguments} & {*whole}:
-        if whole[option] != option:
-            plan.parser.error(f"unknown option {option}; did you mean {whole[option]}?")
+def _refuse_short(plan: _Plan, arguments: Sequence[str]) -> None:
+    """Tell the whole name of an option that is given without its group."""
+    whole = {name: f"--{_prefix(kind)}{name}" for kind in plan.settings.values() for name in kind.model_fields}
+    for option in (each.partition("=")[0] for each in arguments if each.startswith("--")):
+        field = option[2:].replace("-", "_")
+        if field not in plan.parameters and whole.get(field, option) != option:
+            plan.parser.error(f"unknown option {option}; did you mean {whole[field]}?")
 
 
 def _call(program: str, name: str, command: Command, arguments: Sequence[str]) -> None:
     """Parse the options, call the verb, print its result."""
     plan = _plan(program, name, command)
-    _refuse_fields(plan, arguments)
+    _refuse_short(plan, arguments)
     options = plan.parser.parse_args(list(arguments))
     given = {n: getattr(options, n) for n in plan.parameters if n != "progress" and n not in plan.settings}
     given |= {parameter: _changed(settings, options) for parameter, settings in plan.settings.items()}
