@@ -364,6 +364,9 @@ def test_an_explanation_of_another_file_of_the_same_name_is_kept(
         assert read_json(folder / "explanation.json")["path"] == str(file)
     moved = files[1].rename(tmp_path / "flower.png")  # the same photo under another path
     assert partlens.explain(selected, moved, model=tiny, count=1) == [folders[1]]
+    for old in ('{"schema": "partlens.explanation/1", "path": "' + str(moved) + '"}', "damaged"):
+        (folders[1] / "explanation.json").write_text(old)
+        assert partlens.explain(selected, moved, model=tiny, count=1) == [folders[1]]
 
 
 def test_a_folder_is_explained_without_what_cannot_be_read(

@@ -37,8 +37,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if foreign := foreign_kind(start) or (("a text", "Download the file itself") if is_text else None):
         raise WeightsError(expected(f"the weights in {path.name}", *foreign))
     # What is in a file counts, not its ending: a safetensors header begins with its length and a brace.
-    is_safe = path.suffix.lower() == ".safetensors" or (start[8:9] == b"{" and not start.startswith(b"PK"))
-    content, metadata = (_safetensors if is_safe and not start.startswith(b"PK") else _pickled)(path)
+    is_safe = (path.suffix.lower() == ".safetensors" or start[8:9] == b"{") and not start.startswith(b"PK")
+    content, metadata = (_safetensors if is_safe else _pickled)(path)
     content = _unwrapped_state(content, path.name)
     return {str(n): v.float() if v.is_floating_point() else v for n, v in content.items()}, metadata
 

@@ -14,7 +14,7 @@ from partlens.attribution.record import ExplanationConfig, ExplanationRecord, Pr
 from partlens.data.images import ImageSet
 from partlens.errors import ImageError, InputError, InputTypeError, RunError, expected, listed
 from partlens.progress import Progress
-from partlens.records import remove_leftovers, sole_writer
+from partlens.records import read_json, remove_leftovers, sole_writer
 from partlens.run import Run
 from partlens.shards import Device
 from partlens.verbs.runs import verb
@@ -127,13 +127,11 @@ def _image_files(images: Any, show: Progress) -> ImageSet:
 
 def _explains(folder: Path, name: str, content: str) -> bool:
     """Whether a folder is free for an image: none is there, or it holds an explanation of the same path or content."""
-    if not (folder / ExplanationRecord.FILE).is_file():
-        return True
     try:
-        held = ExplanationRecord.read(folder)
+        held = read_json(folder / ExplanationRecord.FILE)  # one of an older schema is made anew, too
     except RunError:
-        return False
-    return bool({name, content} & {held.path, held.content})
+        return True  # none, or a damaged one, which no page shows
+    return held.get("path") == name or held.get("content") == content
 
 
 def _folder_names(names: Sequence[str], contents: Sequence[str], target: Path) -> list[str]:

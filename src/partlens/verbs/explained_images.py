@@ -194,7 +194,6 @@ class Stage:
         shown = _enlarged(performer.preprocessing.frame(picture))
         save_picture(folder / "input.png", shown)
         explained: tuple[ExplainedClass, ...] = ()
-        parts: tuple[ExplainedByParts, ...] = ()
         unselected = ""
         if self.selection is not None and batch.selected is not None:
             if self.classes is None:
@@ -203,13 +202,10 @@ class Stage:
             notes += batch.selected.notes
             explained = _by_filters(self.selection, batch.selected, i, folder, shown, self.style)
             tensors |= _selection_tensors(batch.selected, i)
-        if self.parts is not None:
-            if batch.parts is not None and i in batch.shared:
-                place = batch.shared.index(i)
-                parts = part_records(self.parts, batch.parts, place, folder, shown, self.style)
-                tensors |= part_tensors(batch.parts, place)
-            else:
-                notes.append(self._not_shared(batch.outputs[i]))
+        parts, own = self._by_parts(batch, i, folder, shown)
+        tensors |= own
+        if self.parts is not None and not parts:
+            notes.append(self._not_shared(batch.outputs[i]))
         windows: tuple[ExplainedByWindows, ...] = ()
         if self.inspection is not None:
             windows = window_records(self.inspection, batch.windows[i], folder, performer.preprocessing.frame(picture))
@@ -235,6 +231,16 @@ class Stage:
         )
         record.write(folder)
         return record
+
+    def _by_parts(
+        self, batch: _Batch, i: int, folder: Path, shown: Image.Image
+    ) -> tuple[tuple[ExplainedByParts, ...], dict[str, Tensor]]:
+        """Draw what the explainer's parts say of one image; return records and arrays, none where they do not."""
+        if self.parts is None or batch.parts is None or i not in batch.shared:
+            return (), {}
+        place = batch.shared.index(i)
+        records = part_records(self.parts, batch.parts, place, folder, shown, self.style)
+        return records, part_tensors(batch.parts, place)
 
     def _not_shared(self, outputs: Tensor) -> str:
         names = listed(sorted(self.known))
