@@ -7,7 +7,6 @@ import os
 import runpy
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
