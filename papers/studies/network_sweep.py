@@ -7,6 +7,8 @@ is downloaded), with batch norms measured on generated flowers:
   module's own width (``wrong_axes``, to be 0);
 - ``guided_backprop`` of the highest score and of a filter of the default tap: finite, and not all zero;
 - ``select_features`` with pictures, and ``explain`` of one of its photos;
+- ``inspect`` of 24 flowers in two categories: parts, what they carry, verdicts, filters, explained photos and the page;
+  shares are numbers where there is a score to share;
 - ``fit``: the explainer's decoder, fed with the network's own maps and p = 0, gives the network's scores;
 - ``same``: weights, buffers, modes, hooks and gradients are afterwards what they were, bit for bit.
 
@@ -22,6 +24,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import tempfile
 import time
@@ -48,7 +51,7 @@ from partlens.network.taps import forward_taps
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "network_sweep.json", HERE.parent / "docs" / "network-sweep.md"
 SEED, CLASSES, LIMIT_S, CLOSE = 0, 4, 240, 1e-3
-STEPS = ("layers", "guided_backprop", "select_features", "explain", "fit")
+STEPS = ("layers", "guided_backprop", "select_features", "explain", "inspect", "fit")
 
 
 def _words(text: str) -> list[str]:
@@ -201,14 +204,13 @@ class Sweep:
 
     def __init__(self, name: str, folder: Path) -> None:
         network, side = built(name)
-        self.folder = folder
-        colours = ("petal-red", "petal-blue")
-        self.flowers = generated_flowers(8, seed=SEED, size=side, categories=colours)
+        self.folder, self.side, self.colours = folder, side, ("petal-red", "petal-blue")
+        self.flowers = generated_flowers(8, seed=SEED, size=side, categories=self.colours)
         shape = Preprocessing(size_px=(side, side), resize="squash")
         self.batch = shape([self.flowers.read(row) for row in range(4)])
         self.network = measured(network, self.batch)
         self.performer = Performer(self.network, name, shape, weights_sha256(self.network))
-        self.performer = dataclasses.replace(self.performer, class_names=(*colours, "c", "d")[:CLASSES])
+        self.performer = dataclasses.replace(self.performer, class_names=(*self.colours, "c", "d")[:CLASSES])
 
     def layers(self) -> dict[str, Any]:
         found = self.performer.layers
@@ -247,6 +249,20 @@ class Sweep:
     def explain(self) -> dict[str, Any]:
         partlens.explain(self.folder / "selection", self.flowers.take([0]), model=self.performer)
         return {}
+
+    def inspect(self) -> dict[str, Any]:
+        photos = generated_flowers(24, seed=SEED, size=self.side, categories=self.colours)
+        out = self.folder / "inspection"
+        found = partlens.inspect(self.performer, photos, out=out, config={"views": 3, "parts_max": 4})
+        shares = [part.share for one in found.categories for part in one.parts if one.shared]
+        return {
+            "tap": found.tap,
+            "finding": list(found.finding),
+            "verdicts": [one.verdict for one in found.categories],
+            "parts": [len(one.parts) for one in found.categories],
+            "finite": all(map(math.isfinite, shares)) and (out / "report.html").exists(),
+            "notes": list(found.notes),
+        }
 
     def fit(self) -> dict[str, Any]:
         tap = self.performer.tap
@@ -370,8 +386,8 @@ def _page(rows: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:
         "`fit` is yes where the explainer's decoder with p = 0 gives the network's own scores (difference below",
         f"{CLOSE} of the largest score). Layers are those that an explainer can be fitted to, of all.",
         "",
-        "| network | px | layers | default tap | layout | guided | select | explain | fit | s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| network | px | layers | default tap | layout | guided | select | explain | inspect | fit | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
         *map(_row, rows),
         "",
         "## What was refused, and why",
@@ -382,7 +398,7 @@ def _page(rows: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:
 
 def _row(row: dict[str, Any]) -> str:
     if "failed" in row:
-        return f"| {row['name']} | | | | | not finished | | | | |"
+        return f"| {row['name']} | | | | | not finished | | | | | |"
     found = row["layers"]
     layers = f"{found.get('tapped', 0)} of {found.get('count', 0)}"
     marks = [_mark(row[step]) for step in STEPS[1:]]
