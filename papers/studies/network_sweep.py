@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import multiprocessing
@@ -50,7 +51,7 @@ from partlens.network.taps import forward_taps
 
 HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "network_sweep.json", HERE.parent / "docs" / "network-sweep.md"
-SEED, CLASSES, LIMIT_S, CLOSE = 0, 4, 240, 1e-3
+SEED, CLASSES, LIMIT_S, CLOSE = 0, 4, 600, 1e-3
 STEPS = ("layers", "guided_backprop", "select_features", "explain", "inspect", "fit")
 
 
@@ -371,8 +372,11 @@ def _page(rows: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:
     wrong = sum(len(row["layers"].get("wrong_axes", ())) for row in finished)
     crashed = sum(_mark(row[step]) == "CRASHED" for row in finished for step in STEPS)
     same = f"{sum(row['same'] for row in finished)} of {len(finished)}"
-    refused = [(row["name"], step, row[step]) for row in finished for step in STEPS if "refused" in row[step]]
-    said = [f"- `{name}`, {step}: {found['refused']}" for name, step, found in refused]
+    refused: dict[tuple[str, str], list[str]] = {}
+    for row, step in itertools.product(finished, STEPS):
+        if why := row[step].get("refused"):
+            refused.setdefault((row["name"], why), []).append(step)
+    said = [f"- `{name}`, {', '.join(steps)}: {why}" for (name, why), steps in refused.items()]
     said += [f"- `{row['name']}`: {row['failed']}" for row in rows if "failed" in row]
     return [
         "# Networks that were tried",
@@ -386,8 +390,8 @@ def _page(rows: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:
         "`fit` is yes where the explainer's decoder with p = 0 gives the network's own scores (difference below",
         f"{CLOSE} of the largest score). Layers are those that an explainer can be fitted to, of all.",
         "",
-        "| network | px | layers | default tap | layout | guided | select | explain | inspect | fit | s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| network | px | layers | default tap | layout | guided | select | explain | inspect | fit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *map(_row, rows),
         "",
         "## What was refused, and why",
@@ -398,12 +402,12 @@ def _page(rows: list[dict[str, Any]], versions: dict[str, str]) -> list[str]:
 
 def _row(row: dict[str, Any]) -> str:
     if "failed" in row:
-        return f"| {row['name']} | | | | | not finished | | | | | |"
+        return f"| {row['name']} | | | | | not finished | | | | |"
     found = row["layers"]
     layers = f"{found.get('tapped', 0)} of {found.get('count', 0)}"
     marks = [_mark(row[step]) for step in STEPS[1:]]
     cells = [row["name"], row["px"], layers, found.get("tap") or "none", found.get("layout") or "", *marks]
-    return f"| {' | '.join(map(str, [*cells, row['seconds']]))} |"
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":
