@@ -93,6 +93,24 @@ def test_an_option_without_its_group_is_told_the_whole_name(option: str, capsys:
     assert f"unknown option {known}; did you mean {whole}?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("inspect net photos --out run --inspect.views x", "Expected views to be a valid integer, got 'x'."),
+        (
+            "inspect net photos --out run --inspect.fill none",
+            "Expected fill to be 'auto', 'zero' or 'mean', got 'none'.",
+        ),
+        ("select-features net photos --out run --descriptor.layers conv1", "a list of layer names, got 'conv1'."),
+    ],
+)
+def test_a_wrong_value_of_a_field_is_one_sentence(command: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == 1
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+
+
 def test_our_errors_exit_with_1_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["layers", "torchvision:resnet19"]) == 1
     shown = capsys.readouterr().err

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 an error that partlens found, one sentence on standard err
 from __future__ import annotations
 
 import argparse
+import ast
 import codecs
 import functools
 import importlib
@@ -113,13 +114,11 @@ def _found(target: str) -> Any:
 
 def _pieces(text: str) -> list[str]:
     """Split an annotation at the bars outside brackets."""
-    found, depth, start = [], 0, 0
-    for place, sign in enumerate(text):
-        depth += (sign == "[") - (sign == "]")
-        if sign == "|" and depth == 0:
-            found.append(text[start:place].strip())
-            start = place + 1
-    return [*found, text[start:].strip()]
+    rest, found = ast.parse(text, mode="eval").body, list[str]()
+    while isinstance(rest, ast.BinOp):
+        found.append(ast.unparse(rest.right))
+        rest = rest.left
+    return [ast.unparse(rest), *found[::-1]]
 
 
 def _kind(annotation: str, module: Mapping[str, Any]) -> tuple[Any, bool]:
@@ -169,13 +168,13 @@ def _defaults(settings: Any, name: str) -> str:
     return f" ({''.join(bounds)}default: {'; '.join([str(first), *others])})"
 
 
-def _add_settings(parser: Any, settings: Any) -> None:
-    """Add an option per field; a field that is not given stays the verb's choice."""
+def _add_settings(parser: Any, settings: Any, *, typed: bool) -> None:
+    """Add an option per field, of its type or of any; a field that is not given stays the verb's choice."""
     group = parser.add_argument_group(f"{_group(settings)} options")
     # A field that is inherited is described where it is declared.
     texts = {name: text for kind in reversed(settings.__mro__) for name, text in _described(kind).items()}
     for name in settings.model_fields:
-        kind, text = get_type_hints(settings)[name], texts[name] + _defaults(settings, name)
+        kind, text = get_type_hints(settings)[name] if typed else Any, texts[name] + _defaults(settings, name)
         group.add_argument(f"--{_prefix(settings)}{name}", type=kind, default=argparse.SUPPRESS, help=text)
 
 
@@ -191,14 +190,14 @@ def _add_parameter(parser: Any, parameter: inspect.Parameter, module: Mapping[st
     default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
     options: dict[str, Any] = {"help": text} | ({} if required else {"default": default})
     if not _is_option(parameter):
-        many = ("+" if required else "*") if several else ("" if required else "?")
-        parser.add_argument(parameter.name, type=kind, **options, **({"nargs": many} if many else {}))
+        many = {(True, True): "+", (True, False): "*", (False, False): "?"}.get((several, required))
+        parser.add_argument(parameter.name, type=kind, nargs=many, **options)
         return
     option = f"--{parameter.name.replace('_', '-')}"
     if kind is bool and parameter.default is False:
         parser.add_argument(option, action="store_true", help=text)
     else:
-        parser.add_argument(option, type=kind, required=required, **options, **({"nargs": "+"} if several else {}))
+        parser.add_argument(option, type=kind, required=required, nargs="+" if several else None, **options)
 
 
 class _Plan(NamedTuple):
@@ -212,8 +211,8 @@ def _is_option(parameter: inspect.Parameter) -> bool:
     return parameter.kind is inspect.Parameter.KEYWORD_ONLY
 
 
-def _plan(program: str, name: str, command: Command) -> _Plan:
-    """Build the parser of a verb from its signature and docstring."""
+def _plan(program: str, name: str, command: Command, *, typed: bool = True) -> _Plan:
+    """Build the parser of a verb from its signature and docstring; it raises its errors where fields are typed."""
     from jsonargparse import ArgumentParser
 
     function = _found(command.function)
@@ -224,7 +223,8 @@ def _plan(program: str, name: str, command: Command) -> _Plan:
     required = sorted((p for p in shown if p.default is p.empty), key=_is_option)
     words = [f"--{p.name} {p.name.upper()}" if _is_option(p) else p.name.upper() for p in required]
     usage = " ".join([program, name, *words, "[options]"])
-    parser = ArgumentParser(prog=f"{program} {name}", usage=usage, description=command.summary, print_config=None)
+    about: dict[str, Any] = {"usage": usage, "description": command.summary, "print_config": None}
+    parser = ArgumentParser(prog=f"{program} {name}", exit_on_error=not typed, **about)
     texts = _described(function)
     parser.add_argument("--config", action="config", help="YAML file with any of the options")
     for parameter in shown:
@@ -233,7 +233,7 @@ def _plan(program: str, name: str, command: Command) -> _Plan:
         parser.add_argument("--json", action="store_true", help="print the result as JSON")
     settings = {parameter: _found(target) for parameter, target in command.settings.items()}
     for kind in settings.values():
-        _add_settings(parser, kind)
+        _add_settings(parser, kind, typed=typed)
     return _Plan(parser, function, parameters, settings)
 
 
@@ -249,8 +249,12 @@ def _refuse_short(plan: _Plan, arguments: Sequence[str]) -> None:
 def _call(program: str, name: str, command: Command, arguments: Sequence[str]) -> None:
     """Parse the options, call the verb, print its result."""
     plan = _plan(program, name, command)
-    _refuse_short(plan, arguments)
-    options = plan.parser.parse_args(list(arguments))
+    try:
+        options = plan.parser.parse_args(list(arguments))
+    except argparse.ArgumentError:
+        plan = _plan(program, name, command, typed=False)  # of a wrong value the settings say it more plainly
+        _refuse_short(plan, arguments)
+        options = plan.parser.parse_args(list(arguments))
     given = {n: getattr(options, n) for n in plan.parameters if n != "progress" and n not in plan.settings}
     given |= {parameter: _changed(settings, options) for parameter, settings in plan.settings.items()}
     if "progress" in plan.parameters:

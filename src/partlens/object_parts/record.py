@@ -381,10 +381,6 @@ class _Edited(NamedTuple):
     filters: tuple[int, ...]
     moved: frozenset[int]
 
-    @property
-    def named(self) -> bool:
-        return self.name.strip() != self.id
-
 
 def _edits(earlier: PartsFile) -> list[_Edited]:
     assigned = {row.filter: row.part for row in earlier.filters}
@@ -420,7 +416,7 @@ def with_edits(
         place = match.get(i)
         if place is not None and table[i][place] >= _LEAST_OVERLAP:
             _place(edit, place, result)
-        elif edit.named or edit.moved:
+        elif edit.moved or edit.name.strip() != edit.id:
             unplaced.append(UnplacedName(name=edit.name, filters=edit.filters))
     return tuple(result), tuple(unplaced)
 
@@ -430,5 +426,5 @@ def _place(edit: _Edited, place: int, parts: list[FoundPart]) -> None:
     if edit.moved:
         parts[:] = [p.changed(filters=tuple(k for k in p.filters if k not in edit.moved)) for p in parts]
         parts[place] = parts[place].changed(filters=tuple(sorted({*parts[place].filters, *edit.moved})))
-    if edit.named:
+    if edit.name.strip() != edit.id:
         parts[place] = parts[place].changed(name=edit.name)
