@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import runpy
@@ -62,7 +63,7 @@ def test_commands_parse(line: str) -> None:
 def test_a_command_with_a_wrong_option_does_not_parse() -> None:
     assert "uv run partlens demo" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(commands()) > 30
-    with pytest.raises(SystemExit):
+    with pytest.raises(argparse.ArgumentError, match="unrecognized arguments: --wrong"):
         parse("partlens layers torchvision:resnet18 --wrong 1")
     with pytest.raises(AssertionError):
         parse("partlens lairs torchvision:resnet18")
