@@ -37,10 +37,10 @@ WANTED = {
 REACHED: dict[str, float] = {
     "lines": 29_618,
     "files": 126,
-    "mean_complexity": 3.754,
+    "mean_complexity": 3.7532,
     "record_classes": 215,
     "record_fields": 1_113,
-    "public_names": 605,
+    "public_names": 604,
     "comment_share": 0.0091,
 }
 
