@@ -159,6 +159,14 @@ def test_the_part_that_carries_comes_first_and_gets_the_only_window() -> None:
     assert windows[0] == 1
 
 
+def test_a_part_at_the_place_of_one_before_it_is_left_out() -> None:
+    first, second = PLACES[:, :1], torch.rand(PHOTOS, 1, 2, generator=draws(9))
+    taps = lit(first)
+    order, windows = carrying_order(taps, whole_photos(taps), torch.cat([second, first, first + 0.3 / SIDE, second], 1))
+    assert order == (1, 0)
+    assert max(windows) <= 2
+
+
 def surprising(maps: Tensor) -> Tensor:
     """A score with interactions of its cells."""
     flat = maps[:, 0].flatten(1)

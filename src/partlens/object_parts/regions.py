@@ -304,13 +304,15 @@ def carrying_order(
     """Return the parts in the order of what they carry, and how many of them are worth a window at each area.
 
     To be asked of other photos than those that are measured. The order is that of the median kept score of a window of
-    the smallest area at each part alone; the number, up to four, is that of the largest median kept score.
+    the smallest area at each part alone; the number, up to four, is that of the largest median kept score. A part that
+    stands, on average, less than half a cell from one found before it has the same window, and is left out.
     """
     alone = torch.stack([windows_at(places[:, [part]], taps.grid, AREAS[0]) for part in range(places.shape[1])], 1)
     order = kept(taps, whole, alone).score.nanmedian(0).values.argsort(descending=True, stable=True)
-    ordered = places[:, order]
+    apart = (places[:, :, None] - places[:, None]).norm(dim=-1).mean(0)
+    order = order[~(apart < 0.5 / max(taps.grid)).tril(-1).any(1)[order]]
     counts = range(1, min(_MOST_WINDOWS, len(order)) + 1)
-    masks = [windows_at(ordered[:, :count], taps.grid, area) for area in AREAS for count in counts]
+    masks = [windows_at(places[:, order[:count]], taps.grid, area) for area in AREAS for count in counts]
     found = kept(taps, whole, torch.stack(masks, 1)).score.nanmedian(0).values.view(len(AREAS), len(counts))
     return tuple(order.tolist()), tuple((found.argmax(1) + 1).tolist())
 
@@ -323,11 +325,9 @@ def grid_places(side: int) -> Float[Tensor, "window 2"]:
 
 def kept_at(taps: TapMaps, whole: Whole, places: Float[Tensor, "window 2"]) -> Float[Tensor, "photo area window"]:
     """Measure single windows at the same places of all photos."""
-    photos = len(taps.maps)
     masks = torch.stack([windows_at(places[:, None], taps.grid, area) for area in AREAS])
-    rows, cols = taps.grid
-    keep = masks.flatten(0, 1).expand(photos, -1, rows, cols)
-    return kept(taps, whole, keep).score.view(photos, len(AREAS), len(places))
+    keep = masks.flatten(0, 1).expand(len(taps.maps), -1, *taps.grid)
+    return kept(taps, whole, keep).score.view(len(taps.maps), *masks.shape[:2])
 
 
 # --- shares -----------------------------------------------------------------------------------------------------------
