@@ -242,7 +242,7 @@ def _refuse_short(plan: _Plan, arguments: Sequence[str]) -> None:
     whole = {name: f"--{_prefix(kind)}{name}" for kind in plan.settings.values() for name in kind.model_fields}
     for option in (each.partition("=")[0] for each in arguments if each.startswith("--")):
         field = option[2:].replace("-", "_")
-        if field not in plan.parameters and whole.get(field, option) != option:
+        if whole.get(field, option) != option:
             plan.parser.error(f"unknown option {option}; did you mean {whole[field]}?")
 
 

@@ -16,6 +16,7 @@ from partlens.object_parts.regions import (
     TapMaps,
     _windows_elsewhere,
     carrying_order,
+    distances,
     grid_places,
     kept,
     kept_at,
@@ -165,6 +166,11 @@ def test_a_part_at_the_place_of_one_before_it_is_left_out() -> None:
     order, windows = carrying_order(taps, whole_photos(taps), torch.cat([second, first, first + 0.3 / SIDE, second], 1))
     assert order == (1, 0)
     assert max(windows) <= 2
+    # Of two at one place the first found stays, which the photos support, even where the second carries more.
+    round_about = torch.exp(-200 * distances(first, (SIDE, SIDE)).square())
+    taps = TapMaps(add_up, torch.cat([round_about, 0 * round_about], 1), torch.zeros(2, SIDE, SIDE))
+    off = first + torch.tensor([0.0, 0.49 / SIDE])
+    assert carrying_order(taps, whole_photos(taps), torch.cat([off, first], 1))[0] == (0,)
 
 
 def surprising(maps: Tensor) -> Tensor:

@@ -238,6 +238,10 @@ def test_bad_inputs_are_named() -> None:
         for method in ("responses", "gram"):
             with pytest.raises(InputError, match=f"{shown} at image 13, feature 4"):
                 mu_lasso(bad, labels, 1.0, method=method)
+    wide = np.zeros((100, 5000))  # read in two blocks
+    wide[90, 4999] = np.nan
+    with pytest.raises(InputError, match="nan at image 90, feature 4999"):
+        mu_lasso(wide, np.ones((100, 1)), 1.0, method="responses")
     bad = labels.copy()
     bad[3, 1] = np.nan
     with pytest.raises(InputError, match="nan at image 3, class 1"):
