@@ -179,7 +179,7 @@ class InspectedCategory(Value):
             at the best of nine places on it, and ``off_object``, at random beside it.
         decisions: kept decisions, the same curves.
         windows: at how many parts the windows of each area stand.
-        parts: those that the photos support, and those that windows stand at; those that carry most first.
+        parts: those that the photos support or windows stand at, one at a place; those that carry most first.
         elsewhere: Shapley share of everything outside the parts' windows, with its interval.
         correlation: of the places of two parts that the photos support, the mean; lower is more variety.
         photos: that parts were found on.
